@@ -1,0 +1,1 @@
+"""Graph-to-graph steps: canonicalise, fuse, adapt, quantize, page the cache."""

@@ -1,0 +1,1 @@
+"""Runs artifacts. Nothing in here imports torch, transformers or TVM's Python package."""
