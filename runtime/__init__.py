@@ -1,1 +1,4 @@
-"""Runs artifacts. Nothing in here imports torch, transformers or TVM's Python package."""
+"""The runtime: loads an artifact and serves it.
+
+Needs neither torch nor transformers nor TVM's Python package.
+"""

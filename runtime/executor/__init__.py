@@ -1,0 +1,78 @@
+"""Executors: what runs a compiled model.
+
+`open_executor` picks the target and the kernels that suit this machine.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from ...codegen.artifact import Artifact
+from ...ir.errors import ArtifactError, InputError
+from .. import cpu
+from .base import Executor, StepInputs
+
+__all__ = ["Executor", "StepInputs", "choose_isa", "choose_target", "open_executor"]
+
+_log = logging.getLogger("llmc.runtime")
+
+# Target → module of this package, in the order of preference where an artifact holds several.
+_MODULES = {"tvm-cpu": "tvm", "onnx-cpu": "onnx", "null": "null"}
+
+
+def choose_target(available: Sequence[str], wanted: str | None = None) -> str:
+    """The target to run: `wanted`, or the first of our order of preference that the artifact has.
+
+    Raises ArtifactError where the artifact lacks it and InputError where no executor of this package runs it.
+    """
+    if wanted is not None and wanted not in available:
+        raise ArtifactError(
+            f"the artifact was not compiled for target {wanted!r}, only for {', '.join(available)}",
+            remedy=f"compile it with --target {wanted}, or leave the target out",
+        )
+    for name in [wanted] if wanted is not None else list(_MODULES):
+        if name in available and name in _MODULES:
+            return name
+    raise InputError(
+        f"no executor for any of the targets {', '.join(available)}",
+        remedy=f"compile for one of {', '.join(_MODULES)}",
+    )
+
+
+def choose_isa(kernels: Sequence[dict[str, Any]], wanted: str | None = None) -> str | None:
+    """The best ISA level among a target's kernels that this CPU runs; None where the target has no kernels.
+
+    `wanted` forces a level (to compare levels on one machine). Raises ArtifactError where none runs here.
+    """
+    if not kernels:
+        return None
+    present = [str(kernel["isa"]) for kernel in kernels]
+    here = cpu.supported_isas()
+    runnable = [level for level in cpu.ISA_LEVELS if level in present and level in here]
+    if wanted is not None:
+        runnable = [level for level in runnable if level == wanted]
+    if not runnable:
+        asked = f" (asked for {wanted})" if wanted is not None else ""
+        raise ArtifactError(
+            f"the artifact has kernels for {', '.join(present)}, this CPU runs {', '.join(here)}{asked}",
+            remedy=f"compile it with --target tvm-cpu:isa={here[-1]}",
+        )
+    return runnable[-1]
+
+
+def open_executor(
+    artifact: Artifact, target: str | None = None, *, threads: int | None = None, isa: str | None = None
+) -> Executor:
+    """Open a target of the artifact for this machine.
+
+    `target`: name, or None for the best one present. `threads`: None for one a physical core. `isa`: None for
+    the best that this CPU runs. Raises ArtifactError or InputError where nothing of the artifact runs here.
+    """
+    name = choose_target(artifact.targets, target)
+    level = choose_isa(artifact.target(name).get("kernels", []), isa)
+    module = importlib.import_module(f".{_MODULES[name]}", __name__)
+    _log.info("target %s, kernels %s", name, level or "of the target")
+    return module.open_target(artifact, isa=level, threads=threads)

@@ -1,0 +1,75 @@
+"""What the engine asks of an executor: one step over a ragged batch. See docs/architecture.md, "The paged
+step".
+
+An executor module (`llmc.runtime.executor.tvm`, `.onnx`, `.null`) offers
+
+    def open_target(artifact: Artifact, *, isa: str | None, threads: int | None) -> Executor
+
+`isa` is the kernel's ISA level chosen from the target's "kernels" list (None where the target has no such
+list), and `threads` the number of threads to compute with (None: choose).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """One ragged batch: T tokens of B sequences back to back, all arrays int32 and C-contiguous.
+
+    The new tokens of a sequence are always the last ones of its context: sequence b computes the tokens
+    `query_start[b]:query_start[b + 1]`, at positions `context_len[b] - count .. context_len[b] - 1`.
+    """
+
+    token_ids: np.ndarray
+    """[T] the tokens to compute."""
+    positions: np.ndarray
+    """[T] position of each token in its sequence."""
+    slot_mapping: np.ndarray
+    """[T] cache slot that each token writes: page * page_size + offset in the page."""
+    query_start: np.ndarray
+    """[B + 1] first token of each sequence; the last entry is T."""
+    context_len: np.ndarray
+    """[B] tokens of each sequence in the cache after this step."""
+    block_table: np.ndarray
+    """[B, P] pages of each sequence in order; entries past its last page are 0 and mean nothing."""
+    output_index: np.ndarray
+    """[R] rows of T whose logits are wanted; R may be 0."""
+
+
+class Executor(Protocol):
+    """Runs a compiled model. Used by one thread at a time."""
+
+    page_size: int
+    """Tokens in a page."""
+    vocab_size: int
+    """Columns of the logits (hidden size for encoders)."""
+    kv_bytes_per_page: int
+    """Bytes of one page over all layers, K and V; 0 where nothing is cached."""
+    batch_invariant: bool
+    """Whether a row's result depends on its own sequence only, bit for bit, however steps are cut."""
+
+    def allocate_kv(self, num_pages: int) -> None:
+        """Make the cache: pages 0 .. num_pages - 1. A second call replaces the first cache."""
+        ...
+
+    def copy_pages(self, src: Sequence[int], dst: Sequence[int]) -> None:
+        """Copy page src[i] to page dst[i] in all layers. No page is both a source and a destination."""
+        ...
+
+    def step(self, inputs: StepInputs) -> np.ndarray:
+        """Write the batch's keys and values to their slots, attend, and return logits [R, vocab_size]
+        float32.
+
+        The array belongs to the caller until the next call of `step`.
+        """
+        ...
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Artifacts of kind "function": named inputs → named outputs. Others raise InputError."""
+        ...
