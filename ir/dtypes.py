@@ -1,7 +1,7 @@
 """Names of element types, and their numpy counterparts.
 
-llmc writes element types as strings everywhere (graph text, manifest, errors); this table is the only place that
-turns them into numpy's. bfloat16 comes from `ml_dtypes`, which registers it as a numpy extension type.
+llmc writes element types as strings everywhere (graph text, manifest, errors); this table is the only place
+that turns them into numpy's. bfloat16 comes from `ml_dtypes`, which registers it as a numpy extension type.
 """
 
 from __future__ import annotations
@@ -39,11 +39,13 @@ def to_numpy(name: DType) -> np.dtype[Any]:
     try:
         return _NUMPY[name]
     except KeyError:
-        raise UnsupportedError(f"unknown element type {name!r}", remedy=f"known: {', '.join(sorted(NAMES))}") from None
+        raise UnsupportedError(
+            f"unknown element type {name!r}", remedy=f"known: {', '.join(sorted(NAMES))}"
+        ) from None
 
 
 def from_numpy(dtype: np.dtype[Any] | type[Any] | str) -> DType:
-    """The name of a numpy dtype; UnsupportedError for one that llmc does not use (float128, complex, objects)."""
+    """The name of a numpy dtype; UnsupportedError for one that llmc does not use (complex, objects)."""
     wanted = np.dtype(dtype)
     try:
         return _NAMES[wanted]

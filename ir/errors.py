@@ -1,7 +1,7 @@
 """The errors that llmc raises on purpose.
 
-Each says, in one line, which file or tensor is concerned, what is wrong with it, and what to do about it. The command
-line prints that line and leaves with `exit_code`; a bare traceback is a bug.
+Each says, in one line, which file or tensor is concerned, what is wrong with it, and what to do about it.
+The command line prints that line and leaves with `exit_code`; a bare traceback is a bug.
 """
 
 from __future__ import annotations

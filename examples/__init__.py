@@ -1,0 +1,1 @@
+"""Small programs that use llmc as a stranger would."""

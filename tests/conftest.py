@@ -1,0 +1,70 @@
+"""Fixtures and options that every test file may use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before any test imports transformers or huggingface_hub: a test that needs the hub is a test that fails on
+# a train.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# torch reads this when it is imported: tiny models lose time to more threads, and two exist nearly
+# everywhere.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = Path(__file__).resolve().parent / "golden"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="rewrite the files in tests/golden/")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of public data that lies beside the checkout; the test is skipped where there is none."""
+    named = os.environ.get("LLMC_SHARED_DATA")
+    folder = Path(named) if named else ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no shared data at {folder}; set LLMC_SHARED_DATA")
+    return folder
+
+
+class Golden:
+    """Compares text with a file under tests/golden/, or writes it with --update-golden."""
+
+    def __init__(self, update: bool) -> None:
+        self._update = update
+
+    def check(self, name: str, text: str) -> None:
+        path = GOLDEN / name
+        if self._update:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+            return
+        assert path.exists(), f"{path.name} is missing: pytest --update-golden writes it"
+        assert path.read_text() == text, f"{path.name} differs: read the diff, then pytest --update-golden"
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Golden:
+    return Golden(bool(request.config.getoption("--update-golden")))
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory):
+    """A function name → Hugging Face folder of the tiny model, made once a session."""
+    from .models import save_tiny
+
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            made[name] = save_tiny(name, tmp_path_factory.mktemp("tiny") / name)
+        return made[name]
+
+    return folder
