@@ -1,0 +1,40 @@
+# Every target makes .venv itself: Python >= 3.11 (with venv) and an index for pip are all it takes.
+# PYTHON picks the interpreter; pip's own settings (PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS, …) apply as always.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: demo test test-slow lint bench docs clean
+
+PYTHON ?= $(firstword $(foreach p,python3.13 python3.12 python3.11 python3 python,$(shell command -v $(p) 2>/dev/null)))
+BIN := .venv/bin
+STAMP := .venv/.installed
+QUESTION ?= What is the capital of France?
+
+$(STAMP): pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: $(PYTHON) is too old: llmc needs Python 3.11 or newer; make PYTHON=/path/to/python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[compile,dev]'
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python -m examples.demo "$(QUESTION)"
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.speed
+
+docs: $(STAMP)
+	$(BIN)/python -m llmc.cli.reference > docs/cli.md
+
+clean:
+	rm -rf build dist *.egg-info .demo .bench .pytest_cache .ruff_cache .hypothesis

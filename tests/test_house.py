@@ -1,0 +1,183 @@
+"""The house rules that no other test would notice: who imports whom, what is packaged, what `--help` costs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from .conftest import ROOT
+
+FOLDERS = ("llmc", "frontend", "ir", "passes", "codegen", "runtime", "cli")
+# Folder → the folders of ours that it may import at all; "codegen.artifact" narrows to one module.
+ALLOWED: dict[str, set[str]] = {
+    "ir": set(),
+    "frontend": {"ir"},
+    "passes": {"ir"},
+    "codegen": {"ir", "frontend", "passes"},
+    "runtime": {"codegen.artifact", "ir.errors", "ir.dtypes"},
+}
+HEAVY = {"torch", "transformers", "tvm", "onnx", "onnx_ir", "gguf", "huggingface_hub"}
+
+
+def _modules(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+def _name(path: Path) -> str:
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    if parts[-1] == "__init__":
+        parts.pop()
+    return ".".join(parts if parts[0] == "llmc" else ["llmc", *parts])
+
+
+def _imports(path: Path, *, toplevel_only: bool = False) -> list[tuple[int, str]]:
+    """(line, absolute module name) of every import in a file, those inside functions too unless told otherwise."""
+    tree = ast.parse(path.read_text())
+    package = _name(path).split(".")
+    if path.name != "__init__.py":
+        package = package[:-1]
+    nodes = _toplevel(tree) if toplevel_only else list(ast.walk(tree))
+    found: list[tuple[int, str]] = []
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *((node.module or "").split(".") if node.module else [])])
+            # `from ..ir import core` imports llmc.ir.core: name the member where it is a module of ours.
+            for alias in node.names:
+                member = f"{module}.{alias.name}"
+                found.append((node.lineno, member if _is_module(member) else module))
+    return found
+
+
+def _toplevel(tree: ast.Module) -> list[ast.AST]:
+    """Statements that run on import: everything but function bodies and `if TYPE_CHECKING:`."""
+    out: list[ast.AST] = []
+    waiting: list[ast.AST] = list(tree.body)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        out.append(node)
+        waiting += ast.iter_child_nodes(node)
+    return out
+
+
+def _is_module(name: str) -> bool:
+    if not name.startswith("llmc."):
+        return False
+    parts = name.split(".")[1:]
+    path = ROOT.joinpath(*parts)
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+
+
+@pytest.mark.parametrize("folder", ALLOWED)
+def test_imports_point_one_way(folder: str) -> None:
+    allowed = {f"llmc.{folder}", *(f"llmc.{name}" for name in ALLOWED[folder])}
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {module}"
+        for path in _modules(folder)
+        for line, module in _imports(path)
+        if module.split(".")[0] == "llmc" and module not in {"llmc", "llmc.codegen"}
+        if not any(module == name or module.startswith(name + ".") for name in allowed)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_inside_the_package_imports_are_relative() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for folder in FOLDERS
+        for path in _modules(folder)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if (isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").split(".")[0] == "llmc")
+        or (isinstance(node, ast.Import) and any(alias.name.split(".")[0] == "llmc" for alias in node.names))
+    ]
+    assert not wrong, wrong
+
+
+def test_runtime_names_no_compile_time_package() -> None:
+    files = [*_modules("runtime"), ROOT / "codegen/artifact.py", ROOT / "ir/errors.py", ROOT / "ir/dtypes.py"]
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {module}"
+        for path in files
+        for line, module in _imports(path)
+        if module.split(".")[0] in HEAVY
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_imports_of_the_command_line_are_lazy() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {module} at import time"
+        for path in [*_modules("cli"), ROOT / "llmc/__init__.py"]
+        for line, module in _imports(path, toplevel_only=True)
+        if module.split(".")[0] in HEAVY | {"numpy", "onnxruntime", "tokenizers"}
+        or (module.startswith("llmc.") and not module.startswith(("llmc.cli", "llmc.ir.errors")))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_wheel_holds_every_module(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    )
+    names = listed.stdout.splitlines() if listed.returncode == 0 else []
+    wanted = [name for name in names if name.split("/")[0] in FOLDERS and (ROOT / name).is_file()]
+    if not wanted:
+        pytest.skip("not a git checkout: no list of the sources")
+    # Built from a copy: setuptools leaves build/ and egg-info where it builds, and reuses a stale build/.
+    for name in [*wanted, "pyproject.toml", "setup.py", "README.md", "LICENSE"]:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_bytes((ROOT / name).read_bytes())
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path)]
+    done = subprocess.run([*command, str(source)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        held = set(archive.namelist())
+    missing = [name for name in wanted if (name if name.startswith("llmc/") else f"llmc/{name}") not in held]
+    assert not missing, f"not in the wheel: {missing}"
+
+
+def _loaded_after(code: str) -> set[str]:
+    script = f"import sys\n{code}\nprint('\\n'.join(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return {name.split(".")[0] for name in done.stdout.splitlines()}
+
+
+def test_help_loads_nothing_heavy() -> None:
+    loaded = _loaded_after(
+        "from llmc.cli.main import main\n"
+        "import contextlib, io\n"
+        "with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):\n"
+        "    main(['--help'])"
+    )
+    assert "click" in loaded
+    assert not loaded & (HEAVY | {"numpy", "onnxruntime", "tokenizers", "rich", "tvm_ffi", "jinja2"})
+
+
+def test_importing_llmc_loads_nothing_heavy() -> None:
+    assert not _loaded_after("import llmc") & (HEAVY | {"numpy", "onnxruntime", "tokenizers", "tvm_ffi"})
+
+
+def test_imports_set_no_environment_variables() -> None:
+    folders = [folder for folder in FOLDERS if folder != "cli"]
+    wrong = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for folder in folders
+        for path in _modules(folder)
+        for node in _toplevel(ast.parse(path.read_text()))
+        if isinstance(node, ast.Assign | ast.Call) and "os.environ" in ast.unparse(node)
+        if isinstance(node, ast.Assign) or "setdefault" in ast.unparse(node.func)
+    ]
+    assert not wrong, wrong
