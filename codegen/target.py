@@ -1,0 +1,211 @@
+"""Targets: what turns a final graph into files of an artifact. One class a kernel family, found by entry
+points.
+
+    @dataclass(frozen=True)
+    class TvmCpu(Target):
+        name = "tvm-cpu"
+        operations = frozenset({"linear", "rms_norm", ...})
+        isa: str = field(default="host", metadata={"help": "..."})
+
+        def compile(self, graph, writer, *, progress): ...
+
+The dataclass fields are the options of `--target tvm-cpu:isa=avx2`. Anyone's package adds a target through
+the entry-point group `llmc.targets` (name → class); ours are registered in the same way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib import metadata
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..ir.errors import InputError, LlmcError
+
+if TYPE_CHECKING:
+    from ..ir.core import Graph
+    from .artifact import ArtifactWriter
+
+GROUP = "llmc.targets"
+
+Progress = Callable[[str, float], None]
+"""(what is being done, share of this target's work that is done, 0 to 1)."""
+
+
+def no_progress(what: str, share: float) -> None:
+    """A `Progress` that says nothing."""
+
+
+@dataclass(frozen=True)
+class Target(ABC):
+    """A kernel family. Subclasses are frozen dataclasses; their fields (str, int, float or bool, each with a
+    default and a "help" in its metadata) are the options.
+    """
+
+    name: ClassVar[str] = ""
+    """The name on the command line and in the manifest; the entry point's name as well."""
+    operations: ClassVar[frozenset[str]] = frozenset()
+    """Names of the IR ops that it can emit; `legalize` decomposes the others."""
+
+    @abstractmethod
+    def compile(self, graph: Graph, writer: ArtifactWriter, *, progress: Progress) -> dict[str, Any]:
+        """Write kernels to `targets/<name>/` and weights to `weights/<name>.safetensors`; `graph` is left as
+        it was.
+
+        Returns the target's manifest entry: "options", "batch_invariant", the names of its files, and
+        whatever its executor needs. Raises UnsupportedError for an op that it can neither emit nor decompose,
+        and CompileError where the backend fails.
+        """
+
+    def options(self) -> dict[str, Any]:
+        """Option name → value, for the manifest."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    def __str__(self) -> str:
+        """The spec that makes this target again; options that have their default are left out."""
+        given = [
+            f"{f.name}={_text(getattr(self, f.name))}"
+            for f in dataclasses.fields(self)
+            if getattr(self, f.name) != f.default
+        ]
+        return self.name + (":" + ",".join(given) if given else "")
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a target, for help texts."""
+
+    name: str
+    type: str
+    default: Any
+    help: str
+
+
+@dataclass(frozen=True)
+class TargetEntry:
+    """A registered target, not yet imported."""
+
+    name: str
+    package: str
+    """The distribution that registers it ("llmc", or somebody's plugin)."""
+    point: metadata.EntryPoint
+
+    def load(self) -> type[Target]:
+        """Import the class. Raises InputError, naming the package, where that fails or is no target."""
+        try:
+            cls = self.point.load()
+        except LlmcError:
+            raise
+        except Exception as error:  # a plugin's import may fail in any way
+            why = f"{type(error).__name__}: {error}"
+            raise InputError(
+                f"target {self.name} of package {self.package} cannot be imported ({why})",
+                remedy=f"upgrade or uninstall {self.package}",
+            ) from error
+        if not (isinstance(cls, type) and issubclass(cls, Target)) or cls.name != self.name:
+            raise InputError(
+                f"entry point {self.name} of package {self.package} is no Target class of that name",
+                remedy=f"report it to the authors of {self.package}",
+            )
+        return cls
+
+    def options(self) -> list[Option]:
+        """The target's options in order; imports the class."""
+        cls = self.load()
+        hints = typing.get_type_hints(cls)
+        return [
+            Option(f.name, _kind(hints[f.name]).__name__, f.default, str(f.metadata.get("help", "")))
+            for f in dataclasses.fields(cls)
+        ]
+
+
+def list_targets() -> list[TargetEntry]:
+    """Every registered target by name; imports none. Raises InputError where two packages register one name.
+    """
+    return collect(metadata.entry_points(group=GROUP))
+
+
+def collect(points: Iterable[metadata.EntryPoint]) -> list[TargetEntry]:
+    """Entry points → entries sorted by name; two different ones of one name raise InputError naming both
+    packages.
+    """
+    found: dict[str, TargetEntry] = {}
+    for point in points:
+        package = point.dist.name if point.dist is not None else point.value.partition(":")[0]
+        entry = TargetEntry(point.name, package, point)
+        other = found.setdefault(point.name, entry)
+        # The same distribution can be found twice (an editable install and its build folder): that is no
+        # clash.
+        if (other.package, other.point.value) != (package, point.value):
+            raise InputError(
+                f"two packages register a target named {point.name}: {other.package} and {package}",
+                remedy="uninstall one of them",
+            )
+    return [found[name] for name in sorted(found)]
+
+
+def get_target(spec: str) -> Target:
+    """`NAME[:option=value,…]` → the target.
+
+    Raises InputError, listing what exists, for an unknown name or option.
+    """
+    name, texts = parse_spec(spec)
+    entries = {entry.name: entry for entry in list_targets()}
+    if name not in entries:
+        known = ", ".join(sorted(entries)) or "none is registered: reinstall llmc"
+        raise InputError(f"no target is named {name!r}", remedy=f"targets: {known}")
+    return make_target(entries[name].load(), texts)
+
+
+def parse_spec(spec: str) -> tuple[str, dict[str, str]]:
+    """`NAME[:option=value,…]` → name and option texts. Raises InputError where it is not of this form."""
+    name, colon, rest = spec.strip().partition(":")
+    options: dict[str, str] = {}
+    for part in rest.split(",") if colon else []:
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not key or not equals or not value:
+            raise InputError(
+                f"target {spec!r}: {part!r} is no option=value", remedy="write NAME:option=value,…"
+            )
+        if key in options:
+            raise InputError(f"target {spec!r} gives {key} twice", remedy="give it once")
+        options[key] = value
+    if not name:
+        raise InputError(f"target {spec!r} has no name", remedy="write NAME:option=value,…")
+    return name, options
+
+
+def make_target(cls: type[Target], texts: dict[str, str]) -> Target:
+    """An instance from option texts.
+
+    Raises InputError for an unknown option or a value that is not of its type.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = [f.name for f in dataclasses.fields(cls)]
+    values: dict[str, Any] = {}
+    for key, text in texts.items():
+        if key not in fields:
+            listed = f"options: {', '.join(fields)}" if fields else "it has none"
+            raise InputError(f"target {cls.name} has no option {key!r}", remedy=listed)
+        kind = _kind(hints[key])
+        try:
+            values[key] = _TRUTH[text.lower()] if kind is bool else kind(text)
+        except (KeyError, ValueError):
+            raise InputError(
+                f"target {cls.name}: {key}={text!r} is no {kind.__name__}", remedy=f"give a {kind.__name__}"
+            ) from None
+    return cls(**values)
+
+
+_TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+def _kind(annotation: Any) -> type:
+    return annotation if annotation in (str, int, float, bool) else str
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
