@@ -1,0 +1,141 @@
+"""Attention, as traced (`sdpa`, head-major) and as fused (`attention`, token-major)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..core import Op
+from ..define import Operand, OptionalOperand, op
+from ..errors import CompileError
+from ..types import Dim, TensorType, divide
+
+Dims = Mapping[str, int]
+
+
+@op("sdpa")
+class Sdpa(Op):
+    """torch's scaled_dot_product_attention: q [..., H, T, D], k [..., Hkv, S, D], v [..., Hkv, S, Dv], mask additive or bool [..., T, S].
+
+    Hkv is H, or divides it when `grouped` (torch: enable_gqa).
+    """
+
+    q: Operand
+    k: Operand
+    v: Operand
+    mask: OptionalOperand
+    scale: float
+    causal: bool = False
+    grouped: bool = False
+
+    def infer(self) -> list[TensorType]:
+        if self.q.shape[-1] != self.k.shape[-1] or self.k.shape[-2] != self.v.shape[-2]:
+            raise CompileError(
+                f"sdpa: q {self.q.type}, k {self.k.type}, v {self.v.type} ({self.loc})",
+                remedy="D and S must agree",
+            )
+        return [self.q.type.with_shape((*self.q.shape[:-1], self.v.shape[-1]))]
+
+    def reference(self, dims: Dims, *args: Any) -> Any:
+        import torch
+
+        q, k, v, mask = args
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, scale=self.scale, is_causal=self.causal, enable_gqa=self.grouped
+        )
+
+
+def heads_ratio(q: TensorType, k: TensorType) -> Dim | None:
+    """Query heads per key/value head (axis -2 of token-major tensors)."""
+    return divide(q.shape[-2], k.shape[-2])
+
+
+def masked_softmax(scores: Any, visible: Any, sinks: Any) -> Any:
+    """softmax over the last axis of scores [..., H, T, S] where `visible`; `sinks` [H] are logits that take weight and give nothing."""
+    import torch
+
+    scores = scores.masked_fill(~visible, float("-inf"))
+    if sinks is None:
+        return scores.softmax(-1).nan_to_num(0.0)
+    column = sinks.float().view(-1, 1, 1).expand(*scores.shape[:-1], 1)
+    return torch.cat((scores, column), -1).softmax(-1)[..., :-1]
+
+
+def attend(
+    q: Any,
+    k: Any,
+    v: Any,
+    sinks: Any,
+    positions: tuple[Any, Any],
+    *,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+) -> Any:
+    """Token-major attention of one sequence in float32: q [T, H, D], k [S, Hkv, D], v [S, Hkv, Dv]; positions of queries and keys."""
+    import torch
+
+    group = q.shape[-2] // k.shape[-2]
+    k, v = k.float().repeat_interleave(group, -2), v.float().repeat_interleave(group, -2)
+    scores = torch.einsum("thd,shd->hts", q.float(), k) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    distance = positions[0][:, None] - positions[1][None, :]
+    visible = torch.ones_like(distance, dtype=torch.bool)
+    if causal:
+        visible &= distance >= 0
+    if window is not None:
+        visible &= (distance < window) & (distance > -window)
+    return torch.einsum("hts,shd->thd", masked_softmax(scores, visible, sinks), v)
+
+
+@op("attention")
+class Attention(Op):
+    """Self-attention of whole sequences: q [B, T, H, D], k [B, T, Hkv, D], v [B, T, Hkv, Dv] → [B, T, H, Dv].
+
+    causal: key j is seen by query i when j ≤ i. window w: |i - j| < w as well (Mistral's sliding window counts the token itself).
+    softcap c: scores become c · tanh(score / c) before the mask (Gemma 2). sinks [H]: one extra logit a head (StreamingLLM / gpt-oss).
+    """
+
+    q: Operand
+    k: Operand
+    v: Operand
+    sinks: OptionalOperand
+    scale: float
+    causal: bool = True
+    window: int | None = None
+    softcap: float | None = None
+
+    def infer(self) -> list[TensorType]:
+        if (
+            self.q.shape[-1] != self.k.shape[-1]
+            or self.k.shape[-2] != self.v.shape[-2]
+            or heads_ratio(self.q.type, self.k.type) is None
+        ):
+            raise CompileError(
+                f"attention: q {self.q.type}, k {self.k.type}, v {self.v.type} ({self.loc})",
+                remedy="heads and D must agree",
+            )
+        return [self.q.type.with_shape((*self.q.shape[:-1], self.v.shape[-1]))]
+
+    def reference(self, dims: Dims, *args: Any) -> Any:
+        import torch
+
+        q, k, v, sinks = args
+        steps = torch.arange(q.shape[-3])
+        out = [
+            attend(
+                a,
+                b,
+                c,
+                sinks,
+                (steps, steps),
+                scale=self.scale,
+                causal=self.causal,
+                window=self.window,
+                softcap=self.softcap,
+            )
+            for a, b, c in zip(q.flatten(0, -4), k.flatten(0, -4), v.flatten(0, -4), strict=True)
+        ]
+        return torch.stack(out).view(*q.shape[:-1], v.shape[-1]).to(q.dtype)
