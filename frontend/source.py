@@ -1,0 +1,226 @@
+"""The MODEL argument, opened: a Hugging Face folder, a hub id, a GGUF file, or an `nn.Module`.
+
+Opening reads headers and configuration only. Weights stay on disk as lazy tensors under the names of the transformers
+model's parameters; `build_model` makes the module to trace, without weights in it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..ir.errors import CompileError, InputError
+from ..ir.weights import ArrayTensor, LazyTensor, num_elements
+from . import gguf_model, hf
+from .conversions import apply_conversions, complete, to_numpy_array
+from .gguf import MAGIC, GGUFFile, read_gguf
+from .skeleton import Task, instantiate, model_class
+from .weights import open_gguf_tensors
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class GenerationFacts:
+    """What the model's makers say about generating with it."""
+
+    eos_token_ids: list[int] = field(default_factory=list[int])
+    bos_token_id: int | None = None
+    sampling: dict[str, float] = field(default_factory=dict[str, float])  # empty: greedy
+
+
+@dataclass
+class ModelSource:
+    """An opened model.
+
+    Attributes:
+        kind: "hf" (folder or hub id), "gguf", or "module" (an `nn.Module` from Python).
+        name: for people: the hub id, the folder's or file's name, the class.
+        path: folder or file; None for a module.
+        config: transformers configuration; None for a module without one.
+        task: "causal_lm", "encoder", or "function" (a plain module).
+        bytes_on_disk: of the weight files.
+        generation: end-of-sequence ids and sampling defaults.
+        gguf: the checked header of a GGUF file.
+    """
+
+    kind: Literal["hf", "gguf", "module"]
+    name: str
+    path: Path | None
+    config: Any
+    task: Task | Literal["function"]
+    bytes_on_disk: int
+    generation: GenerationFacts
+    gguf: GGUFFile | None = None
+    module: torch.nn.Module | None = None
+    unused_tensors: list[str] = field(default_factory=list[str])
+
+    @cached_property
+    def stored(self) -> Mapping[str, LazyTensor]:
+        """The checkpoint's tensors by their own names, mapped but not read."""
+        if self.gguf is not None:
+            return open_gguf_tensors(self.gguf)
+        if self.module is not None:
+            state = self.module.state_dict(keep_vars=True)
+            return {name: ArrayTensor(to_numpy_array(one), f"{self.name}:{name}") for name, one in state.items()}
+        assert self.path is not None
+        return hf.open_weights(self.path)
+
+    @cached_property
+    def weights(self) -> Mapping[str, LazyTensor]:
+        """Lazy tensors by the names of `build_model()`'s parameters, tied names included.
+
+        Raises InputError where one is missing or has another shape than the model.
+        """
+        if self.module is not None:
+            return self.stored
+        model = instantiate(self.config)
+        if self.gguf is not None:
+            weights = gguf_model.map_weights(self.gguf, model, self.stored)
+        else:
+            from transformers.conversion_mapping import get_model_conversion_mapping
+
+            weights, self.unused_tensors = apply_conversions(model, self.stored, get_model_conversion_mapping(model))
+        return complete(model, weights, self.name)
+
+    @property
+    def quantization_of_source(self) -> str | None:
+        """The block type that holds most of a GGUF file's elements ("Q4_1"); None where weights are plain floats."""
+        if self.gguf is None:
+            return None
+        held: Counter[str] = Counter()
+        for info in self.gguf.tensors.values():
+            held[info.ggml_type] += info.nbytes // info.type_size * info.block_size
+        name = held.most_common(1)[0][0] if held else "F32"
+        return None if name in ("F32", "F16", "BF16") else name
+
+    def build_model(self, attn: str = "sdpa") -> torch.nn.Module:
+        """The module to trace: parameters on the meta device, buffers real, eval mode, float32.
+
+        Args:
+            attn: transformers' attention implementation, "sdpa" or "eager". A module from Python is returned as it is.
+        """
+        if self.module is not None:
+            return self.module.eval()
+        model = instantiate(self.config, attn)
+        if self.gguf is not None:
+            gguf_model.apply_rope_factors(model, self.stored)
+        return model
+
+
+def open_source(model: str | os.PathLike[str] | torch.nn.Module, *, config_only: bool = False) -> ModelSource:
+    """Open a model by whatever names it.
+
+    Args:
+        model: a Hugging Face folder, a hub id ("owner/name"), a GGUF file, or an `nn.Module`.
+        config_only: do not ask for weight files (for `llmc check`: nothing large is downloaded or opened).
+
+    Raises:
+        InputError: the argument names nothing, or a file is damaged, incomplete or dangerous.
+        UnsupportedError: the model is sound, and nothing that llmc compiles.
+    """
+    if not isinstance(model, str | os.PathLike):
+        return _open_module(model)
+    path = Path(model)
+    if path.is_dir():
+        return _open_folder(path, path.resolve().name, config_only)
+    if path.is_file():
+        return _open_file(path)
+    text = os.fspath(model)
+    if hf.is_repo_id(text) and path.suffix not in (".gguf", ".safetensors", ".bin"):
+        return _open_folder(hf.download(text, weights=not config_only), text, config_only)
+    raise InputError(f"{text} does not exist", remedy="give a Hugging Face folder, a hub id or a GGUF file")
+
+
+def _open_file(path: Path) -> ModelSource:
+    with open(path, "rb") as file:
+        magic = file.read(4)
+    if magic != MAGIC and path.suffix in (".safetensors", ".json"):
+        raise InputError(f"{path.name} alone is no model", remedy=f"give its folder: {path.parent}")
+    if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
+        raise InputError(
+            f"{path.name} is a pickle file, which could run code when opened",
+            remedy="convert the model to safetensors (save_pretrained in transformers) and give its folder",
+        )
+    header = read_gguf(path)
+    config = gguf_model.read_config(header)
+    if not header.tensors:
+        raise InputError(f"{path.name} holds no tensors (a vocabulary-only file)", remedy="give a file with weights")
+    _, task = model_class(config)
+    name = header.metadata.get("general.name")
+    facts = GenerationFacts(*gguf_model.generation_facts(header))
+    return ModelSource(
+        "gguf", name if isinstance(name, str) and name else path.stem, path, config, task, header.size, facts, header
+    )
+
+
+def _open_folder(folder: Path, name: str, config_only: bool) -> ModelSource:
+    config = hf.read_config(folder)
+    _, task = model_class(config)
+    facts = GenerationFacts(*hf.generation_facts(folder, config))
+    files = [] if config_only else hf.weight_files(folder)
+    size = sum(path.stat().st_size for path in files)
+    source = ModelSource("hf", name, folder, config, task, size, facts)
+    if not config_only:
+        _ = source.stored  # headers are checked now: a truncated shard is refused before anything is traced
+    return source
+
+
+def _open_module(module: Any) -> ModelSource:
+    import torch
+
+    if not isinstance(module, torch.nn.Module):
+        raise InputError(f"cannot compile a {type(module).__name__}", remedy="give a path, a hub id or an nn.Module")
+    config = getattr(module, "config", None)
+    task: Task | Literal["function"] = "function"
+    facts = GenerationFacts()
+    if config is not None and hasattr(config, "model_type"):
+        _, task = model_class(config)
+        eos = getattr(config, "eos_token_id", None)
+        ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        facts = GenerationFacts(list(ids), getattr(config, "bos_token_id", None), {})
+    size = sum(p.numel() * p.element_size() for p in module.parameters())
+    return ModelSource("module", type(module).__name__, None, config, task, size, facts, module=module)
+
+
+def describe(source: ModelSource) -> dict[str, Any]:
+    """Facts for `llmc check` and `llmc inspect`, as JSON values."""
+    config = source.config
+    text = config.get_text_config() if config is not None else None
+    try:
+        stored = source.stored
+    except CompileError:
+        stored = {}
+    types = Counter(getattr(one, "ggml_type", None) or one.dtype for one in stored.values())
+    return {
+        "name": source.name,
+        "kind": source.kind,
+        "task": source.task,
+        "architecture": getattr(config, "model_type", None),
+        "parameters": sum(num_elements(one) for one in stored.values()),
+        "bytes": source.bytes_on_disk,
+        "tensors": len(stored),
+        "tensor_types": dict(sorted(types.items())),
+        "quantization": source.quantization_of_source,
+        "context_length": context_length(config),
+        "vocab_size": getattr(text, "vocab_size", None),
+        "num_layers": getattr(text, "num_hidden_layers", None),
+        "hidden_size": getattr(text, "hidden_size", None),
+        "eos_token_ids": source.generation.eos_token_ids,
+        "bos_token_id": source.generation.bos_token_id,
+    }
+
+
+def context_length(config: Any) -> int | None:
+    """Tokens that the model was made for, by its configuration; None where it does not say."""
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        value = getattr(config, name, None)
+        if isinstance(value, int):
+            return value
+    return None

@@ -1,0 +1,259 @@
+"""Lazy tensors over GGUF files and over transformers' weight conversions.
+
+Safetensors rows come from `safetensors.py`. Here are the tensors that need work on the way: GGUF blocks, dequantized
+a chunk of rows at a time, and tensors that transformers itself would convert while loading (un-permuted q/k
+projections, norms stored as weight + 1, experts merged from many tensors). The conversions are transformers' own
+functions; this file only finds out how little has to be read for the rows that are asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+
+from ..ir.dtypes import from_numpy
+from ..ir.errors import CompileError, InputError
+from ..ir.weights import LazyTensor
+from .gguf import GGUFFile, GGUFTensorInfo
+from .mapped import MappedFile
+
+# Elements dequantized at once: gguf's numpy code keeps several temporaries of this size.
+_CHUNK_ELEMENTS: Final = 1 << 20
+
+Transform = Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]
+
+
+class GGUFTensor:
+    """A GGUF tensor: float32 when read, raw blocks on request.
+
+    Attributes:
+        shape: torch order. dtype: always "float32". source: "file.gguf:name".
+        ggml_type: block type ("Q4_1"). block_size, type_size: elements and bytes of a block.
+    """
+
+    dtype: str = "float32"
+
+    def __init__(self, file: MappedFile, info: GGUFTensorInfo) -> None:
+        self._file = file
+        self._offset = info.offset
+        self._row_bytes = info.nbytes // math.prod(info.shape[:-1])  # of the last axis
+        self.shape = info.shape
+        self.ggml_type = info.ggml_type
+        self.block_size = info.block_size
+        self.type_size = info.type_size
+        self.name = info.name
+        self.source = f"{file.path.name}:{info.name}"
+        self._kind = _dequantizable(self.source, info.ggml_type)
+
+    def blocks(self, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
+        """Raw bytes of rows [start:stop) of axis 0: uint8, [rows, …, bytes of the last axis].
+
+        A tensor of one axis has one row of blocks; it comes whole, as [bytes].
+        """
+        if len(self.shape) == 1:
+            return self._bytes(0, self._row_bytes)
+        first, last, _ = slice(start, stop).indices(self.shape[0])
+        last = max(first, last)
+        inner = math.prod(self.shape[1:-1]) * self._row_bytes
+        data = self._bytes(first * inner, last * inner)
+        return data.reshape(last - first, *self.shape[1:-1], self._row_bytes)
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
+        if len(self.shape) == 1:
+            return np.ascontiguousarray(self._dequantize(self.blocks()[None])[0][start:stop])
+        first, last, _ = slice(start, stop).indices(self.shape[0])
+        last = max(first, last)
+        out = np.empty((last - first, *self.shape[1:]), np.float32)
+        step = max(1, _CHUNK_ELEMENTS // math.prod(self.shape[1:]))
+        for row in range(first, last, step):
+            end = min(last, row + step)
+            out[row - first : end - first] = self._dequantize(self.blocks(row, end))
+        return out
+
+    def _bytes(self, begin: int, end: int) -> np.ndarray[Any, Any]:
+        begin, end = self._offset + begin, self._offset + end
+        data = np.frombuffer(self._file.view(begin, end), np.uint8).copy()
+        self._file.drop(begin, end)
+        return data
+
+    def _dequantize(self, blocks: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        from gguf.quants import dequantize
+
+        if self.ggml_type in ("F32", "F16"):  # gguf takes these as values, every other type as bytes
+            blocks = blocks.view(np.float32 if self.ggml_type == "F32" else np.float16)
+        return dequantize(blocks, self._kind).astype(np.float32, copy=False)
+
+    def __repr__(self) -> str:
+        return f"GGUFTensor({self.ggml_type}{list(self.shape)}, {self.source!r})"
+
+
+def _dequantizable(source: str, ggml_type: str) -> Any:
+    """gguf's constant for a block type; InputError where gguf cannot dequantize it."""
+    from gguf import quants
+    from gguf.constants import GGMLQuantizationType
+
+    kind = GGMLQuantizationType[ggml_type]
+    known = {*quants._type_traits, GGMLQuantizationType.F32, GGMLQuantizationType.F16}  # pyright: ignore[reportPrivateUsage]  # gguf has no public list
+    if kind not in known:
+        names = ", ".join(sorted(one.name for one in known))
+        raise InputError(f"{source} has the type {ggml_type}, which cannot be dequantized", remedy=f"use one of {names}")
+    return kind
+
+
+def open_gguf_tensors(file: GGUFFile) -> dict[str, GGUFTensor]:
+    """The file's tensors by GGUF name, mapped but not read."""
+    if not file.tensors:
+        raise InputError(f"{file.path.name} holds no tensors (a vocabulary-only file)", remedy="give a file with weights")
+    mapped = MappedFile(file.path)
+    return {name: GGUFTensor(mapped, info) for name, info in file.tensors.items()}
+
+
+class ReorderedTensor:
+    """A tensor with its rows (axis 0) in another order; raw blocks stay available, reordered alike."""
+
+    def __init__(self, base: LazyTensor, order: np.ndarray[Any, Any]) -> None:
+        self._base = base
+        self.order = order
+        self.shape = base.shape
+        self.dtype = base.dtype
+        self.source = base.source
+        if isinstance(base, GGUFTensor) and len(base.shape) > 1:
+            self.ggml_type = base.ggml_type
+            self.block_size = base.block_size
+            self.type_size = base.type_size
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
+        return self._pick(self._base.read, start, stop)
+
+    def blocks(self, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
+        """As `GGUFTensor.blocks`; only over a GGUF tensor of two or more axes."""
+        if not isinstance(self._base, GGUFTensor):
+            raise CompileError(f"{self.source} is not stored in GGUF blocks")
+        return self._pick(self._base.blocks, start, stop)
+
+    def _pick(self, read: Callable[[int, int], np.ndarray[Any, Any]], start: int, stop: int | None) -> np.ndarray[Any, Any]:
+        rows = self.order[start:stop]
+        if len(rows) == 0:
+            return read(0, 0)
+        # Reordered rows lie close together (within one head), so one read covers them with little waste.
+        first = int(rows.min())
+        return np.ascontiguousarray(read(first, int(rows.max()) + 1)[rows - first])
+
+    def __repr__(self) -> str:
+        return f"ReorderedTensor({self.dtype}{list(self.shape)}, {self.source!r})"
+
+
+class TransformedTensor:
+    """A tensor behind a function of numpy arrays.
+
+    `by_row` says that rows [a:b) of the result come from rows [a:b) of the base alone; otherwise every read reads the
+    whole base.
+    """
+
+    def __init__(self, base: LazyTensor, transform: Transform, by_row: bool) -> None:
+        self._base = base
+        self._transform = transform
+        self._by_row = by_row
+        sample = transform(base.read(0, 1) if by_row else base.read())
+        self.dtype = from_numpy(sample.dtype)
+        self.shape: tuple[int, ...] = (base.shape[0], *sample.shape[1:]) if by_row else tuple(sample.shape)
+        self.source = base.source
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
+        if self._by_row:
+            return np.ascontiguousarray(self._transform(self._base.read(start, stop)))
+        return np.ascontiguousarray(self._transform(self._base.read())[start:stop])
+
+    def __repr__(self) -> str:
+        return f"TransformedTensor({self.dtype}{list(self.shape)}, {self.source!r})"
+
+
+def transformed(base: LazyTensor, transform: Transform) -> LazyTensor:
+    """`transform` applied to a tensor, reading as few rows as it allows.
+
+    How the function acts on rows is found by trying it on a probe with the same number of rows and few columns: it may
+    do nothing, only reorder rows (llama's q/k un-permutation), work row by row (a norm stored as weight + 1, an inserted
+    axis), or need the whole tensor (a transpose).
+    """
+    rows = base.shape[0]
+    if rows > 1 << 23:
+        return TransformedTensor(base, transform, by_row=False)
+    probe = np.arange(1, rows * 2 + 1, dtype=np.float32).reshape(rows, *([1] * (len(base.shape) - 2)), 2)
+    if len(base.shape) == 1:
+        probe = np.ascontiguousarray(probe[:, 0])
+    try:
+        whole = transform(probe.copy())
+        order = _row_order(probe, whole)
+        by_row = order is None and _works_by_row(transform, probe, whole)
+    except Exception:  # noqa: BLE001  # a foreign function that the probe's few columns do not suit: read whole
+        order, by_row = None, False
+    if order is not None:
+        return base if np.array_equal(order, np.arange(rows)) else ReorderedTensor(base, order)
+    return TransformedTensor(base, transform, by_row)
+
+
+def _row_order(probe: np.ndarray[Any, Any], whole: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | None:
+    """Which probe row became each row of `whole`; None where the rows are not just reordered."""
+    if whole.shape != probe.shape:
+        return None
+    rows = len(probe)
+    first_column = probe.reshape(rows, -1)[:, 0]  # increasing, so a search tells where a row came from
+    order = np.minimum(np.searchsorted(first_column, whole.reshape(rows, -1)[:, 0]), rows - 1)
+    complete = np.array_equal(probe[order], whole) and np.array_equal(np.sort(order), np.arange(rows))
+    return order if complete else None
+
+
+def _works_by_row(transform: Transform, probe: np.ndarray[Any, Any], whole: np.ndarray[Any, Any]) -> bool:
+    rows = len(probe)
+    cut = max(1, rows // 3)
+    if rows == 1 or whole.shape[:1] != (rows,):
+        return False
+    return np.array_equal(np.concatenate([transform(probe[:cut].copy()), transform(probe[cut:].copy())]), whole)
+
+
+class MergedTensor:
+    """A tensor that transformers makes of several (experts stacked, gate and up joined, a fused QKV split).
+
+    Args:
+        shape, dtype: of the result, from the model.
+        convert: {source pattern: tensors} → the result; a transformers conversion.
+        sources: {source pattern: lazy tensors in order}.
+        stacks_rows: the conversion begins by stacking the tensors of each pattern along a new axis 0, so rows
+            [start:stop) need only those tensors.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        convert: Callable[[Mapping[str, Sequence[np.ndarray[Any, Any]]]], np.ndarray[Any, Any]],
+        sources: Mapping[str, Sequence[LazyTensor]],
+        stacks_rows: bool,
+    ) -> None:
+        first = next(iter(sources.values()))[0]
+        self.shape = shape
+        self.dtype = first.dtype
+        self.source = f"{first.source} and others, merged into {name}"
+        self._convert = convert
+        self._sources = sources
+        self._stacks_rows = stacks_rows and all(len(tensors) == shape[0] for tensors in sources.values())
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
+        rows = slice(start, stop)
+        first, last, _ = rows.indices(self.shape[0])
+        if last <= first:
+            first_source = next(iter(self._sources.values()))[0]
+            return np.empty((0, *self.shape[1:]), first_source.read(0, 0).dtype)
+        picked = rows if self._stacks_rows else slice(None)
+        parts = {pattern: [one.read() for one in tensors[picked]] for pattern, tensors in self._sources.items()}
+        result = self._convert(parts)
+        wanted = (last - first, *self.shape[1:]) if self._stacks_rows else self.shape
+        if tuple(result.shape) != wanted:
+            raise CompileError(f"{self.source}: the conversion gave {list(result.shape)}, the model has {list(wanted)}")
+        return np.ascontiguousarray(result if self._stacks_rows else result[rows])
+
+    def __repr__(self) -> str:
+        return f"MergedTensor({self.dtype}{list(self.shape)}, {self.source!r})"
