@@ -1,0 +1,48 @@
+"""TIR kernels of the `tvm-cpu` target.
+
+A kernel is made by a function `make_NAME(*, static parameters, isa)` and is a `PrimFunc` in destination-passing
+style: inputs in the order below, then the outputs (call it by `relax.call_tir(gv, inputs, out_type)`). T, R, B, P
+and N (tokens, wanted rows, sequences, block-table width, pages) are symbolic. Activations are float32; `isa` is the
+name of a level. Every row of a result is computed in an order that depends on nothing but the row's own operands:
+not on T, not on the row's place in the batch, not on how a prompt is cut into chunks.
+
+Shapes of weights come from `layout`: `packed_shape(n, k)` and `QuantLayout(n, k, bits, group_size)`, here L.
+
+    make_linear(n, k, bias, residual, weight_dtype)
+        x [T, K], weight packed_shape(n, k), (bias [N]), (residual [T, N]) → out [T, N]
+    make_quantize_activation(k, group_size)
+        x [T, K] → a int8 [T, L.k_padded], sums int32 [T, L.groups], a_scale [T]
+    make_quantized_linear(n, k, bits, group_size, zero_point, bias, residual)
+        a, sums, a_scale, weight uint8 L.weight_shape, scale float16 L.scale_shape,
+        (zero_point uint8 L.scale_shape), (bias [N]), (residual [T, N]) → out [T, N]
+    make_embedding(rows, width, packed, weight_dtype)
+        ids int32 [T], table [rows, width] or packed_shape(rows, width) → out [T, width]
+    make_quantized_embedding(rows, width, bits, group_size, zero_point)
+        ids int32 [T], weight, scale, (zero_point) as of quantized_linear → out [T, width]
+    make_rms_norm(width, eps, weight, heads, source)
+        x, (weight [width]) → out
+    make_layer_norm(width, eps, weight, bias)
+        x [T, width], (weight [width]), (bias [width]) → out [T, width]
+    make_rope(heads, head_dim, rotary_dim, interleaved, source)
+        x, cos [T, rotary_dim], sin [T, rotary_dim] → out [T, heads, head_dim]
+    make_gated_mlp(width, activation)
+        gate_up [T, 2 · width] → out [T, width]
+    make_append_kv(kv_heads, head_dim, kv_dtype, k_source, v_source)
+        k, v, slot_mapping int32 [T], pages [2, N, kv_heads, 16, head_dim], which are written in place
+    make_paged_attention(heads, kv_heads, head_dim, kv_dtype, scale, causal, window, softcap, sinks)
+        q [T, heads, head_dim], pages, query_start int32 [B+1], context_len int32 [B], block_table int32 [B, P],
+        (sinks [heads]) → out [T, heads, head_dim]
+    make_gather_last(width)
+        x [T, width], index int32 [R] → out [R, width]
+
+`source` (also `k_source`, `v_source`) is None for an operand of its own, [T, heads, head_dim], or
+`(row_width, offset)` for one that stands in columns [offset, offset + heads · head_dim) of a wider result
+[T, row_width], as q, k and v do in the merged projection: no slice is copied. In `make_rms_norm`, heads = 0 means
+x [T, width] → out [T, width]; heads > 0 normalises each head: x [T, heads, width] or a source → [T, heads, width].
+
+The physical order inside a page is pages[0, page, head] = keys as [head_dim, 16 tokens] and pages[1, page, head] =
+values as [16 tokens, head_dim]; `KV_LAYOUT` names it for the manifest. To copy a page is pages[:, dst] = pages[:, src].
+"""
+
+KV_LAYOUT = "2,pages,heads,k:dim.token,v:token.dim"
+PAGE_SIZE = 16

@@ -1,0 +1,60 @@
+"""Instruction-set levels that kernels are built for: what LLVM is told, and what a kernel may count on.
+
+The names are those of `llmc.runtime.cpu.ISA_LEVELS`; the features told to LLVM are exactly those that the runtime asks
+the processor for, since LLVM aborts the process on an intrinsic that the target lacks, and picks instructions
+(`gf2p8affineqb` for a shift of bytes) that a more specific `mcpu` has and another processor of the level has not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ....ir.errors import InputError
+
+
+@dataclass(frozen=True)
+class Isa:
+    """One level. Vectors in the kernels are 16 lanes everywhere; LLVM splits them to the width of the machine."""
+
+    name: str
+    mcpu: str
+    mattr: tuple[str, ...]
+    vector_bits: int
+    """Width of a vector register."""
+    registers: int
+    """Number of vector registers."""
+    fma: bool
+    """Fused multiply-add; without it a product is rounded before it is added."""
+    half: bool
+    """Conversion between float16 and float32 in hardware."""
+    dot: str
+    """How 4 uint8 × int8 products are added to an int32: "vnni512", "vnni256", "maddubs" or "plain"."""
+
+    @property
+    def target(self) -> dict[str, Any]:
+        """The target for `tvm.target.Target`."""
+        return {"kind": "llvm", "mcpu": self.mcpu, "mattr": list(self.mattr)}
+
+    @property
+    def live_vectors(self) -> int:
+        """16-lane float32 vectors that fit into the registers."""
+        return self.registers * self.vector_bits // 512
+
+
+LEVELS = {
+    isa.name: isa
+    for isa in (
+        Isa("generic", "x86-64", (), 128, 16, False, False, "plain"),
+        Isa("avx2", "x86-64-v3", (), 256, 16, True, True, "maddubs"),
+        Isa("avxvnni", "x86-64-v3", ("+avxvnni",), 256, 16, True, True, "vnni256"),
+        Isa("avx512vnni", "x86-64-v4", ("+avx512vnni",), 512, 32, True, True, "vnni512"),
+    )
+}
+
+
+def get_isa(name: str) -> Isa:
+    """The level of that name. Raises InputError naming the levels there are."""
+    if name not in LEVELS:
+        raise InputError(f"no instruction-set level is named {name!r}", remedy=f"one of {', '.join(LEVELS)}")
+    return LEVELS[name]
