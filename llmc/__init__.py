@@ -1,3 +1,103 @@
-"""llmc compiles a language model, as it is published, into one artifact that a small runtime serves."""
+"""llmc compiles a language model, as it is published, into one artifact that a small runtime serves.
+
+    import llmc
+
+    llmc.compile("path/to/model", "model.llmc", quant="int4-g64")      # needs llmc[compile]
+    llm = llmc.load("model.llmc")                                      # neither torch nor transformers
+    print(llm.generate("The capital of France is"))
+
+Importing this package imports nothing else: each name below loads what it needs on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Mapping, Sequence
+
+    # An installed tree has these modules beside this file; in the source tree, where the folders stand one
+    # level up, a type checker does not find them from here (and from nowhere else does it need to look).
+    from .codegen.artifact import Artifact as Artifact  # pyright: ignore[reportMissingImports]
+    from .codegen.target import Target as Target  # pyright: ignore[reportMissingImports]
+    from .ir.errors import LlmcError as LlmcError  # pyright: ignore[reportMissingImports]
+    from .passes.base import Pass as Pass  # pyright: ignore[reportMissingImports]
+    from .runtime.llm import LLM as LLM  # pyright: ignore[reportMissingImports]
 
 __version__ = "0.1.0"
+
+__all__ = ["LLM", "Artifact", "LlmcError", "Pass", "Target", "__version__", "compile", "load"]
+
+_LAZY = {
+    "Artifact": ".codegen.artifact",
+    "LLM": ".runtime.llm",
+    "LlmcError": ".ir.errors",
+    "Pass": ".passes.base",
+    "Target": ".codegen.target",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def compile(  # noqa: A001  (the verb of this package; the builtin is not used here)
+    model: Any,
+    output: str | os.PathLike[str],
+    *,
+    targets: Sequence[str] = ("tvm-cpu",),
+    quant: str = "none",
+    context: int | None = None,
+    kv_dtype: str | None = None,
+    dump_ir: str | os.PathLike[str] | None = None,
+    example_inputs: Mapping[str, Any] | None = None,
+    progress: Callable[[str, float], None] | None = None,
+) -> Artifact:
+    """Compiles a model into the artifact folder `output`; returns it, opened.
+
+    Args:
+        model: a Hugging Face folder, a hub id, a GGUF file, or a `torch.nn.Module` with `example_inputs`.
+        targets: kernel families, `NAME[:option=value,…]` (`llmc targets` lists them).
+        quant: `none`, `int8`, `int4-g64`, `int4-g64-sym`, … (weights of linear layers, round to nearest).
+        context: longest sequence in tokens; the model's own limit where None.
+        kv_dtype: element type of the cache, "float32" or "float16"; the target's choice where None.
+        dump_ir: a folder that receives the graph's text after every pass, numbered.
+        example_inputs: argument name → tensor, for an `nn.Module` only.
+        progress: called with (what is being done, share of it done from 0 to 1).
+
+    Raises:
+        InputError: the model or an argument is wrong. UnsupportedError: something in the model cannot be
+            compiled. CompileError: a pass or target failed. Nothing is left under `output` then.
+    """
+    driver = importlib.import_module(".codegen.driver", __name__)
+    report = driver.compile_model(
+        model,
+        output,
+        targets=targets,
+        quant=quant,
+        context=context,
+        kv_dtype=kv_dtype,
+        dump_ir=dump_ir,
+        **({"example_inputs": example_inputs} if example_inputs is not None else {}),
+        **({"progress": progress} if progress is not None else {}),
+    )
+    return report.artifact
+
+
+def load(path: str | os.PathLike[str], **options: Any) -> LLM:
+    """Opens an artifact for generating: `.logits(ids)`, `.generate(...)`, async streaming; see `runtime.llm`.
+
+    Args:
+        path: the artifact folder.
+        options: those of `LLM.load` (target, context, threads, …).
+
+    Raises:
+        ArtifactError: the artifact is damaged, from a newer llmc, or has no kernels that run here.
+    """
+    return importlib.import_module(".runtime.llm", __name__).LLM.load(path, **options)

@@ -1,0 +1,80 @@
+"""`llmc compile`: a published model becomes an artifact."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .output import emit, facts, json_option, size
+from .progress import Progress
+from .resources import peak_rss_bytes
+
+target_option = click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    default=("tvm-cpu",),
+    show_default=True,
+    metavar="NAME[:k=v,…]",
+    help="Kernel family, with options; repeatable. See llmc targets.",
+)
+quant_option = click.option(
+    "--quant",
+    default="none",
+    show_default=True,
+    metavar="SCHEME",
+    help="none, int8, int4-gN (N weights share a scale: int4-g64), int4-gN-sym (symmetric).",
+)
+context_option = click.option(
+    "--context", type=click.IntRange(min=1), help="Longest sequence, in tokens.  [default: the model's]"
+)
+
+
+@click.command("compile", short_help="Compile a model into an artifact.")
+@click.argument("model")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The artifact: OUT.llmc")
+@target_option
+@quant_option
+@context_option
+@click.option(
+    "--kv-dtype",
+    type=click.Choice(["float32", "float16"]),
+    help="Element type of the cache.  [default: the target's]",
+)
+@click.option(
+    "--dump-ir", type=click.Path(path_type=Path), metavar="DIR", help="Write the graph after every pass."
+)
+@json_option
+def command(model: str, output: Path, as_json: bool, **options: Any) -> None:
+    """Compile MODEL (a Hugging Face folder, a hub id, or a GGUF file) into the artifact OUT.llmc.
+
+    The artifact gets its name only when it is complete; an existing one is replaced then and not before.
+    """
+    from ..codegen.driver import compile_model
+
+    began = time.perf_counter()
+    with Progress() as progress:
+        report = compile_model(model, output, progress=progress, **options)
+    result = {
+        "artifact": str(output),
+        "seconds": round(time.perf_counter() - began, 3),
+        "peak_rss_bytes": peak_rss_bytes(),
+        "weight_bytes": report.weight_bytes,
+        "bits_per_weight": report.bits_per_weight,
+        "quality": None,
+    }
+    emit(result, as_json=as_json, text=_text(result))
+
+
+def _text(result: dict[str, Any]) -> str:
+    return facts(
+        [
+            ("artifact", result["artifact"]),
+            ("time", f"{result['seconds']:.1f} s"),
+            ("peak memory", size(result["peak_rss_bytes"])),
+            ("weights", f"{size(result['weight_bytes'])}, {result['bits_per_weight']:.2f} bits each"),
+        ]
+    )

@@ -1,0 +1,166 @@
+"""`llmc doctor`: what is installed, whether it is what llmc needs, and what this machine can run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import sys
+from typing import Any
+
+import click
+
+from .output import emit, facts, json_option, size, table
+
+
+@click.command("doctor", short_help="Show versions, and what this machine can run.")
+@json_option
+def command(as_json: bool) -> int:
+    """Show versions, processor, memory, and what this machine can compile and run.
+
+    Exit 1 where a package that the base install needs is missing or has the wrong version.
+    """
+    report = examine()
+    emit(report, as_json=as_json, text=_text(report))
+    return 0 if report["ok"] else 1
+
+
+def examine() -> dict[str, Any]:
+    """Everything that the command reports, as JSON-able values."""
+    packages = _packages()
+    base_ok = all(package["ok"] for package in packages if package["extra"] == "")
+    compile_ok = base_ok and all(package["ok"] for package in packages if package["extra"] == "compile")
+    wrong = [
+        f"{package['name']} {package['installed'] or 'missing'}" for package in packages if not package["ok"]
+    ]
+    return {
+        "ok": base_ok,
+        "llmc": importlib.metadata.version("llmc"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": packages,
+        "cpu": _cpu(),
+        "memory": _memory(),
+        "disk_free_bytes": shutil.disk_usage(os.getcwd()).free,
+        "can": {"run": base_ok, "compile": compile_ok, "wrong_packages": wrong},
+        "targets": _targets(),
+    }
+
+
+_REQUIREMENT = re.compile(
+    r"^(?P<name>[A-Za-z0-9._-]+)(?:\[[^]]*\])?\s*(?P<versions>[^;]*)(?:;(?P<marker>.*))?$"
+)
+
+
+def _packages() -> list[dict[str, Any]]:
+    from packaging.specifiers import SpecifierSet
+
+    rows: list[dict[str, Any]] = []
+    for text in importlib.metadata.requires("llmc") or []:
+        match = _REQUIREMENT.match(text)
+        if match is None:
+            continue
+        extra = re.search(r"extra == [\"']([^\"']+)", match["marker"] or "")
+        if extra and extra[1] == "dev":
+            continue
+        name, versions = match["name"], match["versions"].strip()
+        installed = _version(name)
+        rows.append(
+            {
+                "name": name,
+                "extra": extra[1] if extra else "",
+                "required": versions,
+                "installed": installed,
+                "ok": installed is not None and SpecifierSet(versions).contains(installed, prereleases=True),
+            }
+        )
+    return rows
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> dict[str, Any]:
+    from ..runtime import cpu
+
+    levels = cpu.supported_isas()
+    return {
+        "model": _cpu_model(),
+        "logical_cores": os.cpu_count(),
+        "threads_used": cpu.default_threads(),
+        "isa_levels": levels,
+        "isa": levels[-1],
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            for line in file:
+                if line.startswith(("model name", "Model")):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _memory() -> dict[str, int | None]:
+    fields: dict[str, int] = {}
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            for line in file:
+                name, _, value = line.partition(":")
+                fields[name] = int(value.split()[0]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    return {"total_bytes": fields.get("MemTotal"), "available_bytes": fields.get("MemAvailable")}
+
+
+def _targets() -> list[dict[str, Any]]:
+    try:
+        from .targets import listed
+    except ImportError:
+        return []
+    return listed()
+
+
+def _text(report: dict[str, Any]) -> str:
+    cpu, memory = report["cpu"], report["memory"]
+    packages = table(
+        ("package", "installed", "required", "for", ""),
+        (
+            (
+                row["name"],
+                row["installed"] or "missing",
+                row["required"] or "any",
+                row["extra"] or "base",
+                "ok" if row["ok"] else "WRONG",
+            )
+            for row in report["packages"]
+        ),
+    )
+    total, available = memory["total_bytes"], memory["available_bytes"]
+    summary = facts(
+        [
+            ("llmc", report["llmc"]),
+            ("python", f"{report['python']} ({sys.executable})"),
+            ("platform", report["platform"]),
+            (
+                "processor",
+                f"{cpu['model']}, {cpu['logical_cores']} logical cores, {cpu['threads_used']} threads used",
+            ),
+            ("instruction sets", f"{', '.join(cpu['isa_levels'])} (kernels for {cpu['isa']} are taken)"),
+            ("memory", f"{size(available)} free of {size(total)}" if total and available else None),
+            ("disk", f"{size(report['disk_free_bytes'])} free here"),
+            ("runs artifacts", "yes" if report["can"]["run"] else "no"),
+            ("compiles models", "yes" if report["can"]["compile"] else "no: pip install 'llmc[compile]'"),
+            ("wrong packages", ", ".join(report["can"]["wrong_packages"]) or None),
+        ]
+    )
+    return f"{summary}\n\n{packages}"

@@ -1,0 +1,228 @@
+"""`llmc inspect`: facts of an artifact, a GGUF file or a model folder, read from headers alone."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..ir.errors import InputError
+from .output import emit, facts, json_option, size, table
+
+
+@click.command("inspect", short_help="Show the facts of an artifact, GGUF file or model folder.")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--tensors", is_flag=True, help="List every tensor too.")
+@click.option(
+    "--no-verify", is_flag=True, help="Check only the sizes of an artifact's files, not their hashes."
+)
+@json_option
+def command(path: Path, tensors: bool, no_verify: bool, as_json: bool) -> None:
+    """Show the facts of PATH: an artifact (NAME.llmc), a GGUF file, or a Hugging Face model folder.
+
+    An artifact's files are compared with the hashes in its manifest; a damaged one is an error (exit 2).
+    """
+    if not path.exists():
+        raise InputError(f"{path} does not exist", remedy="give an artifact, a GGUF file or a model folder")
+    if path.is_file():
+        report = _gguf(path)
+    elif (path / "config.json").is_file() and not (path / "manifest.json").is_file():
+        report = _folder(path)
+    else:
+        report = _artifact(path, verify="size" if no_verify else "full")
+    rows = report.pop("tensors")
+    if tensors:
+        report["tensors"] = rows
+    emit(report, as_json=as_json, text=_text(report, rows if tensors else []))
+
+
+def _artifact(path: Path, *, verify: Any) -> dict[str, Any]:
+    from ..codegen.artifact import Artifact
+
+    artifact = Artifact.open(path, verify=verify)
+    manifest = artifact.manifest
+    targets = {
+        name: {
+            "isas": [kernel["isa"] for kernel in artifact.target(name).get("kernels", [])],
+            "options": artifact.target(name).get("options", {}),
+            "weight_bytes": sum(array.nbytes for array in artifact.weights(name).values()),
+        }
+        for name in artifact.targets
+    }
+    rows = [
+        {
+            "name": name,
+            "shape": list(array.shape),
+            "type": str(array.dtype),
+            "bytes": array.nbytes,
+            "target": target,
+        }
+        for target in artifact.targets
+        for name, array in artifact.weights(target).items()
+    ]
+    return {
+        "kind": "artifact",
+        "path": str(path),
+        "schema": manifest["schema"],
+        "llmc": manifest.get("llmc"),
+        "artifact_kind": artifact.kind,
+        "model": artifact.model,
+        "quantization": manifest.get("quantization"),
+        "kv_dtype": manifest.get("kv_dtype"),
+        "page_size": manifest.get("page_size"),
+        "kv_bytes_per_token": _kv_bytes_per_token(manifest),
+        "targets": targets,
+        "files": {name: entry["size"] for name, entry in sorted(manifest["files"].items())},
+        "bytes": sum(entry["size"] for entry in manifest["files"].values()),
+        "verified": verify,
+        "command": manifest.get("command"),
+        "tensors": rows,
+    }
+
+
+def _kv_bytes_per_token(manifest: dict[str, Any]) -> int:
+    from ..ir.dtypes import itemsize
+
+    layers = manifest["model"].get("kv") or []
+    width = itemsize(manifest.get("kv_dtype") or "float32")
+    return sum(2 * layer["heads"] * layer["head_dim"] * width for layer in layers)
+
+
+def _gguf(path: Path) -> dict[str, Any]:
+    from ..frontend.gguf import read_gguf
+
+    file = read_gguf(path)
+    rows = [
+        {"name": info.name, "shape": list(info.shape), "type": info.ggml_type, "bytes": info.nbytes}
+        for info in file.tensors.values()
+    ]
+    architecture = file.architecture
+    scalars = {
+        key: value for key, value in file.metadata.items() if isinstance(value, int | float | str | bool)
+    }
+    return {
+        "kind": "gguf",
+        "path": str(path),
+        "bytes": path.stat().st_size,
+        "model": {
+            "name": scalars.get("general.name"),
+            "architecture": architecture,
+            "num_layers": scalars.get(f"{architecture}.block_count"),
+            "hidden_size": scalars.get(f"{architecture}.embedding_length"),
+            "context_length": scalars.get(f"{architecture}.context_length"),
+        },
+        **_weights(rows),
+        "metadata": {key: value for key, value in scalars.items() if len(str(value)) <= 200},
+        "tensors": rows,
+    }
+
+
+def _folder(path: Path) -> dict[str, Any]:
+    from ..frontend.safetensors import open_safetensors
+
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{path / 'config.json'} is not JSON: {error}", remedy="download the folder again"
+        ) from None
+    if not isinstance(config, dict):
+        raise InputError(f"{path / 'config.json'} is not a JSON object", remedy="download the folder again")
+    rows: list[dict[str, Any]] = []
+    for file in sorted(path.glob("*.safetensors")):
+        for name, tensor in open_safetensors(file).items():
+            count = _count(tensor.shape)
+            rows.append({"name": name, "shape": list(tensor.shape), "type": tensor.dtype, "bytes": count})
+    from ..ir.dtypes import itemsize
+
+    for row in rows:
+        row["bytes"] *= itemsize(row["type"])
+    text: dict[str, Any] = config.get("text_config") or config
+    return {
+        "kind": "folder",
+        "path": str(path),
+        "bytes": sum(file.stat().st_size for file in path.glob("*.safetensors")),
+        "model": {
+            "name": path.name,
+            "architecture": (config.get("architectures") or [config.get("model_type")])[0],
+            "num_layers": text.get("num_hidden_layers") or text.get("n_layer"),
+            "hidden_size": text.get("hidden_size") or text.get("n_embd"),
+            "context_length": text.get("max_position_embeddings") or text.get("n_positions"),
+        },
+        **_weights(rows),
+        "files": {file.name: file.stat().st_size for file in sorted(path.iterdir()) if file.is_file()},
+        "tensors": rows,
+    }
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for extent in shape:
+        count *= extent
+    return count
+
+
+def _weights(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    parameters = sum(_count(tuple(row["shape"])) for row in rows)
+    weight_bytes = sum(row["bytes"] for row in rows)
+    return {
+        "parameters": parameters,
+        "weight_bytes": weight_bytes,
+        "bits_per_weight": round(8 * weight_bytes / parameters, 3) if parameters else None,
+        "types": dict(Counter(row["type"] for row in rows).most_common()),
+    }
+
+
+def _text(report: dict[str, Any], tensors: list[dict[str, Any]]) -> str:
+    model, quantization = report["model"], report.get("quantization") or {}
+    lines = facts(
+        [
+            ("path", report["path"]),
+            (
+                "kind",
+                f"{report['kind']} ({report['artifact_kind']})"
+                if "artifact_kind" in report
+                else report["kind"],
+            ),
+            ("name", model.get("name")),
+            ("architecture", model.get("architecture")),
+            ("layers", model.get("num_layers")),
+            ("hidden size", model.get("hidden_size")),
+            ("vocabulary", model.get("vocab_size")),
+            ("context", model.get("context_length")),
+            ("parameters", f"{report['parameters'] / 1e6:.1f} M" if "parameters" in report else None),
+            ("size", size(report["bytes"])),
+            ("bits a weight", report.get("bits_per_weight") or quantization.get("bits_per_weight")),
+            ("quantization", quantization.get("scheme")),
+            (
+                "tensor types",
+                ", ".join(f"{n} × {name}" for name, n in report.get("types", {}).items()) or None,
+            ),
+            (
+                "cache a token",
+                size(report["kv_bytes_per_token"]) if report.get("kv_bytes_per_token") else None,
+            ),
+            (
+                "files",
+                {"full": "every hash as in the manifest", "size": "sizes as in the manifest"}.get(
+                    report.get("verified", "")
+                ),
+            ),
+            *((f"target {name}", _target_text(entry)) for name, entry in report.get("targets", {}).items()),
+            ("made by", " ".join(report["command"]) if report.get("command") else None),
+        ]
+    )
+    if not tensors:
+        return lines
+    rows = (
+        (row["name"], "×".join(map(str, row["shape"])), row["type"], size(row["bytes"])) for row in tensors
+    )
+    return f"{lines}\n\n{table(('tensor', 'shape', 'type', 'size'), rows)}"
+
+
+def _target_text(entry: dict[str, Any]) -> str:
+    isas = f"kernels for {', '.join(entry['isas'])}; " if entry["isas"] else ""
+    return f"{isas}weights {size(entry['weight_bytes'])}"

@@ -1,0 +1,126 @@
+"""The `llmc` command group, and the one place where errors become a line and an exit code.
+
+Exit codes: 0 done, 1 the work failed, 2 the call or the input is wrong.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from llmc import __version__
+
+from ..ir.errors import LlmcError
+
+COMMANDS = ("compile", "check", "run", "chat", "eval", "bench", "inspect", "passes", "targets", "doctor")
+"""Each is a module of this package that holds a click command named `command`."""
+
+DEBUG_VARIABLE = "LLMC_DEBUG"
+
+
+class LazyGroup(click.Group):
+    """Imports a command's module when that command is asked for (all of them, for the list in `--help`)."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        return importlib.import_module(f".{cmd_name}", __package__).command
+
+
+@click.group(
+    cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
+@click.version_option(__version__, "--version", message="llmc %(version)s")
+def llmc() -> None:
+    """Compile a language model, as it is published, into one artifact, and run it.
+
+    Every command takes --json and then prints one JSON object on stdout and nothing else. Exit codes: 0 done,
+    1 the work failed, 2 the call or the input is wrong. LLMC_DEBUG=1 shows the traceback of an error.
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code. `arguments` are those after the program's name."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code: Any = llmc.main(words or ["--help"], prog_name="llmc", standalone_mode=False)
+        sys.stdout.flush()
+        return 2 if not words else code if isinstance(code, int) else 0
+    except BrokenPipeError:
+        # The reader of our output has gone (`llmc run … | head`): not an error, and Python must not report
+        # one when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  (the one place that reports whatever comes)
+        message, code = explain(error)
+    _report(message, code, as_json="--json" in words)
+    return int(code)
+
+
+def explain(error: BaseException) -> tuple[str, int]:
+    """One line for a person, and the exit code."""
+    if isinstance(error, LlmcError):
+        return str(error), error.exit_code
+    if isinstance(error, click.UsageError):
+        path = error.ctx.command_path if error.ctx else "llmc"
+        return f"{error.format_message().rstrip('.')}; see {path} --help", 2
+    if isinstance(error, click.ClickException):
+        return error.format_message(), 2
+    if isinstance(error, KeyboardInterrupt | click.Abort):
+        return "interrupted", 1
+    if isinstance(error, MemoryError):
+        return "out of memory; free some, or use a smaller model, context or quantization", 1
+    if isinstance(error, ModuleNotFoundError):
+        return _missing_module(error), 1
+    if isinstance(error, OSError) and error.strerror:
+        name = f"{error.filename}: " if error.filename else ""
+        wrong_input = isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError)
+        return f"{name}{error.strerror.lower()}", 2 if wrong_input else 1
+    return _bug(error), 1
+
+
+def _missing_module(error: ModuleNotFoundError) -> str:
+    name = (error.name or "").split(".")[0]
+    if name in {"", "llmc"}:
+        return _bug(error)
+    compile_only = {"torch", "transformers", "gguf", "onnx", "onnx_ir", "huggingface_hub"}
+    extra = "llmc[compile]" if name in compile_only else "llmc"
+    return (
+        f"Python package {name!r} is not installed; pip install '{extra}' (llmc doctor lists what is missing)"
+    )
+
+
+def _bug(error: BaseException) -> str:
+    where = ""
+    trace = error.__traceback__
+    while trace is not None:
+        where = f" at {os.path.basename(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    text = " ".join(str(error).split())
+    what = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return f"{what}{where}; this is a bug in llmc, {DEBUG_VARIABLE}=1 shows the traceback to report"
+
+
+def _report(message: str, code: int, *, as_json: bool) -> None:
+    if os.environ.get(DEBUG_VARIABLE):
+        import traceback
+
+        traceback.print_exc(file=sys.stderr)
+    line = " ".join(message.split())
+    if as_json:
+        import json
+
+        print(json.dumps({"error": line, "exit_code": code}))
+    print(f"error: {line}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

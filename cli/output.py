@@ -1,0 +1,72 @@
+"""What commands print: with --json one JSON object on stdout, text otherwise; notes on stderr."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def json_option(function: F) -> F:
+    """The `--json` flag, as the parameter `as_json`."""
+    return click.option(
+        "--json", "as_json", is_flag=True, help="Print one JSON object on stdout, nothing else."
+    )(function)
+
+
+def emit(result: Mapping[str, Any], *, as_json: bool, text: str) -> None:
+    """Prints the result: `result` as JSON, or `text` for a person."""
+    click.echo(json.dumps(result, ensure_ascii=False, default=_plain) if as_json else text)
+
+
+def _plain(value: Any) -> Any:
+    """numpy scalars and paths, which json does not know."""
+    return value.item() if hasattr(value, "item") else str(value)
+
+
+def note(text: str) -> None:
+    """One line on stderr."""
+    click.echo(text, err=True)
+
+
+def notes_from_logging() -> None:
+    """Sends what the package logs at INFO (the cache size chosen, the kernels picked) to stderr."""
+    logger = logging.getLogger("llmc")
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+
+
+def size(count: float) -> str:
+    """Bytes with a decimal unit: 98.4 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def facts(rows: Iterable[tuple[str, Any]]) -> str:
+    """Two aligned columns; rows whose value is None are left out."""
+    kept = [(name, str(value)) for name, value in rows if value is not None]
+    width = max((len(name) for name, _ in kept), default=0)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in kept)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Aligned columns under a header; the last column is not padded."""
+    cells = [list(header), *([str(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in cells
+    ]
+    return "\n".join(lines)

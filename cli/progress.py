@@ -1,0 +1,51 @@
+"""Progress of long work: a bar where stderr is a terminal, one line a phase where it is not."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+
+class Progress:
+    """Call it with (what is being done, share of it that is done, 0 to 1); use it as a context manager.
+
+    The same phase may be reported as often as the work likes.
+    """
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._task: Any = None
+        self._phase = ""
+        self._began = time.perf_counter()
+
+    def __enter__(self) -> Progress:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+            from rich.progress import Progress as RichProgress
+
+            columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+            self._bar = RichProgress(*columns, console=Console(stderr=True), transient=True)
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, phase: str, share: float = 0.0) -> None:
+        """The work is in `phase`, and `share` of that is done."""
+        if self._bar is None:
+            if phase != self._phase:
+                print(f"[{time.perf_counter() - self._began:6.1f} s] {phase}", file=sys.stderr, flush=True)
+        elif phase == self._phase:
+            self._bar.update(self._task, completed=share)
+        else:
+            if self._task is not None:
+                self._bar.remove_task(self._task)
+            self._task = self._bar.add_task(phase, completed=share, total=1.0)
+        self._phase = phase
