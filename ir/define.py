@@ -110,6 +110,9 @@ def op(name: str) -> Callable[[_T], _T]:
                 f"two ops are named {name}: {OPS[name].__module__} and {cls.__module__}", remedy="rename one"
             )
         operands, attributes = _fields(cls)
+        taken = [n for n in (*attributes, *(f.name for f in operands)) if hasattr(Op, n)]
+        if taken:
+            raise CompileError(f"{name}: field {taken[0]} hides a method of Op", remedy="rename the field")
         cls.opname = name
         cls.operand_fields = tuple(operands)
         cls.attribute_fields = tuple(attributes)

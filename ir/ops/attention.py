@@ -17,7 +17,7 @@ Dims = Mapping[str, int]
 class Sdpa(Op):
     """torch's scaled_dot_product_attention: q [..., H, T, D], k [..., Hkv, S, D], v [..., Hkv, S, Dv], mask additive or bool [..., T, S].
 
-    Hkv is H, or divides it when `grouped` (torch: enable_gqa).
+    Hkv is H, or divides it with `enable_gqa`.
     """
 
     q: Operand
@@ -26,7 +26,7 @@ class Sdpa(Op):
     mask: OptionalOperand
     scale: float
     causal: bool = False
-    grouped: bool = False
+    enable_gqa: bool = False
 
     def infer(self) -> list[TensorType]:
         if self.q.shape[-1] != self.k.shape[-1] or self.k.shape[-2] != self.v.shape[-2]:
@@ -41,7 +41,7 @@ class Sdpa(Op):
 
         q, k, v, mask = args
         return torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, scale=self.scale, is_causal=self.causal, enable_gqa=self.grouped
+            q, k, v, attn_mask=mask, scale=self.scale, is_causal=self.causal, enable_gqa=self.enable_gqa
         )
 
 

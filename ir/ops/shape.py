@@ -204,3 +204,19 @@ class Index(Op):
 
     def reference(self, dims: Dims, *args: Any) -> Any:
         return args[0][tuple(i.long() for i in args[1])]
+
+
+@op("gather")
+class Gather(Op):
+    """Elements along the last axis: out[..., j] = x[..., index[..., j]]; leading axes of x and index are equal."""
+
+    x: Operand
+    index: Operand
+
+    def infer(self) -> list[TensorType]:
+        if self.x.type.rank != self.index.type.rank:
+            raise CompileError(f"gather: {self.x.type} by {self.index.type}", remedy="ranks must agree")
+        return [self.x.type.with_shape(self.index.shape)]
+
+    def reference(self, dims: Dims, *args: Any) -> Any:
+        return args[0].gather(-1, args[1].long())
