@@ -23,7 +23,6 @@ class NullExecutor:
         self.page_size = page_size
         self.vocab_size = vocab_size
         self.kv_bytes_per_page = kv_bytes_per_page
-        self._logits = np.zeros((0, vocab_size), np.float32)
 
     def allocate_kv(self, num_pages: int) -> None:
         """Nothing is stored."""
@@ -33,10 +32,7 @@ class NullExecutor:
 
     def step(self, inputs: StepInputs) -> np.ndarray:
         """Zeros [R, vocab_size] float32."""
-        rows = len(inputs.output_index)
-        if rows > len(self._logits):
-            self._logits = np.zeros((rows, self.vocab_size), np.float32)
-        return self._logits[:rows]
+        return np.zeros((len(inputs.output_index), self.vocab_size), np.float32)
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """A null executor has no functions."""

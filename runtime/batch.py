@@ -1,0 +1,54 @@
+"""From a plan to the arrays of one step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import numpy as np
+
+from .executor.base import StepInputs
+from .scheduler import Chunk, S
+
+
+def build_inputs(chunks: Seq[Chunk[S]], page_size: int, *, all_rows: bool = False) -> StepInputs:
+    """The ragged batch of the chunks, in their order.
+
+    Logits are asked for at the last token of each chunk that ends its sequence, or at every token with
+    `all_rows`. The work in Python is a few calls a sequence, whatever the number of tokens.
+    """
+    batch = len(chunks)
+    query_start = np.zeros(batch + 1, np.int32)
+    np.cumsum([chunk.count for chunk in chunks], out=query_start[1:])
+    context_len = np.array([chunk.start + chunk.count for chunk in chunks], np.int32)
+    block_table = _block_table(chunks)
+    starts = np.array([chunk.start for chunk in chunks], np.int32)
+    if query_start[-1] == batch:  # decoding: one token each
+        token_ids = np.array([chunk.sequence.tokens[chunk.start] for chunk in chunks], np.int32)
+        positions, row = starts, np.arange(batch)
+    else:
+        token_ids = np.concatenate([_tokens(chunk) for chunk in chunks])
+        counts = np.diff(query_start)
+        row = np.repeat(np.arange(batch), counts)
+        positions = np.arange(len(token_ids), dtype=np.int32) + np.repeat(starts - query_start[:-1], counts)
+    slot_mapping = block_table[row, positions // page_size] * np.int32(page_size) + positions % page_size
+    if all_rows:
+        output_index = np.arange(len(token_ids), dtype=np.int32)
+    else:
+        ends = [chunk.is_last for chunk in chunks]
+        output_index = query_start[1:][ends] - np.int32(1)
+    return StepInputs(token_ids, positions, slot_mapping, query_start, context_len, block_table, output_index)
+
+
+def _tokens(chunk: Chunk[S]) -> np.ndarray:
+    """The chunk's tokens without a copy; the view must be gone before the sequence grows."""
+    return np.frombuffer(chunk.sequence.tokens, np.int32, count=chunk.count, offset=4 * chunk.start)
+
+
+def _block_table(chunks: Seq[Chunk[S]]) -> np.ndarray:
+    """[B, P] int32, P the largest number of pages in use; the rest is 0."""
+    tables = [chunk.sequence.block_table for chunk in chunks]
+    width = max(len(table) for table in tables)
+    result = np.zeros((len(tables), width), np.int32)
+    for row, table in zip(result, tables, strict=True):
+        row[: len(table)] = np.frombuffer(table, np.int32)
+    return result

@@ -1,0 +1,210 @@
+"""Pages of the KV cache: who holds them, which are free, and which still hold a prefix that may come again.
+
+Paging and copy-on-write after Kwon et al., "Efficient Memory Management for Large Language Model Serving with
+PagedAttention" (SOSP 2023), sections 4.2 to 4.4. A full page whose keys and values are written is found again
+by the hash of its tokens chained to the hash of the page before it, so equal hashes mean equal prefixes.
+
+A page is in exactly one of three states, hence `num_free + num_cached + num_used == num_pages` at any time:
+
+    free     held by nobody, contents meaningless
+    cached   held by nobody, contents known by hash; taken over by the next sequence with that prefix, and
+             given up least recently used first when free pages run out
+    used     held by `reference_count` > 0 sequences
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterable
+from hashlib import blake2b
+
+from .sequence import Sequence, Status
+
+
+class BlockManager:
+    """Counts references to pages. Holds no tensors: the executor owns the pages' contents."""
+
+    def __init__(self, num_pages: int, page_size: int, *, prefix_cache: bool = True):
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self.prefix_cache = prefix_cache
+        self._references = [0] * num_pages
+        self._free = list(range(num_pages - 1, -1, -1))  # a stack: a page just freed is warm
+        self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self._hash_of: list[bytes | None] = [None] * num_pages
+        self._page_of: dict[bytes, int] = {}
+
+    @property
+    def num_free(self) -> int:
+        """Pages held by nobody whose contents mean nothing."""
+        return len(self._free)
+
+    @property
+    def num_cached(self) -> int:
+        """Pages held by nobody that a prefix may still claim."""
+        return len(self._cached)
+
+    @property
+    def num_used(self) -> int:
+        """Pages held by at least one sequence."""
+        return self.num_pages - len(self._free) - len(self._cached)
+
+    @property
+    def num_available(self) -> int:
+        """Pages that can be handed out now."""
+        return len(self._free) + len(self._cached)
+
+    def pages_for(self, tokens: int) -> int:
+        """Pages that hold this many tokens."""
+        return -(-tokens // self.page_size)
+
+    # Prefix cache ----------------------------------------------------------------------------------------
+
+    def lookup(self, sequence: Sequence) -> list[int]:
+        """Pages in use or cached that hold the longest known prefix of the sequence; takes none of them.
+
+        At least one token is left out, because the logits of the last one are needed.
+        """
+        pages: list[int] = []
+        if not self.prefix_cache:
+            return pages
+        for index in range((len(sequence.tokens) - 1) // self.page_size):
+            page = self._page_of.get(self._block_hash(sequence, index))
+            if page is None:
+                break
+            pages.append(page)
+        return pages
+
+    def count_unused(self, pages: Iterable[int]) -> int:
+        """How many of the pages no sequence holds now (taking them makes that many fewer available)."""
+        return sum(self._references[page] == 0 for page in pages)
+
+    def claim(self, sequence: Sequence, pages: list[int]) -> None:
+        """Start the sequence on the pages that `lookup` found for it."""
+        assert not sequence.block_table and sequence.num_computed == 0
+        for page in pages:
+            if self._references[page] == 0:
+                del self._cached[page]
+            self._references[page] += 1
+        sequence.block_table.extend(pages)
+        sequence.num_computed = len(pages) * self.page_size
+
+    def commit(self, sequence: Sequence, count: int) -> None:
+        """Note that the next `count` tokens' keys and values are written; pages that became full can be found
+        now.
+        """
+        first = sequence.num_computed // self.page_size
+        sequence.num_computed += count
+        if not self.prefix_cache:
+            return
+        for index in range(first, sequence.num_computed // self.page_size):
+            page = sequence.block_table[index]
+            block_hash = self._block_hash(sequence, index)
+            # Another sequence may have computed the same prefix at the same time: the first one's page stays.
+            if self._hash_of[page] is None and block_hash not in self._page_of:
+                self._page_of[block_hash] = page
+                self._hash_of[page] = block_hash
+
+    def _block_hash(self, sequence: Sequence, index: int) -> bytes:
+        hashes, size = sequence.block_hashes, self.page_size
+        while len(hashes) <= index:
+            start = len(hashes) * size
+            parent = hashes[-1] if hashes else sequence.salt
+            block = sequence.tokens[start : start + size].tobytes()
+            hashes.append(blake2b(block, digest_size=16, key=parent[:64]).digest())
+        return hashes[index]
+
+    # Allocation ------------------------------------------------------------------------------------------
+
+    def pages_to_extend(self, sequence: Sequence, num_tokens: int) -> int:
+        """Pages that `extend` would take: new ones, and copies of shared pages that would be written."""
+        held = len(sequence.block_table)
+        new = max(0, self.pages_for(num_tokens) - held)
+        shared = sum(1 for index in self._written(sequence, num_tokens) if self._is_shared(sequence, index))
+        return new + shared
+
+    def extend(self, sequence: Sequence, num_tokens: int) -> list[tuple[int, int]]:
+        """Give the sequence room for its first `num_tokens` tokens, of which those not computed yet are
+        written next.
+
+        Returns page copies (source, destination) to make before the step: a page that others hold too is
+        copied first. The caller has made sure that `pages_to_extend` pages are available.
+        """
+        copies: list[tuple[int, int]] = []
+        for index in self._written(sequence, num_tokens):
+            if self._is_shared(sequence, index):
+                source = sequence.block_table[index]
+                destination = self._take()
+                self._references[source] -= 1
+                sequence.block_table[index] = destination
+                copies.append((source, destination))
+        for _ in range(self.pages_for(num_tokens) - len(sequence.block_table)):
+            sequence.block_table.append(self._take())
+        return copies
+
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """Make `child` share all pages of `parent`, the last one too; whoever writes to a shared page copies
+        it.
+        """
+        child.share_state(parent)
+        for page in child.block_table:
+            self._references[page] += 1
+
+    def release(self, sequence: Sequence) -> None:
+        """Take the sequence's pages away. Known prefixes stay cached, their ends to be given up first."""
+        for page in reversed(sequence.block_table):
+            self._references[page] -= 1
+            if self._references[page] == 0:
+                if self._hash_of[page] is None:
+                    self._free.append(page)
+                else:
+                    self._cached[page] = None
+        del sequence.block_table[:]
+        sequence.num_computed = 0
+
+    def _written(self, sequence: Sequence, num_tokens: int) -> range:
+        """Indices of pages that the sequence holds already and that the tokens up to `num_tokens` write to.
+        """
+        held = len(sequence.block_table)
+        return range(sequence.num_computed // self.page_size, min(held, self.pages_for(num_tokens)))
+
+    def _is_shared(self, sequence: Sequence, index: int) -> bool:
+        return self._references[sequence.block_table[index]] > 1
+
+    def _take(self) -> int:
+        if self._free:
+            page = self._free.pop()
+        else:
+            page, _ = self._cached.popitem(last=False)
+            block_hash = self._hash_of[page]
+            assert block_hash is not None
+            del self._page_of[block_hash]
+            self._hash_of[page] = None
+        self._references[page] = 1
+        return page
+
+    # Checking --------------------------------------------------------------------------------------------
+
+    def check(self, sequences: Iterable[Sequence]) -> None:
+        """Raise AssertionError unless the books balance, given every sequence alive. For idle time and tests.
+        """
+        held: Counter[int] = Counter()
+        for sequence in sequences:
+            held.update(sequence.block_table)
+            assert sequence.status is Status.RUNNING or not sequence.block_table, (
+                "pages held while not running"
+            )
+            assert sequence.num_computed <= len(sequence.block_table) * self.page_size, (
+                "tokens without a page"
+            )
+        assert all(self._references[page] == held[page] for page in range(self.num_pages)), "reference counts"
+        free, cached = set(self._free), set(self._cached)
+        assert len(free) == len(self._free), "a page was freed twice"
+        assert not free & cached and not (free | cached) & set(held), "a page in two states"
+        assert len(free) + len(cached) + len(held) == self.num_pages, "a page leaked"
+        assert all(self._hash_of[page] is None for page in free), "a free page with a hash"
+        assert all(self._hash_of[page] is not None for page in cached), "a cached page without a hash"
+        by_page = {
+            page: block_hash for page, block_hash in enumerate(self._hash_of) if block_hash is not None
+        }
+        assert {h: p for p, h in by_page.items()} == self._page_of, "hash table and pages disagree"

@@ -1,0 +1,429 @@
+"""The engine: requests in, tokens out. One `step` computes one ragged batch; docs/architecture.md, "The paged
+step".
+
+`Engine` is synchronous and belongs to one thread. `AsyncEngine` (async_engine.py) runs one in a thread of its
+own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import secrets
+from array import array
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..ir.errors import InputError
+from .batch import build_inputs
+from .block_manager import BlockManager
+from .executor.base import Executor
+from .generation import FinishReason, Generation, Request, StepOutput
+from .memory import KvPlan, plan_kv_cache
+from .sampler import sample
+from .sampling_params import SamplingParams
+from .scheduler import Chunk, Plan, Scheduler
+from .sequence import Sequence
+from .tokenizer import Tokenizer
+
+_log = logging.getLogger("llmc.runtime")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What the engine must know of the model."""
+
+    vocab_size: int
+    context_length: int
+    eos_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """Sizes of the engine."""
+
+    max_batch_tokens: int = 512
+    """Tokens computed in a step at most: what a decoding sequence waits for beside a long prompt."""
+    max_sequences: int = 64
+    """Sequences that run at the same time at most."""
+    context: int | None = None
+    """Tokens of a sequence at most; None: the model's context length, which it cannot exceed."""
+    kv_tokens: int | None = None
+    """Size of the KV cache in tokens; None: from `kv_cache_bytes`, or from the free memory."""
+    kv_cache_bytes: int | None = None
+    """Size of the KV cache in bytes."""
+    prefix_cache: bool = True
+    """Keep the pages of finished sequences for prompts that begin in the same way."""
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """The state of the cache and what was done so far."""
+
+    pages_total: int = 0
+    pages_used: int = 0
+    pages_free: int = 0
+    pages_cached: int = 0
+    slots_allocated: int = 0
+    """Slots of the pages that sequences hold, a page shared by several counted once."""
+    slots_filled: int = 0
+    """Those with a token's keys and values in them."""
+    running: int = 0
+    waiting: int = 0
+    steps: int = 0
+    tokens_computed: int = 0
+    tokens_generated: int = 0
+    tokens_from_cache: int = 0
+    preemptions: int = 0
+
+    @property
+    def waste(self) -> float:
+        """Share of allocated slots without a token."""
+        return 1 - self.slots_filled / self.slots_allocated if self.slots_allocated else 0.0
+
+
+class ContextLengthError(InputError):
+    """The prompt does not fit. `prompt_tokens` and `limit` are counts of tokens."""
+
+    code = "context_length_exceeded"
+
+    def __init__(self, message: str, *, remedy: str = "", prompt_tokens: int = 0, limit: int = 0) -> None:
+        super().__init__(message, remedy=remedy)
+        self.prompt_tokens = prompt_tokens
+        self.limit = limit
+
+
+@dataclass(slots=True)
+class _Counters:
+    steps: int = 0
+    tokens_computed: int = 0
+    tokens_generated: int = 0
+    tokens_from_cache: int = 0
+    preemptions: int = 0
+
+
+@dataclass(slots=True)
+class _Sampling:
+    """Rows to sample after a step: which generation, its logits row, its choice."""
+
+    generations: list[Generation] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+
+
+class Engine:
+    """Continuous batching over an executor.
+
+    With an executor that is batch invariant, the tokens of a greedy or seeded request depend on the request
+    alone: not on its neighbours, on chunking, on the prefix cache, or on preemption.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        tokenizer: Tokenizer | None,
+        facts: ModelFacts,
+        options: EngineOptions | None = None,
+    ):
+        """Allocates the KV cache. `tokenizer` None: prompts are ids, and outputs have no text.
+
+        Raises InputError where the options are impossible or the memory does not hold a cache.
+        """
+        options = options or EngineOptions()
+        self.executor, self.tokenizer, self.facts, self.options = executor, tokenizer, facts, options
+        if not 0 < options.max_sequences <= options.max_batch_tokens:
+            raise InputError(
+                f"max_sequences is {options.max_sequences} and max_batch_tokens {options.max_batch_tokens}",
+                remedy="allowed: 1 <= max_sequences <= max_batch_tokens",
+            )
+        self.context = self._context(options.context)
+        self.kv: KvPlan = plan_kv_cache(
+            page_size=executor.page_size,
+            bytes_per_page=executor.kv_bytes_per_page,
+            context=self.context,
+            max_sequences=options.max_sequences,
+            kv_tokens=options.kv_tokens,
+            kv_bytes=options.kv_cache_bytes,
+        )
+        executor.allocate_kv(self.kv.pages)
+        _log.info("%s", self.kv)
+        self.blocks = BlockManager(self.kv.pages, executor.page_size, prefix_cache=options.prefix_cache)
+        self.scheduler: Scheduler[Generation] = Scheduler(
+            self.blocks, max_batch_tokens=options.max_batch_tokens, max_sequences=options.max_sequences
+        )
+        self._requests: dict[str, Request] = {}
+        self._arrivals = itertools.count()
+        self._count = _Counters()
+
+    def _context(self, wanted: int | None) -> int:
+        most = self.facts.context_length
+        if wanted is None:
+            return most
+        if not 0 < wanted <= most:
+            raise InputError(
+                f"context is {wanted}", remedy=f"allowed: 1 to {most}, the model's context length"
+            )
+        return wanted
+
+    @property
+    def limit(self) -> int:
+        """Tokens that one sequence can have: the context, or the cache where it is smaller."""
+        return min(self.context, self.kv.tokens)
+
+    # Requests --------------------------------------------------------------------------------------------
+
+    def make_request(
+        self, prompt: str | Seq[int], params: SamplingParams | None = None, request_id: str | None = None
+    ) -> Request:
+        """Check a request without queueing it; reads nothing that changes, so any thread may call it.
+
+        Raises InputError naming what is wrong, and ContextLengthError where the prompt does not fit.
+        """
+        params = params or SamplingParams()
+        params.validate(self.facts.vocab_size)
+        ids = self._prompt_ids(prompt)
+        room = self.limit - len(ids)
+        if room < 1:
+            source = "context" if self.limit == self.context else "KV cache"
+            raise ContextLengthError(
+                f"context_length_exceeded: the prompt has {len(ids)} tokens, the {source} holds {self.limit} and "
+                "needs room for one more",
+                remedy=f"shorten the prompt to {self.limit - 1} tokens",
+                prompt_tokens=len(ids),
+                limit=self.limit,
+            )
+        if params.n > self.options.max_sequences:
+            raise InputError(
+                f"n is {params.n}", remedy=f"allowed: 1 to {self.options.max_sequences} (max_sequences)"
+            )
+        wanted = self.context - len(ids) if params.max_tokens is None else params.max_tokens
+        most = min(wanted, self.context - len(ids))
+        if params.max_tokens is not None and most > room:
+            raise InputError(
+                f"the request can never fit: {len(ids)} prompt tokens and {most} more, the KV cache holds "
+                f"{self.kv.tokens}",
+                remedy=f"lower max_tokens to {room} or raise kv_tokens",
+            )
+        request_id = request_id if request_id is not None else secrets.token_hex(8)
+        return Request(request_id, ids, params, max_tokens=min(most, room), eos=self.facts.eos_token_ids)
+
+    def _prompt_ids(self, prompt: str | Seq[int]) -> array[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise InputError("the prompt is text, but there is no tokenizer", remedy="give token ids")
+            ids = self.tokenizer.encode(prompt)
+        else:
+            ids = list(prompt)
+        if not ids:
+            raise InputError("the prompt is empty", remedy="give at least one token")
+        vocab = self.facts.vocab_size
+        if not all(isinstance(i, int | np.integer) and 0 <= i < vocab for i in ids):
+            wrong = next(i for i in ids if not isinstance(i, int | np.integer) or not 0 <= i < vocab)
+            raise InputError(f"prompt token {wrong!r} is no id", remedy=f"allowed: 0 to {vocab - 1}")
+        return array("i", ids)
+
+    def add_request(
+        self, prompt: str | Seq[int], params: SamplingParams | None = None, request_id: str | None = None
+    ) -> str:
+        """Queue a prompt (text or token ids); returns the request's id. Raises as `make_request` does."""
+        request = self.make_request(prompt, params, request_id)
+        self.submit(request)
+        return request.id
+
+    def submit(self, request: Request) -> None:
+        """Queue a request that `make_request` checked. Raises InputError where its id is in use."""
+        if request.id in self._requests:
+            raise InputError(f"request id {request.id!r} is in use", remedy="choose another one")
+        request.arrival = next(self._arrivals)
+        generation = Generation(request, self.tokenizer)
+        self._requests[request.id] = request
+        request.live.append(generation)
+        self.scheduler.add(generation)
+
+    def cancel(self, request_id: str) -> bool:
+        """Drop a request at whatever phase; its pages are free at once.
+
+        False where it is not known (any more).
+        """
+        request = self._requests.pop(request_id, None)
+        if request is None:
+            return False
+        for generation in request.live:
+            self.scheduler.finish(generation)
+        request.live.clear()
+        return True
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a `step` would do something."""
+        return bool(self.scheduler.running or self.scheduler.waiting)
+
+    def request_ids(self) -> list[str]:
+        """Ids of the requests that are waiting or running."""
+        return list(self._requests)
+
+    @property
+    def stats(self) -> EngineStats:
+        """Pages, slots and counts now."""
+        blocks, count = self.blocks, self._count
+        pages: dict[int, int] = {}
+        size = blocks.page_size
+        for generation in self.scheduler.running:
+            for index, page in enumerate(generation.block_table):
+                filled = min(size, max(0, generation.num_computed - index * size))
+                pages[page] = max(pages.get(page, 0), filled)
+        return EngineStats(
+            pages_total=blocks.num_pages,
+            pages_used=blocks.num_used,
+            pages_free=blocks.num_free,
+            pages_cached=blocks.num_cached,
+            slots_allocated=len(pages) * size,
+            slots_filled=sum(pages.values()),
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
+            steps=count.steps,
+            tokens_computed=count.tokens_computed,
+            tokens_generated=count.tokens_generated,
+            tokens_from_cache=count.tokens_from_cache,
+            preemptions=count.preemptions,
+        )
+
+    def check(self) -> None:
+        """Raise AssertionError unless the block manager's books balance; cheap enough whenever the engine is
+        idle.
+        """
+        self.blocks.check([*self.scheduler.running, *self.scheduler.waiting])
+
+    # Steps -----------------------------------------------------------------------------------------------
+
+    def step(self) -> list[StepOutput]:
+        """Compute one batch; returns what it gave, at most one output a sequence.
+
+        A sequence whose logits are broken (NaN) ends with `finish_reason="error"`; the others go on. If the
+        executor itself raises, every request is dropped and the error passes on.
+        """
+        plan = self.scheduler.schedule()
+        self._count.preemptions += len(plan.preempted)
+        if not plan.chunks:
+            return []
+        for chunk in plan.chunks:
+            if not chunk.sequence.started:
+                self._note_start(chunk)
+        try:
+            logits = self._execute(plan)
+        except BaseException:
+            self.drop_all()
+            raise
+        self.scheduler.commit(plan)
+        return self._sample(plan, logits)
+
+    def _note_start(self, chunk: Chunk[Generation]) -> None:
+        chunk.sequence.started = True
+        chunk.sequence.request.cached_tokens = chunk.start
+        self._count.tokens_from_cache += chunk.start
+
+    def drop_all(self) -> list[str]:
+        """Cancel everything; returns the ids of the requests that were dropped."""
+        dropped = self.request_ids()
+        for request_id in dropped:
+            self.cancel(request_id)
+        return dropped
+
+    def _execute(self, plan: Plan[Generation]) -> np.ndarray:
+        if plan.copies:
+            sources, destinations = zip(*plan.copies, strict=True)
+            self.executor.copy_pages(sources, destinations)
+        inputs = build_inputs(plan.chunks, self.executor.page_size)
+        self._count.steps += 1
+        self._count.tokens_computed += len(inputs.token_ids)
+        return self.executor.step(inputs)
+
+    def _sample(self, plan: Plan[Generation], logits: np.ndarray) -> list[StepOutput]:
+        wanted = self._to_sample(plan.chunks)
+        if not wanted.generations:
+            return []
+        if len(wanted.rows) != len(logits):
+            logits = logits[wanted.rows]  # the choices of one prompt start from the same row
+        states = [generation.sampler for generation in wanted.generations]
+        indices = [generation.num_generated for generation in wanted.generations]
+        tokens, logprobs = sample(logits, states, indices)
+        outputs: list[StepOutput] = []
+        for generation, token, logprob in zip(wanted.generations, tokens, logprobs, strict=True):
+            output = generation.advance(token, logprob)
+            if output.finish_reason is not None:
+                self._finish(generation)
+            outputs.append(output)
+        self._count.tokens_generated += len(outputs)
+        return outputs
+
+    def _to_sample(self, chunks: Seq[Chunk[Generation]]) -> _Sampling:
+        """The generations whose next token this step gave, with the forks that begin here."""
+        wanted = _Sampling()
+        row = 0
+        for chunk in chunks:
+            if not chunk.is_last:
+                continue
+            generation = chunk.sequence
+            wanted.generations.append(generation)
+            wanted.rows.append(row)
+            for choice in range(1, generation.slots):
+                child = generation.fork(choice)
+                self.scheduler.fork(generation, child)
+                generation.request.live.append(child)
+                wanted.generations.append(child)
+                wanted.rows.append(row)
+            row += 1
+        return wanted
+
+    def _finish(self, generation: Generation) -> None:
+        self.scheduler.finish(generation)
+        request = generation.request
+        request.live.remove(generation)
+        if not request.live:
+            self._requests.pop(request.id, None)
+
+    # Scoring ---------------------------------------------------------------------------------------------
+
+    def score(self, ids: Seq[int], chunk: int | None = None) -> Iterator[np.ndarray]:
+        """Logits of every token of a text, a chunk of rows [c, vocab] float32 at a time, in order.
+
+        Uses pages of the same cache, taken from running sequences where none are left; they are given back
+        when the iterator ends or is closed. Do not `step` in between: `list(engine.score(ids))` or an
+        unbroken loop.
+        """
+        prompt = self._prompt_ids(ids)
+        if len(prompt) > self.limit:
+            raise ContextLengthError(
+                f"context_length_exceeded: the text has {len(prompt)} tokens, the limit is {self.limit}",
+                remedy="score it in shorter pieces",
+                prompt_tokens=len(prompt),
+                limit=self.limit,
+            )
+        return self._score(Sequence(prompt), chunk or self.options.max_batch_tokens)
+
+    def _score(self, sequence: Sequence, size: int) -> Iterator[np.ndarray]:
+        total = len(sequence.tokens)
+        while self.blocks.pages_to_extend(sequence, total) > self.blocks.num_available:
+            victim = self.scheduler.preempt_newest()
+            assert victim is not None, "the text fits in an empty cache"
+        self.blocks.extend(sequence, total)
+        try:
+            for start in range(0, total, size):
+                part = Chunk(sequence, start, min(size, total - start))
+                yield self.executor.step(build_inputs([part], self.executor.page_size, all_rows=True))
+                sequence.num_computed += part.count
+        finally:
+            self.blocks.release(sequence)
+
+
+__all__ = [
+    "ContextLengthError",
+    "Engine",
+    "EngineOptions",
+    "EngineStats",
+    "FinishReason",
+    "ModelFacts",
+    "StepOutput",
+]

@@ -1,0 +1,150 @@
+"""One choice of one request while it is generated: sampling state, text, and when it stops."""
+
+from __future__ import annotations
+
+import secrets
+from array import array
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ..ir.errors import LlmcError
+from .detokenizer import StopStrings, StreamDecoder
+from .sampler import SamplerRow, TokenLogprob
+from .sampling_params import SamplingParams
+from .sequence import Sequence
+from .tokenizer import Tokenizer
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(slots=True)
+class StepOutput:
+    """What one step added to one choice of a request."""
+
+    request_id: str
+    index: int
+    """Number of the choice, from 0."""
+    token_ids: list[int] = field(default_factory=list)
+    """New tokens; the one that ended the answer is among them."""
+    text: str = ""
+    """New text: whole characters, and nothing that may still turn out to be a stop string."""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    """One for each new token, where they were asked for."""
+    finish_reason: FinishReason | None = None
+    """"stop": end of text, stop token or stop string.
+
+    "length": `max_tokens` or the context. None: more will come.
+    """
+    stop_reason: str | int | None = None
+    """The stop string or stop token that ended it; None for the model's own end of text."""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Tokens of the prompt whose keys and values came from the prefix cache."""
+    generated_tokens: int = 0
+    """Tokens of this choice so far."""
+    error: LlmcError | None = None
+
+
+class Request:
+    """A prompt with its parameters. Made by `Engine.make_request`, which checks it."""
+
+    __slots__ = ("arrival", "cached_tokens", "eos", "id", "live", "max_tokens", "params", "prompt", "seed")
+
+    def __init__(
+        self, request_id: str, prompt: array[int], params: SamplingParams, *, max_tokens: int, eos: Seq[int]
+    ):
+        self.id = request_id
+        self.prompt = prompt
+        self.params = params
+        self.max_tokens = max_tokens
+        self.eos = frozenset() if params.ignore_eos else frozenset(eos)
+        self.seed = secrets.randbits(64) if params.seed is None else params.seed % 2**64
+        self.arrival = 0
+        self.cached_tokens = 0
+        self.live: list[Generation] = []
+
+
+class Generation(Sequence):
+    """A sequence with all that turns its logits into an answer."""
+
+    __slots__ = ("choice", "decoder", "request", "sampler", "started", "stops")
+
+    def __init__(self, request: Request, tokenizer: Tokenizer | None):
+        params = request.params
+        super().__init__(request.prompt, (request.arrival, 0), slots=params.n)
+        self.request = request
+        self.choice = 0
+        endings = request.eos | frozenset(params.stop_token_ids)
+        self.sampler = SamplerRow(params, request.prompt, seed=request.seed, choice=0, stops=sorted(endings))
+        self.decoder = StreamDecoder(tokenizer) if tokenizer is not None else None
+        self.stops = StopStrings(params.stop)
+        self.started = False  # whether a step has computed part of it
+
+    def fork(self, choice: int) -> Generation:
+        """Another choice of the request; the scheduler makes it share this one's pages."""
+        child = object.__new__(Generation)
+        Sequence.__init__(child, (), (self.request.arrival, choice))
+        child.request = self.request
+        child.choice = choice
+        child.sampler = self.sampler.fork(choice)
+        child.decoder = self.decoder.fork() if self.decoder is not None else None
+        child.stops = self.stops.fork()
+        child.started = True
+        return child
+
+    def advance(self, token: int, logprob: TokenLogprob | None) -> StepOutput:
+        """Take the sampled token; -1 says that the logits were broken."""
+        request = self.request
+        output = StepOutput(request.id, self.choice)
+        output.prompt_tokens, output.cached_tokens = self.num_prompt, request.cached_tokens
+        if token < 0:
+            output.finish_reason = "error"
+            output.error = LlmcError(
+                f"request {request.id}: the model gave no finite logit at token {len(self.tokens)}",
+                remedy="the artifact may be broken: compare it with its source by llmc eval --against",
+            )
+            return output
+        self.tokens.append(token)
+        self.sampler.note(token)
+        output.token_ids.append(token)
+        output.generated_tokens = self.num_generated
+        if logprob is not None:
+            output.logprobs.append(logprob)
+        self._decide(token, output)
+        return output
+
+    def _decide(self, token: int, output: StepOutput) -> None:
+        """Set the text and the reason to stop, if there is one."""
+        params, count = self.request.params, self.num_generated
+        may_stop = count >= params.min_tokens
+        ended_by_token = may_stop and (token in self.request.eos or token in params.stop_token_ids)
+        if self.decoder is not None:
+            self._add_text(token, output, may_stop=may_stop, hide=ended_by_token)
+        if output.finish_reason is not None:
+            return
+        if ended_by_token:
+            output.finish_reason = "stop"
+            output.stop_reason = None if token in self.request.eos else token
+        elif count >= self.request.max_tokens:
+            output.finish_reason = "length"
+        if output.finish_reason is not None and self.decoder is not None:
+            self._flush(output)
+
+    def _add_text(self, token: int, output: StepOutput, *, may_stop: bool, hide: bool) -> None:
+        assert self.decoder is not None
+        text = "" if hide else self.decoder.push(token)
+        output.text = self._through_stops(text, output) if may_stop else text
+
+    def _flush(self, output: StepOutput) -> None:
+        """The text that was held back, now that no token follows."""
+        assert self.decoder is not None
+        output.text += self._through_stops(self.decoder.finish(), output)
+        output.text += self.stops.finish()
+
+    def _through_stops(self, text: str, output: StepOutput) -> str:
+        shown = self.stops.push(text)
+        if self.stops.found is not None:
+            output.finish_reason = "stop"
+            output.stop_reason = self.stops.found
+        return shown

@@ -1,0 +1,148 @@
+"""How much memory this process may still take, and how many pages of KV cache that makes."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..ir.errors import InputError
+
+_SHARE = 0.6  # of the free memory: the rest is for activations, the weights' page cache, and the neighbours
+
+
+def _read_int(path: Path) -> int | None:
+    try:
+        return int(path.read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _meminfo(text: str) -> int | None:
+    for line in text.splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _group_folders(root: Path, membership: str) -> list[tuple[Path, str]]:
+    """Folders (with version "v1" or "v2") of the control groups that bound this process, from its own to the
+    root.
+    """
+    found: list[tuple[Path, str]] = []
+    for line in membership.splitlines():
+        number, _, rest = line.partition(":")
+        controllers, _, name = rest.partition(":")
+        if number == "0" and not controllers:
+            base, version = root, "v2"
+        elif "memory" in controllers.split(","):
+            base, version = root / "memory", "v1"
+        else:
+            continue
+        folder = base / name.strip("/")
+        while True:
+            found.append((folder, version))
+            if folder == base or base not in folder.parents:
+                break
+            folder = folder.parent
+    return found
+
+
+def _reclaimable(folder: Path) -> int:
+    """File pages of a group that the kernel gives back on demand: mapped weights count here."""
+    try:
+        stats = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return 0
+    return int(stats.get("total_inactive_file", stats.get("inactive_file", 0)))
+
+
+def group_memory(root: Path = Path("/sys/fs/cgroup"), membership: str | None = None) -> int | None:
+    """Bytes that the control groups still allow; None without a limit."""
+    if membership is None:
+        try:
+            membership = Path("/proc/self/cgroup").read_text()
+        except OSError:
+            return None
+    free: list[int] = []
+    for folder, version in _group_folders(root, membership):
+        names = (
+            ("memory.max", "memory.current")
+            if version == "v2"
+            else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        )
+        limit, used = (_read_int(folder / name) for name in names)
+        if limit is not None and used is not None and limit < 2**60:  # v1 writes a huge number for "none"
+            free.append(max(0, limit - used + _reclaimable(folder)))
+    return min(free, default=None)
+
+
+def available_memory() -> int:
+    """Bytes that can be taken without swapping: the machine's MemAvailable and the control groups' limits."""
+    try:
+        free = _meminfo(Path("/proc/meminfo").read_text())
+    except OSError:
+        free = None
+    if free is None:
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    allowed = group_memory()
+    return free if allowed is None else min(free, allowed)
+
+
+@dataclass(frozen=True, slots=True)
+class KvPlan:
+    """Size of the KV cache."""
+
+    pages: int
+    page_size: int
+    bytes: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that it holds."""
+        return self.pages * self.page_size
+
+    def __str__(self) -> str:
+        return f"kv cache: {self.pages} pages = {self.tokens} tokens, {self.bytes / 1e6:.1f} MB"
+
+
+def plan_kv_cache(
+    *,
+    page_size: int,
+    bytes_per_page: int,
+    context: int,
+    max_sequences: int,
+    kv_tokens: int | None = None,
+    kv_bytes: int | None = None,
+    available: int | None = None,
+) -> KvPlan:
+    """Choose the number of pages.
+
+    `kv_tokens` or `kv_bytes` decide where given. Otherwise the cache takes 60 % of the memory available, and
+    no more than `max_sequences` sequences of `context` tokens would fill. Raises InputError where not one
+    page fits, or where the size asked for is not there.
+    """
+    free = available_memory() if available is None else available
+    for name, value in (("kv_tokens", kv_tokens), ("kv_cache_bytes", kv_bytes)):
+        if value is not None and value <= 0:
+            raise InputError(f"{name} is {value}", remedy="give a number above 0")
+    if kv_tokens is not None:
+        pages = -(-kv_tokens // page_size)
+    elif kv_bytes is not None:
+        pages = kv_bytes // bytes_per_page if bytes_per_page else max_sequences * -(-context // page_size)
+    else:
+        pages = max_sequences * -(-context // page_size)
+        if bytes_per_page:
+            pages = min(pages, int(free * _SHARE) // bytes_per_page)
+    plan = KvPlan(pages, page_size, pages * bytes_per_page)
+    if pages < 1:
+        raise InputError(
+            f"not one page of KV cache fits: a page takes {bytes_per_page / 1e6:.1f} MB, {free / 1e6:.0f} MB are free",
+            remedy="free some memory or raise kv_cache_bytes",
+        )
+    if plan.bytes > free:
+        raise InputError(
+            f"the {plan} is more than the {free / 1e6:.0f} MB that are free",
+            remedy="lower kv_cache_bytes, kv_tokens or the context",
+        )
+    return plan

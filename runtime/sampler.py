@@ -1,0 +1,205 @@
+"""From logits to tokens, vectorised over the rows of a step.
+
+A row's token depends on that row alone: every operation is elementwise or reduces along the row in an order
+fixed by its length, and the random number comes from the request's seed, the choice and the token's index,
+not from a shared generator. So a seeded request gives the same tokens alone and in any batch, and after
+preemption.
+"""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import numpy as np
+
+from .sampling_params import SamplingParams
+
+# Rows that truncate by top_p or min_p alone look at this many candidates before sorting the whole vocabulary.
+_CANDIDATES = 1024
+_GREEDY = 1e-5  # temperatures below are greedy: float32 logits differ by more than this or are equal
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log probability of a token and of the most likely alternatives, (id, logprob) best first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+class SamplerRow:
+    """What the sampler remembers of one sequence."""
+
+    __slots__ = (
+        "adjusts",
+        "blocked",
+        "choice",
+        "counts",
+        "forbidden",
+        "is_greedy",
+        "params",
+        "prompt_ids",
+        "seed",
+    )
+
+    def __init__(
+        self, params: SamplingParams, prompt: array[int], *, seed: int, choice: int, stops: Sequence[int]
+    ):
+        """`stops`: tokens that `min_tokens` keeps away. `seed`: 64 bits."""
+        self.params = params
+        self.seed = seed
+        self.choice = choice
+        self.forbidden = np.array(sorted(stops), np.int64)
+        self.blocked = params.min_tokens > 0 and len(self.forbidden) > 0
+        self.counts: Counter[int] = Counter()
+        uses_prompt = params.repetition_penalty != 1.0
+        self.prompt_ids = np.unique(np.frombuffer(prompt, np.int32)) if uses_prompt else np.zeros(0, np.int32)
+        self.adjusts = self.has_penalties or bool(params.logit_bias) or self.blocked
+        self.is_greedy = params.temperature < _GREEDY
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether the output so far changes the logits."""
+        p = self.params
+        return p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
+
+    def fork(self, choice: int) -> SamplerRow:
+        """The same state for another choice of the request."""
+        other = object.__new__(SamplerRow)
+        for name in self.__slots__:
+            setattr(other, name, getattr(self, name))
+        other.choice = choice
+        other.counts = Counter(self.counts)
+        return other
+
+    def note(self, token: int) -> None:
+        """Remember a generated token."""
+        if self.has_penalties:
+            self.counts[token] += 1
+
+
+def uniform(seed: int, choice: int, index: int) -> float:
+    """A number in [0, 1), 53 bits, from a keyed hash used as a counter-based generator.
+
+    The same idea as Philox (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), at a
+    tenth of the cost of making one of numpy's generators for a single number.
+    """
+    key = struct.pack("<QQQ", seed % 2**64, choice, index)
+    return (int.from_bytes(blake2b(key, digest_size=8).digest(), "little") >> 11) * 2.0**-53
+
+
+def sample(
+    logits: np.ndarray, rows: Sequence[SamplerRow], indices: Sequence[int]
+) -> tuple[list[int], list[TokenLogprob | None]]:
+    """Choose a token for each row.
+
+    Args:
+        logits: [R, vocab] float32; changed in place.
+        rows: R states.
+        indices: R numbers of tokens generated before this one, for the random numbers and `min_tokens`.
+
+    Returns:
+        R token ids, and R log probabilities (None where the request asked for none). The id is -1 where the
+        row holds NaN or no finite logit, which means that the model is broken.
+    """
+    raw: dict[int, np.ndarray] = {}
+    for i, row in enumerate(rows):
+        if row.params.logprobs is not None:
+            raw[i] = logits[i].copy()
+        if row.adjusts:
+            _adjust(logits[i], row, indices[i])
+    tokens = np.argmax(logits, axis=1)
+    # argmax finds a NaN first, so the chosen logit tells whether the row is sound.
+    sound = np.isfinite(logits[np.arange(len(rows)), tokens])
+    for i, row in enumerate(rows):
+        if not row.is_greedy and sound[i]:
+            tokens[i] = _draw(logits[i], row, indices[i])
+    chosen = np.where(sound, tokens, -1).tolist()
+    logprobs: list[TokenLogprob | None] = [None] * len(rows)
+    for i, row in enumerate(rows):
+        if row.params.logprobs is not None and chosen[i] >= 0:
+            logprobs[i] = _logprob(raw[i], chosen[i], row.params.logprobs)
+    return chosen, logprobs
+
+
+def _adjust(logits: np.ndarray, row: SamplerRow, index: int) -> None:
+    """Apply penalties, bias and `min_tokens` to one row [vocab], in place."""
+    p = row.params
+    if row.has_penalties:
+        seen = np.fromiter(row.counts.keys(), np.int64, len(row.counts))
+        if p.repetition_penalty != 1.0:
+            ids = np.union1d(seen, row.prompt_ids)
+            ids = ids[ids < len(logits)]
+            values = logits[ids]
+            logits[ids] = np.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
+        if len(seen):
+            counts = np.fromiter(row.counts.values(), np.float32, len(row.counts))
+            logits[seen] -= np.float32(p.presence_penalty) + np.float32(p.frequency_penalty) * counts
+    if p.logit_bias:
+        logits[np.fromiter(p.logit_bias.keys(), np.int64)] += np.fromiter(p.logit_bias.values(), np.float32)
+    if row.blocked and index < p.min_tokens:
+        logits[row.forbidden] = -np.inf
+
+
+def _draw(logits: np.ndarray, row: SamplerRow, index: int) -> int:
+    """Sample from one row [vocab] by inverting its cumulative distribution."""
+    p = row.params
+    weight = logits - logits.max()
+    weight *= np.float32(1.0 / p.temperature)
+    np.exp(weight, out=weight)
+    ids = _keep(logits, weight, p)
+    cumulative = np.cumsum(weight if ids is None else weight[ids], dtype=np.float64)
+    u = uniform(row.seed, row.choice, index)
+    place = int(np.searchsorted(cumulative, u * cumulative[-1], side="right"))
+    place = min(place, len(cumulative) - 1)
+    return place if ids is None else int(ids[place])
+
+
+def _largest(values: np.ndarray, count: int) -> np.ndarray:
+    """Ids of the `count` largest values, largest first, the lower id first among equals."""
+    if count < len(values):
+        threshold = np.partition(values, len(values) - count)[len(values) - count]
+        ids = np.flatnonzero(values >= threshold)
+    else:
+        ids = np.arange(len(values))
+    return ids[np.argsort(-values[ids], kind="stable")][:count]
+
+
+def _keep(logits: np.ndarray, weight: np.ndarray, p: SamplingParams) -> np.ndarray | None:
+    """Ids that top_k, top_p and min_p leave, most likely first; None for the whole vocabulary in its own
+    order.
+
+    `weight`: [vocab] unnormalised probabilities, the largest 1. top_p counts in what top_k leaves.
+    """
+    vocab = len(logits)
+    top_k = p.top_k if 0 < p.top_k < vocab else vocab
+    if top_k == vocab and p.top_p >= 1.0 and p.min_p <= 0.0:
+        return None
+    within = weight if top_k == vocab else weight[_largest(logits, top_k)]
+    limit = p.top_p * float(np.sum(within, dtype=np.float64)) if p.top_p < 1.0 else np.inf
+    count = min(top_k, _CANDIDATES)
+    while True:
+        ids = _largest(logits, count)
+        kept = weight[ids].astype(np.float64)
+        keep = (np.cumsum(kept) - kept < limit) & (kept >= p.min_p)
+        keep[0] = True
+        # The candidates suffice when they are all that top_k allows, or when the last of them is already cut
+        # off.
+        if count >= top_k or not keep[-1]:
+            return ids[keep]
+        count = top_k
+
+
+def _logprob(logits: np.ndarray, token: int, top: int) -> TokenLogprob:
+    """Log-softmax of one row [vocab] at the chosen token and at the `top` most likely ones."""
+    row = logits.astype(np.float64)
+    peak = float(row.max())
+    norm = peak + float(np.log(np.sum(np.exp(row - peak))))
+    best = [(int(i), float(row[i]) - norm) for i in _largest(row, top)] if top else []
+    return TokenLogprob(token, float(row[token]) - norm, tuple(best))

@@ -1,0 +1,202 @@
+"""Which tokens the next step computes: continuous batching with chunked prefill, admission and preemption.
+
+Every step has a budget of tokens. Sequences that decode come first, one token each, so that a long prompt
+never stalls them; what is left goes to prompts in chunks (Agrawal et al., "Taming Throughput-Latency Tradeoff
+in LLM Inference with Sarathi-Serve", OSDI 2024, section 4). When pages run out, the newest sequence is
+preempted: it gives its pages back, keeps its tokens, and is computed again later. The oldest sequence is
+never preempted for another, so it always finishes, and hence all do.
+
+No tensor library here.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from .block_manager import BlockManager
+from .sequence import Sequence, Status
+
+S = TypeVar("S", bound=Sequence)
+
+
+@dataclass(slots=True)
+class Chunk(Generic[S]):
+    """Tokens `start .. start + count - 1` of a sequence, to be computed in this step."""
+
+    sequence: S
+    start: int
+    count: int
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the sequence's next token can be sampled after this step."""
+        return self.start + self.count == len(self.sequence.tokens)
+
+
+@dataclass(slots=True)
+class Plan(Generic[S]):
+    """One step: page copies to make first (source, destination), in order, then the chunks to compute."""
+
+    chunks: list[Chunk[S]] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    preempted: list[S] = field(default_factory=list)
+
+
+def _by_age(sequence: Sequence) -> tuple[int, int]:
+    return sequence.order
+
+
+class Scheduler(Generic[S]):
+    """Sequences that wait and sequences that run, both oldest first."""
+
+    def __init__(self, blocks: BlockManager, *, max_batch_tokens: int, max_sequences: int):
+        """`max_batch_tokens`: tokens a step computes at most; `max_sequences`: sequences that run at most.
+
+        `max_sequences <= max_batch_tokens`, so that all running sequences fit in one decoding step.
+        """
+        assert 0 < max_sequences <= max_batch_tokens
+        self.blocks = blocks
+        self.max_batch_tokens = max_batch_tokens
+        self.max_sequences = max_sequences
+        self.waiting: list[S] = []
+        self.running: list[S] = []
+
+    # Events ----------------------------------------------------------------------------------------------
+
+    def add(self, sequence: S) -> None:
+        """Queue a sequence. It must fit in the cache when it runs alone."""
+        sequence.status = Status.WAITING
+        insort(self.waiting, sequence, key=_by_age)
+
+    def fork(self, parent: S, child: S) -> None:
+        """Let `child` go on from the running `parent`'s tokens, sharing its pages."""
+        assert parent.status is Status.RUNNING and parent.slots > 1
+        parent.slots -= 1
+        self.blocks.fork(parent, child)
+        child.status = Status.RUNNING
+        insort(self.running, child, key=_by_age)
+
+    def finish(self, sequence: S) -> None:
+        """Take a sequence out at whatever stage it is; its pages are free afterwards."""
+        if sequence.status is Status.WAITING:
+            self.waiting.remove(sequence)
+        elif sequence.status is Status.RUNNING:
+            self.running.remove(sequence)
+            self.blocks.release(sequence)
+        sequence.status = Status.FINISHED
+
+    def preempt_newest(self) -> S | None:
+        """Send the newest running sequence back to the queue; None if nothing runs."""
+        if not self.running:
+            return None
+        victim = self.running.pop()
+        self.blocks.release(victim)
+        self.add(victim)
+        return victim
+
+    def commit(self, plan: Plan[S]) -> None:
+        """Note that the plan's chunks were computed."""
+        for chunk in plan.chunks:
+            self.blocks.commit(chunk.sequence, chunk.count)
+
+    # Planning --------------------------------------------------------------------------------------------
+
+    def schedule(self) -> Plan[S]:
+        """Plan the next step and give its sequences their pages.
+
+        An empty plan means that nothing is left to do.
+        """
+        plan: Plan[S] = Plan()
+        budget = self.max_batch_tokens - self._schedule_decodes(plan)
+        prefills = [s for s in self.running if s.remaining > 1]
+        if not plan.preempted:
+            prefills += self._admit(budget - sum(s.remaining for s in prefills))
+        if prefills:
+            self._schedule_prefills(plan, prefills, budget)
+        return plan
+
+    def _schedule_decodes(self, plan: Plan[S]) -> int:
+        """One token for each decoding sequence, oldest first. Victims are newer, so not scheduled yet."""
+        blocks = self.blocks
+        for sequence in [s for s in self.running if s.remaining == 1]:
+            length = len(sequence.tokens)
+            while sequence.status is Status.RUNNING:
+                if blocks.pages_to_extend(sequence, length) <= blocks.num_available:
+                    plan.copies += blocks.extend(sequence, length)
+                    plan.chunks.append(Chunk(sequence, length - 1, 1))
+                    break
+                self._preempt_into(plan)
+        return len(plan.chunks)
+
+    def _preempt_into(self, plan: Plan[S]) -> None:
+        victim = self.preempt_newest()
+        assert victim is not None
+        plan.preempted.append(victim)
+
+    def _admit(self, budget: int) -> list[S]:
+        """Move waiting sequences to running, in order, while their prompts fit beside what runs already."""
+        blocks = self.blocks
+        admitted: list[S] = []
+        if not self.waiting or budget <= 0:
+            return admitted
+        slots = sum(s.slots for s in self.running)
+        reserved = sum(blocks.pages_to_extend(s, len(s.tokens)) for s in self.running)
+        while self.waiting and budget > 0:
+            sequence = self.waiting[0]
+            if self.running and slots + sequence.slots > self.max_sequences:
+                break
+            pages = blocks.lookup(sequence)
+            need = blocks.pages_for(len(sequence.tokens)) - len(pages) + blocks.count_unused(pages)
+            # One page of slack a running sequence, or the newcomer would soon be preempted by their growth.
+            slack = len(self.running)
+            if self.running and reserved + need + slack > blocks.num_available:
+                break
+            self.waiting.pop(0)
+            blocks.claim(sequence, pages)
+            sequence.status = Status.RUNNING
+            insort(self.running, sequence, key=_by_age)
+            admitted.append(sequence)
+            slots += sequence.slots
+            reserved += blocks.pages_for(len(sequence.tokens)) - len(pages)
+            budget -= sequence.remaining
+        return admitted
+
+    def _schedule_prefills(self, plan: Plan[S], prefills: list[S], budget: int) -> None:
+        """Half of the budget, or all that nobody else wants, to the oldest prompt; the rest to the shortest
+        first.
+
+        So a long prompt always advances, and a short one behind it does not wait for its end.
+        """
+        blocks = self.blocks
+        prefills.sort(key=_by_age)
+        oldest, others = prefills[0], sorted(prefills[1:], key=lambda s: s.remaining)
+        wanted = sum(s.remaining for s in others)
+        shares = [(oldest, max(budget - wanted, budget - budget // 2)), *((s, budget) for s in others)]
+        for sequence, share in shares:
+            count = self._chunk_size(sequence, min(share, budget))
+            while count == 0 and not plan.chunks and self.running[-1] is not sequence:
+                self._preempt_into(plan)  # nothing else moves: make room for the oldest
+                count = self._chunk_size(sequence, min(share, budget))
+            if count > 0 and sequence.status is Status.RUNNING:
+                start = sequence.num_computed
+                plan.copies += blocks.extend(sequence, start + count)
+                plan.chunks.append(Chunk(sequence, start, count))
+                budget -= count
+
+    def _chunk_size(self, sequence: S, share: int) -> int:
+        """Tokens of the sequence to compute: within its share and the pages available, ending on a page if it
+        can.
+        """
+        blocks = self.blocks
+        if sequence.status is not Status.RUNNING:
+            return 0
+        start, total = sequence.num_computed, len(sequence.tokens)
+        end = min(total, start + share)
+        copies = blocks.pages_to_extend(sequence, start + 1) if start % blocks.page_size else 0
+        room = (len(sequence.block_table) + blocks.num_available - copies) * blocks.page_size
+        end = min(end, room)
+        if end < total and end - end % blocks.page_size > start:
+            end -= end % blocks.page_size
+        return max(0, end - start)

@@ -1,0 +1,80 @@
+"""One sequence as the scheduler sees it: its tokens, how many of them are in the cache, and the pages that
+hold them.
+
+No tensor library here: tokens and pages are `array("i")`, whose memory numpy can read without a copy.
+"""
+
+from __future__ import annotations
+
+import enum
+from array import array
+from collections.abc import Iterable
+
+
+class Status(enum.Enum):
+    """Where a sequence stands."""
+
+    WAITING = "waiting"
+    """Holds no pages; new, or preempted and to be computed again."""
+    RUNNING = "running"
+    """Holds pages."""
+    FINISHED = "finished"
+    """Holds no pages and is no longer scheduled."""
+
+
+class Sequence:
+    """Tokens of one sequence (prompt, then generated) and its place in the cache.
+
+    Invariants, checked by the tests: pages are held only while RUNNING; `block_table` has room for the
+    `num_computed` tokens whose keys and values are written; at least the last token is not computed yet,
+    because the next token needs its logits.
+    """
+
+    __slots__ = (
+        "block_hashes",
+        "block_table",
+        "num_computed",
+        "num_prompt",
+        "order",
+        "salt",
+        "slots",
+        "status",
+        "tokens",
+    )
+
+    def __init__(
+        self, prompt: Iterable[int], order: tuple[int, int] = (0, 0), *, slots: int = 1, salt: bytes = b""
+    ):
+        """`order`: (arrival number, choice), the smaller the older. `slots`: running sequences that it will
+        become.
+
+        `salt`: prefixes are shared only between sequences of the same salt (an adapter's name, a tenant).
+        """
+        self.tokens = array("i", prompt)
+        self.num_prompt = len(self.tokens)
+        self.num_computed = 0
+        self.block_table = array("i")
+        self.block_hashes: list[bytes] = []
+        self.order = order
+        self.slots = slots
+        self.salt = salt
+        self.status = Status.WAITING
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that are known but not in the cache yet; 1 while decoding."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens after the prompt."""
+        return len(self.tokens) - self.num_prompt
+
+    def share_state(self, parent: Sequence) -> None:
+        """Become a copy of `parent` apart from its order; the block manager counts the pages."""
+        self.tokens = array("i", parent.tokens)
+        self.num_prompt = parent.num_prompt
+        self.num_computed = parent.num_computed
+        self.block_table = array("i", parent.block_table)
+        self.block_hashes = list(parent.block_hashes)
+        self.salt = parent.salt
