@@ -1,0 +1,189 @@
+"""Writing a PrimFunc from Python: the frame of a kernel, and its vocabulary of 16-lane vectors.
+
+TVM's IR builder is used rather than its Python-like script: the kernels are families (row blocks, levels, options) and
+here a Python loop unrolls and a Python function is a macro.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+
+from .intrinsics import library
+from .isa import Isa, get_isa
+
+LANES = 16
+Expr = Any
+Buffer = Any
+Shape = Sequence[Any]
+
+
+class Kernel:
+    """A PrimFunc under construction.
+
+        k = Kernel("name", isa)
+        with k:
+            x = k.argument("x", (k.symbol("T"), 64), "float32")
+            with k.body():
+                ...
+        return k.function
+    """
+
+    def __init__(self, name: str, isa: str) -> None:
+        self.name = name
+        self.isa: Isa = get_isa(isa)
+        self.function: Any = None
+        self._symbols: dict[str, Any] = {}
+
+    def __enter__(self) -> Kernel:
+        self._builder = IRBuilder()
+        self._builder.__enter__()
+        self._frame = T.prim_func(s_tir=True)
+        self._frame.__enter__()
+        T.func_name(self.name)
+        T.func_attr({"global_symbol": self.name, "tirx.noalias": True})
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._frame.__exit__(*error)
+        if error[0] is None:
+            self.function = self._builder.get()
+        self._builder.__exit__(*error)
+
+    def symbol(self, name: str) -> Any:
+        """A size known at run time; the same object for the same name."""
+        if name not in self._symbols:
+            self._symbols[name] = tirx.Var(name, "int32")
+        return self._symbols[name]
+
+    def argument(self, name: str, shape: Shape, dtype: str) -> Buffer:
+        """The next parameter. A symbol takes its value from the first parameter with it as a dimension."""
+        return T.arg(name, T.buffer(tuple(shape), dtype, buffer_name=name))
+
+    @contextmanager
+    def body(self) -> Iterator[None]:
+        """The statements of the kernel; the functions of `intrinsics` can be called in it."""
+        with T.attr(T.int32(0), "pragma_import_llvm", library(self.isa.name)):
+            yield
+
+
+def vec(buffer: Buffer, *index: Expr, lanes: int = LANES) -> Expr:
+    """`lanes` consecutive elements; the last index is where they start."""
+    return buffer[(*index[:-1], T.ramp(index[-1], 1, lanes))]
+
+
+def put(buffer: Buffer, value: Expr, *index: Expr, lanes: int = LANES) -> None:
+    """Store a vector where `vec` with the same index would read it."""
+    T.buffer_store(buffer, value, [*index[:-1], T.ramp(index[-1], 1, lanes)])
+
+
+def put1(buffer: Buffer, value: Expr, *index: Expr) -> None:
+    """Store a scalar."""
+    T.buffer_store(buffer, value, list(index))
+
+
+def let(value: Expr) -> Expr:
+    """Compute once, use often: an expression in TIR is computed anew wherever it stands."""
+    return T.bind(value)
+
+
+def splat(value: Expr, lanes: int = LANES) -> Expr:
+    """A scalar expression in all lanes."""
+    return T.broadcast(value, lanes)
+
+
+def f32s(value: float) -> Expr:
+    """A float32 constant in all lanes."""
+    return T.broadcast(T.float32(value), LANES)
+
+
+def i32s(value: int) -> Expr:
+    """An int32 constant in all lanes."""
+    return T.broadcast(T.int32(value), LANES)
+
+
+def register(initial: Expr | None = None) -> Buffer:
+    """A float32 vector that changes; it lives in a register. Read it by `vec(r, 0)`, write it by `put(r, v, 0)`."""
+    buffer = T.alloc_buffer((LANES,), "float32")
+    if initial is not None:
+        put(buffer, initial, 0)
+    return buffer
+
+
+def register_i32(initial: Expr) -> Buffer:
+    """An int32 vector that changes."""
+    buffer = T.alloc_buffer((LANES,), "int32")
+    put(buffer, initial, 0)
+    return buffer
+
+
+def scalar(initial: Expr, dtype: str = "float32") -> Buffer:
+    """A scalar that changes: read `s[0]`, write by `put1(s, value, 0)`."""
+    buffer = T.alloc_buffer((1,), dtype)
+    put1(buffer, initial, 0)
+    return buffer
+
+
+def call(dtype: str, name: str, *args: Expr) -> Expr:
+    """Call a function of `intrinsics`."""
+    return T.call_pure_extern(dtype, name, *args)
+
+
+def fma(a: Expr, b: Expr, c: Expr) -> Expr:
+    """a · b + c in 16 lanes, rounded once where the level has FMA."""
+    return call("float32x16", "llmc_fma", a, b, c)
+
+
+def fma1(a: Expr, b: Expr, c: Expr) -> Expr:
+    """a · b + c of scalars, rounded like `fma`."""
+    return call("float32", "llmc_fma1", a, b, c)
+
+
+def lane_sum(v: Expr) -> Expr:
+    return call("float32", "llmc_sum", v)
+
+
+def lane_max(v: Expr) -> Expr:
+    return call("float32", "llmc_max", v)
+
+
+def load_float(buffer: Buffer, dtype: str, *index: Expr) -> Expr:
+    """16 elements of a float32, float16 or bfloat16 buffer as float32."""
+    if dtype == "float32":
+        return vec(buffer, *index)
+    bits = T.reinterpret(vec(buffer, *index), dtype="uint16x16")
+    if dtype == "float16":
+        return call("float32x16", "llmc_from_half", bits)
+    wide = T.shift_left(T.Cast("uint32x16", bits), T.broadcast(T.uint32(16), LANES))
+    return T.reinterpret(wide, dtype="float32x16")
+
+
+def for_each(body: Callable[[Any], None], stop: Expr, *, start: Expr = 0, parallel: bool = False) -> None:
+    """A loop of TIR; one turn known beforehand is no loop."""
+    if isinstance(start, int) and isinstance(stop, int) and stop - start <= 1:
+        for i in range(start, stop):
+            body(T.int32(i))
+        return
+    with T.parallel(start, stop) if parallel else T.serial(start, stop) as i:
+        body(i)
+
+
+def row_tiles(rows: Expr, sizes: Sequence[int], tile: Callable[[Expr, int], None]) -> None:
+    """Cover 0 … rows-1 by tiles: as many as fit of sizes[0], of the rest as many as fit of sizes[1], …; the last is 1.
+
+    `tile(first, size)` writes the statements for `size` rows.
+    """
+    first: Expr = T.int32(0)
+    rest = rows
+    for size in sizes:
+        count = let(T.floordiv(rest, T.int32(size))) if size > 1 else rest
+        with T.serial(0, count) as i:
+            tile(first + i * size, size)
+        if size > 1:
+            first = let(first + count * size)
+            rest = let(rest - count * size)

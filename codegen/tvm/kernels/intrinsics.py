@@ -1,0 +1,229 @@
+"""Small functions in LLVM IR that the kernels call: what TIR cannot say, or says differently on each machine.
+
+All work on vectors of 16 lanes and are inlined. They are the only place where levels differ in meaning-bearing code:
+`llmc_fma` rounds once where the machine can, and `llmc_dot*` adds 4 products of bytes in the way that the level offers
+(the result is exact on each). Sums across lanes add in a fixed tree, so that they are the same on all levels.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+from .isa import Isa, get_isa
+
+_DEFINE = "define linkonce_odr hidden"
+_V = "<16 x float>"
+_I = "<16 x i32>"
+
+
+def _lanes(indices: list[int]) -> str:
+    return "<" + ", ".join(f"i32 {i}" for i in indices) + ">"
+
+
+def _across(name: str, scalar: str, combine: list[str]) -> str:
+    """A reduction of 16 lanes by halves. `combine` are instructions that make %R from %A and %B (all {vector})."""
+    vector = f"<16 x {scalar}>"
+    lines, value = [f"{_DEFINE} {scalar} @{name}({vector} %v) alwaysinline {{"], "%v"
+    for step in (8, 4, 2, 1):
+        moved = f"%m{step}"
+        mask = _lanes([(i + step) % 16 for i in range(16)])
+        lines.append(f"  {moved} = shufflevector {vector} {value}, {vector} poison, <16 x i32> {mask}")
+        for text in combine:
+            lines.append("  " + text.format(A=value, B=moved, R=f"%r{step}", C=f"%c{step}", vector=vector))
+        value = f"%r{step}"
+    return "\n".join([*lines, f"  %out = extractelement {vector} {value}, i64 0", f"  ret {scalar} %out", "}"])
+
+
+def _reductions() -> list[str]:
+    return [
+        _across("llmc_sum", "float", ["{R} = fadd {vector} {A}, {B}"]),
+        _across("llmc_sum_i32", "i32", ["{R} = add {vector} {A}, {B}"]),
+        _across(
+            "llmc_max",
+            "float",
+            ["{C} = fcmp ogt {vector} {A}, {B}", "{R} = select <16 x i1> {C}, {vector} {A}, {vector} {B}"],
+        ),
+        _across(
+            "llmc_max_i32",
+            "i32",
+            ["{C} = icmp sgt {vector} {A}, {B}", "{R} = select <16 x i1> {C}, {vector} {A}, {vector} {B}"],
+        ),
+    ]
+
+
+def _fma(isa: Isa) -> list[str]:
+    texts: list[str] = []
+    for name, kind, suffix in (("llmc_fma", _V, "v16f32"), ("llmc_fma1", "float", "f32")):
+        head = f"{_DEFINE} {kind} @{name}({kind} %a, {kind} %b, {kind} %c) alwaysinline {{"
+        if isa.fma:
+            body = f"  %r = call {kind} @llvm.fma.{suffix}({kind} %a, {kind} %b, {kind} %c)"
+            texts.append(f"declare {kind} @llvm.fma.{suffix}({kind}, {kind}, {kind})")
+        else:
+            body = f"  %p = fmul {kind} %a, %b\n  %r = fadd {kind} %p, %c"
+        texts.append(f"{head}\n{body}\n  ret {kind} %r\n}}")
+    return texts
+
+
+def _round() -> str:
+    """To the nearest integer, ties to even, for |x| < 2^22: adding 1.5 · 2^23 leaves no bits for a fraction."""
+    magic = f"<16 x float> splat (float {float(3 << 22)!r})"
+    return f"""{_DEFINE} {_V} @llmc_round({_V} %x) alwaysinline {{
+  %s = fadd {_V} %x, {magic.removeprefix("<16 x float> ")}
+  %r = fsub {_V} %s, {magic.removeprefix("<16 x float> ")}
+  ret {_V} %r
+}}"""
+
+
+_HALF_HARDWARE = f"""{_DEFINE} {_V} @llmc_from_half(<16 x i16> %h) alwaysinline {{
+  %x = bitcast <16 x i16> %h to <16 x half>
+  %r = fpext <16 x half> %x to {_V}
+  ret {_V} %r
+}}
+{_DEFINE} <16 x i16> @llmc_to_half({_V} %x) alwaysinline {{
+  %h = fptrunc {_V} %x to <16 x half>
+  %r = bitcast <16 x half> %h to <16 x i16>
+  ret <16 x i16> %r
+}}"""
+
+# Without hardware LLVM would call a function of the compiler's runtime library, which is not linked. From half: the
+# exponent is moved by multiplying with 2^112, which is right for subnormal numbers too. To half: the float's own
+# rounding is made to happen at the right bit by adding a power of two (subnormal), or the tie-to-even carry is added.
+_HALF_PLAIN = f"""{_DEFINE} {_V} @llmc_from_half(<16 x i16> %h) alwaysinline {{
+  %w = zext <16 x i16> %h to {_I}
+  %m = and {_I} %w, splat (i32 32767)
+  %s = shl {_I} %m, splat (i32 13)
+  %f = bitcast {_I} %s to {_V}
+  %n = fmul {_V} %f, splat (float 0x46F0000000000000)
+  %b = bitcast {_V} %n to {_I}
+  %special = icmp ugt {_I} %m, splat (i32 31743)
+  %e = or {_I} %s, splat (i32 2139095040)
+  %v = select <16 x i1> %special, {_I} %e, {_I} %b
+  %hi = and {_I} %w, splat (i32 32768)
+  %sign = shl {_I} %hi, splat (i32 16)
+  %o = or {_I} %v, %sign
+  %r = bitcast {_I} %o to {_V}
+  ret {_V} %r
+}}
+{_DEFINE} <16 x i16> @llmc_to_half({_V} %x) alwaysinline {{
+  %w = bitcast {_V} %x to {_I}
+  %m = and {_I} %w, splat (i32 2147483647)
+  %a = bitcast {_I} %m to {_V}
+  %small = fadd {_V} %a, splat (float 5.000000e-01)
+  %sb = bitcast {_V} %small to {_I}
+  %sub = sub {_I} %sb, splat (i32 1056964608)
+  %q = lshr {_I} %m, splat (i32 13)
+  %odd = and {_I} %q, splat (i32 1)
+  %c1 = add {_I} %m, %odd
+  %c2 = add {_I} %c1, splat (i32 -939520001)
+  %norm = lshr {_I} %c2, splat (i32 13)
+  %tiny = icmp ult {_I} %m, splat (i32 947912704)
+  %v1 = select <16 x i1> %tiny, {_I} %sub, {_I} %norm
+  %big = icmp ugt {_I} %m, splat (i32 1199566847)
+  %v2 = select <16 x i1> %big, {_I} splat (i32 31744), {_I} %v1
+  %nan = icmp ugt {_I} %m, splat (i32 2139095040)
+  %v3 = select <16 x i1> %nan, {_I} splat (i32 32256), {_I} %v2
+  %hs = lshr {_I} %w, splat (i32 16)
+  %sign = and {_I} %hs, splat (i32 32768)
+  %o = or {_I} %v3, %sign
+  %r = trunc {_I} %o to <16 x i16>
+  ret <16 x i16> %r
+}}"""
+
+
+def _split_dot(name: str, lines: list[str]) -> str:
+    """A dot function that works on two halves of 8 lanes: `lines` make %r{{h}} from %acc{{h}}, %w{{h}} and %a."""
+    text = [
+        f"{_DEFINE} {_I} @{name}({_I} %acc, <64 x i8> %w, i32 %x) alwaysinline {{",
+        "  %xv = insertelement <8 x i32> poison, i32 %x, i64 0",
+        "  %xs = shufflevector <8 x i32> %xv, <8 x i32> poison, <8 x i32> zeroinitializer",
+        "  %a = bitcast <8 x i32> %xs to <32 x i8>",
+    ]
+    for h in (0, 1):
+        words, parts = _lanes(list(range(8 * h, 8 * h + 8))), _lanes(list(range(32 * h, 32 * h + 32)))
+        text.append(f"  %acc{h} = shufflevector {_I} %acc, {_I} poison, <8 x i32> {words}")
+        text.append(f"  %w{h} = shufflevector <64 x i8> %w, <64 x i8> poison, <32 x i32> {parts}")
+        text += ["  " + line.replace("{h}", str(h)) for line in lines]
+    joined = _lanes(list(range(16)))
+    text.append(f"  %r = shufflevector <8 x i32> %r0, <8 x i32> %r1, <16 x i32> {joined}")
+    return "\n".join([*text, f"  ret {_I} %r", "}"])
+
+
+_VNNI512 = f"""declare {_I} @llvm.x86.avx512.vpdpbusd.512({_I}, <64 x i8>, <64 x i8>)
+{_DEFINE} {_I} @NAME({_I} %acc, <64 x i8> %w, i32 %x) alwaysinline {{
+  %xv = insertelement {_I} poison, i32 %x, i64 0
+  %xs = shufflevector {_I} %xv, {_I} poison, <16 x i32> zeroinitializer
+  %a = bitcast {_I} %xs to <64 x i8>
+  %r = call {_I} @llvm.x86.avx512.vpdpbusd.512({_I} %acc, <64 x i8> %w, <64 x i8> %a)
+  ret {_I} %r
+}}"""
+
+_VNNI256 = [
+    "%r{h} = call <8 x i32> @llvm.x86.avx512.vpdpbusd.256(<8 x i32> %acc{h}, <32 x i8> %w{h}, <32 x i8> %a)"
+]
+
+_MADD_DECLARATIONS = """declare <16 x i16> @llvm.x86.avx2.pmadd.ub.sw(<32 x i8>, <32 x i8>)
+declare <8 x i32> @llvm.x86.avx2.pmadd.wd(<16 x i16>, <16 x i16>)"""
+
+# Two products of a 4-bit and an 8-bit number fit into int16, so the saturating pmaddubsw is exact.
+_MADD4 = [
+    "%p{h} = call <16 x i16> @llvm.x86.avx2.pmadd.ub.sw(<32 x i8> %w{h}, <32 x i8> %a)",
+    "%s{h} = call <8 x i32> @llvm.x86.avx2.pmadd.wd(<16 x i16> %p{h}, <16 x i16> splat (i16 1))",
+    "%r{h} = add <8 x i32> %acc{h}, %s{h}",
+]
+
+# An 8-bit weight is multiplied as two 4-bit halves; the second pmaddwd weighs the upper one by 16.
+_MADD8 = [
+    "%lo{h} = and <32 x i8> %w{h}, splat (i8 15)",
+    "%hi{h} = lshr <32 x i8> %w{h}, splat (i8 4)",
+    "%p{h} = call <16 x i16> @llvm.x86.avx2.pmadd.ub.sw(<32 x i8> %lo{h}, <32 x i8> %a)",
+    "%q{h} = call <16 x i16> @llvm.x86.avx2.pmadd.ub.sw(<32 x i8> %hi{h}, <32 x i8> %a)",
+    "%s{h} = call <8 x i32> @llvm.x86.avx2.pmadd.wd(<16 x i16> %p{h}, <16 x i16> splat (i16 1))",
+    "%t{h} = call <8 x i32> @llvm.x86.avx2.pmadd.wd(<16 x i16> %q{h}, <16 x i16> splat (i16 16))",
+    "%u{h} = add <8 x i32> %acc{h}, %s{h}",
+    "%r{h} = add <8 x i32> %u{h}, %t{h}",
+]
+
+
+def _plain_dot(name: str) -> str:
+    lines = [
+        f"{_DEFINE} {_I} @{name}({_I} %acc, <64 x i8> %w, i32 %x) alwaysinline {{",
+        "  %xv = insertelement <16 x i32> poison, i32 %x, i64 0",
+        "  %xs = shufflevector <16 x i32> %xv, <16 x i32> poison, <16 x i32> zeroinitializer",
+        "  %ww = bitcast <64 x i8> %w to <16 x i32>",
+    ]
+    value = "%acc"
+    for j in range(4):
+        lines += [
+            f"  %wl{j} = lshr {_I} %ww, splat (i32 {8 * j})",
+            f"  %w{j} = and {_I} %wl{j}, splat (i32 255)",
+            f"  %xl{j} = shl {_I} %xs, splat (i32 {24 - 8 * j})",
+            f"  %x{j} = ashr {_I} %xl{j}, splat (i32 24)",
+            # At most 8 bits by 8 bits: 16-bit products, which LLVM then does with pmaddwd.
+            f"  %p{j} = mul nsw {_I} %w{j}, %x{j}",
+            f"  %s{j} = add {_I} {value}, %p{j}",
+        ]
+        value = f"%s{j}"
+    return "\n".join([*lines, f"  ret {_I} {value}", "}"])
+
+
+def _dots(isa: Isa) -> list[str]:
+    names = ("llmc_dot4", "llmc_dot8")
+    match isa.dot:
+        case "vnni512":
+            declaration, _, body = _VNNI512.partition("\n")
+            return [declaration, *(body.replace("NAME", name) for name in names)]
+        case "vnni256":
+            declaration = "declare <8 x i32> @llvm.x86.avx512.vpdpbusd.256(<8 x i32>, <32 x i8>, <32 x i8>)"
+            return [declaration, *(_split_dot(name, _VNNI256) for name in names)]
+        case "maddubs":
+            return [_MADD_DECLARATIONS, _split_dot(names[0], _MADD4), _split_dot(names[1], _MADD8)]
+        case _:
+            return [_plain_dot(name) for name in names]
+
+
+@cache
+def library(isa_name: str) -> str:
+    """LLVM IR text of all functions for a level."""
+    isa = get_isa(isa_name)
+    halves = _HALF_HARDWARE if isa.half else _HALF_PLAIN
+    return "\n".join([*_fma(isa), *_reductions(), _round(), halves, *_dots(isa)])

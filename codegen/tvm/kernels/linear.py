@@ -1,0 +1,139 @@
+"""`linear` with float weights.
+
+Each output is one chain of fused multiply-adds over k, from 0 to K-1, whatever block of rows it is computed in: the
+bits of a row do not depend on how many rows there are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from tvm.script.ir_builder import tirx as T
+
+from .builder import (
+    LANES,
+    Buffer,
+    Expr,
+    Kernel,
+    f32s,
+    fma,
+    for_each,
+    let,
+    load_float,
+    put,
+    put1,
+    register,
+    row_tiles,
+    splat,
+    vec,
+)
+from .isa import Isa
+from .layout import packed_shape
+
+
+def _tile_sizes(isa: Isa) -> tuple[tuple[int, ...], int]:
+    """Row-tile sizes and 16-column blocks a tile, so that accumulators, weights and one activation fit."""
+    if isa.live_vectors >= 32:
+        return (12, 4, 1), 2
+    return (6, 2, 1) if isa.live_vectors >= 8 else (3, 1), 1
+
+
+def store_block(
+    value: Expr, out: Buffer, row: Expr, block: Expr, n: int, bias: Buffer | None, residual: Buffer | None
+) -> None:
+    """Write 16 outputs of a row, bias and residual added; the last block of an N that 16 does not divide is cut."""
+
+    def whole() -> None:
+        v = value
+        if bias is not None:
+            v = v + vec(bias, block * LANES)
+        if residual is not None:
+            v = v + vec(residual, row, block * LANES)
+        put(out, v, row, block * LANES)
+
+    def cut() -> None:
+        kept = register(value)
+        with T.serial(0, n % LANES) as j:
+            v: Expr = kept[j]
+            if bias is not None:
+                v = v + bias[block * LANES + j]
+            if residual is not None:
+                v = v + residual[row, block * LANES + j]
+            put1(out, v, row, block * LANES + j)
+
+    if n % LANES == 0:
+        whole()
+        return
+    with T.If(block < n // LANES):
+        with T.Then():
+            whole()
+        with T.Else():
+            cut()
+
+
+def for_each_panel(blocks: int, width: int, body: Any) -> None:
+    """Run `body(first_block, block_count)` in parallel over panels of `width` blocks, the last maybe narrower."""
+    panels = -(-blocks // width)
+
+    def panel(p: Expr) -> None:
+        if blocks % width == 0:
+            body(p * width, width)
+            return
+        with T.If(p < blocks // width):
+            with T.Then():
+                body(p * width, width)
+            with T.Else():
+                body(p * width, blocks % width)
+
+    if blocks < width:
+        body(T.int32(0), blocks)
+    else:
+        for_each(panel, panels, parallel=True)
+
+
+def make_linear(
+    *, n: int, k: int, bias: bool = False, residual: bool = False, weight_dtype: str = "float32", isa: str
+) -> Any:
+    """out = x · weightᵀ (+ bias) (+ residual).
+
+    x float32 [T, k]; weight `weight_dtype` (float32, float16 or bfloat16) packed [ceil(n/16), k, 16]; bias float32 [n];
+    residual float32 [T, n]; out float32 [T, n].
+    """
+    kernel = Kernel("linear", isa)
+    sizes, width = _tile_sizes(kernel.isa)
+    with kernel:
+        tokens = kernel.symbol("T")
+        x = kernel.argument("x", (tokens, k), "float32")
+        weight = kernel.argument("weight", packed_shape(n, k), weight_dtype)
+        b = kernel.argument("bias", (n,), "float32") if bias else None
+        r = kernel.argument("residual", (tokens, n), "float32") if residual else None
+        out = kernel.argument("out", (tokens, n), "float32")
+
+        def panel(first: Expr, count: int) -> None:
+            def tile(row: Expr, rows: int) -> None:
+                acc = [[register(f32s(0)) for _ in range(count)] for _ in range(rows)]
+                with T.serial(0, k) as i:
+                    w = [let(load_float(weight, weight_dtype, first + c, i, 0)) for c in range(count)]
+                    for t in range(rows):
+                        a = let(splat(x[row + t, i]))
+                        for c in range(count):
+                            put(acc[t][c], fma(a, w[c], vec(acc[t][c], 0)), 0)
+                for t in range(rows):
+                    for c in range(count):
+                        store_block(vec(acc[t][c], 0), out, row + t, first + c, n, b, r)
+
+            row_tiles(tokens, sizes, tile)
+
+        with kernel.body():
+            for_each_panel(packed_shape(n, k)[0], width, panel)
+    return kernel.function
+
+
+def reference_linear(
+    x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None, residual: np.ndarray | None = None
+) -> np.ndarray:
+    """x [T, k], weight [n, k] unpacked → float64 [T, n]."""
+    out = x.astype(np.float64) @ weight.astype(np.float64).T
+    out = out if bias is None else out + bias
+    return out if residual is None else out + residual
