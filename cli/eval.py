@@ -12,6 +12,8 @@ from .output import emit, facts, json_option
 from .progress import Progress
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ..codegen.artifact import Artifact
     from ..runtime.tokenizer import Tokenizer
 
@@ -58,23 +60,10 @@ def command(
     """
     from ..codegen.artifact import Artifact
     from ..runtime.executor import open_executor
-    from .scoring import WindowRunner, cut, score
+    from .scoring import WindowRunner, score
 
     opened = [Artifact.open(path) for path in (artifact, against) if path is not None]
-    tokenizers = [_tokenizer(one) for one in opened]
-    _check_window(opened, window)
-    content = _read(text)
-    ids = tokenizers[0].encode(content, add_special_tokens=False)
-    if len(tokenizers) > 1 and tokenizers[1].encode(content, add_special_tokens=False) != ids:
-        raise InputError(
-            f"{artifact} and {against} turn {text} into different tokens",
-            remedy="compare artifacts of one model",
-        )
-    pieces = cut(ids, window=window, count=windows, bos=_bos(opened[0], tokenizers[0]))
-    if not pieces:
-        raise InputError(
-            f"{text} has {len(ids)} tokens, less than a window of {window}", remedy="pass a smaller --window"
-        )
+    pieces = _windows(opened, text, window, windows)
     runners = [WindowRunner(open_executor(one, target, threads=threads), window) for one in opened]
     with Progress() as progress:
         total = score(pieces, *runners, progress=progress)
@@ -86,6 +75,36 @@ def command(
         **total.result(against=against is not None),
     }
     emit(result, as_json=as_json, text=_text(result))
+
+
+def windows(artifact: Path, text: Path, *, window: int, count: int | None) -> list[np.ndarray]:
+    """The windows of token ids, int32, that the command scores; at most `count` of them.
+
+    Raises InputError where the artifact predicts no tokens, or the text does not fill one window.
+    """
+    from ..codegen.artifact import Artifact
+
+    return _windows([Artifact.open(artifact, verify="size")], text, window, count)
+
+
+def _windows(artifacts: list[Artifact], text: Path, window: int, count: int | None) -> list[np.ndarray]:
+    from .scoring import cut
+
+    _check_window(artifacts, window)
+    tokenizers = [_tokenizer(one) for one in artifacts]
+    content = _read(text)
+    ids = tokenizers[0].encode(content, add_special_tokens=False)
+    if any(other.encode(content, add_special_tokens=False) != ids for other in tokenizers[1:]):
+        names = " and ".join(str(one.root) for one in artifacts)
+        raise InputError(
+            f"{names} turn {text} into different tokens", remedy="compare artifacts of one model"
+        )
+    pieces = cut(ids, window=window, count=count, bos=_bos(artifacts[0], tokenizers[0]))
+    if not pieces:
+        raise InputError(
+            f"{text} has {len(ids)} tokens, less than a window of {window}", remedy="pass a smaller --window"
+        )
+    return pieces
 
 
 def _tokenizer(artifact: Artifact) -> Tokenizer:

@@ -1,5 +1,5 @@
-"""Speeds of an engine: prefill, decode, and many requests at once. Prompts are random ids, never seen before, so
-that the prefix cache has no part in any figure.
+"""Speeds of an engine: prefill, decode, and many requests at once. Prompts are random ids, never seen
+before, so that the prefix cache has no part in any figure.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def speeds(
 ) -> dict[str, Any]:
     """Medians over `repeat` runs: `prefill_tok_s`, `decode_tok_s` and `batch`.
 
-    `between(what, tokens)` is called after each repetition of "prefill" and "decode": the place where a peer is
-    measured under the same conditions.
+    `between(what, tokens)` is called after each repetition of "prefill" and "decode": the place where a
+    peer is measured under the same conditions.
     """
     prompts = Prompts(engine.facts.vocab_size)
     prefill_seconds(engine, prompts.take(prompt_tokens))  # first touch of weights and cache

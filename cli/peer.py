@@ -1,8 +1,8 @@
 """transformers in bfloat16, measured on request from a process of its own.
 
 `llmc bench --against-transformers` starts it: torch's threads then share nothing with ours, and the runtime's
-process stays without torch. One JSON line in, `{"do": "prefill" | "decode", "tokens": N}`; one out, `{"seconds": S}`
-(of the prompt, or of one token).
+process stays without torch. One JSON line in, `{"do": "prefill" | "decode", "tokens": N}`; one out,
+`{"seconds": S}` (of the prompt, or of one token).
 """
 
 from __future__ import annotations
@@ -23,14 +23,17 @@ class Peer:
 
     def __init__(self, source: str, threads: int) -> None:
         command = [sys.executable, "-m", "llmc.cli.peer", source, str(threads)]
-        self._errors = tempfile.TemporaryFile("w+")  # a pipe that nobody reads would fill and stop the process
+        # Not a pipe: one that nobody reads would fill and stop the process.
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed in __exit__)
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
         )
         self._answer()  # the model is loaded
 
     def seconds(self, what: str, tokens: int) -> float:
-        """Seconds of a prompt of `tokens` tokens ("prefill"), or of one of `tokens` tokens after it ("decode")."""
+        """Seconds of a prompt of `tokens` tokens ("prefill"), or of one of `tokens` tokens after it
+        ("decode").
+        """
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({"do": what, "tokens": tokens}) + "\n")
         self._process.stdin.flush()
@@ -43,7 +46,9 @@ class Peer:
             self._process.communicate()
             self._errors.seek(0)
             last = self._errors.read().strip().splitlines()[-1:] or ["no reason given"]
-            raise LlmcError(f"transformers could not be measured: {last[0]}", remedy="pip install 'llmc[compile]'")
+            raise LlmcError(
+                f"transformers could not be measured: {last[0]}", remedy="pip install 'llmc[compile]'"
+            )
         return json.loads(line)
 
     def __enter__(self) -> Peer:
@@ -58,10 +63,10 @@ class Peer:
 
 
 def load_transformers(source: str, dtype: str) -> Any:
-    """The transformers model of a source, whole in memory, in "bfloat16" or "float32"; GGUF weights dequantized.
+    """The transformers model of a source, whole in memory, in "bfloat16" or "float32"; GGUF is dequantized.
 
-    transformers itself reads GGUF files only with a further package (accelerate); our lazy weights carry the names
-    of its parameters already.
+    transformers itself reads GGUF files only with a further package (accelerate); our lazy weights carry
+    the names of its parameters already.
     """
     import torch
 
@@ -70,7 +75,10 @@ def load_transformers(source: str, dtype: str) -> Any:
     opened = open_source(source)
     model: Any = opened.build_model()
     kind = getattr(torch, dtype)
-    state = {name: torch.from_numpy(tensor.read().astype("float32")).to(kind) for name, tensor in opened.weights.items()}
+    state = {
+        name: torch.from_numpy(tensor.read().astype("float32")).to(kind)
+        for name, tensor in opened.weights.items()
+    }
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     return model.eval()
@@ -114,7 +122,9 @@ def _serve(source: str, threads: int) -> None:
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         order = json.loads(line)
-        seconds = model.prefill(order["tokens"])[0] if order["do"] == "prefill" else model.decode(order["tokens"])
+        seconds = (
+            model.prefill(order["tokens"])[0] if order["do"] == "prefill" else model.decode(order["tokens"])
+        )
         print(json.dumps({"seconds": seconds}), flush=True)
 
 

@@ -1,0 +1,40 @@
+"""Runs llmc commands as a person would, and takes their JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+SCRATCH = Path(".bench")
+
+
+def llmc(*words: str | Path) -> dict[str, Any]:
+    """The JSON object that a command prints; ends this program where the command fails."""
+    command = [sys.executable, "-m", "llmc.cli.main", *map(str, words), "--json"]
+    print(f"$ llmc {' '.join(map(str, words))}", file=sys.stderr, flush=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.returncode)
+    return json.loads(done.stdout)
+
+
+def shared_data() -> Path:
+    """The folder of public texts and traces; ends this program where there is none."""
+    root = Path(__file__).resolve().parent.parent
+    folder = Path(os.environ.get("LLMC_SHARED_DATA") or root.parent / "shared" / "data")
+    if not folder.is_dir():
+        sys.exit(f"error: no shared data at {folder}; set LLMC_SHARED_DATA")
+    return folder
+
+
+def machine() -> str:
+    """Processor and versions, for the line above a table of numbers."""
+    report = llmc("doctor")
+    names = {"apache-tvm", "onnxruntime", "torch", "transformers"}
+    versions = ", ".join(f"{p['name']} {p['installed']}" for p in report["packages"] if p["name"] in names)
+    cpu = report["cpu"]
+    return f"{cpu['model']}, {cpu['threads_used']} threads, {cpu['isa']}; llmc {report['llmc']}, {versions}"
