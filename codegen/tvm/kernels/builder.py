@@ -18,6 +18,8 @@ from .intrinsics import library
 from .isa import Isa, get_isa
 
 LANES = 16
+SERIAL_ELEMENTS = 8192
+"""Elementwise work below which a parallel region does not pay."""
 Expr = Any
 Buffer = Any
 Shape = Sequence[Any]
@@ -187,3 +189,15 @@ def row_tiles(rows: Expr, sizes: Sequence[int], tile: Callable[[Expr, int], None
         if size > 1:
             first = let(first + count * size)
             rest = let(rest - count * size)
+
+
+def for_each_row(rows: Expr, cost: int, body: Callable[[Any], None]) -> None:
+    """Rows in parallel, or in the calling thread where waking the others costs more than they would do.
+
+    `cost`: elements touched a row.
+    """
+    with T.If(rows * T.int32(max(1, cost)) < T.int32(SERIAL_ELEMENTS)):
+        with T.Then(), T.serial(0, rows) as i:
+            body(i)
+        with T.Else(), T.parallel(0, rows) as i:
+            body(i)

@@ -1,0 +1,281 @@
+"""`quantized_linear`: activations quantized to int8 per token, weights of 4 or 8 bits, integer dot products by groups.
+
+A row's result is, for each output n and with groups g in order:
+
+    acc = 0;  acc = fma(scale[n, g], float(Σ_k a[k] · q[n, k] - zero_point[n, g] · Σ_k a[k]), acc);  out = acc · a_scale
+
+The sums are exact integers, so that the bits of a row depend neither on the number of rows nor on the level (but for
+the rounding of the multiply-add where a level has no fused one).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tvm.script.ir_builder import tirx as T
+
+from .builder import (
+    LANES,
+    Buffer,
+    Expr,
+    Kernel,
+    call,
+    f32s,
+    fma,
+    i32s,
+    let,
+    load_float,
+    put,
+    register,
+    register_i32,
+    row_tiles,
+    splat,
+    vec,
+)
+from .isa import Isa
+from .layout import QuantLayout
+from .linear import for_each_panel, store_block
+
+UNPACK_ROWS = 8
+"""Rows from which on it pays to unpack a panel of 4-bit weights once instead of in every tile."""
+
+
+@dataclass(frozen=True)
+class _Operands:
+    """The buffers of one kernel."""
+
+    layout: QuantLayout
+    a: Buffer
+    sums: Buffer
+    a_scale: Buffer
+    weight: Buffer
+    scale: Buffer
+    zero_point: Buffer | None
+    bias: Buffer | None
+    residual: Buffer | None
+    out: Buffer
+
+    @property
+    def float_correction(self) -> bool:
+        """Whether sums and products of a group are exact in float32 (below 2^24)."""
+        return self.layout.real_group * 127 * ((1 << self.layout.bits) - 1) < 1 << 24
+
+    def word(self, row: Expr, index: Expr) -> Expr:
+        """Activations 4·index … 4·index+3 of a row, as the int32 that a dot product broadcasts."""
+        return T.reinterpret(vec(self.a, row, index * 4, lanes=4), dtype="int32")
+
+    def scales(self, block: Expr, group: Expr) -> Expr:
+        return load_float(self.scale, "float16", block, group, 0)
+
+    def zeros(self, block: Expr, group: Expr) -> Expr:
+        """Zero points of 16 outputs, float32 or int32 as the correction wants them."""
+        kind = "float32x16" if self.float_correction else "int32x16"
+        return T.Cast(kind, vec(self.zero_point, block, group, 0))
+
+
+class _Packed:
+    """Weights read as they lie in memory."""
+
+    def __init__(self, ops: _Operands, first: Expr, count: int) -> None:
+        self.ops, self.first, self.count = ops, first, count
+
+    def words(self, group: Expr, step: Expr) -> list[list[Expr]]:
+        """The vectors of one step: [words a step][block]."""
+        raw = [let(vec(self.ops.weight, self.first + c, group, step, 0, lanes=64)) for c in range(self.count)]
+        if self.ops.layout.bits == 8:
+            return [raw]
+        low = [let(T.bitwise_and(w, T.broadcast(T.uint8(15), 64))) for w in raw]
+        return [low, [let(T.shift_right(w, T.broadcast(T.uint8(4), 64))) for w in raw]]
+
+    def scale(self, group: Expr, c: int) -> Expr:
+        return self.ops.scales(self.first + c, group)
+
+    def zero(self, group: Expr, c: int) -> Expr:
+        return self.ops.zeros(self.first + c, group)
+
+
+class _Unpacked(_Packed):
+    """A panel of 4-bit weights spread to bytes, scales and zero points widened, in memory of this thread."""
+
+    def __init__(self, ops: _Operands, first: Expr, count: int) -> None:
+        super().__init__(ops, first, count)
+        lay = ops.layout
+        self.bytes = T.alloc_buffer((lay.groups, lay.steps, 2, count, 64), "uint8")
+        self.wide = T.alloc_buffer((lay.groups, count, LANES), "float32")
+        self.offset: Buffer = None
+        if ops.zero_point is not None:
+            kind = "float32" if ops.float_correction else "int32"
+            self.offset = T.alloc_buffer((lay.groups, count, LANES), kind)
+        with T.serial(0, lay.groups) as g:
+            for c in range(count):
+                put(self.wide, super().scale(g, c), g, c, 0)
+                if self.offset is not None:
+                    put(self.offset, super().zero(g, c), g, c, 0)
+            with T.serial(0, lay.steps) as s:
+                for half, blocks in enumerate(super().words(g, s)):
+                    for c, w in enumerate(blocks):
+                        put(self.bytes, w, g, s, half, c, 0, lanes=64)
+
+    def words(self, group: Expr, step: Expr) -> list[list[Expr]]:
+        return [
+            [let(vec(self.bytes, group, step, half, c, 0, lanes=64)) for c in range(self.count)]
+            for half in range(2)
+        ]
+
+    def scale(self, group: Expr, c: int) -> Expr:
+        return vec(self.wide, group, c, 0)
+
+    def zero(self, group: Expr, c: int) -> Expr:
+        return vec(self.offset, group, c, 0)
+
+
+def _tile_sizes(isa: Isa) -> tuple[Sequence[int], Sequence[int], int]:
+    """Row-tile sizes for unpacked and for packed panels, and 16-column blocks of a panel."""
+    if isa.live_vectors >= 32:
+        return (6, 2, 1), (4, 2, 1), 2
+    if isa.live_vectors >= 8:
+        return (3, 1), (2, 1), 1
+    return (2, 1), (1,), 1
+
+
+def _multiply(ops: _Operands, row: Expr, rows: int, panel: _Packed) -> None:
+    """One tile: `rows` tokens by the panel's blocks."""
+    lay, count = ops.layout, panel.count
+    words_a_step = 8 // lay.bits
+    dot = f"llmc_dot{lay.bits}"
+    acc = [[register(f32s(0)) for _ in range(count)] for _ in range(rows)]
+    with T.serial(0, lay.groups) as g:
+        total = _start(ops, row, rows, count, g)
+
+        def step(s: Expr) -> None:
+            for half, weights in enumerate(panel.words(g, s)):
+                for t in range(rows):
+                    a = let(ops.word(row + t, (g * lay.steps + s) * words_a_step + half))
+                    for c in range(count):
+                        put(total[t][c], call("int32x16", dot, vec(total[t][c], 0), weights[c], a), 0)
+
+        if lay.steps <= 8:
+            for s in range(lay.steps):
+                step(s)
+        else:
+            with T.serial(0, lay.steps) as s:
+                step(s)
+        _finish_group(ops, row, panel, g, total, acc)
+    for t in range(rows):
+        factor = let(splat(ops.a_scale[row + t]))
+        for c in range(count):
+            _store(ops, row + t, panel.first + c, vec(acc[t][c], 0), factor)
+
+
+def _start(ops: _Operands, row: Expr, rows: int, count: int, group: Expr) -> list[list[Buffer]]:
+    """Integer accumulators; a constant zero point's correction is where they start."""
+    constant = 1 << (ops.layout.bits - 1)
+    total: list[list[Buffer]] = []
+    for t in range(rows):
+        initial = i32s(0)
+        if ops.zero_point is None:
+            initial = let(splat(ops.sums[row + t, group] * T.int32(-constant)))
+        total.append([register_i32(initial) for _ in range(count)])
+    return total
+
+
+def _finish_group(
+    ops: _Operands, row: Expr, panel: _Packed, group: Expr, total: list[list[Buffer]], acc: list[list[Buffer]]
+) -> None:
+    """acc += scale · float(total - zero_point · sum)."""
+    scale = [let(panel.scale(group, c)) for c in range(panel.count)]
+    zero = [let(panel.zero(group, c)) for c in range(panel.count)] if ops.zero_point is not None else None
+    for t, row_total in enumerate(total):
+        sum_ = ops.sums[row + t, group]
+        for c, cell in enumerate(row_total):
+            value: Expr = T.Cast("float32x16", vec(cell, 0))
+            if zero is not None and ops.float_correction:
+                minus = let(splat(T.float32(0) - T.Cast("float32", sum_)))
+                value = fma(zero[c], minus, value)
+            elif zero is not None:
+                value = T.Cast("float32x16", vec(cell, 0) - zero[c] * splat(sum_))
+            put(acc[t][c], fma(scale[c], value, vec(acc[t][c], 0)), 0)
+
+
+def _store(ops: _Operands, row: Expr, block: Expr, value: Expr, factor: Expr) -> None:
+    """Write 16 outputs: acc · a_scale, then bias and residual."""
+    # The product and what is added are rounded separately: written as one expression, LLVM might fuse them in one tile
+    # and not in another. A fused multiply-add with 0 is a rounded product that nothing fuses with.
+    store_block(let(fma(value, factor, f32s(0))), ops.out, row, block, ops.layout.n, ops.bias, ops.residual)
+
+
+def make_quantized_linear(
+    *,
+    n: int,
+    k: int,
+    bits: int,
+    group_size: int,
+    zero_point: bool,
+    bias: bool = False,
+    residual: bool = False,
+    isa: str,
+) -> Any:
+    """out = a_scale · Σ_g scale · (a · q - zero_point · sums) (+ bias) (+ residual).
+
+    With L = QuantLayout(n, k, bits, group_size): a int8 [T, L.k_padded], sums int32 [T, L.groups] and a_scale
+    float32 [T] from `quantize_activation`; weight uint8 L.weight_shape; scale float16 L.scale_shape; zero_point uint8
+    L.scale_shape, or absent and 2^(bits-1); bias float32 [n]; residual and out float32 [T, n].
+    """
+    kernel = Kernel("quantized_linear", isa)
+    lay = QuantLayout(n, k, bits, group_size)
+    unpacked_sizes, packed_sizes, width = _tile_sizes(kernel.isa)
+    with kernel:
+        tokens = kernel.symbol("T")
+        ops = _Operands(
+            lay,
+            kernel.argument("a", (tokens, lay.k_padded), "int8"),
+            kernel.argument("sums", (tokens, lay.groups), "int32"),
+            kernel.argument("a_scale", (tokens,), "float32"),
+            kernel.argument("weight", lay.weight_shape, "uint8"),
+            kernel.argument("scale", lay.scale_shape, "float16"),
+            kernel.argument("zero_point", lay.scale_shape, "uint8") if zero_point else None,
+            kernel.argument("bias", (n,), "float32") if bias else None,
+            kernel.argument("residual", (tokens, n), "float32") if residual else None,
+            kernel.argument("out", (tokens, n), "float32"),
+        )
+
+        def direct(first: Expr, count: int) -> None:
+            panel = _Packed(ops, first, count)
+            row_tiles(tokens, packed_sizes, lambda row, rows: _multiply(ops, row, rows, panel))
+
+        def unpacked(first: Expr, count: int) -> None:
+            panel = _Unpacked(ops, first, count)
+            row_tiles(tokens, unpacked_sizes, lambda row, rows: _multiply(ops, row, rows, panel))
+
+        with kernel.body():
+            if bits == 8:
+                for_each_panel(lay.blocks, width, direct)
+            else:
+                with T.If(tokens < UNPACK_ROWS):
+                    with T.Then():
+                        for_each_panel(lay.blocks, width, direct)
+                    with T.Else():
+                        for_each_panel(lay.blocks, width, unpacked)
+    return kernel.function
+
+
+def reference_quantized_linear(
+    layout: QuantLayout,
+    a: np.ndarray,
+    sums: np.ndarray,
+    a_scale: np.ndarray,
+    q: np.ndarray,
+    scale: np.ndarray,
+    zero_point: np.ndarray | None,
+) -> np.ndarray:
+    """float64 [T, n] from unpacked q uint8 [n, k], scale [n, groups], zero_point [n, groups] and padded activations."""
+    out = np.zeros((a.shape[0], q.shape[0]))
+    for g in range(layout.groups):
+        columns = q[:, g * layout.real_group : (g + 1) * layout.real_group].astype(np.int64)
+        part = a[:, g * layout.group : g * layout.group + columns.shape[1]].astype(np.int64)
+        zero = 1 << (layout.bits - 1) if zero_point is None else zero_point[None, :, g].astype(np.int64)
+        out += (part @ columns.T - zero * sums[:, g, None]) * scale[None, :, g].astype(np.float64)
+    return out * a_scale[:, None]
