@@ -1,9 +1,8 @@
 """Checkpoint names → model parameters, by transformers' own conversion tables, without loading anything.
 
-`from_pretrained` renames tensors (legacy gamma/beta, a missing or superfluous base-model prefix) and converts some
-(experts merged, a fused QKV split). The same tables are applied here to names only; a tensor that needs a conversion
-becomes a lazy one that runs it when read.
-"""
+`from_pretrained` renames tensors (legacy gamma/beta, a missing or superfluous base-model prefix) and converts
+some (experts merged, a fused QKV split). The same tables are applied here to names only; a tensor that needs
+a conversion becomes a lazy one that runs it when read."""
 
 from __future__ import annotations
 
@@ -32,7 +31,12 @@ def apply_conversions(
         tensors: the checkpoint's, by its names.
         mapping: transformers' renamings and converters, in order.
     """
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
 
     state: dict[str, Any] = model.state_dict()
     prefix = model.base_model_prefix
@@ -45,7 +49,9 @@ def apply_conversions(
     for name in sorted(tensors, key=dot_natural_key):
         renamed, pattern = rename_source_key(name, renamings, converters, prefix, state)
         if renamed not in state and name in state:
-            renamed, pattern = rename_source_key(name, [], [], base_model_prefix=prefix, meta_state_dict=state)
+            renamed, pattern = rename_source_key(
+                name, [], [], base_model_prefix=prefix, meta_state_dict=state
+            )
         if renamed not in state:
             unexpected.append(name)
         elif pattern is not None:
@@ -64,7 +70,11 @@ def apply_conversions(
 
 
 def _converted(
-    model: Any, state: Mapping[str, Any], first_target: str, converter: Any, groups: dict[str, list[LazyTensor]]
+    model: Any,
+    state: Mapping[str, Any],
+    first_target: str,
+    converter: Any,
+    groups: dict[str, list[LazyTensor]],
 ) -> dict[str, LazyTensor]:
     """The lazy tensors that one converter makes of its sources: one, or several where it splits."""
     from transformers.core_model_loading import MergeModulelist
@@ -78,7 +88,9 @@ def _converted(
         if target not in state:
             continue
 
-        def convert(parts: Mapping[str, Sequence[np.ndarray[Any, Any]]], target: str = target) -> np.ndarray[Any, Any]:
+        def convert(
+            parts: Mapping[str, Sequence[np.ndarray[Any, Any]]], target: str = target
+        ) -> np.ndarray[Any, Any]:
             one = deepcopy(converter)  # a converter collects its tensors in itself
             for pattern, arrays in parts.items():
                 one.collected_tensors[pattern] = [to_torch(array) for array in arrays]
@@ -103,7 +115,9 @@ def complete(model: Any, weights: dict[str, LazyTensor], origin: str) -> dict[st
             weights[target] = weights[source]
         elif source not in weights and target in weights:
             weights[source] = weights[target]
-    ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
+    ignored = [
+        re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    ]
     missing = [
         name for name, _ in model.named_parameters()
         if name not in weights and not any(pattern.search(name) for pattern in ignored)

@@ -1,16 +1,17 @@
-"""A strict reader of GGUF headers: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2 and 3).
+"""A strict reader of GGUF headers: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2 and
+3).
 
-GGUF files come from strangers, and every number in the header is theirs: counts, string lengths, dimensions, offsets.
-Each is checked against what the file can hold before anything is allocated, read or mapped for it, so that no claim
-costs more than the bytes which back it. Only little-endian files are read.
-"""
+GGUF files come from strangers, and every number in the header is theirs: counts, string lengths, dimensions,
+offsets. Each is checked against what the file can hold before anything is allocated, read or mapped for it,
+so that no claim costs more than the bytes which back it. Only little-endian files are read."""
 
 from __future__ import annotations
 
 import math
 import os
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -68,7 +69,9 @@ class GGUFFile:
         """`general.architecture`; InputError where the file does not say it."""
         value = self.metadata.get("general.architecture")
         if not isinstance(value, str) or not value:
-            raise InputError(f"{self.path.name} has no general.architecture", remedy="use a GGUF file of a model")
+            raise InputError(
+                f"{self.path.name} has no general.architecture", remedy="use a GGUF file of a model"
+            )
         return value
 
 
@@ -84,7 +87,9 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
         with open(path, "rb", buffering=1 << 18) as file:
             return _Reader(path, size, file).read()
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}", remedy="check the path and its permissions") from None
+        raise InputError(
+            f"cannot read {path}: {error.strerror}", remedy="check the path and its permissions"
+        ) from None
 
 
 class _Reader:
@@ -105,7 +110,9 @@ class _Reader:
 
     def take(self, count: int, what: str) -> bytes:
         if count > self.left:
-            raise self.fail(f"{what} needs {count} bytes, the file has {self.left} left: it is truncated or damaged")
+            raise self.fail(
+                f"{what} needs {count} bytes, the file has {self.left} left: it is truncated or damaged"
+            )
         data = self.file.read(count)
         if len(data) != count:
             raise self.fail(f"the file became shorter while {what} was read")
@@ -127,7 +134,9 @@ class _Reader:
     def read(self) -> GGUFFile:
         magic = self.take(4, "the magic") if self.size >= 4 else b""
         if magic != MAGIC:
-            raise InputError(f"{self.path.name} is no GGUF file: it starts with {magic!r}", remedy="give a GGUF file")
+            raise InputError(
+                f"{self.path.name} is no GGUF file: it starts with {magic!r}", remedy="give a GGUF file"
+            )
         version = self.number("<I", "the version")
         if version not in VERSIONS:
             swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
@@ -138,7 +147,8 @@ class _Reader:
             )
         num_tensors = self.number("<Q", "the tensor count")
         num_keys = self.number("<Q", "the key count")
-        # The smallest entries: a key of 1 byte with a 1-byte value; a tensor with a 1-byte name and 1 dimension.
+        # The smallest entries: a key of 1 byte with a 1-byte value; a tensor with a 1-byte name and 1
+        # dimension.
         if num_keys * 14 > self.left or num_tensors * 33 > self.left:
             raise self.fail(f"{num_keys} keys and {num_tensors} tensors cannot fit into {self.size} bytes")
         metadata: dict[str, Any] = {}
@@ -182,7 +192,12 @@ class _Reader:
 
     def tensors(self, count: int, metadata: dict[str, Any]) -> dict[str, GGUFTensorInfo]:
         alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
-        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1) or alignment > 1 << 20:
+        if (
+            not isinstance(alignment, int)
+            or alignment < 1
+            or alignment & (alignment - 1)
+            or alignment > 1 << 20
+        ):
             raise self.fail(f"general.alignment is {alignment!r}, not a power of two")
         relative = [self.tensor(index) for index in range(count)]
         start = -(-self.position // alignment) * alignment
@@ -191,14 +206,16 @@ class _Reader:
             if info.name in tensors:
                 raise self.fail(f"tensor {info.name!r} occurs twice")
             if info.offset % alignment:
-                raise self.fail(f"tensor {info.name!r} starts at {info.offset}, which is not aligned to {alignment}")
+                raise self.fail(
+                    f"tensor {info.name!r} starts at {info.offset}, which is not aligned to {alignment}"
+                )
             begin = start + info.offset
             if begin + info.nbytes > self.size:
                 raise self.fail(
                     f"tensor {info.name!r} ends at byte {begin + info.nbytes}, the file has {self.size}: "
                     "it is truncated or damaged"
                 )
-            tensors[info.name] = GGUFTensorInfo(**{**info.__dict__, "offset": begin})
+            tensors[info.name] = replace(info, offset=begin)
         self.check_overlap(tensors)
         return tensors
 
@@ -214,7 +231,9 @@ class _Reader:
         type_id = self.number("<I", f"the type of tensor {name!r}")
         ggml_type, block_size, type_size = self.block_type(name, type_id)
         if dims[0] % block_size:
-            raise self.fail(f"tensor {name!r}: rows of {dims[0]} are no whole {ggml_type} blocks of {block_size}")
+            raise self.fail(
+                f"tensor {name!r}: rows of {dims[0]} are no whole {ggml_type} blocks of {block_size}"
+            )
         offset = self.number("<Q", f"the offset of tensor {name!r}")
         if offset > self.size:
             raise self.fail(f"tensor {name!r} starts at byte {offset}, the file has {self.size}")
@@ -232,6 +251,6 @@ class _Reader:
 
     def check_overlap(self, tensors: dict[str, GGUFTensorInfo]) -> None:
         ordered = sorted(tensors.values(), key=lambda info: info.offset)
-        for before, after in zip(ordered, ordered[1:], strict=False):
+        for before, after in pairwise(ordered):
             if before.offset + before.nbytes > after.offset:
                 raise self.fail(f"tensors {before.name!r} and {after.name!r} overlap")

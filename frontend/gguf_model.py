@@ -1,15 +1,15 @@
 """A GGUF file as a transformers model: configuration, parameter names, tensor conversions.
 
-All three come from transformers' own GGUF support; this file feeds it a header that `gguf.py` has checked and applies
-its conversions to lazy tensors, one at a time. What transformers would silently leave out (rope frequency factors,
-scaling, soft-caps, tensors without a place) is applied here or refused, because the file would run wrong without it.
-"""
+All three come from transformers' own GGUF support; this file feeds it a header that `gguf.py` has checked and
+applies its conversions to lazy tensors, one at a time. What transformers would silently leave out (rope
+frequency factors, scaling, soft-caps, tensors without a place) is applied here or refused, because the file
+would run wrong without it."""
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final, NamedTuple
 
@@ -27,8 +27,8 @@ _PATCHING = threading.Lock()  # the reader class below is swapped in a module th
 # Texts that end a turn or a document, where a file marks them as control tokens: llama.cpp's list
 # (llama-vocab.cpp, "special_eog_ids"), since a GGUF names one end token and chat models use several.
 _END_TEXTS: Final = frozenset(
-    {"<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>", "<EOT>",
-     "<|END_OF_TURN_TOKEN|>", "<end_of_utterance>", "<turn|>"}
+    {"<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>",
+     "<|eom_id|>", "<EOT>", "<|END_OF_TURN_TOKEN|>", "<end_of_utterance>", "<turn|>"}
 )  # fmt: skip
 
 
@@ -77,7 +77,7 @@ def _field(value: Any) -> _Field:
 
 
 @contextmanager
-def _reader_of(file: GGUFFile) -> Iterator[None]:
+def _reader_of(file: GGUFFile) -> Generator[None]:
     import gguf
 
     with _PATCHING:
@@ -92,14 +92,16 @@ def _reader_of(file: GGUFFile) -> Iterator[None]:
 def read_config(file: GGUFFile) -> Any:
     """The transformers configuration that the metadata describes.
 
-    Raises InputError for an architecture that transformers cannot take from GGUF, or metadata that it refuses.
-    """
-    from transformers.integrations.gguf import GGUF_CONFIG_ARCHS, get_gguf_config
+    Raises InputError for an architecture that transformers cannot take from GGUF, or metadata that it
+    refuses."""
+    from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS, get_gguf_config
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if int(file.metadata.get("split.count", 0) or 0) > 1:
-        raise InputError(f"{file.path.name} is one part of several", remedy="join them with llama-gguf-split --merge")
+        raise InputError(
+            f"{file.path.name} is one part of several", remedy="join them with llama-gguf-split --merge"
+        )
     arch = file.architecture
     logger = logging.getLogger("transformers.modeling_gguf_pytorch_utils")
     level = logger.level
@@ -131,9 +133,14 @@ def read_config(file: GGUFFile) -> Any:
 
 
 def _counted(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Metadata as transformers' newer reader gives it: string arrays as their length, number arrays as lists."""
+    """Metadata as transformers' newer reader gives it: string arrays as their length, number arrays as
+    lists."""
     return {
-        key: len(value) if isinstance(value, list) else value.tolist() if isinstance(value, np.ndarray) else value
+        key: len(value)
+        if isinstance(value, list)
+        else value.tolist()
+        if isinstance(value, np.ndarray)
+        else value
         for key, value in metadata.items()
     }
 
@@ -143,7 +150,9 @@ def _apply_softcaps(file: GGUFFile, config: Any) -> None:
         value = file.metadata.get(f"{file.architecture}.{name}")
         if value:
             if not hasattr(config, name):
-                raise UnsupportedError(f"{file.path.name} sets {name}, which {config.model_type} in transformers lacks")
+                raise UnsupportedError(
+                    f"{file.path.name} sets {name}, which {config.model_type} in transformers lacks"
+                )
             setattr(config, name, float(value))
 
 
@@ -156,7 +165,9 @@ def _apply_rope_scaling(file: GGUFFile, config: Any) -> None:
     if kind == "none" or not factor or not isinstance(parameters, dict):
         return
     if kind not in ("linear", "yarn"):
-        raise UnsupportedError(f"{file.path.name} uses the rope scaling {kind!r}", remedy="give the Hugging Face folder")
+        raise UnsupportedError(
+            f"{file.path.name} uses the rope scaling {kind!r}", remedy="give the Hugging Face folder"
+        )
     target = parameters.get("full_attention", parameters)
     if target.get("rope_type", "default") != "default":
         return  # transformers has read it
@@ -169,8 +180,8 @@ def _apply_rope_scaling(file: GGUFFile, config: Any) -> None:
 def apply_rope_factors(model: Any, tensors: Mapping[str, LazyTensor]) -> None:
     """Divide the rotary frequencies by the factors that a file carries as a tensor (llama 3's scaling).
 
-    llama.cpp stores the scaling as one factor a frequency, `rope_freqs.weight` [head_dim / 2]; transformers drops it.
-    """
+    llama.cpp stores the scaling as one factor a frequency, `rope_freqs.weight` [head_dim / 2]; transformers
+    drops it."""
     if _ROPE_FREQS not in tensors:
         return
     import torch
@@ -183,7 +194,7 @@ def apply_rope_factors(model: Any, tensors: Mapping[str, LazyTensor]) -> None:
             found = True
     if not found:
         raise UnsupportedError(
-            f"{tensors[_ROPE_FREQS].source} holds rope factors, for which {type(model).__name__} has no frequencies",
+            f"{tensors[_ROPE_FREQS].source} holds factors for rotary frequencies, which {type(model).__name__} lacks",
             remedy="give the model as a Hugging Face folder",
         )
 
@@ -191,9 +202,9 @@ def apply_rope_factors(model: Any, tensors: Mapping[str, LazyTensor]) -> None:
 def map_weights(file: GGUFFile, model: Any, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     """Lazy tensors by the model's parameter names.
 
-    Raises UnsupportedError for a tensor that has no place in the model: leaving it out would change the results.
-    """
-    from transformers.integrations.gguf import get_gguf_conversion_mapping, is_gguf_arch_supported
+    Raises UnsupportedError for a tensor that has no place in the model: leaving it out would change the
+        results."""
+    from transformers.integrations.gguf.utils import get_gguf_conversion_mapping, is_gguf_arch_supported
 
     if is_gguf_arch_supported(file.architecture):
         mapping = get_gguf_conversion_mapping(file.architecture, model.config)
@@ -229,7 +240,11 @@ def _processed(
     file: GGUFFile, model: Any, tensors: Mapping[str, LazyTensor]
 ) -> tuple[dict[str, LazyTensor], list[str]]:
     """Names and conversions by transformers' tensor processors, each applied to one lazy tensor."""
-    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+    from transformers.modeling_gguf_pytorch_utils import (
+        TENSOR_PROCESSORS,
+        TensorProcessor,
+        get_gguf_hf_weights_map,
+    )
 
     processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=model.config.to_dict())
     names: dict[str, str] = get_gguf_hf_weights_map(_Names(model), processor)
@@ -246,6 +261,7 @@ def _processed(
     state = model.state_dict()
     weights: dict[str, LazyTensor] = {}
     for target, sources in parts.items():
+
         def run(name: str, array: np.ndarray[Any, Any], target: str = target) -> np.ndarray[Any, Any]:
             return _run_processor(processor, names, name, array, target)
 
@@ -263,7 +279,11 @@ def _processed(
             return to_numpy_array(collected[target])
 
         weights[target] = MergedTensor(
-            target, tuple(state[target].shape), merge, {name: [tensors[name]] for name in sources}, stacks_rows=False
+            target,
+            tuple(state[target].shape),
+            merge,
+            {name: [tensors[name]] for name in sources},
+            stacks_rows=False,
         )
     return weights, unused
 
@@ -287,7 +307,8 @@ def _run_processor(
 
 
 def generation_facts(file: GGUFFile) -> tuple[list[int], int | None, dict[str, float]]:
-    """End-of-generation ids (the first is the file's `eos_token_id`), the begin id, sampling defaults (none in GGUF)."""
+    """End-of-generation ids (the first is the file's `eos_token_id`), the begin id, sampling defaults (none
+    in GGUF)."""
     meta = file.metadata
     ids = [meta[key] for key in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id") if key in meta]
     tokens, types = meta.get("tokenizer.ggml.tokens"), meta.get("tokenizer.ggml.token_type")

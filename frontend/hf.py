@@ -1,8 +1,7 @@
 """Hugging Face folders and hub ids: which files, checked how.
 
-Only configuration, tokenizer and safetensors files are read or downloaded. Code in a repository (`auto_map`, *.py) is
-never executed and pickled weights (*.bin) are never opened.
-"""
+Only configuration, tokenizer and safetensors files are read or downloaded. Code in a repository (`auto_map`,
+*.py) is never executed and pickled weights (*.bin) are never opened."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 from ..ir.errors import InputError, UnsupportedError
 from ..ir.weights import LazyTensor
@@ -22,8 +21,8 @@ _INDEX: Final = "model.safetensors.index.json"
 _REPO_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 _SMALL_FILES: Final = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 _SAMPLING: Final = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -34,12 +33,18 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         size = path.stat().st_size
         if size > MAX_JSON_BYTES:
-            raise InputError(f"{path.name} has {size} bytes, more than a configuration can need", remedy="check the file")
+            raise InputError(
+                f"{path.name} has {size} bytes, more than a configuration can need", remedy="check the file"
+            )
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}", remedy="check the path and its permissions") from None
+        raise InputError(
+            f"cannot read {path}: {error.strerror}", remedy="check the path and its permissions"
+        ) from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path.name} is no valid JSON ({error})", remedy="download the file again") from None
+        raise InputError(
+            f"{path.name} is no valid JSON ({error})", remedy="download the file again"
+        ) from None
     if not isinstance(value, dict):
         raise InputError(f"{path.name} holds no JSON object", remedy="download the file again")
     return value
@@ -51,7 +56,8 @@ def is_repo_id(text: str) -> bool:
 
 
 def download(repo_id: str, *, weights: bool) -> Path:
-    """The folder of a hub repository in the local cache, fetched where needed (`HF_HUB_OFFLINE=1` is respected)."""
+    """The folder of a hub repository in the local cache, fetched where needed (`HF_HUB_OFFLINE=1` is
+    respected)."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
@@ -72,11 +78,13 @@ def download(repo_id: str, *, weights: bool) -> Path:
 def read_config(folder: Path) -> Any:
     """The transformers configuration of a folder. Custom code is never run.
 
-    Raises InputError where config.json is missing, damaged, or names a model type that transformers does not implement.
-    """
+    Raises InputError where config.json is missing, damaged, or names a model type that transformers does not
+    implement."""
     path = folder / "config.json"
     if not path.is_file():
-        raise InputError(f"{folder} has no config.json", remedy="give a Hugging Face model folder or a GGUF file")
+        raise InputError(
+            f"{folder} has no config.json", remedy="give a Hugging Face model folder or a GGUF file"
+        )
     raw = read_json(path)
     model_type = raw.get("model_type")
     if not isinstance(model_type, str):
@@ -91,14 +99,21 @@ def read_config(folder: Path) -> Any:
             remedy="give a model whose architecture transformers implements",
         )
     if "quantization_config" in raw:
-        method = raw["quantization_config"].get("quant_method") if isinstance(raw["quantization_config"], dict) else "?"
+        method = (
+            raw["quantization_config"].get("quant_method")
+            if isinstance(raw["quantization_config"], dict)
+            else "?"
+        )
         raise UnsupportedError(
-            f"{folder.name} is already quantized ({method})", remedy="give the unquantized model or a GGUF file"
+            f"{folder.name} is already quantized ({method})",
+            remedy="give the unquantized model or a GGUF file",
         )
     try:
         return AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers validates each field in its own way
-        raise InputError(f"{path} is refused by transformers: {_line(error)}", remedy="correct the file") from error
+        raise InputError(
+            f"{path} is refused by transformers: {_line(error)}", remedy="correct the file"
+        ) from error
 
 
 def _line(error: Exception) -> str:
@@ -107,17 +122,18 @@ def _line(error: Exception) -> str:
 
 
 def generation_facts(folder: Path, config: Any) -> tuple[list[int], int | None, dict[str, float]]:
-    """End-of-sequence ids, the begin id, and the sampling defaults that the model's makers set (empty: greedy)."""
+    """End-of-sequence ids, the begin id, and the sampling defaults that the model's makers set (empty:
+    greedy)."""
     path = folder / "generation_config.json"
     raw = read_json(path) if path.is_file() else {}
     eos = raw.get("eos_token_id", getattr(config, "eos_token_id", None))
     bos = raw.get("bos_token_id", getattr(config, "bos_token_id", None))
-    eos_ids = [one for one in (eos if isinstance(eos, list) else [eos]) if _is_id(one)]
+    eos_ids: list[int] = [one for one in (eos if isinstance(eos, list) else [eos]) if _is_id(one)]
     sampling = {name: float(raw[name]) for name in _SAMPLING if isinstance(raw.get(name), int | float)}
     return eos_ids, bos if _is_id(bos) else None, sampling if raw.get("do_sample") is True else {}
 
 
-def _is_id(value: Any) -> bool:
+def _is_id(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
@@ -136,7 +152,7 @@ def weight_files(folder: Path) -> list[Path]:
     if pickled:
         raise InputError(
             f"{folder.name} has its weights in {pickled[0]}, a pickle file, which could run code when opened",
-            remedy="convert it to safetensors: model.save_pretrained(folder) in transformers, in an environment you trust",
+            remedy="convert it to safetensors: transformers' save_pretrained does, in an environment you trust",
         )
     raise InputError(f"{folder.name} has neither {_SINGLE} nor {_INDEX}", remedy="download the weights")
 
@@ -147,10 +163,12 @@ def _index(folder: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{_INDEX} in {folder.name} has no weight_map", remedy="download the file again")
     for tensor, name in weight_map.items():
-        plain = isinstance(name, str) and name not in ("", ".", "..") and "\\" not in name and "\0" not in name
+        plain = (
+            isinstance(name, str) and name not in ("", ".", "..") and "\\" not in name and "\0" not in name
+        )
         if not plain or PurePosixPath(name).name != name:
             raise InputError(
-                f"{_INDEX} in {folder.name} places tensor {tensor!r} in {name!r}, which is no file name in the folder",
+                f"{_INDEX} in {folder.name} places tensor {tensor!r} in {name!r}, which is no file of the folder",
                 remedy="do not use this checkpoint: such an index reaches for other files",
             )
         if not name.endswith(".safetensors"):
@@ -172,6 +190,9 @@ def open_weights(folder: Path) -> dict[str, LazyTensor]:
     tensors: dict[str, LazyTensor] = {}
     for name, shard in _index(folder).items():
         if name not in opened[folder / shard]:
-            raise InputError(f"tensor {name!r} is not in {shard}, where {_INDEX} places it", remedy="download the shard again")
+            raise InputError(
+                f"tensor {name!r} is not in {shard}, where {_INDEX} places it",
+                remedy="download the shard again",
+            )
         tensors[name] = opened[folder / shard][name]
     return tensors

@@ -1,8 +1,8 @@
 """A file mapped for reading, which gives its pages back once they were read.
 
-The kernel counts mapped pages that were touched as this process's memory. A compile walks through every weight, so
-without giving them back its peak would hold the whole checkpoint; with `madvise(MADV_DONTNEED)` it holds one chunk.
-"""
+The kernel counts mapped pages that were touched as this process's memory. A compile walks through every
+weight, so without giving them back its peak would hold the whole checkpoint; with `madvise(MADV_DONTNEED)` it
+holds one chunk."""
 
 from __future__ import annotations
 

@@ -1,15 +1,15 @@
 """A strict reader of safetensors files: https://huggingface.co/docs/safetensors (section "Format").
 
-8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, then the data. Everything the
-header claims is checked against the file's size before a byte of data is mapped, so a short file is refused by name
-instead of being read as zeros.
-"""
+8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, then the data.
+Everything the header claims is checked against the file's size before a byte of data is mapped, so a short
+file is refused by name instead of being read as zeros."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -165,6 +165,6 @@ def _check_entry(
 
 def _check_overlap(path: Path, tensors: dict[str, tuple[str, tuple[int, ...], int, int]]) -> None:
     spans = sorted((a, b, name) for name, (_, _, a, b) in tensors.items() if b > a)
-    for (_, end, before), (begin, _, after) in zip(spans, spans[1:], strict=False):
+    for (_, end, before), (begin, _, after) in pairwise(spans):
         if begin < end:
             raise InputError(f"{path.name}: tensors {before!r} and {after!r} overlap", remedy=_AGAIN)

@@ -1,16 +1,15 @@
 """A transformers model without its weights: parameters on the meta device, buffers with their real values.
 
 Tracing needs the modules, their shapes, and the small tensors that are computed rather than loaded (rotary
-frequencies, scales). Building under `torch.device("meta")` would lose those values; building normally would allocate
-and randomly fill every parameter. Here each parameter is replaced by a meta tensor in the moment it is registered, and
-initialisation is switched off, so what is left in memory is the buffers.
-"""
+frequencies, scales). Building under `torch.device("meta")` would lose those values; building normally would
+allocate and randomly fill every parameter. Here each parameter is replaced by a meta tensor in the moment it
+is registered, and initialisation is switched off, so what is left in memory is the buffers."""
 
 from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,9 +26,8 @@ _PATCHING = threading.Lock()  # the patch below is on a class of torch, visible 
 def model_class(config: Any) -> tuple[type[torch.nn.Module], Task]:
     """The transformers class for a configuration, and what it does.
 
-    A class named in `architectures` decides, where transformers knows it as a causal language model or as an encoder;
-    without one the model type does. Raises InputError naming an architecture that is neither.
-    """
+    A class named in `architectures` decides, where transformers knows it as a causal language model or as an
+    encoder; without one the model type does. Raises InputError naming an architecture that is neither."""
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -42,34 +40,43 @@ def model_class(config: Any) -> tuple[type[torch.nn.Module], Task]:
     causal_names = [causal_name] if isinstance(causal_name, str) else list(causal_name or [])
     label = f"{config.model_type} ({', '.join(named) or 'no architectures'})"
     if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedError(f"architecture {label} is an encoder-decoder", remedy="llmc compiles decoders and encoders")
+        raise UnsupportedError(
+            f"architecture {label} is an encoder-decoder", remedy="llmc compiles decoders and encoders"
+        )
     causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING and (
         any(name in causal_names for name in named) or (not named and not _is_encoder(config))
     )
     if causal:
-        cls = MODEL_FOR_CAUSAL_LM_MAPPING[kind]
-        cls = cls[0] if isinstance(cls, tuple) else cls
+        cls = _first(MODEL_FOR_CAUSAL_LM_MAPPING[kind])
         if cls.__name__.endswith("ForConditionalGeneration"):
-            raise UnsupportedError(f"architecture {label} takes more than text", remedy="give its text model alone")
+            raise UnsupportedError(
+                f"architecture {label} takes more than text", remedy="give its text model alone"
+            )
         return cls, "causal_lm"
     if kind in MODEL_MAPPING and (_is_encoder(config) or not named):
-        cls = MODEL_MAPPING[kind]
-        return (cls[0] if isinstance(cls, tuple) else cls), "encoder"
+        return _first(MODEL_MAPPING[kind]), "encoder"
     raise InputError(
         f"unknown architecture {label}: transformers has no causal language model or encoder of that name",
         remedy="give a model whose architecture transformers implements",
     )
 
 
+def _first(entry: Any) -> type[torch.nn.Module]:
+    """Of a mapping's value: a class, or a tuple of alternatives with the usual one first."""
+    return entry[0] if isinstance(entry, tuple) else entry
+
+
 def _is_encoder(config: Any) -> bool:
-    """An encoder is a model that transformers also offers for masked-token prediction and that is not set to decode."""
+    """An encoder is a model that transformers also offers for masked-token prediction and that is not set to
+    decode."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
 
 
 def instantiate(config: Any, attn: str = "sdpa") -> torch.nn.Module:
-    """The model of a configuration in float32, in eval mode, tied as its class ties, without a key/value cache.
+    """The model of a configuration in float32, in eval mode, tied as its class ties, without a key/value
+    cache.
 
     Args:
         attn: transformers' attention implementation, "sdpa" or "eager".
@@ -82,7 +89,9 @@ def instantiate(config: Any, attn: str = "sdpa") -> torch.nn.Module:
         config.use_cache = False
     options: dict[str, Any] = {"attn_implementation": attn}
     if task == "encoder" and "add_pooling_layer" in inspect.signature(cls.__init__).parameters:
-        options["add_pooling_layer"] = False  # the step's output is hidden states; a pooler is often not even saved
+        options["add_pooling_layer"] = (
+            False  # the step's output is hidden states; a pooler is often not even saved
+        )
     try:
         with _meta_parameters(), no_init_weights(), torch.no_grad():
             model = cls._from_config(config, dtype=torch.float32, **options)  # pyright: ignore[reportAttributeAccessIssue]  # every transformers model has it
@@ -98,17 +107,17 @@ def instantiate(config: Any, attn: str = "sdpa") -> torch.nn.Module:
 
 
 @contextmanager
-def _meta_parameters() -> Iterator[None]:
+def _meta_parameters() -> Generator[None]:
     """While this is open, every parameter becomes a meta tensor when a module registers it."""
     import torch
 
     with _PATCHING:
         original = torch.nn.Module.register_parameter
 
-        def register(module: torch.nn.Module, name: str, param: torch.nn.Parameter | None) -> None:
+        def register(self: torch.nn.Module, name: str, param: torch.nn.Parameter | None) -> None:
             if param is not None and param.device.type != "meta":
                 param = torch.nn.Parameter(param.detach().to("meta"), requires_grad=False)
-            original(module, name, param)
+            original(self, name, param)
 
         torch.nn.Module.register_parameter = register
         try:

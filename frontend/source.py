@@ -1,8 +1,7 @@
 """The MODEL argument, opened: a Hugging Face folder, a hub id, a GGUF file, or an `nn.Module`.
 
-Opening reads headers and configuration only. Weights stay on disk as lazy tensors under the names of the transformers
-model's parameters; `build_model` makes the module to trace, without weights in it.
-"""
+Opening reads headers and configuration only. Weights stay on disk as lazy tensors under the names of the
+transformers model's parameters; `build_model` makes the module to trace, without weights in it."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..ir.errors import CompileError, InputError
+from ..ir.errors import InputError
 from ..ir.weights import ArrayTensor, LazyTensor, num_elements
 from . import gguf_model, hf
 from .conversions import apply_conversions, complete, to_numpy_array
@@ -48,6 +47,8 @@ class ModelSource:
         bytes_on_disk: of the weight files.
         generation: end-of-sequence ids and sampling defaults.
         gguf: the checked header of a GGUF file.
+        config_only: opened without its weights.
+        unused_tensors: checkpoint tensors that the model does not take; known once `weights` was asked for.
     """
 
     kind: Literal["hf", "gguf", "module"]
@@ -59,6 +60,7 @@ class ModelSource:
     generation: GenerationFacts
     gguf: GGUFFile | None = None
     module: torch.nn.Module | None = None
+    config_only: bool = False
     unused_tensors: list[str] = field(default_factory=list[str])
 
     @cached_property
@@ -68,7 +70,9 @@ class ModelSource:
             return open_gguf_tensors(self.gguf)
         if self.module is not None:
             state = self.module.state_dict(keep_vars=True)
-            return {name: ArrayTensor(to_numpy_array(one), f"{self.name}:{name}") for name, one in state.items()}
+            return {
+                name: ArrayTensor(to_numpy_array(one), f"{self.name}:{name}") for name, one in state.items()
+            }
         assert self.path is not None
         return hf.open_weights(self.path)
 
@@ -80,18 +84,21 @@ class ModelSource:
         """
         if self.module is not None:
             return self.stored
-        model = instantiate(self.config)
+        model: Any = instantiate(self.config)
         if self.gguf is not None:
             weights = gguf_model.map_weights(self.gguf, model, self.stored)
         else:
             from transformers.conversion_mapping import get_model_conversion_mapping
 
-            weights, self.unused_tensors = apply_conversions(model, self.stored, get_model_conversion_mapping(model))
+            weights, self.unused_tensors = apply_conversions(
+                model, self.stored, get_model_conversion_mapping(model)
+            )
         return complete(model, weights, self.name)
 
     @property
     def quantization_of_source(self) -> str | None:
-        """The block type that holds most of a GGUF file's elements ("Q4_1"); None where weights are plain floats."""
+        """The block type that holds most of a GGUF file's elements ("Q4_1"); None where weights are plain
+        floats."""
         if self.gguf is None:
             return None
         held: Counter[str] = Counter()
@@ -104,7 +111,8 @@ class ModelSource:
         """The module to trace: parameters on the meta device, buffers real, eval mode, float32.
 
         Args:
-            attn: transformers' attention implementation, "sdpa" or "eager". A module from Python is returned as it is.
+            attn: transformers' attention implementation, "sdpa" or "eager". A module from Python is returned
+                as it is.
         """
         if self.module is not None:
             return self.module.eval()
@@ -151,12 +159,21 @@ def _open_file(path: Path) -> ModelSource:
     header = read_gguf(path)
     config = gguf_model.read_config(header)
     if not header.tensors:
-        raise InputError(f"{path.name} holds no tensors (a vocabulary-only file)", remedy="give a file with weights")
+        raise InputError(
+            f"{path.name} holds no tensors (a vocabulary-only file)", remedy="give a file with weights"
+        )
     _, task = model_class(config)
     name = header.metadata.get("general.name")
     facts = GenerationFacts(*gguf_model.generation_facts(header))
     return ModelSource(
-        "gguf", name if isinstance(name, str) and name else path.stem, path, config, task, header.size, facts, header
+        "gguf",
+        name if isinstance(name, str) and name else path.stem,
+        path,
+        config,
+        task,
+        header.size,
+        facts,
+        header,
     )
 
 
@@ -166,7 +183,7 @@ def _open_folder(folder: Path, name: str, config_only: bool) -> ModelSource:
     facts = GenerationFacts(*hf.generation_facts(folder, config))
     files = [] if config_only else hf.weight_files(folder)
     size = sum(path.stat().st_size for path in files)
-    source = ModelSource("hf", name, folder, config, task, size, facts)
+    source = ModelSource("hf", name, folder, config, task, size, facts, config_only=config_only)
     if not config_only:
         _ = source.stored  # headers are checked now: a truncated shard is refused before anything is traced
     return source
@@ -176,7 +193,9 @@ def _open_module(module: Any) -> ModelSource:
     import torch
 
     if not isinstance(module, torch.nn.Module):
-        raise InputError(f"cannot compile a {type(module).__name__}", remedy="give a path, a hub id or an nn.Module")
+        raise InputError(
+            f"cannot compile a {type(module).__name__}", remedy="give a path, a hub id or an nn.Module"
+        )
     config = getattr(module, "config", None)
     task: Task | Literal["function"] = "function"
     facts = GenerationFacts()
@@ -193,17 +212,17 @@ def describe(source: ModelSource) -> dict[str, Any]:
     """Facts for `llmc check` and `llmc inspect`, as JSON values."""
     config = source.config
     text = config.get_text_config() if config is not None else None
-    try:
-        stored = source.stored
-    except CompileError:
-        stored = {}
+    stored = {} if source.config_only else source.stored
     types = Counter(getattr(one, "ggml_type", None) or one.dtype for one in stored.values())
+    parameters = sum(num_elements(one) for one in stored.values())
+    if source.config_only:
+        parameters = sum(param.numel() for param in source.build_model().parameters())
     return {
         "name": source.name,
         "kind": source.kind,
         "task": source.task,
         "architecture": getattr(config, "model_type", None),
-        "parameters": sum(num_elements(one) for one in stored.values()),
+        "parameters": parameters,
         "bytes": source.bytes_on_disk,
         "tensors": len(stored),
         "tensor_types": dict(sorted(types.items())),

@@ -1,10 +1,10 @@
 """Lazy tensors over GGUF files and over transformers' weight conversions.
 
-Safetensors rows come from `safetensors.py`. Here are the tensors that need work on the way: GGUF blocks, dequantized
-a chunk of rows at a time, and tensors that transformers itself would convert while loading (un-permuted q/k
-projections, norms stored as weight + 1, experts merged from many tensors). The conversions are transformers' own
-functions; this file only finds out how little has to be read for the rows that are asked for.
-"""
+Safetensors rows come from `safetensors.py`. Here are the tensors that need work on the way: GGUF blocks,
+dequantized a chunk of rows at a time, and tensors that transformers itself would convert while loading
+(un-permuted q/k projections, norms stored as weight + 1, experts merged from many tensors). The conversions
+are transformers' own functions; this file only finds out how little has to be read for the rows that are
+asked for."""
 
 from __future__ import annotations
 
@@ -99,14 +99,18 @@ def _dequantizable(source: str, ggml_type: str) -> Any:
     known = {*quants._type_traits, GGMLQuantizationType.F32, GGMLQuantizationType.F16}  # pyright: ignore[reportPrivateUsage]  # gguf has no public list
     if kind not in known:
         names = ", ".join(sorted(one.name for one in known))
-        raise InputError(f"{source} has the type {ggml_type}, which cannot be dequantized", remedy=f"use one of {names}")
+        raise InputError(
+            f"{source} has the type {ggml_type}, which cannot be dequantized", remedy=f"use one of {names}"
+        )
     return kind
 
 
 def open_gguf_tensors(file: GGUFFile) -> dict[str, GGUFTensor]:
     """The file's tensors by GGUF name, mapped but not read."""
     if not file.tensors:
-        raise InputError(f"{file.path.name} holds no tensors (a vocabulary-only file)", remedy="give a file with weights")
+        raise InputError(
+            f"{file.path.name} holds no tensors (a vocabulary-only file)", remedy="give a file with weights"
+        )
     mapped = MappedFile(file.path)
     return {name: GGUFTensor(mapped, info) for name, info in file.tensors.items()}
 
@@ -134,7 +138,9 @@ class ReorderedTensor:
             raise CompileError(f"{self.source} is not stored in GGUF blocks")
         return self._pick(self._base.blocks, start, stop)
 
-    def _pick(self, read: Callable[[int, int], np.ndarray[Any, Any]], start: int, stop: int | None) -> np.ndarray[Any, Any]:
+    def _pick(
+        self, read: Callable[[int, int], np.ndarray[Any, Any]], start: int, stop: int | None
+    ) -> np.ndarray[Any, Any]:
         rows = self.order[start:stop]
         if len(rows) == 0:
             return read(0, 0)
@@ -149,9 +155,8 @@ class ReorderedTensor:
 class TransformedTensor:
     """A tensor behind a function of numpy arrays.
 
-    `by_row` says that rows [a:b) of the result come from rows [a:b) of the base alone; otherwise every read reads the
-    whole base.
-    """
+    `by_row` says that rows [a:b) of the result come from rows [a:b) of the base alone; otherwise every read
+    reads the whole base."""
 
     def __init__(self, base: LazyTensor, transform: Transform, by_row: bool) -> None:
         self._base = base
@@ -174,10 +179,9 @@ class TransformedTensor:
 def transformed(base: LazyTensor, transform: Transform) -> LazyTensor:
     """`transform` applied to a tensor, reading as few rows as it allows.
 
-    How the function acts on rows is found by trying it on a probe with the same number of rows and few columns: it may
-    do nothing, only reorder rows (llama's q/k un-permutation), work row by row (a norm stored as weight + 1, an inserted
-    axis), or need the whole tensor (a transpose).
-    """
+    How the function acts on rows is found by trying it on a probe with the same number of rows and few
+        columns: it may do nothing, only reorder rows (llama's q/k un-permutation), work row by row (a norm
+        stored as weight + 1, an inserted axis), or need the whole tensor (a transpose)."""
     rows = base.shape[0]
     if rows > 1 << 23:
         return TransformedTensor(base, transform, by_row=False)
@@ -211,7 +215,9 @@ def _works_by_row(transform: Transform, probe: np.ndarray[Any, Any], whole: np.n
     cut = max(1, rows // 3)
     if rows == 1 or whole.shape[:1] != (rows,):
         return False
-    return np.array_equal(np.concatenate([transform(probe[:cut].copy()), transform(probe[cut:].copy())]), whole)
+    return np.array_equal(
+        np.concatenate([transform(probe[:cut].copy()), transform(probe[cut:].copy())]), whole
+    )
 
 
 class MergedTensor:
@@ -248,11 +254,15 @@ class MergedTensor:
             first_source = next(iter(self._sources.values()))[0]
             return np.empty((0, *self.shape[1:]), first_source.read(0, 0).dtype)
         picked = rows if self._stacks_rows else slice(None)
-        parts = {pattern: [one.read() for one in tensors[picked]] for pattern, tensors in self._sources.items()}
+        parts = {
+            pattern: [one.read() for one in tensors[picked]] for pattern, tensors in self._sources.items()
+        }
         result = self._convert(parts)
         wanted = (last - first, *self.shape[1:]) if self._stacks_rows else self.shape
         if tuple(result.shape) != wanted:
-            raise CompileError(f"{self.source}: the conversion gave {list(result.shape)}, the model has {list(wanted)}")
+            raise CompileError(
+                f"{self.source}: the conversion gave {list(result.shape)}, the model has {list(wanted)}"
+            )
         return np.ascontiguousarray(result if self._stacks_rows else result[rows])
 
     def __repr__(self) -> str:

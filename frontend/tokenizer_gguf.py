@@ -1,0 +1,126 @@
+"""A `tokenizer.json` for a GGUF file, which carries a vocabulary but no such file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..ir.errors import InputError
+from .tokenizer_rules import CONTROL, UNKNOWN, USER_DEFINED, GGUFTokenizer
+
+_SPACE = "\u2581"  # how SentencePiece writes a space
+
+
+def build(source: str, tokenizer: GGUFTokenizer) -> Any:
+    """A `tokenizers.Tokenizer` with the file's vocabulary, special tokens and begin/end tokens.
+
+    Args:
+        source: the file's name, for errors.
+    """
+    makers = {"bpe": _byte_level, "spm": _sentencepiece, "wordpiece": _wordpiece}
+    try:
+        built = makers[tokenizer.kind](tokenizer)
+        _add_special(built, tokenizer)
+        _add_post_processor(built, tokenizer)
+    except Exception as error:  # the library raises bare Exception for any contradiction in a vocabulary
+        raise InputError(
+            f"the tokenizer of {source} cannot be built: {error}", remedy="download the file again"
+        ) from error
+    return built
+
+
+def _byte_level(t: GGUFTokenizer) -> Any:
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    vocab = {token: i for i, token in enumerate(t.tokens)}
+    merges = [(a, b) for a, b in t.merges if a in vocab and b in vocab and a + b in vocab]
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=t.whole_pieces))
+    steps: list[Any] = [pre_tokenizers.Split(Regex(split), behavior="isolated") for split in t.splits]
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _sentencepiece(t: GGUFTokenizer) -> Any:
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    vocab = {token: i for i, token in enumerate(t.tokens)}
+    model = models.BPE(
+        vocab=vocab,
+        merges=_merges_of_scores(t, vocab),
+        unk_token=None if t.unk is None else t.tokens[t.unk],
+        byte_fallback=True,
+        fuse_unk=False,
+    )
+    tokenizer = Tokenizer(model)
+    replace = normalizers.Replace(" ", _SPACE)
+    prefixed = normalizers.Sequence([normalizers.Prepend(_SPACE), replace])
+    tokenizer.normalizer = prefixed if t.space_prefix else replace
+    steps: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if t.space_prefix:
+        steps.append(decoders.Strip(" ", 1, 0))
+    tokenizer.decoder = decoders.Sequence(steps)
+    return tokenizer
+
+
+def _merges_of_scores(t: GGUFTokenizer, vocab: dict[str, int]) -> list[tuple[str, str]]:
+    """The merges that scores imply: every way to make a token of two others, tokens of higher score first."""
+    allowed = np.isin(t.types, (CONTROL, UNKNOWN), invert=True)
+    order = np.lexsort((np.arange(len(t.tokens)), -t.scores))
+    merges: list[tuple[str, str]] = []
+    for i in order:
+        token = t.tokens[i]
+        if not allowed[i] or vocab[token] != i:
+            continue
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
+            if left in vocab and right in vocab:
+                merges.append((left, right))
+    return merges
+
+
+def _wordpiece(t: GGUFTokenizer) -> Any:
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    def spelled(i: int, token: str) -> str:
+        # GGUF marks the start of a word, BERT's own vocabulary its continuation.
+        if token.startswith(_SPACE):
+            return token[1:]
+        return token if t.types[i] == CONTROL or (token[:1] == "[" and token[-1:] == "]") else "##" + token
+
+    vocab = {spelled(i, token): i for i, token in enumerate(t.tokens)}
+    unk = "[UNK]" if t.unk is None else spelled(t.unk, t.tokens[t.unk])
+    tokenizer = Tokenizer(models.WordPiece(vocab=vocab, unk_token=unk, max_input_chars_per_word=1 << 20))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece(cleanup=False)
+    return tokenizer
+
+
+def _add_special(tokenizer: Any, t: GGUFTokenizer) -> None:
+    """Tokens that are matched whole in the text; those for control are hidden when decoding."""
+    from tokenizers import AddedToken
+
+    for kinds, special in (((CONTROL, UNKNOWN), True), ((USER_DEFINED,), False)):
+        ids = np.flatnonzero(np.isin(t.types, kinds))
+        added = [AddedToken(t.tokens[i], normalized=False, special=special) for i in ids if t.tokens[i]]
+        if special:
+            tokenizer.add_special_tokens(added)
+        else:
+            tokenizer.add_tokens(added)
+
+
+def _add_post_processor(tokenizer: Any, t: GGUFTokenizer) -> None:
+    from tokenizers import processors
+
+    begin = [t.bos] if t.add_bos and t.bos is not None else []
+    end = [t.eos] if t.add_eos and t.eos is not None else []
+    if begin or end:
+        named = {t.tokens[i]: i for i in (*begin, *end)}
+        parts = [*(t.tokens[i] for i in begin), "$A", *(t.tokens[i] for i in end)]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[f"{part}:0" if part == "$A" else part for part in parts],
+            special_tokens=list(named.items()),
+        )

@@ -1,0 +1,191 @@
+"""What a GGUF file says about its tokenizer, and the rules that go with each kind.
+
+The file names a kind (`tokenizer.ggml.model`) and, for byte-pair encodings, how text is cut before merging
+(`tokenizer.ggml.pre`). The expressions that belong to each name are facts about the models, as llama.cpp
+records them (llama-vocab.cpp, `llm_tokenizer_bpe`); they are applied one after the other, each inside the
+pieces of the one before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from ..ir.errors import InputError, UnsupportedError
+from .gguf import GGUFFile
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
+_CONTRACTION: Final = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
+_TAIL: Final = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_GPT2: Final = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+_LLAMA3: Final = _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|" + _TAIL
+_QWEN2: Final = _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|" + _TAIL
+_UPPER: Final = r"(?=\p{L})[^a-z]"
+_LOWER: Final = r"(?=\p{L})[^A-Z]"
+_SLASH_TAIL: Final = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_WORD_A: Final = rf"[^\r\n\p{{L}}\p{{N}}]?(?:{_UPPER})*(?:{_LOWER})+"
+_WORD_B: Final = rf"[^\r\n\p{{L}}\p{{N}}]?(?:{_UPPER})+(?:{_LOWER})*"
+_TEKKEN: Final = rf"{_WORD_A}|{_WORD_B}|\p{{N}}|{_SLASH_TAIL}"
+_GPT4O: Final = rf"{_WORD_A}{_CONTRACTION}?|{_WORD_B}{_CONTRACTION}?|\p{{N}}{{1,3}}|{_SLASH_TAIL}"
+_BLOOM: Final = r" ?[^(\s|.,!?…。，、।۔،)]+"
+_CJK: Final = r"[一-龥ࠀ-一가-퟿]+"
+_FALCON: Final = r"[\p{P}\$\+<=>\^~\|`]+"
+_CODER_PUNCTUATION: Final = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"""
+_DEEPSEEK3: Final = (
+    r"\p{N}{1,3}",
+    r"[一-龥぀-ゟ゠-ヿ]+",
+    _CODER_PUNCTUATION
+    + r"|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
+
+_SPLITS: Final[dict[str, tuple[str, ...]]] = {
+    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
+    "gpt-2": (_GPT2,),
+    "llama-bpe": (_LLAMA3,),
+    "qwen2": (_QWEN2,),
+    "smollm": (r"\p{N}", _GPT2),
+    "falcon": (_FALCON, _GPT2, r"[0-9][0-9][0-9]"),
+    "deepseek-coder": (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, r"\p{N}"),
+    "deepseek-v3": _DEEPSEEK3,
+    "tekken": (_TEKKEN,),
+    "gpt-4o": (_GPT4O,),
+    "bloom": (_BLOOM,),
+    "viking": (_BLOOM, r"\p{N}"),
+}
+_SAME: Final[dict[str, str]] = {
+    **dict.fromkeys(
+        ("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "dbrx", "smaug-bpe",
+         "chatglm4", "glm4"), "llama-bpe"),
+    **dict.fromkeys(("deepseek-r1-qwen", "kormo", "stablelm2", "megrez", "hunyuan"), "qwen2"),
+    **dict.fromkeys(
+        ("starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), "smollm"),
+    **dict.fromkeys(
+        ("phi-2", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de", "gigachat", "a.x-4.0", "mellum", "mpt",
+         "olmo", "jais", "trillion", "granite-docling", "exaone4"), "gpt-2"),
+    **dict.fromkeys(("llama4", "kanana2", "minimax-m2"), "gpt-4o"),
+    **dict.fromkeys(("poro-chat", "gpt3-finnish"), "bloom"),
+    "hunyuan-dense": "deepseek-v3",
+}  # fmt: skip
+# Kinds that take a piece whole where the vocabulary has it, before merging, and those that begin with a
+# token.
+_WHOLE_PIECES: Final = frozenset(
+    {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"}
+)
+
+
+@dataclass(frozen=True)
+class GGUFTokenizer:
+    """A GGUF file's tokenizer, checked.
+
+    Attributes:
+        kind: "bpe" (byte-level), "spm" (SentencePiece BPE with scores) or "wordpiece".
+        tokens, types, scores: by id; scores are empty for kinds without.
+        merges: of a byte-level BPE, best first.
+        splits: its expressions, applied one inside the other.
+        whole_pieces: a piece that is in the vocabulary is taken before merging.
+        space_prefix: SPM puts a space before the text and after every special token.
+        bos, eos, unk, pad: ids or None.
+        add_bos, add_eos: whether encoding a text adds them.
+    """
+
+    kind: str
+    tokens: list[str]
+    types: np.ndarray[Any, Any]
+    scores: np.ndarray[Any, Any]
+    merges: list[tuple[str, str]]
+    splits: tuple[str, ...]
+    whole_pieces: bool
+    space_prefix: bool
+    bos: int | None
+    eos: int | None
+    unk: int | None
+    pad: int | None
+    add_bos: bool
+    add_eos: bool
+
+    def special_ids(self) -> list[int]:
+        """Tokens that are matched as a whole in the text, longest first as llama.cpp matches them."""
+        marked = np.flatnonzero(np.isin(self.types, (UNKNOWN, CONTROL, USER_DEFINED)))
+        return sorted((int(i) for i in marked if self.tokens[i]), key=lambda i: -len(self.tokens[i].encode()))
+
+
+def read_tokenizer(file: GGUFFile) -> GGUFTokenizer:
+    """The tokenizer that the metadata describes.
+
+    Raises UnsupportedError naming a tokenizer model or pre-tokenizer that llmc does not know, InputError for
+    metadata that contradicts itself."""
+    meta = file.metadata
+    model = meta.get("tokenizer.ggml.model")
+    kinds = {"gpt2": "bpe", "llama": "spm", "bert": "wordpiece"}
+    if model not in kinds:
+        raise UnsupportedError(
+            f"{file.path.name} has the tokenizer model {model!r}; llmc reads {', '.join(kinds)}",
+            remedy="give the model as a Hugging Face folder",
+        )
+    kind = kinds[model]
+    tokens = meta.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list) or not tokens:
+        raise InputError(f"{file.path.name} has no tokenizer.ggml.tokens", remedy="give a complete GGUF file")
+    pre = str(meta.get("tokenizer.ggml.pre", "default"))
+    splits: tuple[str, ...] = ()
+    if kind == "bpe":
+        splits = _SPLITS.get(_SAME.get(pre, pre), ())
+        if not splits:
+            raise UnsupportedError(
+                f"{file.path.name} has the pre-tokenizer {pre!r}, whose rules llmc does not know",
+                remedy="give the model as a Hugging Face folder",
+            )
+    return GGUFTokenizer(
+        kind=kind,
+        tokens=tokens,
+        types=_numbers(file, "token_type", len(tokens), default=NORMAL),
+        scores=_numbers(file, "scores", len(tokens), default=0.0 if kind == "spm" else None),
+        merges=[_pair(file, merge) for merge in meta.get("tokenizer.ggml.merges", [])]
+        if kind == "bpe"
+        else [],
+        splits=splits,
+        whole_pieces=pre in _WHOLE_PIECES,
+        space_prefix=kind == "spm" and bool(meta.get("tokenizer.ggml.add_space_prefix", True)),
+        bos=_token_id(file, "bos", len(tokens), 101 if kind == "wordpiece" else None),
+        eos=_token_id(file, "seperator" if kind == "wordpiece" else "eos", len(tokens), None),
+        unk=_token_id(file, "unknown", len(tokens), {"spm": 0, "wordpiece": 100}.get(kind)),
+        pad=_token_id(file, "padding", len(tokens), None),
+        # llama.cpp's defaults where the file does not say.
+        add_bos=bool(meta.get("tokenizer.ggml.add_bos_token", kind != "bpe" or pre in _WHOLE_PIECES)),
+        add_eos=bool(meta.get("tokenizer.ggml.add_eos_token", kind == "wordpiece")),
+    )
+
+
+def _numbers(file: GGUFFile, name: str, count: int, default: float | None) -> np.ndarray[Any, Any]:
+    values = file.metadata.get(f"tokenizer.ggml.{name}")
+    if values is None:
+        return np.zeros(0) if default is None else np.full(count, default)
+    if not isinstance(values, np.ndarray) or len(values) != count:
+        raise InputError(
+            f"{file.path.name}: tokenizer.ggml.{name} does not have one number for each of {count} tokens",
+            remedy="download the file again",
+        )
+    return values
+
+
+def _pair(file: GGUFFile, merge: str) -> tuple[str, str]:
+    at = merge.find(" ", 1)
+    if at < 0:
+        raise InputError(
+            f"{file.path.name}: the merge {merge!r} is no pair", remedy="download the file again"
+        )
+    return merge[:at], merge[at + 1 :]
+
+
+def _token_id(file: GGUFFile, name: str, count: int, default: int | None) -> int | None:
+    value = file.metadata.get(f"tokenizer.ggml.{name}_token_id", default)
+    if value is None or (value == default and value >= count):
+        return None
+    if not isinstance(value, int) or not 0 <= value < count:
+        raise InputError(
+            f"{file.path.name}: {name}_token_id is {value}, the vocabulary has {count} tokens",
+            remedy="download the file again",
+        )
+    return value
