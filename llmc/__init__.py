@@ -47,7 +47,7 @@ def __getattr__(name: str) -> Any:
     return value
 
 
-def compile(  # noqa: A001  (the verb of this package; the builtin is not used here)
+def compile(
     model: Any,
     output: str | os.PathLike[str],
     *,
