@@ -2,7 +2,8 @@
 
 Templates are programs from strangers (jinja2). They run with jinja2's immutable sandbox only, in the
 environment that transformers defines for them (whitespace trimming, loop controls, `tojson`,
-`raise_exception`, `strftime_now`)."""
+`raise_exception`, `strftime_now`).
+"""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ class MessageShape:
 @dataclass(frozen=True)
 class Problem:
     """Why a shape did not render: the reason, the template's line (0: unknown), whether the sandbox stopped
-    it."""
+    it.
+    """
 
     reason: str
     line: int = 0
@@ -88,7 +90,7 @@ def render_shape(
 ) -> Problem | None:
     """Render one shape; None where it succeeded."""
     import jinja2
-    from jinja2.sandbox import SecurityError
+    from jinja2.exceptions import SecurityError
 
     try:
         (render or sandboxed)(
@@ -154,13 +156,16 @@ def _environment() -> Any:
     def raise_exception(message: str) -> NoReturn:
         raise TemplateError(message)
 
+    def strftime_now(form: str) -> str:
+        return datetime.now().astimezone().strftime(form)
+
     def tojson(value: Any, **options: Any) -> str:
         return json.dumps(value, ensure_ascii=False, **options)
 
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    env: Any = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     env.filters["tojson"] = tojson
     env.globals["raise_exception"] = raise_exception
-    env.globals["strftime_now"] = lambda form: datetime.now().astimezone().strftime(form)
+    env.globals["strftime_now"] = strftime_now
     return env
 
 
@@ -175,7 +180,8 @@ def _line(error: BaseException) -> int:
 @dataclass(frozen=True)
 class TemplateCheck:
     """Outcome of trying a template: the first fault that forbids it, and the shapes that it refuses by
-    itself."""
+    itself.
+    """
 
     fault: tuple[str, Problem] | None = None
     refused: list[str] = field(default_factory=list[str])

@@ -2,7 +2,8 @@
 
 `from_pretrained` renames tensors (legacy gamma/beta, a missing or superfluous base-model prefix) and converts
 some (experts merged, a fused QKV split). The same tables are applied here to names only; a tensor that needs
-a conversion becomes a lazy one that runs it when read."""
+a conversion becomes a lazy one that runs it when read.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 
 GGUF files come from strangers, and every number in the header is theirs: counts, string lengths, dimensions,
 offsets. Each is checked against what the file can hold before anything is allocated, read or mapped for it,
-so that no claim costs more than the bytes which back it. Only little-endian files are read."""
+so that no claim costs more than the bytes which back it. Only little-endian files are read.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 All three come from transformers' own GGUF support; this file feeds it a header that `gguf.py` has checked and
 applies its conversions to lazy tensors, one at a time. What transformers would silently leave out (rope
 frequency factors, scaling, soft-caps, tensors without a place) is applied here or refused, because the file
-would run wrong without it."""
+would run wrong without it.
+"""
 
 from __future__ import annotations
 
@@ -93,7 +94,8 @@ def read_config(file: GGUFFile) -> Any:
     """The transformers configuration that the metadata describes.
 
     Raises InputError for an architecture that transformers cannot take from GGUF, or metadata that it
-    refuses."""
+    refuses.
+    """
     from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS, get_gguf_config
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -134,7 +136,8 @@ def read_config(file: GGUFFile) -> Any:
 
 def _counted(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Metadata as transformers' newer reader gives it: string arrays as their length, number arrays as
-    lists."""
+    lists.
+    """
     return {
         key: len(value)
         if isinstance(value, list)
@@ -181,7 +184,8 @@ def apply_rope_factors(model: Any, tensors: Mapping[str, LazyTensor]) -> None:
     """Divide the rotary frequencies by the factors that a file carries as a tensor (llama 3's scaling).
 
     llama.cpp stores the scaling as one factor a frequency, `rope_freqs.weight` [head_dim / 2]; transformers
-    drops it."""
+    drops it.
+    """
     if _ROPE_FREQS not in tensors:
         return
     import torch
@@ -194,7 +198,7 @@ def apply_rope_factors(model: Any, tensors: Mapping[str, LazyTensor]) -> None:
             found = True
     if not found:
         raise UnsupportedError(
-            f"{tensors[_ROPE_FREQS].source} holds factors for rotary frequencies, which {type(model).__name__} lacks",
+            f"{tensors[_ROPE_FREQS].source} scales rotary frequencies, which {type(model).__name__} lacks",
             remedy="give the model as a Hugging Face folder",
         )
 
@@ -203,7 +207,8 @@ def map_weights(file: GGUFFile, model: Any, tensors: Mapping[str, LazyTensor]) -
     """Lazy tensors by the model's parameter names.
 
     Raises UnsupportedError for a tensor that has no place in the model: leaving it out would change the
-        results."""
+        results.
+    """
     from transformers.integrations.gguf.utils import get_gguf_conversion_mapping, is_gguf_arch_supported
 
     if is_gguf_arch_supported(file.architecture):
@@ -308,7 +313,8 @@ def _run_processor(
 
 def generation_facts(file: GGUFFile) -> tuple[list[int], int | None, dict[str, float]]:
     """End-of-generation ids (the first is the file's `eos_token_id`), the begin id, sampling defaults (none
-    in GGUF)."""
+    in GGUF).
+    """
     meta = file.metadata
     ids = [meta[key] for key in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id") if key in meta]
     tokens, types = meta.get("tokenizer.ggml.tokens"), meta.get("tokenizer.ggml.token_type")

@@ -1,7 +1,8 @@
 """Texts on which tokenizers that are "nearly the same" differ.
 
 The exported tokenizer must give the ids of the source tokenizer on every one of them. Written with escapes
-where a character cannot be seen."""
+where a character cannot be seen.
+"""
 
 from __future__ import annotations
 
@@ -217,7 +218,8 @@ HARD_STRINGS: Final[tuple[str, ...]] = (
 
 def hard_strings(added_tokens: Iterable[str] = ()) -> list[str]:
     """The fixed texts, and the first tokens that a vocabulary matches whole, within and against other
-    text."""
+    text.
+    """
     out: list[str] = list(HARD_STRINGS)
     tokens = [token for token in added_tokens if token][:48]
     for token in tokens:

@@ -1,7 +1,8 @@
 """Hugging Face folders and hub ids: which files, checked how.
 
 Only configuration, tokenizer and safetensors files are read or downloaded. Code in a repository (`auto_map`,
-*.py) is never executed and pickled weights (*.bin) are never opened."""
+*.py) is never executed and pickled weights (*.bin) are never opened.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ _REPO_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 _SMALL_FILES: Final = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
+    "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 _SAMPLING: Final = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -57,7 +59,8 @@ def is_repo_id(text: str) -> bool:
 
 def download(repo_id: str, *, weights: bool) -> Path:
     """The folder of a hub repository in the local cache, fetched where needed (`HF_HUB_OFFLINE=1` is
-    respected)."""
+    respected).
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
@@ -79,7 +82,8 @@ def read_config(folder: Path) -> Any:
     """The transformers configuration of a folder. Custom code is never run.
 
     Raises InputError where config.json is missing, damaged, or names a model type that transformers does not
-    implement."""
+    implement.
+    """
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(
@@ -123,7 +127,8 @@ def _line(error: Exception) -> str:
 
 def generation_facts(folder: Path, config: Any) -> tuple[list[int], int | None, dict[str, float]]:
     """End-of-sequence ids, the begin id, and the sampling defaults that the model's makers set (empty:
-    greedy)."""
+    greedy).
+    """
     path = folder / "generation_config.json"
     raw = read_json(path) if path.is_file() else {}
     eos = raw.get("eos_token_id", getattr(config, "eos_token_id", None))
@@ -152,7 +157,7 @@ def weight_files(folder: Path) -> list[Path]:
     if pickled:
         raise InputError(
             f"{folder.name} has its weights in {pickled[0]}, a pickle file, which could run code when opened",
-            remedy="convert it to safetensors: transformers' save_pretrained does, in an environment you trust",
+            remedy="convert it to safetensors: save_pretrained in transformers, where you trust the file",
         )
     raise InputError(f"{folder.name} has neither {_SINGLE} nor {_INDEX}", remedy="download the weights")
 
@@ -168,7 +173,7 @@ def _index(folder: Path) -> dict[str, str]:
         )
         if not plain or PurePosixPath(name).name != name:
             raise InputError(
-                f"{_INDEX} in {folder.name} places tensor {tensor!r} in {name!r}, which is no file of the folder",
+                f"{_INDEX} in {folder.name} puts tensor {tensor!r} in {name!r}, which is no file in it",
                 remedy="do not use this checkpoint: such an index reaches for other files",
             )
         if not name.endswith(".safetensors"):

@@ -2,7 +2,8 @@
 
 The kernel counts mapped pages that were touched as this process's memory. A compile walks through every
 weight, so without giving them back its peak would hold the whole checkpoint; with `madvise(MADV_DONTNEED)` it
-holds one chunk."""
+holds one chunk.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, then the data.
 Everything the header claims is checked against the file's size before a byte of data is mapped, so a short
-file is refused by name instead of being read as zeros."""
+file is refused by name instead of being read as zeros.
+"""
 
 from __future__ import annotations
 

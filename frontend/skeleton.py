@@ -3,7 +3,8 @@
 Tracing needs the modules, their shapes, and the small tensors that are computed rather than loaded (rotary
 frequencies, scales). Building under `torch.device("meta")` would lose those values; building normally would
 allocate and randomly fill every parameter. Here each parameter is replaced by a meta tensor in the moment it
-is registered, and initialisation is switched off, so what is left in memory is the buffers."""
+is registered, and initialisation is switched off, so what is left in memory is the buffers.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ def model_class(config: Any) -> tuple[type[torch.nn.Module], Task]:
     """The transformers class for a configuration, and what it does.
 
     A class named in `architectures` decides, where transformers knows it as a causal language model or as an
-    encoder; without one the model type does. Raises InputError naming an architecture that is neither."""
+    encoder; without one the model type does. Raises InputError naming an architecture that is neither.
+    """
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -68,7 +70,8 @@ def _first(entry: Any) -> type[torch.nn.Module]:
 
 def _is_encoder(config: Any) -> bool:
     """An encoder is a model that transformers also offers for masked-token prediction and that is not set to
-    decode."""
+    decode.
+    """
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)

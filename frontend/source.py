@@ -1,7 +1,8 @@
 """The MODEL argument, opened: a Hugging Face folder, a hub id, a GGUF file, or an `nn.Module`.
 
 Opening reads headers and configuration only. Weights stay on disk as lazy tensors under the names of the
-transformers model's parameters; `build_model` makes the module to trace, without weights in it."""
+transformers model's parameters; `build_model` makes the module to trace, without weights in it.
+"""
 
 from __future__ import annotations
 
@@ -98,7 +99,8 @@ class ModelSource:
     @property
     def quantization_of_source(self) -> str | None:
         """The block type that holds most of a GGUF file's elements ("Q4_1"); None where weights are plain
-        floats."""
+        floats.
+        """
         if self.gguf is None:
             return None
         held: Counter[str] = Counter()

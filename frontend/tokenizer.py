@@ -3,7 +3,8 @@
 The runtime reads `tokenizer.json` with the tokenizers library alone. Before that file is left in an artifact,
 its ids are compared with the source's on the hard strings: with transformers' tokenizer for a Hugging Face
 folder, with an independent encoder of the GGUF rules for a GGUF file. A difference is an error: a model fed
-with other ids than it was trained on answers worse without anyone noticing."""
+with other ids than it was trained on answers worse without anyone noticing.
+"""
 
 from __future__ import annotations
 
@@ -227,7 +228,8 @@ def check_chat_template(
         render: the runtime's renderer; without it, a sandbox of the same settings.
 
     Raises InputError naming the template's line, where it is not jinja2, fails on a plain conversation, or
-    reaches for attributes that the sandbox guards."""
+    reaches for attributes that the sandbox guards.
+    """
     check = check_template(template, special_tokens, render)
     if check.fault is not None:
         shape, problem = check.fault

@@ -1,7 +1,8 @@
 """A slow, plain encoder of GGUF tokenizers, written from llama.cpp's rules alone.
 
 It shares no code with the tokenizers library, so that ids which agree between the two were not made wrong by
-the same mistake. Used at compile time on the hard strings, and by tests."""
+the same mistake. Used at compile time on the hard strings, and by tests.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 The file names a kind (`tokenizer.ggml.model`) and, for byte-pair encodings, how text is cut before merging
 (`tokenizer.ggml.pre`). The expressions that belong to each name are facts about the models, as llama.cpp
 records them (llama-vocab.cpp, `llm_tokenizer_bpe`); they are applied one after the other, each inside the
-pieces of the one before."""
+pieces of the one before.
+"""
 
 from __future__ import annotations
 
@@ -115,7 +116,8 @@ def read_tokenizer(file: GGUFFile) -> GGUFTokenizer:
     """The tokenizer that the metadata describes.
 
     Raises UnsupportedError naming a tokenizer model or pre-tokenizer that llmc does not know, InputError for
-    metadata that contradicts itself."""
+    metadata that contradicts itself.
+    """
     meta = file.metadata
     model = meta.get("tokenizer.ggml.model")
     kinds = {"gpt2": "bpe", "llama": "spm", "bert": "wordpiece"}

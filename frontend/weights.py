@@ -4,7 +4,8 @@ Safetensors rows come from `safetensors.py`. Here are the tensors that need work
 dequantized a chunk of rows at a time, and tensors that transformers itself would convert while loading
 (un-permuted q/k projections, norms stored as weight + 1, experts merged from many tensors). The conversions
 are transformers' own functions; this file only finds out how little has to be read for the rows that are
-asked for."""
+asked for.
+"""
 
 from __future__ import annotations
 
@@ -156,7 +157,8 @@ class TransformedTensor:
     """A tensor behind a function of numpy arrays.
 
     `by_row` says that rows [a:b) of the result come from rows [a:b) of the base alone; otherwise every read
-    reads the whole base."""
+    reads the whole base.
+    """
 
     def __init__(self, base: LazyTensor, transform: Transform, by_row: bool) -> None:
         self._base = base
@@ -181,7 +183,8 @@ def transformed(base: LazyTensor, transform: Transform) -> LazyTensor:
 
     How the function acts on rows is found by trying it on a probe with the same number of rows and few
         columns: it may do nothing, only reorder rows (llama's q/k un-permutation), work row by row (a norm
-        stored as weight + 1, an inserted axis), or need the whole tensor (a transpose)."""
+        stored as weight + 1, an inserted axis), or need the whole tensor (a transpose).
+    """
     rows = base.shape[0]
     if rows > 1 << 23:
         return TransformedTensor(base, transform, by_row=False)

@@ -2,7 +2,8 @@
 
 A graph names its weights by objects with this protocol. Nothing here opens a file: readers of safetensors and
 GGUF live in the frontend, and passes wrap tensors into others (a merged QKV, a quantized matrix) in the same
-way."""
+way.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ class LazyTensor(Protocol):
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
         """Rows [start:stop) of axis 0 (all of a scalar), C-contiguous, of `dtype`; nothing is kept in
-        memory."""
+        memory.
+        """
         ...
 
 
@@ -91,7 +93,8 @@ def num_bytes(tensor: LazyTensor) -> int:
 
 def read_chunks(tensor: LazyTensor, chunk_bytes: int = 32 << 20) -> Iterator[np.ndarray[Any, Any]]:
     """The tensor in row order, in pieces of at most `chunk_bytes` (at least one row); one piece for a
-    scalar."""
+    scalar.
+    """
     if not tensor.shape:
         yield tensor.read()
         return
