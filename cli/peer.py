@@ -46,6 +46,7 @@ class Peer:
             self._process.communicate()
             self._errors.seek(0)
             last = self._errors.read().strip().splitlines()[-1:] or ["no reason given"]
+            self._errors.close()
             raise LlmcError(
                 f"transformers could not be measured: {last[0]}", remedy="pip install 'llmc[compile]'"
             )
