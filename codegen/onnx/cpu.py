@@ -1,0 +1,79 @@
+"""Target `onnx-cpu`: `targets/onnx-cpu/model.onnx` and its weights, run by onnxruntime."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ...ir.errors import InputError
+from ..target import Progress, Target
+
+if TYPE_CHECKING:
+    from ...ir.core import Graph
+    from ..artifact import ArtifactWriter
+
+# Written out, so that listing the targets works where the package onnx is absent; a test compares it with the table.
+_OPERATIONS = """
+    abs add append_kv arange attention cast concat cos cumsum dequantize diff dim_value div embedding equal erf exp
+    expand floor floor_divide full gated_mlp gather gather_last gelu greater greater_equal index layer_norm less less_equal
+    linear log logical_and logical_not logical_or matmul maximum minimum mul neg not_equal paged_attention pow
+    quantized_embedding quantized_linear reciprocal reduce_max reduce_mean reduce_sum relu remainder reshape rms_norm
+    rope rsqrt sdpa sigmoid silu sin slice softmax sqrt sub tanh transpose where
+"""
+
+
+@dataclass(frozen=True)
+class OnnxCpu(Target):
+    """onnxruntime's CPU kernels.
+
+    Not batch invariant: its matrix product chooses kernels, and so the order of summation, by the number of rows.
+    """
+
+    name: ClassVar[str] = "onnx-cpu"
+    operations: ClassVar[frozenset[str]] = frozenset(_OPERATIONS.split())
+
+    accuracy_level: int = field(
+        default=4,
+        metadata={
+            "help": "what MatMulNBits computes in: 4 = int8 activations per block (the only one that is fast for "
+            "8-bit weights, and the fastest for 4-bit ones up to 16 rows), 1 = float32"
+        },
+    )
+    pack: bool = field(
+        default=False,
+        metadata={
+            "help": "let onnxruntime repack float32 weights: up to twice as fast for 2 to 16 rows, at the price of a "
+            "copy of all weights in memory (quantized weights are always repacked)"
+        },
+    )
+
+    def compile(self, graph: Graph, writer: ArtifactWriter, *, progress: Progress) -> dict[str, Any]:
+        """Lower `graph`, write the model and stream the weights. See `Target.compile`."""
+        from .lower import lower
+
+        if self.accuracy_level not in (0, 1, 4):
+            raise InputError(f"onnx-cpu: accuracy_level={self.accuracy_level}", remedy="use 4 or 1")
+        progress("onnx-cpu: model", 0.0)
+        lowered = lower(graph, accuracy_level=self.accuracy_level)
+        model = f"targets/{self.name}/model.onnx"
+        writer.path(model).write_bytes(lowered.model.SerializeToString(deterministic=True))
+        entry: dict[str, Any] = {
+            "options": self.options(),
+            "model": model,
+            "arguments": lowered.inputs,
+            "batch_invariant": False,
+            "prepack": self.pack or lowered.needs_packing,
+        }
+        if lowered.kv_dtype is not None:
+            entry |= {
+                "kv_dtype": lowered.kv_dtype,
+                "page_size": lowered.page_size,
+                "kv_layout": ["kv_heads", "pages", "page_size", "head_dim"],
+            }
+        specs = lowered.weights.specs()
+        if specs:
+            progress("onnx-cpu: weights", 0.1)
+            entry["weights"] = f"weights/{self.name}.safetensors"
+            writer.write_weights(entry["weights"], specs)
+        progress("onnx-cpu", 1.0)
+        return entry

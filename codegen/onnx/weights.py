@@ -1,0 +1,84 @@
+"""The weight file of an ONNX target: which forms of which weights the model wants, streamed at the end.
+
+The model file holds no weight. Each is an initializer with external data, and the executor puts the mapped array of
+`weights/onnx-cpu.safetensors` in its place before onnxruntime looks for a file: nothing is copied, and compiling
+holds one chunk of rows of one tensor in memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from onnx import TensorProto
+
+from ...ir.core import Value
+from ...ir.dtypes import itemsize, to_numpy
+from ...ir.errors import CompileError
+from ...ir.weights import LazyTensor
+from ..weight_file import TensorSpec
+from .builder import element_type
+
+CHUNK_BYTES = 16 << 20
+_LOCATION = "weights"  # ONNX wants some file name; the executor replaces the data before it would be opened
+
+Transform = Callable[[np.ndarray], np.ndarray]
+
+
+def _chunks(tensor: LazyTensor, transform: Transform) -> Iterator[np.ndarray]:
+    """Rows of a weight in pieces of about `CHUNK_BYTES`, each transformed."""
+    if not tensor.shape:
+        yield transform(tensor.read())
+        return
+    rows = tensor.shape[0]
+    row_bytes = math.prod(tensor.shape[1:]) * max(4, itemsize(tensor.dtype))  # 4: the transform may widen
+    step = max(1, CHUNK_BYTES // max(1, row_bytes))
+    for start in range(0, rows, step):
+        yield transform(tensor.read(start, min(rows, start + step)))
+
+
+class WeightFile:
+    """Initializers of the model and tensors of the weight file, in order of first use. Every form once."""
+
+    def __init__(self) -> None:
+        self._specs: dict[str, TensorSpec] = {}
+        self.initializers: list[TensorProto] = []
+
+    def specs(self) -> list[TensorSpec]:
+        """What `ArtifactWriter.write_weights` takes; the chunks can be read once."""
+        return list(self._specs.values())
+
+    def add(
+        self, value: Value, form: str, shape: tuple[int, ...], dtype: str, transform: Transform
+    ) -> str:
+        """The initializer `NAME` (form "") or `NAME:form`: the weight's rows through `transform`.
+
+        `transform` takes some rows [n, …] and gives the same rows [n, …] of `shape` and `dtype`.
+        """
+        if value.weight is None:
+            raise CompileError(
+                f"onnx: {value.name or 'an operand'} must be a weight, and is computed",
+                remedy="fold it into a weight first",
+            )
+        name = f"{value.name}:{form}" if form else value.name
+        if name not in self._specs:
+            self._specs[name] = (name, shape, dtype, _chunks(value.weight, transform))
+            proto = TensorProto(name=name, data_type=element_type(dtype), dims=shape)
+            proto.data_location = TensorProto.EXTERNAL
+            proto.external_data.add(key="location", value=_LOCATION)
+            self.initializers.append(proto)
+        return name
+
+    def raw(self, value: Value) -> str:
+        """The weight as the IR has it."""
+        assert value.weight is not None
+        return self.add(value, "", tuple(value.weight.shape), value.dtype, lambda rows: rows)
+
+    def as_float32(self, value: Value) -> str:
+        """The weight in float32: onnxruntime has no half-precision matrix product on CPUs."""
+        assert value.weight is not None
+        if value.dtype == "float32":
+            return self.raw(value)
+        wanted = to_numpy("float32")
+        return self.add(value, "float32", tuple(value.weight.shape), "float32", lambda rows: rows.astype(wanted))

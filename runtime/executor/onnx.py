@@ -1,0 +1,142 @@
+"""Runs target `onnx-cpu` by onnxruntime.
+
+The weights stay in the mapped file: onnxruntime is given views of it in place of the model's initializers. The cache is
+numpy memory that the model reads in place; it returns the rows of the new tokens, and `step` writes them to their slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ...codegen.artifact import Artifact
+from ...ir.dtypes import itemsize, to_numpy
+from ...ir.errors import ArtifactError, InputError
+from .. import cpu
+from .base import Executor, StepInputs
+
+_STEP = ("token_ids", "positions", "slot_mapping", "query_start", "context_len", "block_table", "output_index")
+
+
+class OnnxExecutor:
+    """One session and one cache. Used by one thread at a time (see `base.Executor`)."""
+
+    def __init__(self, artifact: Artifact, *, threads: int | None = None, target: str = "onnx-cpu"):
+        entry = artifact.target(target)
+        self._kind = artifact.kind
+        self._weights = artifact.weights(target)  # keeps the mapping alive as long as the session
+        self._session = _open_session(artifact, entry, self._weights, threads)
+        self._inputs = {v.name: v for v in self._session.get_inputs()}
+        self._outputs = [v.name for v in self._session.get_outputs()]
+        self.batch_invariant = bool(entry.get("batch_invariant", False))
+        self.page_size = int(entry.get("page_size") or artifact.manifest.get("page_size", 16))
+        model = artifact.model
+        self.vocab_size = int(model.get("hidden_size" if artifact.kind == "encoder" else "vocab_size", 0))
+        self._kv_dtype = str(entry.get("kv_dtype", "float32"))
+        self._layers = _cache_layers(self._inputs, self._outputs)
+        per_token = sum(2 * heads * dim for _, heads, dim in self._layers)
+        self.kv_bytes_per_page = per_token * self.page_size * itemsize(self._kv_dtype)
+        self._cache: list[np.ndarray] = []
+        self._cache_feed: dict[str, np.ndarray] = {}
+
+    def allocate_kv(self, num_pages: int) -> None:
+        """Zeroed pages [2, Hkv, num_pages, page_size, D] a layer; the system gives the memory when it is written."""
+        dtype = to_numpy(self._kv_dtype)
+        self._cache = [
+            np.zeros((2, heads, num_pages, self.page_size, dim), dtype) for _, heads, dim in self._layers
+        ]
+        self._cache_feed = {
+            f"{part}_pages.{index}": cache[i]
+            for (index, _, _), cache in zip(self._layers, self._cache, strict=True)
+            for i, part in enumerate("kv")
+        }
+
+    def copy_pages(self, src: Sequence[int], dst: Sequence[int]) -> None:
+        """Copy pages in all layers."""
+        source, target = np.asarray(src, np.int64), np.asarray(dst, np.int64)
+        for cache in self._cache:
+            cache[:, :, target] = cache[:, :, source]
+
+    def step(self, inputs: StepInputs) -> np.ndarray:
+        """Run the model, write the new rows to their slots, return logits [R, vocab_size] float32.
+
+        Raises InputError before `allocate_kv` and for an artifact without a step.
+        """
+        if len(self._cache) != len(self._layers):
+            raise InputError("the cache has no pages yet", remedy="call allocate_kv first")
+        feed = {name: getattr(inputs, name) for name in _STEP if name in self._inputs}
+        if "output_index" not in feed:
+            raise InputError("this artifact is a plain function and has no step", remedy="call run")
+        results = self._session.run(self._outputs, {**feed, **self._cache_feed})
+        rows = dict(zip(self._outputs, results, strict=True))
+        page, place = np.divmod(inputs.slot_mapping, self.page_size)
+        for (index, _, _), cache in zip(self._layers, self._cache, strict=True):
+            for i, part in enumerate("kv"):
+                cache[i][:, page, place] = rows[f"new_{part}.{index}"].transpose(1, 0, 2)
+        return rows["logits"]
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Artifacts of kind "function": inputs by name → outputs by name.
+
+        Raises InputError for a missing, unknown or wrongly shaped input.
+        """
+        if self._kind != "function":
+            raise InputError(f"an artifact of kind {self._kind!r} is no function", remedy="call step")
+        wrong = sorted(set(self._inputs) ^ set(inputs))
+        if wrong:
+            raise InputError(
+                f"inputs {', '.join(wrong)} are missing or unknown", remedy=f"give {', '.join(self._inputs)}"
+            )
+        arrays = {name: np.ascontiguousarray(a).reshape(np.shape(a)) for name, a in inputs.items()}
+        from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
+
+        try:
+            results = self._session.run(self._outputs, arrays)
+        except InvalidArgument as error:
+            wanted = ", ".join(f"{v.name} {v.type} {v.shape}" for v in self._inputs.values())
+            raise InputError(f"an input does not fit ({error})", remedy=f"give {wanted}") from None
+        return dict(zip(self._outputs, results, strict=True))
+
+
+def _cache_layers(inputs: Mapping[str, Any], outputs: Sequence[str]) -> list[tuple[str, int, int]]:
+    """(index, kv_heads, head_dim) of every layer with a cache, in the order of the model's outputs."""
+    layers: list[tuple[str, int, int]] = []
+    for name in outputs:
+        if name.startswith("new_k."):
+            index = name.removeprefix("new_k.")
+            heads, _, _, dim = inputs[f"k_pages.{index}"].shape
+            layers.append((index, int(heads), int(dim)))
+    return layers
+
+
+def _open_session(
+    artifact: Artifact, entry: Mapping[str, Any], weights: Mapping[str, np.ndarray], threads: int | None
+) -> Any:
+    """A session whose initializers are the mapped weights."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or cpu.default_threads()
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    if not entry.get("prepack", True):  # repacking copies every matrix; see the target's option `pack`
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in weights.items()}
+    if values:
+        options.add_external_initializers(list(values), list(values.values()))
+    path = artifact.path(entry["model"])
+    try:
+        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions share no base class but this one
+        raise ArtifactError(
+            f"{path}: onnxruntime {ort.__version__} cannot load it ({error})",
+            remedy="install a newer onnxruntime, or compile the model again",
+        ) from error
+    return session
+
+
+def open_target(artifact: Artifact, *, isa: str | None, threads: int | None) -> Executor:
+    """Open `onnx-cpu`; onnxruntime picks its kernels for the CPU itself, so `isa` means nothing to it."""
+    return OnnxExecutor(artifact, threads=threads)
