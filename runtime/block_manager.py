@@ -81,7 +81,8 @@ class BlockManager:
 
     def claim(self, sequence: Sequence, pages: list[int]) -> None:
         """Start the sequence on the pages that `lookup` found for it."""
-        assert not sequence.block_table and sequence.num_computed == 0
+        assert not sequence.block_table
+        assert sequence.num_computed == 0
         for page in pages:
             if self._references[page] == 0:
                 del self._cached[page]
@@ -200,7 +201,7 @@ class BlockManager:
         assert all(self._references[page] == held[page] for page in range(self.num_pages)), "reference counts"
         free, cached = set(self._free), set(self._cached)
         assert len(free) == len(self._free), "a page was freed twice"
-        assert not free & cached and not (free | cached) & set(held), "a page in two states"
+        assert len(free | cached | set(held)) == len(free) + len(cached) + len(held), "a page in two states"
         assert len(free) + len(cached) + len(held) == self.num_pages, "a page leaked"
         assert all(self._hash_of[page] is None for page in free), "a free page with a hash"
         assert all(self._hash_of[page] is not None for page in cached), "a cached page without a hash"

@@ -188,8 +188,8 @@ class Engine:
         if room < 1:
             source = "context" if self.limit == self.context else "KV cache"
             raise ContextLengthError(
-                f"context_length_exceeded: the prompt has {len(ids)} tokens, the {source} holds {self.limit} and "
-                "needs room for one more",
+                f"context_length_exceeded: the prompt has {len(ids)} tokens, the {source} holds {self.limit}, "
+                "one of them for the answer",
                 remedy=f"shorten the prompt to {self.limit - 1} tokens",
                 prompt_tokens=len(ids),
                 limit=self.limit,
@@ -219,10 +219,16 @@ class Engine:
         if not ids:
             raise InputError("the prompt is empty", remedy="give at least one token")
         vocab = self.facts.vocab_size
-        if not all(isinstance(i, int | np.integer) and 0 <= i < vocab for i in ids):
-            wrong = next(i for i in ids if not isinstance(i, int | np.integer) or not 0 <= i < vocab)
-            raise InputError(f"prompt token {wrong!r} is no id", remedy=f"allowed: 0 to {vocab - 1}")
-        return array("i", ids)
+        try:
+            result = array("i", ids)
+        except (TypeError, OverflowError):
+            raise InputError(
+                "the prompt holds something that is no token id", remedy="give whole numbers"
+            ) from None
+        if min(result) < 0 or max(result) >= vocab:
+            wrong = next(i for i in result if not 0 <= i < vocab)
+            raise InputError(f"prompt token {wrong} is no id", remedy=f"allowed: 0 to {vocab - 1}")
+        return result
 
     def add_request(
         self, prompt: str | Seq[int], params: SamplingParams | None = None, request_id: str | None = None
@@ -383,6 +389,7 @@ class Engine:
         request.live.remove(generation)
         if not request.live:
             self._requests.pop(request.id, None)
+        assert self.has_work or self.blocks.num_used == 0, "pages leaked"
 
     # Scoring ---------------------------------------------------------------------------------------------
 

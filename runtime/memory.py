@@ -136,8 +136,9 @@ def plan_kv_cache(
             pages = min(pages, int(free * _SHARE) // bytes_per_page)
     plan = KvPlan(pages, page_size, pages * bytes_per_page)
     if pages < 1:
+        size = f"{bytes_per_page / 1e6:.1f} MB"
         raise InputError(
-            f"not one page of KV cache fits: a page takes {bytes_per_page / 1e6:.1f} MB, {free / 1e6:.0f} MB are free",
+            f"not one page of KV cache ({size}) fits into the {free / 1e6:.0f} MB that are free",
             remedy="free some memory or raise kv_cache_bytes",
         )
     if plan.bytes > free:

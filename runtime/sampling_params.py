@@ -19,6 +19,11 @@ def _refuse(name: str, value: object, allowed: str) -> InputError:
     return InputError(f"{name} is {str(value)[:60]}", remedy=f"allowed: {allowed}")
 
 
+def _is_a(value: Any, *kinds: type) -> bool:
+    """The type as it is at run time: values come from JSON, whatever the annotations say."""
+    return isinstance(value, kinds)
+
+
 def _check_number(
     name: str, value: Any, low: float, high: float, allowed: str, *, above: bool = False
 ) -> None:
@@ -99,23 +104,19 @@ class SamplingParams:
 
     def _validate_tokens(self, vocab_size: int) -> None:
         ids = f"token ids from 0 to {vocab_size - 1}"
-        if not isinstance(self.logit_bias, Mapping):
+        if not _is_a(self.logit_bias, Mapping):
             raise _refuse("logit_bias", self.logit_bias, "a mapping from token id to number")
         for token, bias in self.logit_bias.items():
             _check_integer("logit_bias", token, 0, vocab_size - 1, ids)
             _check_number(f"logit_bias[{token}]", bias, -100, 100, "-100 to 100")
-        if not isinstance(self.stop_token_ids, list | tuple):
+        if not _is_a(self.stop_token_ids, list, tuple):
             raise _refuse("stop_token_ids", self.stop_token_ids, f"a list of {ids}")
         for token in self.stop_token_ids:
             _check_integer("stop_token_ids", token, 0, vocab_size - 1, ids)
 
     def _validate_stops(self) -> None:
-        if (
-            isinstance(self.stop, str)
-            or not isinstance(self.stop, list | tuple)
-            or len(self.stop) > MAX_STOPS
-        ):
+        if not _is_a(self.stop, list, tuple) or len(self.stop) > MAX_STOPS:
             raise _refuse("stop", self.stop, f"a list of up to {MAX_STOPS} texts")
         for text in self.stop:
-            if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_LENGTH:
+            if not _is_a(text, str) or not 0 < len(text) <= MAX_STOP_LENGTH:
                 raise _refuse("stop", repr(text), f"texts of 1 to {MAX_STOP_LENGTH} characters")

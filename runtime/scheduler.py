@@ -72,7 +72,8 @@ class Scheduler(Generic[S]):
 
     def fork(self, parent: S, child: S) -> None:
         """Let `child` go on from the running `parent`'s tokens, sharing its pages."""
-        assert parent.status is Status.RUNNING and parent.slots > 1
+        assert parent.status is Status.RUNNING
+        assert parent.slots > 1, "room for the child was not asked for"
         parent.slots -= 1
         self.blocks.fork(parent, child)
         child.status = Status.RUNNING

@@ -1,0 +1,377 @@
+"""The public object that `llmc.load` returns: a model ready to answer."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Any, TypedDict, Unpack
+
+import numpy as np
+
+from ..codegen.artifact import Artifact
+from ..ir.errors import InputError
+from .async_engine import AsyncEngine, Stream
+from .chat_template import ChatTemplate, Message
+from .engine import Engine, EngineStats
+from .executor.base import Executor
+from .generation import StepOutput
+from .sampler import TokenLogprob
+from .sampling_params import SamplingParams
+from .tokenizer import Tokenizer
+
+Prompt = str | Sequence[int] | Sequence[Message]
+"""Text (encoded with the tokenizer's own special tokens), token ids, or messages for the chat template."""
+
+
+class SamplingOptions(TypedDict, total=False):
+    """Fields of `SamplingParams` as keyword arguments."""
+
+    n: int
+    max_tokens: int | None
+    min_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
+    seed: int | None
+    stop: tuple[str, ...] | str
+    stop_token_ids: tuple[int, ...]
+    ignore_eos: bool
+    logprobs: int | None
+
+
+@dataclass(slots=True)
+class Choice:
+    """One answer."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    """"stop", "length" or "cancelled"."""
+    stop_reason: str | int | None = None
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Completion:
+    """The answers to one prompt; the properties are those of the first."""
+
+    choices: list[Choice]
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Tokens of the prompt that came from the prefix cache."""
+
+    @property
+    def text(self) -> str:
+        """Text of the first choice."""
+        return self.choices[0].text
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Tokens of the first choice."""
+        return self.choices[0].token_ids
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why the first choice ended."""
+        return self.choices[0].finish_reason
+
+    @property
+    def generated_tokens(self) -> int:
+        """Tokens of all choices."""
+        return sum(len(choice.token_ids) for choice in self.choices)
+
+    def add(self, output: StepOutput) -> None:
+        """Take up one output of a stream."""
+        choice = self.choices[output.index]
+        choice.text += output.text
+        choice.token_ids += output.token_ids
+        choice.logprobs += output.logprobs
+        if output.finish_reason is not None:
+            choice.finish_reason, choice.stop_reason = output.finish_reason, output.stop_reason
+        self.prompt_tokens = output.prompt_tokens or self.prompt_tokens
+        self.cached_tokens = output.cached_tokens or self.cached_tokens
+
+
+class LLM:
+    """A loaded artifact.
+
+    Its methods may be called from several threads; `close` it, or use it in a `with` block.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        *,
+        artifact: Artifact | None = None,
+        engine: Engine | None = None,
+        template: ChatTemplate | None = None,
+        defaults: Mapping[str, Any] | None = None,
+        max_waiting: int | None = None,
+    ):
+        """See `llmc.runtime.loader.load`. `engine` is None for artifacts of kind "function".
+
+        `defaults`: the model's own sampling settings, as in transformers' generation_config.json.
+        """
+        self.executor = executor
+        self.artifact = artifact
+        self.template = template
+        self._engine = AsyncEngine(engine, max_waiting=max_waiting) if engine is not None else None
+        self._defaults = _sampling_defaults(defaults or {})
+        if self._engine is not None:
+            weakref.finalize(self, self._engine.close)
+
+    # Text and tokens -------------------------------------------------------------------------------------
+
+    @property
+    def engine(self) -> AsyncEngine:
+        """The engine behind it. Raises InputError for an artifact that has none."""
+        if self._engine is None:
+            raise InputError(
+                "this artifact is a function, not a language model", remedy="call run(name=array, …)"
+            )
+        return self._engine
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The artifact's tokenizer. Raises InputError where it has none."""
+        tokenizer = self.engine.engine.tokenizer
+        if tokenizer is None:
+            raise InputError("this artifact has no tokenizer", remedy="give token ids instead of text")
+        return tokenizer
+
+    @property
+    def kind(self) -> str:
+        """ "causal_lm", "encoder" or "function"."""
+        return self.artifact.kind if self.artifact is not None else "causal_lm"
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of a sequence at most: prompt and answer together."""
+        return self.engine.engine.limit
+
+    @property
+    def stats(self) -> EngineStats:
+        """Pages of the cache, running and waiting sequences, counts of work done."""
+        with self.engine.paused() as engine:
+            return engine.stats
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text."""
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of token ids."""
+        return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def chat_prompt(self, messages: Sequence[Message], **variables: Any) -> str:
+        """The text that the model's chat template makes of a conversation; `variables` as in
+        `ChatTemplate.render`.
+        """
+        if self.template is None:
+            raise InputError("this artifact has no chat template", remedy="give the prompt as text")
+        return self.template.render(messages, **variables)
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt in any of its forms. Raises InputError for an empty one."""
+        if isinstance(prompt, str):
+            ids = self.encode(prompt)
+        elif len(prompt) and isinstance(prompt[0], Mapping):
+            text = self.chat_prompt([m for m in prompt if isinstance(m, Mapping)])
+            ids = self.encode(text, add_special_tokens=False)
+        else:
+            ids = [i for i in prompt if not isinstance(i, Mapping)]
+        if not ids:
+            raise InputError("the prompt is empty", remedy="give at least one token")
+        return ids
+
+    # Generation ------------------------------------------------------------------------------------------
+
+    def sampling(self, **options: Unpack[SamplingOptions]) -> SamplingParams:
+        """Sampling parameters: the model's own defaults with `options` over them.
+
+        A model that does not ask for sampling is decoded greedily. Raises InputError for an unknown name.
+        """
+        unknown = set(options) - set(SamplingOptions.__annotations__)
+        if unknown:
+            raise InputError(
+                f"unknown sampling option {sorted(unknown)[0]!r}",
+                remedy=f"known: {', '.join(SamplingOptions.__annotations__)}",
+            )
+        stop = options.get("stop", ())
+        merged: dict[str, Any] = {
+            **self._defaults,
+            **options,
+            "stop": (stop,) if isinstance(stop, str) else stop,
+        }
+        return replace(SamplingParams(), **merged)
+
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, **options: Unpack[SamplingOptions]
+    ) -> Stream:
+        """Outputs as they come, one a token and choice. Closing the stream cancels the request.
+
+        `params` decides alone where given; otherwise `sampling(**options)` does. Raises InputError where
+        prompt or options are wrong, before anything runs.
+        """
+        stream = self.engine.stream_sync(self.prompt_ids(prompt), params or self.sampling(**options))
+        stream.owner = self
+        return stream
+
+    async def astream(
+        self, prompt: Prompt, params: SamplingParams | None = None, **options: Unpack[SamplingOptions]
+    ) -> AsyncGenerator[StepOutput, None]:
+        """As `stream`, for event loops. A task that is cancelled cancels its request."""
+        outputs = self.engine.stream(self.prompt_ids(prompt), params or self.sampling(**options))
+        try:
+            async for output in outputs:
+                yield output
+        finally:
+            await outputs.aclose()
+
+    def generate(
+        self, prompt: Prompt, params: SamplingParams | None = None, **options: Unpack[SamplingOptions]
+    ) -> Completion:
+        """The whole answer to a prompt; as many choices as `n` asks for."""
+        return self.generate_batch([prompt], params, **options)[0]
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> list[Completion]:
+        """Answers to several prompts, computed together, in the order of the prompts."""
+        params = params or self.sampling(**options)
+        streams = [self.engine.stream_sync(self.prompt_ids(prompt), params) for prompt in prompts]
+        results: list[Completion] = []
+        try:
+            for stream in streams:
+                completion = Completion([Choice(index) for index in range(params.n)])
+                for output in stream:
+                    completion.add(output)
+                results.append(completion)
+        finally:
+            for stream in streams:
+                stream.close()
+        return results
+
+    # Numbers ---------------------------------------------------------------------------------------------
+
+    def iter_logits(self, ids: Sequence[int], chunk: int | None = None) -> Iterator[np.ndarray]:
+        """Logits of every token, [c, vocab] float32 at a time; other requests wait until the iterator is
+        done.
+
+        An encoder sees the whole text at once and gives hidden states [T, hidden] in one piece.
+        """
+        with self.engine.paused() as engine:
+            size = len(ids) if self.kind == "encoder" else chunk
+            yield from engine.score(ids, size)
+
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        """Logits of every token of a text, [T, vocab] float32 (hidden states [T, hidden] for an encoder).
+
+        Row t says what follows token t. For long texts of large vocabularies use `token_logprobs` or
+        `iter_logits`.
+        """
+        result: np.ndarray | None = None
+        start = 0
+        for part in self.iter_logits(ids):
+            if result is None:
+                result = np.empty((len(ids), part.shape[1]), np.float32)
+            result[start : start + len(part)] = part
+            start += len(part)
+        assert result is not None
+        return result
+
+    def token_logprobs(self, ids: Sequence[int], chunk: int = 128) -> np.ndarray:
+        """log p(token t + 1 | tokens 0 … t) for t = 0 … T - 2: [T - 1] float64; memory is one chunk of
+        logits.
+
+        Perplexity of the text is exp(-mean).
+        """
+        following = np.asarray(ids, np.int64)[1:]
+        found: list[np.ndarray] = []
+        start = 0
+        for part in self.iter_logits(ids, chunk):
+            wanted = following[start : start + len(part)]
+            rows = part[: len(wanted)].astype(np.float64)
+            start += len(part)
+            peak = rows.max(axis=1, keepdims=True)
+            norm = peak[:, 0] + np.log(np.exp(rows - peak).sum(axis=1))
+            found.append(rows[np.arange(len(wanted)), wanted] - norm)
+        return np.concatenate(found)
+
+    def embed(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Hidden states [T, hidden] float32 of each text, for an encoder; how to pool them is the caller's
+        choice.
+        """
+        if self.kind != "encoder":
+            raise InputError("this artifact is no encoder", remedy="compile an encoder model")
+        return [self.logits(self.prompt_ids(text)).copy() for text in texts]
+
+    def run(self, **arrays: np.ndarray) -> dict[str, np.ndarray]:
+        """Outputs by name of an artifact of kind "function", from inputs by name.
+
+        Raises InputError where a name, dtype or shape is not what the artifact lists.
+        """
+        if self.artifact is None or self.kind != "function":
+            raise InputError("this artifact is no function", remedy="use generate or logits")
+        return self.executor.run(_checked_inputs(self.artifact.manifest.get("inputs", []), arrays))
+
+    # Lifetime --------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Cancel what runs and end the engine's thread."""
+        if self._engine is not None:
+            self._engine.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _sampling_defaults(generation: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a generation_config.json that the sampler has; without `do_sample` they mean greedy."""
+    names = ["repetition_penalty"]
+    if generation.get("do_sample"):
+        names += ["temperature", "top_k", "top_p", "min_p"]
+    found = {name: generation[name] for name in names if generation.get(name) is not None}
+    if generation.get("do_sample"):
+        found.setdefault("temperature", 1.0)
+    return found
+
+
+def _checked_inputs(
+    expected: Sequence[Mapping[str, Any]], arrays: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    names = [str(entry["name"]) for entry in expected]
+    if set(names) != set(arrays):
+        raise InputError(
+            f"inputs given: {', '.join(arrays) or 'none'}", remedy=f"expected: {', '.join(names)}"
+        )
+    checked: dict[str, np.ndarray] = {}
+    for entry in expected:
+        name, array = str(entry["name"]), np.asarray(arrays[str(entry["name"])])
+        shape: Sequence[Any] = entry["shape"]
+        fits = len(shape) == array.ndim and all(
+            not isinstance(want, int) or want == have for want, have in zip(shape, array.shape, strict=False)
+        )
+        if str(array.dtype) != entry["dtype"] or not fits:
+            raise InputError(
+                f"input {name} is {array.dtype}{list(array.shape)}",
+                remedy=f"expected: {entry['dtype']}{list(shape)}",
+            )
+        checked[name] = np.ascontiguousarray(array)
+    return checked

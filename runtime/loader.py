@@ -1,0 +1,100 @@
+"""From an artifact on disk to an `LLM` that answers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from ..codegen.artifact import Artifact, Verify
+from ..ir.errors import ArtifactError
+from .chat_template import ChatTemplate
+from .engine import Engine, EngineOptions, ModelFacts
+from .executor import open_executor
+from .llm import LLM
+from .tokenizer import Tokenizer
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    target: str | None = None,
+    isa: str | None = None,
+    threads: int | None = None,
+    context: int | None = None,
+    kv_cache_bytes: int | None = None,
+    kv_tokens: int | None = None,
+    max_batch_tokens: int = 512,
+    max_sequences: int = 64,
+    prefix_cache: bool = True,
+    max_waiting: int | None = None,
+    verify: Verify = "full",
+) -> LLM:
+    """Open an artifact, choose its target for this machine, and size the KV cache.
+
+    Args:
+        path: the NAME.llmc folder.
+        target: name of a target; None takes the best that the artifact has.
+        isa: ISA level of the kernels; None takes the best that this CPU runs.
+        threads: to compute with; None takes one a physical core.
+        context: tokens of a sequence at most; None takes the model's context length.
+        kv_cache_bytes, kv_tokens: size of the KV cache; None takes it from the free memory.
+        max_batch_tokens: tokens computed in a step at most.
+        max_sequences: sequences that run at the same time at most.
+        prefix_cache: keep pages for prompts that begin in the same way.
+        max_waiting: unfinished requests accepted at a time; None for any number.
+        verify: "full" checks the sha256 of every file, "size" only that they are there and complete.
+
+    Raises ArtifactError where the artifact is damaged or does not suit this machine, InputError where an
+    option is impossible.
+    """
+    artifact = Artifact.open(path, verify)
+    executor = open_executor(artifact, target, threads=threads, isa=isa)
+    if artifact.kind == "function":
+        return LLM(executor, artifact=artifact)
+    options = EngineOptions(
+        max_batch_tokens=max_batch_tokens,
+        max_sequences=max_sequences,
+        context=context,
+        kv_tokens=kv_tokens,
+        kv_cache_bytes=kv_cache_bytes,
+        prefix_cache=prefix_cache,
+    )
+    engine = Engine(executor, _tokenizer(artifact), _facts(artifact), options)
+    return LLM(
+        executor,
+        artifact=artifact,
+        engine=engine,
+        template=_template(artifact),
+        defaults=artifact.model.get("generation"),
+        max_waiting=max_waiting,
+    )
+
+
+def _facts(artifact: Artifact) -> ModelFacts:
+    model = artifact.model
+    try:
+        eos = tuple(int(token) for token in model.get("eos_token_ids") or ())
+        return ModelFacts(int(model["vocab_size"]), int(model["context_length"]), eos)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(
+            f"{artifact.root}: the manifest's model facts are incomplete ({error})",
+            remedy="compile the model again",
+        ) from None
+
+
+def _entry(artifact: Artifact) -> Mapping[str, Any]:
+    return artifact.manifest.get("tokenizer") or {}
+
+
+def _tokenizer(artifact: Artifact) -> Tokenizer | None:
+    rel = _entry(artifact).get("path")
+    return Tokenizer.from_file(artifact.path(rel)) if rel is not None else None
+
+
+def _template(artifact: Artifact) -> ChatTemplate | None:
+    rel = _entry(artifact).get("chat_template")
+    if rel is None:
+        return None
+    specials = _entry(artifact).get("special_tokens") or {}
+    return ChatTemplate(artifact.read_text(rel), specials, name=rel)
