@@ -1,0 +1,75 @@
+"""What a pass is: a frozen dataclass whose fields are its options, with one method `run`.
+
+    @dataclass(frozen=True)
+    class MyPass(Pass):
+        '''before → after'''
+        name = "my-pass"
+        group: int = 64
+
+        def run(self, graph, context):
+            ...
+            return PassResult(graph, changed=True, notes=["..."])
+
+A pass changes the graph it is given (through `Graph`'s methods or the rewriter) or returns another one. The manager verifies after it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from ..ir.core import Graph
+from ..ir.rewriter import Rule, apply_rules
+
+Progress = Callable[[str, float], None]  # what is being done, share of it that is done (0 … 1)
+
+
+def no_progress(what: str, share: float) -> None:
+    """A listener for those who do not listen."""
+
+
+@dataclass
+class PassContext:
+    """What passes share in one compilation."""
+
+    progress: Progress = no_progress
+    context_length: int | None = None
+
+
+@dataclass
+class PassResult:
+    """`notes` are sentences for the user: what was refused and why, what was chosen."""
+
+    graph: Graph
+    changed: bool
+    notes: list[str] = field(default_factory=list[str])
+
+
+@dataclass(frozen=True)
+class Pass(ABC):
+    """Base of all passes. `requires` is the stage that a graph must have, `ensures` the stage it has afterwards (None: unchanged)."""
+
+    name: ClassVar[str] = ""
+    requires: ClassVar[str | None] = None
+    ensures: ClassVar[str | None] = None
+
+    @abstractmethod
+    def run(self, graph: Graph, context: PassContext) -> PassResult: ...
+
+    def __str__(self) -> str:
+        options = ",".join(f"{f.name}={getattr(self, f.name)}" for f in dataclasses.fields(self))
+        return self.name + (f"{{{options}}}" if options else "")
+
+
+@dataclass(frozen=True)
+class RulePass(Pass):
+    """A pass that applies rewrite rules until nothing changes."""
+
+    rules: ClassVar[Sequence[Rule]] = ()
+
+    def run(self, graph: Graph, context: PassContext) -> PassResult:
+        count, notes = apply_rules(graph, self.rules)
+        return PassResult(graph, count > 0, notes)

@@ -1,0 +1,218 @@
+"""The traced model of one sequence → the ragged paged step (docs/architecture.md, "The paged step interface").
+
+    input_ids [1, T]                  → token_ids [T], positions [T], slot_mapping [T], query_start [B+1], context_len [B], block_table [B, P],
+                                        output_index [R], kv_pages.i [2, N, page_size, heads, head_dim]
+    arange(T)                         → positions
+    attention(q, k, v)                → pages' = append_kv(k, v, pages); paged_attention(q, pages', …)
+    logits of every row               → gather_last before the final norm: only the wanted rows go through the head
+
+What is left must treat every token alone: sequences stand back to back in T, so an op that mixes rows would mix strangers. `row_mixing` refuses such an
+op by name and module.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...ir.core import Graph, Op, Value
+from ...ir.errors import UnsupportedError
+from ...ir.ops import math as m
+from ...ir.ops.attention import Attention
+from ...ir.ops.cache import AppendKv, GatherLast, PagedAttention
+from ...ir.ops.nn import LayerNorm, Linear, RmsNorm
+from ...ir.ops.quant import QuantizedLinear
+from ...ir.ops.shape import Arange, Concat, DimValue, Expand, Full, Gather, Index, Reshape, Slice, Transpose
+from ...ir.types import Dim, DimExpr, Shape, TensorType, sym
+from ..base import Pass, PassContext, PassResult
+
+T, B, P_, R, N = sym("T"), sym("B"), sym("P"), sym("R"), sym("N")
+
+
+def _mentions_tokens(d: Dim) -> bool:
+    return isinstance(d, DimExpr) and "T" in d.symbols()
+
+
+def _token_axes(shape: Shape) -> list[int]:
+    return [i - len(shape) for i, d in enumerate(shape) if _mentions_tokens(d)]
+
+
+def row_mixing(op: Op) -> str | None:
+    """Why an op of the paged graph mixes rows of different tokens, or None when every row stands alone."""
+    axes = [_token_axes(v.shape) for v in op.operands]
+    out = _token_axes(op.results[0].shape)
+    if any(len(a) > 1 for a in (*axes, out)):
+        return "has two axes of tokens"
+    inner = {a[0] for a in axes if a}
+    match op:
+        case m.Reduce() if inner & set(op.axes):
+            return "reduces over tokens"
+        case m.Softmax() if op.axis in inner:
+            return "normalises over tokens"
+        case m.MatMul() if axes[1] or (axes[0] and axes[0][0] == -1):
+            return "multiplies along the axis of tokens"
+        case Slice() | Concat() if op.axis in inner:
+            return "cuts or joins along the axis of tokens"
+        case Transpose() | Reshape() if inner and (not out or _lead(op.operands[0].shape) != _lead(op.results[0].shape)):
+            return "moves the axis of tokens"
+        case Index() | Gather() if axes[0]:
+            return "picks rows by index"
+        case RmsNorm() | LayerNorm() | Linear() | QuantizedLinear() if -1 in inner:
+            return "works along the axis of tokens"
+        case DimValue() if _mentions_tokens(op.dim):
+            return "reads the number of tokens"
+        case _:
+            return None
+
+
+def _lead(shape: Shape) -> Dim:
+    """Elements in front of the token axis: equal on both sides when rows keep their order."""
+    total: Dim = 1
+    for d in shape:
+        if _mentions_tokens(d):
+            break
+        total = total * d
+    return total
+
+
+def _without_batch(shape: Shape) -> Shape:
+    return shape[1:] if len(shape) > 1 and shape[0] == 1 else shape
+
+
+def drop_batch_axis(graph: Graph, ids: Value) -> None:
+    """input_ids [1, T] → [T] and every value after it; attributes with shapes lose their leading 1, axes are negative and stay."""
+    ids.type = TensorType("int32", (T,))
+    for op in graph.ops:
+        depends = any(_mentions_tokens(d) for r in op.results for d in r.shape) or any(r.type.rank and r.shape[0] == 1 for r in op.results)
+        if isinstance(op, (Reshape, Expand, Full)) and depends:
+            op.shape = _without_batch(op.shape)
+        graph.retype(op)
+
+
+
+
+@dataclass(frozen=True)
+class _StepInputs:
+    token_ids: Value
+    positions: Value
+    slot_mapping: Value
+    query_start: Value
+    context_len: Value
+    block_table: Value
+    output_index: Value
+
+
+def _replace_inputs(graph: Graph) -> _StepInputs:
+    ids = graph.input("input_ids")
+    ids.name = "token_ids"
+
+    def add(name: str, *shape: Dim) -> Value:
+        return graph.add_input(name, TensorType("int32", shape))
+
+    return _StepInputs(ids, add("positions", T), add("slot_mapping", T), add("query_start", B + 1), add("context_len", B), add("block_table", B, P_),
+                       add("output_index", R))
+
+
+def _replace_positions(graph: Graph, positions: Value) -> None:
+    """arange(T) counts tokens of the sequence: it becomes `positions` (times step plus start)."""
+    for op in graph.ops:
+        if not isinstance(op, Arange) or not _mentions_tokens(op.length):
+            continue
+        if op.length != T:
+            raise UnsupportedError(f"{op.loc}: positions over {op.length} tokens", remedy="only arange(T) can become a position")
+        new: list[Op] = [m.Cast(positions, dtype=op.dtype)]
+        if op.step != 1:
+            c = Full(value=op.step, dtype=op.dtype)
+            new += [c, m.Mul(new[-1].result, c.result)]
+        if op.start:
+            c = Full(value=op.start, dtype=op.dtype)
+            new += [c, m.Add(new[-1].result, c.result)]
+        for o in new:
+            o.loc = op.loc
+            graph.insert(o, before=op)
+        graph.replace(op, [new[-1].result])
+
+
+@dataclass(frozen=True)
+class PageKvCache(Pass):
+    """Turn the whole-sequence graph into the ragged paged step (see the module's text).
+
+    Options: `page_size` tokens a page; `kv_dtype` of the cache.
+    """
+
+    name = "page-kv-cache"
+    ensures = "paged"
+    page_size: int = 16
+    kv_dtype: str = "float32"
+
+    def run(self, graph: Graph, context: PassContext) -> PassResult:
+        attentions = [op for op in graph if isinstance(op, Attention)]
+        if not attentions:
+            raise UnsupportedError(f"{graph.name} holds no attention that was recognised", remedy="see the notes of fuse-attention (--dump-ir)")
+        inputs = _replace_inputs(graph)
+        drop_batch_axis(graph, inputs.token_ids)
+        _replace_positions(graph, inputs.positions)
+        graph.retype_all()
+        self._page(graph, inputs, attentions)
+        graph.retype_all()
+        graph.drop_dead()
+        for op in graph:
+            refusal = row_mixing(op)
+            if refusal is not None and not isinstance(op, (AppendKv, PagedAttention)):
+                raise UnsupportedError(f"{op.opname} in {op.loc or graph.name} {refusal}: tokens of different sequences would meet",
+                                       remedy="the model needs a fusion that absorbs this op")
+        gather_wanted_rows(graph, inputs.output_index)
+        return PassResult(graph, True)
+
+    def _page(self, graph: Graph, inputs: _StepInputs, attentions: list[Attention]) -> None:
+        facts: list[dict[str, object]] = []
+        for layer, op in enumerate(attentions):
+            heads, width = op.k.shape[-2:]
+            if op.v.shape[-2:] != op.k.shape[-2:]:
+                raise UnsupportedError(f"attention in {op.loc}: keys {op.k.type} and values {op.v.type} differ in width", remedy="no cache layout for this yet")
+            pages = graph.add_input(f"kv_pages.{layer}", TensorType(self.kv_dtype, (2, N, self.page_size, heads, width)))
+            appended = AppendKv(op.k, op.v, pages, inputs.slot_mapping)
+            paged = PagedAttention(op.q, appended.result, inputs.query_start, inputs.context_len, inputs.block_table, op.sinks, scale=op.scale,
+                                   causal=op.causal, window=op.window, softcap=op.softcap)
+            for new in (appended, paged):
+                new.loc = op.loc
+                graph.insert(new, before=op)
+            facts.append({"heads": heads, "head_dim": width, "window": op.window})
+            graph.replace(op, [paged.result])
+        graph.facts["kv"] = facts
+        graph.facts["page_size"] = self.page_size
+        graph.facts["kv_dtype"] = self.kv_dtype
+
+
+def gather_wanted_rows(graph: Graph, index: Value) -> None:
+    """Move the choice of rows as far up as rows stand alone: behind the last op whose other users need every row."""
+    output = graph.outputs[0]
+    while True:
+        op = output.producer
+        if op is None or row_mixing(op) is not None or isinstance(op, PagedAttention) or len(op.results) != 1:
+            break
+        rows = [v for v in op.operands if _token_axes(v.shape)]
+        if len(rows) != 1 or len(rows[0].uses) != 1 or rows[0].producer is None or rows[0].type.rank != output.type.rank:
+            break
+        output = rows[0]
+    gather = GatherLast(output, index)
+    after = output.producer
+    following = after.next if after is not None else None
+    for user, i in list(output.uses):
+        if user is not gather:
+            graph.set_operand(user, i, gather.result)
+    graph.outputs = [gather.result if v is output else v for v in graph.outputs]
+    graph.insert(gather, before=following)
+    _retarget(graph, gather)
+
+
+def _retarget(graph: Graph, gather: Op) -> None:
+    """Whatever depends on the gathered rows says R where it said T."""
+    changed = {gather.result}
+    op = gather.next
+    while op is not None:
+        if any(v in changed for v in op.operands):
+            if isinstance(op, (Reshape, Expand)):
+                op.shape = tuple(d.substitute({"T": R}) if isinstance(d, DimExpr) else d for d in op.shape)
+            graph.retype(op)
+            changed.update(op.results)
+        op = op.next

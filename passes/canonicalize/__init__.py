@@ -1,0 +1,1 @@
+"""One form for each meaning: constants folded, equal ops merged, shapes normalised, transposes moved into weights."""

@@ -1,0 +1,283 @@
+"""Constants and identities.
+
+    mul(x, 1.0)            → x
+    pow(x, 2.0)            → mul(x, x)
+    mul(x, sigmoid(x))     → silu(x)
+    add(weight, 1.0)       → a weight (computed when it is read)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any as Anything
+
+import numpy as np
+
+from ...ir.core import Graph, Op, Value
+from ...ir.interpreter import to_torch
+from ...ir.ops import math as m
+from ...ir.ops.nn import Linear
+from ...ir.ops.shape import Arange, Concat, Expand, Full, Gather, Index, Reshape, Slice, Transpose
+from ...ir.rewriter import Any, Const, Match, Or, P, Rewriter, Rule, apply_rules, constant
+from ...ir.types import TensorType
+from ...ir.weights import ArrayTensor, num_elements
+from ..base import Pass, PassContext, PassResult
+from ..derived import ComputedTensor
+
+FOLD_LIMIT = 1 << 22  # elements: larger weights stay as they are, folding would read them whole
+
+_NUMBERS: dict[type[Op], Callable[[float, float], float]] = {
+    m.Add: lambda a, b: a + b, m.Sub: lambda a, b: a - b, m.Mul: lambda a, b: a * b, m.Maximum: max, m.Minimum: min,
+    m.Pow: lambda a, b: a**b, m.Less: lambda a, b: a < b, m.LessEqual: lambda a, b: a <= b, m.Greater: lambda a, b: a > b,
+    m.GreaterEqual: lambda a, b: a >= b, m.Equal: lambda a, b: a == b, m.NotEqual: lambda a, b: a != b,
+    m.LogicalAnd: lambda a, b: bool(a) and bool(b), m.LogicalOr: lambda a, b: bool(a) or bool(b),
+}
+
+
+def full_like(type: TensorType, value: float) -> Full:
+    number: float | int | bool = bool(value) if type.dtype == "bool" else value if type.dtype.startswith(("float", "bfloat")) else int(value)
+    return Full(value=number, dtype=type.dtype, shape=type.shape)
+
+
+class FoldNumbers(Rule):
+    """op(full a, full b) → full"""
+
+    pattern = P(tuple(_NUMBERS), Const("a"), Const("b"))
+
+    def check(self, m_: Match) -> str | None:
+        return None
+
+    def rewrite(self, m_: Match, rw: Rewriter) -> Sequence[Value] | None:
+        value = float(_NUMBERS[type(rw.root)](m_["a"], m_["b"]))
+        if math.isnan(value) or (math.isinf(value) and rw.root.result.dtype == "float32"):
+            return None
+        return [rw.insert(full_like(rw.root.result.type, value))]
+
+
+class FoldMoved(Rule):
+    """cast / expand / reshape / slice / transpose of a full → full"""
+
+    pattern = P((m.Cast, Expand, Reshape, Slice, Transpose), Const("a"))
+
+    def rewrite(self, m_: Match, rw: Rewriter) -> Sequence[Value]:
+        return [rw.insert(full_like(rw.root.result.type, m_["a"]))]
+
+
+class DropIdentity(Rule):
+    """x + 0, x - 0, x · 1, x / 1, true and x, false or x, cast to the same dtype, reshape or expand to the same shape → x"""
+
+    pattern = P((m.Add, m.Sub, m.Mul, m.Div, m.LogicalAnd, m.LogicalOr, m.Cast, Reshape, Expand, Transpose))
+
+    def rewrite(self, m_: Match, rw: Rewriter) -> Sequence[Value] | None:
+        op = rw.root
+        x = op.operands[0]
+        if isinstance(op, m.Binary):
+            neutral = {m.Add: 0, m.Sub: 0, m.Mul: 1, m.Div: 1, m.LogicalAnd: 1, m.LogicalOr: 0}[type(op)]
+            for a, b in ((op.a, op.b), (op.b, op.a)):
+                if constant(b) == neutral and a.type == op.result.type:
+                    return [a]
+                if isinstance(op, (m.Sub, m.Div)):
+                    break
+            return None
+        if isinstance(op, Transpose) and op.perm != tuple(range(-len(op.perm), 0)):
+            return None
+        return [x] if x.type == op.result.type else None
+
+
+class Square(Rule):
+    """pow(x, 2) → x · x;  pow(x, 0.5) → sqrt;  pow(x, -0.5) → rsqrt;  pow(x, 1) → x;  pow(x, 3) → x · x · x"""
+
+    pattern = P(m.Pow, Any("x"), Const("n"))
+
+    def rewrite(self, m_: Match, rw: Rewriter) -> Sequence[Value] | None:
+        x: Value = m_["x"]
+        match m_["n"]:
+            case 1.0:
+                return [x]
+            case 2.0:
+                return [rw.insert(m.Mul(x, x))]
+            case 3.0:
+                return [rw.insert(m.Mul(rw.insert(m.Mul(x, x)), x))]
+            case 0.5:
+                return [rw.insert(m.Sqrt(x))]
+            case -0.5:
+                return [rw.insert(m.Rsqrt(x))]
+            case _:
+                return None
+
+
+class ReciprocalSqrt(Rule):
+    """reciprocal(sqrt(x)) → rsqrt(x)"""
+
+    pattern = P(m.Reciprocal, P(m.Sqrt, Any("x")))
+
+    def rewrite(self, m_: Match, rw: Rewriter) -> Sequence[Value]:
+        return [rw.insert(m.Rsqrt(m_["x"]))]
+
+
+class MakeSilu(Rule):
+    """x · sigmoid(x) → silu(x)"""
+
+    pattern = P(m.Mul, Any("x"), P(m.Sigmoid, Any("x")))
+
+    def rewrite(self, m_: Match, rw: Rewriter) -> Sequence[Value]:
+        return [rw.insert(m.Silu(m_["x"]))]
+
+
+_CUBE = Or(P(m.Mul, P(m.Mul, Any("x"), Any("x")), Any("x")), P(m.Pow, Any("x"), Const(equals=3.0)))
+
+
+class MakeGeluTanh(Rule):
+    """0.5 · x · (1 + tanh(√(2/π) · (x + 0.044715 · x³))) → gelu(x, tanh)"""
+
+    pattern = P(m.Mul, P(m.Mul, Any("x"), Const(equals=0.5)),
+                P(m.Add, P(m.Tanh, P(m.Mul, P(m.Add, Any("x"), P(m.Mul, _CUBE, Const("c"))), Const("s"))), Const(equals=1.0)))
+
+    def check(self, m_: Match) -> str | None:
+        if abs(m_["c"] - 0.044715) > 1e-6 or abs(m_["s"] - math.sqrt(2 / math.pi)) > 1e-6:
+            return f"the constants {m_['c']}, {m_['s']} are not those of the tanh approximation"
+        return None
+
+    def rewrite(self, m_: Match, rw: Rewriter) -> Sequence[Value]:
+        return [rw.insert(m.Gelu(m_["x"], tanh=True))]
+
+
+class MakeGeluErf(Rule):
+    """0.5 · x · (1 + erf(x / √2)) → gelu(x)"""
+
+    pattern = P(m.Mul, P(m.Mul, Any("x"), Const(equals=0.5)), P(m.Add, P(m.Erf, Or(P(m.Div, Any("x"), Const("d")), P(m.Mul, Any("x"), Const("s")))), Const(equals=1.0)))
+
+    def check(self, m_: Match) -> str | None:
+        scale = 1 / m_["d"] if "d" in m_ else m_["s"]
+        return None if abs(scale - math.sqrt(0.5)) < 1e-6 else f"erf is of {scale} x, not x / sqrt(2)"
+
+    def rewrite(self, m_: Match, rw: Rewriter) -> Sequence[Value]:
+        return [rw.insert(m.Gelu(m_["x"]))]
+
+
+class SliceOfArange(Rule):
+    """slice(arange) → arange, in any rank where only the arange's axis is longer than one"""
+
+    pattern = P(Slice, Or(P(Arange, name="inner"), P(Reshape, P(Arange, name="inner"))))
+
+    def rewrite(self, m_: Match, rw: Rewriter) -> Sequence[Value] | None:
+        op, inner = rw.root, m_.op("inner")
+        assert isinstance(op, Slice) and isinstance(inner, Arange)
+        if op.x.shape[op.axis] != inner.length or not isinstance(op.start, int):
+            return None
+        new = rw.insert(Arange(length=op.result.shape[op.axis], start=inner.start + op.start * inner.step, step=inner.step * op.step, dtype=inner.dtype))
+        return [new if new.shape == op.result.shape else rw.insert(Reshape(new, shape=op.result.shape))]
+
+
+class DropEmpty(Rule):
+    """concat([x, y of length 0]) → x;  slice of everything → x"""
+
+    pattern = P((Concat, Slice))
+
+    def rewrite(self, m_: Match, rw: Rewriter) -> Sequence[Value] | None:
+        op = rw.root
+        if isinstance(op, Slice):
+            return [op.x] if op.start == 0 and op.step == 1 and op.x.type == op.result.type else None
+        assert isinstance(op, Concat)
+        kept = [v for v in op.xs if v.shape[op.axis] != 0]
+        if len(kept) == len(op.xs) or not kept:
+            return None
+        return [kept[0] if len(kept) == 1 else rw.insert(Concat(kept, axis=op.axis))]
+
+
+class IndexOfFull(Rule):
+    """index(full, …) and gather(full, …) → full"""
+
+    pattern = P((Index, Gather), Const("a"))
+
+    def rewrite(self, m_: Match, rw: Rewriter) -> Sequence[Value]:
+        return [rw.insert(full_like(rw.root.result.type, m_["a"]))]
+
+
+RULES: tuple[Rule, ...] = (FoldNumbers(), FoldMoved(), DropIdentity(), Square(), ReciprocalSqrt(), MakeSilu(), MakeGeluTanh(), MakeGeluErf(), SliceOfArange(),
+                           IndexOfFull(), DropEmpty())
+
+
+def _numpy(tensor: Anything) -> Anything:
+    return tensor.detach().contiguous().numpy()
+
+
+def simplify_weights(graph: Graph) -> int:
+    """Small buffers that are constants become ops: rank 0 → full, equal integers → full, 0, 1, 2, … → arange. How many."""
+    count = 0
+    for v in list(graph.weights.values()):
+        data = v.weight
+        assert data is not None
+        integer = data.dtype.startswith("int") and isinstance(data, ArrayTensor)
+        if data.shape and not integer or num_elements(data) > FOLD_LIMIT or not v.uses:
+            continue
+        values = data.read()
+        new: Op | None = None
+        if values.size and (values == values.flat[0]).all():
+            new = full_like(v.type, float(values.flat[0]))
+        elif integer and values.size == values.shape[-1] and (values.ravel() == np.arange(values.size)).all():
+            new = Arange(length=values.size, dtype=data.dtype)
+        if new is None:
+            continue
+        first = graph.ops[0]
+        graph.insert(new, before=first)
+        result = new.result
+        if result.shape != v.shape:
+            reshape = Reshape(result, shape=v.shape)
+            graph.insert(reshape, before=first)
+            result = reshape.result
+        graph.replace_uses(v, result)
+        count += 1
+    graph.drop_dead()
+    return count
+
+
+def _computes(op: Op) -> Callable[[], Anything]:
+    parts = [(v.weight, constant(v), v.type) for v in op.operands]
+
+    def compute() -> Anything:
+        operands = [to_torch(w.read()) if w is not None else to_torch(np.full([int(str(d)) for d in t.shape], c, dtype=t.dtype)) for w, c, t in parts]
+        return _numpy(op.reference({}, *op.grouped(operands)))
+
+    return compute
+
+
+def fold_weights(graph: Graph) -> int:
+    """Ops over nothing but small weights and constants become weights, computed when they are read. How many."""
+    count = 0
+    for op in graph.ops:
+        size = 1
+        for d in (op.results[0].shape if op.results else ()):
+            size = size * d if isinstance(d, int) else FOLD_LIMIT + 1
+        weights = [v for v in op.operands if v.is_weight]
+        if len(op.results) != 1 or not weights or size > FOLD_LIMIT or isinstance(op, Linear):
+            continue
+        if not all(v.is_weight or constant(v) is not None for v in op.operands) or op.opname == "embedding":
+            continue
+        name = weights[0].name + f".{op.opname}"
+        while name in graph.weights:
+            name += "_"
+        shape = [d for d in op.result.shape if isinstance(d, int)]
+        data = ComputedTensor(shape, op.result.dtype, f"{op.opname}({', '.join(w.weight.source for w in weights if w.weight)})", _computes(op))
+        graph.replace(op, [graph.add_weight(name, data)])
+        count += 1
+    graph.drop_dead()
+    return count
+
+
+@dataclass(frozen=True)
+class FoldConstants(Pass):
+    """Constants, identities and ops on weights alone (see the module's text)."""
+
+    name = "fold-constants"
+
+    def run(self, graph: Graph, context: PassContext) -> PassResult:
+        count = simplify_weights(graph)
+        while True:
+            folded, _ = apply_rules(graph, RULES)
+            folded += fold_weights(graph)
+            count += folded
+            if not folded:
+                return PassResult(graph, count > 0)

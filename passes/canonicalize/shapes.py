@@ -1,0 +1,195 @@
+"""Reshapes and transposes: merged, cancelled, moved out of the way of fusion; transposes of weights go into the weights.
+
+    reshape(reshape(x))                     → reshape(x)
+    transpose(transpose(x))                 → transpose(x) or x
+    silu(transpose(x))                      → transpose(silu(x))         (slice, concat and norm over the last axis likewise)
+    linear(reshape(x: [1,T,K] → [T,K]), w)  → reshape(linear(x, w))
+    matmul(x, weight [K, N])                → linear(x, weightᵀ)
+    add(linear(x, w), bias [N])             → linear(x, w, bias)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ...ir.core import Value
+from ...ir.ops import math as m
+from ...ir.ops.nn import LayerNorm, Linear, RmsNorm
+from ...ir.ops.shape import Concat, Reshape, Slice, Transpose
+from ...ir.rewriter import Any, Match, Or, P, Rewriter, Rule, Weight
+from ..base import RulePass
+from ..derived import TransposedTensor
+
+
+class MergeReshapes(Rule):
+    """reshape(reshape(x)) → reshape(x)"""
+
+    pattern = P(Reshape, P(Reshape, Any("x")))
+
+    def rewrite(self, mt: Match, rw: Rewriter) -> Sequence[Value]:
+        x: Value = mt["x"]
+        return [x if x.shape == rw.root.result.shape else rw.insert(Reshape(x, shape=rw.root.result.shape))]
+
+
+class MergeTransposes(Rule):
+    """transpose(transpose(x)) → transpose(x) or x"""
+
+    pattern = P(Transpose, P(Transpose, Any("x"), name="inner"), name="outer")
+
+    def rewrite(self, mt: Match, rw: Rewriter) -> Sequence[Value]:
+        inner, outer = mt.op("inner"), mt.op("outer")
+        assert isinstance(inner, Transpose) and isinstance(outer, Transpose)
+        first, second = inner.full_perm(), outer.full_perm()
+        total = [first[i] - len(first) for i in second]
+        while total and total[0] == -len(total):
+            total = total[1:]
+        return [mt["x"] if not total else rw.insert(Transpose(mt["x"], perm=tuple(total)))]
+
+
+_ELEMENTWISE = (m.Neg, m.Silu, m.Gelu, m.Relu, m.Tanh, m.Sigmoid, m.Cast)
+
+
+class SinkTransposeUnary(Rule):
+    """f(transpose(x)) → transpose(f(x)) for elementwise f"""
+
+    pattern = P(_ELEMENTWISE, P(Transpose, Any("x"), name="t"))
+
+    def rewrite(self, mt: Match, rw: Rewriter) -> Sequence[Value]:
+        t = mt.op("t")
+        assert isinstance(t, Transpose)
+        return [rw.insert(Transpose(rw.insert(rw.root.clone({t.result: mt["x"]})), perm=t.perm))]
+
+
+class SinkTransposeNorm(Rule):
+    """rms_norm(transpose(x)) → transpose(rms_norm(x)), layer_norm likewise, where the last axis stays last"""
+
+    pattern = P((RmsNorm, LayerNorm), P(Transpose, Any("x"), name="t"))
+
+    def rewrite(self, mt: Match, rw: Rewriter) -> Sequence[Value] | None:
+        t = mt.op("t")
+        assert isinstance(t, Transpose)
+        if t.perm[-1] != -1:
+            return None
+        return [rw.insert(Transpose(rw.insert(rw.root.clone({t.result: mt["x"]})), perm=t.perm))]
+
+
+class SinkTransposeSlice(Rule):
+    """slice(transpose(x), last axis) → transpose(slice(x))  where the last axis stays last"""
+
+    pattern = P(Slice, P(Transpose, Any("x"), name="t"), axis=-1)
+
+    def rewrite(self, mt: Match, rw: Rewriter) -> Sequence[Value] | None:
+        t, s = mt.op("t"), rw.root
+        assert isinstance(t, Transpose) and isinstance(s, Slice)
+        if t.perm[-1] != -1:
+            return None
+        return [rw.insert(Transpose(rw.insert(Slice(mt["x"], axis=-1, start=s.start, stop=s.stop, step=s.step)), perm=t.perm))]
+
+
+class SinkTransposeConcat(Rule):
+    """concat([transpose(a), transpose(b)], last axis) → transpose(concat([a, b]))  for one permutation"""
+
+    pattern = P(Concat, axis=-1)
+
+    def rewrite(self, mt: Match, rw: Rewriter) -> Sequence[Value] | None:
+        ts = [v.producer for v in rw.root.operands]
+        perms = {t.perm if isinstance(t, Transpose) else () for t in ts}
+        if len(perms) != 1 or () in perms or (perm := perms.pop())[-1] != -1:
+            return None
+        return [rw.insert(Transpose(rw.insert(Concat([t.operands[0] for t in ts if t is not None], axis=-1)), perm=perm))]
+
+
+class ReshapeThroughLinear(Rule):
+    """linear(reshape(x), w) → reshape(linear(x, w))  where the reshape keeps the last axis"""
+
+    pattern = P(Linear, P(Reshape, Any("x")), Any("w"))
+
+    def rewrite(self, mt: Match, rw: Rewriter) -> Sequence[Value] | None:
+        x: Value = mt["x"]
+        op = rw.root
+        assert isinstance(op, Linear)
+        if not x.shape or x.shape[-1] != op.x.shape[-1]:
+            return None
+        return [rw.insert(Reshape(rw.insert(Linear(x, op.weight, op.bias)), shape=op.result.shape))]
+
+
+class ReshapeThroughMatMul(Rule):
+    """matmul(reshape(x), weight) → reshape(matmul(x, weight))  where the reshape keeps the last axis"""
+
+    pattern = P(m.MatMul, P(Reshape, Any("x")), Weight("w"))
+
+    def rewrite(self, mt: Match, rw: Rewriter) -> Sequence[Value] | None:
+        x: Value = mt["x"]
+        if x.type.rank < 2 or x.shape[-1] != rw.root.operands[0].shape[-1]:
+            return None
+        return [rw.insert(Reshape(rw.insert(m.MatMul(x, mt["w"])), shape=rw.root.result.shape))]
+
+
+class MatMulToLinear(Rule):
+    """matmul(x, weight [K, N]) → linear(x, weightᵀ);  matmul(x, transpose(weight [N, K])) → linear(x, weight)"""
+
+    pattern = P(m.MatMul, Any("x"), Or(Weight("w"), P(Transpose, Weight("wt"))))
+
+    def check(self, mt: Match) -> str | None:
+        weight: Value = mt["w"] if "w" in mt else mt["wt"]
+        return None if weight.type.rank == 2 else f"weight {weight.name} has rank {weight.type.rank}"
+
+    def rewrite(self, mt: Match, rw: Rewriter) -> Sequence[Value]:
+        if "wt" in mt:
+            return [rw.insert(Linear(mt["x"], mt["wt"]))]
+        weight: Value = mt["w"]
+        assert weight.weight is not None
+        name = weight.name + ".transposed"
+        graph = rw.graph
+        transposed = graph.weights[name] if name in graph.weights else graph.add_weight(name, TransposedTensor(weight.weight))
+        return [rw.insert(Linear(mt["x"], transposed))]
+
+
+class AddBias(Rule):
+    """add(linear(x, w), b [N]) → linear(x, w, b)"""
+
+    pattern = P(m.Add, Or(P(Linear, Any("x"), Any("w"), name="linear"), P(Reshape, P(Linear, Any("x"), Any("w"), name="linear"), name="reshape")), Weight("b"))
+
+    def check(self, mt: Match) -> str | None:
+        linear, bias = mt.op("linear"), mt.value("b")
+        assert isinstance(linear, Linear)
+        if linear.bias is not None:
+            return "the linear layer has a bias already"
+        if bias.shape != (linear.result.shape[-1],):
+            return f"{bias.name} {bias.type} is no vector over the outputs"
+        if len(linear.result.uses) != 1:
+            return "the product without the bias is used elsewhere"
+        if "reshape" in mt and mt.op("reshape").result.shape[-1] != linear.result.shape[-1]:
+            return "the result is reshaped before the bias"
+        return None
+
+    def rewrite(self, mt: Match, rw: Rewriter) -> Sequence[Value]:
+        linear = mt.op("linear")
+        assert isinstance(linear, Linear)
+        y = rw.insert(Linear(linear.x, linear.weight, mt["b"]))
+        return [rw.insert(Reshape(y, shape=rw.root.result.shape)) if y.shape != rw.root.result.shape else y]
+
+
+class TransposeOfUnit(Rule):
+    """transpose that only moves axes of length one → reshape"""
+
+    pattern = P(Transpose, Any("x"))
+
+    def rewrite(self, mt: Match, rw: Rewriter) -> Sequence[Value] | None:
+        op = rw.root
+        assert isinstance(op, Transpose)
+        moved = [p for p in op.perm if op.x.shape[p] != 1]
+        if moved != sorted(moved):
+            return None
+        return [rw.insert(Reshape(op.x, shape=op.result.shape))]
+
+
+RULES: tuple[Rule, ...] = (MergeReshapes(), MergeTransposes(), SinkTransposeUnary(), SinkTransposeNorm(), SinkTransposeSlice(), SinkTransposeConcat(), ReshapeThroughLinear(),
+                           ReshapeThroughMatMul(), MatMulToLinear(), AddBias(), TransposeOfUnit())
+
+
+class NormalizeShapes(RulePass):
+    """Reshapes, transposes, linear layers with bias (see the module's text)."""
+
+    name = "normalize-shapes"
+    rules = RULES

@@ -1,0 +1,78 @@
+"""Lazy weights computed from other lazy weights: merged, transposed, folded. Each reads rows of its sources when its own rows are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..ir.errors import CompileError
+from ..ir.weights import LazyTensor, read_chunks
+
+Array = np.ndarray[Any, Any]
+
+
+class ConcatRows:
+    """Tensors one below the other along axis 0."""
+
+    def __init__(self, parts: Sequence[LazyTensor]) -> None:
+        if len({(p.shape[1:], p.dtype) for p in parts}) != 1:
+            raise CompileError(f"weights to merge differ: {', '.join(f'{p.source} {p.dtype}{list(p.shape)}' for p in parts)}", remedy="do not merge them")
+        self.parts = tuple(parts)
+        self.shape: tuple[int, ...] = (sum(p.shape[0] for p in parts), *parts[0].shape[1:])
+        self.dtype = parts[0].dtype
+        self.source = "concat(" + ", ".join(p.source for p in parts) + ")"
+
+    def read(self, start: int = 0, stop: int | None = None) -> Array:
+        end = self.shape[0] if stop is None else min(stop, self.shape[0])
+        pieces: list[Array] = []
+        first = 0
+        for p in self.parts:
+            a, b = max(start, first), min(end, first + p.shape[0])
+            if a < b:
+                pieces.append(p.read(a - first, b - first))
+            first += p.shape[0]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces) if pieces else self.parts[0].read(0, 0)
+
+
+class SliceRows:
+    """Rows [start, stop) of a tensor."""
+
+    def __init__(self, base: LazyTensor, start: int, stop: int) -> None:
+        self.base, self.start = base, start
+        self.shape: tuple[int, ...] = (stop - start, *base.shape[1:])
+        self.dtype = base.dtype
+        self.source = f"{base.source}[{start}:{stop}]"
+
+    def read(self, start: int = 0, stop: int | None = None) -> Array:
+        end = self.shape[0] if stop is None else min(stop, self.shape[0])
+        return self.base.read(self.start + start, self.start + end)
+
+
+class TransposedTensor:
+    """A matrix transposed. A read of rows goes through the source in chunks, so memory stays at the rows asked for plus a chunk."""
+
+    def __init__(self, base: LazyTensor) -> None:
+        self.base = base
+        self.shape: tuple[int, ...] = (base.shape[1], base.shape[0])
+        self.dtype = base.dtype
+        self.source = f"transpose({base.source})"
+
+    def read(self, start: int = 0, stop: int | None = None) -> Array:
+        end = self.shape[0] if stop is None else min(stop, self.shape[0])
+        return np.ascontiguousarray(np.concatenate([chunk[:, start:end] for chunk in read_chunks(self.base)]).T)
+
+
+class ComputedTensor:
+    """Any function of whole sources, for small tensors (norm weights, tables): the function runs at each read."""
+
+    def __init__(self, shape: Sequence[int], dtype: str, source: str, compute: Callable[[], Array]) -> None:
+        self.shape: tuple[int, ...] = tuple(shape)
+        self.dtype = dtype
+        self.source = source
+        self._compute = compute
+
+    def read(self, start: int = 0, stop: int | None = None) -> Array:
+        whole = self._compute()
+        return np.ascontiguousarray(whole[start:stop]) if self.shape else whole

@@ -1,0 +1,227 @@
+"""Attention, from scaled_dot_product_attention and from matmul–softmax–matmul.
+
+    sdpa(q, repeat(k), repeat(v), mask)                                     → attention(q, k, v) causal / window
+    matmul(softmax(softcap(matmul(q, kᵀ) · scale) + mask), v)               → attention(q, k, v) causal / window / softcap
+    matmul(slice(softmax(concat([scores, sinks]))), v)                      → attention(q, k, v, sinks)
+
+`attention` is token-major; the transposes made here cancel with the model's own. Repeated heads (GQA) are recognised and dropped. What a mask means is
+worked out by `masks.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any as Anything
+
+from ...ir.core import Op, Value
+from ...ir.ops import math as m
+from ...ir.ops.attention import Attention, Sdpa
+from ...ir.ops.shape import Concat, Expand, Reshape, Slice, Transpose
+from ...ir.rewriter import Any, Match, Or, P, Rewriter, Rule, constant
+from ..base import RulePass
+from .masks import MaskAnalysis, MaskFacts, classify
+from .rope import SWAP_HEADS, token_major
+
+LAST_TWO = (-1, -2)
+
+
+def unrepeated(x: Value) -> Value:
+    """x [B, H, T, D] without the repetition of heads: reshape(expand(reshape(y [B, Hkv, T, D]))) → y."""
+    outer = x.producer
+    if not isinstance(outer, Reshape) or not isinstance(outer.x.producer, Expand):
+        return x
+    wide = outer.x
+    inner = outer.x.producer.x
+    if wide.type.rank != 5 or inner.type.rank != 5 or inner.shape[2] != 1 or [i for i in range(5) if wide.shape[i] != inner.shape[i]] != [2]:
+        return x
+    narrow = inner.producer
+    b, heads, _, tokens, width = inner.shape
+    if not isinstance(narrow, Reshape) or narrow.x.shape != (b, heads, tokens, width) or outer.shape != (b, heads * wide.shape[2], tokens, width):
+        return x
+    return narrow.x
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What stands before the softmax: q head-major, k (token-major where it says so), and how their product was treated. `sinks` is [H]."""
+
+    q: Value
+    k: Value
+    k_token_major: bool
+    scale: float
+    softcap: float | None
+    masks: tuple[Value, ...]
+    sinks: Value | None
+
+
+def _peel_sinks(x: Value) -> tuple[Value, Value | None] | str:
+    """softmax's operand without the column of sinks: concat([scores, expand(reshape(sinks))]) (minus its own maximum or not)."""
+    op = x.producer
+    if isinstance(op, m.Sub) and isinstance(op.b.producer, m.ReduceMax) and op.b.producer.operands[0] is op.a:
+        op = op.a.producer
+    if not isinstance(op, Concat) or op.axis != -1 or len(op.operands) != 2 or op.operands[1].shape[-1] != 1:
+        return x, None
+    sinks = op.operands[1]
+    while isinstance(sinks.producer, (Expand, Reshape)):
+        sinks = sinks.producer.x
+    if not sinks.is_weight or sinks.type.rank != 1 or sinks.shape[0] != op.operands[0].shape[1]:
+        return "the column beside the scores is no vector of sinks over the heads"
+    return op.operands[0], sinks
+
+
+def _peel_scale(x: Value, scale: float) -> tuple[Value, float]:
+    """x · c, x / c → x, with c multiplied into scale."""
+    while isinstance(op := x.producer, (m.Mul, m.Div)):
+        c = constant(op.b)
+        if c is not None:
+            scale = scale * c if isinstance(op, m.Mul) else scale / c
+            x = op.a
+        elif isinstance(op, m.Mul) and (c := constant(op.a)) is not None:
+            scale, x = scale * c, op.b
+        else:
+            break
+    return x, scale
+
+
+def _peel_masks(x: Value) -> tuple[Value, tuple[Value, ...]]:
+    """Additive masks [.., T, T] taken off: scores + mask → scores."""
+    masks: list[Value] = []
+    while isinstance(op := x.producer, m.Add):
+        known = MaskAnalysis()
+        a, b = known.meaning(op.a), known.meaning(op.b)
+        if b is not None or (a is None and op.a.shape[1:2] != (1,) and op.b.shape[1:2] == (1,)):
+            masks.append(op.b)
+            x = op.a
+        elif a is not None or op.a.shape[1:2] == (1,):
+            masks.append(op.a)
+            x = op.b
+        else:
+            break
+    return x, tuple(masks)
+
+
+def read_scores(x: Value) -> Scores | str:
+    """Take the operand of the softmax apart; the sentence says what could not be read."""
+    peeled = _peel_sinks(x)
+    if isinstance(peeled, str):
+        return peeled
+    x, sinks = peeled
+    x, masks = _peel_masks(x)
+    x, scale = _peel_scale(x, 1.0)
+    softcap: float | None = None
+    if isinstance(op := x.producer, m.Tanh):
+        softcap, scale = scale, 1.0
+        x, scale = _peel_scale(op.x, 1.0)
+        scale *= softcap
+    product = x.producer
+    if not isinstance(product, m.MatMul):
+        return "the softmax is not over a product of queries and keys"
+    keys = _keys_of(product.b)
+    if keys is None:
+        return "the keys are not transposed in the last two axes"
+    q, scale = _peel_scale(product.a, scale)
+    key, scale = _peel_scale(keys[0], scale)
+    return Scores(q, key, keys[1], scale, softcap, masks, sinks)
+
+
+def _keys_of(kt: Value) -> tuple[Value, bool] | None:
+    """The keys from kt [B, H, D, T]: head-major k [B, H, T, D], or (true) token-major k [B, T, H, D] where the transposes were merged."""
+    op = kt.producer
+    if isinstance(op, Transpose) and op.perm == LAST_TWO:
+        return op.x, False
+    if isinstance(op, Transpose) and op.perm == (-2, -1, -3):
+        return op.x, True
+    return None
+
+
+def _facts(masks: Sequence[Value]) -> MaskFacts | str:
+    """All masks together."""
+    analysis = MaskAnalysis()
+    causal, window = False, None
+    for mask in masks:
+        found = classify(analysis.meaning(mask))
+        if isinstance(found, str):
+            return found
+        causal |= found.causal
+        if found.window is not None:
+            window = found.window if window is None else min(window, found.window)
+    return MaskFacts(causal, window)
+
+
+def _heads_fit(q: Value, k: Value, v: Value, k_token_major: bool = False) -> str | None:
+    if q.type.rank != 4 or k.type.rank != 4 or v.type.rank != 4:
+        return f"attention over tensors of rank {q.type.rank}, not [B, H, T, D]"
+    kv_axis, token_axis = (2, 1) if k_token_major else (1, 2)
+    heads, kv = q.shape[1], k.shape[kv_axis]
+    if not isinstance(heads, int) or not isinstance(kv, int) or heads % kv or v.shape[1] != kv:
+        return f"{heads} query heads do not divide among {kv} key and {v.shape[1]} value heads"
+    return None if q.shape[2] == k.shape[token_axis] else "queries and keys have different lengths (cross-attention)"
+
+
+def _emit(rw: Rewriter, q: Value, k: Value, v: Value, sinks: Value | None, *, k_token_major: bool = False, **fields: Anything) -> Value:
+    keys = k if k_token_major else token_major(rw, k)
+    y = rw.insert(Attention(token_major(rw, q), keys, token_major(rw, v), sinks, **fields))
+    return rw.insert(Transpose(y, perm=SWAP_HEADS))
+
+
+class FuseSdpa(Rule):
+    """sdpa(q, k, v, mask) → attention(q, k, v)"""
+
+    pattern = P(Sdpa, name="sdpa")
+
+    def _parts(self, mt: Match) -> tuple[Sdpa, Value, Value, MaskFacts | str]:
+        op = mt.op("sdpa")
+        assert isinstance(op, Sdpa)
+        facts = _facts([op.mask] if op.mask is not None else [])
+        if isinstance(facts, MaskFacts) and op.causal:
+            facts = MaskFacts(True, facts.window)
+        return op, unrepeated(op.k), unrepeated(op.v), facts
+
+    def check(self, mt: Match) -> str | None:
+        op, k, v, facts = self._parts(mt)
+        return facts if isinstance(facts, str) else _heads_fit(op.q, k, v)
+
+    def rewrite(self, mt: Match, rw: Rewriter) -> Sequence[Value]:
+        op, k, v, facts = self._parts(mt)
+        assert isinstance(facts, MaskFacts)
+        return [_emit(rw, op.q, k, v, None, scale=op.scale, causal=facts.causal, window=facts.window, softcap=None)]
+
+
+class FuseEagerAttention(Rule):
+    """matmul(softmax(scores), v) → attention(q, k, v)"""
+
+    pattern = P(m.MatMul, Or(P(m.Softmax, Any("scores"), axis=-1, name="softmax"),
+                             P(Slice, P(m.Softmax, Any("scores"), axis=-1, name="softmax"), axis=-1, start=0, name="slice")), Any("v"))
+
+    def _parts(self, mt: Match) -> tuple[Scores | str, MaskFacts | str]:
+        scores = read_scores(mt["scores"])
+        if isinstance(scores, str):
+            return scores, scores
+        if (scores.sinks is not None) != ("slice" in mt):
+            return "the sinks' column is not cut off after the softmax", "sinks"
+        return scores, _facts(scores.masks)
+
+    def check(self, mt: Match) -> str | None:
+        scores, facts = self._parts(mt)
+        if isinstance(scores, str):
+            return scores
+        if isinstance(facts, str):
+            return facts
+        softmax: Op = mt.op("softmax")
+        if len(softmax.result.uses) != 1 or softmax.graph is not None and softmax.graph.output_uses(softmax.result):
+            return "the attention weights are used elsewhere"
+        return _heads_fit(scores.q, unrepeated(scores.k), unrepeated(mt["v"]), scores.k_token_major)
+
+    def rewrite(self, mt: Match, rw: Rewriter) -> Sequence[Value]:
+        scores, facts = self._parts(mt)
+        assert isinstance(scores, Scores) and isinstance(facts, MaskFacts)
+        return [_emit(rw, scores.q, unrepeated(scores.k), unrepeated(mt["v"]), scores.sinks, k_token_major=scores.k_token_major,
+                      scale=scores.scale, causal=facts.causal, window=facts.window, softcap=scores.softcap)]
+
+
+class FuseAttention(RulePass):
+    """Attention from both of its traced forms (see the module's text)."""
+
+    name = "fuse-attention"
+    rules = (FuseSdpa(), FuseEagerAttention())

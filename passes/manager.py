@@ -1,0 +1,56 @@
+"""Runs passes in order: checks the stage, verifies after each, times them, and dumps the graph's text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..ir.core import Graph
+from ..ir.errors import CompileError, VerifyError
+from ..ir.printer import print_graph
+from ..ir.verifier import verify
+from .base import Pass, PassContext
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """What one pass did: `seconds` includes verification."""
+
+    name: str
+    changed: bool
+    ops: int
+    seconds: float
+    notes: tuple[str, ...]
+
+
+def run_passes(graph: Graph, passes: Sequence[Pass], context: PassContext, dump_ir: Path | None = None) -> tuple[Graph, list[PassRecord]]:
+    """The graph after all passes, and a record of each.
+
+    Args:
+        dump_ir: a folder that gets `00-traced.txt`, `01-<pass>.txt`, … (made when absent).
+    Raises:
+        CompileError: a pass got a graph of the wrong stage; VerifyError: a pass left a broken graph, named in the message.
+    """
+    records: list[PassRecord] = []
+    if dump_ir is not None:
+        dump_ir.mkdir(parents=True, exist_ok=True)
+        (dump_ir / "00-traced.txt").write_text(print_graph(graph), encoding="utf-8")
+    for number, p in enumerate(passes, 1):
+        started = time.perf_counter()
+        if p.requires is not None and graph.stage != p.requires:
+            raise CompileError(f"pass {p.name} needs a graph of stage {p.requires}, not {graph.stage}", remedy="change the order of the passes")
+        context.progress(f"pass {p.name}", (number - 1) / len(passes))
+        result = p.run(graph, context)
+        graph = result.graph
+        if p.ensures is not None:
+            graph.stage = p.ensures
+        try:
+            verify(graph)
+        except VerifyError as e:
+            raise VerifyError(f"after pass {p.name}: {e.message}", remedy=e.remedy) from e
+        records.append(PassRecord(str(p), result.changed, len(graph.ops), time.perf_counter() - started, tuple(result.notes)))
+        if dump_ir is not None:
+            (dump_ir / f"{number:02d}-{p.name}.txt").write_text(print_graph(graph), encoding="utf-8")
+    return graph, records

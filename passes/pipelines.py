@@ -1,0 +1,47 @@
+"""The pipelines. Reading this file from top to bottom is reading the compiler."""
+
+from __future__ import annotations
+
+from .base import Pass
+from .cache.paging import PageKvCache
+from .canonicalize.cse import DropDead, MergeEqual
+from .canonicalize.fold import FoldConstants
+from .canonicalize.shapes import NormalizeShapes
+from .fuse.attention import FuseAttention
+from .fuse.norm import FuseNorms
+from .fuse.projections import FuseGatedMlps, MergeProjections
+from .fuse.rope import FuseRotary
+from .stage import MarkStage
+
+
+def canonicalize() -> list[Pass]:
+    """One form for each meaning."""
+    return [FoldConstants(), MergeEqual(), NormalizeShapes(), MergeEqual(), DropDead()]
+
+
+def fuse() -> list[Pass]:
+    """Tensor ops → ops of language models. Norms and rope first: attention looks through what they leave."""
+    return [MarkStage(stage="fused"), FuseNorms(), FuseRotary(), NormalizeShapes(), FuseRotary(), FuseAttention(), NormalizeShapes(), FuseGatedMlps(), MergeProjections(),
+            FuseGatedMlps(), NormalizeShapes(), MergeEqual(), DropDead()]
+
+
+def language_model(quantize: list[Pass], *, page_size: int, kv_dtype: str, extra: list[Pass] | None = None) -> list[Pass]:
+    """Traced model → paged step. `extra` passes (the user's) run on the fused graph, before quantization."""
+    return [
+        # 1. canonicalise
+        *canonicalize(), MarkStage(stage="canonical"),
+        # 2. fuse
+        *fuse(),
+        # 3. adapt (the user's passes)
+        *(extra or []),
+        # 4. quantize
+        *quantize,
+        # 5. page the KV cache
+        PageKvCache(page_size=page_size, kv_dtype=kv_dtype),
+        *canonicalize(),
+    ]
+
+
+def function(quantize: list[Pass], *, extra: list[Pass] | None = None) -> list[Pass]:
+    """Any traced module → a function on tensors: no cache, no ragged batch."""
+    return [*canonicalize(), MarkStage(stage="canonical"), *fuse(), *(extra or []), *quantize]

@@ -1,0 +1,80 @@
+"""Round to nearest, group-wise along K. Arrays in, arrays out.
+
+Asymmetric (GGML's Q4_1 in kind): a group's range [min(w, 0), max(w, 0)] is spread over the codes, scale = range / (2^bits - 1), zero point = round(-min / scale).
+Symmetric: scale = max|w| / (2^(bits-1) - 1), zero point 2^(bits-1). Scales are rounded to float16 before codes are chosen, so that the codes fit the
+scales that are stored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ...ir.errors import InputError
+
+Array = np.ndarray[Any, Any]
+SMALLEST = float(np.finfo(np.float16).smallest_subnormal)
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """codes uint8 [N, K]; scale float16 [N, G]; zero_point uint8 [N, G] or None when symmetric."""
+
+    codes: Array
+    scale: Array
+    zero_point: Array | None
+
+
+def _grouped(w: Array, group_size: int) -> Array:
+    """[N, K] → [N, G, group_size], the last group filled up with zeros (which widen no range)."""
+    n, k = w.shape
+    groups = -(-k // group_size)
+    if groups * group_size != k:
+        w = np.pad(w, ((0, 0), (0, groups * group_size - k)))
+    return w.reshape(n, groups, group_size)
+
+
+def quantize_rtn(w: Array, *, bits: int, group_size: int, symmetric: bool, what: str = "weight") -> Quantized:
+    """Quantize float rows [N, K].
+
+    Args:
+        what: the tensor's name for errors.
+    Raises:
+        InputError: NaN or Inf in the weights, or values that float16 scales cannot reach.
+    """
+    w = np.asarray(w, dtype=np.float32)
+    if not np.isfinite(w).all():
+        raise InputError(f"{what} holds NaN or infinite values", remedy="the checkpoint is damaged or must not be quantized (--quant none)")
+    k = w.shape[1]
+    groups = _grouped(w, group_size)
+    top = (1 << bits) - 1
+    if symmetric:
+        half = 1 << (bits - 1)
+        scale = np.abs(groups).max(-1) / (half - 1)
+    else:
+        low = np.minimum(groups.min(-1), 0.0)
+        scale = (np.maximum(groups.max(-1), 0.0) - low) / top
+    if scale.size and scale.max() > np.finfo(np.float16).max:
+        raise InputError(f"{what} needs a scale of {scale.max():.3g}, beyond float16", remedy="keep this model unquantized (--quant none)")
+    stored = np.maximum(scale, SMALLEST).astype(np.float16)
+    step = stored.astype(np.float32)
+    if symmetric:
+        codes = np.rint(groups / step[..., None]) + half
+        zero = None
+    else:
+        point = np.clip(np.rint(-low / step), 0, top)
+        codes = np.rint(groups / step[..., None]) + point[..., None]
+        zero = point.astype(np.uint8)
+    codes = np.clip(codes, 0, top).astype(np.uint8).reshape(w.shape[0], -1)[:, :k]
+    return Quantized(np.ascontiguousarray(codes), stored, zero)
+
+
+def dequantize(q: Quantized, *, bits: int, group_size: int) -> Array:
+    """float32 [N, K]: scale · (code - zero point)."""
+    k = q.codes.shape[1]
+    zero: Array | float = float(1 << (bits - 1))
+    if q.zero_point is not None:
+        zero = np.repeat(q.zero_point.astype(np.float32), group_size, axis=1)[:, :k]
+    return (q.codes.astype(np.float32) - zero) * np.repeat(q.scale.astype(np.float32), group_size, axis=1)[:, :k]
