@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..ir.errors import CompileError, InputError
-from ..ir.weights import LazyTensor
+from ..ir.weights import LazyTensor, read_chunks
 from .weights import MergedTensor
 
 if TYPE_CHECKING:
@@ -116,6 +116,11 @@ def complete(model: Any, weights: dict[str, LazyTensor], origin: str) -> dict[st
             weights[target] = weights[source]
         elif source not in weights and target in weights:
             weights[source] = weights[target]
+        elif source in weights and not _equal(weights[source], weights[target]):
+            raise InputError(
+                f"{origin}: the configuration ties {target} to {source}, but the checkpoint holds two that differ",
+                remedy='set "tie_word_embeddings": false in config.json if they are meant to differ',
+            )
     ignored = [
         re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
     ]
@@ -137,6 +142,15 @@ def complete(model: Any, weights: dict[str, LazyTensor], origin: str) -> dict[st
                 remedy="the configuration belongs to another model",
             )
     return weights
+
+
+def _equal(one: LazyTensor, other: LazyTensor) -> bool:
+    """Whether two tensors hold the same values; read in chunks, up to the first that differs."""
+    if one is other or one.source == other.source:
+        return True
+    if one.shape != other.shape:
+        return False
+    return all(np.array_equal(a, b) for a, b in zip(read_chunks(one), read_chunks(other), strict=True))
 
 
 def to_torch(array: np.ndarray[Any, Any]) -> torch.Tensor:

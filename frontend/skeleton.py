@@ -90,6 +90,8 @@ def instantiate(config: Any, attn: str = "sdpa") -> torch.nn.Module:
     cls, task = model_class(config)
     if hasattr(config, "use_cache"):
         config.use_cache = False
+    if attn == "sdpa" and not getattr(cls, "_supports_sdpa", True):
+        attn = "eager"  # soft-capped scores (Gemma 2) have no place in torch's fused operator
     options: dict[str, Any] = {"attn_implementation": attn}
     if task == "encoder" and "add_pooling_layer" in inspect.signature(cls.__init__).parameters:
         options["add_pooling_layer"] = (

@@ -20,6 +20,7 @@ from .chat_shapes import Renderer, check_template
 from .gguf import GGUFFile
 from .hard_strings import hard_strings
 from .hf import read_json
+from .memory import release_freed_memory
 from .source import ModelSource
 from .tokenizer_reference import ReferenceEncoder
 from .tokenizer_rules import read_tokenizer
@@ -79,6 +80,7 @@ def export_tokenizer(
         facts, template = _export_hf(source.path, source.name, out_dir)
     else:
         return None
+    release_freed_memory()
     if not isinstance(template, str) or not template.strip():
         return facts
     refused = check_chat_template(template, facts.special_tokens, source.name, render)
