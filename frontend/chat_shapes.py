@@ -1,18 +1,19 @@
-"""Chat templates, tried at compile time: message shapes that servers receive, rendered in a sandbox.
+"""Chat templates, tried at compile time on the message shapes that servers receive.
 
-Templates are programs from strangers (jinja2). They run with jinja2's immutable sandbox only, in the
-environment that transformers defines for them (whitespace trimming, loop controls, `tojson`,
-`raise_exception`, `strftime_now`).
+Templates are programs from strangers (jinja2). They are rendered by the runtime's own sandbox, which the
+caller passes in: what the compile proves is what the server will do, and there is no second sandbox.
 """
 
 from __future__ import annotations
 
-import json
-import traceback
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
-from typing import Any, Final, NoReturn
+from typing import Any, Final
+
+from ..ir.errors import LlmcError
+
+_INTERNAL: Final = re.compile(r"__\w+__")
 
 Message = Mapping[str, Any]
 # template, messages, special tokens by name, add_generation_prompt, tools → text
@@ -81,121 +82,63 @@ MESSAGE_SHAPES: Final = (
         tools=(_TOOL,),
     ),
     MessageShape("an empty list of tool calls", (_ASK, _said("assistant", "Sunny", tool_calls=[]), _ASK)),
-    MessageShape("no messages", ()),
 )
 
 
 def render_shape(
-    template: str, shape: MessageShape, special_tokens: Mapping[str, str], render: Renderer | None = None
+    template: str, shape: MessageShape, special_tokens: Mapping[str, str], render: Renderer
 ) -> Problem | None:
     """Render one shape; None where it succeeded."""
-    import jinja2
+    try:
+        render(template, shape.messages, special_tokens, shape.add_generation_prompt, shape.tools)
+    except Exception as error:  # noqa: BLE001  # a template can raise anything; what matters is which shape it refuses
+        reason = error.message if isinstance(error, LlmcError) else str(error)
+        return Problem(reason or type(error).__name__, dangerous=_stopped_by_sandbox(error))
+    return None
+
+
+def _stopped_by_sandbox(error: BaseException | None) -> bool:
     from jinja2.exceptions import SecurityError
 
-    try:
-        (render or sandboxed)(
-            template, shape.messages, special_tokens, shape.add_generation_prompt, shape.tools
-        )
-    except jinja2.TemplateSyntaxError as error:
-        return Problem(f"it is no valid jinja2: {error.message}", error.lineno, dangerous=True)
-    except SecurityError as error:
-        return Problem(f"the sandbox refuses it: {error}", _line(error), dangerous=True)
-    except Exception as error:  # noqa: BLE001  # a template can raise anything; what matters is the shape it refuses
-        return Problem(str(error) or type(error).__name__, _line(error))
-    return None
+    while error is not None and not isinstance(error, SecurityError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def reaches_out(template: str) -> Problem | None:
-    """The first attribute named `__…` that a template mentions, even in a branch that no shape takes."""
+    """The first name like `__class__` in a template's code, even in a branch that no shape takes."""
     import jinja2
-    from jinja2 import nodes
 
     try:
-        tree = _environment().parse(template)
+        for line, kind, value in jinja2.Environment().lex(template):
+            if kind in ("name", "string") and _INTERNAL.fullmatch(value.strip("'\"")):
+                return Problem(f"it reaches for {value}, which only an attack needs", line, dangerous=True)
     except jinja2.TemplateSyntaxError as error:
         return Problem(f"it is no valid jinja2: {error.message}", error.lineno, dangerous=True)
-    except RecursionError:
-        return Problem("it is nested too deeply", dangerous=True)
-    for node in tree.find_all((nodes.Getattr, nodes.Getitem, nodes.Filter)):
-        name: Any = None
-        if isinstance(node, nodes.Getattr):
-            name = node.attr
-        elif isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const):
-            name = node.arg.value
-        elif isinstance(node, nodes.Filter) and node.name in ("attr", "map") and node.args:
-            first = node.args[0]
-            name = first.value if isinstance(first, nodes.Const) else None
-        if isinstance(name, str) and name.startswith("__"):
-            return Problem(f"it reaches for the attribute {name}", node.lineno, dangerous=True)
     return None
-
-
-def sandboxed(
-    template: str,
-    messages: Sequence[Message],
-    special_tokens: Mapping[str, str],
-    add_generation_prompt: bool,
-    tools: Sequence[Any] | None,
-) -> str:
-    """A template's text for messages, in the sandbox."""
-    compiled = _environment().from_string(template)
-    return compiled.render(
-        messages=[dict(one) for one in messages],
-        tools=None if tools is None else list(tools),
-        documents=None,
-        add_generation_prompt=add_generation_prompt,
-        **special_tokens,
-    )
-
-
-def _environment() -> Any:
-    from jinja2 import TemplateError
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def raise_exception(message: str) -> NoReturn:
-        raise TemplateError(message)
-
-    def strftime_now(form: str) -> str:
-        return datetime.now().astimezone().strftime(form)
-
-    def tojson(value: Any, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=False, **options)
-
-    env: Any = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    env.filters["tojson"] = tojson
-    env.globals["raise_exception"] = raise_exception
-    env.globals["strftime_now"] = strftime_now
-    return env
-
-
-def _line(error: BaseException) -> int:
-    """The template's line of an error, by the frames that jinja2 marks."""
-    lines = [
-        frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<template>"
-    ]
-    return (lines[-1] or 0) if lines else 0
 
 
 @dataclass(frozen=True)
 class TemplateCheck:
-    """Outcome of trying a template: the first fault that forbids it, and the shapes that it refuses by
-    itself.
-    """
+    """The first fault that forbids a template, and the shapes that it refuses by itself."""
 
     fault: tuple[str, Problem] | None = None
     refused: list[str] = field(default_factory=list[str])
 
 
 def check_template(
-    template: str, special_tokens: Mapping[str, str], render: Renderer | None = None
+    template: str, special_tokens: Mapping[str, str], render: Renderer | None
 ) -> TemplateCheck:
-    """Try every shape. A fault is a template that is no jinja2, reaches out, or fails on a required shape."""
+    """Try every shape. A fault is a template that is no jinja2, reaches out, or fails on a required shape.
+
+    Without a renderer the template is only read, not tried.
+    """
     problem = reaches_out(template)
     if problem is not None:
         return TemplateCheck(("any message", problem))
     refused: list[str] = []
-    for shape in MESSAGE_SHAPES:
+    for shape in MESSAGE_SHAPES if render is not None else ():
+        assert render is not None
         problem = render_shape(template, shape, special_tokens, render)
         if problem is not None and (problem.dangerous or shape.required):
             return TemplateCheck((shape.name, problem), refused)

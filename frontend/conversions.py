@@ -118,7 +118,7 @@ def complete(model: Any, weights: dict[str, LazyTensor], origin: str) -> dict[st
             weights[source] = weights[target]
         elif source in weights and not _equal(weights[source], weights[target]):
             raise InputError(
-                f"{origin}: the configuration ties {target} to {source}, but the checkpoint holds two that differ",
+                f"{origin}: the configuration ties {target} to {source}, but the two tensors differ",
                 remedy='set "tie_word_embeddings": false in config.json if they are meant to differ',
             )
     ignored = [

@@ -227,7 +227,8 @@ def check_chat_template(
     """Try a template on the message shapes of `chat_shapes`; the names of those that it refuses by itself.
 
     Args:
-        render: the runtime's renderer; without it, a sandbox of the same settings.
+        render: the runtime's renderer (the frontend does not import the runtime); without it, the template is
+            only searched for names like `__class__`.
 
     Raises InputError naming the template's line, where it is not jinja2, fails on a plain conversation, or
     reaches for attributes that the sandbox guards.
@@ -235,9 +236,9 @@ def check_chat_template(
     check = check_template(template, special_tokens, render)
     if check.fault is not None:
         shape, problem = check.fault
-        line = f", line {problem.line}" if problem.line else ""
+        line = f" (line {problem.line})" if problem.line else ""
         raise InputError(
-            f"the chat template of {name}{line}, fails on {shape}: {problem.reason}",
+            f"the chat template of {name}{line} fails on {shape}: {problem.reason}",
             remedy="correct the template, or remove it to compile without one",
         )
     return check.refused
