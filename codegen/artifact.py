@@ -179,6 +179,10 @@ class ArtifactWriter:
                 raise _disk_full(error, str(path), needed) from error
             raise
 
+    def size_of(self, rel: str) -> int:
+        """Bytes of a file that was written."""
+        return (self.partial / rel).stat().st_size
+
     def finish(self, manifest: Mapping[str, Any]) -> Artifact:
         """Hash the files, write the manifest last, make everything durable and give the folder its final
         name.

@@ -18,7 +18,7 @@ from ..ir.errors import CompileError, InputError, UnsupportedError
 from ..ir.ops.math import Cast
 from ..ir.ops.shape import DimValue, Full
 from ..ir.types import Dim, DimExpr, Shape, TensorType, sym
-from ..ir.weights import ArrayTensor, LazyTensor
+from ..ir.weights import ArrayTensor, LazyTensor, ShapeOnlyTensor
 from . import aten
 
 if TYPE_CHECKING:
@@ -201,14 +201,15 @@ def _export(module: torch.nn.Module, args: tuple[Any, ...], shapes: Any, name: s
         raise UnsupportedError(f"{name} cannot be traced: {first[:300]}", remedy="control flow must not depend on tensor values") from e
 
 
-class _Buffers:
-    """The real values of a model's buffers, taken before it moves to the meta device."""
+def _buffers(module: torch.nn.Module) -> dict[str, LazyTensor]:
+    """The real values of a model's buffers (rotary frequencies above all), taken before it moves to the meta device."""
+    return {name: ArrayTensor(b.detach().cpu().numpy().copy(), f"buffer:{name}")
+            for name, b in module.named_buffers(remove_duplicate=False) if not b.is_meta}
 
-    def __init__(self, module: torch.nn.Module) -> None:
-        self.weights: dict[str, LazyTensor] = {}
-        for name, b in module.named_buffers(remove_duplicate=False):
-            if not b.is_meta:
-                self.weights[name] = ArrayTensor(b.detach().cpu().numpy().copy(), f"buffer:{name}")
+
+def _shapes(module: torch.nn.Module) -> dict[str, LazyTensor]:
+    """Stand-ins for weights that were not opened: `llmc check` needs their shapes only."""
+    return {n: ShapeOnlyTensor(tuple(p.shape), dtype_name(p.dtype), n) for n, p in module.named_parameters()}
 
 
 def _aliases(module: torch.nn.Module, weights: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
@@ -232,9 +233,11 @@ def trace_source(source: ModelSource) -> Graph:
     import torch
 
     model: Any = source.build_model().eval()
-    weights: dict[str, LazyTensor] = {**_Buffers(model).weights, **_aliases(model, source.weights)}
-    model = model.to("meta")
-    encoder = not hasattr(model, "lm_head") and model.get_output_embeddings() is None
+    stored = _shapes(model) if source.config_only else source.weights
+    weights: dict[str, LazyTensor] = {**_buffers(model), **_aliases(model, stored)}
+    device = "cpu" if source.kind == "module" else "meta"  # a module from Python stays as it is: export reads no values
+    model = model.to(device)
+    encoder = source.task == "encoder"
 
     class Wrapper(torch.nn.Module):
         def __init__(self) -> None:
@@ -248,7 +251,7 @@ def trace_source(source: ModelSource) -> Graph:
 
     limit = getattr(model.config, "max_position_embeddings", None)
     bound = torch.export.Dim("T", min=2, max=int(limit) if limit else 1 << 20)
-    program = _export(Wrapper(), (torch.zeros(1, 6, dtype=torch.int64, device="meta"),), ({1: bound},), source.name)
+    program = _export(Wrapper(), (torch.zeros(1, 6, dtype=torch.int64, device=device),), ({1: bound},), source.name)
     graph = Graph(source.name)
     _import_program(program, graph, ["input_ids"], weights, "model_.")
     graph.output_names = ["hidden" if encoder else "logits"]

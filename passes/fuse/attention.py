@@ -19,6 +19,7 @@ from ...ir.ops import math as m
 from ...ir.ops.attention import Attention, Sdpa
 from ...ir.ops.shape import Concat, Expand, Reshape, Slice, Transpose
 from ...ir.rewriter import Any, Match, Or, P, Rewriter, Rule, constant
+from ...ir.types import Shape
 from ..base import RulePass
 from .masks import MaskAnalysis, MaskFacts, classify
 from .rope import SWAP_HEADS, token_major
@@ -26,20 +27,34 @@ from .rope import SWAP_HEADS, token_major
 LAST_TWO = (-1, -2)
 
 
-def unrepeated(x: Value) -> Value:
-    """x [B, H, T, D] without the repetition of heads: reshape(expand(reshape(y [B, Hkv, T, D]))) → y."""
+@dataclass(frozen=True)
+class Heads:
+    """Keys or values without the repetition of heads: `value` seen under `shape` [B, Hkv, T, D] (the same elements; a reshape where they differ)."""
+
+    value: Value
+    shape: Shape
+
+    def emit(self, rw: Rewriter) -> Value:
+        return self.value if self.value.shape == self.shape else rw.insert(Reshape(self.value, shape=self.shape))
+
+
+def unrepeated(x: Value) -> Heads:
+    """x [B, H, T, D] → what it repeats: reshape(expand(reshape(y [B, Hkv, T, D]))) → y; x itself where nothing is repeated."""
+    whole = Heads(x, x.shape)
     outer = x.producer
     if not isinstance(outer, Reshape) or not isinstance(outer.x.producer, Expand):
-        return x
-    wide = outer.x
-    inner = outer.x.producer.x
+        return whole
+    wide, inner = outer.x, outer.x.producer.x
     if wide.type.rank != 5 or inner.type.rank != 5 or inner.shape[2] != 1 or [i for i in range(5) if wide.shape[i] != inner.shape[i]] != [2]:
-        return x
-    narrow = inner.producer
+        return whole
     b, heads, _, tokens, width = inner.shape
-    if not isinstance(narrow, Reshape) or narrow.x.shape != (b, heads, tokens, width) or outer.shape != (b, heads * wide.shape[2], tokens, width):
-        return x
-    return narrow.x
+    narrow = inner.producer
+    if not isinstance(narrow, Reshape) or outer.shape != (b, heads * wide.shape[2], tokens, width):
+        return whole
+    before = [d for d in narrow.x.shape if d != 1]
+    if before != [d for d in inner.shape if d != 1]:
+        return whole  # the reshape does more than add axes of length one
+    return Heads(narrow.x, (b, heads, tokens, width))
 
 
 @dataclass(frozen=True)
@@ -149,8 +164,8 @@ def _facts(masks: Sequence[Value]) -> MaskFacts | str:
     return MaskFacts(causal, window)
 
 
-def _heads_fit(q: Value, k: Value, v: Value, k_token_major: bool = False) -> str | None:
-    if q.type.rank != 4 or k.type.rank != 4 or v.type.rank != 4:
+def _heads_fit(q: Value, k: Heads, v: Heads, k_token_major: bool = False) -> str | None:
+    if q.type.rank != 4 or len(k.shape) != 4 or len(v.shape) != 4:
         return f"attention over tensors of rank {q.type.rank}, not [B, H, T, D]"
     kv_axis, token_axis = (2, 1) if k_token_major else (1, 2)
     heads, kv = q.shape[1], k.shape[kv_axis]
@@ -159,9 +174,9 @@ def _heads_fit(q: Value, k: Value, v: Value, k_token_major: bool = False) -> str
     return None if q.shape[2] == k.shape[token_axis] else "queries and keys have different lengths (cross-attention)"
 
 
-def _emit(rw: Rewriter, q: Value, k: Value, v: Value, sinks: Value | None, *, k_token_major: bool = False, **fields: Anything) -> Value:
-    keys = k if k_token_major else token_major(rw, k)
-    y = rw.insert(Attention(token_major(rw, q), keys, token_major(rw, v), sinks, **fields))
+def _emit(rw: Rewriter, q: Value, k: Heads, v: Heads, sinks: Value | None, *, k_token_major: bool = False, **fields: Anything) -> Value:
+    keys = k.emit(rw) if k_token_major else token_major(rw, k.emit(rw))
+    y = rw.insert(Attention(token_major(rw, q), keys, token_major(rw, v.emit(rw)), sinks, **fields))
     return rw.insert(Transpose(y, perm=SWAP_HEADS))
 
 
@@ -170,7 +185,7 @@ class FuseSdpa(Rule):
 
     pattern = P(Sdpa, name="sdpa")
 
-    def _parts(self, mt: Match) -> tuple[Sdpa, Value, Value, MaskFacts | str]:
+    def _parts(self, mt: Match) -> tuple[Sdpa, Heads, Heads, MaskFacts | str]:
         op = mt.op("sdpa")
         assert isinstance(op, Sdpa)
         facts = _facts([op.mask] if op.mask is not None else [])

@@ -1,0 +1,244 @@
+"""The compiler from one end to the other: model → graph → passes → targets → artifact."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..frontend.source import ModelSource, context_length, describe, open_source
+from ..frontend.tokenizer import export_tokenizer
+from ..frontend.trace import trace_module, trace_source
+from ..ir.core import Graph
+from ..ir.errors import InputError
+from ..ir.ops.attention import Attention
+from ..ir.ops.nn import Embedding, Linear
+from ..ir.printer import print_graph
+from ..ir.types import DimExpr
+from ..ir.weights import num_bytes, num_elements
+from ..passes.base import Pass, PassContext, Progress, no_progress
+from ..passes.manager import PassRecord, run_passes
+from ..passes.pipelines import function, language_model
+from ..passes.registry import make_pass, quantization_passes
+from .artifact import Artifact, ArtifactWriter
+from .target import Target, get_target
+
+if TYPE_CHECKING:
+    import torch
+
+PAGE_SIZE = 16
+IMPORTS_BYTES = 450 << 20  # resident memory of torch, transformers and TVM before a model is opened, measured on Linux
+CHUNK_BYTES = 96 << 20  # rows in flight while weights are quantized and packed
+
+
+@dataclass
+class CompileReport:
+    """What a compilation made. `weight_bytes` is the first target's weight file; `bits_per_weight` spreads it over the model's weights."""
+
+    artifact: Artifact
+    weight_bytes: int
+    bits_per_weight: float
+    passes: list[PassRecord] = field(default_factory=list[PassRecord])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The options of one compilation, checked before the model is opened."""
+
+    targets: tuple[Target, ...]
+    scheme: str
+    quantize: tuple[Pass, ...]
+    extra: tuple[Pass, ...]
+    kv_dtype: str
+
+    @staticmethod
+    def make(targets: Sequence[str], quant: str, kv_dtype: str | None, passes: Sequence[str]) -> Plan:
+        if not targets:
+            raise InputError("no target was given", remedy="pass --target tvm-cpu")
+        chosen = tuple(get_target(t) for t in targets)
+        names = [t.name for t in chosen]
+        if len(set(names)) != len(names):
+            raise InputError(f"target {max(names, key=names.count)} was given twice", remedy="join its options in one --target")
+        if kv_dtype not in (None, "float32", "float16"):
+            raise InputError(f"kv_dtype {kv_dtype!r} is no element type of the cache", remedy="float32 or float16")
+        # A model in float32 keeps its cache in float32; a quantized one has given up more than float16 rounds away.
+        cache = kv_dtype or ("float32" if quant == "none" else "float16")
+        return Plan(chosen, quant, tuple(quantization_passes(quant)), tuple(make_pass(p) for p in passes), cache)
+
+
+def _context(source: ModelSource, asked: int | None) -> int | None:
+    limit = context_length(source.config)
+    if asked is not None and limit is not None and asked > limit:
+        raise InputError(f"--context {asked}: {source.name} was made for {limit} tokens", remedy=f"ask for at most {limit}")
+    return asked or limit
+
+
+def trace(source: ModelSource, example_inputs: Mapping[str, torch.Tensor] | None) -> Graph:
+    """The traced graph of whatever was opened."""
+    if source.task == "function" or example_inputs is not None:
+        if source.module is None or example_inputs is None:
+            raise InputError(f"{source.name} is no language model", remedy="give example_inputs (argument name → tensor)")
+        return trace_module(source.module, example_inputs, name=source.name)
+    return trace_source(source)
+
+
+def lower(graph: Graph, plan: Plan, context: PassContext, dump_ir: Path | None = None) -> tuple[Graph, list[PassRecord], int]:
+    """Run the pipeline; the final graph, records, and the number of weights in linear layers and embeddings before quantization."""
+    weights = {id(op.weight.weight): op.weight.weight for op in graph if isinstance(op, (Linear, Embedding)) and op.weight.weight is not None}
+    elements = sum(num_elements(w) for w in weights.values())
+    if graph.facts["kind"] == "function":
+        passes = function(list(plan.quantize), extra=list(plan.extra))
+    else:
+        passes = language_model(list(plan.quantize), page_size=PAGE_SIZE, kv_dtype=plan.kv_dtype, extra=list(plan.extra))
+    graph, records = run_passes(graph, passes, context, dump_ir)
+    return graph, records, elements
+
+
+def _shape_text(shape: Sequence[Any]) -> list[int | str]:
+    return [str(d) if isinstance(d, DimExpr) else d for d in shape]
+
+
+def _model_facts(source: ModelSource, graph: Graph, context: int | None) -> dict[str, Any]:
+    facts = describe(source) if source.config is not None else {}
+    width = graph.outputs[0].shape[-1] if graph.outputs[0].type.rank else None
+    return {
+        "name": source.name,
+        "architecture": facts.get("architecture") or source.name,
+        "num_layers": len(graph.facts.get("kv", [])),
+        "vocab_size": width if graph.facts["kind"] == "causal_lm" else facts.get("vocab_size"),
+        "hidden_size": facts.get("hidden_size"),
+        "context_length": context,
+        "eos_token_ids": source.generation.eos_token_ids,
+        "bos_token_id": source.generation.bos_token_id,
+        "kv": graph.facts.get("kv", []),
+        "generation": source.generation.sampling,
+    }
+
+
+def _command(source: ModelSource, targets: Sequence[str], quant: str, context: int | None, kv_dtype: str | None, passes: Sequence[str]) -> list[str]:
+    """The command without the output path and without folders, so that the same inputs give the same bytes."""
+    model = source.path.name if source.path is not None else source.name
+    command = ["llmc", "compile", model]
+    for t in targets:
+        command += ["--target", t]
+    command += ["--quant", quant]
+    for flag, value in (("--context", context), ("--kv-dtype", kv_dtype)):
+        command += [flag, str(value)] if value is not None else []
+    for p in passes:
+        command += ["--pass", p]
+    return command
+
+
+def _manifest(source: ModelSource, graph: Graph, plan: Plan, context: int | None) -> dict[str, Any]:
+    manifest: dict[str, Any] = {
+        "kind": graph.facts["kind"],
+        "model": _model_facts(source, graph, context),
+        "inputs": [{"name": v.name, "dtype": v.dtype, "shape": _shape_text(v.shape)} for v in graph.inputs],
+        "outputs": [{"name": n, "dtype": v.dtype, "shape": _shape_text(v.shape)} for n, v in zip(graph.output_names, graph.outputs, strict=True)],
+    }
+    if graph.facts["kind"] != "function":
+        manifest |= {"page_size": PAGE_SIZE, "kv_dtype": plan.kv_dtype}
+    return manifest
+
+
+def _write_tokenizer(source: ModelSource, writer: ArtifactWriter) -> dict[str, Any] | None:
+    facts = export_tokenizer(source, writer.path("tokenizer.json").parent)
+    if facts is None:
+        return None
+    return {
+        "path": facts.path, "chat_template": facts.chat_template, "kind": facts.kind, "special_tokens": facts.special_tokens,
+        "special_token_ids": facts.special_token_ids, "adds_bos": facts.adds_bos, "adds_eos": facts.adds_eos,
+        "checked_strings": facts.checked_strings, "refused_shapes": facts.refused_shapes,
+    }
+
+
+def compile_model(model: str | os.PathLike[str] | torch.nn.Module, output: str | os.PathLike[str], *, targets: Sequence[str] = ("tvm-cpu",),
+                  quant: str = "none", context: int | None = None, kv_dtype: str | None = None, passes: Sequence[str] = (),
+                  dump_ir: str | os.PathLike[str] | None = None, example_inputs: Mapping[str, torch.Tensor] | None = None,
+                  progress: Progress = no_progress) -> CompileReport:
+    """Compile a model into the artifact folder `output`. Arguments as in `llmc.compile`; `passes` are further ones by name, run on the fused graph.
+
+    Nothing stands under the name `output` before everything is written; an artifact that was there stays until then.
+    """
+    plan = Plan.make(targets, quant, kv_dtype, passes)
+    progress("open", 0.0)
+    source = open_source(model)
+    length = _context(source, context)
+    progress("trace", 0.02)
+    graph = trace(source, example_inputs)
+    share = _Share(progress)
+    graph, records, elements = lower(graph, plan, PassContext(share.between(0.10, 0.20), length), Path(dump_ir) if dump_ir is not None else None)
+    with ArtifactWriter(output) as writer:
+        manifest = _manifest(source, graph, plan, length)
+        if graph.facts["kind"] != "function":
+            progress("tokenizer", 0.20)
+            manifest["tokenizer"] = _write_tokenizer(source, writer)
+        writer.path("ir.txt").write_text(print_graph(graph), encoding="utf-8", newline="\n")
+        entries: dict[str, Any] = {}
+        for i, target in enumerate(plan.targets):
+            step = 0.75 / len(plan.targets)
+            entries[target.name] = target.compile(graph, writer, progress=share.between(0.22 + i * step, 0.22 + (i + 1) * step))
+        progress("write", 0.98)
+        weight_bytes = _weight_bytes(writer, entries)
+        bits = 8 * weight_bytes / elements if elements else 0.0
+        manifest |= {
+            "targets": entries,
+            "quantization": {"scheme": quant, "bits_per_weight": round(bits, 4), "weight_bytes": weight_bytes, "source": source.quantization_of_source},
+            "command": _command(source, targets, quant, context, kv_dtype, passes),
+        }
+        artifact = writer.finish(manifest)
+    progress("done", 1.0)
+    return CompileReport(artifact, weight_bytes, bits, records)
+
+
+def _weight_bytes(writer: ArtifactWriter, entries: Mapping[str, Mapping[str, Any]]) -> int:
+    """Bytes of the first target's weight file; 0 for a target without one."""
+    first = next(iter(entries.values()))
+    rel = first.get("weights")
+    return writer.size_of(rel) if isinstance(rel, str) else 0
+
+
+class _Share:
+    """Parts of one progress bar."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+
+    def between(self, low: float, high: float) -> Progress:
+        def report(what: str, share: float) -> None:
+            self.progress(what, low + (high - low) * min(max(share, 0.0), 1.0))
+
+        return report
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What compiling would give, from headers and configuration alone; sizes in bytes, `notes` are the passes'."""
+
+    facts: dict[str, Any]
+    ops: int
+    attention_layers: int
+    weight_bytes: int
+    peak_bytes: int
+    notes: tuple[str, ...]
+
+
+def check_model(model: str | os.PathLike[str], *, targets: Sequence[str] = ("tvm-cpu",), quant: str = "none", context: int | None = None) -> CheckReport:
+    """Trace and lower a model without its weights; predict sizes. Raises what `compile_model` would raise first."""
+    plan = Plan.make(targets, quant, None, ())
+    source = open_source(model, config_only=not str(model).endswith(".gguf"))
+    length = _context(source, context)
+    graph = trace(source, None)
+    attentions = sum(isinstance(op, Attention) for op in graph)
+    graph, records, _ = lower(graph, plan, PassContext(context_length=length))
+    total, largest = 0, 0
+    for value in graph.weights.values():
+        assert value.weight is not None
+        quantized = value.type.quant
+        total += num_elements(value.weight) * quantized.bits // 8 if quantized is not None else num_bytes(value.weight)
+        largest = max(largest, num_bytes(value.weight))
+    peak = IMPORTS_BYTES + source.bytes_on_disk + min(largest, CHUNK_BYTES)
+    notes = tuple(dict.fromkeys(n for r in records for n in r.notes))
+    return CheckReport({**describe(source), "context": length}, len(graph.ops), attentions or len(graph.facts.get("kv", [])), total, peak, notes)
