@@ -1,0 +1,68 @@
+"""Graph → shared object of one ISA level. Runs in a process of its own (`worker.py`)."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tvm
+from tvm import tirx
+
+from ...ir.core import Graph
+from .elf import link
+from .kernels.isa import Isa
+from .lower import lower
+from .optimize import optimize
+from .step import build_step
+
+_CPU = 1  # DLPack's kDLCPU
+
+
+@dataclass(frozen=True)
+class Built:
+    """What the manifest says of a kernel library."""
+
+    symbols: tuple[str, ...]
+    arguments: tuple[str, ...]
+
+
+def build(graph: Graph, isa: Isa, out: Path) -> Built:
+    """Compile a legalized graph for one ISA level into the shared object `out`."""
+    lowered = lower(graph, isa)
+    module = build_step(optimize(lowered.module, isa), lowered.symbols)
+    with tempfile.TemporaryDirectory(prefix="llmc-") as folder:
+        kernels, threads = Path(folder, "kernels.o"), Path(folder, "threads.o")
+        compile_object(module, isa, kernels)
+        load_ir = tvm.get_global_func("ffi.Module.load_from_file.ll")
+        load_ir(str(Path(__file__).with_name("threads.ll")), "ll").write_to_file(str(threads), "o")
+        out.write_bytes(link([kernels.read_bytes(), threads.read_bytes()]))
+    arguments = [*lowered.inputs, *(f"weight:{name}" for name in lowered.weights)]
+    arguments += [*(f"output:{name}" for name in lowered.outputs), "workspace"]
+    return Built(lowered.symbols, tuple(arguments))
+
+
+def compile_object(module: tvm.IRModule, isa: Isa, path: Path) -> None:
+    """TIR functions → a relocatable object by LLVM.
+
+    Kernels that are private keep their bare-pointer signature.
+    """
+    target = tvm.target.Target(isa.target)
+    with tvm.transform.PassContext(opt_level=3):
+        module = tirx.transform.BindTarget(target.with_host(target))(module)
+        pipeline, finish, _ = tirx.get_tir_pipeline("s_tir")
+        module = pipeline(module)
+        # Scratch memory is asked of a device. The packed functions' prologue names it, private functions have
+        # none.
+        for gv, function in module.functions.items():
+            if int(function.attrs.get("calling_conv", 0)) == 0:
+                module.update_func(gv, function.with_body(_on_cpu(function.body)))
+        library = tvm.get_global_func("target.build.llvm")(finish()(module), target)
+    library.write_to_file(str(path), "o")
+
+
+def _on_cpu(body: Any) -> Any:
+    for key, value in (("device_type", _CPU), ("device_id", 0)):
+        body = tirx.AttrStmt(tvm.ir.StringImm("default"), key, tirx.IntImm("int32", value), body)
+    return body

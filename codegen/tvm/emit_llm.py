@@ -1,0 +1,365 @@
+"""Emitters of the operations of language models: calls of the kernels in `kernels/`."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from tvm import relax, te
+
+from ...ir.core import Value
+from ...ir.types import Dim
+from .lower import Lowering, emits
+from .weights import quant_layout
+
+Source = tuple[int, int]
+"""(row width, first column): an operand that stands in columns of a wider matrix."""
+
+
+def maker(name: str) -> Callable[..., Any]:
+    """`make_<name>` of the kernels."""
+    for module in (
+        "linear",
+        "quantized",
+        "activation",
+        "embedding",
+        "norm",
+        "rope",
+        "mlp",
+        "cache",
+        "attention",
+    ):
+        try:
+            found = getattr(importlib.import_module(f".kernels.{module}", __package__), f"make_{name}", None)
+        except ImportError:
+            continue
+        if found is not None:
+            return found
+    raise AssertionError(name)
+
+
+def source_of(low: Lowering, value: Value) -> tuple[Any, Source | None]:
+    """A value [T, heads, head_dim], or the wider matrix [T, width] that it is a column slice of, with the
+    place.
+
+    The kernels read q, k and v in the merged projection, so that no slice is copied.
+    """
+    reshaped = value.producer
+    if reshaped is None or reshaped.opname != "reshape" or value.type.rank != 3:
+        return low.get(value), None
+    part = reshaped.operands[0]
+    sliced = part.producer
+    width = value.shape[1] * value.shape[2]
+    if part.type.rank != 2 or part.shape != (value.shape[0], width):
+        return low.get(value), None
+    if sliced is None or sliced.opname != "slice":
+        return low.get(value), None
+    axis, step, start = sliced.axis, sliced.step, sliced.start  # type: ignore[attr-defined]
+    whole = sliced.operands[0]
+    row = whole.shape[-1]
+    if axis != -1 or step != 1 or not isinstance(start, int) or not isinstance(row, int):
+        return low.get(value), None
+    return low.get(whole), (row, start)
+
+
+def _int(d: Dim) -> int:
+    assert isinstance(d, int)
+    return d
+
+
+def _present(low: Lowering, *values: Value | None) -> list[Any]:
+    return [low.get(v) for v in values if v is not None]
+
+
+@emits("embedding")
+def embedding(low: Lowering, op: Any) -> Any:
+    role = low.roles.get(op.weight)
+    rows, width = op.weight.shape
+    if role is None or op.weight.dtype not in ("float32", "float16", "bfloat16"):
+        return _take(low, op)
+    static = {
+        "rows": rows,
+        "width": width,
+        "packed": role.kind == "linear",
+        "weight_dtype": op.weight.dtype,
+    }
+    if op.result.dtype != "float32":
+        return _take(low, op)
+    ids = _ids(low, op.ids)
+    out = low.kernel(
+        "embedding",
+        maker("embedding"),
+        static,
+        [ids, low.get(op.weight)],
+        relax.TensorType([_count(low, op.ids), width], "float32"),
+    )
+    return out if op.ids.type.rank == 1 else low.reshape(out, low.shape(op.result.shape))
+
+
+def _count(low: Lowering, value: Value) -> Any:
+    total: Dim = 1
+    for d in value.shape:
+        total = d * total
+    return low.dim(total)
+
+
+def _ids(low: Lowering, value: Value) -> Any:
+    """Integer indices as int32 [count]."""
+    ids = low.get(value)
+    if value.dtype != "int32":
+        ids = low.emit(relax.op.astype(ids, "int32"))
+    return ids if value.type.rank == 1 else low.reshape(ids, [_count(low, value)])
+
+
+def _take(low: Lowering, op: Any) -> Any:
+    def pick(ids: Any, table: Any) -> Any:
+        rank = len(ids.shape)
+        return te.compute(
+            low.shape(op.result.shape), lambda *i: table(ids(*i[:rank]).astype("int64"), i[rank]), name="take"
+        )
+
+    return low.te("take", pick, low.get(op.ids), low.get(op.weight))
+
+
+def _linear(low: Lowering, op: Any, residual: Value | None) -> Any:
+    role = low.roles.get(op.weight)
+    if role is None or role.kind != "linear" or op.x.dtype != "float32":
+        return _generic_linear(low, op, residual)
+    n, k = op.weight.shape
+    static = {
+        "n": n,
+        "k": k,
+        "bias": op.bias is not None,
+        "residual": residual is not None,
+        "weight_dtype": op.weight.dtype,
+    }
+    args = [low.rows(op.x, k), low.get(op.weight), *_present(low, op.bias)]
+    if residual is not None:
+        args.append(low.rows(residual, n))
+    return _product(low, op, "linear", maker("linear"), static, args)
+
+
+def _product(low: Lowering, op: Any, name: str, make: Any, static: dict[str, Any], args: list[Any]) -> Any:
+    rows: Dim = 1
+    for d in op.x.shape[:-1]:
+        rows = d * rows
+    out = low.kernel(name, make, static, args, relax.TensorType([low.dim(rows), static["n"]], "float32"))
+    return out if op.x.type.rank == 2 else low.reshape(out, low.shape(op.result.shape))
+
+
+def _generic_linear(low: Lowering, op: Any, residual: Value | None) -> Any:
+    """A product by a weight that no kernel's layout holds (another op reads it too, or it is no weight at
+    all).
+    """
+    weight = low.get(op.weight)
+    if op.weight.dtype != op.x.dtype:
+        weight = low.emit(relax.op.astype(weight, op.x.dtype))
+    out = low.emit(relax.op.matmul(low.get(op.x), low.emit(relax.op.permute_dims(weight))))
+    for extra in _present(low, op.bias, residual):
+        out = low.emit(relax.op.add(out, extra))
+    return out
+
+
+def _quantized_linear(low: Lowering, op: Any, residual: Value | None) -> Any:
+    layout = quant_layout(op.q)
+    a, sums, scale = _quantized_activation(low, op.x, layout)
+    static = {
+        "n": layout.n,
+        "k": layout.k,
+        "bits": layout.bits,
+        "group_size": layout.group_size,
+        "zero_point": op.zero_point is not None,
+        "bias": op.bias is not None,
+        "residual": residual is not None,
+    }
+    args = [a, sums, scale, *_present(low, op.q, op.scale, op.zero_point, op.bias)]
+    if residual is not None:
+        args.append(low.rows(residual, layout.n))
+    return _product(low, op, "quantized_linear", maker("quantized_linear"), static, args)
+
+
+def _quantized_activation(low: Lowering, x: Value, layout: Any) -> list[Any]:
+    """x quantized per token to int8; ops that read the same x by the same groups share it."""
+    key = ("quantized", x, layout.k, layout.group_size)
+    if key not in low.shared:
+        rows: Dim = 1
+        for d in x.shape[:-1]:
+            rows = d * rows
+        t = low.dim(rows)
+        out = [
+            relax.TensorType([t, layout.k_padded], "int8"),
+            relax.TensorType([t, layout.groups], "int32"),
+            relax.TensorType([t], "float32"),
+        ]
+        static = {"k": layout.k, "group_size": layout.group_size}
+        parts = low.kernel(
+            "quantize_activation", maker("quantize_activation"), static, [low.rows(x, layout.k)], out
+        )
+        low.shared[key] = [low.emit(relax.TupleGetItem(parts, i)) for i in range(3)]
+    return low.shared[key]
+
+
+@emits("linear")
+def linear(low: Lowering, op: Any) -> Any:
+    return _linear(low, op, None)
+
+
+@emits("quantized_linear")
+def quantized_linear(low: Lowering, op: Any) -> Any:
+    return _quantized_linear(low, op, None)
+
+
+@emits("add")
+def add(low: Lowering, op: Any) -> Any:
+    """An addition, or the linear op before it with the other operand as residual."""
+    absorbed: Any = low.absorbed.get(op)
+    if absorbed is None:
+        return low.emit(relax.op.add(*low.operands(op.a, op.b)))
+    other = op.b if op.a is absorbed.result else op.a
+    return (_linear if absorbed.opname == "linear" else _quantized_linear)(low, absorbed, other)
+
+
+@emits("quantized_embedding")
+def quantized_embedding(low: Lowering, op: Any) -> Any:
+    layout = quant_layout(op.q)
+    static = {
+        "rows": layout.n,
+        "width": layout.k,
+        "bits": layout.bits,
+        "group_size": layout.group_size,
+        "zero_point": op.zero_point is not None,
+    }
+    args = [_ids(low, op.ids), *_present(low, op.q, op.scale, op.zero_point)]
+    out = low.kernel(
+        "quantized_embedding",
+        maker("quantized_embedding"),
+        static,
+        args,
+        relax.TensorType([_count(low, op.ids), layout.k], "float32"),
+    )
+    return out if op.ids.type.rank == 1 else low.reshape(out, low.shape(op.result.shape))
+
+
+@emits("rms_norm")
+def rms_norm(low: Lowering, op: Any) -> Any:
+    width = _int(op.x.shape[-1])
+    heads, source = 0, None
+    if op.x.type.rank == 3 and isinstance(op.x.shape[1], int):
+        heads = op.x.shape[1]
+        x, source = source_of(low, op.x)
+        shape = low.shape(op.x.shape)
+    else:
+        x, shape = low.rows(op.x, width), [_rows(low, op.x), width]
+    static = {
+        "width": width,
+        "eps": op.eps,
+        "weight": op.weight is not None,
+        "heads": heads,
+        "source": source,
+    }
+    args = [x, *_present(low, op.weight)]
+    out = low.kernel("rms_norm", maker("rms_norm"), static, args, relax.TensorType(shape, "float32"))
+    return out if len(shape) == op.x.type.rank else low.reshape(out, low.shape(op.x.shape))
+
+
+def _rows(low: Lowering, value: Value) -> Any:
+    rows: Dim = 1
+    for d in value.shape[:-1]:
+        rows = d * rows
+    return low.dim(rows)
+
+
+@emits("layer_norm")
+def layer_norm(low: Lowering, op: Any) -> Any:
+    width = _int(op.x.shape[-1])
+    static = {"width": width, "eps": op.eps, "weight": op.weight is not None, "bias": op.bias is not None}
+    args = [low.rows(op.x, width), *_present(low, op.weight, op.bias)]
+    out = low.kernel(
+        "layer_norm",
+        maker("layer_norm"),
+        static,
+        args,
+        relax.TensorType([_rows(low, op.x), width], "float32"),
+    )
+    return out if op.x.type.rank == 2 else low.reshape(out, low.shape(op.x.shape))
+
+
+@emits("rope")
+def rope(low: Lowering, op: Any) -> Any:
+    tokens, heads, head_dim = op.x.shape
+    x, source = source_of(low, op.x)
+    static = {
+        "heads": heads,
+        "head_dim": head_dim,
+        "rotary_dim": op.rotary_dim,
+        "interleaved": op.interleaved,
+        "source": source,
+    }
+    args = [x, low.get(op.cos), low.get(op.sin)]
+    return low.kernel("rope", maker("rope"), static, args, low.type_of(op.result))
+
+
+@emits("gated_mlp")
+def gated_mlp(low: Lowering, op: Any) -> Any:
+    width = _int(op.result.shape[-1])
+    static = {"width": width, "activation": op.activation}
+    args = [low.rows(op.gate_up, 2 * width)]
+    out = low.kernel(
+        "gated_mlp",
+        maker("gated_mlp"),
+        static,
+        args,
+        relax.TensorType([_rows(low, op.gate_up), width], "float32"),
+    )
+    return out if op.gate_up.type.rank == 2 else low.reshape(out, low.shape(op.result.shape))
+
+
+@emits("append_kv")
+def append_kv(low: Lowering, op: Any) -> Any:
+    """Writes in place: the cache is never copied."""
+    k, k_source = source_of(low, op.k)
+    v, v_source = source_of(low, op.v)
+    static = {
+        "kv_heads": op.k.shape[1],
+        "head_dim": op.k.shape[2],
+        "kv_dtype": op.pages.dtype,
+        "k_source": k_source,
+        "v_source": v_source,
+    }
+    args = [k, v, low.get(op.slot_mapping), low.get(op.pages)]
+    return low.kernel_inplace("append_kv", maker("append_kv"), static, args, 3, low.type_of(op.pages))
+
+
+@emits("paged_attention")
+def paged_attention(low: Lowering, op: Any) -> Any:
+    _, heads, head_dim = op.q.shape
+    static = {
+        "heads": heads,
+        "kv_heads": op.pages.shape[-2],
+        "head_dim": head_dim,
+        "kv_dtype": op.pages.dtype,
+        "scale": op.scale,
+        "causal": op.causal,
+        "window": op.window,
+        "softcap": op.softcap,
+        "sinks": op.sinks is not None,
+    }
+    operands = (op.q, op.pages, op.query_start, op.context_len, op.block_table, op.sinks)
+    args = _present(low, *operands)
+    return low.kernel("paged_attention", maker("paged_attention"), static, args, low.type_of(op.result))
+
+
+@emits("gather_last")
+def gather_last(low: Lowering, op: Any) -> Any:
+    if op.x.type.rank == 2 and op.x.dtype == "float32":
+        args = [low.get(op.x), _ids(low, op.index)]
+        static = {"width": op.x.shape[-1]}
+        return low.kernel("gather_last", maker("gather_last"), static, args, low.type_of(op.result))
+
+    def pick(x: Any, index: Any) -> Any:
+        return te.compute(
+            low.shape(op.result.shape), lambda r, *i: x(index(r).astype("int64"), *i), name="gather"
+        )
+
+    return low.te("gather_last", pick, low.get(op.x), low.get(op.index))

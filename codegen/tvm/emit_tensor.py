@@ -1,0 +1,231 @@
+"""Emitters of generic tensor operations: Relax operators where there is one, tensor expressions elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import tvm
+from tvm import relax, te, tirx
+
+from .lower import Lowering, emits
+
+_UNARY: dict[str, Callable[..., Any]] = {
+    "neg": relax.op.negative,
+    "exp": relax.op.exp,
+    "log": relax.op.log,
+    "sqrt": relax.op.sqrt,
+    "rsqrt": relax.op.rsqrt,
+    "tanh": relax.op.tanh,
+    "sin": relax.op.sin,
+    "cos": relax.op.cos,
+    "erf": relax.op.erf,
+    "sigmoid": relax.op.sigmoid,
+    "relu": relax.op.nn.relu,
+    "abs": relax.op.abs,
+    "floor": relax.op.floor,
+    "logical_not": relax.op.logical_not,
+    "silu": relax.op.nn.silu,
+}
+_BINARY: dict[str, Callable[..., Any]] = {
+    "add": relax.op.add,
+    "sub": relax.op.subtract,
+    "mul": relax.op.multiply,
+    "div": relax.op.divide,
+    "floor_divide": relax.op.floor_divide,
+    "remainder": relax.op.floor_mod,
+    "pow": relax.op.power,
+    "maximum": relax.op.maximum,
+    "minimum": relax.op.minimum,
+    "less": relax.op.less,
+    "less_equal": relax.op.less_equal,
+    "greater": relax.op.greater,
+    "greater_equal": relax.op.greater_equal,
+    "equal": relax.op.equal,
+    "not_equal": relax.op.not_equal,
+    "logical_and": relax.op.logical_and,
+    "logical_or": relax.op.logical_or,
+}
+_REDUCE: dict[str, Callable[..., Any]] = {
+    "reduce_sum": relax.op.sum,
+    "reduce_mean": relax.op.mean,
+    "reduce_max": relax.op.max,
+}
+
+
+@emits(*_UNARY)
+def unary(low: Lowering, op: Any) -> Any:
+    return low.emit(_UNARY[op.opname](low.get(op.x)))
+
+
+@emits(*(name for name in _BINARY if name != "add"))
+def binary(low: Lowering, op: Any) -> Any:
+    return low.emit(_BINARY[op.opname](*low.operands(op.a, op.b)))
+
+
+@emits("reciprocal")
+def reciprocal(low: Lowering, op: Any) -> Any:
+    return low.emit(relax.op.divide(relax.const(1.0, op.x.dtype), low.get(op.x)))
+
+
+@emits("gelu")
+def gelu(low: Lowering, op: Any) -> Any:
+    return low.emit((relax.op.nn.gelu_tanh if op.tanh else relax.op.nn.gelu)(low.get(op.x)))
+
+
+@emits("where")
+def where(low: Lowering, op: Any) -> Any:
+    return low.emit(relax.op.where(low.get(op.condition), low.get(op.a), low.get(op.b)))
+
+
+@emits("cast")
+def cast(low: Lowering, op: Any) -> Any:
+    x = low.get(op.x)
+    if op.x.dtype == op.dtype:
+        return x
+    if op.dtype == "bool":
+        return low.emit(relax.op.not_equal(x, relax.const(0, op.x.dtype)))
+    return low.emit(relax.op.astype(x, op.dtype))
+
+
+@emits("matmul")
+def matmul(low: Lowering, op: Any) -> Any:
+    return low.emit(relax.op.matmul(low.get(op.a), low.get(op.b)))
+
+
+@emits(*_REDUCE)
+def reduce(low: Lowering, op: Any) -> Any:
+    return low.emit(_REDUCE[op.opname](low.get(op.x), axis=list(op.axes), keepdims=op.keepdim))
+
+
+@emits("softmax")
+def softmax(low: Lowering, op: Any) -> Any:
+    return low.emit(relax.op.nn.softmax(low.get(op.x), axis=op.axis))
+
+
+@emits("cumsum")
+def cumsum(low: Lowering, op: Any) -> Any:
+    return low.emit(relax.op.cumsum(low.get(op.x), axis=op.axis, dtype=op.result.dtype))
+
+
+@emits("diff")
+def diff(low: Lowering, op: Any) -> Any:
+    width = low.dim(op.prepend.shape[-1])
+
+    def difference(x: Any, before: Any) -> Any:
+        def joined(i: tuple[Any, ...], j: Any) -> Any:
+            inside = tirx.max(j - width, 0)
+            return tirx.if_then_else(j < width, before(*i, tirx.min(j, width - 1)), x(*i, inside))
+
+        return te.compute(
+            low.shape(op.result.shape),
+            lambda *i: joined(i[:-1], i[-1] + 1) - joined(i[:-1], i[-1]),
+            name="diff",
+        )
+
+    return low.te("diff", difference, low.get(op.x), low.get(op.prepend))
+
+
+@emits("full")
+def full(low: Lowering, op: Any) -> Any:
+    return low.emit(relax.op.full(low.shape(op.shape), relax.const(op.value, op.dtype), op.dtype))
+
+
+@emits("dim_value")
+def dim_value(low: Lowering, op: Any) -> Any:
+    return low.te(
+        "dim_value",
+        lambda d: te.compute((), lambda: tirx.Cast(op.dtype, d), name="dim_value"),
+        _prim(low, op.dim),
+    )
+
+
+@emits("arange")
+def arange(low: Lowering, op: Any) -> Any:
+    def steps(length: Any) -> Any:
+        return te.compute(
+            (length,), lambda i: tirx.Cast(op.dtype, i.astype("int64") * op.step + op.start), name="arange"
+        )
+
+    return low.te("arange", steps, _prim(low, op.length))
+
+
+def _prim(low: Lowering, dim: Any) -> Any:
+    value = low.dim(dim)
+    return tirx.IntImm("int64", value) if isinstance(value, int) else value
+
+
+@emits("reshape")
+def reshape(low: Lowering, op: Any) -> Any:
+    return low.reshape(low.get(op.x), low.shape(op.shape))
+
+
+@emits("transpose")
+def transpose(low: Lowering, op: Any) -> Any:
+    return low.emit(relax.op.permute_dims(low.get(op.x), op.full_perm()))
+
+
+@emits("expand")
+def expand(low: Lowering, op: Any) -> Any:
+    return low.emit(relax.op.broadcast_to(low.get(op.x), low.shape(op.shape)))
+
+
+@emits("slice")
+def slice_(low: Lowering, op: Any) -> Any:
+    shape, start = low.shape(op.result.shape), low.dim(op.start)
+    axis = len(shape) + op.axis
+
+    def part(x: Any) -> Any:
+        return te.compute(
+            shape, lambda *i: x(*i[:axis], i[axis] * op.step + start, *i[axis + 1 :]), name="slice"
+        )
+
+    return low.te("slice", part, low.get(op.x))
+
+
+@emits("concat")
+def concat(low: Lowering, op: Any) -> Any:
+    return low.emit(relax.op.concat([low.get(x) for x in op.xs], axis=op.axis))
+
+
+@emits("index")
+def index(low: Lowering, op: Any) -> Any:
+    shape = low.shape(op.result.shape)
+    lead = len(shape) - (op.x.type.rank - len(op.indices))
+
+    def pick(x: Any, *indices: Any) -> Any:
+        def at(*i: Any) -> Any:
+            picked: list[Any] = []
+            for axis, source in enumerate(indices):
+                own = i[lead - len(source.shape) : lead]
+                where = [
+                    tirx.IntImm("int64", 0) if _is_one(n) else j
+                    for n, j in zip(source.shape, own, strict=True)
+                ]
+                value = source(*where).astype("int64")
+                picked.append(tirx.Select(value < 0, value + x.shape[axis], value))
+            return x(*picked, *i[lead:])
+
+        return te.compute(shape, at, name="index")
+
+    return low.te("index", pick, low.get(op.x), *(low.get(i) for i in op.indices))
+
+
+def _is_one(n: Any) -> bool:
+    return isinstance(n, int | tvm.tirx.IntImm) and int(n) == 1
+
+
+@emits("dequantize")
+def dequantize(low: Lowering, op: Any) -> Any:
+    quant = op.q.type.quant
+
+    def real(q: Any, scale: Any, *zero: Any) -> Any:
+        def at(n: Any, k: Any) -> Any:
+            group = k // quant.group_size
+            offset = zero[0](n, group).astype("float32") if zero else float(1 << (quant.bits - 1))
+            return (q(n, k).astype("float32") - offset) * scale(n, group).astype("float32")
+
+        return te.compute(q.shape, at, name="dequantize")
+
+    parts = [op.q, op.scale] + ([op.zero_point] if op.zero_point is not None else [])
+    return low.te("dequantize", real, *(low.get(part) for part in parts))

@@ -1,0 +1,254 @@
+"""IR graph → Relax module: one function `main` over kernels in TIR.
+
+Operations of language models become calls of the hand-written kernels (`kernels/`); all other tensor
+operations go through Relax's own operators, or a tensor expression where Relax has none, and are fused and
+scheduled afterwards (`optimize.py`). The parameters of `main` are the graph's inputs, then its weights in
+their stored layout (`weights.py`); its results are the graph's outputs.
+
+    %1 = rms_norm(%0, @norm)             lv1 = R.call_tir(cls.rms_norm, (lv0, norm), ...)
+    %2 = linear(%1, @w)             →    lv2 = R.call_tir(cls.linear, (lv1, w, lv0), ...)     # residual
+    absorbed %3 = add(%0, %2)                     lv3 = R.call_tir_inplace(cls.append_kv, (k, v, slots,
+    pages), [3]) %4 = append_kv(%k, %v, %pages, %s)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import tvm
+from tvm import relax, te, tirx
+
+from ...ir.core import Graph, Op, Value
+from ...ir.errors import UnsupportedError
+from ...ir.ops.nn import Linear
+from ...ir.ops.quant import QuantizedLinear
+from ...ir.types import Dim, Shape
+from .kernels.isa import Isa
+from .weights import Role, stored_shape, weight_roles
+
+Emitter = Callable[["Lowering", Any], Any]
+EMITTERS: dict[str, Emitter] = {}
+"""IR op name → what emits it: (lowering, op) → the Relax expression of its result."""
+
+
+def emits(*names: str) -> Callable[[Emitter], Emitter]:
+    """Register an emitter for the ops of these names."""
+
+    def register(emitter: Emitter) -> Emitter:
+        for name in names:
+            assert name not in EMITTERS, name
+            EMITTERS[name] = emitter
+        return emitter
+
+    return register
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A Relax module and what its caller has to know."""
+
+    module: tvm.IRModule
+    symbols: tuple[str, ...]
+    """Symbolic dimensions, sorted."""
+    inputs: tuple[str, ...]
+    weights: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+class Lowering:
+    """One pass over a graph. Emitters use `get`, `kernel`, `te` and `type_of`."""
+
+    def __init__(self, graph: Graph, isa: Isa) -> None:
+        self.graph = graph
+        self.isa = isa
+        self.builder = relax.BlockBuilder()
+        self.symbols: dict[str, Any] = {}
+        self.roles: dict[Value, Role] = weight_roles(graph)
+        self.absorbed = residuals(graph)
+        self.pages = page_values(graph)
+        self._values: dict[Value, Any] = {}
+        self._kernels: dict[Any, Any] = {}
+        self.shared: dict[Any, Any] = {}
+        """Results that several ops share, by whatever key an emitter chooses (quantized activations)."""
+
+    # -- shapes and types ----------------------------------------------------------------------------------
+    def dim(self, d: Dim) -> Any:
+        """A dimension as an int or an int64 TIR expression."""
+        if isinstance(d, int):
+            return d
+        total: Any = 0
+        for monomial, coefficient in d.terms:
+            factor: Any = tirx.IntImm("int64", coefficient)
+            for name in monomial:
+                factor = factor * self.symbols.setdefault(name, tirx.Var(name, "int64"))
+            total = total + factor
+        return tvm.sym.Analyzer().simplify(total)
+
+    def shape(self, shape: Shape) -> list[Any]:
+        return [self.dim(d) for d in shape]
+
+    def type_of(self, value: Value) -> Any:
+        """The Relax type; a page holds its heads apart here: [2, N, kv_heads, page_size, head_dim]."""
+        shape = self.shape(value.shape)
+        if value in self.pages:
+            shape[-3], shape[-2] = shape[-2], shape[-3]
+        return relax.TensorType(shape, value.dtype)
+
+    # -- values --------------------------------------------------------------------------------------------
+    def get(self, value: Value) -> Any:
+        """The Relax expression of a value."""
+        return self._values[value]
+
+    def scalar(self, value: Value) -> Any:
+        """Like `get`, but a rank-0 constant stays a literal, which kernels then hold as an immediate."""
+        op = value.producer
+        if op is not None and op.opname == "full" and not value.shape:
+            return relax.const(op.value, value.dtype)  # type: ignore[attr-defined]
+        return self.get(value)
+
+    def operands(self, a: Value, b: Value) -> tuple[Any, Any]:
+        """Both operands of an elementwise op, a constant scalar as a literal (not both: Relax wants a
+        tensor).
+        """
+        left, right = self.scalar(a), self.scalar(b)
+        if isinstance(left, tvm.ir.Constant) and isinstance(right, tvm.ir.Constant):
+            left = self.get(a)
+        return left, right
+
+    def emit(self, expression: Any) -> Any:
+        return self.builder.emit(expression)
+
+    def reshape(self, x: Any, shape: list[Any]) -> Any:
+        """A view of `x`; no data moves."""
+        return self.emit(relax.op.reshape(x, shape))
+
+    def rows(self, value: Value, width: int) -> Any:
+        """A value [..., width] as [rows, width]."""
+        x = self.get(value)
+        if value.type.rank == 2:
+            return x
+        total: Any = 1
+        for d in value.shape[:-1]:
+            total = d * total
+        return self.reshape(x, [self.dim(total), width])
+
+    def te(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
+        """Emit a tensor expression."""
+        return self.builder.emit_te(function, *args, primfunc_name_hint=name)
+
+    def kernel(
+        self, name: str, make: Callable[..., Any], static: dict[str, Any], args: list[Any], out: Any
+    ) -> Any:
+        """Call the kernel that `make(**static, isa=…)` builds; one function for equal static parameters."""
+        return self.emit(relax.call_tir(self._kernel(name, make, static), args, out))
+
+    def kernel_inplace(
+        self,
+        name: str,
+        make: Callable[..., Any],
+        static: dict[str, Any],
+        args: list[Any],
+        place: int,
+        out: Any,
+    ) -> Any:
+        """Call a kernel that writes its operand number `place`; the result is that operand."""
+        return self.emit(relax.call_tir_inplace(self._kernel(name, make, static), args, [place], out))
+
+    def _kernel(self, name: str, make: Callable[..., Any], static: dict[str, Any]) -> Any:
+        key = (name, tuple(sorted((k, repr(v)) for k, v in static.items())))
+        if key not in self._kernels:
+            function = make(**static, isa=self.isa.name)
+            # Opaque to fusion (8), and none of the generic scheduler's business.
+            function = function.with_attrs({"op_pattern": 8, "llmc.kernel": True}).without_attr(
+                "global_symbol"
+            )
+            self._kernels[key] = self.builder.add_func(function, name)
+        return self._kernels[key]
+
+    # -- the whole graph -----------------------------------------------------------------------------------
+    def run(self) -> Lowered:
+        graph = self.graph
+        parameters = [self._parameter(v, v.name, self.type_of(v)) for v in graph.inputs]
+        for name, v in graph.weights.items():
+            shape, dtype = stored_shape(v, self.roles[v])
+            parameters.append(self._parameter(v, f"weight.{name}", relax.TensorType(shape, dtype)))
+        with self.builder.function("main", parameters):
+            with self.builder.dataflow():
+                for op in graph:
+                    if op not in self.absorbed.values():
+                        self._values[op.result] = self._emit_op(op)
+                outputs = [self.builder.emit_output(self._output(i)) for i in range(len(graph.outputs))]
+            self.builder.emit_func_output(relax.Tuple(outputs))
+        return Lowered(
+            self.builder.get(),
+            tuple(sorted(self.symbols)),
+            tuple(v.name for v in graph.inputs),
+            tuple(graph.weights),
+            tuple(graph.output_names),
+        )
+
+    def _parameter(self, value: Value, name: str, type: Any) -> Any:
+        self._values[value] = relax.Var(name, type)
+        return self._values[value]
+
+    def _emit_op(self, op: Op) -> Any:
+        emitter = EMITTERS.get(op.opname)
+        if emitter is None:
+            raise UnsupportedError(
+                f"target tvm-cpu cannot emit {op.opname} ({op.loc or 'no module'})",
+                remedy="add an emitter to codegen/tvm or a decomposition to codegen/legalize.py",
+            )
+        return emitter(self, op)
+
+    def _output(self, index: int) -> Any:
+        """An output of its own memory: what is an input, a view or another output too is copied."""
+        value = self.graph.outputs[index]
+        producer = value.producer
+        moved = producer is not None and producer.opname not in ("reshape", "append_kv")
+        if moved and value not in self.graph.outputs[:index]:
+            return self.get(value)
+        return self.te("copy", lambda x: te.compute(x.shape, lambda *i: x(*i), name="copy"), self.get(value))
+
+
+def page_values(graph: Graph) -> set[Value]:
+    """The KV cache's arrays: what `append_kv` writes and `paged_attention` reads."""
+    found: set[Value] = set()
+    for op in graph:
+        if op.opname in ("append_kv", "paged_attention"):
+            found.add(op.pages)  # type: ignore[attr-defined]
+        if op.opname == "append_kv":
+            found.add(op.result)
+    return found
+
+
+def residuals(graph: Graph) -> dict[Op, Op]:
+    """add → the linear op that does the addition in its epilogue, where that is its only use."""
+    found: dict[Op, Op] = {}
+    order = {op: i for i, op in enumerate(graph)}
+    for op in graph:
+        if op.opname != "add" or op.operands[0].type != op.operands[1].type:
+            continue
+        linears = [
+            v.producer
+            for v in op.operands
+            if isinstance(v.producer, Linear | QuantizedLinear)
+            and len(v.uses) == 1
+            and not graph.output_uses(v)
+            and v.dtype == "float32"
+        ]
+        if linears:
+            found[op] = max(linears, key=lambda linear: order[linear])
+    return found
+
+
+def lower(graph: Graph, isa: Isa) -> Lowered:
+    """The Relax module of a legalized graph for one ISA level.
+
+    Raises UnsupportedError for an op without emitter.
+    """
+    from . import emit_llm, emit_tensor
+
+    assert emit_llm.__name__ and emit_tensor.__name__  # imported for the emitters that they register
+    return Lowering(graph, isa).run()

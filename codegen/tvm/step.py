@@ -1,0 +1,353 @@
+"""Relax `main` over TIR functions → one TIR function `step`, so that a step needs neither an interpreter nor
+a VM.
+
+`step(dims, pointers)` runs the calls of `main` one after the other. `dims` holds the symbolic dimensions as
+int64, in order, then the status that it sets (0: well); `pointers` holds addresses: inputs, weights, outputs,
+workspace. Intermediate results lie in the workspace, at offsets computed from the dimensions (`plan.py`).
+`workspace(dims, pointers)` puts the bytes needed into the last entry of `dims`. Kernels take bare pointers
+and the symbols of their shapes; nothing is checked inside (the executor checks what comes from outside).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import tvm
+from tvm import relax, tirx
+from tvm.ir import Call, GlobalVar, PointerType, PrimType
+
+from ...ir.dtypes import itemsize
+from ...ir.errors import CompileError
+from .plan import ALIGNMENT, Interval, plan
+
+_TYPICAL = {"T": 128, "B": 4, "R": 4, "P": 64, "N": 256}
+
+
+@dataclass
+class _Memory:
+    """What a Relax variable's data lies in."""
+
+    kind: str
+    """"argument" (a pointer of the caller) or "intermediate"."""
+    index: int
+    type: Any
+
+
+@dataclass
+class _Call:
+    function: GlobalVar
+    operands: list[_Memory]
+    """Inputs, then outputs."""
+    shapes: list[list[Any]]
+    scalars: list[Any]
+    """Explicit symbolic arguments, in the order of the function's own scalar parameters."""
+
+
+@dataclass
+class _Program:
+    calls: list[_Call] = field(default_factory=list)
+    intermediates: list[_Memory] = field(default_factory=list)
+
+
+def build_step(module: tvm.IRModule, symbols: Sequence[str]) -> tvm.IRModule:
+    """The module with `step` and `workspace` in place of Relax's `main`.
+
+    Raises CompileError where `main` holds anything but calls, tuples and reshapes (a bug in the passes
+    before).
+    """
+    program, main = _Reader(module).read()
+    variables = {name: tirx.Var(name, "int64") for name in symbols}
+    rename = {v: variables[v.name] for v in _symbols_of(main)}
+    writer = _Writer(program, [variables[name] for name in symbols], rename)
+    writer.arguments = len(main.params) + len(_fields(main.body.body))
+    functions: dict[GlobalVar, Any] = {}
+    step = writer.step(module, functions)
+    out = tvm.IRModule(functions)
+    out[GlobalVar("step")] = step
+    out[GlobalVar("workspace")] = writer.workspace_function()
+    return out
+
+
+def _symbols_of(main: Any) -> list[Any]:
+    """The TIR variables of main's parameter shapes."""
+    found: dict[Any, None] = {}
+    for parameter in main.params:
+        for d in _shape(parameter.ty):
+            for v in _variables(d):
+                found[v] = None
+    return list(found)
+
+
+def _variables(expression: Any) -> list[Any]:
+    return [] if isinstance(expression, int) else list(tirx.analysis.undefined_vars(expression))
+
+
+def _shape(type: Any) -> list[Any]:
+    return list(type.shape.values)
+
+
+def _fields(expression: Any) -> list[Any]:
+    return list(expression.fields) if isinstance(expression, relax.Tuple) else [expression]
+
+
+class _Reader:
+    """Walks `main` and turns its bindings into calls over memory."""
+
+    def __init__(self, module: tvm.IRModule) -> None:
+        self.module = module
+        self.program = _Program()
+        self.memory: dict[Any, Any] = {}
+
+    def read(self) -> tuple[_Program, Any]:
+        main = self.module["main"]
+        for i, parameter in enumerate(main.params):
+            self.memory[parameter] = _Memory("argument", i, parameter.ty)
+        self.outputs = self._output_indices(main)
+        for block in main.body.blocks:
+            for binding in block.bindings:
+                self.memory[binding.var] = self._bind(binding.var, binding.value)
+        for field_ in _fields(main.body.body):
+            memory = self.memory[field_]
+            assert memory.kind == "argument" and memory.index >= len(main.params), field_
+        return self.program, main
+
+    def _output_indices(self, main: Any) -> dict[Any, int]:
+        """Variables that name an output, followed back through plain copies of names → its argument number.
+        """
+        names: dict[Any, Any] = {}
+        for block in main.body.blocks:
+            for binding in block.bindings:
+                if isinstance(binding.value, relax.Var):
+                    names[binding.var] = binding.value
+        found: dict[Any, int] = {}
+        for i, variable in enumerate(_fields(main.body.body)):
+            while variable in names:
+                found[variable] = len(main.params) + i
+                variable = names[variable]
+            found[variable] = len(main.params) + i
+        return found
+
+    def _bind(self, variable: Any, value: Any) -> Any:
+        if isinstance(value, relax.Var):
+            return self.memory[value]
+        if isinstance(value, relax.Tuple):
+            return [self.memory[f] for f in value.fields]
+        if isinstance(value, relax.TupleGetItem):
+            return self.memory[value.tuple_value][value.index]
+        name = value.op.name if isinstance(value, Call) and isinstance(value.op, tvm.ir.Op) else ""
+        if name == "relax.reshape":
+            whole = self.memory[value.args[0]]
+            return _Memory(whole.kind, whole.index, variable.ty)
+        if name == "relax.call_tir":
+            return self._call(variable, value)
+        if name == "relax.call_tir_inplace":
+            return self._inplace(variable, value)
+        raise CompileError(
+            f"tvm-cpu: {name or type(value).__name__} is left in the Relax function",
+            remedy="report this model",
+        )
+
+    def _result(self, variable: Any, type: Any) -> _Memory:
+        if variable in self.outputs:
+            return _Memory("argument", self.outputs[variable], type)
+        memory = _Memory("intermediate", len(self.program.intermediates), type)
+        self.program.intermediates.append(memory)
+        return memory
+
+    def _call(self, variable: Any, value: Any) -> Any:
+        if isinstance(variable.ty, relax.TupleType):
+            results = [self._result(None, t) for t in variable.ty.fields]
+        else:
+            results = [self._result(variable, variable.ty)]
+        self._append(value, results)
+        return results if isinstance(variable.ty, relax.TupleType) else results[0]
+
+    def _inplace(self, variable: Any, value: Any) -> _Memory:
+        (place,) = value.attrs.inplace_indices
+        self._append(value, [])
+        whole = self.memory[value.args[1].fields[int(place)]]
+        return _Memory(whole.kind, whole.index, variable.ty)
+
+    def _append(self, value: Any, results: list[_Memory]) -> None:
+        operands: list[_Memory] = []
+        scalars: list[Any] = []
+        for argument in _fields(value.args[1]):
+            if argument in self.memory:
+                operands.append(self.memory[argument])
+            elif isinstance(argument, relax.PrimValue) if hasattr(relax, "PrimValue") else False:
+                scalars.append(argument.value)
+            else:
+                scalars.append(argument)
+        if len(value.args) > 2:
+            scalars += list(value.args[2].values)
+        everything = operands + results
+        self.program.calls.append(
+            _Call(value.args[0], everything, [_shape(m.type) for m in everything], scalars)
+        )
+
+
+class _Writer:
+    """Emits the TIR of `step` and `workspace`."""
+
+    def __init__(self, program: _Program, symbols: list[Any], rename: dict[Any, Any]) -> None:
+        self.program = program
+        self.symbols = symbols
+        self.arguments = 0
+        self.analyzer = _substitution(rename)
+        self.typical = _substitution(
+            {v: tirx.IntImm("int64", _TYPICAL.get(v.name, 64)) for v in [*symbols, *rename]}
+        )
+        self.plan = plan(self._intervals())
+        self.offsets: list[Any] = []
+
+    def _expression(self, e: Any) -> Any:
+        """An expression over main's symbols as one over the step's own."""
+        if isinstance(e, int):
+            return tirx.IntImm("int64", e)
+        return self.analyzer.simplify(e)
+
+    def _bytes(self, type: Any) -> Any:
+        total: Any = tirx.IntImm("int64", itemsize(str(type.dtype)))
+        for d in _shape(type):
+            total = total * self._expression(d)
+        return self.analyzer.simplify(total)
+
+    def _intervals(self) -> list[Interval]:
+        spans: dict[int, list[int]] = {}
+        for when, call in enumerate(self.program.calls):
+            for memory in call.operands:
+                if memory.kind == "intermediate":
+                    spans.setdefault(memory.index, []).append(when)
+        intervals: list[Interval] = []
+        for index, times in spans.items():
+            size = self._bytes(self.program.intermediates[index].type)
+            nominal = int(self.typical.simplify(size))
+            intervals.append(Interval(index, times[0], times[-1], size, nominal))
+        return intervals
+
+    # -- statements ----------------------------------------------------------------------------------------
+    def _prologue(self) -> tuple[list[Any], list[Any], Any, Any]:
+        """Parameters, statements that read the symbols and compute the offsets, and the two arrays."""
+        raw = [tirx.Var(name, PointerType(PrimType("void"))) for name in ("dims_raw", "pointers_raw")]
+        dims = _array("dims", len(self.symbols) + 1, "int64", raw[0])
+        pointers = _array("pointers", self.arguments + 1, "uint64", raw[1])
+        body: list[Any] = [dims[1], pointers[1]]
+        body += [tirx.Bind(v, dims[0][i]) for i, v in enumerate(self.symbols)]
+        total: Any = tirx.IntImm("int64", 0)
+        self.offsets = []
+        for number, slot in enumerate(self.plan.slots):
+            size: Any = slot.sizes[0]
+            for other in slot.sizes[1:]:
+                size = tirx.max(size, other)
+            begin, end = tirx.Var(f"slot_{number}", "int64"), tirx.Var(f"end_{number}", "int64")
+            rounded = tirx.floordiv(total + size + (ALIGNMENT - 1), ALIGNMENT) * ALIGNMENT
+            body += [tirx.Bind(begin, total), tirx.Bind(end, rounded)]
+            self.offsets.append(begin)
+            total = end
+        self.total = total
+        return raw, body, dims[0], pointers[0]
+
+    def workspace_function(self) -> Any:
+        raw, body, dims, _ = self._prologue()
+        body.append(tirx.BufferStore(dims, self.total, [len(self.symbols)]))
+        return _exported("workspace", raw, body)
+
+    def step(self, module: tvm.IRModule, functions: dict[GlobalVar, Any]) -> Any:
+        """The step; the functions that it calls are added to `functions` in the order of first use."""
+        raw, body, dims, pointers = self._prologue()
+        status = [len(self.symbols)]
+        body.append(tirx.BufferStore(dims, tirx.IntImm("int64", 0), status))
+        callees: dict[Any, _Callee] = {}
+        for call in self.program.calls:
+            if call.function not in callees:
+                callee = _Callee(module[call.function], call.function.name_hint)
+                callees[call.function] = callee
+                functions[callee.name] = callee.function
+            callee = callees[call.function]
+            addresses = [self._address(memory, pointers) for memory in call.operands]
+            scalars = [
+                _as(self._expression(value), symbol.ty)
+                for symbol, value in zip(
+                    callee.symbols, callee.symbol_values(call.shapes, call.scalars), strict=True
+                )
+            ]
+            result = Call(callee.name, addresses + scalars, ret_ty="int32")
+            # A kernel fails only where it gets no scratch memory; the steps after it are harmless then.
+            failed = tirx.bitwise_or(tirx.BufferLoad(dims, status), tirx.Cast("int64", result))
+            body.append(tirx.BufferStore(dims, failed, status))
+        return _exported("step", raw, body)
+
+    def _address(self, memory: _Memory, pointers: Any) -> Any:
+        index = memory.index if memory.kind == "argument" else self.arguments
+        base = tirx.reinterpret("handle", pointers[index])
+        if memory.kind == "intermediate":
+            base = tirx.handle_add_byte_offset(base, self.offsets[self.plan.slot_of[memory.index]])
+        element = PointerType(PrimType(str(memory.type.dtype)), "global")
+        return tirx.reinterpret(element, base)
+
+
+def _array(name: str, length: int, dtype: str, raw: Any) -> tuple[Any, Any]:
+    """A buffer over a bare pointer, and the statement that declares it."""
+    data = tirx.reinterpret(PointerType(PrimType(dtype), "global"), raw)
+    buffer = tirx.decl_buffer((length,), dtype, name, layout=None)
+    return buffer, tirx.DeclBuffer(buffer, data=data)
+
+
+def _exported(name: str, parameters: list[Any], body: list[Any]) -> Any:
+    function = tirx.PrimFunc(parameters, tirx.SeqStmt(body))
+    return function.with_attrs({"global_symbol": name, "s_tir": True})
+
+
+def _substitution(values: dict[Any, Any]) -> Any:
+    """An analyzer whose `simplify` puts values for variables."""
+    analyzer = tvm.sym.Analyzer()
+    for variable, value in values.items():
+        analyzer.bind(variable, value)
+    return analyzer
+
+
+class _Callee:
+    """A kernel as a function of bare pointers and int64 symbols that returns 0, or -1 where it failed."""
+
+    def __init__(self, function: Any, name: str) -> None:
+        self.name = GlobalVar(f"kernel_{name}")
+        self.buffers = [p for p in function.params if tirx.is_buffer_var(p)]
+        self.given = [p for p in function.params if not tirx.is_buffer_var(p)]
+        shapes = [list(p.ty.shape) for p in self.buffers]
+        symbols: dict[Any, None] = dict.fromkeys(self.given)
+        for shape in shapes:
+            for d in shape:
+                symbols.update(dict.fromkeys(_variables(d)))
+        self.symbols = list(symbols)
+        self.shapes = shapes
+        pointers = [tirx.Var(f"{p.name}_data", tirx.buffer_data_pointer_type(p)) for p in self.buffers]
+        declared = [tirx.DeclBuffer(b, data=data) for b, data in zip(self.buffers, pointers, strict=True)]
+        body = tirx.SeqStmt([*declared, function.body, tirx.Return(tirx.IntImm("int32", 0))])
+        attributes = {
+            k: v for k, v in function.attrs.items() if k not in ("global_symbol", "op_pattern", "llmc.kernel")
+        }
+        new = tirx.PrimFunc([*pointers, *self.symbols], body, ret_type=PrimType("int32"))
+        self.function = new.with_attrs({"s_tir": True, **attributes})
+
+    def symbol_values(self, shapes: list[list[Any]], scalars: list[Any]) -> list[Any]:
+        """A value for each symbol: given, or read off the operands' shapes where a dimension is that symbol
+        alone.
+        """
+        values: dict[Any, Any] = dict(zip(self.given, scalars, strict=True))
+        for pattern, shape in zip(self.shapes, shapes, strict=True):
+            for d, actual in zip(pattern, shape, strict=True):
+                if isinstance(d, tirx.Var) and d not in values:
+                    values[d] = actual
+        missing = [s.name for s in self.symbols if s not in values]
+        if missing:
+            raise CompileError(
+                f"tvm-cpu: {self.name.name_hint} needs {', '.join(missing)}, which no operand gives",
+                remedy="report this model",
+            )
+        return [values[s] for s in self.symbols]
+
+
+def _as(value: Any, type: Any) -> Any:
+    return value if value.ty.dtype == type.dtype else tirx.Cast(type.dtype, value)

@@ -1,0 +1,132 @@
+"""How each weight of a graph is stored for this target, and its bytes, a chunk of rows at a time.
+
+A weight that only the linear kernels (and embeddings) read is stored in their blocked layout; all other
+weights are stored as they are. One weight has one layout: a tied embedding and head share it. No TVM is
+needed here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...ir.core import Graph, Op, Value
+from ...ir.dtypes import to_numpy
+from ...ir.errors import CompileError
+from ...ir.ops.nn import Embedding, Linear
+from ...ir.ops.quant import QuantizedEmbedding, QuantizedLinear
+from ...ir.weights import LazyTensor, read_chunks
+from ..weight_file import TensorSpec
+from .kernels.layout import ROWS, QuantLayout, pack_rows, packed_shape
+
+CHUNK_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class Role:
+    """How a weight is stored: "plain", "linear" (blocks of 16 rows), "codes" (packed q) or "groups" (scale,
+    zero point).
+    """
+
+    kind: str
+    layout: QuantLayout | None = None
+
+
+PLAIN = Role("plain")
+
+
+def weight_roles(graph: Graph) -> dict[Value, Role]:
+    """The role of every weight. Raises CompileError where two ops need quantized parts in two ways."""
+    roles: dict[Value, Role] = {}
+    for value in graph.weights.values():
+        wanted = {_role_of_use(op, index) for op, index in value.uses}
+        if graph.output_uses(value):
+            wanted.add(PLAIN)
+        either = Role("either")
+        wanted.discard(either)
+        if len(wanted) > 1:
+            if any(role.kind in ("codes", "groups") for role in wanted):
+                raise CompileError(
+                    f"weight {value.name} is used both by a quantized kernel and otherwise",
+                    remedy="give each use a weight of its own",
+                )
+            wanted = {PLAIN}  # the linear op that reads it falls back to a generic product
+        roles[value] = wanted.pop() if wanted else PLAIN
+    return roles
+
+
+def _role_of_use(op: Op, index: int) -> Role:
+    value = op.operands[index]
+    if isinstance(op, Linear) and index == 1:
+        return (
+            Role("linear") if value.dtype in ("float32", "float16", "bfloat16") and _has_kernel(op) else PLAIN
+        )
+    if isinstance(op, Embedding) and index == 1:
+        return Role("either")
+    if isinstance(op, QuantizedLinear | QuantizedEmbedding) and index >= 1:
+        if op.operands[index] is (op.bias if isinstance(op, QuantizedLinear) else None):
+            return PLAIN
+        return Role("codes" if index == 1 else "groups", quant_layout(op.q))
+    return PLAIN
+
+
+def _has_kernel(op: Linear) -> bool:
+    return op.x.dtype == "float32"
+
+
+def quant_layout(q: Value) -> QuantLayout:
+    """The packed layout of a quantized weight [N, K]."""
+    quant = q.type.quant
+    n, k = q.shape
+    assert quant is not None and isinstance(n, int) and isinstance(k, int)
+    return QuantLayout(n, k, quant.bits, quant.group_size)
+
+
+def stored_shape(value: Value, role: Role) -> tuple[tuple[int, ...], str]:
+    """Shape and dtype of a weight as it is stored."""
+    shape = tuple(d for d in value.shape if isinstance(d, int))
+    if role.kind == "linear":
+        return packed_shape(shape[0], shape[1]), value.dtype
+    if role.layout is not None:
+        return (role.layout.weight_shape if role.kind == "codes" else role.layout.scale_shape), value.dtype
+    return shape, value.dtype
+
+
+def weight_specs(graph: Graph) -> list[TensorSpec]:
+    """Every weight as `ArtifactWriter.write_weights` takes it; nothing is read before the chunks are asked
+    for.
+    """
+    specs: list[TensorSpec] = []
+    for value, role in weight_roles(graph).items():
+        assert value.weight is not None
+        shape, dtype = stored_shape(value, role)
+        specs.append((value.name, shape, dtype, _chunks(value, role)))
+    return specs
+
+
+def _chunks(value: Value, role: Role) -> Iterator[np.ndarray]:
+    assert value.weight is not None
+    pack: Callable[[np.ndarray], np.ndarray]
+    if role.kind == "linear":
+        pack = pack_rows
+    elif role.layout is not None:
+        pack = role.layout.pack if role.kind == "codes" else role.layout.pack_groups
+    else:
+        pack = np.ascontiguousarray
+    wanted = to_numpy(value.dtype)
+    for rows in _aligned_rows(value.weight):
+        yield pack(np.ascontiguousarray(rows.astype(wanted, copy=False)))
+
+
+def _aligned_rows(tensor: LazyTensor) -> Iterator[np.ndarray]:
+    """Chunks of whole blocks: a multiple of 16 rows each but the last."""
+    if len(tensor.shape) < 2:
+        yield from read_chunks(tensor, CHUNK_BYTES)
+        return
+    rows = tensor.shape[0]
+    row_bytes = max(1, int(np.prod(tensor.shape[1:])) * to_numpy(tensor.dtype).itemsize)
+    step = max(ROWS, CHUNK_BYTES // row_bytes // ROWS * ROWS)
+    for start in range(0, rows, step):
+        yield tensor.read(start, min(rows, start + step))
