@@ -20,6 +20,9 @@ from .sequence import Sequence, Status
 
 S = TypeVar("S", bound=Sequence)
 
+# Prompts computed at the same time even if the first of them fills the budget: short ones overtake long ones.
+_PROMPTS = 8
+
 
 @dataclass(slots=True)
 class Chunk(Generic[S]):
@@ -113,7 +116,7 @@ class Scheduler(Generic[S]):
         budget = self.max_batch_tokens - self._schedule_decodes(plan)
         prefills = [s for s in self.running if s.remaining > 1]
         if not plan.preempted:
-            prefills += self._admit(budget - sum(s.remaining for s in prefills))
+            self._admit(prefills, budget)
         if prefills:
             self._schedule_prefills(plan, prefills, budget)
         return plan
@@ -136,15 +139,15 @@ class Scheduler(Generic[S]):
         assert victim is not None
         plan.preempted.append(victim)
 
-    def _admit(self, budget: int) -> list[S]:
+    def _admit(self, prefills: list[S], budget: int) -> None:
         """Move waiting sequences to running, in order, while their prompts fit beside what runs already."""
         blocks = self.blocks
-        admitted: list[S] = []
         if not self.waiting or budget <= 0:
-            return admitted
+            return
+        backlog = sum(s.remaining for s in prefills)
         slots = sum(s.slots for s in self.running)
         reserved = sum(blocks.pages_to_extend(s, len(s.tokens)) for s in self.running)
-        while self.waiting and budget > 0:
+        while self.waiting and (backlog < budget or len(prefills) < _PROMPTS):
             sequence = self.waiting[0]
             if self.running and slots + sequence.slots > self.max_sequences:
                 break
@@ -158,23 +161,23 @@ class Scheduler(Generic[S]):
             blocks.claim(sequence, pages)
             sequence.status = Status.RUNNING
             insort(self.running, sequence, key=_by_age)
-            admitted.append(sequence)
+            prefills.append(sequence)
             slots += sequence.slots
             reserved += blocks.pages_for(len(sequence.tokens)) - len(pages)
-            budget -= sequence.remaining
-        return admitted
+            backlog += sequence.remaining
 
     def _schedule_prefills(self, plan: Plan[S], prefills: list[S], budget: int) -> None:
-        """Half of the budget, or all that nobody else wants, to the oldest prompt; the rest to the shortest
-        first.
+        """The oldest prompt first: all of it where the budget holds it, else half of the budget. Then the
+        shortest.
 
         So a long prompt always advances, and a short one behind it does not wait for its end.
         """
         blocks = self.blocks
         prefills.sort(key=_by_age)
         oldest, others = prefills[0], sorted(prefills[1:], key=lambda s: s.remaining)
-        wanted = sum(s.remaining for s in others)
-        shares = [(oldest, max(budget - wanted, budget - budget // 2)), *((s, budget) for s in others)]
+        others_want = sum(s.remaining for s in others)
+        half = max(budget - others_want, budget - budget // 2)
+        shares = [(oldest, budget if oldest.remaining <= budget else half), *((s, budget) for s in others)]
         for sequence, share in shares:
             count = self._chunk_size(sequence, min(share, budget))
             while count == 0 and not plan.chunks and self.running[-1] is not sequence:
