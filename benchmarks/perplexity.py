@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from .commands import SCRATCH, llmc, shared_data
+from .commands import SCRATCH, shared_data
+from .commands import llmc as command
 from .published_models import fetch
 
 WINDOW = 1024
@@ -24,9 +25,12 @@ WINDOW = 1024
 
 def windows_of(artifact: Path, text: Path, count: int) -> list[np.ndarray]:
     """The windows that `llmc eval` scores."""
-    from llmc.cli.eval import windows
+    from llmc.cli.eval import windows_of
 
-    return windows(artifact, text, window=WINDOW, count=count)
+    import llmc
+
+    with llmc.load(artifact, context=WINDOW, kv_tokens=WINDOW) as llm:
+        return windows_of([llm], text, window=WINDOW, count=count)
 
 
 def transformers_perplexity(source: Path, pieces: list[np.ndarray]) -> float:
@@ -51,8 +55,8 @@ def measure(model: str, target: str, quant: str, count: int) -> dict[str, Any]:
     text = shared_data() / "wikitext2_raw" / "wiki.test.raw"
     SCRATCH.mkdir(exist_ok=True)
     artifact = SCRATCH / f"{model}-{quant}-{target}.llmc"
-    llmc("compile", source, "-o", artifact, "--target", target, "--quant", quant)
-    found = llmc("eval", artifact, "--ppl", text, "--windows", str(count), "--window", str(WINDOW))
+    command("compile", source, "-o", artifact, "--target", target, "--quant", quant)
+    found = command("eval", artifact, "--ppl", text, "--windows", str(count), "--window", str(WINDOW))
     expected = transformers_perplexity(source, windows_of(artifact, text, count))
     return {
         "model": source.name,

@@ -45,6 +45,13 @@ context_option = click.option(
     help="Element type of the cache.  [default: the target's]",
 )
 @click.option(
+    "--pass",
+    "passes",
+    multiple=True,
+    metavar="NAME{k=v,…}",
+    help="A further pass on the fused graph; repeatable. See llmc passes.",
+)
+@click.option(
     "--dump-ir", type=click.Path(path_type=Path), metavar="DIR", help="Write the graph after every pass."
 )
 @json_option

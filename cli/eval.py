@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +13,11 @@ from .output import emit, facts, json_option
 from .progress import Progress
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
 
-    from ..codegen.artifact import Artifact
-    from ..runtime.tokenizer import Tokenizer
+    from ..runtime.llm import LLM
 
 
 @click.command("eval", short_help="Measure perplexity, and distance from another artifact.")
@@ -58,15 +60,23 @@ def command(
     With --against, KL is the mean over predictions of D(ART2 || ARTIFACT) in nats, and top-1 agreement the
     share of predictions whose most likely token is the same.
     """
-    from ..codegen.artifact import Artifact
-    from ..runtime.executor import open_executor
-    from .scoring import WindowRunner, score
+    from ..runtime.loader import load
+    from .scoring import score
 
-    opened = [Artifact.open(path) for path in (artifact, against) if path is not None]
-    pieces = _windows(opened, text, window, windows)
-    runners = [WindowRunner(open_executor(one, target, threads=threads), window) for one in opened]
-    with Progress() as progress:
-        total = score(pieces, *runners, progress=progress)
+    paths = [path for path in (artifact, against) if path is not None]
+    with contextlib.ExitStack() as stack, Progress() as progress:
+        # Room for one window is all the cache it takes; the default would be most of the memory, twice.
+        llms = [
+            stack.enter_context(
+                load(
+                    path, target=target, threads=threads, context=window, kv_tokens=window, prefix_cache=False
+                )
+            )
+            for path in paths
+        ]
+        pieces = windows_of(llms, text, window=window, count=windows)
+        vocab_size = llms[0].executor.vocab_size
+        total = score(pieces, *(one.iter_logits for one in llms), vocab_size=vocab_size, progress=progress)
     result = {
         "artifact": str(artifact),
         "text": str(text),
@@ -77,55 +87,29 @@ def command(
     emit(result, as_json=as_json, text=_text(result))
 
 
-def windows(artifact: Path, text: Path, *, window: int, count: int | None) -> list[np.ndarray]:
+def windows_of(llms: Sequence[LLM], text: Path, *, window: int, count: int | None) -> list[np.ndarray]:
     """The windows of token ids, int32, that the command scores; at most `count` of them.
 
-    Raises InputError where the artifact predicts no tokens, or the text does not fill one window.
+    Raises InputError where a model predicts no tokens, the models differ in their tokens, or the text does
+    not fill one window.
     """
-    from ..codegen.artifact import Artifact
-
-    return _windows([Artifact.open(artifact, verify="size")], text, window, count)
-
-
-def _windows(artifacts: list[Artifact], text: Path, window: int, count: int | None) -> list[np.ndarray]:
     from .scoring import cut
 
-    _check_window(artifacts, window)
-    tokenizers = [_tokenizer(one) for one in artifacts]
+    for one in llms:
+        if one.kind != "causal_lm":
+            raise InputError(f"an {one.kind} predicts no tokens", remedy="evaluate a language model")
     content = _read(text)
-    ids = tokenizers[0].encode(content, add_special_tokens=False)
-    if any(other.encode(content, add_special_tokens=False) != ids for other in tokenizers[1:]):
-        names = " and ".join(str(one.root) for one in artifacts)
+    ids = llms[0].encode(content, add_special_tokens=False)
+    if any(other.encode(content, add_special_tokens=False) != ids for other in llms[1:]):
         raise InputError(
-            f"{names} turn {text} into different tokens", remedy="compare artifacts of one model"
+            f"the two artifacts turn {text} into different tokens", remedy="compare artifacts of one model"
         )
-    pieces = cut(ids, window=window, count=count, bos=_bos(artifacts[0], tokenizers[0]))
+    pieces = cut(ids, window=window, count=count, bos=_bos(llms[0]))
     if not pieces:
         raise InputError(
             f"{text} has {len(ids)} tokens, less than a window of {window}", remedy="pass a smaller --window"
         )
     return pieces
-
-
-def _tokenizer(artifact: Artifact) -> Tokenizer:
-    from ..runtime.tokenizer import Tokenizer
-
-    if artifact.kind != "causal_lm":
-        raise InputError(
-            f"{artifact.root} is of kind {artifact.kind}: it predicts no tokens",
-            remedy="evaluate a language model",
-        )
-    return Tokenizer.from_file(artifact.path(artifact.manifest["tokenizer"]["path"]))
-
-
-def _check_window(artifacts: list[Artifact], window: int) -> None:
-    for one in artifacts:
-        context = one.model["context_length"]
-        if window > context:
-            raise InputError(
-                f"--window {window} is more than the context of {one.root}, {context} tokens",
-                remedy=f"pass --window {context} or compile with a larger --context",
-            )
 
 
 def _read(path: Path) -> str:
@@ -135,10 +119,10 @@ def _read(path: Path) -> str:
         raise InputError(f"{path} is not UTF-8 (byte {error.start})", remedy="convert it to UTF-8") from None
 
 
-def _bos(artifact: Artifact, tokenizer: Tokenizer) -> int | None:
+def _bos(llm: LLM) -> int | None:
     """The beginning-of-sequence id where the tokenizer puts one before every text by itself."""
-    bos = artifact.model.get("bos_token_id")
-    return bos if bos is not None and tokenizer.encode("")[:1] == [bos] else None
+    bos = llm.artifact.model.get("bos_token_id") if llm.artifact is not None else None
+    return bos if bos is not None and llm.encode("")[:1] == [bos] else None
 
 
 def _text(result: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,18 +52,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code. `arguments` are those after the program's name."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        code: Any = llmc.main(words or ["--help"], prog_name="llmc", standalone_mode=False)
+        result: Any = llmc.main(words or ["--help"], prog_name="llmc", standalone_mode=False)
         sys.stdout.flush()
-        return 2 if not words else code if isinstance(code, int) else 0
+        return 2 if not words else result if isinstance(result, int) else 0
     except BrokenPipeError:
         # The reader of our output has gone (`llmc run … | head`): not an error, and Python must not report
         # one when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  (the one place that reports whatever comes)
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  (here all of them are reported)
         message, code = explain(error)
-    _report(message, code, as_json="--json" in words)
-    return int(code)
+        if os.environ.get(DEBUG_VARIABLE):
+            traceback.print_exception(error)
+    _report(message, as_json="--json" in words, code=code)
+    return code
 
 
 def explain(error: BaseException) -> tuple[str, int]:
@@ -109,11 +112,7 @@ def _bug(error: BaseException) -> str:
     return f"{what}{where}; this is a bug in llmc, {DEBUG_VARIABLE}=1 shows the traceback to report"
 
 
-def _report(message: str, code: int, *, as_json: bool) -> None:
-    if os.environ.get(DEBUG_VARIABLE):
-        import traceback
-
-        traceback.print_exc(file=sys.stderr)
+def _report(message: str, *, code: int, as_json: bool) -> None:
     line = " ".join(message.split())
     if as_json:
         import json

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -35,13 +34,16 @@ def note(text: str) -> None:
     click.echo(text, err=True)
 
 
+class _Notes(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        note(self.format(record))
+
+
 def notes_from_logging() -> None:
     """Sends what the package logs at INFO (the cache size chosen, the kernels picked) to stderr."""
     logger = logging.getLogger("llmc")
-    if not logger.handlers:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        logger.addHandler(handler)
+    if not any(isinstance(handler, _Notes) for handler in logger.handlers):
+        logger.addHandler(_Notes())
     logger.setLevel(logging.INFO)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Progress:
-    """Call it with (what is being done, share of it that is done, 0 to 1); use it as a context manager.
+    """Call it with (what is being done, share of the work that is done, 0 to 1); use it as a context manager.
 
     The same phase may be reported as often as the work likes.
     """
@@ -38,14 +38,11 @@ class Progress:
             self._bar.stop()
 
     def __call__(self, phase: str, share: float = 0.0) -> None:
-        """The work is in `phase`, and `share` of that is done."""
-        if self._bar is None:
-            if phase != self._phase:
-                print(f"[{time.perf_counter() - self._began:6.1f} s] {phase}", file=sys.stderr, flush=True)
-        elif phase == self._phase:
-            self._bar.update(self._task, completed=share)
-        else:
-            if self._task is not None:
-                self._bar.remove_task(self._task)
-            self._task = self._bar.add_task(phase, completed=share, total=1.0)
+        """The work is in `phase`, and `share` of all of it is done."""
+        if self._bar is not None:
+            if self._task is None:
+                self._task = self._bar.add_task(phase, total=1.0)
+            self._bar.update(self._task, description=phase, completed=share)
+        elif phase != self._phase:
+            print(f"[{time.perf_counter() - self._began:6.1f} s] {phase}", file=sys.stderr, flush=True)
         self._phase = phase

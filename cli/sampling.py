@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
+    from ..runtime.llm import LLM
     from ..runtime.sampling_params import SamplingParams
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -67,12 +68,12 @@ def split(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return runtime, {name: value for name, value in options.items() if name not in names}
 
 
-def sampling_params(given: Mapping[str, Any], model: Mapping[str, Any]) -> SamplingParams:
-    """What was given on the command line over the model's own defaults (its `generation` entry)."""
-    from ..runtime.sampling_params import SamplingParams
+def sampling_params(llm: LLM, given: Mapping[str, Any]) -> SamplingParams:
+    """What was given on the command line over the model's own defaults.
 
-    known = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty"}
-    values = {name: value for name, value in (model.get("generation") or {}).items() if name in known}
-    values |= {name: value for name, value in given.items() if value is not None}
-    values["stop"] = tuple(values.get("stop") or ())
-    return SamplingParams(**values)
+    Raises InputError, naming the option, for a value that makes no sense.
+    """
+    values = {name: value for name, value in given.items() if value is not None}
+    params = llm.sampling(**values)
+    params.validate(llm.executor.vocab_size)
+    return params

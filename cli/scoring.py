@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from ..runtime.executor import Executor, StepInputs
+Logits = Callable[[Sequence[int], int], Iterator[np.ndarray]]
+"""`LLM.iter_logits`: (token ids, rows at a time) → logits of every token, [rows, vocab] float32 at a time."""
 
 # Logits held at once, in elements: 2**24 float32 are 64 MB, and scoring needs a few arrays of that size.
 _LOGITS = 1 << 24
@@ -29,42 +30,6 @@ def cut(ids: Sequence[int], *, window: int, count: int | None, bos: int | None) 
     number = number if count is None else min(number, count)
     head = [] if bos is None else [bos]
     return [np.array([*head, *ids[i * fresh : (i + 1) * fresh]], np.int32) for i in range(number)]
-
-
-class WindowRunner:
-    """Runs windows through an executor whose cache it takes over: room for one window, used for each."""
-
-    def __init__(self, executor: Executor, window: int) -> None:
-        self._executor = executor
-        self._pages = math.ceil(window / executor.page_size)
-        self._chunk = max(16, min(256, _LOGITS // executor.vocab_size))
-        executor.allocate_kv(self._pages)
-
-    @property
-    def chunk(self) -> int:
-        """Tokens a step."""
-        return self._chunk
-
-    def logits(self, ids: np.ndarray, chunk: int | None = None) -> Iterator[np.ndarray]:
-        """The logits of all rows, [at most `chunk` rows, vocab] float32 at a time; each valid until the
-        next.
-        """
-        pages = np.arange(self._pages, dtype=np.int32)[None]
-        step = chunk or self._chunk
-        for start in range(0, len(ids), step):
-            stop = min(start + step, len(ids))
-            positions = np.arange(start, stop, dtype=np.int32)
-            yield self._executor.step(
-                StepInputs(
-                    token_ids=ids[start:stop],
-                    positions=positions,
-                    slot_mapping=positions,  # pages 0, 1, 2, … in order: the slot is the position
-                    query_start=np.array([0, stop - start], np.int32),
-                    context_len=np.array([stop], np.int32),
-                    block_table=pages,
-                    output_index=np.arange(stop - start, dtype=np.int32),
-                )
-            )
 
 
 @dataclass
@@ -99,26 +64,27 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 def score(
     windows: Sequence[np.ndarray],
-    runner: WindowRunner,
-    against: WindowRunner | None = None,
+    logits: Logits,
+    against: Logits | None = None,
     *,
+    vocab_size: int,
     progress: Callable[[str, float], None] | None = None,
 ) -> Score:
     """Scores every window; with `against`, both artifacts see the same tokens, chunk by chunk."""
     total = Score()
-    chunk = runner.chunk if against is None else min(runner.chunk, against.chunk)
+    chunk = max(16, min(256, _LOGITS // vocab_size))
     for number, ids in enumerate(windows):
         if progress is not None:
             progress(f"scoring {len(windows)} windows", number / len(windows))
-        others = against.logits(ids, chunk) if against is not None else None
+        others = against(ids.tolist(), chunk) if against is not None else None
         start = 0
-        for logits in runner.logits(ids, chunk):
+        for part in logits(ids.tolist(), chunk):
             # Row i predicts token i + 1; the window's last row predicts a token outside it.
-            targets = ids[start + 1 : start + 1 + len(logits)]
-            rows = log_softmax(logits[: len(targets)])
+            targets = ids[start + 1 : start + 1 + len(part)]
+            rows = log_softmax(part[: len(targets)])
             other = log_softmax(next(others)[: len(targets)]) if others is not None else None
             _add(total, rows, other, targets)
-            start += len(logits)
+            start += len(part)
     return total
 
 

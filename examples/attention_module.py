@@ -57,7 +57,7 @@ def differences(folder: Path, target: str) -> tuple[float, float]:
     module, hidden = example()
     path = folder / f"attention-{target}.llmc"
     llmc.compile(module, path, targets=[target], example_inputs={"hidden": hidden})
-    results = list(llmc.load(path).run({"hidden": hidden.numpy()}).values())
+    results = list(llmc.load(path).run(hidden=hidden.numpy()).values())
     with torch.no_grad():
         expected = [tensor.numpy() for tensor in module(hidden)]
     output, weights = (float(np.abs(a - b).max()) for a, b in zip(results, expected, strict=True))

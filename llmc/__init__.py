@@ -4,7 +4,7 @@
 
     llmc.compile("path/to/model", "model.llmc", quant="int4-g64")      # needs llmc[compile]
     llm = llmc.load("model.llmc")                                      # neither torch nor transformers
-    print(llm.generate("The capital of France is"))
+    print(llm.generate("The capital of France is").text)
 
 Importing this package imports nothing else: each name below loads what it needs on first use.
 """
@@ -91,13 +91,13 @@ def compile(
 
 
 def load(path: str | os.PathLike[str], **options: Any) -> LLM:
-    """Opens an artifact for generating: `.logits(ids)`, `.generate(...)`, async streaming; see `runtime.llm`.
+    """Opens an artifact for generating: `.logits(ids)`, `.generate(...)`, `.stream(...)`, `.astream(...)`.
 
     Args:
         path: the artifact folder.
-        options: those of `LLM.load` (target, context, threads, …).
+        options: those of `llmc.runtime.loader.load` (target, context, threads, …).
 
     Raises:
         ArtifactError: the artifact is damaged, from a newer llmc, or has no kernels that run here.
     """
-    return importlib.import_module(".runtime.llm", __name__).LLM.load(path, **options)
+    return importlib.import_module(".runtime.loader", __name__).load(path, **options)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
-from llmc.cli.scoring import WindowRunner, cut, log_softmax, score
-from llmc.runtime.executor import StepInputs
+from llmc.cli.scoring import cut, log_softmax, score
 
 VOCAB = 11
 
@@ -17,31 +16,15 @@ VOCAB = 11
 class Markov:
     """Logits are a row of a table chosen by the token, so that each is known whatever the chunking."""
 
-    page_size = 4
-    vocab_size = VOCAB
-    kv_bytes_per_page = 0
-    batch_invariant = True
+    def __init__(self, seed: int, vocab: int = VOCAB) -> None:
+        self.table = np.random.default_rng(seed).normal(size=(vocab, vocab)).astype(np.float32) * 3
+        self.chunks: list[int] = []
 
-    def __init__(self, seed: int) -> None:
-        self.table = np.random.default_rng(seed).normal(size=(VOCAB, VOCAB)).astype(np.float32) * 3
-        self.pages = 0
-        self.contexts: list[int] = []
-
-    def allocate_kv(self, num_pages: int) -> None:
-        self.pages = num_pages
-
-    def copy_pages(self, src: Sequence[int], dst: Sequence[int]) -> None:
-        raise AssertionError("scoring copies no pages")
-
-    def step(self, inputs: StepInputs) -> np.ndarray:
-        assert inputs.slot_mapping.max() < self.pages * self.page_size
-        np.testing.assert_array_equal(inputs.slot_mapping, inputs.positions)
-        assert inputs.positions[-1] + 1 == inputs.context_len[0]
-        self.contexts.append(int(inputs.context_len[0]))
-        return self.table[inputs.token_ids][inputs.output_index]
-
-    def run(self, inputs):  # type: ignore[no-untyped-def]
-        raise AssertionError("not a function")
+    def __call__(self, ids: Sequence[int], chunk: int) -> Iterator[np.ndarray]:
+        for start in range(0, len(ids), chunk):
+            part = ids[start : start + chunk]
+            self.chunks.append(len(part))
+            yield self.table[list(part)]
 
 
 def test_cut_begins_every_window_with_bos_and_drops_the_rest() -> None:
@@ -60,7 +43,7 @@ def test_score_equals_the_sums_written_out(length: int) -> None:
     rng = np.random.default_rng(length)
     windows = [rng.integers(0, VOCAB, length).astype(np.int32) for _ in range(3)]
     mine, other = Markov(0), Markov(1)
-    found = score(windows, WindowRunner(mine, length), WindowRunner(other, length)).result(against=True)
+    found = score(windows, mine, other, vocab_size=VOCAB).result(against=True)
     nll = kl = agree = 0.0
     for ids in windows:
         for now, following in itertools.pairwise(ids):
@@ -78,17 +61,18 @@ def test_score_equals_the_sums_written_out(length: int) -> None:
 
 def test_an_artifact_against_itself_is_no_distance() -> None:
     ids = [np.arange(9, dtype=np.int32)]
-    found = score(ids, WindowRunner(Markov(2), 9), WindowRunner(Markov(2), 9)).result(against=True)
+    found = score(ids, Markov(2), Markov(2), vocab_size=VOCAB).result(against=True)
     assert found["kl"] == 0
     assert found["top1_agreement"] == 1
     assert found["ppl"] == found["ppl_against"]
 
 
 def test_a_window_is_run_in_chunks() -> None:
-    executor = Markov(3)
-    runner = WindowRunner(executor, 600)
-    list(runner.logits(np.zeros(600, np.int32)))
-    assert executor.contexts == [256, 512, 600]
+    model = Markov(3)
+    score([np.zeros(600, np.int32)], model, vocab_size=VOCAB)
+    assert model.chunks == [256, 256, 88]
+    score([np.zeros(40, np.int32)], model, vocab_size=1 << 20)
+    assert model.chunks[3:] == [16, 16, 8], "a large vocabulary makes small chunks"
 
 
 def test_log_softmax_survives_large_logits() -> None:

@@ -1,0 +1,197 @@
+"""`llmc bench`: prefill, decode and batch throughput of an artifact, and how soon it answers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..ir.errors import InputError, LlmcError
+from .output import emit, facts, json_option, notes_from_logging, size, table
+from .progress import Progress
+from .sampling import runtime_options, split
+
+if TYPE_CHECKING:
+    from ..runtime.llm import LLM
+    from .peer import Peer
+
+# torch's threads spin for a while after their last work; what is measured next would pay for it.
+_SETTLE_SECONDS = 0.3
+
+POSITIVE = click.IntRange(min=1)
+
+
+@click.command("bench", short_help="Measure speed.")
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option(
+    "--prompt-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Of prefill."
+)
+@click.option("--output-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Of decode.")
+@click.option(
+    "--concurrency",
+    type=click.IntRange(min=1, max=1024),
+    multiple=True,
+    default=(1, 4, 16),
+    show_default=True,
+    help="Requests at once (128 tokens of prompt each); repeatable.",
+)
+@click.option(
+    "--repeat", type=click.IntRange(min=1), default=5, show_default=True, help="Runs to take medians of."
+)
+@click.option("--against-transformers", metavar="MODEL", help="Measure transformers in bfloat16 beside it.")
+@runtime_options
+@json_option
+def command(
+    artifact: Path,
+    prompt_tokens: int,
+    output_tokens: int,
+    concurrency: tuple[int, ...],
+    repeat: int,
+    against_transformers: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Measure ARTIFACT: tokens a second of one long prompt (prefill), of one answer (decode), and of many
+    requests at once; the time to load, and from the start of the process to the first token.
+
+    With --against-transformers, MODEL (the folder, hub id or GGUF file that ARTIFACT was made from) runs in
+    transformers in bfloat16, in a process of its own with as many threads, and is measured in turns with it.
+    """
+    from ..runtime.loader import load
+    from .measure import speeds
+
+    notes_from_logging()
+    runtime, _ = split(options)
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(Progress())
+        progress("starting processes")
+        starts = _starts(artifact, runtime, repeat=min(3, repeat))
+        most = max(concurrency)
+        tokens = prompt_tokens + 2 * output_tokens + 64 + most * (160 + output_tokens)
+        llm = stack.enter_context(load(artifact, kv_tokens=tokens, max_sequences=max(64, most), **runtime))
+        weights = _weight_bytes_per_token(llm, runtime.get("target"))
+        rival = _rival(against_transformers, runtime, stack, progress)
+        measured = speeds(
+            stack.enter_context(llm.engine.paused()),
+            prompt_tokens=prompt_tokens,
+            output_tokens=output_tokens,
+            concurrency=concurrency,
+            repeat=repeat,
+            between=rival.turn if rival is not None else _nothing,
+            progress=progress,
+        )
+    result = {
+        "artifact": str(artifact),
+        **measured,
+        **starts,
+        "weight_bytes_per_token": weights,
+        "prompt_tokens": prompt_tokens,
+        "output_tokens": output_tokens,
+        "repeat": repeat,
+        **(rival.result(measured) if rival is not None else {}),
+    }
+    emit(result, as_json=as_json, text=_text(result))
+
+
+class Rival:
+    """transformers, measured in turns with the artifact."""
+
+    def __init__(self, peer: Peer) -> None:
+        self._peer = peer
+        self._seconds: dict[str, list[float]] = {"prefill": [], "decode": []}
+        self._tokens = 0
+
+    def turn(self, what: str, tokens: int) -> None:
+        """Measures what the artifact was just measured at."""
+        taken = self._peer.seconds(what, tokens)
+        self._seconds[what].append(taken / tokens if what == "prefill" else taken)
+        time.sleep(_SETTLE_SECONDS)
+
+    def result(self, measured: dict[str, Any]) -> dict[str, Any]:
+        """Its speeds, and the artifact's as multiples of them."""
+        prefill, decode = (1 / median(self._seconds[what]) for what in ("prefill", "decode"))
+        return {
+            "transformers": {"prefill_tok_s": round(prefill, 2), "decode_tok_s": round(decode, 2)},
+            "prefill_ratio": round(measured["prefill_tok_s"] / prefill, 3),
+            "decode_ratio": round(measured["decode_tok_s"] / decode, 3),
+        }
+
+
+def _nothing(what: str, tokens: int) -> None:
+    """No peer to measure."""
+
+
+def _starts(artifact: Path, runtime: dict[str, Any], *, repeat: int) -> dict[str, float]:
+    """Medians over fresh processes that generate one token: `first_token_ms` from the start of the process
+    until the token is on its standard output, of which `load_ms` is importing the runtime and opening the
+    artifact.
+    """
+    words = [sys.executable, "-m", "llmc.cli.main", "run", str(artifact), "The", "--max-tokens=1", "--json"]
+    words += ["--no-chat-template", *(f"--{name}={value}" for name, value in runtime.items())]
+    firsts: list[float] = []
+    loads: list[float] = []
+    for _ in range(repeat):
+        began = time.perf_counter()
+        with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            firsts.append(1000 * (time.perf_counter() - began))
+        answer = json.loads(line or "{}")
+        if process.returncode or "load_ms" not in answer:
+            kind = InputError if process.returncode == 2 else LlmcError
+            raise kind(answer.get("error", f"llmc run ended with {process.returncode}"))
+        loads.append(answer["load_ms"])
+    return {"load_ms": round(median(loads), 1), "first_token_ms": round(median(firsts), 1)}
+
+
+def _rival(
+    model: str | None, runtime: dict[str, Any], stack: contextlib.ExitStack, progress: Progress
+) -> Rival | None:
+    if model is None:
+        return None
+    from ..runtime import cpu
+    from .peer import Peer
+
+    progress("loading transformers")
+    return Rival(stack.enter_context(Peer(model, runtime.get("threads") or cpu.default_threads())))
+
+
+def _weight_bytes_per_token(llm: LLM, wanted: str | None) -> int:
+    """Bytes of weights that one decoded token reads: all but the tables of which it takes a row."""
+    from ..runtime.executor import choose_target
+
+    artifact = llm.artifact
+    if artifact is None or llm.kind != "causal_lm":
+        raise InputError("this artifact generates nothing", remedy="bench a language model")
+    target = choose_target(artifact.targets, wanted)
+    gathered = set(artifact.target(target).get("gathered", []))
+    return sum(array.nbytes for name, array in artifact.weights(target).items() if name not in gathered)
+
+
+def _text(result: dict[str, Any]) -> str:
+    lines = facts(
+        [
+            ("prefill", f"{result['prefill_tok_s']:.1f} tok/s ({result['prompt_tokens']} tokens)"),
+            ("decode", f"{result['decode_tok_s']:.1f} tok/s ({result['output_tokens']} tokens)"),
+            ("load", f"{result['load_ms']:.0f} ms"),
+            ("first token", f"{result['first_token_ms']:.0f} ms after the start of the process"),
+            ("weights a token", size(result["weight_bytes_per_token"])),
+            *((f"transformers {what}", _ratio(result, what)) for what in ("prefill", "decode")),
+        ]
+    )
+    rows = [(row["concurrency"], row["output_tok_s"], row["total_tok_s"]) for row in result["batch"]]
+    return f"{lines}\n\n{table(('requests', 'output tok/s', 'total tok/s'), rows)}"
+
+
+def _ratio(result: dict[str, Any], what: str) -> str | None:
+    if "transformers" not in result:
+        return None
+    theirs, ratio = result["transformers"][f"{what}_tok_s"], result[f"{what}_ratio"]
+    return f"{theirs:.1f} tok/s; ours is {ratio:.2f} times that"
