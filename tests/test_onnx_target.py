@@ -1,31 +1,29 @@
-"""Target onnx-cpu: every op's lowering against its reference meaning in torch, paged attention at awkward shapes.
+"""Target onnx-cpu: every op's lowering against its reference meaning in torch, paged attention at awkward
+shapes.
 
-Tolerances. Both sides compute in float32 and differ by the order of summation and by the polynomial of exp, tanh and
-erf: a few units in the last place of the largest term, hence 2e-6 relative to the largest output for elementwise ops
-and 1e-5 for sums over up to a few hundred terms. Integers and moved data must be equal.
+Tolerances. Both sides compute in float32 and differ by the order of summation and by the polynomial of exp,
+tanh and erf: a few units in the last place of the largest term, hence 2e-6 relative to the largest output for
+elementwise ops and 1e-5 for sums over up to a few hundred terms. Integers and moved data must be equal.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-
 from llmc.codegen.artifact import Artifact, ArtifactWriter
 from llmc.codegen.onnx.cpu import OnnxCpu
 from llmc.codegen.target import no_progress
 from llmc.ir import interpreter
 from llmc.ir.core import Graph, Op, Value
 from llmc.ir.define import OPS
-from llmc.ir.errors import ArtifactError, InputError, UnsupportedError
-from llmc.ir.ops import attention, cache, math, nn, quant, shape
-from llmc.ir.types import Quantization, TensorType, sym
+from llmc.ir.errors import UnsupportedError
+from llmc.ir.ops import attention, math, nn, shape
+from llmc.ir.types import TensorType, sym
 from llmc.ir.weights import ArrayTensor
-from llmc.runtime.executor.base import StepInputs
 from llmc.runtime.executor.onnx import OnnxExecutor
 
 T, S, B, P, R, N = (sym(s) for s in "TSBPRN")
@@ -52,8 +50,11 @@ def function(inputs: dict[str, TensorType], body: Callable[..., Op | list[Value]
     return graph
 
 
-def check(graph: Graph, folder: Path, arrays: dict[str, np.ndarray], tolerance: float, **options: Any) -> None:
-    """The compiled function equals the interpreter: max abs difference ≤ tolerance · max abs of the output."""
+def check(
+    graph: Graph, folder: Path, arrays: dict[str, np.ndarray], tolerance: float, **options: Any
+) -> None:
+    """The compiled function equals the interpreter: max abs difference ≤ tolerance · max abs of the output.
+    """
     expected = interpreter.run(graph, {n: interpreter.to_torch(a) for n, a in arrays.items()})
     got = OnnxExecutor(build(graph, folder, **options), threads=1).run(arrays)
     for name, want in zip(graph.output_names, expected, strict=True):
@@ -89,7 +90,8 @@ def weight(graph: Graph, name: str, array: np.ndarray, type: TensorType | None =
     return graph.add_weight(name, ArrayTensor(array), type)
 
 
-# -- tensor ops ----------------------------------------------------------------------------------------------------
+# -- tensor ops
+# ----------------------------------------------------------------------------------------------------
 
 UNARY = [n for n, o in OPS.items() if issubclass(o, math.Unary) and n != "logical_not"]
 POSITIVE = {"log", "sqrt", "rsqrt", "reciprocal"}
@@ -128,7 +130,9 @@ def test_binary_floats_broadcast(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["int64", "int32"])
-@pytest.mark.parametrize("name", ["add", "sub", "mul", "maximum", "minimum", "floor_divide", "remainder", *COMPARE])
+@pytest.mark.parametrize(
+    "name", ["add", "sub", "mul", "maximum", "minimum", "floor_divide", "remainder", *COMPARE]
+)
 def test_binary_integers(name: str, dtype: str, tmp_path: Path) -> None:
     type = TensorType(dtype, (T,))
     graph = function({"a": type, "b": type}, lambda g, a, b: OPS[name](a, b))
@@ -155,7 +159,13 @@ def test_where(dtype: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("source", "to"),
-    [("float32", "int64"), ("int64", "float32"), ("bool", "float32"), ("float32", "float16"), ("int32", "bool")],
+    [
+        ("float32", "int64"),
+        ("int64", "float32"),
+        ("bool", "float32"),
+        ("float32", "float16"),
+        ("int32", "bool"),
+    ],
 )
 def test_cast(source: str, to: str, tmp_path: Path) -> None:
     graph = function({"x": TensorType(source, (T,))}, lambda g, x: math.Cast(x, to))
@@ -192,8 +202,18 @@ def test_reduce(name: str, axes: tuple[int, ...], keepdim: bool, tmp_path: Path)
 
 @pytest.mark.parametrize("axis", [-1, -2])
 def test_softmax_cumsum_diff(axis: int, tmp_path: Path) -> None:
-    check(function({"x": f32(T, 5)}, lambda g, x: math.Softmax(x, axis)), tmp_path / "a", {"x": normal(3, 5)}, 2e-6)
-    check(function({"x": f32(T, 5)}, lambda g, x: math.CumSum(x, axis)), tmp_path / "b", {"x": normal(3, 5)}, 1e-5)
+    check(
+        function({"x": f32(T, 5)}, lambda g, x: math.Softmax(x, axis)),
+        tmp_path / "a",
+        {"x": normal(3, 5)},
+        2e-6,
+    )
+    check(
+        function({"x": f32(T, 5)}, lambda g, x: math.CumSum(x, axis)),
+        tmp_path / "b",
+        {"x": normal(3, 5)},
+        1e-5,
+    )
     flags = {"x": np.array([[True, False, True], [True, True, False]])}
     graph = function({"x": TensorType("bool", (T, 3))}, lambda g, x: math.CumSum(x, axis))
     check(graph, tmp_path / "c", flags, 0)
@@ -201,7 +221,8 @@ def test_softmax_cumsum_diff(axis: int, tmp_path: Path) -> None:
     check(graph, tmp_path / "d", {"x": np.array([[3, 5, 4], [1, 1, 2]]), "p": np.array([[1], [1]])}, 0)
 
 
-# -- shapes --------------------------------------------------------------------------------------------------------
+# -- shapes
+# --------------------------------------------------------------------------------------------------------
 
 
 def test_full_arange_dim_value(tmp_path: Path) -> None:
@@ -282,7 +303,8 @@ def test_gather(tmp_path: Path) -> None:
     check(graph, tmp_path, {"x": normal(3, 4), "i": np.array([[0, 3], [1, 1], [2, 0]])}, 0)
 
 
-# -- layers --------------------------------------------------------------------------------------------------------
+# -- layers
+# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -339,7 +361,11 @@ def test_gated_mlp(activation: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 def test_sdpa(kv_heads: int, mask: str | None, tmp_path: Path) -> None:
     types = {"q": f32(2, 4, T, 8), "k": f32(2, kv_heads, S, 8), "v": f32(2, kv_heads, S, 6)}
-    arrays = {"q": normal(2, 4, 3, 8), "k": normal(2, kv_heads, 5, 8, seed=1), "v": normal(2, kv_heads, 5, 6, seed=2)}
+    arrays = {
+        "q": normal(2, 4, 3, 8),
+        "k": normal(2, kv_heads, 5, 8, seed=1),
+        "v": normal(2, kv_heads, 5, 6, seed=2),
+    }
     if mask:
         types["m"] = TensorType(mask, (1, 1, T, S))
         seen = RNG(3).random((1, 1, 3, 5)) < 0.7
@@ -347,7 +373,7 @@ def test_sdpa(kv_heads: int, mask: str | None, tmp_path: Path) -> None:
         arrays["m"] = seen if mask == "bool" else np.where(seen, 0, -np.inf).astype(np.float32)
 
     def body(g: Graph, q: Value, k: Value, v: Value, *m: Value) -> Op:
-        return attention.Sdpa(q, k, v, m[0] if m else None, scale=0.3, causal=not m, grouped=kv_heads != 4)
+        return attention.Sdpa(q, k, v, m[0] if m else None, scale=0.3, causal=not m, enable_gqa=kv_heads != 4)
 
     check(function(types, body), tmp_path, arrays, 1e-5)
 

@@ -1,13 +1,15 @@
 """Attention: over the paged cache (one local function, used by all layers alike), and of whole sequences.
 
-    function PagedAttention(q [T, H, D], k, v [T, Hkv, D], k_pages, v_pages [Hkv, N, page_size, D], plan…, sinks?)
+    function PagedAttention(q [T, H, D], k, v [T, Hkv, D], k_pages, v_pages [Hkv, N, page_size, D], plan…,
+    sinks?)
       Loop over the plan's groups:                               (b sequences, t queries, S keys)
         K = concat(gather(k_pages, pages), gather(k, key_rows))  [Hkv, b, S, D]
         scores = Q · Kᵀ · scale, soft-capped, + mask             [Hkv, b, G · t, S]
         rows = softmax(scores) · V                               [b · t, H, D]
       gather(concat(rows of all groups), inverse)                [T, H, D]
 
-onnxruntime's own GroupQueryAttention needs contiguous per-sequence caches and its PagedAttention exists for CUDA only.
+onnxruntime's own GroupQueryAttention needs contiguous per-sequence caches and its PagedAttention exists for
+CUDA only.
 """
 
 from __future__ import annotations
@@ -23,8 +25,7 @@ from ...ir.ops import cache as ir_cache
 from ...ir.types import Dim, divide
 from .attention_plan import Plan, describe, make_plan, visible
 from .builder import CONTRIB, LOCAL, Names, Scope
-from .lower import Context, emits, opsets
-
+from .context import Context, emits, opsets
 
 _Array = tuple[str, tuple[Dim, ...]]  # an ONNX value and its shape
 
@@ -57,7 +58,9 @@ class _Config:
 
 
 def _softmax(s: Scope, scores: str, sinks: str | None) -> str:
-    """Softmax over the last axis; `sinks` broadcasts to the scores with a last axis of 1 and is dropped again."""
+    """Softmax over the last axis; `sinks` broadcasts to the scores with a last axis of 1 and is dropped
+    again.
+    """
     if sinks is None:
         return s.op("Softmax", scores, axis=-1)
     lead = s.op("Concat", s.op("Shape", scores, start=0, end=-1), s.i64(1), axis=0)
@@ -104,7 +107,19 @@ def _group_rows(s: Scope, cfg: _Config, values: dict[str, str], group: str) -> s
     return s.reshape(s.transpose(rows, 1, 3, 0, 2, 4), -1, cfg.heads, cfg.dim)
 
 
-_INPUTS = ["q", "k", "v", "k_pages", "v_pages", "groups", "query_rows", "key_rows", "pages", "mask", "inverse"]
+_INPUTS = [
+    "q",
+    "k",
+    "v",
+    "k_pages",
+    "v_pages",
+    "groups",
+    "query_rows",
+    "key_rows",
+    "pages",
+    "mask",
+    "inverse",
+]
 
 
 def _function(cfg: _Config, name: str) -> FunctionProto:
@@ -148,13 +163,13 @@ def _function(cfg: _Config, name: str) -> FunctionProto:
 def _plan(c: Context, op: ir_cache.PagedAttention, page_size: int) -> Plan:
     """The plan for this op's batch and mask, made when the first layer asks."""
     key = (op.query_start, op.context_len, op.block_table, page_size)
-    if key not in c.plans:
+    if key not in c.batches:
         rows = c.scope.op("Squeeze", c.scope.op("Shape", c.name(op.q), start=0, end=1), c.scope.i64(0))
         batch = [c.name(v) for v in (op.query_start, op.context_len, op.block_table)]
-        c.plans[key] = describe(c.scope, rows, *batch)
+        c.batches[key] = describe(c.scope, rows, *batch)
     mask = (*key, op.causal, op.window)
     if mask not in c.plans:
-        c.plans[mask] = make_plan(c.scope, c.plans[key], page_size, op.causal, op.window)
+        c.plans[mask] = make_plan(c.scope, c.batches[key], page_size, op.causal, op.window)
     return c.plans[mask]
 
 
@@ -184,7 +199,8 @@ def paged_attention(c: Context, op: ir_cache.PagedAttention) -> str:
     return c.scope.op(c.functions[cfg].name, *inputs, domain=LOCAL)
 
 
-# -- whole sequences -----------------------------------------------------------------------------------------------
+# -- whole sequences
+# -----------------------------------------------------------------------------------------------
 
 
 def _head_major(c: Context, value: Value) -> tuple[str, tuple[Dim, ...]]:
@@ -196,7 +212,13 @@ def _head_major(c: Context, value: Value) -> tuple[str, tuple[Dim, ...]]:
 
 
 def _attend(
-    c: Context, op: ir.Sdpa | ir.Attention, q: _Array, k: _Array, v: _Array, mask: str | None, rows_may_be_blind: bool
+    c: Context,
+    op: ir.Sdpa | ir.Attention,
+    q: _Array,
+    k: _Array,
+    v: _Array,
+    mask: str | None,
+    rows_may_be_blind: bool,
 ) -> str:
     """q [..., H, T, D], k [..., Hkv, S, D], v [..., Hkv, S, Dv] → [..., H, T, Dv]; mask additive."""
     s = c.scope

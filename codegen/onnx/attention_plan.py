@@ -1,13 +1,14 @@
 """What every layer's paged attention needs to know about the batch, computed once a step.
 
-A ragged batch is cut into groups of sequences with the same number t of query tokens, so that a group is dense:
+A ragged batch is cut into groups of sequences with the same number t of query tokens, so that a group is
+dense:
 
-    sequences with one new token (decode)   up to 16 together, most context first, padded to the longest of them
-    sequences with more (prefill)           one sequence and up to 128 of its tokens a group
+    sequences with one new token (decode)   up to 16 together, most context first, padded to the longest of
+    them sequences with more (prefill)           one sequence and up to 128 of its tokens a group
 
-A `Loop` over the groups makes, for each, the rows of the new tokens, the pages to gather and an additive mask, and
-puts them into four ONNX sequences; the layers' own loops take them from there. Both limits bound the memory of a
-layer's scores and gathered keys, however long the batch is.
+A `Loop` over the groups makes, for each, the rows of the new tokens, the pages to gather and an additive
+mask, and puts them into four ONNX sequences; the layers' own loops take them from there. Both limits bound
+the memory of a layer's scores and gathered keys, however long the batch is.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class Plan:
-    """Names of the ONNX sequences with one tensor a group: b sequences, t queries, n new keys, p pages each."""
+    """Names of the ONNX sequences with one tensor a group: b sequences, t queries, n new keys, p pages each.
+    """
 
     query_rows: str  # int64 [b, t]
     key_rows: str  # int64 [b, n]
@@ -89,7 +91,9 @@ def _prefilling(s: Scope, count: str) -> tuple[str, str]:
 
 
 def _inverse(s: Scope, rows: str, count: str, last: str, decoding_rows: str) -> str:
-    """Rows in group order are the decoding sequences' ones, then all others as they come; the inverse of that."""
+    """Rows in group order are the decoding sequences' ones, then all others as they come; the inverse of
+    that.
+    """
     each = s.arange(rows)
     passed = s.op("LessOrEqual", s.unsqueeze(last, 0), s.unsqueeze(each, 1))
     sequence = s.op("ReduceSum", s.cast(passed, "int64"), s.i64(1), keepdims=0)
@@ -182,7 +186,10 @@ def make_plan(s: Scope, batch: Batch, page_size: int, causal: bool, window: int 
         [
             helper.make_tensor_value_info(group, TensorProto.INT64, []),
             helper.make_tensor_value_info(more, TensorProto.BOOL, []),
-            *(helper.make_tensor_sequence_value_info(n, k, None) for n, k in zip(carried, kinds, strict=True)),
+            *(
+                helper.make_tensor_sequence_value_info(n, k, None)
+                for n, k in zip(carried, kinds, strict=True)
+            ),
         ],
         [
             helper.make_tensor_value_info(again, TensorProto.BOOL, []),
@@ -191,4 +198,5 @@ def make_plan(s: Scope, batch: Batch, page_size: int, causal: bool, window: int 
         "plan",
     )
     filled = s.many("Loop", [batch.groups, None, *empty], 4, body=body)
-    return Plan(*filled, batch.groups, batch.inverse)
+    query_rows, key_rows, pages, mask = filled
+    return Plan(query_rows, key_rows, pages, mask, batch.groups, batch.inverse)

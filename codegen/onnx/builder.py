@@ -1,7 +1,8 @@
 """Writing ONNX nodes: names, constants, and symbolic dimensions as values.
 
-`onnx.helper` and not an object model: the graph was analysed and rewritten as IR already, what remains is to write
-it down once, and the protobuf messages are that form. Weights never pass through here (see `weights.py`).
+`onnx.helper` and not an object model: the graph was analysed and rewritten as IR already, what remains is to
+write it down once, and the protobuf messages are that form. Weights never pass through here (see
+`weights.py`).
 """
 
 from __future__ import annotations
@@ -68,12 +69,23 @@ class Scope:
         self.nodes: list[NodeProto] = []
         self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
 
-    # -- nodes ---------------------------------------------------------------------------------------------------
-    def many(self, kind: str, inputs: Sequence[str | None], outputs: int, domain: str = "", **attrs: Any) -> list[str]:
-        """A node with several results. An absent optional input is None; attributes that are None are left out."""
+    # -- nodes
+    # ---------------------------------------------------------------------------------------------------
+    def many(
+        self, kind: str, inputs: Sequence[str | None], outputs: int, domain: str = "", **attrs: Any
+    ) -> list[str]:
+        """A node with several results.
+
+        An absent optional input is None; attributes that are None are left out.
+        """
         results = [self.names.fresh(kind.lower()) for _ in range(outputs)]
         given = {k: v for k, v in attrs.items() if v is not None}
-        self.nodes.append(helper.make_node(kind, [x or "" for x in inputs], results, domain=domain, **given))
+        names = [x or "" for x in inputs]
+        while (
+            names and not names[-1]
+        ):  # onnxruntime 1.32 crashes on a LayerNormalization with an empty last name
+            names.pop()
+        self.nodes.append(helper.make_node(kind, names, results, domain=domain, **given))
         return results
 
     def op(self, kind: str, *inputs: str | None, domain: str = "", **attrs: Any) -> str:
@@ -84,7 +96,8 @@ class Scope:
         """Give a value a name of the model's interface."""
         self.nodes.append(helper.make_node("Identity", [value], [name]))
 
-    # -- constants -----------------------------------------------------------------------------------------------
+    # -- constants
+    # -----------------------------------------------------------------------------------------------
     def constant(self, array: Any, dtype: str) -> str:
         """A constant; the same one is written once a scope."""
         data = np.asarray(array, to_numpy(dtype))
@@ -100,7 +113,8 @@ class Scope:
     def scalar(self, value: float, dtype: str = "int64") -> str:
         return self.constant(value, dtype)
 
-    # -- what is written often -----------------------------------------------------------------------------------
+    # -- what is written often
+    # -----------------------------------------------------------------------------------
     def cast(self, x: str, dtype: str) -> str:
         return self.op("Cast", x, to=element_type(dtype))
 
@@ -143,7 +157,8 @@ class Dims:
         self._values: dict[str, str] = {}
 
     def learn(self, name: str, type: TensorType) -> None:
-        """Note which symbols the shape of input `name` reveals; a plain symbol is preferred to an expression."""
+        """Note which symbols the shape of input `name` reveals; a plain symbol is preferred to an expression.
+        """
         for axis, dim in enumerate(type.shape):
             symbol = _solve(dim)
             if symbol is None or isinstance(dim, int):
@@ -180,7 +195,11 @@ class Dims:
             for monomial, coefficient in dim.terms:
                 term = self._scope.i64(coefficient)
                 for s in monomial:
-                    term = self.symbol(s) if term == self._scope.i64(1) else self._scope.op("Mul", term, self.symbol(s))
+                    term = (
+                        self.symbol(s)
+                        if term == self._scope.i64(1)
+                        else self._scope.op("Mul", term, self.symbol(s))
+                    )
                 total = term if total is None else self._scope.op("Add", total, term)
             assert total is not None
             self._values[key] = total

@@ -12,13 +12,15 @@ if TYPE_CHECKING:
     from ...ir.core import Graph
     from ..artifact import ArtifactWriter
 
-# Written out, so that listing the targets works where the package onnx is absent; a test compares it with the table.
+# Written out, so that listing the targets works where the package onnx is absent; a test compares it with the
+# table.
 _OPERATIONS = """
-    abs add append_kv arange attention cast concat cos cumsum dequantize diff dim_value div embedding equal erf exp
-    expand floor floor_divide full gated_mlp gather gather_last gelu greater greater_equal index layer_norm less less_equal
-    linear log logical_and logical_not logical_or matmul maximum minimum mul neg not_equal paged_attention pow
-    quantized_embedding quantized_linear reciprocal reduce_max reduce_mean reduce_sum relu remainder reshape rms_norm
-    rope rsqrt sdpa sigmoid silu sin slice softmax sqrt sub tanh transpose where
+    abs add append_kv arange attention cast concat cos cumsum dequantize diff dim_value div embedding equal
+    erf exp expand floor floor_divide full gated_mlp gather gather_last gelu greater greater_equal index
+    layer_norm less less_equal linear log logical_and logical_not logical_or matmul maximum minimum mul neg
+    not_equal paged_attention pow quantized_embedding quantized_linear reciprocal reduce_max reduce_mean
+    reduce_sum relu remainder reshape rms_norm rope rsqrt sdpa sigmoid silu sin slice softmax sqrt sub tanh
+    transpose where
 """
 
 
@@ -26,7 +28,8 @@ _OPERATIONS = """
 class OnnxCpu(Target):
     """onnxruntime's CPU kernels.
 
-    Not batch invariant: its matrix product chooses kernels, and so the order of summation, by the number of rows.
+    Not batch invariant: its matrix product chooses kernels, and so the order of summation, by the number of
+    rows.
     """
 
     name: ClassVar[str] = "onnx-cpu"
@@ -35,15 +38,15 @@ class OnnxCpu(Target):
     accuracy_level: int = field(
         default=4,
         metadata={
-            "help": "what MatMulNBits computes in: 4 = int8 activations per block (the only one that is fast for "
-            "8-bit weights, and the fastest for 4-bit ones up to 16 rows), 1 = float32"
+            "help": "what MatMulNBits computes in: 4 = int8 activations per block (alone fast for 8-bit weights, "
+            "and fastest for 4-bit ones up to 16 rows), 1 = float32"
         },
     )
     pack: bool = field(
         default=False,
         metadata={
-            "help": "let onnxruntime repack float32 weights: up to twice as fast for 2 to 16 rows, at the price of a "
-            "copy of all weights in memory (quantized weights are always repacked)"
+            "help": "let onnxruntime repack float32 weights: up to twice as fast for 2 to 16 rows, for a copy of "
+            "all weights in memory (quantized weights are always repacked)"
         },
     )
 
@@ -56,7 +59,6 @@ class OnnxCpu(Target):
         progress("onnx-cpu: model", 0.0)
         lowered = lower(graph, accuracy_level=self.accuracy_level)
         model = f"targets/{self.name}/model.onnx"
-        writer.path(model).write_bytes(lowered.model.SerializeToString(deterministic=True))
         entry: dict[str, Any] = {
             "options": self.options(),
             "model": model,
@@ -75,5 +77,7 @@ class OnnxCpu(Target):
             progress("onnx-cpu: weights", 0.1)
             entry["weights"] = f"weights/{self.name}.safetensors"
             writer.write_weights(entry["weights"], specs)
+            lowered.weights.locate(writer.partial / entry["weights"])
+        writer.path(model).write_bytes(lowered.model().SerializeToString(deterministic=True))
         progress("onnx-cpu", 1.0)
         return entry

@@ -1,145 +1,53 @@
-"""IR graph → ONNX model. One table of emitters, filled by `ops_*.py` and `attention.py`: IR op → ONNX nodes.
+"""IR graph → ONNX model, by the emitters of `ops_*.py` and `attention.py`.
 
-    emits("add")            the function below it writes the nodes of an `add`
-    context.name(value)     the ONNX name of an operand (a weight becomes an initializer when first asked for)
-
-`append_kv` leaves no node: the rows become outputs `new_k.i`, `new_v.i` [T, Hkv, D] that the executor writes, and
-`paged_attention` reads the past from the pages `k_pages.i`, `v_pages.i` [Hkv, N, page_size, D] and the new rows from
-where they were computed. So no cache is ever copied by the model.
+`append_kv` leaves no node: the rows become outputs `new_k.i`, `new_v.i` [T, Hkv, D] that the executor writes,
+and `paged_attention` reads the past from the pages `k_pages.i`, `v_pages.i` [Hkv, N, page_size, D] and the
+new rows from where they were computed. So no cache is ever copied by the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
 
-from onnx import FunctionProto, ModelProto, helper
+from onnx import FunctionProto, GraphProto, ModelProto, helper
 
-from ...ir.core import Graph, Op, Value
-from ...ir.errors import UnsupportedError
+from ...ir.core import Graph, Value
 from ...ir.types import TensorType
-from .builder import CONTRIB, IR_VERSION, LOCAL, OPSET, Dims, Scope, value_infos
+from . import attention, ops_math, ops_nn, ops_quant, ops_shape
+from .builder import IR_VERSION, value_infos
+from .context import EMITTERS, Context, KvPages, opsets
 from .weights import WeightFile
-
-if TYPE_CHECKING:
-    from .attention import Plan
-
-Emitter = Callable[["Context", Any], "str | list[str] | None"]
-EMITTERS: dict[str, Emitter] = {}
-_HALVES = ("float16", "bfloat16")
-# Ops that only move data keep half-precision values as they are; everything else computes in float32.
-_MOVES = frozenset(
-    "cast reshape transpose expand slice concat index gather full arange dim_value embedding gather_last append_kv".split()
-)
-
-
-def emits(*names: str) -> Callable[[Emitter], Emitter]:
-    """Register the emitter of some IR ops."""
-
-    def register(function: Emitter) -> Emitter:
-        for name in names:
-            assert name not in EMITTERS, name
-            EMITTERS[name] = function
-        return function
-
-    return register
-
-
-@dataclass(frozen=True)
-class KvPages:
-    """One layer's cache: the model's inputs for it, and the rows that this step adds."""
-
-    index: str
-    type: TensorType  # [2, N, page_size, Hkv, D] as in the IR
-
-    @property
-    def names(self) -> tuple[str, str]:
-        return f"k_pages.{self.index}", f"v_pages.{self.index}"
-
-    @property
-    def page_type(self) -> TensorType:
-        """Type of either input: a head's pages lie together, so that gathering them needs no transposition."""
-        _, pages, size, heads, dim = self.type.shape
-        return TensorType(self.type.dtype, (heads, pages, size, dim))
-
-
-@dataclass
-class Context:
-    """One graph being lowered."""
-
-    graph: Graph
-    accuracy_level: int = 4
-    scope: Scope = field(default_factory=Scope)
-    weights: WeightFile = field(default_factory=WeightFile)
-    functions: dict[Any, FunctionProto] = field(default_factory=dict)
-    plans: dict[Any, Plan] = field(default_factory=dict)  # attention's indices and masks, shared by layers
-    pages: dict[Value, KvPages] = field(default_factory=dict)  # cache inputs
-    new_rows: dict[str, tuple[str, str, TensorType]] = field(default_factory=dict)  # page index → k, v, their type
-    needs_packing: bool = False  # a kernel is used that is only fast on weights that onnxruntime repacks
-
-    def __post_init__(self) -> None:
-        self.dims = Dims(self.scope)
-        self._names: dict[Value, str] = {}
-        self._wide: dict[Value, str] = {}
-        self._widening = False
-
-    def name(self, value: Value) -> str:
-        """The ONNX value of an operand; in float32 while a computing op is emitted."""
-        if value not in self._names:
-            if value.weight is None:
-                raise UnsupportedError(
-                    f"onnx: {value.name or 'a value'} of type {value.type} cannot be used here",
-                    remedy="a KV cache may only be appended to and attended over",
-                )
-            self._names[value] = self.weights.raw(value)
-        if not (self._widening and value.dtype in _HALVES):
-            return self._names[value]
-        if value not in self._wide:
-            self._wide[value] = self.scope.cast(self._names[value], "float32")
-        return self._wide[value]
-
-    def optional(self, value: Value | None) -> str | None:
-        return None if value is None else self.name(value)
-
-    def bind(self, value: Value, name: str) -> None:
-        self._names[value] = name
-
-    def is_bound(self, value: Value) -> bool:
-        return value in self._names
-
-    def lower(self, op: Op) -> None:
-        """Write the nodes of one op and bind its results."""
-        emitter = EMITTERS.get(op.opname)
-        if emitter is None:
-            raise UnsupportedError(
-                f"onnx-cpu has no {op.opname} (from {op.loc or 'the graph'})",
-                remedy="compile for tvm-cpu, or decompose it",
-            )
-        self._widening = op.opname not in _MOVES
-        out = emitter(self, op)
-        self._widening = False
-        if out is None:  # the result is only known to other emitters (a cache)
-            return
-        for value, name in zip(op.results, [out] if isinstance(out, str) else out, strict=True):
-            narrow = op.opname not in _MOVES and value.dtype in _HALVES
-            self.bind(value, self.scope.cast(name, value.dtype) if narrow else name)
 
 
 @dataclass(frozen=True)
 class Lowered:
-    """The model without its weights, the weights to stream, and what the executor needs to know."""
+    """The main graph and its functions, the weights to stream, and what the executor needs to know."""
 
-    model: ModelProto
+    graph: GraphProto
+    functions: list[FunctionProto]
     weights: WeightFile
     inputs: list[str]
     kv_dtype: str | None
     page_size: int | None
     needs_packing: bool
 
+    def model(self) -> ModelProto:
+        """The whole model. Ask for it after the initializers were pointed to the weight file."""
+        graph = GraphProto()
+        graph.CopyFrom(self.graph)
+        graph.initializer.extend(sorted(self.weights.initializers, key=lambda t: t.name))
+        return helper.make_model(
+            graph,
+            functions=self.functions,
+            opset_imports=opsets(),
+            ir_version=IR_VERSION,
+            producer_name="llmc",
+        )
+
 
 def _add_inputs(context: Context) -> list[tuple[str, TensorType]]:
-    """The model's inputs in order. Caches are split in two; what nothing reads (`slot_mapping`) is left out."""
+    """The model's inputs in order. Caches are split in two; what nothing reads (`slot_mapping`) is left out.
+    """
     inputs: list[tuple[str, TensorType]] = []
     outputs = set(context.graph.outputs)
     for value in context.graph.inputs:
@@ -160,10 +68,19 @@ def _add_inputs(context: Context) -> list[tuple[str, TensorType]]:
 
 
 def _names_a_dimension(value: Value, graph: Graph) -> bool:
-    """An unread input stays where its shape is the only one to tell a dimension, and in plain functions always."""
+    """An unread input stays where its shape is the only one to tell a dimension, and in plain functions
+    always.
+    """
     if graph.stage != "paged":
         return True
-    others = {s for v in graph.inputs if v is not value for d in v.shape if not isinstance(d, int) for s in d.symbols()}
+    others = {
+        s
+        for v in graph.inputs
+        if v is not value
+        for d in v.shape
+        if not isinstance(d, int)
+        for s in d.symbols()
+    }
     return any(d.symbols() - others for d in value.shape if not isinstance(d, int))
 
 
@@ -186,8 +103,8 @@ def _add_outputs(context: Context) -> list[tuple[str, TensorType]]:
 def lower(graph: Graph, *, accuracy_level: int = 4) -> Lowered:
     """The ONNX model of a graph of any stage whose ops are in `OPERATIONS`.
 
-    Raises UnsupportedError for an op without an emitter or a cache that is used otherwise than by appending and
-    attending.
+    Raises UnsupportedError for an op without an emitter or a cache that is used otherwise than by appending
+    and attending.
     """
     context = Context(graph, accuracy_level)
     for name in [*graph.output_names, *graph.weights]:
@@ -197,19 +114,12 @@ def lower(graph: Graph, *, accuracy_level: int = 4) -> Lowered:
         context.lower(op)
     outputs = _add_outputs(context)
     body = context.scope.body(value_infos(inputs), value_infos(outputs), graph.name)
-    body.initializer.extend(sorted(context.weights.initializers, key=lambda t: t.name))
-    model = helper.make_model(
-        body,
-        functions=list(context.functions.values()),
-        opset_imports=opsets(),
-        ir_version=IR_VERSION,
-        producer_name="llmc",
-    )
     first = next(iter(context.pages.values()), None)
     size = first.type.shape[2] if first else None
     assert size is None or isinstance(size, int)
     return Lowered(
-        model,
+        body,
+        list(context.functions.values()),
         context.weights,
         [name for name, _ in inputs],
         first.type.dtype if first else None,
@@ -218,12 +128,7 @@ def lower(graph: Graph, *, accuracy_level: int = 4) -> Lowered:
     )
 
 
-def opsets() -> Sequence[Any]:
-    """The operator sets that a model or a function of ours uses."""
-    return [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1), helper.make_opsetid(LOCAL, 1)]
-
-
-from . import attention, ops_math, ops_nn, ops_quant, ops_shape  # noqa: E402, F401  (they fill the table)
+_TABLES = (attention, ops_math, ops_nn, ops_quant, ops_shape)  # importing them filled the table
 
 OPERATIONS = frozenset(EMITTERS)
 """Names of the IR ops that can be emitted."""

@@ -1,7 +1,7 @@
 """Elementwise operations, comparisons, reductions and matrix products.
 
-onnxruntime gives the operators these meanings: integer Div truncates, Mod has the sign of the divisor (fmod=0) or of
-the dividend (fmod=1).
+onnxruntime gives the operators these meanings: integer Div truncates, Mod has the sign of the divisor
+(fmod=0) or of the dividend (fmod=1).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 from ...ir.dtypes import is_float
 from ...ir.ops import math as ir
-from .lower import Context, emits
+from .context import Context, emits
 
 _UNARY = {
     "neg": "Neg", "exp": "Exp", "log": "Log", "sqrt": "Sqrt", "reciprocal": "Reciprocal", "tanh": "Tanh",
@@ -76,7 +76,9 @@ def logical(c: Context, op: ir.Comparison) -> str:
 
 @emits("floor_divide")
 def floor_divide(c: Context, op: ir.FloorDivide) -> str:
-    """(a - r) / b with r the remainder of the divisor's sign: exact for integers, and what torch does for floats."""
+    """(a - r) / b with r the remainder of the divisor's sign: exact for integers, and what torch does for
+    floats.
+    """
     s, a, b = c.scope, c.name(op.a), c.name(op.b)
     exact = s.op("Div", s.op("Sub", a, _remainder(c, a, b, op.a.dtype)), b)
     if not is_float(op.a.dtype):

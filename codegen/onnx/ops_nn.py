@@ -8,7 +8,7 @@ from ...ir.core import Value
 from ...ir.ops import cache as ir_cache
 from ...ir.ops import nn as ir
 from .builder import CONTRIB
-from .lower import Context, emits
+from .context import Context, emits
 from .ops_math import activate
 
 
@@ -35,7 +35,9 @@ def linear(c: Context, op: ir.Linear) -> str:
     """
     x, weight, bias = c.name(op.x), matrix(c, op.weight), c.optional(op.bias)
     if op.x.type.rank == 2:
-        return c.scope.op("Gemm", x, weight, bias, transB=1) if bias else c.scope.op("Gemm", x, weight, transB=1)
+        return (
+            c.scope.op("Gemm", x, weight, bias, transB=1) if bias else c.scope.op("Gemm", x, weight, transB=1)
+        )
     y = c.scope.op("FusedMatMul", x, weight, domain=CONTRIB, transB=1)
     return c.scope.op("Add", y, bias) if bias else y
 
@@ -46,7 +48,9 @@ def _ones(c: Context, width: int) -> str:
 
 @emits("rms_norm")
 def rms_norm(c: Context, op: ir.RmsNorm) -> str:
-    """In the shape that onnxruntime fuses into one SimplifiedLayerNormalization, which is no standard operator."""
+    """In the shape that onnxruntime fuses into one SimplifiedLayerNormalization, which is no standard
+    operator.
+    """
     s, x = c.scope, c.name(op.x)
     width = op.x.shape[-1]
     weight = c.optional(op.weight)
@@ -64,7 +68,9 @@ def layer_norm(c: Context, op: ir.LayerNorm) -> str:
     width = op.x.shape[-1]
     assert isinstance(width, int)
     weight = c.optional(op.weight) or _ones(c, width)
-    return c.scope.op("LayerNormalization", c.name(op.x), weight, c.optional(op.bias), axis=-1, epsilon=op.eps)
+    return c.scope.op(
+        "LayerNormalization", c.name(op.x), weight, c.optional(op.bias), axis=-1, epsilon=op.eps
+    )
 
 
 @emits("rope")
@@ -80,7 +86,9 @@ def rope(c: Context, op: ir.Rope) -> str:
         stacked = s.op("Concat", *pairs, axis=-1)
         half = c.dims.reshape(stacked, (), (*op.x.shape[:-1], r))
     else:
-        half = s.op("Concat", s.op("Neg", s.slice(turned, -1, r // 2, r)), s.slice(turned, -1, 0, r // 2), axis=-1)
+        half = s.op(
+            "Concat", s.op("Neg", s.slice(turned, -1, r // 2, r)), s.slice(turned, -1, 0, r // 2), axis=-1
+        )
     out = s.op("Add", s.op("Mul", turned, cos), s.op("Mul", half, sin))
     return out if r == width else s.op("Concat", out, s.slice(x, -1, r, width), axis=-1)
 

@@ -2,8 +2,9 @@
 
 The IR's q [N, K] holds one value a byte, with one scale and zero point a group. MatMulNBits
 (https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MatMulNBits) takes
-B uint8 [N, blocks, block_size · bits / 8] with the first value in the low bits, scales [N, blocks], and zero points
-packed in the same way along blocks; bits 4 or 8, block_size a power of two from 16 to 256, K padded to whole blocks.
+B uint8 [N, blocks, block_size · bits / 8] with the first value in the low bits, scales [N, blocks], and zero
+points packed in the same way along blocks; bits 4 or 8, block_size a power of two from 16 to 256, K padded to
+whole blocks.
 
     group 64             → block 64
     group 576 (whole K)  → block 64, each scale 9 times: the same numbers
@@ -21,7 +22,7 @@ from ...ir.ops import quant as ir
 from ...ir.ops.quant import quantization
 from ...ir.types import Quantization
 from .builder import CONTRIB
-from .lower import Context, emits
+from .context import Context, emits
 
 _BLOCKS = (256, 128, 64, 32, 16)
 
@@ -34,7 +35,9 @@ class Layout:
     bits: int  # 4 or 8: what the kernel takes; narrower values are stored in it
     block: int
     repeat: int
-    zero_point: int | None  # symmetric weights: their common zero point, None where the kernel's default is it
+    zero_point: (
+        int | None
+    )  # symmetric weights: their common zero point, None where the kernel's default is it
     packed_zero_points: bool
 
     @property
@@ -57,7 +60,9 @@ class Layout:
 
 
 def pack_values(values: np.ndarray, bits: int) -> np.ndarray:
-    """uint8 [n, m] → two values a byte for 4 bits (the first in the low half, an odd m padded), else unchanged."""
+    """uint8 [n, m] → two values a byte for 4 bits (the first in the low half, an odd m padded), else
+    unchanged.
+    """
     if bits == 8:
         return values
     if values.shape[1] % 2:
@@ -169,15 +174,19 @@ def _unpack(c: Context, x: str, bits: int, width: int) -> str:
 
 @emits("quantized_embedding")
 def quantized_embedding(c: Context, op: ir.QuantizedEmbedding) -> str:
-    """Gather the packed rows, then unpack: a table tied to the output matrix is held once, in its packed form.
+    """Gather the packed rows, then unpack: a table tied to the output matrix is held once, in its packed
+    form.
 
-    GatherBlockQuantized does the same in one node, but wants another shape of the same bytes, and onnxruntime would
-    fold the reshape of the table into a copy of it.
+    GatherBlockQuantized does the same in one node, but wants another shape of the same bytes, and onnxruntime
+    would fold the reshape of the table into a copy of it.
     """
     s, ids = c.scope, c.name(op.ids)
     parts = packed(c, op.q, op.scale, op.zero_point, op.opname)
     if parts is None:
-        rows = [None if v is None else s.op("Gather", c.name(v), ids, axis=0) for v in (op.q, op.scale, op.zero_point)]
+        rows = [
+            None if v is None else s.op("Gather", c.name(v), ids, axis=0)
+            for v in (op.q, op.scale, op.zero_point)
+        ]
         return _dequantized_rows(c, op, rows)
     layout = parts.layout
     values = _unpack(c, s.op("Gather", parts.q, ids, axis=0), layout.bits, layout.block)
@@ -185,10 +194,17 @@ def quantized_embedding(c: Context, op: ir.QuantizedEmbedding) -> str:
     if parts.zero_point is None:
         offset = s.scalar(float(1 << (layout.bits - 1)), "float32")
     else:
-        zeros = _unpack(c, s.op("Gather", parts.zero_point, ids, axis=0), layout.bits, layout.blocks + layout.blocks % 2 * (layout.bits == 4))
+        zeros = _unpack(
+            c,
+            s.op("Gather", parts.zero_point, ids, axis=0),
+            layout.bits,
+            layout.blocks + layout.blocks % 2 * (layout.bits == 4),
+        )
         offset = s.unsqueeze(s.slice(zeros, -1, 0, layout.blocks), -1)
     real = s.op("Mul", s.op("Sub", values, offset), scales)
-    flat = s.op("Reshape", real, s.op("Concat", s.op("Shape", ids), s.i64(layout.blocks * layout.block), axis=0))
+    flat = s.op(
+        "Reshape", real, s.op("Concat", s.op("Shape", ids), s.i64(layout.blocks * layout.block), axis=0)
+    )
     return flat if layout.blocks * layout.block == layout.k else s.slice(flat, -1, 0, layout.k)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...ir.dtypes import to_numpy
 from ...ir.ops import shape as ir
-from .lower import Context, emits
+from .context import Context, emits
 
 
 @emits("full")
@@ -45,7 +45,11 @@ def expand(c: Context, op: ir.Expand) -> str:
     lead = len(op.shape) - op.x.type.rank
     same = [i >= lead and op.x.shape[i - lead] == d for i, d in enumerate(op.shape)]
     # ONNX broadcasts both ways: 1 keeps an axis, which spares computing its length.
-    return c.scope.op("Expand", c.name(op.x), c.dims.shape(tuple(1 if k else d for k, d in zip(same, op.shape, strict=True))))
+    return c.scope.op(
+        "Expand",
+        c.name(op.x),
+        c.dims.shape(tuple(1 if k else d for k, d in zip(same, op.shape, strict=True))),
+    )
 
 
 @emits("slice")

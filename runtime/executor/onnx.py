@@ -1,7 +1,7 @@
 """Runs target `onnx-cpu` by onnxruntime.
 
-The weights stay in the mapped file: onnxruntime is given views of it in place of the model's initializers. The cache is
-numpy memory that the model reads in place; it returns the rows of the new tokens, and `step` writes them to their slots.
+The weights stay in their file, which onnxruntime maps. The cache is numpy memory that the model reads in
+place; it returns the rows of the new tokens, and `step` writes them to their slots.
 """
 
 from __future__ import annotations
@@ -17,7 +17,15 @@ from ...ir.errors import ArtifactError, InputError
 from .. import cpu
 from .base import Executor, StepInputs
 
-_STEP = ("token_ids", "positions", "slot_mapping", "query_start", "context_len", "block_table", "output_index")
+_STEP = (
+    "token_ids",
+    "positions",
+    "slot_mapping",
+    "query_start",
+    "context_len",
+    "block_table",
+    "output_index",
+)
 
 
 class OnnxExecutor:
@@ -26,8 +34,7 @@ class OnnxExecutor:
     def __init__(self, artifact: Artifact, *, threads: int | None = None, target: str = "onnx-cpu"):
         entry = artifact.target(target)
         self._kind = artifact.kind
-        self._weights = artifact.weights(target)  # keeps the mapping alive as long as the session
-        self._session = _open_session(artifact, entry, self._weights, threads)
+        self._session = _open_session(artifact, entry, threads)
         self._inputs = {v.name: v for v in self._session.get_inputs()}
         self._outputs = [v.name for v in self._session.get_outputs()]
         self.batch_invariant = bool(entry.get("batch_invariant", False))
@@ -42,7 +49,9 @@ class OnnxExecutor:
         self._cache_feed: dict[str, np.ndarray] = {}
 
     def allocate_kv(self, num_pages: int) -> None:
-        """Zeroed pages [2, Hkv, num_pages, page_size, D] a layer; the system gives the memory when it is written."""
+        """Zeroed pages [2, Hkv, num_pages, page_size, D] a layer; the system gives the memory when it is
+        written.
+        """
         dtype = to_numpy(self._kv_dtype)
         self._cache = [
             np.zeros((2, heads, num_pages, self.page_size, dim), dtype) for _, heads, dim in self._layers
@@ -111,10 +120,8 @@ def _cache_layers(inputs: Mapping[str, Any], outputs: Sequence[str]) -> list[tup
     return layers
 
 
-def _open_session(
-    artifact: Artifact, entry: Mapping[str, Any], weights: Mapping[str, np.ndarray], threads: int | None
-) -> Any:
-    """A session whose initializers are the mapped weights."""
+def _open_session(artifact: Artifact, entry: Mapping[str, Any], threads: int | None) -> Any:
+    """A session over the model, with the folder of the weight file as the one that it may read from."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -123,18 +130,18 @@ def _open_session(
     options.log_severity_level = 3
     if not entry.get("prepack", True):  # repacking copies every matrix; see the target's option `pack`
         options.add_session_config_entry("session.disable_prepacking", "1")
-    values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in weights.items()}
-    if values:
-        options.add_external_initializers(list(values), list(values.values()))
     path = artifact.path(entry["model"])
+    if "weights" in entry:
+        folder = artifact.path(entry["weights"]).resolve().parent
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     try:
-        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        # From memory: older versions heed the folder only then (onnxruntime pull requests 23557 and 29459).
+        return ort.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions share no base class but this one
         raise ArtifactError(
             f"{path}: onnxruntime {ort.__version__} cannot load it ({error})",
             remedy="install a newer onnxruntime, or compile the model again",
         ) from error
-    return session
 
 
 def open_target(artifact: Artifact, *, isa: str | None, threads: int | None) -> Executor:

@@ -1,0 +1,132 @@
+"""What the emitters share: the table that they fill, and the state of one graph being lowered.
+
+emits("add")            the function below it writes the nodes of an `add`
+context.name(value)     the ONNX name of an operand (a weight becomes an initializer when first asked for)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from onnx import FunctionProto, helper
+
+from ...ir.core import Graph, Op, Value
+from ...ir.errors import UnsupportedError
+from ...ir.types import TensorType
+from .builder import CONTRIB, LOCAL, OPSET, Dims, Scope
+from .weights import WeightFile
+
+if TYPE_CHECKING:
+    from .attention_plan import Batch, Plan
+
+Emitter = Callable[["Context", Any], "str | list[str] | None"]
+EMITTERS: dict[str, Emitter] = {}
+_HALVES = ("float16", "bfloat16")
+# Ops that only move data keep half-precision values as they are; everything else computes in float32.
+_MOVES = {
+    "append_kv", "arange", "cast", "concat", "dim_value", "embedding", "expand", "full", "gather", "gather_last",
+    "index", "reshape", "slice", "transpose",
+}  # fmt: skip
+
+
+def emits(*names: str) -> Callable[[Emitter], Emitter]:
+    """Register the emitter of some IR ops."""
+
+    def register(function: Emitter) -> Emitter:
+        for name in names:
+            assert name not in EMITTERS, name
+            EMITTERS[name] = function
+        return function
+
+    return register
+
+
+@dataclass(frozen=True)
+class KvPages:
+    """One layer's cache: the model's inputs for it, and the rows that this step adds."""
+
+    index: str
+    type: TensorType  # [2, N, page_size, Hkv, D] as in the IR
+
+    @property
+    def names(self) -> tuple[str, str]:
+        return f"k_pages.{self.index}", f"v_pages.{self.index}"
+
+    @property
+    def page_type(self) -> TensorType:
+        """Type of either input: a head's pages lie together, so that gathering them needs no transposition.
+        """
+        _, pages, size, heads, dim = self.type.shape
+        return TensorType(self.type.dtype, (heads, pages, size, dim))
+
+
+@dataclass
+class Context:
+    """One graph being lowered."""
+
+    graph: Graph
+    accuracy_level: int = 4
+    scope: Scope = field(default_factory=Scope)
+    weights: WeightFile = field(default_factory=WeightFile)
+    functions: dict[Any, FunctionProto] = field(default_factory=dict)
+    batches: dict[Any, Batch] = field(default_factory=dict)  # attention's view of the batch, shared by layers
+    plans: dict[Any, Plan] = field(default_factory=dict)  # and its indices and masks
+    pages: dict[Value, KvPages] = field(default_factory=dict)  # cache inputs
+    new_rows: dict[str, tuple[str, str, TensorType]] = field(
+        default_factory=dict
+    )  # page index → k, v, their type
+    needs_packing: bool = False  # a kernel is used that is only fast on weights that onnxruntime repacks
+
+    def __post_init__(self) -> None:
+        self.dims = Dims(self.scope)
+        self._names: dict[Value, str] = {}
+        self._wide: dict[Value, str] = {}
+        self._widening = False
+
+    def name(self, value: Value) -> str:
+        """The ONNX value of an operand; in float32 while a computing op is emitted."""
+        if value not in self._names:
+            if value.weight is None:
+                raise UnsupportedError(
+                    f"onnx: {value.name or 'a value'} of type {value.type} cannot be used here",
+                    remedy="a KV cache may only be appended to and attended over",
+                )
+            self._names[value] = self.weights.raw(value)
+        if not (self._widening and value.dtype in _HALVES):
+            return self._names[value]
+        if value not in self._wide:
+            self._wide[value] = self.scope.cast(self._names[value], "float32")
+        return self._wide[value]
+
+    def optional(self, value: Value | None) -> str | None:
+        return None if value is None else self.name(value)
+
+    def bind(self, value: Value, name: str) -> None:
+        self._names[value] = name
+
+    def is_bound(self, value: Value) -> bool:
+        return value in self._names
+
+    def lower(self, op: Op) -> None:
+        """Write the nodes of one op and bind its results."""
+        emitter = EMITTERS.get(op.opname)
+        if emitter is None:
+            raise UnsupportedError(
+                f"onnx-cpu has no {op.opname} (from {op.loc or 'the graph'})",
+                remedy="compile for tvm-cpu, or decompose it",
+            )
+        self._widening = op.opname not in _MOVES
+        out = emitter(self, op)
+        self._widening = False
+        if out is None:  # the result is only known to other emitters (a cache)
+            return
+        for value, name in zip(op.results, [out] if isinstance(out, str) else out, strict=True):
+            narrow = op.opname not in _MOVES and value.dtype in _HALVES
+            self.bind(value, self.scope.cast(name, value.dtype) if narrow else name)
+
+
+def opsets() -> Sequence[Any]:
+    """The operator sets that a model or a function of ours uses."""
+    return [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1), helper.make_opsetid(LOCAL, 1)]

@@ -1,0 +1,431 @@
+"""Target onnx-cpu: the paged step against the interpreter, quantized weights, and loading through an
+artifact.
+
+The interpreter runs the same graph with the ops' reference meanings and keeps its own cache, so every step
+compares attention over what both have written before. Tolerance 1e-5 of the largest output: float32 sums over
+at most a few hundred keys in another order.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+from llmc.codegen.onnx.cpu import OnnxCpu
+from llmc.ir import interpreter
+from llmc.ir.core import Graph, Value
+from llmc.ir.errors import ArtifactError, InputError, UnsupportedError
+from llmc.ir.ops import cache, math, nn, quant, shape
+from llmc.ir.types import Quantization, TensorType
+from llmc.runtime.executor.base import StepInputs
+from llmc.runtime.executor.onnx import OnnxExecutor
+
+from .test_onnx_target import RNG, B, N, P, R, T, build, check, close, f32, function, normal, weight
+
+PAGE = 16
+VOCAB = 61
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Shape and variant of the attention under test."""
+
+    heads: int = 4
+    kv_heads: int = 2
+    dim: int = 8
+    causal: bool = True
+    window: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
+    kv_dtype: str = "float32"
+    layers: int = 1
+
+
+def step_graph(h: Heads) -> Graph:
+    """A language model of `layers` residual attention layers, made by hand with the paged interface."""
+    g = Graph("main", "paged")
+    int32 = {
+        "token_ids": (T,),
+        "positions": (T,),
+        "slot_mapping": (T,),
+        "query_start": (B + 1,),
+        "context_len": (B,),
+    }
+    ins = {n: g.add_input(n, TensorType("int32", s)) for n, s in int32.items()}
+    ins["block_table"] = g.add_input("block_table", TensorType("int32", (B, P)))
+    ins["output_index"] = g.add_input("output_index", TensorType("int32", (R,)))
+    pages = TensorType(h.kv_dtype, (2, N, PAGE, h.kv_heads, h.dim))
+    caches = [g.add_input(f"kv_pages.{i}", pages) for i in range(h.layers)]
+    width, kv = h.heads * h.dim, h.kv_heads * h.dim
+    x = g.append(nn.Embedding(ins["token_ids"], weight(g, "embed", normal(VOCAB, width)))).result
+    written: list[Value] = []
+    for i, pages_in in enumerate(caches):
+        merged = weight(g, f"qkv.{i}", normal(width + 2 * kv, width, seed=10 + i) / np.float32(width**0.5))
+        qkv = g.append(nn.Linear(g.append(nn.RmsNorm(x, None, eps=1e-6)).result, merged, None)).result
+        bounds = (0, width, width + kv, width + 2 * kv)
+        parts = [g.append(shape.Slice(qkv, -1, a, b)).result for a, b in itertools.pairwise(bounds)]
+        q = g.append(shape.Reshape(parts[0], (T, h.heads, h.dim))).result
+        k, v = (g.append(shape.Reshape(p, (T, h.kv_heads, h.dim))).result for p in parts[1:])
+        if h.kv_dtype != "float32":
+            k, v = (g.append(math.Cast(p, h.kv_dtype)).result for p in (k, v))
+        new = g.append(cache.AppendKv(k, v, pages_in, ins["slot_mapping"])).result
+        written.append(new)
+        sinks = weight(g, f"sinks.{i}", normal(h.heads, seed=20 + i)) if h.sinks else None
+        table = (ins["query_start"], ins["context_len"], ins["block_table"])
+        a = cache.PagedAttention(
+            q, new, *table, sinks, scale=0.7, causal=h.causal, window=h.window, softcap=h.softcap
+        )
+        flat = g.append(shape.Reshape(g.append(a).result, (T, width))).result
+        x = g.append(math.Add(x, flat)).result
+    wanted = g.append(cache.GatherLast(x, ins["output_index"])).result
+    g.outputs, g.output_names = [wanted, *written], ["logits", *(f"kv.{i}" for i in range(h.layers))]
+    return g
+
+
+@dataclass
+class Batch:
+    """Sequences with random tokens in randomly chosen pages, cut into steps as a test says."""
+
+    pages: int
+    seed: int = 0
+    context: dict[int, int] = field(default_factory=dict)
+    table: dict[int, list[int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.rng = RNG(self.seed)
+        self.free = [int(p) for p in self.rng.permutation(self.pages)]
+
+    def step(self, new: list[tuple[int, int]], spare_columns: int = 1) -> StepInputs:
+        """Inputs for `new` tokens of each (sequence, count); all rows are wanted."""
+        slots: list[int] = []
+        positions: list[int] = []
+        for name, count in new:
+            done = self.context.get(name, 0)
+            pages = self.table.setdefault(name, [])
+            while len(pages) * PAGE < done + count:
+                pages.append(self.free.pop())
+            slots += [pages[p // PAGE] * PAGE + p % PAGE for p in range(done, done + count)]
+            positions += range(done, done + count)
+            self.context[name] = done + count
+        width = max((len(self.table[n]) for n, _ in new), default=0) + spare_columns
+        tables = [self.table[n] + [0] * (width - len(self.table[n])) for n, _ in new]
+        edges = np.cumsum([0, *(count for _, count in new)])
+        total = int(edges[-1])
+        arrays = (
+            self.rng.integers(0, VOCAB, total), positions, slots, edges, [self.context[n] for n, _ in new],
+            np.reshape(tables, (len(new), width)), np.arange(total),
+        )  # fmt: skip
+        return StepInputs(*(np.ascontiguousarray(a, np.int32) for a in arrays))
+
+
+class Oracle:
+    """The interpreter with a cache of its own."""
+
+    def __init__(self, graph: Graph, h: Heads, pages: int) -> None:
+        import torch
+
+        self.graph = graph
+        dtype = getattr(torch, h.kv_dtype)
+        self.caches = [torch.zeros(2, pages, PAGE, h.kv_heads, h.dim, dtype=dtype) for _ in range(h.layers)]
+
+    def step(self, inputs: StepInputs) -> np.ndarray:
+        feed = {n: interpreter.to_torch(getattr(inputs, n)) for n in StepInputs.__dataclass_fields__}
+        feed |= {f"kv_pages.{i}": c for i, c in enumerate(self.caches)}
+        logits, *self.caches = interpreter.run(self.graph, feed)
+        return logits.numpy()
+
+
+def compare(
+    h: Heads, schedule: list[list[tuple[int, int]]], folder: Path, pages: int = 64, tolerance: float = 1e-5
+) -> None:
+    """Run a schedule on both sides, comparing every step's outputs and at the end the caches."""
+    graph = step_graph(h)
+    executor = OnnxExecutor(build(graph, folder, kind="causal_lm"), threads=1)
+    executor.allocate_kv(pages)
+    oracle, batch = Oracle(graph, h, pages), Batch(pages)
+    for new in schedule:
+        inputs = batch.step(new)
+        close(executor.step(inputs), oracle.step(inputs), tolerance)
+    for ours, theirs in zip(executor._cache, oracle.caches, strict=True):
+        close(ours.transpose(0, 2, 3, 1, 4).astype(np.float32), theirs.float().numpy(), tolerance)
+
+
+MIXED = [[(0, 20), (1, 1), (2, 33)], [(0, 1), (2, 1), (1, 5)], [(1, 1), (0, 1), (2, 1)], [(3, 7), (2, 16)]]
+VARIANTS = {
+    "grouped": Heads(),
+    "one head each": Heads(kv_heads=4),
+    "one kv head": Heads(kv_heads=1, dim=6),
+    "window": Heads(window=5),
+    "window of one page": Heads(window=16),
+    "softcap": Heads(softcap=0.8),
+    "sinks": Heads(sinks=True),
+    "sinks, a head each": Heads(kv_heads=4, sinks=True),
+    "everything": Heads(heads=6, kv_heads=3, dim=10, window=7, softcap=1.5, sinks=True, layers=2),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants(name: str, tmp_path: Path) -> None:
+    compare(VARIANTS[name], MIXED, tmp_path)
+
+
+SCHEDULES = {
+    "one token": [[(0, 1)], [(0, 1)]],
+    "last page full": [[(0, 16), (1, 32)], [(0, 1), (1, 1)]],
+    "page filled by this step": [[(0, 15), (1, 31)], [(0, 1), (1, 1)], [(0, 16), (1, 1)]],
+    "an empty sequence": [[(0, 3), (1, 0), (2, 1)], [(1, 0), (0, 1), (2, 0)]],
+    "nothing at all": [[(0, 0)], []],
+    "chunked prefill": [[(0, 7)], [(0, 16)], [(0, 2)], [(0, 40)]],
+    "several query chunks": [[(0, 300), (1, 1), (2, 128)], [(0, 129), (2, 1)]],
+    "more decoding than a group": [[(i, 1 + 3 * (i % 7)) for i in range(37)], [(i, 1) for i in range(37)]],
+}
+
+
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules(name: str, window: int | None, tmp_path: Path) -> None:
+    compare(Heads(window=window, layers=2), SCHEDULES[name], tmp_path, pages=128)
+
+
+def test_decoding_groups_are_bounded_by_their_context(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmc.codegen.onnx.attention_plan.DECODE_TOKENS", 64)
+    compare(Heads(), [[(0, 70), (1, 30), (2, 20), (3, 3)], [(i, 1) for i in range(4)]], tmp_path)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_encoder(window: int | None, tmp_path: Path) -> None:
+    compare(Heads(causal=False, window=window), [[(0, 5), (1, 1), (2, 140)], [(3, 17)]], tmp_path)
+
+
+def test_half_precision_cache(tmp_path: Path) -> None:
+    """Rows are rounded to float16 before they are attended to, as when they come back from the cache.
+
+    Both sides round the same float32 rows, which differ in the last places: now and then one goes the other
+    way.
+    """
+    compare(Heads(kv_dtype="float16", layers=2), MIXED, tmp_path, tolerance=2e-3)
+
+
+def test_copied_pages_are_read(tmp_path: Path) -> None:
+    """A fork: the second sequence's pages are copies of the first one's, and both continue alike."""
+    h = Heads(layers=2)
+    executor = OnnxExecutor(build(step_graph(h), tmp_path, kind="causal_lm"), threads=1)
+    executor.allocate_kv(16)
+    batch = Batch(16)
+    executor.step(batch.step([(0, 20)]))
+    batch.table[1], batch.context[1] = [batch.free.pop(), batch.free.pop()], 20
+    executor.copy_pages(batch.table[0], batch.table[1])
+    inputs = batch.step([(0, 1), (1, 1)])
+    inputs.token_ids[1] = inputs.token_ids[0]
+    first, second = executor.step(inputs)
+    np.testing.assert_array_equal(first, second)
+
+
+def test_cache_is_not_copied_by_a_step(tmp_path: Path) -> None:
+    """The feed is the cache's own memory: what is written there by hand is what the next step sees."""
+    h = Heads()
+    graph = step_graph(h)
+    executor = OnnxExecutor(build(graph, tmp_path, kind="causal_lm"), threads=1)
+    executor.allocate_kv(8)
+    batch = Batch(8)
+    executor.step(batch.step([(0, 4)]))
+    before = executor._cache[0]
+    inputs = batch.step([(0, 1)])
+    plain = executor.step(inputs).copy()
+    assert executor._cache[0] is before
+    before[1] += 1.0
+    assert np.abs(executor.step(inputs) - plain).max() > 0.1
+    assert executor.kv_bytes_per_page == 2 * PAGE * h.kv_heads * h.dim * 4
+
+
+def test_only_wanted_rows_are_returned(tmp_path: Path) -> None:
+    executor = OnnxExecutor(build(step_graph(Heads()), tmp_path, kind="causal_lm"), threads=1)
+    executor.allocate_kv(8)
+    inputs = Batch(8).step([(0, 4), (1, 2)])
+    every = executor.step(inputs).copy()
+    for wanted in ([3, 5], [], [0]):
+        index = np.array(wanted, np.int32)
+        part = executor.step(
+            StepInputs(
+                **{**{n: getattr(inputs, n) for n in StepInputs.__dataclass_fields__}, "output_index": index}
+            )
+        )
+        close(part, every[wanted], 1e-6)
+
+
+def test_misuse_is_refused(tmp_path: Path) -> None:
+    executor = OnnxExecutor(build(step_graph(Heads()), tmp_path, kind="causal_lm"), threads=1)
+    with pytest.raises(InputError, match="allocate_kv"):
+        executor.step(Batch(8).step([(0, 1)]))
+    with pytest.raises(InputError, match="no function"):
+        executor.run({})
+    graph = function({"x": f32(T, 3)}, lambda g, x: math.Neg(x))
+    plain = OnnxExecutor(build(graph, tmp_path / "f"), threads=1)
+    with pytest.raises(InputError, match="y are missing or unknown"):
+        plain.run({"x": normal(2, 3), "y": normal(1)})
+    with pytest.raises(InputError, match="does not fit"):
+        plain.run({"x": normal(2, 4)})
+    with pytest.raises(InputError, match="accuracy_level=3"):
+        build(graph, tmp_path / "g", accuracy_level=3)
+
+
+def test_a_cache_used_otherwise_is_refused(tmp_path: Path) -> None:
+    g = Graph("main", "paged")
+    pages = g.add_input("kv_pages.0", TensorType("float32", (2, N, PAGE, 2, 8)))
+    q = g.add_input("q", f32(T, 4, 8))
+    ints = [g.add_input(n, TensorType("int32", s)) for n, s in (("a", (B + 1,)), ("b", (B,)), ("c", (B, P)))]
+    op = cache.PagedAttention(q, pages, *ints, None, scale=1.0)
+    op.loc = "model.layers.0.self_attn"
+    g.outputs, g.output_names = [g.append(op).result], ["y"]
+    with pytest.raises(UnsupportedError, match=r"model\.layers\.0\.self_attn reads a cache"):
+        build(g, tmp_path)
+
+
+# -- quantized weights
+# ---------------------------------------------------------------------------------------------
+
+
+def quantized(g: Graph, name: str, n: int, k: int, q: Quantization) -> tuple[Value, Value, Value | None]:
+    rng = RNG(7)
+    groups = -(-k // q.group_size)
+    values = rng.integers(0, 1 << q.bits, (n, k), dtype=np.uint8)
+    scale = ((rng.random((n, groups)) + 0.5) / (1 << q.bits)).astype(np.float16)
+    parts = [weight(g, name, values, TensorType("uint8", (n, k), q)), weight(g, f"{name}.scale", scale)]
+    zero = None
+    if not q.symmetric:
+        zero = weight(g, f"{name}.zero_point", rng.integers(0, 1 << q.bits, (n, groups), dtype=np.uint8))
+    return parts[0], parts[1], zero
+
+
+SCHEMES = [
+    (4, 32, 128), (4, 64, 192), (4, 128, 128), (4, 16, 48), (8, 64, 128), (8, 192, 192), (8, 100, 100),
+    (4, 100, 100), (4, 24, 48), (8, 8, 40), (4, 512, 1024), (3, 32, 96), (4, 160, 320),
+]  # fmt: skip
+"""(bits, group, K): plain blocks, whole rows, K padded, groups of several blocks, no block fits, odd widths.
+"""
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("bits", "group", "k"), SCHEMES)
+@pytest.mark.parametrize("level", [1, 4])
+def test_quantized_linear(level: int, bits: int, group: int, k: int, symmetric: bool, tmp_path: Path) -> None:
+    """Level 1 multiplies in float32: only the order of the sum differs. Level 4 rounds x to int8 per block:
+    each element is off by at most 1/254 of its block's largest (about 3.5 standard deviations), at random:
+    0.8% of an output's standard deviation, so 2% covers the worst of 120 outputs against the largest one.
+    """
+    scheme = Quantization(bits, group, symmetric)
+
+    def body(g: Graph, x: Value) -> list[Value]:
+        bias = weight(g, "bias", normal(24, seed=3))
+        return [g.append(quant.QuantizedLinear(x, *quantized(g, "w", 24, k, scheme), bias)).result]
+
+    for rows in (1, 5):
+        graph = function({"x": f32(T, k)}, body)
+        check(
+            graph,
+            tmp_path / str(rows),
+            {"x": normal(rows, k)},
+            2e-2 if level == 4 else 1e-5,
+            accuracy_level=level,
+        )
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("bits", "group", "k"), SCHEMES)
+def test_quantized_embedding_is_exact(bits: int, group: int, k: int, symmetric: bool, tmp_path: Path) -> None:
+    scheme = Quantization(bits, group, symmetric)
+
+    def body(g: Graph, ids: Value) -> list[Value]:
+        parts = quantized(g, "w", 24, k, scheme)
+        return [
+            g.append(quant.QuantizedEmbedding(ids, *parts)).result,
+            g.append(quant.Dequantize(*parts)).result,
+        ]
+
+    graph = function({"ids": TensorType("int32", (T,))}, body)
+    check(graph, tmp_path, {"ids": np.array([3, 0, 23, 3], np.int32)}, 1e-7)
+
+
+def test_tied_quantized_table_is_held_once(tmp_path: Path) -> None:
+    def body(g: Graph, ids: Value) -> list[Value]:
+        parts = quantized(g, "w", 24, 64, Quantization(4, 32, False))
+        x = g.append(quant.QuantizedEmbedding(ids, *parts)).result
+        return [g.append(quant.QuantizedLinear(x, *parts, None)).result]
+
+    graph = function({"ids": TensorType("int32", (T,))}, body)
+    artifact = build(graph, tmp_path)
+    weights = artifact.weights("onnx-cpu")
+    assert {n: (a.dtype.name, a.shape) for n, a in weights.items()} == {
+        "w:4x32": ("uint8", (24, 2, 16)),
+        "w.scale:4x32": ("float32", (24, 2)),
+        "w.zero_point:4x32": ("uint8", (24, 1)),
+    }
+
+
+# -- the artifact
+# --------------------------------------------------------------------------------------------------
+
+
+def test_two_compiles_give_the_same_bytes(tmp_path: Path) -> None:
+    made = [build(step_graph(VARIANTS["everything"]), tmp_path / n, kind="causal_lm") for n in "ab"]
+    assert made[0].manifest["files"] == made[1].manifest["files"]
+    entry = made[0].target("onnx-cpu")
+    assert entry["batch_invariant"] is False
+    assert entry["arguments"][:2] == ["token_ids", "query_start"]
+    assert "slot_mapping" not in entry["arguments"]
+
+
+def test_weights_are_streamed_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmc.codegen.onnx.weights.CHUNK_BYTES", 1000)
+    reads: list[int] = []
+
+    def body(g: Graph, x: Value) -> list[Value]:
+        w = weight(g, "w", normal(50, 32))
+        assert w.weight is not None
+        real = w.weight.read
+        monkeypatch.setattr(
+            w.weight, "read", lambda a=0, b=None: (reads.append((b or 50) - a), real(a, b))[1]
+        )
+        return [g.append(nn.Linear(x, w, None)).result]
+
+    artifact = build(function({"x": f32(T, 32)}, body), tmp_path)
+    np.testing.assert_array_equal(artifact.weights("onnx-cpu")["w"], normal(50, 32))
+    assert max(reads) <= 7
+    assert sum(reads) == 50
+
+
+def test_weights_are_not_copied_when_loaded(tmp_path: Path) -> None:
+    """Private memory of the process grows by less than half of a 32 MB weight when it is loaded and used."""
+
+    def private_bytes() -> int:
+        rows = Path("/proc/self/status").read_text().splitlines()
+        return next(int(r.split()[1]) * 1024 for r in rows if r.startswith("RssAnon:"))
+
+    graph = function({"x": f32(T, 2048)}, lambda g, x: nn.Linear(x, weight(g, "w", normal(4096, 2048)), None))
+    artifact = build(graph, tmp_path)
+    del graph
+    gc.collect()  # graphs are cyclic, and this one holds the weight
+    executor = OnnxExecutor(
+        build(function({"x": f32(T)}, lambda g, x: math.Neg(x)), tmp_path / "warm"), threads=1
+    )
+    before = private_bytes()
+    executor = OnnxExecutor(artifact, threads=1)
+    executor.run({"x": normal(1, 2048)})
+    assert private_bytes() - before < 16 << 20
+
+
+def test_a_model_that_onnxruntime_cannot_read_is_refused(tmp_path: Path) -> None:
+    artifact = build(step_graph(Heads()), tmp_path, kind="causal_lm")
+    artifact.path("targets/onnx-cpu/model.onnx").write_bytes(b"no model")
+    with pytest.raises(ArtifactError, match=r"model\.onnx: onnxruntime .* cannot load it"):
+        OnnxExecutor(artifact)
+
+
+def test_options_are_declared() -> None:
+    assert OnnxCpu().options() == {"accuracy_level": 4, "pack": False}
