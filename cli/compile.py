@@ -35,14 +35,16 @@ context_option = click.option(
 
 @click.command("compile", short_help="Compile a model into an artifact.")
 @click.argument("model")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The artifact: OUT.llmc")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, help="The artifact, OUT.llmc."
+)
 @target_option
 @quant_option
 @context_option
 @click.option(
     "--kv-dtype",
     type=click.Choice(["float32", "float16"]),
-    help="Element type of the cache.  [default: the target's]",
+    help="Element type of the cache.  [default: float32 with --quant none, else float16]",
 )
 @click.option(
     "--pass",

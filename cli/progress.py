@@ -7,6 +7,8 @@ import time
 from types import TracebackType
 from typing import Any
 
+_LINE_SECONDS = 0.5  # between two lines where stderr is no terminal: logs want phases, not every pass
+
 
 class Progress:
     """Call it with (what is being done, share of the work that is done, 0 to 1); use it as a context manager.
@@ -19,6 +21,7 @@ class Progress:
         self._task: Any = None
         self._phase = ""
         self._began = time.perf_counter()
+        self._printed = 0.0
 
     def __enter__(self) -> Progress:
         if sys.stderr.isatty():
@@ -43,6 +46,7 @@ class Progress:
             if self._task is None:
                 self._task = self._bar.add_task(phase, total=1.0)
             self._bar.update(self._task, description=phase, completed=share)
-        elif phase != self._phase:
-            print(f"[{time.perf_counter() - self._began:6.1f} s] {phase}", file=sys.stderr, flush=True)
+        elif phase != self._phase and time.perf_counter() - self._printed > _LINE_SECONDS:
+            self._printed = time.perf_counter()
+            print(f"[{self._printed - self._began:6.1f} s] {phase}", file=sys.stderr, flush=True)
         self._phase = phase

@@ -51,7 +51,7 @@ def _option(option: click.Option) -> str:
     names = ", ".join(f"`{name}`" for name in [*option.opts, *option.secondary_opts])
     if not option.is_flag:
         values = option.type.choices if isinstance(option.type, click.Choice) else None
-        kind = "|".join(map(str, values)) if values else option.metavar or option.type.name.upper()
+        kind = "|".join(map(str, values)) if values else option.metavar or option.type.name.upper().split()[0]
         names += f" `{kind}`".replace("|", "\\|")
     text = " ".join((option.help or "").split()).replace("|", "\\|")
     if option.show_default is True and not option.is_flag:
