@@ -18,6 +18,9 @@ class Decoder(Protocol):
     @property
     def byte_ids(self) -> frozenset[int]: ...
 
+    @property
+    def special_ids(self) -> frozenset[int]: ...
+
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
 
 
@@ -38,13 +41,14 @@ class StreamDecoder:
         self._done = 0  # tokens whose text is out
         self._shown = ""  # text of the window that is out
         self._length = 0  # characters given out
+        self._in_bytes = False  # the last token that is not left out is a single byte
 
     def fork(self) -> StreamDecoder:
         """A copy that goes on by itself."""
         other = StreamDecoder(self._tokenizer, skip_special_tokens=self._skip)
         other._ids = list(self._ids)
         other._window, other._done, other._shown = self._window, self._done, self._shown
-        other._length = self._length
+        other._length, other._in_bytes = self._length, self._in_bytes
         return other
 
     def _decode(self, start: int, stop: int | None = None) -> str:
@@ -53,7 +57,9 @@ class StreamDecoder:
     def push(self, token_id: int) -> str:
         """Add a token; returns the text that is certain now, which may be empty."""
         self._ids.append(token_id)
-        if token_id in self._tokenizer.byte_ids:
+        if not (self._skip and token_id in self._tokenizer.special_ids):
+            self._in_bytes = token_id in self._tokenizer.byte_ids
+        if self._in_bytes:
             return ""
         text = self._decode(self._window)
         if len(text) <= len(self._shown) or text.endswith(_REPLACEMENT):

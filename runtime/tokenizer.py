@@ -50,6 +50,16 @@ class Tokenizer:
         """The vocabulary's entry of an id; None where there is none."""
         return self._inner.id_to_token(token_id)
 
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        added = self._inner.get_added_tokens_decoder()
+        return frozenset(token_id for token_id, token in added.items() if token.special)
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that `skip_special_tokens` leaves out."""
+        return self._special_ids
+
     @property
     def byte_ids(self) -> frozenset[int]:
         """Ids of single bytes (`<0xE2>`) where the decoder joins runs of them; empty for other tokenizers."""
