@@ -1,10 +1,11 @@
 """TIR kernels of the `tvm-cpu` target.
 
-A kernel is made by a function `make_NAME(*, static parameters, isa)` and is a `PrimFunc` in destination-passing
-style: inputs in the order below, then the outputs (call it by `relax.call_tir(gv, inputs, out_type)`). T, R, B, P
-and N (tokens, wanted rows, sequences, block-table width, pages) are symbolic. Activations are float32; `isa` is the
-name of a level. Every row of a result is computed in an order that depends on nothing but the row's own operands:
-not on T, not on the row's place in the batch, not on how a prompt is cut into chunks.
+A kernel is made by a function `make_NAME(*, static parameters, isa)` and is a `PrimFunc` in
+destination-passing style: inputs in the order below, then the outputs (call it by `relax.call_tir(gv, inputs,
+out_type)`). T, R, B, P and N (tokens, wanted rows, sequences, block-table width, pages) are symbolic.
+Activations are float32; `isa` is the name of a level. Every row of a result is computed in an order that
+depends on nothing but the row's own operands: not on T, not on the row's place in the batch, not on how a
+prompt is cut into chunks.
 
 Shapes of weights come from `layout`: `packed_shape(n, k)` and `QuantLayout(n, k, bits, group_size)`, here L.
 
@@ -27,22 +28,56 @@ Shapes of weights come from `layout`: `packed_shape(n, k)` and `QuantLayout(n, k
         x, cos [T, rotary_dim], sin [T, rotary_dim] → out [T, heads, head_dim]
     make_gated_mlp(width, activation)
         gate_up [T, 2 · width] → out [T, width]
+    make_activation(width, activation)
+        x [T, width] → out [T, width]
     make_append_kv(kv_heads, head_dim, kv_dtype, k_source, v_source)
         k, v, slot_mapping int32 [T], pages [2, N, kv_heads, 16, head_dim], which are written in place
     make_paged_attention(heads, kv_heads, head_dim, kv_dtype, scale, causal, window, softcap, sinks)
-        q [T, heads, head_dim], pages, query_start int32 [B+1], context_len int32 [B], block_table int32 [B, P],
-        (sinks [heads]) → out [T, heads, head_dim]
+        q [T, heads, head_dim], pages, query_start int32 [B+1], context_len int32 [B], block_table int32 [B,
+        P], (sinks [heads]) → out [T, heads, head_dim]
     make_gather_last(width)
         x [T, width], index int32 [R] → out [R, width]
 
 `source` (also `k_source`, `v_source`) is None for an operand of its own, [T, heads, head_dim], or
 `(row_width, offset)` for one that stands in columns [offset, offset + heads · head_dim) of a wider result
-[T, row_width], as q, k and v do in the merged projection: no slice is copied. In `make_rms_norm`, heads = 0 means
-x [T, width] → out [T, width]; heads > 0 normalises each head: x [T, heads, width] or a source → [T, heads, width].
+[T, row_width], as q, k and v do in the merged projection: no slice is copied. In `make_rms_norm`, heads = 0
+means x [T, width] → out [T, width]; heads > 0 normalises each head: x [T, heads, width] or a source → [T,
+heads, width].
 
-The physical order inside a page is pages[0, page, head] = keys as [head_dim, 16 tokens] and pages[1, page, head] =
-values as [16 tokens, head_dim]; `KV_LAYOUT` names it for the manifest. To copy a page is pages[:, dst] = pages[:, src].
+The physical order inside a page is pages[0, page, head] = keys as [head_dim, 16 tokens] and pages[1, page,
+head] = values as [16 tokens, head_dim]; `KV_LAYOUT` names it for the manifest. To copy a page is pages[:,
+dst] = pages[:, src].
 """
+
+from __future__ import annotations
+
+from typing import Any
 
 KV_LAYOUT = "2,pages,heads,k:dim.token,v:token.dim"
 PAGE_SIZE = 16
+
+# Maker → module. Resolved on first use: `isa` and `layout` are needed where TVM must not be imported (in the
+# process that packs weights, whose memory is counted).
+_MAKERS = {
+    "make_activation": "elementwise",
+    "make_append_kv": "cache",
+    "make_embedding": "gather",
+    "make_gated_mlp": "elementwise",
+    "make_gather_last": "gather",
+    "make_layer_norm": "norms",
+    "make_linear": "linear",
+    "make_paged_attention": "attention",
+    "make_quantize_activation": "activation",
+    "make_quantized_embedding": "gather",
+    "make_quantized_linear": "quantized",
+    "make_rms_norm": "norms",
+    "make_rope": "elementwise",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MAKERS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_MAKERS[name]}", __name__), name)

@@ -90,8 +90,23 @@ def put1(buffer: Buffer, value: Expr, *index: Expr) -> None:
 
 
 def let(value: Expr) -> Expr:
-    """Compute once, use often: an expression in TIR is computed anew wherever it stands."""
-    return T.bind(value)
+    """Compute once, use often: an expression in TIR is computed anew wherever it stands.
+
+    A vector or a float is stored in a buffer, which becomes a register: TIR's own binding is substituted again where
+    the value has no side effect, and a polynomial of a polynomial grows exponentially. Integers are bound, so that
+    TIR still sees through indices and sizes.
+    """
+    kind = str(value.ty)
+    if kind in ("int32", "bool", "uint8", "uint16"):
+        return T.bind(value)
+    dtype, _, lanes = kind.partition("x")
+    count = int(lanes or 1)
+    held = T.alloc_buffer((count,), dtype)
+    if count == 1:
+        put1(held, value, 0)
+        return held[0]
+    put(held, value, 0, lanes=count)
+    return vec(held, 0, lanes=count)
 
 
 def splat(value: Expr, lanes: int = LANES) -> Expr:
@@ -201,3 +216,29 @@ def for_each_row(rows: Expr, cost: int, body: Callable[[Any], None]) -> None:
             body(i)
         with T.Else(), T.parallel(0, rows) as i:
             body(i)
+
+
+def for_each_vector(width: int, body: Callable[[Any], None]) -> None:
+    """`body(start)` for vectors that cover 0 … width-1 of elementwise work whose result is not its operand.
+
+    The last vector starts at width - 16 and computes some elements again. width must be at least 16.
+    """
+    with T.serial(0, width // LANES) as i:
+        body(i * LANES)
+    if width % LANES:
+        body(T.int32(width - LANES))
+
+
+def padded(width: int, read: Callable[[Any], Any]) -> Expr:
+    """A vector of `width` < 16 elements read one by one, and zeros."""
+    held = register(f32s(0))
+    with T.serial(0, width) as i:
+        put1(held, read(i), i)
+    return let(vec(held, 0))
+
+
+def put_part(buffer: Buffer, value: Expr, width: int, *index: Expr) -> None:
+    """Store the first `width` < 16 lanes."""
+    held = register(value)
+    with T.serial(0, width) as i:
+        put1(buffer, held[i], *index[:-1], index[-1] + i)

@@ -1,0 +1,197 @@
+"""`rms_norm` and `layer_norm`: float32, sums in 16 lanes over the row in order, then across the lanes in a fixed tree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from tvm.script.ir_builder import tirx as T
+
+from .builder import (
+    LANES,
+    Buffer,
+    Expr,
+    Kernel,
+    f32s,
+    fma,
+    fma1,
+    for_each_row,
+    for_each_vector,
+    lane_sum,
+    let,
+    padded,
+    put,
+    put1,
+    put_part,
+    register,
+    scalar,
+    splat,
+    vec,
+)
+
+Source = tuple[int, int] | None
+"""(row_width, offset) of an operand in a wider result, or None."""
+
+
+def head_argument(kernel: Kernel, name: str, heads: int, width: int, source: Source) -> Buffer:
+    """The parameter for [T, heads, width], of its own or inside a wider result."""
+    tokens = kernel.symbol("T")
+    shape = (tokens, heads, width) if source is None else (tokens, source[0])
+    return kernel.argument(name, shape, "float32")
+
+
+def head_index(row: Expr, head: Expr, width: int, source: Source) -> Callable[[Expr], tuple[Expr, ...]]:
+    """Index of element i of a head in the parameter made by `head_argument`."""
+    if source is None:
+        return lambda i: (row, head, i)
+    return lambda i: (row, source[1] + head * width + i)
+
+
+def _sum(width: int, x: Buffer, index: Callable[[Expr], tuple[Expr, ...]], minus: Expr | None) -> Expr:
+    """Σ (x - minus)², or Σ x where `minus` is None."""
+    total = register(f32s(0))
+
+    def add(i: Expr) -> None:
+        v = vec(x, *index(i))
+        if minus is None:
+            put(total, vec(total, 0) + v, 0)
+        else:
+            d = let(v - splat(minus))
+            put(total, fma(d, d, vec(total, 0)), 0)
+
+    with T.serial(0, width // LANES) as c:
+        add(c * LANES)
+    result = scalar(lane_sum(vec(total, 0)))
+    with T.serial(width // LANES * LANES, width) as i:
+        if minus is None:
+            put1(result, result[0] + x[index(i)], 0)
+        else:
+            d = let(x[index(i)] - minus)
+            put1(result, fma1(d, d, result[0]), 0)
+    return let(result[0])
+
+
+def _scaled(
+    width: int,
+    read: Callable[[Expr, bool], Expr],
+    weight: Buffer | None,
+    bias: Buffer | None,
+    write: tuple[Buffer, Callable[[Expr], tuple[Expr, ...]]],
+) -> None:
+    """out = read · weight + bias over a row. `read(i, whole)` gives 16 elements from i, or one."""
+    out, index = write
+
+    def finish(v: Expr, w: Expr | None, b: Expr | None) -> Expr:
+        if w is None:
+            return v if b is None else v + b
+        return v * w if b is None else fma(v, w, b)
+
+    if width >= LANES:
+
+        def body(i: Expr) -> None:
+            w = None if weight is None else vec(weight, i)
+            b = None if bias is None else vec(bias, i)
+            put(out, finish(read(i, True), w, b), *index(i))
+
+        for_each_vector(width, body)
+        return
+    w = None if weight is None else padded(width, lambda i: weight[i])
+    b = None if bias is None else padded(width, lambda i: bias[i])
+    put_part(out, finish(padded(width, lambda i: read(i, False)), w, b), width, *index(T.int32(0)))
+
+
+def _inverse_root(total: Expr, width: int, eps: float) -> Expr:
+    return let(T.float32(1) / T.sqrt(total / T.float32(width) + T.float32(eps)))
+
+
+def make_rms_norm(
+    *, width: int, eps: float, weight: bool = True, heads: int = 0, source: Source = None, isa: str
+) -> Any:
+    """out = x / √(mean(x²) + eps) · weight over the last axis.
+
+    heads = 0: x float32 [T, width] → out float32 [T, width]. heads > 0: each head by itself, x float32
+    [T, heads, width] or, with source = (row_width, offset), columns of [T, row_width] → out [T, heads, width].
+    weight float32 [width].
+    """
+    kernel = Kernel("rms_norm", isa)
+    with kernel:
+        tokens = kernel.symbol("T")
+        if heads:
+            x = head_argument(kernel, "x", heads, width, source)
+        else:
+            x = kernel.argument("x", (tokens, width), "float32")
+        w = kernel.argument("weight", (width,), "float32") if weight else None
+        shape = (tokens, heads, width) if heads else (tokens, width)
+        out = kernel.argument("out", shape, "float32")
+
+        def normalise(
+            read_at: Callable[[Expr], tuple[Expr, ...]], write_at: Callable[[Expr], tuple[Expr, ...]]
+        ) -> None:
+            root = _inverse_root(_sum(width, x, read_at, T.float32(0)), width, eps)
+
+            def read(i: Expr, whole: bool) -> Expr:
+                return vec(x, *read_at(i)) * splat(root) if whole else x[read_at(i)] * root
+
+            _scaled(width, read, w, None, (out, write_at))
+
+        def row(t: Expr) -> None:
+            if not heads:
+                normalise(lambda i: (t, i), lambda i: (t, i))
+                return
+            with T.serial(0, heads) as h:
+                normalise(head_index(t, h, width, source), lambda i: (t, h, i))
+
+        with kernel.body():
+            for_each_row(tokens, max(1, heads) * width, row)
+    return kernel.function
+
+
+def reference_rms_norm(x: np.ndarray, weight: np.ndarray | None, eps: float) -> np.ndarray:
+    """Over the last axis, float64."""
+    x = x.astype(np.float64)
+    y = x / np.sqrt((x * x).mean(-1, keepdims=True) + eps)
+    return y if weight is None else y * weight
+
+
+def make_layer_norm(*, width: int, eps: float, weight: bool = True, bias: bool = True, isa: str) -> Any:
+    """out = (x - mean) / √(variance + eps) · weight + bias over the last axis; the variance in a second pass.
+
+    x float32 [T, width], weight and bias float32 [width], out float32 [T, width].
+    """
+    kernel = Kernel("layer_norm", isa)
+    with kernel:
+        tokens = kernel.symbol("T")
+        x = kernel.argument("x", (tokens, width), "float32")
+        w = kernel.argument("weight", (width,), "float32") if weight else None
+        b = kernel.argument("bias", (width,), "float32") if bias else None
+        out = kernel.argument("out", (tokens, width), "float32")
+
+        def row(t: Expr) -> None:
+            def at(i: Expr) -> tuple[Expr, ...]:
+                return (t, i)
+
+            mean = let(_sum(width, x, at, None) / T.float32(width))
+            root = _inverse_root(_sum(width, x, at, mean), width, eps)
+
+            def read(i: Expr, whole: bool) -> Expr:
+                if whole:
+                    return (vec(x, t, i) - splat(mean)) * splat(root)
+                return (x[t, i] - mean) * root
+
+            _scaled(width, read, w, b, (out, at))
+
+        with kernel.body():
+            for_each_row(tokens, 2 * width, row)
+    return kernel.function
+
+
+def reference_layer_norm(
+    x: np.ndarray, weight: np.ndarray | None, bias: np.ndarray | None, eps: float
+) -> np.ndarray:
+    """Over the last axis, float64."""
+    x = x.astype(np.float64)
+    d = x - x.mean(-1, keepdims=True)
+    y = d / np.sqrt((d * d).mean(-1, keepdims=True) + eps)
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
