@@ -29,13 +29,18 @@ if TYPE_CHECKING:
     import torch
 
 PAGE_SIZE = 16
-IMPORTS_BYTES = 450 << 20  # resident memory of torch, transformers and TVM before a model is opened, measured on Linux
+IMPORTS_BYTES = (
+    450 << 20
+)  # resident memory of torch, transformers and TVM before a model is opened, measured on Linux
 CHUNK_BYTES = 96 << 20  # rows in flight while weights are quantized and packed
 
 
 @dataclass
 class CompileReport:
-    """What a compilation made. `weight_bytes` is the first target's weight file; `bits_per_weight` spreads it over the model's weights."""
+    """What a compilation made.
+
+    `weight_bytes` is the first target's weight file; `bits_per_weight` spreads it over the model's weights.
+    """
 
     artifact: Artifact
     weight_bytes: int
@@ -60,18 +65,28 @@ class Plan:
         chosen = tuple(get_target(t) for t in targets)
         names = [t.name for t in chosen]
         if len(set(names)) != len(names):
-            raise InputError(f"target {max(names, key=names.count)} was given twice", remedy="join its options in one --target")
+            raise InputError(
+                f"target {max(names, key=names.count)} was given twice",
+                remedy="join its options in one --target",
+            )
         if kv_dtype not in (None, "float32", "float16"):
-            raise InputError(f"kv_dtype {kv_dtype!r} is no element type of the cache", remedy="float32 or float16")
-        # A model in float32 keeps its cache in float32; a quantized one has given up more than float16 rounds away.
+            raise InputError(
+                f"kv_dtype {kv_dtype!r} is no element type of the cache", remedy="float32 or float16"
+            )
+        # A model in float32 keeps its cache in float32; a quantized one has given up more than float16 rounds
+        # away.
         cache = kv_dtype or ("float32" if quant == "none" else "float16")
-        return Plan(chosen, quant, tuple(quantization_passes(quant)), tuple(make_pass(p) for p in passes), cache)
+        return Plan(
+            chosen, quant, tuple(quantization_passes(quant)), tuple(make_pass(p) for p in passes), cache
+        )
 
 
 def _context(source: ModelSource, asked: int | None) -> int | None:
     limit = context_length(source.config)
     if asked is not None and limit is not None and asked > limit:
-        raise InputError(f"--context {asked}: {source.name} was made for {limit} tokens", remedy=f"ask for at most {limit}")
+        raise InputError(
+            f"--context {asked}: {source.name} was made for {limit} tokens", remedy=f"ask for at most {limit}"
+        )
     return asked or limit
 
 
@@ -79,19 +94,31 @@ def trace(source: ModelSource, example_inputs: Mapping[str, torch.Tensor] | None
     """The traced graph of whatever was opened."""
     if source.task == "function" or example_inputs is not None:
         if source.module is None or example_inputs is None:
-            raise InputError(f"{source.name} is no language model", remedy="give example_inputs (argument name → tensor)")
+            raise InputError(
+                f"{source.name} is no language model", remedy="give example_inputs (argument name → tensor)"
+            )
         return trace_module(source.module, example_inputs, name=source.name)
     return trace_source(source)
 
 
-def lower(graph: Graph, plan: Plan, context: PassContext, dump_ir: Path | None = None) -> tuple[Graph, list[PassRecord], int]:
-    """Run the pipeline; the final graph, records, and the number of weights in linear layers and embeddings before quantization."""
-    weights = {id(op.weight.weight): op.weight.weight for op in graph if isinstance(op, (Linear, Embedding)) and op.weight.weight is not None}
+def lower(
+    graph: Graph, plan: Plan, context: PassContext, dump_ir: Path | None = None
+) -> tuple[Graph, list[PassRecord], int]:
+    """Run the pipeline; the final graph, records, and the number of weights in linear layers and embeddings
+    before quantization.
+    """
+    weights = {
+        id(op.weight.weight): op.weight.weight
+        for op in graph
+        if isinstance(op, (Linear, Embedding)) and op.weight.weight is not None
+    }
     elements = sum(num_elements(w) for w in weights.values())
     if graph.facts["kind"] == "function":
         passes = function(list(plan.quantize), extra=list(plan.extra))
     else:
-        passes = language_model(list(plan.quantize), page_size=PAGE_SIZE, kv_dtype=plan.kv_dtype, extra=list(plan.extra))
+        passes = language_model(
+            list(plan.quantize), page_size=PAGE_SIZE, kv_dtype=plan.kv_dtype, extra=list(plan.extra)
+        )
     graph, records = run_passes(graph, passes, context, dump_ir)
     return graph, records, elements
 
@@ -117,8 +144,15 @@ def _model_facts(source: ModelSource, graph: Graph, context: int | None) -> dict
     }
 
 
-def _command(source: ModelSource, targets: Sequence[str], quant: str, context: int | None, kv_dtype: str | None, passes: Sequence[str]) -> list[str]:
-    """The command without the output path and without folders, so that the same inputs give the same bytes."""
+def _command(
+    source: ModelSource,
+    targets: Sequence[str],
+    quant: str,
+    context: int | None,
+    kv_dtype: str | None,
+    passes: Sequence[str],
+) -> list[str]:
+    """The command without output path and folders, so that the same inputs give the same bytes."""
     model = source.path.name if source.path is not None else source.name
     command = ["llmc", "compile", model]
     for t in targets:
@@ -136,7 +170,10 @@ def _manifest(source: ModelSource, graph: Graph, plan: Plan, context: int | None
         "kind": graph.facts["kind"],
         "model": _model_facts(source, graph, context),
         "inputs": [{"name": v.name, "dtype": v.dtype, "shape": _shape_text(v.shape)} for v in graph.inputs],
-        "outputs": [{"name": n, "dtype": v.dtype, "shape": _shape_text(v.shape)} for n, v in zip(graph.output_names, graph.outputs, strict=True)],
+        "outputs": [
+            {"name": n, "dtype": v.dtype, "shape": _shape_text(v.shape)}
+            for n, v in zip(graph.output_names, graph.outputs, strict=True)
+        ],
     }
     if graph.facts["kind"] != "function":
         manifest |= {"page_size": PAGE_SIZE, "kv_dtype": plan.kv_dtype}
@@ -148,19 +185,36 @@ def _write_tokenizer(source: ModelSource, writer: ArtifactWriter) -> dict[str, A
     if facts is None:
         return None
     return {
-        "path": facts.path, "chat_template": facts.chat_template, "kind": facts.kind, "special_tokens": facts.special_tokens,
-        "special_token_ids": facts.special_token_ids, "adds_bos": facts.adds_bos, "adds_eos": facts.adds_eos,
-        "checked_strings": facts.checked_strings, "refused_shapes": facts.refused_shapes,
+        "path": facts.path,
+        "chat_template": facts.chat_template,
+        "kind": facts.kind,
+        "special_tokens": facts.special_tokens,
+        "special_token_ids": facts.special_token_ids,
+        "adds_bos": facts.adds_bos,
+        "adds_eos": facts.adds_eos,
+        "checked_strings": facts.checked_strings,
+        "refused_shapes": facts.refused_shapes,
     }
 
 
-def compile_model(model: str | os.PathLike[str] | torch.nn.Module, output: str | os.PathLike[str], *, targets: Sequence[str] = ("tvm-cpu",),
-                  quant: str = "none", context: int | None = None, kv_dtype: str | None = None, passes: Sequence[str] = (),
-                  dump_ir: str | os.PathLike[str] | None = None, example_inputs: Mapping[str, torch.Tensor] | None = None,
-                  progress: Progress = no_progress) -> CompileReport:
-    """Compile a model into the artifact folder `output`. Arguments as in `llmc.compile`; `passes` are further ones by name, run on the fused graph.
+def compile_model(
+    model: str | os.PathLike[str] | torch.nn.Module,
+    output: str | os.PathLike[str],
+    *,
+    targets: Sequence[str] = ("tvm-cpu",),
+    quant: str = "none",
+    context: int | None = None,
+    kv_dtype: str | None = None,
+    passes: Sequence[str] = (),
+    dump_ir: str | os.PathLike[str] | None = None,
+    example_inputs: Mapping[str, torch.Tensor] | None = None,
+    progress: Progress = no_progress,
+) -> CompileReport:
+    """Compile a model into the artifact folder `output`. Arguments as in `llmc.compile`; `passes` are further
+    ones by name, run on the fused graph.
 
-    Nothing stands under the name `output` before everything is written; an artifact that was there stays until then.
+    Nothing stands under the name `output` before everything is written; an artifact that was there stays
+    until then.
     """
     plan = Plan.make(targets, quant, kv_dtype, passes)
     progress("open", 0.0)
@@ -169,7 +223,12 @@ def compile_model(model: str | os.PathLike[str] | torch.nn.Module, output: str |
     progress("trace", 0.02)
     graph = trace(source, example_inputs)
     share = _Share(progress)
-    graph, records, elements = lower(graph, plan, PassContext(share.between(0.10, 0.20), length), Path(dump_ir) if dump_ir is not None else None)
+    graph, records, elements = lower(
+        graph,
+        plan,
+        PassContext(share.between(0.10, 0.20), length),
+        Path(dump_ir) if dump_ir is not None else None,
+    )
     with ArtifactWriter(output) as writer:
         manifest = _manifest(source, graph, plan, length)
         if graph.facts["kind"] != "function":
@@ -179,13 +238,20 @@ def compile_model(model: str | os.PathLike[str] | torch.nn.Module, output: str |
         entries: dict[str, Any] = {}
         for i, target in enumerate(plan.targets):
             step = 0.75 / len(plan.targets)
-            entries[target.name] = target.compile(graph, writer, progress=share.between(0.22 + i * step, 0.22 + (i + 1) * step))
+            entries[target.name] = target.compile(
+                graph, writer, progress=share.between(0.22 + i * step, 0.22 + (i + 1) * step)
+            )
         progress("write", 0.98)
         weight_bytes = _weight_bytes(writer, entries)
         bits = 8 * weight_bytes / elements if elements else 0.0
         manifest |= {
             "targets": entries,
-            "quantization": {"scheme": quant, "bits_per_weight": round(bits, 4), "weight_bytes": weight_bytes, "source": source.quantization_of_source},
+            "quantization": {
+                "scheme": quant,
+                "bits_per_weight": round(bits, 4),
+                "weight_bytes": weight_bytes,
+                "source": source.quantization_of_source,
+            },
             "command": _command(source, targets, quant, context, kv_dtype, passes),
         }
         artifact = writer.finish(manifest)
@@ -215,7 +281,9 @@ class _Share:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What compiling would give, from headers and configuration alone; sizes in bytes, `notes` are the passes'."""
+    """What compiling would give, from headers and configuration alone; sizes in bytes, `notes` are the
+    passes'.
+    """
 
     facts: dict[str, Any]
     ops: int
@@ -225,8 +293,17 @@ class CheckReport:
     notes: tuple[str, ...]
 
 
-def check_model(model: str | os.PathLike[str], *, targets: Sequence[str] = ("tvm-cpu",), quant: str = "none", context: int | None = None) -> CheckReport:
-    """Trace and lower a model without its weights; predict sizes. Raises what `compile_model` would raise first."""
+def check_model(
+    model: str | os.PathLike[str],
+    *,
+    targets: Sequence[str] = ("tvm-cpu",),
+    quant: str = "none",
+    context: int | None = None,
+) -> CheckReport:
+    """Trace and lower a model without its weights; predict sizes.
+
+    Raises what `compile_model` would raise first.
+    """
     plan = Plan.make(targets, quant, None, ())
     source = open_source(model, config_only=not str(model).endswith(".gguf"))
     length = _context(source, context)
@@ -237,8 +314,19 @@ def check_model(model: str | os.PathLike[str], *, targets: Sequence[str] = ("tvm
     for value in graph.weights.values():
         assert value.weight is not None
         quantized = value.type.quant
-        total += num_elements(value.weight) * quantized.bits // 8 if quantized is not None else num_bytes(value.weight)
+        total += (
+            num_elements(value.weight) * quantized.bits // 8
+            if quantized is not None
+            else num_bytes(value.weight)
+        )
         largest = max(largest, num_bytes(value.weight))
     peak = IMPORTS_BYTES + source.bytes_on_disk + min(largest, CHUNK_BYTES)
     notes = tuple(dict.fromkeys(n for r in records for n in r.notes))
-    return CheckReport({**describe(source), "context": length}, len(graph.ops), attentions or len(graph.facts.get("kv", [])), total, peak, notes)
+    return CheckReport(
+        {**describe(source), "context": length},
+        len(graph.ops),
+        attentions or len(graph.facts.get("kv", [])),
+        total,
+        peak,
+        notes,
+    )

@@ -1,7 +1,9 @@
-"""The table ATen operator → IR ops. A model family works because its operators stand here; nothing knows a family.
+"""The table ATen operator → IR ops. A model family works because its operators stand here; nothing knows a
+family.
 
-Each entry takes the `Importer` and the node's arguments (IR values, numbers, dimensions, lists) and returns an IR value, a tuple of them for
-operators with several results, or None for operators that only assert. To add an operator, add a function with `@aten("name.overload")`.
+Each entry takes the `Importer` and the node's arguments (IR values, numbers, dimensions, lists) and returns
+an IR value, a tuple of them for operators with several results, or None for operators that only assert. To
+add an operator, add a function with `@aten("name.overload")`.
 """
 
 from __future__ import annotations
@@ -32,16 +34,46 @@ def aten(*names: str) -> Callable[[Handler], Handler]:
     return register
 
 
-# -- elementwise ---------------------------------------------------------------------------------------------------------
+# -- elementwise
 _UNARY: dict[str, type[Op]] = {
-    "neg": m.Neg, "exp": m.Exp, "log": m.Log, "sqrt": m.Sqrt, "rsqrt": m.Rsqrt, "reciprocal": m.Reciprocal, "tanh": m.Tanh, "sin": m.Sin,
-    "cos": m.Cos, "erf": m.Erf, "sigmoid": m.Sigmoid, "relu": m.Relu, "abs": m.Abs, "floor": m.Floor, "silu": m.Silu,
-    "logical_not": m.LogicalNot, "bitwise_not": m.LogicalNot,
+    "neg": m.Neg,
+    "exp": m.Exp,
+    "log": m.Log,
+    "sqrt": m.Sqrt,
+    "rsqrt": m.Rsqrt,
+    "reciprocal": m.Reciprocal,
+    "tanh": m.Tanh,
+    "sin": m.Sin,
+    "cos": m.Cos,
+    "erf": m.Erf,
+    "sigmoid": m.Sigmoid,
+    "relu": m.Relu,
+    "abs": m.Abs,
+    "floor": m.Floor,
+    "silu": m.Silu,
+    "logical_not": m.LogicalNot,
+    "bitwise_not": m.LogicalNot,
 }
 _BINARY: dict[str, type[Op]] = {
-    "add": m.Add, "sub": m.Sub, "mul": m.Mul, "pow": m.Pow, "maximum": m.Maximum, "minimum": m.Minimum, "remainder": m.Remainder,
-    "floor_divide": m.FloorDivide, "lt": m.Less, "le": m.LessEqual, "gt": m.Greater, "ge": m.GreaterEqual, "eq": m.Equal, "ne": m.NotEqual,
-    "__and__": m.LogicalAnd, "__or__": m.LogicalOr, "bitwise_and": m.LogicalAnd, "bitwise_or": m.LogicalOr, "logical_and": m.LogicalAnd,
+    "add": m.Add,
+    "sub": m.Sub,
+    "mul": m.Mul,
+    "pow": m.Pow,
+    "maximum": m.Maximum,
+    "minimum": m.Minimum,
+    "remainder": m.Remainder,
+    "floor_divide": m.FloorDivide,
+    "lt": m.Less,
+    "le": m.LessEqual,
+    "gt": m.Greater,
+    "ge": m.GreaterEqual,
+    "eq": m.Equal,
+    "ne": m.NotEqual,
+    "__and__": m.LogicalAnd,
+    "__or__": m.LogicalOr,
+    "bitwise_and": m.LogicalAnd,
+    "bitwise_or": m.LogicalOr,
+    "logical_and": m.LogicalAnd,
     "logical_or": m.LogicalOr,
 }
 
@@ -122,7 +154,15 @@ def _to(c: Importer, x: Value, *_: Any, **__: Any) -> Value:
     return c.cast(x, c.result_dtype())
 
 
-@aten("contiguous.default", "clone.default", "alias.default", "detach.default", "detach_.default", "lift_fresh_copy.default", "positive.default")
+@aten(
+    "contiguous.default",
+    "clone.default",
+    "alias.default",
+    "detach.default",
+    "detach_.default",
+    "lift_fresh_copy.default",
+    "positive.default",
+)
 def _same(c: Importer, x: Value, **_: Any) -> Value:
     return x
 
@@ -134,13 +174,19 @@ def _dropout(c: Importer, x: Value, p: float = 0.0, train: bool = False) -> Valu
     return x
 
 
-@aten("_assert_tensor_metadata.default", "_assert_scalar.default", "_assert_async.msg", "sym_constrain_range.default",
-      "sym_constrain_range_for_size.default", "_assert_async.default")
+@aten(
+    "_assert_tensor_metadata.default",
+    "_assert_scalar.default",
+    "_assert_async.msg",
+    "sym_constrain_range.default",
+    "sym_constrain_range_for_size.default",
+    "_assert_async.default",
+)
 def _nothing(c: Importer, *_: Any, **__: Any) -> None:
     return None
 
 
-# -- matrices and reductions -----------------------------------------------------------------------------------------------
+# -- matrices and reductions
 @aten("matmul.default", "bmm.default", "mm.default")
 def _matmul(c: Importer, a: Value, b: Value) -> Value:
     if a.type.rank == 1 or b.type.rank == 1:
@@ -188,28 +234,48 @@ def _cumsum(c: Importer, x: Value, dim: int, dtype: Any = None) -> Value:
 
 
 @aten("diff.default")
-def _diff(c: Importer, x: Value, n: int = 1, dim: int = -1, prepend: Value | None = None, append: Value | None = None) -> Value:
+def _diff(
+    c: Importer,
+    x: Value,
+    n: int = 1,
+    dim: int = -1,
+    prepend: Value | None = None,
+    append: Value | None = None,
+) -> Value:
     if n != 1 or c.axis(dim, x) != -1 or prepend is None or append is not None:
         raise c.unsupported("diff other than first order along the last axis with a value before")
     return c.emit(m.Diff(x, prepend))
 
 
-# -- layers ----------------------------------------------------------------------------------------------------------------
+# -- layers
 @aten("embedding.default")
 def _embedding(c: Importer, weight: Value, ids: Value, *_: Any) -> Value:
     return c.emit(nn.Embedding(ids, weight))
 
 
 @aten("layer_norm.default", "native_layer_norm.default")
-def _layer_norm(c: Importer, x: Value, normalized_shape: Sequence[int], weight: Value | None = None, bias: Value | None = None,
-                eps: float = 1e-5, *_: Any) -> Value:
+def _layer_norm(
+    c: Importer,
+    x: Value,
+    normalized_shape: Sequence[int],
+    weight: Value | None = None,
+    bias: Value | None = None,
+    eps: float = 1e-5,
+    *_: Any,
+) -> Value:
     if len(normalized_shape) != 1:
         raise c.unsupported("layer_norm over several axes")
     return c.emit(nn.LayerNorm(x, weight, bias, eps=eps))
 
 
 @aten("rms_norm.default")
-def _rms_norm(c: Importer, x: Value, normalized_shape: Sequence[int], weight: Value | None = None, eps: float | None = None) -> Value:
+def _rms_norm(
+    c: Importer,
+    x: Value,
+    normalized_shape: Sequence[int],
+    weight: Value | None = None,
+    eps: float | None = None,
+) -> Value:
     if len(normalized_shape) != 1 or eps is None:
         raise c.unsupported("rms_norm over several axes or without eps")
     mean = c.emit(m.ReduceMean(c.emit(m.Mul(x, x)), axes=(-1,), keepdim=True))
@@ -218,8 +284,17 @@ def _rms_norm(c: Importer, x: Value, normalized_shape: Sequence[int], weight: Va
 
 
 @aten("scaled_dot_product_attention.default")
-def _sdpa(c: Importer, q: Value, k: Value, v: Value, attn_mask: Value | None = None, dropout_p: float = 0.0, is_causal: bool = False,
-          scale: float | None = None, enable_gqa: bool = False) -> Value:
+def _sdpa(
+    c: Importer,
+    q: Value,
+    k: Value,
+    v: Value,
+    attn_mask: Value | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Value:
     head_dim = q.shape[-1]
     if dropout_p:
         raise c.unsupported("attention dropout")
@@ -227,10 +302,12 @@ def _sdpa(c: Importer, q: Value, k: Value, v: Value, attn_mask: Value | None = N
         if not isinstance(head_dim, int):
             raise c.unsupported("attention over a symbolic head size")
         scale = 1.0 / math.sqrt(head_dim)
-    return c.emit(attention.Sdpa(q, k, v, attn_mask, scale=float(scale), causal=is_causal, enable_gqa=enable_gqa))
+    return c.emit(
+        attention.Sdpa(q, k, v, attn_mask, scale=float(scale), causal=is_causal, enable_gqa=enable_gqa)
+    )
 
 
-# -- shapes ----------------------------------------------------------------------------------------------------------------
+# -- shapes
 def _resolve(c: Importer, x: Value, sizes: Sequence[Dim]) -> Shape:
     """Replace one -1 by what the other sizes leave."""
     unknown = [i for i, s in enumerate(sizes) if s == -1]
@@ -253,13 +330,20 @@ def _view(c: Importer, x: Value, sizes: Sequence[Dim]) -> Value:
     return reshaped(c, x, _resolve(c, x, sizes))
 
 
-@aten("unsqueeze.default", "squeeze.dim", "squeeze.dims", "squeeze.default", "flatten.using_ints", "unflatten.int")
+@aten(
+    "unsqueeze.default",
+    "squeeze.dim",
+    "squeeze.dims",
+    "squeeze.default",
+    "flatten.using_ints",
+    "unflatten.int",
+)
 def _by_result_shape(c: Importer, x: Value, *_: Any, **__: Any) -> Value:
     return reshaped(c, x, c.result_shape())
 
 
 def _permuted(c: Importer, x: Value, perm: Sequence[int]) -> Value:
-    """Leading axes that stay are dropped from the attribute, so that it survives a change of rank in front."""
+    """Leading axes that stay are left out of the attribute: it survives a change of rank in front."""
     rank = x.type.rank
     axes = [c.axis(p, x) for p in perm]
     while axes and axes[0] == -len(axes) and len(axes) > 0:
@@ -292,7 +376,9 @@ def _expand(c: Importer, x: Value, *_: Any, **__: Any) -> Value:
 
 
 @aten("repeat_interleave.self_int")
-def _repeat_interleave(c: Importer, x: Value, repeats: int, dim: int | None = None, output_size: Any = None) -> Value:
+def _repeat_interleave(
+    c: Importer, x: Value, repeats: int, dim: int | None = None, output_size: Any = None
+) -> Value:
     if dim is None:
         raise c.unsupported("repeat_interleave without an axis")
     at = x.type.rank + c.axis(dim, x)
@@ -360,7 +446,10 @@ def _split(c: Importer, x: Value, how: Any, dim: int = 0) -> tuple[Value, ...]:
 @aten("unbind.int")
 def _unbind(c: Importer, x: Value, dim: int = 0) -> tuple[Value, ...]:
     axis = c.axis(dim, x)
-    return tuple(reshaped(c, c.emit(shape.Slice(x, axis=axis, start=i, stop=i + 1)), s) for i, s in enumerate(c.result_shapes()))
+    return tuple(
+        reshaped(c, c.emit(shape.Slice(x, axis=axis, start=i, stop=i + 1)), s)
+        for i, s in enumerate(c.result_shapes())
+    )
 
 
 @aten("cat.default", "concat.default")
@@ -377,10 +466,12 @@ def _stack(c: Importer, xs: Sequence[Value], dim: int = 0) -> Value:
     return c.emit(shape.Concat([reshaped(c, x, one) for x in xs], axis=axis - len(target)))
 
 
-# -- making tensors ----------------------------------------------------------------------------------------------------------
+# -- making tensors
 @aten("arange.default", "arange.start", "arange.start_step")
-def _arange(c: Importer, *args: Any, **_: Any) -> Value:
-    start, stop, step = (0, args[0], 1) if len(args) == 1 else (args[0], args[1], args[2] if len(args) > 2 else 1)
+def _arange(c: Importer, *args: Any, **__: Any) -> Value:
+    start, _, step = (
+        (0, args[0], 1) if len(args) == 1 else (args[0], args[1], args[2] if len(args) > 2 else 1)
+    )
     if not isinstance(start, int) or not isinstance(step, int):
         raise c.unsupported("arange with a symbolic or fractional start or step")
     (length,) = c.result_shape()
@@ -391,14 +482,18 @@ def _arange(c: Importer, *args: Any, **_: Any) -> Value:
 def _full(c: Importer, *args: Any, fill_value: Any = None, **_: Any) -> Value:
     value = fill_value if fill_value is not None else args[-1]
     if isinstance(value, DimExpr):
-        return c.emit(shape.Expand(c.emit(shape.DimValue(dim=value, dtype=c.result_dtype())), shape=c.result_shape()))
+        return c.emit(
+            shape.Expand(c.emit(shape.DimValue(dim=value, dtype=c.result_dtype())), shape=c.result_shape())
+        )
     return c.emit(shape.Full(value=value, dtype=c.result_dtype(), shape=c.result_shape()))
 
 
 def _filled(value: int) -> Handler:
     def handler(c: Importer, *_: Any, **__: Any) -> Value:
         dtype = c.result_dtype()
-        number: float | int | bool = bool(value) if dtype == "bool" else float(value) if dtype.startswith("float") else value
+        number: float | int | bool = (
+            bool(value) if dtype == "bool" else float(value) if dtype.startswith("float") else value
+        )
         return c.emit(shape.Full(value=number, dtype=dtype, shape=c.result_shape()))
 
     return handler
@@ -434,6 +529,8 @@ def _index_select(c: Importer, x: Value, dim: int, index: Value) -> Value:
 def lookup(name: str, where: str) -> Handler:
     """The handler of "add.Tensor"; UnsupportedError names the operator and the module that calls it."""
     if name not in TABLE:
-        raise UnsupportedError(f"operator aten.{name} in {where or 'the model'} is not supported",
-                               remedy="add it to frontend/aten.py, or report the model")
+        raise UnsupportedError(
+            f"operator aten.{name} in {where or 'the model'} is not supported",
+            remedy="add it to frontend/aten.py, or report the model",
+        )
     return TABLE[name]

@@ -1,8 +1,8 @@
 """A model → `ir.Graph`, by torch.export on the meta device.
 
-Weights are never loaded: parameters are meta tensors and become lazy weights of the graph by name. The token count is the symbol "T".
-The traced function is the plain forward pass of one sequence without a cache: ids [1, T] → logits [1, T, V] (or hidden states of an encoder);
-the cache comes later, by a pass.
+Weights are never loaded: parameters are meta tensors and become lazy weights of the graph by name. The token
+count is the symbol "T". The traced function is the plain forward pass of one sequence without a cache: ids
+[1, T] → logits [1, T, V] (or hidden states of an encoder); the cache comes later, by a pass.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import operator
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..ir.core import Graph, Op, Value
@@ -40,7 +40,8 @@ class Importer:
         self.values: dict[Any, Any] = {}
         self.node: Any = None
 
-    # -- what handlers use -----------------------------------------------------------------------------------------------
+    # -- what handlers use
+    # -----------------------------------------------------------------------------------------------
     def emit(self, op: Op) -> Value:
         op.loc = op.loc or self.location()
         self.graph.append(op)
@@ -49,18 +50,30 @@ class Importer:
     def scalar(self, value: Any, dtype: str) -> Value:
         if isinstance(value, DimExpr):
             return self.emit(DimValue(dim=value, dtype=dtype))
-        number: float | int | bool = float(value) if dtype.startswith(("float", "bfloat")) else bool(value) if dtype == "bool" else int(value)
+        number: float | int | bool = (
+            float(value)
+            if dtype.startswith(("float", "bfloat"))
+            else bool(value)
+            if dtype == "bool"
+            else int(value)
+        )
         return self.emit(Full(value=number, dtype=dtype))
 
     def cast(self, x: Value, dtype: str) -> Value:
         return x if x.dtype == dtype else self.emit(Cast(x, dtype=dtype))
 
     def promote(self, a: Any, b: Any) -> tuple[Value, Value]:
-        """Two operands (values, numbers or dimensions) in one dtype by torch's rules; numbers take the tensor's kind."""
+        """Two operands (values, numbers or dimensions) in one dtype by torch's rules; numbers take the
+        tensor's kind.
+        """
         import torch
 
         def kind(v: Any) -> Any:
-            return torch.empty((1,) if v.type.rank else (), dtype=getattr(torch, v.dtype)) if isinstance(v, Value) else (1 if isinstance(v, DimExpr) else v)
+            return (
+                torch.empty((1,) if v.type.rank else (), dtype=getattr(torch, v.dtype))
+                if isinstance(v, Value)
+                else (1 if isinstance(v, DimExpr) else v)
+            )
 
         dtype = dtype_name(torch.result_type(kind(a), kind(b)))
         left = self.cast(a, dtype) if isinstance(a, Value) else self.scalar(a, dtype)
@@ -73,7 +86,10 @@ class Importer:
 
     def result_shapes(self) -> list[Shape]:
         value = self.node.meta["val"]
-        return [tuple(self.dim(d) for d in v.shape) for v in (value if isinstance(value, (list, tuple)) else [value])]
+        return [
+            tuple(self.dim(d) for d in v.shape)
+            for v in (value if isinstance(value, (list, tuple)) else [value])
+        ]
 
     def result_shape(self) -> Shape:
         return self.result_shapes()[0]
@@ -83,9 +99,12 @@ class Importer:
         return dtype_name((value[0] if isinstance(value, (list, tuple)) else value).dtype)
 
     def unsupported(self, what: str) -> UnsupportedError:
-        return UnsupportedError(f"{what} in {self.location() or 'the model'} is not supported", remedy="report the model")
+        return UnsupportedError(
+            f"{what} in {self.location() or 'the model'} is not supported", remedy="report the model"
+        )
 
-    # -- torch's objects → ours --------------------------------------------------------------------------------------------
+    # -- torch's objects → ours
+    # --------------------------------------------------------------------------------------------
     def location(self) -> str:
         stack = self.node.meta.get("nn_module_stack") if self.node is not None else None
         if not stack:
@@ -115,7 +134,10 @@ class Importer:
             for _ in range(int(e.args[1]) - 1):
                 total = total * base
             return total
-        raise UnsupportedError(f"the size {e} in {self.location() or 'the model'} is no polynomial of the token count", remedy="report the model")
+        raise UnsupportedError(
+            f"the size {e} in {self.location() or 'the model'} is no polynomial of the token count",
+            remedy="report the model",
+        )
 
     def argument(self, a: Any) -> Any:
         import torch
@@ -145,17 +167,27 @@ class Importer:
         if not name.startswith("aten."):
             raise self.unsupported(f"operator {name}")
         handler = aten.lookup(name.removeprefix("aten."), self.location())
-        kwargs = {k: self.argument(v) for k, v in node.kwargs.items() if k not in ("device", "layout", "pin_memory", "memory_format", "dtype", "non_blocking")}
+        kwargs = {
+            k: self.argument(v)
+            for k, v in node.kwargs.items()
+            if k not in ("device", "layout", "pin_memory", "memory_format", "dtype", "non_blocking")
+        }
         if "dtype" in node.kwargs and node.kwargs["dtype"] is not None and "softmax" in name:
             kwargs["dtype"] = node.kwargs["dtype"]
         self.values[node] = handler(self, *[self.argument(a) for a in node.args], **kwargs)
 
 
-def _import_program(program: Any, graph: Graph, inputs: Sequence[str], weights: Mapping[str, LazyTensor], prefix: str) -> None:
-    """Fill `graph` from an ExportedProgram; `weights` by qualified name of parameters, buffers and constants."""
+def _import_program(
+    program: Any, graph: Graph, inputs: Sequence[str], weights: Mapping[str, LazyTensor], prefix: str
+) -> None:
+    """Fill `graph` from an ExportedProgram; `weights` by names of parameters, buffers and constants."""
     importer = Importer(graph, {})
     signature = program.graph_signature
-    held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
+    held = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }
     names = iter(inputs)
     for node in program.graph.nodes:
         if node.op == "placeholder":
@@ -165,14 +197,22 @@ def _import_program(program: Any, graph: Graph, inputs: Sequence[str], weights: 
                 if not node.users:
                     continue
                 if name not in weights:
-                    raise InputError(f"the model has no tensor {name}", remedy="the checkpoint is incomplete; download it again")
+                    raise InputError(
+                        f"the model has no tensor {name}",
+                        remedy="the checkpoint is incomplete; download it again",
+                    )
                 importer.values[node] = graph.add_weight(name, weights[name])
                 expected = importer.result_shape()
                 if tuple(weights[name].shape) != expected:
-                    raise InputError(f"tensor {name} ({weights[name].source}) has shape {list(weights[name].shape)}, the configuration asks for {list(expected)}",
-                                     remedy="config and weights are of different models")
+                    raise InputError(
+                        f"tensor {name} ({weights[name].source}) has shape {list(weights[name].shape)}, "
+                        f"the configuration asks for {list(expected)}",
+                        remedy="config and weights are of different models",
+                    )
             else:
-                importer.values[node] = graph.add_input(next(names), TensorType(importer.result_dtype(), importer.result_shape()))
+                importer.values[node] = graph.add_input(
+                    next(names), TensorType(importer.result_dtype(), importer.result_shape())
+                )
         elif node.op == "call_function":
             importer.run_node(node)
         elif node.op == "output":
@@ -184,7 +224,7 @@ def _import_program(program: Any, graph: Graph, inputs: Sequence[str], weights: 
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -198,13 +238,20 @@ def _export(module: torch.nn.Module, args: tuple[Any, ...], shapes: Any, name: s
             return torch.export.export(module, args, dynamic_shapes=shapes, strict=False)
     except Exception as e:  # torch.export raises many kinds; all mean that the module cannot be traced
         first = (str(e).strip().splitlines() or [type(e).__name__])[0]
-        raise UnsupportedError(f"{name} cannot be traced: {first[:300]}", remedy="control flow must not depend on tensor values") from e
+        raise UnsupportedError(
+            f"{name} cannot be traced: {first[:300]}", remedy="control flow must not depend on tensor values"
+        ) from e
 
 
 def _buffers(module: torch.nn.Module) -> dict[str, LazyTensor]:
-    """The real values of a model's buffers (rotary frequencies above all), taken before it moves to the meta device."""
-    return {name: ArrayTensor(b.detach().cpu().numpy().copy(), f"buffer:{name}")
-            for name, b in module.named_buffers(remove_duplicate=False) if not b.is_meta}
+    """The real values of a model's buffers (rotary frequencies above all), taken before it moves to the meta
+    device.
+    """
+    return {
+        name: ArrayTensor(b.detach().cpu().numpy().copy(), f"buffer:{name}")
+        for name, b in module.named_buffers(remove_duplicate=False)
+        if not b.is_meta
+    }
 
 
 def _shapes(module: torch.nn.Module) -> dict[str, LazyTensor]:
@@ -228,14 +275,17 @@ def _aliases(module: torch.nn.Module, weights: Mapping[str, LazyTensor]) -> dict
 def trace_source(source: ModelSource) -> Graph:
     """The traced graph of a published language model.
 
-    Result: input "input_ids" int64 [1, T]; output "logits" [1, T, V], or "hidden" [1, T, D] of an encoder. `facts["kind"]` says which.
+    Result: input "input_ids" int64 [1, T]; output "logits" [1, T, V], or "hidden" [1, T, D] of an encoder.
+    `facts["kind"]` says which.
     """
     import torch
 
     model: Any = source.build_model().eval()
     stored = _shapes(model) if source.config_only else source.weights
     weights: dict[str, LazyTensor] = {**_buffers(model), **_aliases(model, stored)}
-    device = "cpu" if source.kind == "module" else "meta"  # a module from Python stays as it is: export reads no values
+    device = (
+        "cpu" if source.kind == "module" else "meta"
+    )  # a module from Python stays as it is: export reads no values
     model = model.to(device)
     encoder = source.task == "encoder"
 
@@ -251,22 +301,32 @@ def trace_source(source: ModelSource) -> Graph:
 
     limit = getattr(model.config, "max_position_embeddings", None)
     bound = torch.export.Dim("T", min=2, max=int(limit) if limit else 1 << 20)
-    program = _export(Wrapper(), (torch.zeros(1, 6, dtype=torch.int64, device=device),), ({1: bound},), source.name)
+    program = _export(
+        Wrapper(), (torch.zeros(1, 6, dtype=torch.int64, device=device),), ({1: bound},), source.name
+    )
     graph = Graph(source.name)
     _import_program(program, graph, ["input_ids"], weights, "model_.")
     graph.output_names = ["hidden" if encoder else "logits"]
     graph.facts["kind"] = "encoder" if encoder else "causal_lm"
     if len(graph.outputs) != 1:
-        raise CompileError(f"{source.name}: expected one output, got {len(graph.outputs)}", remedy="report the model")
+        raise CompileError(
+            f"{source.name}: expected one output, got {len(graph.outputs)}", remedy="report the model"
+        )
     return graph
 
 
-def trace_module(module: torch.nn.Module, example_inputs: Sequence[torch.Tensor] | Mapping[str, torch.Tensor], *, name: str = "module",
-                 dynamic_shapes: Any = None) -> Graph:
+def trace_module(
+    module: torch.nn.Module,
+    example_inputs: Sequence[torch.Tensor] | Mapping[str, torch.Tensor],
+    *,
+    name: str = "module",
+    dynamic_shapes: Any = None,
+) -> Graph:
     """The traced graph of any nn.Module with its own weights.
 
     Args:
-        example_inputs: positional or by name; their shapes are fixed unless `dynamic_shapes` (as torch.export takes it) frees some.
+        example_inputs: positional or by name; their shapes are fixed unless `dynamic_shapes` (as torch.export
+        takes it) frees some.
     Result: inputs named as the module's forward names them, outputs "output0", ….
     """
     import inspect
@@ -278,16 +338,40 @@ def trace_module(module: torch.nn.Module, example_inputs: Sequence[torch.Tensor]
     named = dict(example_inputs) if isinstance(example_inputs, Mapping) else None
     args = tuple(named.values()) if named is not None else tuple(example_inputs)  # type: ignore[arg-type]
     parameters = list(inspect.signature(module.forward).parameters)
-    labels = list(named) if named is not None else [parameters[i] if i < len(parameters) else f"input{i}" for i in range(len(args))]
-    weights: dict[str, LazyTensor] = {n: ArrayTensor(t.detach().cpu().float().numpy().copy() if t.is_floating_point() else t.detach().cpu().numpy().copy(), f"{name}:{n}")
-                                      for n, t in [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]}
+    labels = (
+        list(named)
+        if named is not None
+        else [parameters[i] if i < len(parameters) else f"input{i}" for i in range(len(args))]
+    )
+    weights: dict[str, LazyTensor] = {
+        n: ArrayTensor(
+            t.detach().cpu().float().numpy().copy()
+            if t.is_floating_point()
+            else t.detach().cpu().numpy().copy(),
+            f"{name}:{n}",
+        )
+        for n, t in [
+            *module.named_parameters(remove_duplicate=False),
+            *module.named_buffers(remove_duplicate=False),
+        ]
+    }
     with _quiet(), torch.no_grad():
         try:
-            program = torch.export.export(module, () if named is not None else args, kwargs=named, dynamic_shapes=dynamic_shapes, strict=False)
+            program = torch.export.export(
+                module,
+                () if named is not None else args,
+                kwargs=named,
+                dynamic_shapes=dynamic_shapes,
+                strict=False,
+            )
         except Exception as e:  # as in _export
             first = (str(e).strip().splitlines() or [type(e).__name__])[0]
-            raise UnsupportedError(f"{name} cannot be traced: {first[:300]}", remedy="control flow must not depend on tensor values") from e
-    for label, constant in program.constants.items():
+            raise UnsupportedError(
+                f"{name} cannot be traced: {first[:300]}",
+                remedy="control flow must not depend on tensor values",
+            ) from e
+    constants: dict[str, Any] = dict(program.constants)
+    for label, constant in constants.items():
         if hasattr(constant, "numpy") and label not in weights:
             weights[label] = ArrayTensor(constant.detach().cpu().numpy().copy(), f"{name}:{label}")
     graph = Graph(name)

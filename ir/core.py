@@ -1,14 +1,14 @@
 """The graph: values, operations, uses. Only the code in this file changes a graph.
 
-SSA: a `Value` is an input, a weight or the result of one op; an `Op` knows its operands, a value knows its uses.
-Ops stand in a doubly linked list in execution order, so that inserting and erasing cost O(1).
+SSA: a `Value` is an input, a weight or the result of one op; an `Op` knows its operands, a value knows its
+uses. Ops stand in a doubly linked list in execution order, so that inserting and erasing cost O(1).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, dataclass_transform
 
 from .errors import CompileError
 from .types import Dim, TensorType
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Value:
     """One SSA value. `producer` is None for graph inputs and weights; `name` is a hint for the text form."""
 
-    __slots__ = ("type", "name", "producer", "index", "uses", "weight")
+    __slots__ = ("index", "name", "producer", "type", "uses", "weight")
 
     def __init__(self, type: TensorType, name: str = "", producer: Op | None = None, index: int = 0) -> None:
         self.type = type
@@ -57,8 +57,12 @@ class OperandField:
     kind: str  # "one", "optional", "many"
 
 
+@dataclass_transform()
 class Op:
-    """Base of all operations; subclasses are made by `define.op`. Attributes are instance fields, operands are a flat list."""
+    """Base of all operations; subclasses are made by `define.op`.
+
+    Attributes are instance fields, operands are a flat list.
+    """
 
     opname: ClassVar[str] = ""
     operand_fields: ClassVar[tuple[OperandField, ...]] = ()
@@ -74,7 +78,8 @@ class Op:
         self.prev: Op | None = None
         self.next: Op | None = None
 
-    # -- meaning; subclasses override ------------------------------------------------------------------------------
+    # -- meaning; subclasses override
+    # ------------------------------------------------------------------------------
     def infer(self) -> list[TensorType]:
         """Result types from operand types and attributes. Raises `CompileError` where they do not fit."""
         raise NotImplementedError(f"abstract: {self.opname}.infer")
@@ -86,7 +91,8 @@ class Op:
         """The op's meaning in torch: one argument a operand field (None when absent, a list for "many")."""
         raise NotImplementedError(f"abstract: {self.opname}.reference")
 
-    # -- access ----------------------------------------------------------------------------------------------------
+    # -- access
+    # ----------------------------------------------------------------------------------------------------
     @property
     def result(self) -> Value:
         return self.results[0]
@@ -134,7 +140,8 @@ def make_results(op: Op, names: Sequence[str] = ()) -> None:
 class Graph:
     """A function over tensors: inputs and weights → outputs.
 
-    `stage` names what is allowed in it (see `verifier.py`); `facts` are what the frontend knows of the model, JSON-like.
+    `stage` names what is allowed in it (see `verifier.py`); `facts` are what the frontend knows of the model,
+    JSON-like.
     """
 
     def __init__(self, name: str = "main", stage: str = "traced") -> None:
@@ -148,7 +155,8 @@ class Graph:
         self._first: Op | None = None
         self._last: Op | None = None
 
-    # -- reading -----------------------------------------------------------------------------------------------------
+    # -- reading
+    # -----------------------------------------------------------------------------------------------------
     def __iter__(self) -> Iterator[Op]:
         """Ops in order. The op just yielded may be erased, and ops may be inserted, while iterating."""
         op = self._first
@@ -173,7 +181,8 @@ class Graph:
     def output_uses(self, value: Value) -> int:
         return sum(1 for v in self.outputs if v is value)
 
-    # -- building and changing ---------------------------------------------------------------------------------------
+    # -- building and changing
+    # ---------------------------------------------------------------------------------------
     def add_input(self, name: str, type: TensorType) -> Value:
         value = Value(type, name)
         self.inputs.append(value)
@@ -262,7 +271,9 @@ class Graph:
             self.retype(op)
 
     def drop_dead(self) -> int:
-        """Erase ops without effects whose results are unused, and weights that nobody reads; how many ops went."""
+        """Erase ops without effects whose results are unused, and weights that nobody reads; how many ops
+        went.
+        """
         used = {id(v) for v in self.outputs}
         count = 0
         op = self._last

@@ -9,15 +9,17 @@
         def infer(self): ...
         def reference(self, dims, x, weight): ...
 
-Annotations `Operand`, `OptionalOperand` and `Operands` become operands, everything else an attribute. From these come the
-constructor (`RmsNorm(x, w, eps=1e-6)`, result types inferred at once), the accessors, the printer and the parser.
+Annotations `Operand`, `OptionalOperand` and `Operands` become operands, everything else an attribute. From
+these come the constructor (`RmsNorm(x, w, eps=1e-6)`, result types inferred at once), the accessors, the
+printer and the parser.
 """
 
 from __future__ import annotations
 
+import inspect
 import typing
 from collections.abc import Callable
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, TypeVar
 
 from .core import Op, OperandField, Value, attach_operands, make_results
 from .errors import CompileError
@@ -54,7 +56,7 @@ def _fields(cls: type[Op]) -> tuple[list[OperandField], dict[str, Any]]:
     for base in reversed(cls.__mro__):
         if not issubclass(base, Op) or base is Op:
             continue
-        for name, annotation in base.__dict__.get("__annotations__", {}).items():
+        for name, annotation in inspect.get_annotations(base).items():
             if "ClassVar" in str(annotation):
                 continue
             kind = _operand_kind(annotation)
@@ -100,7 +102,6 @@ def _initializer(operands: list[OperandField], attributes: dict[str, Any]) -> Ca
     return init
 
 
-@dataclass_transform()
 def op(name: str) -> Callable[[_T], _T]:
     """Register a subclass of `Op` under its text-form name. Two of one name raise."""
 

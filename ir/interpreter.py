@@ -1,7 +1,7 @@
 """Runs any graph through the ops' reference meanings, in torch on the CPU.
 
-It is the oracle of pass tests, what calibration runs, and the last resort of a target. Weights are read when they are first needed
-and values are dropped after their last use, so memory stays near one layer's.
+It is the oracle of pass tests, what calibration runs, and the last resort of a target. Weights are read when
+they are first needed and values are dropped after their last use, so memory stays near one layer's.
 """
 
 from __future__ import annotations
@@ -20,9 +20,14 @@ Observer = Callable[[Op, Sequence[Any], Any], None]
 
 
 def bind(pattern: Sequence[Dim], shape: Sequence[int], dims: dict[str, int], what: str) -> None:
-    """Bind the symbols of a shape pattern to numbers. Only `symbol` and `symbol + constant` bind; all else is checked."""
+    """Bind the symbols of a shape pattern to numbers.
+
+    Only `symbol` and `symbol + constant` bind; all else is checked.
+    """
     if len(pattern) != len(shape):
-        raise CompileError(f"{what} has rank {len(shape)}, the graph wants {len(pattern)}", remedy="reshape it")
+        raise CompileError(
+            f"{what} has rank {len(shape)}, the graph wants {len(pattern)}", remedy="reshape it"
+        )
     for d, n in zip(pattern, shape, strict=True):
         if isinstance(d, int):
             value: Dim = d
@@ -35,7 +40,10 @@ def bind(pattern: Sequence[Dim], shape: Sequence[int], dims: dict[str, int], wha
                     dims[mono[0]] = n - constant
                     continue
         if value != n:
-            raise CompileError(f"{what} has shape {list(shape)}, the graph wants [{', '.join(map(str, pattern))}]", remedy="give that shape")
+            raise CompileError(
+                f"{what} has shape {list(shape)}, the graph wants [{', '.join(map(str, pattern))}]",
+                remedy="give that shape",
+            )
 
 
 def to_torch(array: Any) -> torch.Tensor:
@@ -49,12 +57,19 @@ def to_torch(array: Any) -> torch.Tensor:
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
-def run(graph: Graph, inputs: Mapping[str, torch.Tensor], *, observe: Observer | None = None, keep_weights: dict[str, Any] | None = None) -> list[torch.Tensor]:
+def run(
+    graph: Graph,
+    inputs: Mapping[str, torch.Tensor],
+    *,
+    observe: Observer | None = None,
+    keep_weights: dict[str, Any] | None = None,
+) -> list[torch.Tensor]:
     """Outputs of the graph for inputs by name.
 
     Args:
         observe: called after each op with (op, operands, results): calibration and debugging.
-        keep_weights: a dictionary in which weights stay between calls; without it each is read anew and dropped after its last use.
+        keep_weights: a dictionary in which weights stay between calls; without it each is read anew and
+        dropped after its last use.
     """
     import torch
 
@@ -62,7 +77,9 @@ def run(graph: Graph, inputs: Mapping[str, torch.Tensor], *, observe: Observer |
     values: dict[Value, Any] = {}
     for v in graph.inputs:
         if v.name not in inputs:
-            raise CompileError(f"input {v.name} is missing", remedy=f"inputs: {', '.join(i.name for i in graph.inputs)}")
+            raise CompileError(
+                f"input {v.name} is missing", remedy=f"inputs: {', '.join(i.name for i in graph.inputs)}"
+            )
         bind(v.shape, inputs[v.name].shape, dims, f"input {v.name}")
         values[v] = inputs[v.name]
     last: dict[Value, Op] = {v: op for op in graph for v in op.operands}
@@ -82,8 +99,7 @@ def run(graph: Graph, inputs: Mapping[str, torch.Tensor], *, observe: Observer |
             operands = op.grouped([fetch(v) for v in op.operands])
             result = op.reference(dims, *operands)
             results = list(result) if isinstance(result, (tuple, list)) else [result]
-            for r, x in zip(op.results, results, strict=True):
-                values[r] = x
+            values.update(zip(op.results, results, strict=True))
             if observe is not None:
                 observe(op, operands, results)
             for v in op.operands:

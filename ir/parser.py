@@ -7,7 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from . import ops as _ops  # noqa: F401  (registers the operations)
+from . import ops
+from . import ops as _ops  # noqa: F401  # pyright: ignore[reportUnusedImport]  (registers the operations)
 from .core import Graph, Op, Value
 from .define import OPS
 from .errors import CompileError
@@ -15,8 +16,11 @@ from .types import TensorType, parse_dim
 from .weights import LazyTensor, ShapeOnlyTensor
 
 _STRING = r'"(?:[^"\\]|\\.)*"'
-_TOKEN = re.compile(rf'\s*({_STRING}|@{_STRING}|%[\w.]+|\$[^,\]}}]+|[\[\](){{}},=]|[^\s\[\](){{}},=]+)')
+_TOKEN = re.compile(rf"\s*({_STRING}|@{_STRING}|%[\w.]+|\$[^,\]}}]+|[\[\](){{}},=]|[^\s\[\](){{}},=]+)")
 _JSON = json.JSONDecoder()
+
+
+assert ops.__all__  # importing them registers the operations
 
 
 class _Line:
@@ -26,7 +30,10 @@ class _Line:
         self.text, self.number, self.at = text, number, 0
 
     def fail(self, what: str) -> CompileError:
-        return CompileError(f"line {self.number} of the graph text: {what}: {self.text[:120]!r}", remedy="see ir/printer.py for the form")
+        return CompileError(
+            f"line {self.number} of the graph text: {what}: {self.text[:120]!r}",
+            remedy="see ir/printer.py for the form",
+        )
 
     def peek(self) -> str:
         m = _TOKEN.match(self.text, self.at)

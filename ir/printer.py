@@ -8,7 +8,8 @@
     %1 : float32[T, 576] = rms_norm(%0, @"model.norm.weight") {eps = 1e-06}
     return "hidden" = %1
 
-An absent optional operand is `_`, a list of operands stands in brackets, a symbolic dimension in an attribute is `$T+1`.
+An absent optional operand is `_`, a list of operands stands in brackets, a symbolic dimension in an attribute
+is `$T+1`.
 """
 
 from __future__ import annotations
@@ -51,19 +52,27 @@ def op_text(op: Op, names: Mapping[Value, str]) -> str:
     results = ", ".join(f"{names.get(r, '%?')} : {r.type}" for r in op.results)
     attributes = ", ".join(f"{k} = {attribute_text(v)}" for k, v in op.attributes().items())
     loc = f" loc {json.dumps(op.loc)}" if op.loc else ""
-    return f"{results} = {op.opname}({_operands_text(op, names)})" + (f" {{{attributes}}}" if attributes else "") + loc
+    return (
+        f"{results} = {op.opname}({_operands_text(op, names)})"
+        + (f" {{{attributes}}}" if attributes else "")
+        + loc
+    )
 
 
 def print_graph(graph: Graph) -> str:
     """The whole graph as text, one line an op; deterministic."""
     names = _name_values(graph)
     lines = [f"graph {json.dumps(graph.name)} stage={json.dumps(graph.stage)}"]
-    lines += [f"fact {json.dumps(k)} = {json.dumps(graph.facts[k], sort_keys=True)}" for k in sorted(graph.facts)]
+    lines += [
+        f"fact {json.dumps(k)} = {json.dumps(graph.facts[k], sort_keys=True)}" for k in sorted(graph.facts)
+    ]
     lines += [f"input {names[v]} : {v.type}" for v in graph.inputs]
     lines += [f"weight {names[v]} : {v.type}" for v in graph.weights.values()]
     lines += [op_text(op, names) for op in graph]
     labels = graph.output_names or [f"output{i}" for i in range(len(graph.outputs))]
-    lines += [f"return {json.dumps(label)} = {names[v]}" for label, v in zip(labels, graph.outputs, strict=True)]
+    lines += [
+        f"return {json.dumps(label)} = {names[v]}" for label, v in zip(labels, graph.outputs, strict=True)
+    ]
     return "\n".join(lines) + "\n"
 
 

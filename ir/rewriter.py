@@ -4,11 +4,12 @@
         '''neg(neg(x)) → x'''
         pattern = P(Neg, P(Neg, Any("x")))
 
-        def rewrite(self, m, rw):
-            return [m["x"]]
+        def rewrite(self, found, rw):
+            return [found["x"]]
 
-Patterns match from the last op backwards through producers. `P` matches an op and its operands by field order (trailing ones may be left
-out), `Any` any value, `Const` a rank-0 constant, `Weight` a weight. A name binds; the same name twice must be the same value.
+Patterns match from the last op backwards through producers. `P` matches an op and its operands by field order
+(trailing ones may be left out), `Any` any value, `Const` a rank-0 constant, `Weight` a weight. A name binds;
+the same name twice must be the same value.
 """
 
 from __future__ import annotations
@@ -79,21 +80,37 @@ class Const(Pattern):
 
     def match(self, value: Value, m: Match) -> bool:
         number = constant(value)
-        return number is not None and (self.equals is None or number == self.equals) and _bind(m, self.name, number)
+        return (
+            number is not None
+            and (self.equals is None or number == self.equals)
+            and _bind(m, self.name, number)
+        )
 
 
 class P(Pattern):
-    """An op of one of the given classes; attributes given as keywords must be equal; `name` binds the op itself.
+    """An op of one of the given classes; attributes given as keywords must be equal; `name` binds the op
+    itself.
 
     `through` lists op classes (casts that change nothing) that may stand between this op and its user.
     """
 
-    def __init__(self, kind: type[Op] | tuple[type[Op], ...], *operands: Pattern, name: str = "", **attributes: Anything) -> None:
+    def __init__(
+        self,
+        kind: type[Op] | tuple[type[Op], ...],
+        *operands: Pattern,
+        name: str = "",
+        **attributes: Anything,
+    ) -> None:
         self.kind, self.operands, self.name, self.attributes = kind, operands, name, attributes
 
     def match(self, value: Value, m: Match) -> bool:
         op = value.producer
-        while op is not None and isinstance(op, Cast) and not isinstance(op, self.kind) and op.x.dtype == op.dtype:
+        while (
+            op is not None
+            and isinstance(op, Cast)
+            and not isinstance(op, self.kind)
+            and op.x.dtype == op.dtype
+        ):
             op = op.x.producer
         return op is not None and self.match_op(op, m)
 
@@ -106,7 +123,10 @@ class P(Pattern):
         fields = op.grouped(op.operands)
         for order in orders:
             trial = Match(m)
-            if all(v is not None and not isinstance(v, list) and p.match(v, trial) for p, v in zip(order, fields, strict=False)) and _bind(trial, self.name, op):
+            if all(
+                v is not None and not isinstance(v, list) and p.match(v, trial)
+                for p, v in zip(order, fields, strict=False)
+            ) and _bind(trial, self.name, op):
                 m.update(trial)
                 return True
         return False
@@ -156,11 +176,11 @@ class Rule:
 
     pattern: ClassVar[P]
 
-    def check(self, m: Match) -> str | None:
+    def check(self, found: Match) -> str | None:
         """None when the rewrite is right, else the sentence that says why it is refused."""
         return None
 
-    def rewrite(self, m: Match, rw: Rewriter) -> Sequence[Value] | None:
+    def rewrite(self, found: Match, rw: Rewriter) -> Sequence[Value] | None:
         """Values that replace the root's results; None when the rule changed nothing after all."""
         raise NotImplementedError("abstract: Rule.rewrite")
 
@@ -177,7 +197,8 @@ def single_use(graph: Graph, *values: Value) -> bool:
 def apply_rules(graph: Graph, rules: Sequence[Rule], *, limit: int = 64) -> tuple[int, list[str]]:
     """Sweep the rules over the graph until nothing changes.
 
-    Returns: how many rewrites were made, and the sentences of checks that refused in the last sweep (deduplicated, in order).
+    Returns: how many rewrites were made, and the sentences of checks that refused in the last sweep
+    (deduplicated, in order).
     """
     total = 0
     notes: dict[str, None] = {}

@@ -1,7 +1,9 @@
-"""Types of IR values: a dtype, a shape of integers and symbolic dimensions, and (for weights) how they are quantized.
+"""Types of IR values: a dtype, a shape of integers and symbolic dimensions, and (for weights) how they are
+quantized.
 
-A symbolic dimension is a polynomial with integer coefficients over named, non-negative symbols ("T" tokens, "B" sequences, ...).
-Two dimensions are equal exactly when their polynomials are; nothing is assumed about how large a symbol is.
+A symbolic dimension is a polynomial with integer coefficients over named, non-negative symbols ("T" tokens,
+"B" sequences, ...). Two dimensions are equal exactly when their polynomials are; nothing is assumed about how
+large a symbol is.
 """
 
 from __future__ import annotations
@@ -16,12 +18,15 @@ Monomial = tuple[str, ...]  # sorted symbol names, repeated for powers; () is th
 
 @dataclass(frozen=True)
 class DimExpr:
-    """A non-constant polynomial. `terms` is sorted and holds no zero coefficient; build one with `sym` or arithmetic."""
+    """A non-constant polynomial.
+
+    `terms` is sorted and holds no zero coefficient; build one with `sym` or arithmetic.
+    """
 
     terms: tuple[tuple[Monomial, int], ...]
 
     @staticmethod
-    def _make(terms: Mapping[Monomial, int]) -> Dim:
+    def make(terms: Mapping[Monomial, int]) -> Dim:
         kept = {m: c for m, c in terms.items() if c}
         if not kept:
             return 0
@@ -33,12 +38,12 @@ class DimExpr:
         total = dict(self.terms)
         for m, c in _terms(other):
             total[m] = total.get(m, 0) + c
-        return DimExpr._make(total)
+        return DimExpr.make(total)
 
     __radd__ = __add__
 
     def __neg__(self) -> Dim:
-        return DimExpr._make({m: -c for m, c in self.terms})
+        return DimExpr.make({m: -c for m, c in self.terms})
 
     def __sub__(self, other: Dim) -> Dim:
         return self + (-other)
@@ -52,7 +57,7 @@ class DimExpr:
             for m2, c2 in _terms(other):
                 m = tuple(sorted(m1 + m2))
                 total[m] = total.get(m, 0) + c1 * c2
-        return DimExpr._make(total)
+        return DimExpr.make(total)
 
     __rmul__ = __mul__
 
@@ -114,7 +119,7 @@ def divide(a: Dim, b: Dim) -> Dim | None:
     if isinstance(b, int):
         if b == 0 or any(c % b for _, c in _terms(a)):
             return None
-        return a // b if isinstance(a, int) else DimExpr._make({m: c // b for m, c in a.terms})
+        return a // b if isinstance(a, int) else DimExpr.make({m: c // b for m, c in a.terms})
     if len(b.terms) != 1 or isinstance(a, int):
         return 0 if a == 0 else None
     (mono, coefficient), quotient = b.terms[0], {}
@@ -127,7 +132,7 @@ def divide(a: Dim, b: Dim) -> Dim | None:
         if c % coefficient:
             return None
         quotient[tuple(rest)] = c // coefficient
-    return DimExpr._make(quotient)
+    return DimExpr.make(quotient)
 
 
 def parse_dim(text: str) -> Dim:
@@ -145,7 +150,8 @@ def parse_dim(text: str) -> Dim:
 
 @dataclass(frozen=True)
 class Quantization:
-    """How an integer weight [N, K] stands for real numbers: w[n, k] = scale[n, k // group_size] * (q[n, k] - zero_point).
+    """How an integer weight [N, K] stands for real numbers: w[n, k] = scale[n, k // group_size] * (q[n, k] -
+    zero_point).
 
     q is unsigned (0 .. 2**bits - 1), held one value a byte in the IR; a target packs it into its own layout.
     Symmetric: no zero-point operand; the zero point is 2**(bits - 1) everywhere.

@@ -1,13 +1,20 @@
-"""Rules that every graph obeys, and one table a stage of what may stand in it. The pass manager runs this after every pass."""
+"""Rules that every graph obeys, and one table a stage of what may stand in it.
+
+The pass manager runs this after every pass.
+"""
 
 from __future__ import annotations
 
-from . import ops as _ops  # noqa: F401  (registers the operations)
+from . import ops
+from . import ops as _ops  # noqa: F401  # pyright: ignore[reportUnusedImport]  (registers the operations)
 from .core import Graph, Op, Value
 from .define import OPS
 from .errors import VerifyError
 
-# Ops that a stage forbids. Everything else that is defined may stand in it: a fusion that does not apply is not an error.
+assert ops.__all__  # importing them registers the operations
+
+# Ops that a stage forbids. Everything else that is defined may stand in it: a fusion that does not apply is
+# not an error.
 _PAGED_ONLY = frozenset({"append_kv", "paged_attention", "gather_last"})
 _QUANT = frozenset({"dequantize", "quantized_linear", "quantized_embedding"})
 _FUSED = frozenset({"rms_norm", "rope", "attention", "gated_mlp"})
@@ -27,14 +34,25 @@ def _check_op(graph: Graph, op: Op, seen: set[Value]) -> None:
     for i, v in enumerate(op.operands):
         if v.is_weight:
             if graph.weights.get(v.name) is not v:
-                raise VerifyError(f"{op!r} reads weight {v.name}, which the graph does not hold", remedy="add it with add_weight")
+                raise VerifyError(
+                    f"{op!r} reads weight {v.name}, which the graph does not hold",
+                    remedy="add it with add_weight",
+                )
         elif v not in seen:
-            raise VerifyError(f"{op!r}: operand {i} ({v!r}) is not defined before it", remedy="insert its producer earlier")
+            raise VerifyError(
+                f"{op!r}: operand {i} ({v!r}) is not defined before it", remedy="insert its producer earlier"
+            )
         if (op, i) not in v.uses:
-            raise VerifyError(f"{op!r}: operand {i} does not know this use", remedy="change graphs through Graph's methods only")
+            raise VerifyError(
+                f"{op!r}: operand {i} does not know this use",
+                remedy="change graphs through Graph's methods only",
+            )
     for r, t in zip(op.results, op.infer(), strict=True):
         if r.type != t:
-            raise VerifyError(f"{op!r}: result is typed {r.type}, operands give {t} ({op.loc})", remedy="call retype_all after changing types")
+            raise VerifyError(
+                f"{op!r}: result is typed {r.type}, operands give {t} ({op.loc})",
+                remedy="call retype_all after changing types",
+            )
     op.verify()
 
 
@@ -52,12 +70,17 @@ def verify(graph: Graph, stage: str | None = None) -> None:
         if op.opname not in OPS:
             raise VerifyError(f"{op.opname} is not a registered op", remedy="define it with @op")
         if op.opname in STAGES[name]:
-            raise VerifyError(f"{op.opname} may not stand in a graph of stage {name} ({op.loc})", remedy="a pass did not do its work")
+            raise VerifyError(
+                f"{op.opname} may not stand in a graph of stage {name} ({op.loc})",
+                remedy="a pass did not do its work",
+            )
         _check_op(graph, op, seen)
         seen.update(op.results)
     for v in graph.outputs:
         if v not in seen and not v.is_weight:
-            raise VerifyError(f"output {v!r} is not defined in the graph", remedy="set it to a result of an op")
+            raise VerifyError(
+                f"output {v!r} is not defined in the graph", remedy="set it to a result of an op"
+            )
     if len(graph.output_names) != len(graph.outputs):
         raise VerifyError("output names and outputs differ in number", remedy="name every output")
     _check_uses(graph)
@@ -69,4 +92,7 @@ def _check_uses(graph: Graph) -> None:
         for r in op.results:
             for user, i in r.uses:
                 if user not in inside or user.operands[i] is not r:
-                    raise VerifyError(f"{r!r} lists a use by {user!r} that is not there", remedy="erase ops through Graph.erase")
+                    raise VerifyError(
+                        f"{r!r} lists a use by {user!r} that is not there",
+                        remedy="erase ops through Graph.erase",
+                    )

@@ -10,7 +10,8 @@
             ...
             return PassResult(graph, changed=True, notes=["..."])
 
-A pass changes the graph it is given (through `Graph`'s methods or the rewriter) or returns another one. The manager verifies after it.
+A pass changes the graph it is given (through `Graph`'s methods or the rewriter) or returns another one. The
+manager verifies after it.
 """
 
 from __future__ import annotations
@@ -50,7 +51,10 @@ class PassResult:
 
 @dataclass(frozen=True)
 class Pass(ABC):
-    """Base of all passes. `requires` is the stage that a graph must have, `ensures` the stage it has afterwards (None: unchanged)."""
+    """Base of all passes.
+
+    `requires` is the stage that a graph must have, `ensures` the stage it has afterwards (None: unchanged).
+    """
 
     name: ClassVar[str] = ""
     requires: ClassVar[str | None] = None

@@ -1,4 +1,7 @@
-"""Lazy weights computed from other lazy weights: merged, transposed, folded. Each reads rows of its sources when its own rows are read."""
+"""Lazy weights computed from other lazy weights: merged, transposed, folded.
+
+Each reads rows of its sources when its own rows are read.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,11 @@ class ConcatRows:
 
     def __init__(self, parts: Sequence[LazyTensor]) -> None:
         if len({(p.shape[1:], p.dtype) for p in parts}) != 1:
-            raise CompileError(f"weights to merge differ: {', '.join(f'{p.source} {p.dtype}{list(p.shape)}' for p in parts)}", remedy="do not merge them")
+            listed = ", ".join(f"{p.source} {p.dtype}{list(p.shape)}" for p in parts)
+            raise CompileError(
+                f"weights to merge differ: {listed}",
+                remedy="do not merge them",
+            )
         self.parts = tuple(parts)
         self.shape: tuple[int, ...] = (sum(p.shape[0] for p in parts), *parts[0].shape[1:])
         self.dtype = parts[0].dtype
@@ -33,7 +40,9 @@ class ConcatRows:
             if a < b:
                 pieces.append(p.read(a - first, b - first))
             first += p.shape[0]
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces) if pieces else self.parts[0].read(0, 0)
+        return (
+            pieces[0] if len(pieces) == 1 else np.concatenate(pieces) if pieces else self.parts[0].read(0, 0)
+        )
 
 
 class SliceRows:
@@ -51,7 +60,10 @@ class SliceRows:
 
 
 class TransposedTensor:
-    """A matrix transposed. A read of rows goes through the source in chunks, so memory stays at the rows asked for plus a chunk."""
+    """A matrix transposed.
+
+    A read of rows goes through the source in chunks, so memory stays at the rows asked for plus a chunk.
+    """
 
     def __init__(self, base: LazyTensor) -> None:
         self.base = base
@@ -61,11 +73,15 @@ class TransposedTensor:
 
     def read(self, start: int = 0, stop: int | None = None) -> Array:
         end = self.shape[0] if stop is None else min(stop, self.shape[0])
-        return np.ascontiguousarray(np.concatenate([chunk[:, start:end] for chunk in read_chunks(self.base)]).T)
+        return np.ascontiguousarray(
+            np.concatenate([chunk[:, start:end] for chunk in read_chunks(self.base)]).T
+        )
 
 
 class ComputedTensor:
-    """Any function of whole sources, for small tensors (norm weights, tables): the function runs at each read."""
+    """Any function of whole sources, for small tensors (norm weights, tables): the function runs at each
+    read.
+    """
 
     def __init__(self, shape: Sequence[int], dtype: str, source: str, compute: Callable[[], Array]) -> None:
         self.shape: tuple[int, ...] = tuple(shape)

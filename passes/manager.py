@@ -25,13 +25,16 @@ class PassRecord:
     notes: tuple[str, ...]
 
 
-def run_passes(graph: Graph, passes: Sequence[Pass], context: PassContext, dump_ir: Path | None = None) -> tuple[Graph, list[PassRecord]]:
+def run_passes(
+    graph: Graph, passes: Sequence[Pass], context: PassContext, dump_ir: Path | None = None
+) -> tuple[Graph, list[PassRecord]]:
     """The graph after all passes, and a record of each.
 
     Args:
         dump_ir: a folder that gets `00-traced.txt`, `01-<pass>.txt`, … (made when absent).
     Raises:
-        CompileError: a pass got a graph of the wrong stage; VerifyError: a pass left a broken graph, named in the message.
+        CompileError: a pass got a graph of the wrong stage; VerifyError: a pass left a broken graph, named in
+        the message.
     """
     records: list[PassRecord] = []
     if dump_ir is not None:
@@ -40,7 +43,10 @@ def run_passes(graph: Graph, passes: Sequence[Pass], context: PassContext, dump_
     for number, p in enumerate(passes, 1):
         started = time.perf_counter()
         if p.requires is not None and graph.stage != p.requires:
-            raise CompileError(f"pass {p.name} needs a graph of stage {p.requires}, not {graph.stage}", remedy="change the order of the passes")
+            raise CompileError(
+                f"pass {p.name} needs a graph of stage {p.requires}, not {graph.stage}",
+                remedy="change the order of the passes",
+            )
         context.progress(f"pass {p.name}", (number - 1) / len(passes))
         result = p.run(graph, context)
         graph = result.graph
@@ -50,7 +56,11 @@ def run_passes(graph: Graph, passes: Sequence[Pass], context: PassContext, dump_
             verify(graph)
         except VerifyError as e:
             raise VerifyError(f"after pass {p.name}: {e.message}", remedy=e.remedy) from e
-        records.append(PassRecord(str(p), result.changed, len(graph.ops), time.perf_counter() - started, tuple(result.notes)))
+        records.append(
+            PassRecord(
+                str(p), result.changed, len(graph.ops), time.perf_counter() - started, tuple(result.notes)
+            )
+        )
         if dump_ir is not None:
             (dump_ir / f"{number:02d}-{p.name}.txt").write_text(print_graph(graph), encoding="utf-8")
     return graph, records

@@ -21,15 +21,31 @@ def canonicalize() -> list[Pass]:
 
 def fuse() -> list[Pass]:
     """Tensor ops → ops of language models. Norms and rope first: attention looks through what they leave."""
-    return [MarkStage(stage="fused"), FuseNorms(), FuseRotary(), NormalizeShapes(), FuseRotary(), FuseAttention(), NormalizeShapes(), FuseGatedMlps(), MergeProjections(),
-            FuseGatedMlps(), NormalizeShapes(), MergeEqual(), DropDead()]
+    return [
+        MarkStage(stage="fused"),
+        FuseNorms(),
+        FuseRotary(),
+        NormalizeShapes(),
+        FuseRotary(),
+        FuseAttention(),
+        NormalizeShapes(),
+        FuseGatedMlps(),
+        MergeProjections(),
+        FuseGatedMlps(),
+        NormalizeShapes(),
+        MergeEqual(),
+        DropDead(),
+    ]
 
 
-def language_model(quantize: list[Pass], *, page_size: int, kv_dtype: str, extra: list[Pass] | None = None) -> list[Pass]:
+def language_model(
+    quantize: list[Pass], *, page_size: int, kv_dtype: str, extra: list[Pass] | None = None
+) -> list[Pass]:
     """Traced model → paged step. `extra` passes (the user's) run on the fused graph, before quantization."""
     return [
         # 1. canonicalise
-        *canonicalize(), MarkStage(stage="canonical"),
+        *canonicalize(),
+        MarkStage(stage="canonical"),
         # 2. fuse
         *fuse(),
         # 3. adapt (the user's passes)

@@ -1,7 +1,7 @@
 """Passes and quantizers by name, from this package and from anyone's, through entry points.
 
-`llmc.passes`: name → a `Pass` class. `llmc.quantizers`: name → a `Quantizer` class, which turns schemes (`int4-g64`) into passes.
-Two of one name are an error that names both packages.
+`llmc.passes`: name → a `Pass` class. `llmc.quantizers`: name → a `Quantizer` class, which turns schemes
+(`int4-g64`) into passes. Two of one name are an error that names both packages.
 """
 
 from __future__ import annotations
@@ -39,13 +39,19 @@ class Registered:
 
 @cache
 def registered(group: str) -> dict[str, Registered]:
-    """All entries of an entry-point group by name, sorted. Raises InputError where two packages bring one name."""
+    """All entries of an entry-point group by name, sorted.
+
+    Raises InputError where two packages bring one name.
+    """
     found: dict[str, Registered] = {}
     for entry in sorted(entry_points(group=group), key=lambda e: e.name):
         origin = entry.dist.name if entry.dist is not None else "unknown"
         other = found.get(entry.name)
         if other is not None and other.entry.value != entry.value:
-            raise InputError(f"{group}: {entry.name} comes from both {other.origin} and {origin}", remedy="uninstall one of them")
+            raise InputError(
+                f"{group}: {entry.name} comes from both {other.origin} and {origin}",
+                remedy="uninstall one of them",
+            )
         found[entry.name] = Registered(entry.name, origin, entry)
     return found
 
@@ -62,7 +68,7 @@ def _number(text: str, kind: Any) -> Any:
 
 
 def make_pass(text: str) -> Pass:
-    """A pass from `NAME` or `NAME{option=value,…}`. InputError names what is unknown and lists what exists."""
+    """A pass from `NAME` or `NAME{option=value,…}`; InputError names what is unknown, lists what exists."""
     m = re.fullmatch(r"([\w.-]+)(?:\{(.*)\})?", text.strip())
     known = registered("llmc.passes")
     if m is None or m.group(1) not in known:
@@ -73,11 +79,16 @@ def make_pass(text: str) -> Pass:
     for part in filter(None, (p.strip() for p in (m.group(2) or "").split(","))):
         key, _, value = part.partition("=")
         if key not in fields:
-            raise InputError(f"pass {kind.name} has no option {key!r}", remedy=f"options: {', '.join(fields) or 'none'}")
+            raise InputError(
+                f"pass {kind.name} has no option {key!r}", remedy=f"options: {', '.join(fields) or 'none'}"
+            )
         try:
             options[key] = _number(value, fields[key].type)
         except ValueError:
-            raise InputError(f"pass {kind.name}: {key}={value!r} is no {fields[key].type}", remedy="give a value of that type") from None
+            raise InputError(
+                f"pass {kind.name}: {key}={value!r} is no {fields[key].type}",
+                remedy="give a value of that type",
+            ) from None
     return kind(**options)
 
 

@@ -15,7 +15,8 @@ Dims = Mapping[str, int]
 
 @op("sdpa")
 class Sdpa(Op):
-    """torch's scaled_dot_product_attention: q [..., H, T, D], k [..., Hkv, S, D], v [..., Hkv, S, Dv], mask additive or bool [..., T, S].
+    """torch's scaled_dot_product_attention: q [..., H, T, D], k [..., Hkv, S, D], v [..., Hkv, S, Dv], mask
+    additive or bool [..., T, S].
 
     Hkv is H, or divides it with `enable_gqa`.
     """
@@ -51,7 +52,9 @@ def heads_ratio(q: TensorType, k: TensorType) -> Dim | None:
 
 
 def masked_softmax(scores: Any, visible: Any, sinks: Any) -> Any:
-    """softmax over the last axis of scores [..., H, T, S] where `visible`; `sinks` [H] are logits that take weight and give nothing."""
+    """softmax over the last axis of scores [..., H, T, S] where `visible`; `sinks` [H] are logits that take
+    weight and give nothing.
+    """
     import torch
 
     scores = scores.masked_fill(~visible, float("-inf"))
@@ -73,7 +76,9 @@ def attend(
     window: int | None,
     softcap: float | None,
 ) -> Any:
-    """Token-major attention of one sequence in float32: q [T, H, D], k [S, Hkv, D], v [S, Hkv, Dv]; positions of queries and keys."""
+    """Token-major attention of one sequence in float32: q [T, H, D], k [S, Hkv, D], v [S, Hkv, Dv]; positions
+    of queries and keys.
+    """
     import torch
 
     group = q.shape[-2] // k.shape[-2]
@@ -94,8 +99,9 @@ def attend(
 class Attention(Op):
     """Self-attention of whole sequences: q [B, T, H, D], k [B, T, Hkv, D], v [B, T, Hkv, Dv] → [B, T, H, Dv].
 
-    causal: key j is seen by query i when j ≤ i. window w: |i - j| < w as well (Mistral's sliding window counts the token itself).
-    softcap c: scores become c · tanh(score / c) before the mask (Gemma 2). sinks [H]: one extra logit a head (StreamingLLM / gpt-oss).
+    causal: key j is seen by query i when j ≤ i. window w: |i - j| < w as well (Mistral's sliding window
+    counts the token itself). softcap c: scores become c · tanh(score / c) before the mask (Gemma 2). sinks
+    [H]: one extra logit a head (StreamingLLM / gpt-oss).
     """
 
     q: Operand

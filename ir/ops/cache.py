@@ -1,4 +1,7 @@
-"""The paged KV cache (Kwon et al. 2023) over a ragged batch. See docs/architecture.md, "The paged step interface"."""
+"""The paged KV cache (Kwon et al.
+
+2023) over a ragged batch. See docs/architecture.md, "The paged step interface".
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,11 @@ Dims = Mapping[str, int]
 
 @op("append_kv")
 class AppendKv(Op):
-    """Write k, v [T, Hkv, D] into the slots [T] of `pages` [2, P, page_size, Hkv, D]; slot = page · page_size + offset.
+    """Write k, v [T, Hkv, D] into the slots [T] of `pages` [2, P, page_size, Hkv, D]; slot = page · page_size
+    + offset.
 
-    The result is the cache after the write. A target may write in place: `pages` must not be read after this op but through its result.
+    The result is the cache after the write. A target may write in place: `pages` must not be read after this
+    op but through its result.
     """
 
     k: Operand
@@ -48,8 +53,9 @@ class AppendKv(Op):
 class PagedAttention(Op):
     """Attention of a ragged batch over the cache: q [T, H, D] → [T, H, D].
 
-    Sequence b owns rows query_start[b] … query_start[b+1]-1 of q, the last ones of its context of context_len[b] tokens, which lie in pages
-    block_table[b]. Fields as in `attention`; with causal false every token of the context is seen.
+    Sequence b owns rows query_start[b] … query_start[b+1]-1 of q, the last ones of its context of
+    context_len[b] tokens, which lie in pages block_table[b]. Fields as in `attention`; with causal false
+    every token of the context is seen.
     """
 
     q: Operand
@@ -95,7 +101,10 @@ class PagedAttention(Op):
 
 @op("gather_last")
 class GatherLast(Op):
-    """The wanted rows: x [T, D], index [R] → [R, D]. Everything after it (norm, head) runs on those rows only."""
+    """The wanted rows: x [T, D], index [R] → [R, D].
+
+    Everything after it (norm, head) runs on those rows only.
+    """
 
     x: Operand
     index: Operand

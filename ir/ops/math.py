@@ -125,7 +125,9 @@ class Silu(Unary):
 
 @op("gelu")
 class Gelu(Unary):
-    """Gaussian error linear unit (Hendrycks & Gimpel 2016); `tanh` chooses their tanh approximation, else erf."""
+    """Gaussian error linear unit (Hendrycks & Gimpel 2016); `tanh` chooses their tanh approximation, else
+    erf.
+    """
 
     tanh: bool = False
 
@@ -373,7 +375,9 @@ class CumSum(Op):
 
 @op("diff")
 class Diff(Op):
-    """First difference along the last axis with a value put before: out[..., i] = y[..., i+1] - y[..., i], y = [prepend, x]."""
+    """First difference along the last axis with a value put before: out[..., i] = y[..., i+1] - y[..., i], y
+    = [prepend, x].
+    """
 
     x: Operand
     prepend: Operand

@@ -53,7 +53,7 @@ class Linear(Op):
 
     x: Operand
     weight: Operand
-    bias: OptionalOperand
+    bias: OptionalOperand = None
 
     def infer(self) -> list[TensorType]:
         if self.weight.type.rank != 2 or self.x.shape[-1] != self.weight.shape[1]:
@@ -108,8 +108,9 @@ class LayerNorm(Op):
 class Rope(Op):
     """Rotary position embedding (Su et al. 2021) of x [..., T, H, D] by cos and sin [..., T, R], R ≤ D even.
 
-    The first R of each head's D elements turn, the rest passes. `interleaved` pairs elements (2i, 2i+1), otherwise (i, i + R/2).
-    cos and sin hold the angle of every element (both of a pair), attention scaling included.
+    The first R of each head's D elements turn, the rest passes. `interleaved` pairs elements (2i, 2i+1),
+    otherwise (i, i + R/2). cos and sin hold the angle of every element (both of a pair), attention scaling
+    included.
     """
 
     x: Operand
@@ -147,7 +148,8 @@ class Rope(Op):
 
 @op("gated_mlp")
 class GatedMlp(Op):
-    """The gate of a gated MLP (Shazeer 2020): gate_up [..., 2I] = [gate, up] → activation(gate) · up, [..., I].
+    """The gate of a gated MLP (Shazeer 2020): gate_up [..., 2I] = [gate, up] → activation(gate) · up, [...,
+    I].
 
     The projections around it stay `linear`, so that quantizers see them.
     """

@@ -1,4 +1,7 @@
-"""Operations on quantized weights. q is uint8 [N, K], one value a byte; its type's `quant` says how to read it (`types.Quantization`)."""
+"""Operations on quantized weights.
+
+q is uint8 [N, K], one value a byte; its type's `quant` says how to read it (`types.Quantization`).
+"""
 
 from __future__ import annotations
 
@@ -74,7 +77,10 @@ class Dequantize(Op):
 
 @op("quantized_linear")
 class QuantizedLinear(Op):
-    """`linear` by a quantized weight: x [..., K] → [..., N]. The meaning here takes x in float; a target may quantize x per token to int8."""
+    """`linear` by a quantized weight: x [..., K] → [..., N].
+
+    The meaning here takes x in float; a target may quantize x per token to int8.
+    """
 
     x: Operand
     q: Operand

@@ -70,7 +70,7 @@ class Arange(Op):
 
 @op("reshape")
 class Reshape(Op):
-    """Same elements in row-major order under another shape (view, unsqueeze, squeeze and flatten are this)."""
+    """Same elements in row-major order under another shape: view, unsqueeze, squeeze, flatten."""
 
     x: Operand
     shape: Shape
@@ -89,7 +89,9 @@ class Reshape(Op):
 
 @op("transpose")
 class Transpose(Op):
-    """Axes permuted; `perm` holds negative axes: result axis i (from the right as well) is operand axis perm[i]."""
+    """Axes permuted; `perm` holds negative axes: result axis i (from the right as well) is operand axis
+    perm[i].
+    """
 
     x: Operand
     perm: tuple[int, ...]
@@ -208,7 +210,9 @@ class Index(Op):
 
 @op("gather")
 class Gather(Op):
-    """Elements along the last axis: out[..., j] = x[..., index[..., j]]; leading axes of x and index are equal."""
+    """Elements along the last axis: out[..., j] = x[..., index[..., j]]; leading axes of x and index are
+    equal.
+    """
 
     x: Operand
     index: Operand

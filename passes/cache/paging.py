@@ -1,13 +1,16 @@
-"""The traced model of one sequence → the ragged paged step (docs/architecture.md, "The paged step interface").
+"""The traced model of one sequence → the ragged paged step (docs/architecture.md, "The paged step
+interface").
 
-    input_ids [1, T]                  → token_ids [T], positions [T], slot_mapping [T], query_start [B+1], context_len [B], block_table [B, P],
+    input_ids [1, T]                  → token_ids [T], positions [T], slot_mapping [T], query_start [B+1],
+    context_len [B], block_table [B, P],
                                         output_index [R], kv_pages.i [2, N, page_size, heads, head_dim]
     arange(T)                         → positions
     attention(q, k, v)                → pages' = append_kv(k, v, pages); paged_attention(q, pages', …)
-    logits of every row               → gather_last before the final norm: only the wanted rows go through the head
+    logits of every row               → gather_last before the final norm: only the wanted rows go through the
+    head
 
-What is left must treat every token alone: sequences stand back to back in T, so an op that mixes rows would mix strangers. `row_mixing` refuses such an
-op by name and module.
+What is left must treat every token alone: sequences stand back to back in T, so an op that mixes rows would
+mix strangers. `row_mixing` refuses such an op by name and module.
 """
 
 from __future__ import annotations
@@ -52,7 +55,9 @@ def row_mixing(op: Op) -> str | None:
             return "multiplies along the axis of tokens"
         case Slice() | Concat() if op.axis in inner:
             return "cuts or joins along the axis of tokens"
-        case Transpose() | Reshape() if inner and (not out or _lead(op.operands[0].shape) != _lead(op.results[0].shape)):
+        case Transpose() | Reshape() if inner and (
+            not out or _lead(op.operands[0].shape) != _lead(op.results[0].shape)
+        ):
             return "moves the axis of tokens"
         case Index() | Gather() if axes[0]:
             return "picks rows by index"
@@ -79,15 +84,17 @@ def _without_batch(shape: Shape) -> Shape:
 
 
 def drop_batch_axis(graph: Graph, ids: Value) -> None:
-    """input_ids [1, T] → [T] and every value after it; attributes with shapes lose their leading 1, axes are negative and stay."""
+    """input_ids [1, T] → [T] and every value after it; attributes with shapes lose their leading 1, axes are
+    negative and stay.
+    """
     ids.type = TensorType("int32", (T,))
     for op in graph.ops:
-        depends = any(_mentions_tokens(d) for r in op.results for d in r.shape) or any(r.type.rank and r.shape[0] == 1 for r in op.results)
+        depends = any(_mentions_tokens(d) for r in op.results for d in r.shape) or any(
+            r.type.rank and r.shape[0] == 1 for r in op.results
+        )
         if isinstance(op, (Reshape, Expand, Full)) and depends:
             op.shape = _without_batch(op.shape)
         graph.retype(op)
-
-
 
 
 @dataclass(frozen=True)
@@ -108,8 +115,15 @@ def _replace_inputs(graph: Graph) -> _StepInputs:
     def add(name: str, *shape: Dim) -> Value:
         return graph.add_input(name, TensorType("int32", shape))
 
-    return _StepInputs(ids, add("positions", T), add("slot_mapping", T), add("query_start", B + 1), add("context_len", B), add("block_table", B, P_),
-                       add("output_index", R))
+    return _StepInputs(
+        ids,
+        add("positions", T),
+        add("slot_mapping", T),
+        add("query_start", B + 1),
+        add("context_len", B),
+        add("block_table", B, P_),
+        add("output_index", R),
+    )
 
 
 def _replace_positions(graph: Graph, positions: Value) -> None:
@@ -118,7 +132,9 @@ def _replace_positions(graph: Graph, positions: Value) -> None:
         if not isinstance(op, Arange) or not _mentions_tokens(op.length):
             continue
         if op.length != T:
-            raise UnsupportedError(f"{op.loc}: positions over {op.length} tokens", remedy="only arange(T) can become a position")
+            raise UnsupportedError(
+                f"{op.loc}: positions over {op.length} tokens", remedy="only arange(T) can become a position"
+            )
         new: list[Op] = [m.Cast(positions, dtype=op.dtype)]
         if op.step != 1:
             c = Full(value=op.step, dtype=op.dtype)
@@ -147,7 +163,10 @@ class PageKvCache(Pass):
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         attentions = [op for op in graph if isinstance(op, Attention)]
         if not attentions:
-            raise UnsupportedError(f"{graph.name} holds no attention that was recognised", remedy="see the notes of fuse-attention (--dump-ir)")
+            raise UnsupportedError(
+                f"{graph.name} holds no attention that was recognised",
+                remedy="see the notes of fuse-attention (--dump-ir)",
+            )
         inputs = _replace_inputs(graph)
         drop_batch_axis(graph, inputs.token_ids)
         _replace_positions(graph, inputs.positions)
@@ -158,8 +177,11 @@ class PageKvCache(Pass):
         for op in graph:
             refusal = row_mixing(op)
             if refusal is not None and not isinstance(op, (AppendKv, PagedAttention)):
-                raise UnsupportedError(f"{op.opname} in {op.loc or graph.name} {refusal}: tokens of different sequences would meet",
-                                       remedy="the model needs a fusion that absorbs this op")
+                raise UnsupportedError(
+                    f"{op.opname} in {op.loc or graph.name} {refusal}: "
+                    "sequences would meet",
+                    remedy="the model needs a fusion that absorbs this op",
+                )
         gather_wanted_rows(graph, inputs.output_index)
         return PassResult(graph, True)
 
@@ -168,11 +190,26 @@ class PageKvCache(Pass):
         for layer, op in enumerate(attentions):
             heads, width = op.k.shape[-2:]
             if op.v.shape[-2:] != op.k.shape[-2:]:
-                raise UnsupportedError(f"attention in {op.loc}: keys {op.k.type} and values {op.v.type} differ in width", remedy="no cache layout for this yet")
-            pages = graph.add_input(f"kv_pages.{layer}", TensorType(self.kv_dtype, (2, N, self.page_size, heads, width)))
+                raise UnsupportedError(
+                    f"attention in {op.loc}: keys {op.k.type} and values {op.v.type} differ in width",
+                    remedy="no cache layout for this yet",
+                )
+            pages = graph.add_input(
+                f"kv_pages.{layer}", TensorType(self.kv_dtype, (2, N, self.page_size, heads, width))
+            )
             appended = AppendKv(op.k, op.v, pages, inputs.slot_mapping)
-            paged = PagedAttention(op.q, appended.result, inputs.query_start, inputs.context_len, inputs.block_table, op.sinks, scale=op.scale,
-                                   causal=op.causal, window=op.window, softcap=op.softcap)
+            paged = PagedAttention(
+                op.q,
+                appended.result,
+                inputs.query_start,
+                inputs.context_len,
+                inputs.block_table,
+                op.sinks,
+                scale=op.scale,
+                causal=op.causal,
+                window=op.window,
+                softcap=op.softcap,
+            )
             for new in (appended, paged):
                 new.loc = op.loc
                 graph.insert(new, before=op)
@@ -184,14 +221,21 @@ class PageKvCache(Pass):
 
 
 def gather_wanted_rows(graph: Graph, index: Value) -> None:
-    """Move the choice of rows as far up as rows stand alone: behind the last op whose other users need every row."""
+    """Move the choice of rows as far up as rows stand alone: behind the last op whose other users need every
+    row.
+    """
     output = graph.outputs[0]
     while True:
         op = output.producer
         if op is None or row_mixing(op) is not None or isinstance(op, PagedAttention) or len(op.results) != 1:
             break
         rows = [v for v in op.operands if _token_axes(v.shape)]
-        if len(rows) != 1 or len(rows[0].uses) != 1 or rows[0].producer is None or rows[0].type.rank != output.type.rank:
+        if (
+            len(rows) != 1
+            or len(rows[0].uses) != 1
+            or rows[0].producer is None
+            or rows[0].type.rank != output.type.rank
+        ):
             break
         output = rows[0]
     gather = GatherLast(output, index)

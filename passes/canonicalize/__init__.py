@@ -1,1 +1,3 @@
-"""One form for each meaning: constants folded, equal ops merged, shapes normalised, transposes moved into weights."""
+"""One form for each meaning: constants folded, equal ops merged, shapes normalised, transposes moved into
+weights.
+"""

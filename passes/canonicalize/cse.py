@@ -1,7 +1,7 @@
 """Common subexpressions: two ops of one kind with equal operands and attributes → one.
 
-    %a = cos(%x)
-    %b = cos(%x)      → every use of %b becomes a use of %a
+%a = cos(%x)
+%b = cos(%x)      → every use of %b becomes a use of %a
 """
 
 from __future__ import annotations
@@ -24,7 +24,12 @@ class MergeEqual(Pass):
         for op in graph.ops:
             if op.has_effects:
                 continue
-            key = (op.opname, tuple(id(v) for v in op.operands), op.counts, tuple((k, repr(v)) for k, v in op.attributes().items()))
+            key = (
+                op.opname,
+                tuple(id(v) for v in op.operands),
+                op.counts,
+                tuple((k, repr(v)) for k, v in op.attributes().items()),
+            )
             first = seen.setdefault(key, op)
             if first is not op:
                 graph.replace(op, first.results)  # type: ignore[attr-defined]

@@ -1,9 +1,9 @@
 """Constants and identities.
 
-    mul(x, 1.0)            → x
-    pow(x, 2.0)            → mul(x, x)
-    mul(x, sigmoid(x))     → silu(x)
-    add(weight, 1.0)       → a weight (computed when it is read)
+mul(x, 1.0)            → x
+pow(x, 2.0)            → mul(x, x)
+mul(x, sigmoid(x))     → silu(x)
+add(weight, 1.0)       → a weight (computed when it is read)
 """
 
 from __future__ import annotations
@@ -29,15 +29,31 @@ from ..derived import ComputedTensor
 FOLD_LIMIT = 1 << 22  # elements: larger weights stay as they are, folding would read them whole
 
 _NUMBERS: dict[type[Op], Callable[[float, float], float]] = {
-    m.Add: lambda a, b: a + b, m.Sub: lambda a, b: a - b, m.Mul: lambda a, b: a * b, m.Maximum: max, m.Minimum: min,
-    m.Pow: lambda a, b: a**b, m.Less: lambda a, b: a < b, m.LessEqual: lambda a, b: a <= b, m.Greater: lambda a, b: a > b,
-    m.GreaterEqual: lambda a, b: a >= b, m.Equal: lambda a, b: a == b, m.NotEqual: lambda a, b: a != b,
-    m.LogicalAnd: lambda a, b: bool(a) and bool(b), m.LogicalOr: lambda a, b: bool(a) or bool(b),
+    m.Add: lambda a, b: a + b,
+    m.Sub: lambda a, b: a - b,
+    m.Mul: lambda a, b: a * b,
+    m.Maximum: max,
+    m.Minimum: min,
+    m.Pow: lambda a, b: a**b,
+    m.Less: lambda a, b: a < b,
+    m.LessEqual: lambda a, b: a <= b,
+    m.Greater: lambda a, b: a > b,
+    m.GreaterEqual: lambda a, b: a >= b,
+    m.Equal: lambda a, b: a == b,
+    m.NotEqual: lambda a, b: a != b,
+    m.LogicalAnd: lambda a, b: bool(a) and bool(b),
+    m.LogicalOr: lambda a, b: bool(a) or bool(b),
 }
 
 
 def full_like(type: TensorType, value: float) -> Full:
-    number: float | int | bool = bool(value) if type.dtype == "bool" else value if type.dtype.startswith(("float", "bfloat")) else int(value)
+    number: float | int | bool = (
+        bool(value)
+        if type.dtype == "bool"
+        else value
+        if type.dtype.startswith(("float", "bfloat"))
+        else int(value)
+    )
     return Full(value=number, dtype=type.dtype, shape=type.shape)
 
 
@@ -46,11 +62,11 @@ class FoldNumbers(Rule):
 
     pattern = P(tuple(_NUMBERS), Const("a"), Const("b"))
 
-    def check(self, m_: Match) -> str | None:
+    def check(self, found: Match) -> str | None:
         return None
 
-    def rewrite(self, m_: Match, rw: Rewriter) -> Sequence[Value] | None:
-        value = float(_NUMBERS[type(rw.root)](m_["a"], m_["b"]))
+    def rewrite(self, found: Match, rw: Rewriter) -> Sequence[Value] | None:
+        value = float(_NUMBERS[type(rw.root)](found["a"], found["b"]))
         if math.isnan(value) or (math.isinf(value) and rw.root.result.dtype == "float32"):
             return None
         return [rw.insert(full_like(rw.root.result.type, value))]
@@ -61,16 +77,18 @@ class FoldMoved(Rule):
 
     pattern = P((m.Cast, Expand, Reshape, Slice, Transpose), Const("a"))
 
-    def rewrite(self, m_: Match, rw: Rewriter) -> Sequence[Value]:
-        return [rw.insert(full_like(rw.root.result.type, m_["a"]))]
+    def rewrite(self, found: Match, rw: Rewriter) -> Sequence[Value]:
+        return [rw.insert(full_like(rw.root.result.type, found["a"]))]
 
 
 class DropIdentity(Rule):
-    """x + 0, x - 0, x · 1, x / 1, true and x, false or x, cast to the same dtype, reshape or expand to the same shape → x"""
+    """x + 0, x - 0, x · 1, x / 1, true and x, false or x, cast to the same dtype, reshape or expand to the
+    same shape → x
+    """
 
     pattern = P((m.Add, m.Sub, m.Mul, m.Div, m.LogicalAnd, m.LogicalOr, m.Cast, Reshape, Expand, Transpose))
 
-    def rewrite(self, m_: Match, rw: Rewriter) -> Sequence[Value] | None:
+    def rewrite(self, found: Match, rw: Rewriter) -> Sequence[Value] | None:
         op = rw.root
         x = op.operands[0]
         if isinstance(op, m.Binary):
@@ -87,13 +105,13 @@ class DropIdentity(Rule):
 
 
 class Square(Rule):
-    """pow(x, 2) → x · x;  pow(x, 0.5) → sqrt;  pow(x, -0.5) → rsqrt;  pow(x, 1) → x;  pow(x, 3) → x · x · x"""
+    """pow(x, 1) → x;  pow(x, 2) → x · x;  pow(x, 3) → x · x · x;  pow(x, ±0.5) → sqrt, rsqrt"""
 
     pattern = P(m.Pow, Any("x"), Const("n"))
 
-    def rewrite(self, m_: Match, rw: Rewriter) -> Sequence[Value] | None:
-        x: Value = m_["x"]
-        match m_["n"]:
+    def rewrite(self, found: Match, rw: Rewriter) -> Sequence[Value] | None:
+        x: Value = found["x"]
+        match found["n"]:
             case 1.0:
                 return [x]
             case 2.0:
@@ -113,8 +131,8 @@ class ReciprocalSqrt(Rule):
 
     pattern = P(m.Reciprocal, P(m.Sqrt, Any("x")))
 
-    def rewrite(self, m_: Match, rw: Rewriter) -> Sequence[Value]:
-        return [rw.insert(m.Rsqrt(m_["x"]))]
+    def rewrite(self, found: Match, rw: Rewriter) -> Sequence[Value]:
+        return [rw.insert(m.Rsqrt(found["x"]))]
 
 
 class MakeSilu(Rule):
@@ -122,8 +140,8 @@ class MakeSilu(Rule):
 
     pattern = P(m.Mul, Any("x"), P(m.Sigmoid, Any("x")))
 
-    def rewrite(self, m_: Match, rw: Rewriter) -> Sequence[Value]:
-        return [rw.insert(m.Silu(m_["x"]))]
+    def rewrite(self, found: Match, rw: Rewriter) -> Sequence[Value]:
+        return [rw.insert(m.Silu(found["x"]))]
 
 
 _CUBE = Or(P(m.Mul, P(m.Mul, Any("x"), Any("x")), Any("x")), P(m.Pow, Any("x"), Const(equals=3.0)))
@@ -132,29 +150,44 @@ _CUBE = Or(P(m.Mul, P(m.Mul, Any("x"), Any("x")), Any("x")), P(m.Pow, Any("x"), 
 class MakeGeluTanh(Rule):
     """0.5 · x · (1 + tanh(√(2/π) · (x + 0.044715 · x³))) → gelu(x, tanh)"""
 
-    pattern = P(m.Mul, P(m.Mul, Any("x"), Const(equals=0.5)),
-                P(m.Add, P(m.Tanh, P(m.Mul, P(m.Add, Any("x"), P(m.Mul, _CUBE, Const("c"))), Const("s"))), Const(equals=1.0)))
+    pattern = P(
+        m.Mul,
+        P(m.Mul, Any("x"), Const(equals=0.5)),
+        P(
+            m.Add,
+            P(m.Tanh, P(m.Mul, P(m.Add, Any("x"), P(m.Mul, _CUBE, Const("c"))), Const("s"))),
+            Const(equals=1.0),
+        ),
+    )
 
-    def check(self, m_: Match) -> str | None:
-        if abs(m_["c"] - 0.044715) > 1e-6 or abs(m_["s"] - math.sqrt(2 / math.pi)) > 1e-6:
-            return f"the constants {m_['c']}, {m_['s']} are not those of the tanh approximation"
+    def check(self, found: Match) -> str | None:
+        if abs(found["c"] - 0.044715) > 1e-6 or abs(found["s"] - math.sqrt(2 / math.pi)) > 1e-6:
+            return f"the constants {found['c']}, {found['s']} are not those of the tanh approximation"
         return None
 
-    def rewrite(self, m_: Match, rw: Rewriter) -> Sequence[Value]:
-        return [rw.insert(m.Gelu(m_["x"], tanh=True))]
+    def rewrite(self, found: Match, rw: Rewriter) -> Sequence[Value]:
+        return [rw.insert(m.Gelu(found["x"], tanh=True))]
 
 
 class MakeGeluErf(Rule):
     """0.5 · x · (1 + erf(x / √2)) → gelu(x)"""
 
-    pattern = P(m.Mul, P(m.Mul, Any("x"), Const(equals=0.5)), P(m.Add, P(m.Erf, Or(P(m.Div, Any("x"), Const("d")), P(m.Mul, Any("x"), Const("s")))), Const(equals=1.0)))
+    pattern = P(
+        m.Mul,
+        P(m.Mul, Any("x"), Const(equals=0.5)),
+        P(
+            m.Add,
+            P(m.Erf, Or(P(m.Div, Any("x"), Const("d")), P(m.Mul, Any("x"), Const("s")))),
+            Const(equals=1.0),
+        ),
+    )
 
-    def check(self, m_: Match) -> str | None:
-        scale = 1 / m_["d"] if "d" in m_ else m_["s"]
+    def check(self, found: Match) -> str | None:
+        scale = 1 / found["d"] if "d" in found else found["s"]
         return None if abs(scale - math.sqrt(0.5)) < 1e-6 else f"erf is of {scale} x, not x / sqrt(2)"
 
-    def rewrite(self, m_: Match, rw: Rewriter) -> Sequence[Value]:
-        return [rw.insert(m.Gelu(m_["x"]))]
+    def rewrite(self, found: Match, rw: Rewriter) -> Sequence[Value]:
+        return [rw.insert(m.Gelu(found["x"]))]
 
 
 class SliceOfArange(Rule):
@@ -162,12 +195,19 @@ class SliceOfArange(Rule):
 
     pattern = P(Slice, Or(P(Arange, name="inner"), P(Reshape, P(Arange, name="inner"))))
 
-    def rewrite(self, m_: Match, rw: Rewriter) -> Sequence[Value] | None:
-        op, inner = rw.root, m_.op("inner")
+    def rewrite(self, found: Match, rw: Rewriter) -> Sequence[Value] | None:
+        op, inner = rw.root, found.op("inner")
         assert isinstance(op, Slice) and isinstance(inner, Arange)
         if op.x.shape[op.axis] != inner.length or not isinstance(op.start, int):
             return None
-        new = rw.insert(Arange(length=op.result.shape[op.axis], start=inner.start + op.start * inner.step, step=inner.step * op.step, dtype=inner.dtype))
+        new = rw.insert(
+            Arange(
+                length=op.result.shape[op.axis],
+                start=inner.start + op.start * inner.step,
+                step=inner.step * op.step,
+                dtype=inner.dtype,
+            )
+        )
         return [new if new.shape == op.result.shape else rw.insert(Reshape(new, shape=op.result.shape))]
 
 
@@ -176,7 +216,7 @@ class DropEmpty(Rule):
 
     pattern = P((Concat, Slice))
 
-    def rewrite(self, m_: Match, rw: Rewriter) -> Sequence[Value] | None:
+    def rewrite(self, found: Match, rw: Rewriter) -> Sequence[Value] | None:
         op = rw.root
         if isinstance(op, Slice):
             return [op.x] if op.start == 0 and op.step == 1 and op.x.type == op.result.type else None
@@ -192,12 +232,23 @@ class IndexOfFull(Rule):
 
     pattern = P((Index, Gather), Const("a"))
 
-    def rewrite(self, m_: Match, rw: Rewriter) -> Sequence[Value]:
-        return [rw.insert(full_like(rw.root.result.type, m_["a"]))]
+    def rewrite(self, found: Match, rw: Rewriter) -> Sequence[Value]:
+        return [rw.insert(full_like(rw.root.result.type, found["a"]))]
 
 
-RULES: tuple[Rule, ...] = (FoldNumbers(), FoldMoved(), DropIdentity(), Square(), ReciprocalSqrt(), MakeSilu(), MakeGeluTanh(), MakeGeluErf(), SliceOfArange(),
-                           IndexOfFull(), DropEmpty())
+RULES: tuple[Rule, ...] = (
+    FoldNumbers(),
+    FoldMoved(),
+    DropIdentity(),
+    Square(),
+    ReciprocalSqrt(),
+    MakeSilu(),
+    MakeGeluTanh(),
+    MakeGeluErf(),
+    SliceOfArange(),
+    IndexOfFull(),
+    DropEmpty(),
+)
 
 
 def _numpy(tensor: Anything) -> Anything:
@@ -205,13 +256,16 @@ def _numpy(tensor: Anything) -> Anything:
 
 
 def simplify_weights(graph: Graph) -> int:
-    """Small buffers that are constants become ops: rank 0 → full, equal integers → full, 0, 1, 2, … → arange. How many."""
+    """Small buffers that are constants become ops: rank 0 → full, equal integers → full, 0, 1, 2, … → arange.
+
+    How many.
+    """
     count = 0
     for v in list(graph.weights.values()):
         data = v.weight
         assert data is not None
         integer = data.dtype.startswith("int") and isinstance(data, ArrayTensor)
-        if data.shape and not integer or num_elements(data) > FOLD_LIMIT or not v.uses:
+        if (data.shape and not integer) or num_elements(data) > FOLD_LIMIT or not v.uses:
             continue
         values = data.read()
         new: Op | None = None
@@ -238,18 +292,23 @@ def _computes(op: Op) -> Callable[[], Anything]:
     parts = [(v.weight, constant(v), v.type) for v in op.operands]
 
     def compute() -> Anything:
-        operands = [to_torch(w.read()) if w is not None else to_torch(np.full([int(str(d)) for d in t.shape], c, dtype=t.dtype)) for w, c, t in parts]
+        operands = [
+            to_torch(w.read())
+            if w is not None
+            else to_torch(np.full([int(str(d)) for d in t.shape], c, dtype=t.dtype))
+            for w, c, t in parts
+        ]
         return _numpy(op.reference({}, *op.grouped(operands)))
 
     return compute
 
 
 def fold_weights(graph: Graph) -> int:
-    """Ops over nothing but small weights and constants become weights, computed when they are read. How many."""
+    """Ops over nothing but small weights and constants become weights, computed when read. How many."""
     count = 0
     for op in graph.ops:
         size = 1
-        for d in (op.results[0].shape if op.results else ()):
+        for d in op.results[0].shape if op.results else ():
             size = size * d if isinstance(d, int) else FOLD_LIMIT + 1
         weights = [v for v in op.operands if v.is_weight]
         if len(op.results) != 1 or not weights or size > FOLD_LIMIT or isinstance(op, Linear):
@@ -260,7 +319,12 @@ def fold_weights(graph: Graph) -> int:
         while name in graph.weights:
             name += "_"
         shape = [d for d in op.result.shape if isinstance(d, int)]
-        data = ComputedTensor(shape, op.result.dtype, f"{op.opname}({', '.join(w.weight.source for w in weights if w.weight)})", _computes(op))
+        data = ComputedTensor(
+            shape,
+            op.result.dtype,
+            f"{op.opname}({', '.join(w.weight.source for w in weights if w.weight)})",
+            _computes(op),
+        )
         graph.replace(op, [graph.add_weight(name, data)])
         count += 1
     graph.drop_dead()

@@ -1,11 +1,11 @@
-"""Reshapes and transposes: merged, cancelled, moved out of the way of fusion; transposes of weights go into the weights.
+"""Reshapes and transposes: merged, cancelled, moved out of the way of fusion; transposes of weights go into
+the weights.
 
-    reshape(reshape(x))                     → reshape(x)
-    transpose(transpose(x))                 → transpose(x) or x
-    silu(transpose(x))                      → transpose(silu(x))         (slice, concat and norm over the last axis likewise)
-    linear(reshape(x: [1,T,K] → [T,K]), w)  → reshape(linear(x, w))
-    matmul(x, weight [K, N])                → linear(x, weightᵀ)
-    add(linear(x, w), bias [N])             → linear(x, w, bias)
+reshape(reshape(x))                     → reshape(x)
+transpose(transpose(x))                 → transpose(x) or x
+silu(transpose(x))                      → transpose(silu(x))         (slice, concat and norm over the last
+axis likewise) linear(reshape(x: [1,T,K] → [T,K]), w)  → reshape(linear(x, w)) matmul(x, weight [K, N])
+→ linear(x, weightᵀ) add(linear(x, w), bias [N])             → linear(x, w, bias)
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class MergeReshapes(Rule):
 
     pattern = P(Reshape, P(Reshape, Any("x")))
 
-    def rewrite(self, mt: Match, rw: Rewriter) -> Sequence[Value]:
-        x: Value = mt["x"]
+    def rewrite(self, found: Match, rw: Rewriter) -> Sequence[Value]:
+        x: Value = found["x"]
         return [x if x.shape == rw.root.result.shape else rw.insert(Reshape(x, shape=rw.root.result.shape))]
 
 
@@ -36,14 +36,14 @@ class MergeTransposes(Rule):
 
     pattern = P(Transpose, P(Transpose, Any("x"), name="inner"), name="outer")
 
-    def rewrite(self, mt: Match, rw: Rewriter) -> Sequence[Value]:
-        inner, outer = mt.op("inner"), mt.op("outer")
+    def rewrite(self, found: Match, rw: Rewriter) -> Sequence[Value]:
+        inner, outer = found.op("inner"), found.op("outer")
         assert isinstance(inner, Transpose) and isinstance(outer, Transpose)
         first, second = inner.full_perm(), outer.full_perm()
         total = [first[i] - len(first) for i in second]
         while total and total[0] == -len(total):
             total = total[1:]
-        return [mt["x"] if not total else rw.insert(Transpose(mt["x"], perm=tuple(total)))]
+        return [found["x"] if not total else rw.insert(Transpose(found["x"], perm=tuple(total)))]
 
 
 _ELEMENTWISE = (m.Neg, m.Silu, m.Gelu, m.Relu, m.Tanh, m.Sigmoid, m.Cast)
@@ -54,10 +54,10 @@ class SinkTransposeUnary(Rule):
 
     pattern = P(_ELEMENTWISE, P(Transpose, Any("x"), name="t"))
 
-    def rewrite(self, mt: Match, rw: Rewriter) -> Sequence[Value]:
-        t = mt.op("t")
+    def rewrite(self, found: Match, rw: Rewriter) -> Sequence[Value]:
+        t = found.op("t")
         assert isinstance(t, Transpose)
-        return [rw.insert(Transpose(rw.insert(rw.root.clone({t.result: mt["x"]})), perm=t.perm))]
+        return [rw.insert(Transpose(rw.insert(rw.root.clone({t.result: found["x"]})), perm=t.perm))]
 
 
 class SinkTransposeNorm(Rule):
@@ -65,12 +65,12 @@ class SinkTransposeNorm(Rule):
 
     pattern = P((RmsNorm, LayerNorm), P(Transpose, Any("x"), name="t"))
 
-    def rewrite(self, mt: Match, rw: Rewriter) -> Sequence[Value] | None:
-        t = mt.op("t")
+    def rewrite(self, found: Match, rw: Rewriter) -> Sequence[Value] | None:
+        t = found.op("t")
         assert isinstance(t, Transpose)
         if t.perm[-1] != -1:
             return None
-        return [rw.insert(Transpose(rw.insert(rw.root.clone({t.result: mt["x"]})), perm=t.perm))]
+        return [rw.insert(Transpose(rw.insert(rw.root.clone({t.result: found["x"]})), perm=t.perm))]
 
 
 class SinkTransposeSlice(Rule):
@@ -78,12 +78,19 @@ class SinkTransposeSlice(Rule):
 
     pattern = P(Slice, P(Transpose, Any("x"), name="t"), axis=-1)
 
-    def rewrite(self, mt: Match, rw: Rewriter) -> Sequence[Value] | None:
-        t, s = mt.op("t"), rw.root
+    def rewrite(self, found: Match, rw: Rewriter) -> Sequence[Value] | None:
+        t, s = found.op("t"), rw.root
         assert isinstance(t, Transpose) and isinstance(s, Slice)
         if t.perm[-1] != -1:
             return None
-        return [rw.insert(Transpose(rw.insert(Slice(mt["x"], axis=-1, start=s.start, stop=s.stop, step=s.step)), perm=t.perm))]
+        return [
+            rw.insert(
+                Transpose(
+                    rw.insert(Slice(found["x"], axis=-1, start=s.start, stop=s.stop, step=s.step)),
+                    perm=t.perm,
+                )
+            )
+        ]
 
 
 class SinkTransposeConcat(Rule):
@@ -91,12 +98,16 @@ class SinkTransposeConcat(Rule):
 
     pattern = P(Concat, axis=-1)
 
-    def rewrite(self, mt: Match, rw: Rewriter) -> Sequence[Value] | None:
+    def rewrite(self, found: Match, rw: Rewriter) -> Sequence[Value] | None:
         ts = [v.producer for v in rw.root.operands]
         perms = {t.perm if isinstance(t, Transpose) else () for t in ts}
-        if len(perms) != 1 or () in perms or (perm := perms.pop())[-1] != -1:
+        if len(perms) != 1 or () in perms or (perm := tuple(perms.pop()))[-1:] != (-1,):
             return None
-        return [rw.insert(Transpose(rw.insert(Concat([t.operands[0] for t in ts if t is not None], axis=-1)), perm=perm))]
+        return [
+            rw.insert(
+                Transpose(rw.insert(Concat([t.operands[0] for t in ts if t is not None], axis=-1)), perm=perm)
+            )
+        ]
 
 
 class ReshapeThroughLinear(Rule):
@@ -104,8 +115,8 @@ class ReshapeThroughLinear(Rule):
 
     pattern = P(Linear, P(Reshape, Any("x")), Any("w"))
 
-    def rewrite(self, mt: Match, rw: Rewriter) -> Sequence[Value] | None:
-        x: Value = mt["x"]
+    def rewrite(self, found: Match, rw: Rewriter) -> Sequence[Value] | None:
+        x: Value = found["x"]
         op = rw.root
         assert isinstance(op, Linear)
         if not x.shape or x.shape[-1] != op.x.shape[-1]:
@@ -118,40 +129,51 @@ class ReshapeThroughMatMul(Rule):
 
     pattern = P(m.MatMul, P(Reshape, Any("x")), Weight("w"))
 
-    def rewrite(self, mt: Match, rw: Rewriter) -> Sequence[Value] | None:
-        x: Value = mt["x"]
+    def rewrite(self, found: Match, rw: Rewriter) -> Sequence[Value] | None:
+        x: Value = found["x"]
         if x.type.rank < 2 or x.shape[-1] != rw.root.operands[0].shape[-1]:
             return None
-        return [rw.insert(Reshape(rw.insert(m.MatMul(x, mt["w"])), shape=rw.root.result.shape))]
+        return [rw.insert(Reshape(rw.insert(m.MatMul(x, found["w"])), shape=rw.root.result.shape))]
 
 
 class MatMulToLinear(Rule):
-    """matmul(x, weight [K, N]) → linear(x, weightᵀ);  matmul(x, transpose(weight [N, K])) → linear(x, weight)"""
+    """matmul(x, weight [K, N]) → linear(x, weightᵀ);  matmul(x, transpose(weight)) → linear(x, weight)"""
 
     pattern = P(m.MatMul, Any("x"), Or(Weight("w"), P(Transpose, Weight("wt"))))
 
-    def check(self, mt: Match) -> str | None:
-        weight: Value = mt["w"] if "w" in mt else mt["wt"]
+    def check(self, found: Match) -> str | None:
+        weight: Value = found["w"] if "w" in found else found["wt"]
         return None if weight.type.rank == 2 else f"weight {weight.name} has rank {weight.type.rank}"
 
-    def rewrite(self, mt: Match, rw: Rewriter) -> Sequence[Value]:
-        if "wt" in mt:
-            return [rw.insert(Linear(mt["x"], mt["wt"]))]
-        weight: Value = mt["w"]
+    def rewrite(self, found: Match, rw: Rewriter) -> Sequence[Value]:
+        if "wt" in found:
+            return [rw.insert(Linear(found["x"], found["wt"], None))]
+        weight: Value = found["w"]
         assert weight.weight is not None
         name = weight.name + ".transposed"
         graph = rw.graph
-        transposed = graph.weights[name] if name in graph.weights else graph.add_weight(name, TransposedTensor(weight.weight))
-        return [rw.insert(Linear(mt["x"], transposed))]
+        transposed = (
+            graph.weights[name]
+            if name in graph.weights
+            else graph.add_weight(name, TransposedTensor(weight.weight))
+        )
+        return [rw.insert(Linear(found["x"], transposed, None))]
 
 
 class AddBias(Rule):
     """add(linear(x, w), b [N]) → linear(x, w, b)"""
 
-    pattern = P(m.Add, Or(P(Linear, Any("x"), Any("w"), name="linear"), P(Reshape, P(Linear, Any("x"), Any("w"), name="linear"), name="reshape")), Weight("b"))
+    pattern = P(
+        m.Add,
+        Or(
+            P(Linear, Any("x"), Any("w"), name="linear"),
+            P(Reshape, P(Linear, Any("x"), Any("w"), name="linear"), name="reshape"),
+        ),
+        Weight("b"),
+    )
 
-    def check(self, mt: Match) -> str | None:
-        linear, bias = mt.op("linear"), mt.value("b")
+    def check(self, found: Match) -> str | None:
+        linear, bias = found.op("linear"), found.value("b")
         assert isinstance(linear, Linear)
         if linear.bias is not None:
             return "the linear layer has a bias already"
@@ -159,14 +181,14 @@ class AddBias(Rule):
             return f"{bias.name} {bias.type} is no vector over the outputs"
         if len(linear.result.uses) != 1:
             return "the product without the bias is used elsewhere"
-        if "reshape" in mt and mt.op("reshape").result.shape[-1] != linear.result.shape[-1]:
+        if "reshape" in found and found.op("reshape").result.shape[-1] != linear.result.shape[-1]:
             return "the result is reshaped before the bias"
         return None
 
-    def rewrite(self, mt: Match, rw: Rewriter) -> Sequence[Value]:
-        linear = mt.op("linear")
+    def rewrite(self, found: Match, rw: Rewriter) -> Sequence[Value]:
+        linear = found.op("linear")
         assert isinstance(linear, Linear)
-        y = rw.insert(Linear(linear.x, linear.weight, mt["b"]))
+        y = rw.insert(Linear(linear.x, linear.weight, found["b"]))
         return [rw.insert(Reshape(y, shape=rw.root.result.shape)) if y.shape != rw.root.result.shape else y]
 
 
@@ -175,7 +197,7 @@ class TransposeOfUnit(Rule):
 
     pattern = P(Transpose, Any("x"))
 
-    def rewrite(self, mt: Match, rw: Rewriter) -> Sequence[Value] | None:
+    def rewrite(self, found: Match, rw: Rewriter) -> Sequence[Value] | None:
         op = rw.root
         assert isinstance(op, Transpose)
         moved = [p for p in op.perm if op.x.shape[p] != 1]
@@ -184,8 +206,19 @@ class TransposeOfUnit(Rule):
         return [rw.insert(Reshape(op.x, shape=op.result.shape))]
 
 
-RULES: tuple[Rule, ...] = (MergeReshapes(), MergeTransposes(), SinkTransposeUnary(), SinkTransposeNorm(), SinkTransposeSlice(), SinkTransposeConcat(), ReshapeThroughLinear(),
-                           ReshapeThroughMatMul(), MatMulToLinear(), AddBias(), TransposeOfUnit())
+RULES: tuple[Rule, ...] = (
+    MergeReshapes(),
+    MergeTransposes(),
+    SinkTransposeUnary(),
+    SinkTransposeNorm(),
+    SinkTransposeSlice(),
+    SinkTransposeConcat(),
+    ReshapeThroughLinear(),
+    ReshapeThroughMatMul(),
+    MatMulToLinear(),
+    AddBias(),
+    TransposeOfUnit(),
+)
 
 
 class NormalizeShapes(RulePass):

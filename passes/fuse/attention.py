@@ -1,11 +1,12 @@
 """Attention, from scaled_dot_product_attention and from matmul–softmax–matmul.
 
-    sdpa(q, repeat(k), repeat(v), mask)                                     → attention(q, k, v) causal / window
-    matmul(softmax(softcap(matmul(q, kᵀ) · scale) + mask), v)               → attention(q, k, v) causal / window / softcap
-    matmul(slice(softmax(concat([scores, sinks]))), v)                      → attention(q, k, v, sinks)
+    sdpa(q, repeat(k), repeat(v), mask)                                     → attention(q, k, v) causal /
+    window matmul(softmax(softcap(matmul(q, kᵀ) · scale) + mask), v)               → attention(q, k, v) causal
+    / window / softcap matmul(slice(softmax(concat([scores, sinks]))), v)                      → attention(q,
+    k, v, sinks)
 
-`attention` is token-major; the transposes made here cancel with the model's own. Repeated heads (GQA) are recognised and dropped. What a mask means is
-worked out by `masks.py`.
+`attention` is token-major; the transposes made here cancel with the model's own. Repeated heads (GQA) are
+recognised and dropped. What a mask means is worked out by `masks.py`.
 """
 
 from __future__ import annotations
@@ -29,23 +30,34 @@ LAST_TWO = (-1, -2)
 
 @dataclass(frozen=True)
 class Heads:
-    """Keys or values without the repetition of heads: `value` seen under `shape` [B, Hkv, T, D] (the same elements; a reshape where they differ)."""
+    """Keys or values without the repetition of heads: `value` seen under `shape` [B, Hkv, T, D] (the same
+    elements; a reshape where they differ).
+    """
 
     value: Value
     shape: Shape
 
     def emit(self, rw: Rewriter) -> Value:
-        return self.value if self.value.shape == self.shape else rw.insert(Reshape(self.value, shape=self.shape))
+        return (
+            self.value if self.value.shape == self.shape else rw.insert(Reshape(self.value, shape=self.shape))
+        )
 
 
 def unrepeated(x: Value) -> Heads:
-    """x [B, H, T, D] → what it repeats: reshape(expand(reshape(y [B, Hkv, T, D]))) → y; x itself where nothing is repeated."""
+    """x [B, H, T, D] → what it repeats: reshape(expand(reshape(y [B, Hkv, T, D]))) → y; x itself where
+    nothing is repeated.
+    """
     whole = Heads(x, x.shape)
     outer = x.producer
     if not isinstance(outer, Reshape) or not isinstance(outer.x.producer, Expand):
         return whole
     wide, inner = outer.x, outer.x.producer.x
-    if wide.type.rank != 5 or inner.type.rank != 5 or inner.shape[2] != 1 or [i for i in range(5) if wide.shape[i] != inner.shape[i]] != [2]:
+    if (
+        wide.type.rank != 5
+        or inner.type.rank != 5
+        or inner.shape[2] != 1
+        or [i for i in range(5) if wide.shape[i] != inner.shape[i]] != [2]
+    ):
         return whole
     b, heads, _, tokens, width = inner.shape
     narrow = inner.producer
@@ -59,7 +71,9 @@ def unrepeated(x: Value) -> Heads:
 
 @dataclass(frozen=True)
 class Scores:
-    """What stands before the softmax: q head-major, k (token-major where it says so), and how their product was treated. `sinks` is [H]."""
+    """What stands before the softmax: q head-major, k (token-major where it says so), and how their product
+    was treated. `sinks` is [H].
+    """
 
     q: Value
     k: Value
@@ -71,7 +85,9 @@ class Scores:
 
 
 def _peel_sinks(x: Value) -> tuple[Value, Value | None] | str:
-    """softmax's operand without the column of sinks: concat([scores, expand(reshape(sinks))]) (minus its own maximum or not)."""
+    """softmax's operand without the column of sinks: concat([scores, expand(reshape(sinks))]) (minus its own
+    maximum or not).
+    """
     op = x.producer
     if isinstance(op, m.Sub) and isinstance(op.b.producer, m.ReduceMax) and op.b.producer.operands[0] is op.a:
         op = op.a.producer
@@ -141,7 +157,9 @@ def read_scores(x: Value) -> Scores | str:
 
 
 def _keys_of(kt: Value) -> tuple[Value, bool] | None:
-    """The keys from kt [B, H, D, T]: head-major k [B, H, T, D], or (true) token-major k [B, T, H, D] where the transposes were merged."""
+    """The keys from kt [B, H, D, T]: head-major k [B, H, T, D], or (true) token-major k [B, T, H, D] where
+    the transposes were merged.
+    """
     op = kt.producer
     if isinstance(op, Transpose) and op.perm == LAST_TWO:
         return op.x, False
@@ -171,10 +189,23 @@ def _heads_fit(q: Value, k: Heads, v: Heads, k_token_major: bool = False) -> str
     heads, kv = q.shape[1], k.shape[kv_axis]
     if not isinstance(heads, int) or not isinstance(kv, int) or heads % kv or v.shape[1] != kv:
         return f"{heads} query heads do not divide among {kv} key and {v.shape[1]} value heads"
-    return None if q.shape[2] == k.shape[token_axis] else "queries and keys have different lengths (cross-attention)"
+    return (
+        None
+        if q.shape[2] == k.shape[token_axis]
+        else "queries and keys have different lengths (cross-attention)"
+    )
 
 
-def _emit(rw: Rewriter, q: Value, k: Heads, v: Heads, sinks: Value | None, *, k_token_major: bool = False, **fields: Anything) -> Value:
+def _emit(
+    rw: Rewriter,
+    q: Value,
+    k: Heads,
+    v: Heads,
+    sinks: Value | None,
+    *,
+    k_token_major: bool = False,
+    **fields: Anything,
+) -> Value:
     keys = k.emit(rw) if k_token_major else token_major(rw, k.emit(rw))
     y = rw.insert(Attention(token_major(rw, q), keys, token_major(rw, v.emit(rw)), sinks, **fields))
     return rw.insert(Transpose(y, perm=SWAP_HEADS))
@@ -185,54 +216,78 @@ class FuseSdpa(Rule):
 
     pattern = P(Sdpa, name="sdpa")
 
-    def _parts(self, mt: Match) -> tuple[Sdpa, Heads, Heads, MaskFacts | str]:
-        op = mt.op("sdpa")
+    def _parts(self, found: Match) -> tuple[Sdpa, Heads, Heads, MaskFacts | str]:
+        op = found.op("sdpa")
         assert isinstance(op, Sdpa)
         facts = _facts([op.mask] if op.mask is not None else [])
         if isinstance(facts, MaskFacts) and op.causal:
             facts = MaskFacts(True, facts.window)
         return op, unrepeated(op.k), unrepeated(op.v), facts
 
-    def check(self, mt: Match) -> str | None:
-        op, k, v, facts = self._parts(mt)
+    def check(self, found: Match) -> str | None:
+        op, k, v, facts = self._parts(found)
         return facts if isinstance(facts, str) else _heads_fit(op.q, k, v)
 
-    def rewrite(self, mt: Match, rw: Rewriter) -> Sequence[Value]:
-        op, k, v, facts = self._parts(mt)
+    def rewrite(self, found: Match, rw: Rewriter) -> Sequence[Value]:
+        op, k, v, facts = self._parts(found)
         assert isinstance(facts, MaskFacts)
-        return [_emit(rw, op.q, k, v, None, scale=op.scale, causal=facts.causal, window=facts.window, softcap=None)]
+        return [
+            _emit(
+                rw, op.q, k, v, None, scale=op.scale, causal=facts.causal, window=facts.window, softcap=None
+            )
+        ]
 
 
 class FuseEagerAttention(Rule):
     """matmul(softmax(scores), v) → attention(q, k, v)"""
 
-    pattern = P(m.MatMul, Or(P(m.Softmax, Any("scores"), axis=-1, name="softmax"),
-                             P(Slice, P(m.Softmax, Any("scores"), axis=-1, name="softmax"), axis=-1, start=0, name="slice")), Any("v"))
+    pattern = P(
+        m.MatMul,
+        Or(
+            P(m.Softmax, Any("scores"), axis=-1, name="softmax"),
+            P(Slice, P(m.Softmax, Any("scores"), axis=-1, name="softmax"), axis=-1, start=0, name="slice"),
+        ),
+        Any("v"),
+    )
 
-    def _parts(self, mt: Match) -> tuple[Scores | str, MaskFacts | str]:
-        scores = read_scores(mt["scores"])
+    def _parts(self, found: Match) -> tuple[Scores | str, MaskFacts | str]:
+        scores = read_scores(found["scores"])
         if isinstance(scores, str):
             return scores, scores
-        if (scores.sinks is not None) != ("slice" in mt):
+        if (scores.sinks is not None) != ("slice" in found):
             return "the sinks' column is not cut off after the softmax", "sinks"
         return scores, _facts(scores.masks)
 
-    def check(self, mt: Match) -> str | None:
-        scores, facts = self._parts(mt)
+    def check(self, found: Match) -> str | None:
+        scores, facts = self._parts(found)
         if isinstance(scores, str):
             return scores
         if isinstance(facts, str):
             return facts
-        softmax: Op = mt.op("softmax")
-        if len(softmax.result.uses) != 1 or softmax.graph is not None and softmax.graph.output_uses(softmax.result):
+        softmax: Op = found.op("softmax")
+        if len(softmax.result.uses) != 1 or (
+            softmax.graph is not None and softmax.graph.output_uses(softmax.result)
+        ):
             return "the attention weights are used elsewhere"
-        return _heads_fit(scores.q, unrepeated(scores.k), unrepeated(mt["v"]), scores.k_token_major)
+        return _heads_fit(scores.q, unrepeated(scores.k), unrepeated(found["v"]), scores.k_token_major)
 
-    def rewrite(self, mt: Match, rw: Rewriter) -> Sequence[Value]:
-        scores, facts = self._parts(mt)
+    def rewrite(self, found: Match, rw: Rewriter) -> Sequence[Value]:
+        scores, facts = self._parts(found)
         assert isinstance(scores, Scores) and isinstance(facts, MaskFacts)
-        return [_emit(rw, scores.q, unrepeated(scores.k), unrepeated(mt["v"]), scores.sinks, k_token_major=scores.k_token_major,
-                      scale=scores.scale, causal=facts.causal, window=facts.window, softcap=scores.softcap)]
+        return [
+            _emit(
+                rw,
+                scores.q,
+                unrepeated(scores.k),
+                unrepeated(found["v"]),
+                scores.sinks,
+                k_token_major=scores.k_token_major,
+                scale=scores.scale,
+                causal=facts.causal,
+                window=facts.window,
+                softcap=scores.softcap,
+            )
+        ]
 
 
 class FuseAttention(RulePass):

@@ -1,7 +1,8 @@
 """What an attention mask means, found by analysis instead of by matching one way of building it.
 
-Every integer tensor in a mask is an affine function of its own indices (arange, offsets, unsqueeze, indexing by arange …), and every boolean one a
-conjunction of comparisons of such functions. `MaskAnalysis` computes that; a mask over queries i (axis -2) and keys j (axis -1) then reads off as
+Every integer tensor in a mask is an affine function of its own indices (arange, offsets, unsqueeze, indexing
+by arange …), and every boolean one a conjunction of comparisons of such functions. `MaskAnalysis` computes
+that; a mask over queries i (axis -2) and keys j (axis -1) then reads off as
 
     i - j >= 0                     causal
     j - i + (W - 1) >= 0           sliding window of W
@@ -20,12 +21,17 @@ from ...ir.ops import math as m
 from ...ir.ops.shape import Arange, Expand, Full, Index, Reshape, Slice, Transpose
 from ...ir.types import Dim, Shape
 
-NEGATIVE = -1e4  # an additive mask at or below this hides a key (published masks use -1e4, float32's minimum or -inf)
+NEGATIVE = (
+    -1e4
+)  # an additive mask at or below this hides a key (published masks use -1e4, float32's minimum or -inf)
 
 
 @dataclass(frozen=True)
 class Affine:
-    """constant + sum of coefficients[axis] · index along axis; axes are negative. Axes absent have coefficient 0."""
+    """constant + sum of coefficients[axis] · index along axis; axes are negative.
+
+    Axes absent have coefficient 0.
+    """
 
     constant: Dim
     coefficients: tuple[tuple[int, Dim], ...] = ()
@@ -65,7 +71,11 @@ class Predicate:
 
     def moved(self, axes: Mapping[int, int]) -> Predicate | None:
         atoms = [a.moved(axes) for a in self.atoms]
-        return None if any(a is None for a in atoms) else Predicate(frozenset(a for a in atoms if a is not None), self.never)
+        return (
+            None
+            if any(a is None for a in atoms)
+            else Predicate(frozenset(a for a in atoms if a is not None), self.never)
+        )
 
 
 @dataclass(frozen=True)
@@ -187,7 +197,11 @@ class MaskAnalysis:
     def _cast(self, op: m.Cast) -> Meaning:
         inner = self.meaning(op.x)
         if op.x.dtype == "bool" and op.dtype.startswith("int"):
-            return Affine(0 if inner.never else 1) if isinstance(inner, Predicate) and (inner.never or not inner.atoms) else None
+            return (
+                Affine(0 if inner.never else 1)
+                if isinstance(inner, Predicate) and (inner.never or not inner.atoms)
+                else None
+            )
         if op.dtype == "bool":
             if isinstance(inner, Affine) and not inner.coefficients and isinstance(inner.constant, int):
                 return Predicate(never=inner.constant == 0)
@@ -202,7 +216,13 @@ class MaskAnalysis:
         if not isinstance(a, Affine) or not isinstance(b, Affine):
             return None
         if isinstance(op, m.Mul):
-            return a.times(b.constant) if not b.coefficients else b.times(a.constant) if not a.coefficients else None
+            return (
+                a.times(b.constant)
+                if not b.coefficients
+                else b.times(a.constant)
+                if not a.coefficients
+                else None
+            )
         return a.plus(b, 1 if isinstance(op, m.Add) else -1)
 
     def _comparison(self, op: m.Binary) -> Meaning:
@@ -226,7 +246,11 @@ class MaskAnalysis:
                 return _atom(difference.times(-1).plus(one, -1))
             case _:
                 if difference.coefficients or not isinstance(difference.constant, int):
-                    return _atom(difference).both(_atom(difference.times(-1))) if isinstance(op, m.Equal) else None
+                    return (
+                        _atom(difference).both(_atom(difference.times(-1)))
+                        if isinstance(op, m.Equal)
+                        else None
+                    )
                 return Predicate(never=(difference.constant == 0) is isinstance(op, m.NotEqual))
 
     def _negated(self, op: m.LogicalNot) -> Meaning:

@@ -1,9 +1,9 @@
 """Norms.
 
-    mul(x, rsqrt(add(mean(mul(x, x)), eps)))        → rms_norm(x)
-    mul(rms_norm(x), weight)                        → rms_norm(x, weight)
-    rms_norm(sub(x, mean(x)))                       → layer_norm(x)
-    add(mul(layer_norm(x), weight), bias)           → layer_norm(x, weight, bias)
+mul(x, rsqrt(add(mean(mul(x, x)), eps)))        → rms_norm(x)
+mul(rms_norm(x), weight)                        → rms_norm(x, weight)
+rms_norm(sub(x, mean(x)))                       → layer_norm(x)
+add(mul(layer_norm(x), weight), bias)           → layer_norm(x, weight, bias)
 """
 
 from __future__ import annotations
@@ -24,17 +24,25 @@ class FuseRmsNorm(Rule):
 
     pattern = P((m.Mul, m.Div), Any("x"), Or(P(m.Rsqrt, _MEAN_SQUARE), P(m.Sqrt, _MEAN_SQUARE, name="root")))
 
-    def check(self, mt: Match) -> str | None:
-        if isinstance(mt.root, m.Div) != ("root" in mt):
+    def check(self, found: Match) -> str | None:
+        if isinstance(found.root, m.Div) != ("root" in found):
             return "the norm is multiplied where it should divide"
-        return None if mt.value("x").dtype == "float32" else f"the norm runs in {mt.value('x').dtype}, not float32"
+        return (
+            None
+            if found.value("x").dtype == "float32"
+            else f"the norm runs in {found.value('x').dtype}, not float32"
+        )
 
-    def rewrite(self, mt: Match, rw: Rewriter) -> Sequence[Value]:
-        return [rw.insert(RmsNorm(mt["x"], None, eps=mt["eps"]))]
+    def rewrite(self, found: Match, rw: Rewriter) -> Sequence[Value]:
+        return [rw.insert(RmsNorm(found["x"], None, eps=found["eps"]))]
 
 
 def _vector_over(weight: Value, x: Value) -> str | None:
-    return None if weight.shape == x.shape[-1:] else f"{weight.name} {weight.type} is no vector over the normalised axis"
+    return (
+        None
+        if weight.shape == x.shape[-1:]
+        else f"{weight.name} {weight.type} is no vector over the normalised axis"
+    )
 
 
 class ScaleRmsNorm(Rule):
@@ -42,17 +50,21 @@ class ScaleRmsNorm(Rule):
 
     pattern = P(m.Mul, P(RmsNorm, Any("x"), name="norm"), Weight("w"))
 
-    def check(self, mt: Match) -> str | None:
-        norm = mt.op("norm")
+    def check(self, found: Match) -> str | None:
+        norm = found.op("norm")
         assert isinstance(norm, RmsNorm)
         if norm.weight is not None or len(norm.result.uses) != 1:
-            return "the norm has a weight already" if norm.weight is not None else "the unscaled norm is used elsewhere"
-        return _vector_over(mt["w"], mt["x"])
+            return (
+                "the norm has a weight already"
+                if norm.weight is not None
+                else "the unscaled norm is used elsewhere"
+            )
+        return _vector_over(found["w"], found["x"])
 
-    def rewrite(self, mt: Match, rw: Rewriter) -> Sequence[Value]:
-        norm = mt.op("norm")
+    def rewrite(self, found: Match, rw: Rewriter) -> Sequence[Value]:
+        norm = found.op("norm")
         assert isinstance(norm, RmsNorm)
-        return [rw.insert(RmsNorm(norm.x, mt["w"], eps=norm.eps))]
+        return [rw.insert(RmsNorm(norm.x, found["w"], eps=norm.eps))]
 
 
 class FuseLayerNorm(Rule):
@@ -60,15 +72,15 @@ class FuseLayerNorm(Rule):
 
     pattern = P(RmsNorm, P(m.Sub, Any("x"), P(m.ReduceMean, Any("x"), axes=(-1,), keepdim=True)), name="norm")
 
-    def check(self, mt: Match) -> str | None:
-        norm = mt.op("norm")
+    def check(self, found: Match) -> str | None:
+        norm = found.op("norm")
         assert isinstance(norm, RmsNorm)
         return None if norm.weight is None else "the norm was scaled first"
 
-    def rewrite(self, mt: Match, rw: Rewriter) -> Sequence[Value]:
-        norm = mt.op("norm")
+    def rewrite(self, found: Match, rw: Rewriter) -> Sequence[Value]:
+        norm = found.op("norm")
         assert isinstance(norm, RmsNorm)
-        return [rw.insert(LayerNorm(mt["x"], None, None, eps=norm.eps))]
+        return [rw.insert(LayerNorm(found["x"], None, None, eps=norm.eps))]
 
 
 class ScaleLayerNorm(Rule):
@@ -76,18 +88,31 @@ class ScaleLayerNorm(Rule):
 
     pattern = P((m.Mul, m.Add), P(LayerNorm, Any("x"), name="norm"), Weight("w"))
 
-    def check(self, mt: Match) -> str | None:
-        norm = mt.op("norm")
+    def check(self, found: Match) -> str | None:
+        norm = found.op("norm")
         assert isinstance(norm, LayerNorm)
-        if norm.bias is not None or (isinstance(mt.root, m.Mul) and norm.weight is not None) or len(norm.result.uses) != 1:
+        if (
+            norm.bias is not None
+            or (isinstance(found.root, m.Mul) and norm.weight is not None)
+            or len(norm.result.uses) != 1
+        ):
             return "the norm is scaled or used already"
-        return _vector_over(mt["w"], mt["x"])
+        return _vector_over(found["w"], found["x"])
 
-    def rewrite(self, mt: Match, rw: Rewriter) -> Sequence[Value]:
-        norm = mt.op("norm")
+    def rewrite(self, found: Match, rw: Rewriter) -> Sequence[Value]:
+        norm = found.op("norm")
         assert isinstance(norm, LayerNorm)
         scaled = isinstance(rw.root, m.Mul)
-        return [rw.insert(LayerNorm(norm.x, mt["w"] if scaled else norm.weight, None if scaled else mt["w"], eps=norm.eps))]
+        return [
+            rw.insert(
+                LayerNorm(
+                    norm.x,
+                    found["w"] if scaled else norm.weight,
+                    None if scaled else found["w"],
+                    eps=norm.eps,
+                )
+            )
+        ]
 
 
 class FuseNorms(RulePass):

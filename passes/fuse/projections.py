@@ -1,8 +1,8 @@
 """Linear layers that read the same input become one.
 
-    linear(x, Wq), linear(x, Wk), linear(x, Wv)          → y = linear(x, [Wq; Wk; Wv]), three slices of y
-    mul(silu(linear(x, Wg)), linear(x, Wu))              → gated_mlp(linear(x, [Wg; Wu]), silu)
-    mul(silu(slice(y, :I)), slice(y, I:))                → gated_mlp(y, silu)
+linear(x, Wq), linear(x, Wk), linear(x, Wv)          → y = linear(x, [Wq; Wk; Wv]), three slices of y
+mul(silu(linear(x, Wg)), linear(x, Wu))              → gated_mlp(linear(x, [Wg; Wu]), silu)
+mul(silu(slice(y, :I)), slice(y, I:))                → gated_mlp(y, silu)
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def activation_name(op: Op) -> str | None:
 
 def merged_weight(graph: Graph, parts: Sequence[Value]) -> Value:
     """The weights one below the other, as a new weight; the same parts give the same weight."""
-    name = "+".join([parts[0].name, *(p.name.rsplit(".", 2)[-2] if p.name.count(".") > 1 else p.name for p in parts[1:])])
+    name = "+".join(
+        [parts[0].name, *(p.name.rsplit(".", 2)[-2] if p.name.count(".") > 1 else p.name for p in parts[1:])]
+    )
     if name in graph.weights:
         return graph.weights[name]
     return graph.add_weight(name, ConcatRows([p.weight for p in parts if p.weight is not None]))
@@ -63,42 +65,53 @@ def mergeable(linears: Sequence[Linear]) -> str | None:
 class FuseGatedMlp(Rule):
     """activation(linear(x, Wg)) · linear(x, Wu) → gated_mlp(linear(x, [Wg; Wu]))"""
 
-    pattern = P(m.Mul, P((m.Silu, m.Gelu, m.Relu, m.Sigmoid), P(Linear, name="gate"), name="activation"), P(Linear, name="up"))
+    pattern = P(
+        m.Mul,
+        P((m.Silu, m.Gelu, m.Relu, m.Sigmoid), P(Linear, name="gate"), name="activation"),
+        P(Linear, name="up"),
+    )
 
-    def _layers(self, mt: Match) -> list[Linear]:
-        return [op for op in (mt.op("gate"), mt.op("up")) if isinstance(op, Linear)]
+    def _layers(self, found: Match) -> list[Linear]:
+        return [op for op in (found.op("gate"), found.op("up")) if isinstance(op, Linear)]
 
-    def check(self, mt: Match) -> str | None:
-        layers = self._layers(mt)
+    def check(self, found: Match) -> str | None:
+        layers = self._layers(found)
         if layers[0].weight.shape != layers[1].weight.shape:
             return "gate and up differ in width"
-        if any(len(op.result.uses) != 1 for op in (*layers, mt.op("activation"))):
+        if any(len(op.result.uses) != 1 for op in (*layers, found.op("activation"))):
             return "gate or up is used elsewhere"
         return mergeable(layers)
 
-    def rewrite(self, mt: Match, rw: Rewriter) -> Sequence[Value]:
-        name = activation_name(mt.op("activation"))
+    def rewrite(self, found: Match, rw: Rewriter) -> Sequence[Value]:
+        name = activation_name(found.op("activation"))
         assert name is not None
-        return [rw.insert(GatedMlp(merged_linear(rw, self._layers(mt)), activation=name))]
+        return [rw.insert(GatedMlp(merged_linear(rw, self._layers(found)), activation=name))]
 
 
 class FuseGatedSlices(Rule):
     """activation(slice(y, :I)) · slice(y, I:) → gated_mlp(y)"""
 
-    pattern = P(m.Mul, P((m.Silu, m.Gelu, m.Relu, m.Sigmoid), P(Slice, Any("y"), axis=-1, start=0, step=1, name="gate"), name="activation"),
-                P(Slice, Any("y"), axis=-1, step=1, name="up"))
+    pattern = P(
+        m.Mul,
+        P(
+            (m.Silu, m.Gelu, m.Relu, m.Sigmoid),
+            P(Slice, Any("y"), axis=-1, start=0, step=1, name="gate"),
+            name="activation",
+        ),
+        P(Slice, Any("y"), axis=-1, step=1, name="up"),
+    )
 
-    def check(self, mt: Match) -> str | None:
-        gate, up, y = mt.op("gate"), mt.op("up"), mt.value("y")
+    def check(self, found: Match) -> str | None:
+        gate, up, y = found.op("gate"), found.op("up"), found.value("y")
         assert isinstance(gate, Slice) and isinstance(up, Slice)
         if gate.stop != up.start or up.stop != y.shape[-1] or gate.result.shape != up.result.shape:
             return "the slices are not the two halves"
         return None
 
-    def rewrite(self, mt: Match, rw: Rewriter) -> Sequence[Value]:
-        name = activation_name(mt.op("activation"))
+    def rewrite(self, found: Match, rw: Rewriter) -> Sequence[Value]:
+        name = activation_name(found.op("activation"))
         assert name is not None
-        return [rw.insert(GatedMlp(mt["y"], activation=name))]
+        return [rw.insert(GatedMlp(found["y"], activation=name))]
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
 """Rotary embedding.
 
     add(mul(x, cos), mul(concat([neg(slice(x, h:)), slice(x, :h)]), sin))   → rope(x, cos, sin)
-    concat([rope(slice(x, :r)), slice(x, r:)])                              → rope(x, cos[:r], sin[:r])   (partial rotary)
-    mul(rope(x, cos, sin), 1.0 …) stays: scaling of attention is part of the tables
+    concat([rope(slice(x, :r)), slice(x, r:)])                              → rope(x, cos[:r], sin[:r])
+    (partial rotary) mul(rope(x, cos, sin), 1.0 …) stays: scaling of attention is part of the tables
 
-x is head-major [1, H, T, D] here; rope is token-major, so a transpose goes in and one comes out, and they cancel with their neighbours. The tables stay
-what the model computes from its positions: every RoPE scaling works without being known here.
+x is head-major [1, H, T, D] here; rope is token-major, so a transpose goes in and one comes out, and they
+cancel with their neighbours. The tables stay what the model computes from its positions: every RoPE scaling
+works without being known here.
 """
 
 from __future__ import annotations
@@ -41,12 +42,24 @@ def _table(rw: Rewriter, table: Value, tokens: object) -> Value | None:
 class FuseRope(Rule):
     """x · cos + rotate_half(x) · sin → rope(x, cos, sin)"""
 
-    pattern = P(m.Add, P(m.Mul, Any("x"), Any("cos")),
-                P(m.Mul, Or(P(Concat, axis=-1, name="half"), P(Transpose, P(Concat, axis=-1, name="half"), perm=SWAP_HEADS, name="swap")), Any("sin")))
+    pattern = P(
+        m.Add,
+        P(m.Mul, Any("x"), Any("cos")),
+        P(
+            m.Mul,
+            Or(
+                P(Concat, axis=-1, name="half"),
+                P(Transpose, P(Concat, axis=-1, name="half"), perm=SWAP_HEADS, name="swap"),
+            ),
+            Any("sin"),
+        ),
+    )
 
-    def _halves(self, mt: Match) -> tuple[Slice, Slice] | None:
-        half, x = mt.op("half"), mt.value("x")
-        if "swap" in mt:  # canonicalisation moved the transpose behind the slices: they cut the token-major tensor
+    def _halves(self, found: Match) -> tuple[Slice, Slice] | None:
+        half, x = found.op("half"), found.value("x")
+        if (
+            "swap" in found
+        ):  # canonicalisation moved the transpose behind the slices: they cut the token-major tensor
             if not isinstance(x.producer, Transpose) or x.producer.perm != SWAP_HEADS:
                 return None
             x = x.producer.x
@@ -57,23 +70,40 @@ class FuseRope(Rule):
         if not isinstance(neg, m.Neg) or not isinstance(low, Slice):
             return None
         high = neg.x.producer
-        if not isinstance(high, Slice) or high.x is not x or low.x is not x or high.axis != -1 or low.axis != -1:
+        if (
+            not isinstance(high, Slice)
+            or high.x is not x
+            or low.x is not x
+            or high.axis != -1
+            or low.axis != -1
+        ):
             return None
-        if (low.start, low.stop, high.start, high.stop, low.step, high.step) != (0, width // 2, width // 2, width, 1, 1):
+        if (low.start, low.stop, high.start, high.stop, low.step, high.step) != (
+            0,
+            width // 2,
+            width // 2,
+            width,
+            1,
+            1,
+        ):
             return None
         return low, high
 
-    def check(self, mt: Match) -> str | None:
-        if self._halves(mt) is None:
-            mt["x"], mt["cos"] = mt["cos"], mt["x"]  # a product has no order
-        if self._halves(mt) is None:
+    def check(self, found: Match) -> str | None:
+        if self._halves(found) is None:
+            found["x"], found["cos"] = found["cos"], found["x"]  # a product has no order
+        if self._halves(found) is None:
             return "the second product does not rotate the two halves of the same tensor"
-        return None if mt.value("x").type.rank == 4 else "rotary embedding of a tensor that is not [1, H, T, D]"
+        return (
+            None
+            if found.value("x").type.rank == 4
+            else "rotary embedding of a tensor that is not [1, H, T, D]"
+        )
 
-    def rewrite(self, mt: Match, rw: Rewriter) -> Sequence[Value] | None:
-        x = mt.value("x")
+    def rewrite(self, found: Match, rw: Rewriter) -> Sequence[Value] | None:
+        x = found.value("x")
         tokens = x.shape[-2]
-        cos, sin = _table(rw, mt["cos"], tokens), _table(rw, mt["sin"], tokens)
+        cos, sin = _table(rw, found["cos"], tokens), _table(rw, found["sin"], tokens)
         if cos is None or sin is None:
             return None
         y = rw.insert(Rope(token_major(rw, x), cos, sin))
@@ -85,7 +115,7 @@ class WidenRope(Rule):
 
     pattern = P(Concat, axis=-1)
 
-    def rewrite(self, mt: Match, rw: Rewriter) -> Sequence[Value] | None:
+    def rewrite(self, found: Match, rw: Rewriter) -> Sequence[Value] | None:
         operands = rw.root.operands
         if len(operands) != 2:
             return None
@@ -93,7 +123,11 @@ class WidenRope(Rule):
         if not isinstance(rope, Rope) or not isinstance(rest, Slice):
             return None
         turned = rope.x.producer
-        if not isinstance(turned, Slice) or turned.x is not rest.x or (turned.start, turned.axis, rest.axis) != (0, -1, -1):
+        if (
+            not isinstance(turned, Slice)
+            or turned.x is not rest.x
+            or (turned.start, turned.axis, rest.axis) != (0, -1, -1)
+        ):
             return None
         if turned.stop != rest.start or rest.stop != rest.x.shape[-1] or turned.stop != rope.rotary_dim:
             return None

@@ -1,8 +1,9 @@
 """Round to nearest, group-wise along K. Arrays in, arrays out.
 
-Asymmetric (GGML's Q4_1 in kind): a group's range [min(w, 0), max(w, 0)] is spread over the codes, scale = range / (2^bits - 1), zero point = round(-min / scale).
-Symmetric: scale = max|w| / (2^(bits-1) - 1), zero point 2^(bits-1). Scales are rounded to float16 before codes are chosen, so that the codes fit the
-scales that are stored.
+Asymmetric (GGML's Q4_1 in kind): a group's range [min(w, 0), max(w, 0)] is spread over the codes, scale =
+range / (2^bits - 1), zero point = round(-min / scale). Symmetric: scale = max|w| / (2^(bits-1) - 1), zero
+point 2^(bits-1). Scales are rounded to float16 before codes are chosen, so that the codes fit the scales that
+are stored.
 """
 
 from __future__ import annotations
@@ -46,7 +47,10 @@ def quantize_rtn(w: Array, *, bits: int, group_size: int, symmetric: bool, what:
     """
     w = np.asarray(w, dtype=np.float32)
     if not np.isfinite(w).all():
-        raise InputError(f"{what} holds NaN or infinite values", remedy="the checkpoint is damaged or must not be quantized (--quant none)")
+        raise InputError(
+            f"{what} holds NaN or infinite values",
+            remedy="the checkpoint is damaged or must not be quantized (--quant none)",
+        )
     k = w.shape[1]
     groups = _grouped(w, group_size)
     top = (1 << bits) - 1
@@ -57,7 +61,10 @@ def quantize_rtn(w: Array, *, bits: int, group_size: int, symmetric: bool, what:
         low = np.minimum(groups.min(-1), 0.0)
         scale = (np.maximum(groups.max(-1), 0.0) - low) / top
     if scale.size and scale.max() > np.finfo(np.float16).max:
-        raise InputError(f"{what} needs a scale of {scale.max():.3g}, beyond float16", remedy="keep this model unquantized (--quant none)")
+        raise InputError(
+            f"{what} needs a scale of {scale.max():.3g}, beyond float16",
+            remedy="keep this model unquantized (--quant none)",
+        )
     stored = np.maximum(scale, SMALLEST).astype(np.float16)
     step = stored.astype(np.float32)
     if symmetric:
@@ -77,4 +84,6 @@ def dequantize(q: Quantized, *, bits: int, group_size: int) -> Array:
     zero: Array | float = float(1 << (bits - 1))
     if q.zero_point is not None:
         zero = np.repeat(q.zero_point.astype(np.float32), group_size, axis=1)[:, :k]
-    return (q.codes.astype(np.float32) - zero) * np.repeat(q.scale.astype(np.float32), group_size, axis=1)[:, :k]
+    return (q.codes.astype(np.float32) - zero) * np.repeat(q.scale.astype(np.float32), group_size, axis=1)[
+        :, :k
+    ]

@@ -3,8 +3,8 @@
     linear(x, w)        → quantized_linear(x, q, scale, zero_point)
     embedding(ids, w)   → quantized_embedding(ids, q, scale, zero_point)
 
-A weight that several ops read (tied embeddings) is quantized once. Embeddings and the head that shares or faces them are kept at 8 bits: at 4 they lose
-more than all other layers of a small model together.
+A weight that several ops read (tied embeddings) is quantized once. Embeddings and the head that shares or
+faces them are kept at 8 bits: at 4 they lose more than all other layers of a small model together.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ Array = np.ndarray[Any, Any]
 
 
 class _LastChunk:
-    """The most recently quantized rows of any weight: targets read codes, scales and zero points of the same rows one after the other."""
+    """The most recently quantized rows of any weight: targets read codes, scales and zero points of the same
+    rows one after the other.
+    """
 
     def __init__(self) -> None:
         self.key: tuple[int, int, int] | None = None
@@ -45,7 +47,10 @@ class _LastChunk:
 
 
 class QuantizedPart:
-    """Codes, scales or zero points of a weight, quantized as its rows are read. Rows are independent in round to nearest."""
+    """Codes, scales or zero points of a weight, quantized as its rows are read.
+
+    Rows are independent in round to nearest.
+    """
 
     def __init__(self, base: LazyTensor, part: str, quant: Quantization, cache: _LastChunk) -> None:
         n, k = base.shape
@@ -57,8 +62,16 @@ class QuantizedPart:
 
     def read(self, start: int = 0, stop: int | None = None) -> Array:
         end = self.shape[0] if stop is None else min(stop, self.shape[0])
-        q = self.cache.get((id(self.base), start, end), lambda: quantize_rtn(
-            self.base.read(start, end), bits=self.quant.bits, group_size=self.quant.group_size, symmetric=self.quant.symmetric, what=self.base.source))
+        q = self.cache.get(
+            (id(self.base), start, end),
+            lambda: quantize_rtn(
+                self.base.read(start, end),
+                bits=self.quant.bits,
+                group_size=self.quant.group_size,
+                symmetric=self.quant.symmetric,
+                what=self.base.source,
+            ),
+        )
         value = getattr(q, self.part)
         assert value is not None
         return value
@@ -68,7 +81,8 @@ class QuantizedPart:
 class QuantizeRtn(Pass):
     """Round-to-nearest quantization of linear layers and embeddings.
 
-    Options: `bits` of linear layers; `group` along K, 0 for whole rows; `symmetric`; `head_bits` of embeddings and of the head (symmetric).
+    Options: `bits` of linear layers; `group` along K, 0 for whole rows; `symmetric`; `head_bits` of
+    embeddings and of the head (symmetric).
     """
 
     name = "quantize-rtn"
@@ -99,7 +113,9 @@ class QuantizeRtn(Pass):
             notes.append("no linear layer or embedding was found to quantize")
         return PassResult(graph, count > 0, notes)
 
-    def _quantize(self, graph: Graph, weight: Value, head: bool, cache: _LastChunk) -> tuple[Value, Value, Value | None]:
+    def _quantize(
+        self, graph: Graph, weight: Value, head: bool, cache: _LastChunk
+    ) -> tuple[Value, Value, Value | None]:
         assert weight.weight is not None
         _, k = weight.weight.shape
         bits, symmetric = (self.head_bits, True) if head else (self.bits, self.symmetric)
@@ -123,7 +139,9 @@ class QuantizeRtn(Pass):
 
 
 def is_head(graph: Graph, weight: Value) -> bool:
-    """Whether a weight is an embedding table or makes the logits: read by an embedding, or by the last linear layer before an output."""
+    """Whether a weight is an embedding table or makes the logits: read by an embedding, or by the last linear
+    layer before an output.
+    """
     if any(isinstance(u, Embedding) for u in weight.users):
         return True
     for output in graph.outputs:
@@ -148,5 +166,8 @@ class RoundToNearest(Quantizer):
             return None
         group = int(m.group(1) or 32)
         if group < 8 or group % 8 or group > 1024:
-            raise InputError(f"--quant {scheme}: group size {group}", remedy="use a multiple of 8 from 8 to 1024, such as 32, 64 or 128")
+            raise InputError(
+                f"--quant {scheme}: group size {group}",
+                remedy="use a multiple of 8 from 8 to 1024, such as 32, 64 or 128",
+            )
         return [QuantizeRtn(bits=4, group=group, symmetric=m.group(2) is not None)]
