@@ -26,8 +26,8 @@ EMITTERS: dict[str, Emitter] = {}
 _HALVES = ("float16", "bfloat16")
 # Ops that only move data keep half-precision values as they are; everything else computes in float32.
 _MOVES = {
-    "append_kv", "arange", "cast", "concat", "dim_value", "embedding", "expand", "full", "gather", "gather_last",
-    "index", "reshape", "slice", "transpose",
+    "append_kv", "arange", "cast", "concat", "dim_value", "embedding", "expand", "full", "gather",
+    "gather_last", "index", "reshape", "slice", "transpose",
 }  # fmt: skip
 
 

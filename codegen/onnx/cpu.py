@@ -38,15 +38,15 @@ class OnnxCpu(Target):
     accuracy_level: int = field(
         default=4,
         metadata={
-            "help": "what MatMulNBits computes in: 4 = int8 activations per block (alone fast for 8-bit weights, "
-            "and fastest for 4-bit ones up to 16 rows), 1 = float32"
+            "help": "what MatMulNBits computes in: 4 = int8 activations per block (alone fast for 8-bit "
+            "weights, and fastest for 4-bit ones up to 16 rows), 1 = float32"
         },
     )
     pack: bool = field(
         default=False,
         metadata={
-            "help": "let onnxruntime repack float32 weights: up to twice as fast for 2 to 16 rows, for a copy of "
-            "all weights in memory (quantized weights are always repacked)"
+            "help": "let onnxruntime repack float32 weights: up to twice as fast for 2 to 16 rows, for a "
+            "copy of all weights in memory (quantized weights are always repacked)"
         },
     )
 
