@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tvm
-from tvm import tirx
-
 from ...ir.core import Graph
 from .elf import link
 from .kernels.isa import Isa
 from .lower import lower
 from .optimize import optimize
 from .step import build_step
+from .untyped import Module, tirx, tvm
 
 _CPU = 1  # DLPack's kDLCPU
 
@@ -43,13 +41,15 @@ def build(graph: Graph, isa: Isa, out: Path) -> Built:
     return Built(lowered.symbols, tuple(arguments))
 
 
-def compile_object(module: tvm.IRModule, isa: Isa, path: Path) -> None:
+def compile_object(module: Module, isa: Isa, path: Path) -> None:
     """TIR functions → a relocatable object by LLVM.
 
     Kernels that are private keep their bare-pointer signature.
     """
     target = tvm.target.Target(isa.target)
-    with tvm.transform.PassContext(opt_level=3):
+    # CompactBufferAllocation shrinks buffers of scheduled loop nests; ours have the size they need, and with a kernel's
+    # many register buffers it takes seconds where everything else takes tenths.
+    with tvm.transform.PassContext(opt_level=3, disabled_pass=["s_tir.CompactBufferAllocation"]):
         module = tirx.transform.BindTarget(target.with_host(target))(module)
         pipeline, finish, _ = tirx.get_tir_pipeline("s_tir")
         module = pipeline(module)
