@@ -188,8 +188,8 @@ class Engine:
         if room < 1:
             source = "context" if self.limit == self.context else "KV cache"
             raise ContextLengthError(
-                f"context_length_exceeded: the prompt has {len(ids)} tokens, the {source} holds {self.limit}, "
-                "one of them for the answer",
+                f"context_length_exceeded: the prompt has {len(ids)} tokens, the {source} holds {self.limit}"
+                ", one of them for the answer",
                 remedy=f"shorten the prompt to {self.limit - 1} tokens",
                 prompt_tokens=len(ids),
                 limit=self.limit,
@@ -415,10 +415,10 @@ class Engine:
         while self.blocks.pages_to_extend(sequence, total) > self.blocks.num_available:
             victim = self.scheduler.preempt_newest()
             assert victim is not None, "the text fits in an empty cache"
-        self.blocks.extend(sequence, total)
         try:
             for start in range(0, total, size):
                 part = Chunk(sequence, start, min(size, total - start))
+                self.blocks.extend(sequence, start + part.count)
                 yield self.executor.step(build_inputs([part], self.executor.page_size, all_rows=True))
                 sequence.num_computed += part.count
         finally:
