@@ -47,8 +47,8 @@ def compile_object(module: Module, isa: Isa, path: Path) -> None:
     Kernels that are private keep their bare-pointer signature.
     """
     target = tvm.target.Target(isa.target)
-    # CompactBufferAllocation shrinks buffers of scheduled loop nests; ours have the size they need, and with a kernel's
-    # many register buffers it takes seconds where everything else takes tenths.
+    # CompactBufferAllocation shrinks buffers of scheduled loop nests; ours have the size they need, and with
+    # a kernel's many register buffers it takes seconds where everything else takes tenths.
     with tvm.transform.PassContext(opt_level=3, disabled_pass=["s_tir.CompactBufferAllocation"]):
         module = tirx.transform.BindTarget(target.with_host(target))(module)
         pipeline, finish, _ = tirx.get_tir_pipeline("s_tir")

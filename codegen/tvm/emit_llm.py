@@ -2,41 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
 from typing import Any
-
-from tvm import relax, te
 
 from ...ir.core import Value
 from ...ir.types import Dim
+from . import kernels
 from .lower import Lowering, emits
+from .untyped import relax, te
 from .weights import quant_layout
 
 Source = tuple[int, int]
 """(row width, first column): an operand that stands in columns of a wider matrix."""
-
-
-def maker(name: str) -> Callable[..., Any]:
-    """`make_<name>` of the kernels."""
-    for module in (
-        "linear",
-        "quantized",
-        "activation",
-        "embedding",
-        "norm",
-        "rope",
-        "mlp",
-        "cache",
-        "attention",
-    ):
-        try:
-            found = getattr(importlib.import_module(f".kernels.{module}", __package__), f"make_{name}", None)
-        except ImportError:
-            continue
-        if found is not None:
-            return found
-    raise AssertionError(name)
 
 
 def source_of(low: Lowering, value: Value) -> tuple[Any, Source | None]:
@@ -89,10 +65,10 @@ def embedding(low: Lowering, op: Any) -> Any:
     ids = _ids(low, op.ids)
     out = low.kernel(
         "embedding",
-        maker("embedding"),
+        kernels.make_embedding,
         static,
         [ids, low.get(op.weight)],
-        relax.TensorType([_count(low, op.ids), width], "float32"),
+        low.tensor([_count(low, op.ids), width], "float32"),
     )
     return out if op.ids.type.rank == 1 else low.reshape(out, low.shape(op.result.shape))
 
@@ -137,14 +113,14 @@ def _linear(low: Lowering, op: Any, residual: Value | None) -> Any:
     args = [low.rows(op.x, k), low.get(op.weight), *_present(low, op.bias)]
     if residual is not None:
         args.append(low.rows(residual, n))
-    return _product(low, op, "linear", maker("linear"), static, args)
+    return _product(low, op, "linear", kernels.make_linear, static, args)
 
 
 def _product(low: Lowering, op: Any, name: str, make: Any, static: dict[str, Any], args: list[Any]) -> Any:
     rows: Dim = 1
     for d in op.x.shape[:-1]:
         rows = d * rows
-    out = low.kernel(name, make, static, args, relax.TensorType([low.dim(rows), static["n"]], "float32"))
+    out = low.kernel(name, make, static, args, low.tensor([low.dim(rows), static["n"]], "float32"))
     return out if op.x.type.rank == 2 else low.reshape(out, low.shape(op.result.shape))
 
 
@@ -176,7 +152,7 @@ def _quantized_linear(low: Lowering, op: Any, residual: Value | None) -> Any:
     args = [a, sums, scale, *_present(low, op.q, op.scale, op.zero_point, op.bias)]
     if residual is not None:
         args.append(low.rows(residual, layout.n))
-    return _product(low, op, "quantized_linear", maker("quantized_linear"), static, args)
+    return _product(low, op, "quantized_linear", kernels.make_quantized_linear, static, args)
 
 
 def _quantized_activation(low: Lowering, x: Value, layout: Any) -> list[Any]:
@@ -188,13 +164,13 @@ def _quantized_activation(low: Lowering, x: Value, layout: Any) -> list[Any]:
             rows = d * rows
         t = low.dim(rows)
         out = [
-            relax.TensorType([t, layout.k_padded], "int8"),
-            relax.TensorType([t, layout.groups], "int32"),
-            relax.TensorType([t], "float32"),
+            low.tensor([t, layout.k_padded], "int8"),
+            low.tensor([t, layout.groups], "int32"),
+            low.tensor([t], "float32"),
         ]
         static = {"k": layout.k, "group_size": layout.group_size}
         parts = low.kernel(
-            "quantize_activation", maker("quantize_activation"), static, [low.rows(x, layout.k)], out
+            "quantize_activation", kernels.make_quantize_activation, static, [low.rows(x, layout.k)], out
         )
         low.shared[key] = [low.emit(relax.TupleGetItem(parts, i)) for i in range(3)]
     return low.shared[key]
@@ -233,10 +209,10 @@ def quantized_embedding(low: Lowering, op: Any) -> Any:
     args = [_ids(low, op.ids), *_present(low, op.q, op.scale, op.zero_point)]
     out = low.kernel(
         "quantized_embedding",
-        maker("quantized_embedding"),
+        kernels.make_quantized_embedding,
         static,
         args,
-        relax.TensorType([_count(low, op.ids), layout.k], "float32"),
+        low.tensor([_count(low, op.ids), layout.k], "float32"),
     )
     return out if op.ids.type.rank == 1 else low.reshape(out, low.shape(op.result.shape))
 
@@ -259,7 +235,7 @@ def rms_norm(low: Lowering, op: Any) -> Any:
         "source": source,
     }
     args = [x, *_present(low, op.weight)]
-    out = low.kernel("rms_norm", maker("rms_norm"), static, args, relax.TensorType(shape, "float32"))
+    out = low.kernel("rms_norm", kernels.make_rms_norm, static, args, low.tensor(shape, "float32"))
     return out if len(shape) == op.x.type.rank else low.reshape(out, low.shape(op.x.shape))
 
 
@@ -277,17 +253,17 @@ def layer_norm(low: Lowering, op: Any) -> Any:
     args = [low.rows(op.x, width), *_present(low, op.weight, op.bias)]
     out = low.kernel(
         "layer_norm",
-        maker("layer_norm"),
+        kernels.make_layer_norm,
         static,
         args,
-        relax.TensorType([_rows(low, op.x), width], "float32"),
+        low.tensor([_rows(low, op.x), width], "float32"),
     )
     return out if op.x.type.rank == 2 else low.reshape(out, low.shape(op.x.shape))
 
 
 @emits("rope")
 def rope(low: Lowering, op: Any) -> Any:
-    tokens, heads, head_dim = op.x.shape
+    _, heads, head_dim = op.x.shape
     x, source = source_of(low, op.x)
     static = {
         "heads": heads,
@@ -297,7 +273,7 @@ def rope(low: Lowering, op: Any) -> Any:
         "source": source,
     }
     args = [x, low.get(op.cos), low.get(op.sin)]
-    return low.kernel("rope", maker("rope"), static, args, low.type_of(op.result))
+    return low.kernel("rope", kernels.make_rope, static, args, low.type_of(op.result))
 
 
 @emits("gated_mlp")
@@ -307,10 +283,10 @@ def gated_mlp(low: Lowering, op: Any) -> Any:
     args = [low.rows(op.gate_up, 2 * width)]
     out = low.kernel(
         "gated_mlp",
-        maker("gated_mlp"),
+        kernels.make_gated_mlp,
         static,
         args,
-        relax.TensorType([_rows(low, op.gate_up), width], "float32"),
+        low.tensor([_rows(low, op.gate_up), width], "float32"),
     )
     return out if op.gate_up.type.rank == 2 else low.reshape(out, low.shape(op.result.shape))
 
@@ -328,7 +304,7 @@ def append_kv(low: Lowering, op: Any) -> Any:
         "v_source": v_source,
     }
     args = [k, v, low.get(op.slot_mapping), low.get(op.pages)]
-    return low.kernel_inplace("append_kv", maker("append_kv"), static, args, 3, low.type_of(op.pages))
+    return low.kernel_inplace("append_kv", kernels.make_append_kv, static, args, 3, low.type_of(op.pages))
 
 
 @emits("paged_attention")
@@ -347,7 +323,7 @@ def paged_attention(low: Lowering, op: Any) -> Any:
     }
     operands = (op.q, op.pages, op.query_start, op.context_len, op.block_table, op.sinks)
     args = _present(low, *operands)
-    return low.kernel("paged_attention", maker("paged_attention"), static, args, low.type_of(op.result))
+    return low.kernel("paged_attention", kernels.make_paged_attention, static, args, low.type_of(op.result))
 
 
 @emits("gather_last")
@@ -355,7 +331,7 @@ def gather_last(low: Lowering, op: Any) -> Any:
     if op.x.type.rank == 2 and op.x.dtype == "float32":
         args = [low.get(op.x), _ids(low, op.index)]
         static = {"width": op.x.shape[-1]}
-        return low.kernel("gather_last", maker("gather_last"), static, args, low.type_of(op.result))
+        return low.kernel("gather_last", kernels.make_gather_last, static, args, low.type_of(op.result))
 
     def pick(x: Any, index: Any) -> Any:
         return te.compute(
@@ -363,3 +339,30 @@ def gather_last(low: Lowering, op: Any) -> Any:
         )
 
     return low.te("gather_last", pick, low.get(op.x), low.get(op.index))
+
+
+_ACTIVATIONS = ("silu", "gelu", "relu", "sigmoid")
+
+
+@emits(*_ACTIVATIONS)
+def activation(low: Lowering, op: Any) -> Any:
+    """An activation of [..., width]; of anything else Relax's own."""
+    width = op.x.shape[-1] if op.x.type.rank else None
+    if not isinstance(width, int) or op.x.dtype != "float32":
+        return _relax_activation(low, op)
+    name = "gelu_tanh" if op.opname == "gelu" and op.tanh else op.opname
+    out = low.kernel(
+        "activation",
+        kernels.make_activation,
+        {"width": width, "activation": name},
+        [low.rows(op.x, width)],
+        low.tensor([_rows(low, op.x), width], "float32"),
+    )
+    return out if op.x.type.rank == 2 else low.reshape(out, low.shape(op.x.shape))
+
+
+def _relax_activation(low: Lowering, op: Any) -> Any:
+    if op.opname == "gelu":
+        return low.emit((relax.op.nn.gelu_tanh if op.tanh else relax.op.nn.gelu)(low.get(op.x)))
+    plain = {"silu": relax.op.nn.silu, "relu": relax.op.nn.relu, "sigmoid": relax.op.sigmoid}
+    return low.emit(plain[op.opname](low.get(op.x)))

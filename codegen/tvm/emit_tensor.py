@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import tvm
-from tvm import relax, te, tirx
-
 from .lower import Lowering, emits
+from .untyped import relax, te, tirx, tvm
 
 _UNARY: dict[str, Callable[..., Any]] = {
     "neg": relax.op.negative,
@@ -20,12 +18,9 @@ _UNARY: dict[str, Callable[..., Any]] = {
     "sin": relax.op.sin,
     "cos": relax.op.cos,
     "erf": relax.op.erf,
-    "sigmoid": relax.op.sigmoid,
-    "relu": relax.op.nn.relu,
     "abs": relax.op.abs,
     "floor": relax.op.floor,
     "logical_not": relax.op.logical_not,
-    "silu": relax.op.nn.silu,
 }
 _BINARY: dict[str, Callable[..., Any]] = {
     "add": relax.op.add,
@@ -66,11 +61,6 @@ def binary(low: Lowering, op: Any) -> Any:
 @emits("reciprocal")
 def reciprocal(low: Lowering, op: Any) -> Any:
     return low.emit(relax.op.divide(relax.const(1.0, op.x.dtype), low.get(op.x)))
-
-
-@emits("gelu")
-def gelu(low: Lowering, op: Any) -> Any:
-    return low.emit((relax.op.nn.gelu_tanh if op.tanh else relax.op.nn.gelu)(low.get(op.x)))
 
 
 @emits("where")

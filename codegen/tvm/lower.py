@@ -17,16 +17,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import tvm
-from tvm import relax, te, tirx
-
 from ...ir.core import Graph, Op, Value
 from ...ir.errors import UnsupportedError
 from ...ir.ops.nn import Linear
 from ...ir.ops.quant import QuantizedLinear
 from ...ir.types import Dim, Shape
 from .kernels.isa import Isa
-from .weights import Role, stored_shape, weight_roles
+from .untyped import Module, relax, te, tirx, tvm
+from .weights import Role, page_values, stored_shape, stored_type, weight_roles
 
 Emitter = Callable[["Lowering", Any], Any]
 EMITTERS: dict[str, Emitter] = {}
@@ -49,7 +47,7 @@ def emits(*names: str) -> Callable[[Emitter], Emitter]:
 class Lowered:
     """A Relax module and what its caller has to know."""
 
-    module: tvm.IRModule
+    module: Module
     symbols: tuple[str, ...]
     """Symbolic dimensions, sorted."""
     inputs: tuple[str, ...]
@@ -90,11 +88,11 @@ class Lowering:
         return [self.dim(d) for d in shape]
 
     def type_of(self, value: Value) -> Any:
-        """The Relax type; a page holds its heads apart here: [2, N, kv_heads, page_size, head_dim]."""
-        shape = self.shape(value.shape)
-        if value in self.pages:
-            shape[-3], shape[-2] = shape[-2], shape[-3]
-        return relax.TensorType(shape, value.dtype)
+        """The Relax type of a value as it lies in memory."""
+        return self.tensor(self.shape(stored_type(value, value in self.pages).shape), value.dtype)
+
+    def tensor(self, shape: list[Any], dtype: str) -> Any:
+        return relax.TensorType(shape, dtype)
 
     # -- values --------------------------------------------------------------------------------------------
     def get(self, value: Value) -> Any:
@@ -210,17 +208,6 @@ class Lowering:
         if moved and value not in self.graph.outputs[:index]:
             return self.get(value)
         return self.te("copy", lambda x: te.compute(x.shape, lambda *i: x(*i), name="copy"), self.get(value))
-
-
-def page_values(graph: Graph) -> set[Value]:
-    """The KV cache's arrays: what `append_kv` writes and `paged_attention` reads."""
-    found: set[Value] = set()
-    for op in graph:
-        if op.opname in ("append_kv", "paged_attention"):
-            found.add(op.pages)  # type: ignore[attr-defined]
-        if op.opname == "append_kv":
-            found.add(op.result)
-    return found
 
 
 def residuals(graph: Graph) -> dict[Op, Op]:

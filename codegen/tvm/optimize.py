@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import tvm
-from tvm import relax, tirx
 from tvm.s_tir import Schedule, ScheduleError
 
 from .kernels.isa import Isa
+from .untyped import Module, relax, tirx, tvm
 
 _PARALLEL_FROM = 1 << 15
 """Scalar operations from which a loop is worth a parallel region (some microseconds)."""
@@ -22,7 +21,7 @@ _SYMBOL_GUESS = 64
 """What a symbolic extent counts as in that estimate."""
 
 
-def optimize(module: tvm.IRModule, isa: Isa) -> tvm.IRModule:
+def optimize(module: Module, isa: Isa) -> Module:
     """Legalize, fuse and schedule.
 
     Afterwards `main` holds only `call_tir`, `call_tir_inplace`, tuples and reshapes.
@@ -48,7 +47,7 @@ def optimize(module: tvm.IRModule, isa: Isa) -> tvm.IRModule:
     return module
 
 
-def _schedule(function: tirx.PrimFunc) -> tirx.PrimFunc:
+def _schedule(function: Any) -> Any:
     schedule = Schedule(function)
     for block in schedule.get_child_blocks(schedule.get_sblock("root"))[:-1]:
         if not _has_reduction(schedule, block):

@@ -14,13 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import tvm
-from tvm import relax, tirx
 from tvm.ir import Call, GlobalVar, PointerType, PrimType
 
 from ...ir.dtypes import itemsize
 from ...ir.errors import CompileError
 from .plan import ALIGNMENT, Interval, plan
+from .untyped import Module, relax, tirx, tvm
 
 _TYPICAL = {"T": 128, "B": 4, "R": 4, "P": 64, "N": 256}
 
@@ -51,7 +50,7 @@ class _Program:
     intermediates: list[_Memory] = field(default_factory=list)
 
 
-def build_step(module: tvm.IRModule, symbols: Sequence[str]) -> tvm.IRModule:
+def build_step(module: Module, symbols: Sequence[str]) -> Module:
     """The module with `step` and `workspace` in place of Relax's `main`.
 
     Raises CompileError where `main` holds anything but calls, tuples and reshapes (a bug in the passes
@@ -95,7 +94,7 @@ def _fields(expression: Any) -> list[Any]:
 class _Reader:
     """Walks `main` and turns its bindings into calls over memory."""
 
-    def __init__(self, module: tvm.IRModule) -> None:
+    def __init__(self, module: Module) -> None:
         self.module = module
         self.program = _Program()
         self.memory: dict[Any, Any] = {}
@@ -136,7 +135,8 @@ class _Reader:
             return [self.memory[f] for f in value.fields]
         if isinstance(value, relax.TupleGetItem):
             return self.memory[value.tuple_value][value.index]
-        name = value.op.name if isinstance(value, Call) and isinstance(value.op, tvm.ir.Op) else ""
+        callee: Any = value.op if isinstance(value, Call) else None
+        name = callee.name if isinstance(callee, tvm.ir.Op) else ""
         if name == "relax.reshape":
             whole = self.memory[value.args[0]]
             return _Memory(whole.kind, whole.index, variable.ty)
@@ -254,7 +254,7 @@ class _Writer:
         body.append(tirx.BufferStore(dims, self.total, [len(self.symbols)]))
         return _exported("workspace", raw, body)
 
-    def step(self, module: tvm.IRModule, functions: dict[GlobalVar, Any]) -> Any:
+    def step(self, module: Module, functions: dict[GlobalVar, Any]) -> Any:
         """The step; the functions that it calls are added to `functions` in the order of first use."""
         raw, body, dims, pointers = self._prologue()
         status = [len(self.symbols)]

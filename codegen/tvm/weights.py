@@ -15,8 +15,10 @@ import numpy as np
 from ...ir.core import Graph, Op, Value
 from ...ir.dtypes import to_numpy
 from ...ir.errors import CompileError
+from ...ir.ops.cache import AppendKv, PagedAttention
 from ...ir.ops.nn import Embedding, Linear
 from ...ir.ops.quant import QuantizedEmbedding, QuantizedLinear
+from ...ir.types import TensorType
 from ...ir.weights import LazyTensor, read_chunks
 from ..weight_file import TensorSpec
 from .kernels.layout import ROWS, QuantLayout, pack_rows, packed_shape
@@ -92,6 +94,25 @@ def stored_shape(value: Value, role: Role) -> tuple[tuple[int, ...], str]:
     if role.layout is not None:
         return (role.layout.weight_shape if role.kind == "codes" else role.layout.scale_shape), value.dtype
     return shape, value.dtype
+
+
+def page_values(graph: Graph) -> set[Value]:
+    """The KV cache's arrays: what `append_kv` writes and `paged_attention` reads."""
+    found: set[Value] = set()
+    for op in graph:
+        if isinstance(op, AppendKv | PagedAttention):
+            found.add(op.pages)
+        if isinstance(op, AppendKv):
+            found.add(op.result)
+    return found
+
+
+def stored_type(value: Value, is_pages: bool) -> TensorType:
+    """The type of an array in memory. A page holds its heads apart: [2, N, kv_heads, page_size, head_dim]."""
+    shape = list(value.shape)
+    if is_pages:
+        shape[-3], shape[-2] = shape[-2], shape[-3]
+    return value.type.with_shape(shape)
 
 
 def weight_specs(graph: Graph) -> list[TensorSpec]:
