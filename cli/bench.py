@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import subprocess
 import sys
 import time
@@ -171,8 +172,21 @@ def _weight_bytes_per_token(llm: LLM, wanted: str | None) -> int:
     if artifact is None or llm.kind != "causal_lm":
         raise InputError("this artifact generates nothing", remedy="bench a language model")
     target = choose_target(artifact.targets, wanted)
-    gathered = set(artifact.target(target).get("gathered", []))
+    gathered = gathered_tables(artifact.read_text("ir.txt"))
     return sum(array.nbytes for name, array in artifact.weights(target).items() if name not in gathered)
+
+
+def gathered_tables(graph: str) -> set[str]:
+    """Weights, by name, that only embeddings read, in a graph's text: a token takes a row of each."""
+    taken: set[str] = set()
+    whole: set[str] = set()
+    for line in graph.splitlines():
+        call = re.match(r"%[^=]*= (\w+)\(", line)
+        if call is not None:
+            operands = line.partition(" loc ")[0]
+            names = {quoted or plain for quoted, plain in re.findall(r'@(?:"([^"]+)"|([\w.]+))', operands)}
+            (taken if call[1] in ("embedding", "quantized_embedding") else whole).update(names)
+    return taken - whole
 
 
 def _text(result: dict[str, Any]) -> str:

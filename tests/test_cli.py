@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from llmc.cli import main as cli_main
 from llmc.cli import reference
+from llmc.cli.bench import gathered_tables
 from llmc.cli.main import COMMANDS, explain, main
 from llmc.ir.errors import ArtifactError, CompileError, InputError
 
@@ -268,6 +269,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with ArtifactWriter(path) as writer:
         tiny_tokenizer().save(str(writer.path("tokenizer.json")))
         writer.path("chat_template.jinja").write_text(CHAT_TEMPLATE)
+        writer.path("ir.txt").write_text('graph "zeros" stage="paged"\n')
         writer.finish(manifest)
     return path
 
@@ -395,6 +397,17 @@ def test_eval_of_uniform_logits_is_the_vocabulary(capsys: Capture, artifact: Pat
     assert "--window" in err
     text.write_bytes(b"abc\xff")
     assert "not UTF-8 (byte 3)" in run(capsys, *words)[2]
+
+
+def test_bench_counts_tables_that_are_only_looked_up() -> None:
+    text = """
+weight @"tied.q" : uint8[8, 4]
+%0 : float32[T, 4] = quantized_embedding(%ids, @"tied.q", @"tied.scale", _) loc "embed"
+%1 : float32[T, 4] = embedding(%positions, @wpe.weight) loc "@nonsense"
+%2 : float32[T, 4] = add(%0, %1)
+%3 : float32[T, 8] = quantized_linear(%2, @"tied.q", @"tied.scale", _, _) loc "lm_head"
+"""
+    assert gathered_tables(text) == {"wpe.weight"}
 
 
 @pytest.mark.slow
