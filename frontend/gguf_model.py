@@ -105,7 +105,7 @@ def read_config(file: GGUFFile) -> Any:
             f"{file.path.name} is one part of several", remedy="join them with llama-gguf-split --merge"
         )
     arch = file.architecture
-    logger = logging.getLogger("transformers.modeling_gguf_pytorch_utils")
+    logger = logging.getLogger("transformers")  # its advice is for those who train
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:

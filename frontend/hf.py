@@ -121,8 +121,8 @@ def read_config(folder: Path) -> Any:
 
 
 def _line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+    text = " ".join(str(error).split())
+    return (text if len(text) <= 300 else text[:300] + "…") or type(error).__name__
 
 
 def generation_facts(folder: Path, config: Any) -> tuple[list[int], int | None, dict[str, float]]:

@@ -76,6 +76,11 @@ _WHOLE_PIECES: Final = frozenset(
 )
 
 
+def known_pre_tokenizers() -> frozenset[str]:
+    """Names of `tokenizer.ggml.pre` whose rules are known."""
+    return frozenset({*_SPLITS, *_SAME})
+
+
 @dataclass(frozen=True)
 class GGUFTokenizer:
     """A GGUF file's tokenizer, checked.
