@@ -25,8 +25,8 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_OUTPUT = 16 << 20
-MAX_WORK = 2_000_000
-MAX_SECONDS = 10.0
+MAX_WORK = 1_000_000
+MAX_SECONDS = 5.0
 MAX_PADDING = 1000
 
 _PADDING_METHODS = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs"})
@@ -41,7 +41,9 @@ class LimitError(Exception):
 
 
 class _Budget:
-    """What one rendering may still do: steps of about an iteration or 32 characters each, and time."""
+    """What one rendering may still do: steps of about an iteration, 4 elements or 128 characters each, and
+    time.
+    """
 
     def __init__(self) -> None:
         self._left = MAX_WORK
@@ -78,7 +80,7 @@ def _charged(value: Any) -> Any:
         return _iterate(value)
     if isinstance(value, str | bytes | list | tuple | range):
         _check_size(len(value))
-        _charge(1 + len(value) // 32)
+        _charge(1 + len(value) // (128 if isinstance(value, str | bytes) else 4))
     return value
 
 
