@@ -69,7 +69,8 @@ class OnnxExecutor:
             cache[:, :, target] = cache[:, :, source]
 
     def step(self, inputs: StepInputs) -> np.ndarray:
-        """Run the model, write the new rows to their slots, return logits [R, vocab_size] float32.
+        """Run the model, write the new rows to their slots, return its first output: logits [R, vocab_size]
+        float32 (hidden states of an encoder).
 
         Raises InputError before `allocate_kv` and for an artifact without a step.
         """
@@ -84,7 +85,7 @@ class OnnxExecutor:
         for (index, _, _), cache in zip(self._layers, self._cache, strict=True):
             for i, part in enumerate("kv"):
                 cache[i][:, page, place] = rows[f"new_{part}.{index}"].transpose(1, 0, 2)
-        return rows["logits"]
+        return results[0]
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Artifacts of kind "function": inputs by name → outputs by name.
