@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
 from llmc.ir import ops as o
 from llmc.ir.core import Graph
 from llmc.ir.errors import CompileError, VerifyError
@@ -29,7 +28,9 @@ def small_graph() -> Graph:
     rng = np.random.default_rng(0)
     g = Graph("main", "fused")
     x = g.add_input("x", TensorType("float32", (T, 8)))
-    w = g.add_weight("layer.0 \"q\".weight", ArrayTensor(rng.standard_normal((6, 8), dtype=np.float32), "memory"))
+    w = g.add_weight(
+        'layer.0 "q".weight', ArrayTensor(rng.standard_normal((6, 8), dtype=np.float32), "memory")
+    )
     n = g.add_weight("norm", ArrayTensor(np.ones(8, np.float32), "memory"))
     h = g.append(RmsNorm(x, n, eps=1e-6)).result
     y = g.append(Linear(h, w)).result
@@ -43,8 +44,11 @@ def small_graph() -> Graph:
     return g
 
 
-dims = st.recursive(st.integers(-5, 40) | st.sampled_from(["T", "B", "P"]).map(sym),
-                    lambda d: st.tuples(d, d).map(lambda p: p[0] + p[1]) | st.tuples(d, d).map(lambda p: p[0] * p[1]), max_leaves=5)
+dims = st.recursive(
+    st.integers(-5, 40) | st.sampled_from(["T", "B", "P"]).map(sym),
+    lambda d: st.tuples(d, d).map(lambda p: p[0] + p[1]) | st.tuples(d, d).map(lambda p: p[0] * p[1]),
+    max_leaves=5,
+)
 
 
 @given(dims, dims)
@@ -63,7 +67,15 @@ def test_divide_by_symbol() -> None:
     assert divide(7, 2) is None
 
 
-@pytest.mark.parametrize("text", ["float32[]", "int32[B+1]", "float16[2, N, 16, 3, 64]", "uint8[576, 1536]<q4:g32:asym:float16:row_major>"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "float32[]",
+        "int32[B+1]",
+        "float16[2, N, 16, 3, 64]",
+        "uint8[576, 1536]<q4:g32:asym:float16:row_major>",
+    ],
+)
 def test_types_round_trip(text: str) -> None:
     assert str(TensorType.parse(text)) == text
 
@@ -108,11 +120,11 @@ class DoubleNeg(Rule):
 
     pattern = P(Neg, P(Neg, Any("x"), name="inner"))
 
-    def check(self, m: Match) -> str | None:
-        return "the inner one is used elsewhere" if len(m.op("inner").result.uses) > 1 else None
+    def check(self, found: Match) -> str | None:
+        return "the inner one is used elsewhere" if len(found.op("inner").result.uses) > 1 else None
 
-    def rewrite(self, m: Match, rw: Rewriter) -> list[object]:
-        return [m["x"]]
+    def rewrite(self, found: Match, rw: Rewriter) -> list[object]:
+        return [found["x"]]
 
 
 def test_rewriter_applies_and_refuses_with_the_reason() -> None:

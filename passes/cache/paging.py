@@ -178,8 +178,7 @@ class PageKvCache(Pass):
             refusal = row_mixing(op)
             if refusal is not None and not isinstance(op, (AppendKv, PagedAttention)):
                 raise UnsupportedError(
-                    f"{op.opname} in {op.loc or graph.name} {refusal}: "
-                    "sequences would meet",
+                    f"{op.opname} in {op.loc or graph.name} {refusal}: sequences would meet",
                     remedy="the model needs a fusion that absorbs this op",
                 )
         gather_wanted_rows(graph, inputs.output_index)

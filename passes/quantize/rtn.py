@@ -84,6 +84,5 @@ def dequantize(q: Quantized, *, bits: int, group_size: int) -> Array:
     zero: Array | float = float(1 << (bits - 1))
     if q.zero_point is not None:
         zero = np.repeat(q.zero_point.astype(np.float32), group_size, axis=1)[:, :k]
-    return (q.codes.astype(np.float32) - zero) * np.repeat(q.scale.astype(np.float32), group_size, axis=1)[
-        :, :k
-    ]
+    scale = np.repeat(q.scale.astype(np.float32), group_size, axis=1)[:, :k]
+    return (q.codes.astype(np.float32) - zero) * scale
