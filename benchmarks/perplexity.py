@@ -25,9 +25,8 @@ WINDOW = 1024
 
 def windows_of(artifact: Path, text: Path, count: int) -> list[np.ndarray]:
     """The windows that `llmc eval` scores."""
-    from llmc.cli.eval import windows_of
-
     import llmc
+    from llmc.cli.eval import windows_of
 
     with llmc.load(artifact, context=WINDOW, kv_tokens=WINDOW) as llm:
         return windows_of([llm], text, window=WINDOW, count=count)

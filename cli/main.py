@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import click
-
 from llmc import __version__
 
 from ..ir.errors import LlmcError
@@ -94,8 +93,8 @@ def _missing_module(error: ModuleNotFoundError) -> str:
     name = (error.name or "").split(".")[0]
     if name in {"", "llmc"}:
         return _bug(error)
-    compile_only = {"torch", "transformers", "gguf", "onnx", "onnx_ir", "huggingface_hub"}
-    extra = "llmc[compile]" if name in compile_only else "llmc"
+    base = {"numpy", "ml_dtypes", "onnxruntime", "tokenizers", "jinja2", "rich", "packaging"}
+    extra = "llmc" if name in base else "llmc[compile]"
     return (
         f"Python package {name!r} is not installed; pip install '{extra}' (llmc doctor lists what is missing)"
     )

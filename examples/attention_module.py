@@ -11,11 +11,10 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+import llmc
 import numpy as np
 import torch
 from torch import nn
-
-import llmc
 
 
 class MultiHeadAttention(nn.Module):

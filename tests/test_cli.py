@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.metadata
 import io
 import json
 import os
@@ -152,6 +153,7 @@ def test_doctor_reports_this_machine(capsys: Capture) -> None:
     assert report["cpu"]["isa"] == report["cpu"]["isa_levels"][-1]
     by_name = {package["name"]: package for package in report["packages"]}
     assert by_name["apache-tvm-ffi"]["required"].startswith("==")
+    assert by_name["apache-tvm-ffi"]["extra"] == "compile"
     assert by_name["numpy"]["extra"] == ""
     assert by_name["torch"]["extra"] == "compile"
     code, out, _ = run(capsys, "doctor")
@@ -159,17 +161,21 @@ def test_doctor_reports_this_machine(capsys: Capture) -> None:
     assert "apache-tvm-ffi" in out
 
 
-def test_doctor_names_a_wrong_version(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    import importlib.metadata
-
+@pytest.mark.parametrize(
+    ("name", "version", "code", "can_run"),
+    [("apache-tvm-ffi", "0.1.15", 0, True), ("numpy", "1.26.4", 1, False)],
+)
+def test_doctor_names_a_wrong_version(
+    name: str, version: str, code: int, can_run: bool, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = importlib.metadata.version
     monkeypatch.setattr(
-        importlib.metadata, "version", lambda name: "0.1.15" if name == "apache-tvm-ffi" else real(name)
+        importlib.metadata, "version", lambda asked: version if asked == name else real(asked)
     )
-    code, out, _ = run(capsys, "doctor", "--json")
-    report = json.loads(out)
-    assert (code, report["ok"]) == (1, False)
-    assert report["can"]["wrong_packages"] == ["apache-tvm-ffi 0.1.15"]
+    found, out, _ = run(capsys, "doctor", "--json")
+    can = json.loads(out)["can"]
+    assert found == code
+    assert can == {"run": can_run, "compile": False, "wrong_packages": [f"{name} {version}"]}
 
 
 def test_targets_lists_ours_with_their_origin(capsys: Capture) -> None:
@@ -359,9 +365,8 @@ def test_chat_goes_on_after_a_message_that_does_not_fit(
 
 
 def test_stopping_an_answer_keeps_what_was_said(artifact: Path) -> None:
-    from llmc.cli.answer import stream_answer
-
     import llmc
+    from llmc.cli.answer import stream_answer
 
     pieces: list[str] = []
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
-
 from llmc.cli.main import COMMANDS
 
 from .conftest import ROOT
@@ -23,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "codegen": {"ir", "frontend", "passes"},
     "runtime": {"codegen.artifact", "ir.errors", "ir.dtypes"},
 }
-HEAVY = {"torch", "transformers", "tvm", "onnx", "onnx_ir", "gguf", "huggingface_hub"}
+HEAVY = {"torch", "transformers", "tvm", "tvm_ffi", "onnx", "onnx_ir", "gguf", "huggingface_hub"}
 
 
 def _modules(folder: str) -> list[Path]:
@@ -174,6 +175,30 @@ def test_help_loads_nothing_heavy() -> None:
 
 def test_importing_llmc_loads_nothing_heavy() -> None:
     assert not _loaded_after("import llmc") & (HEAVY | {"numpy", "onnxruntime", "tokenizers", "tvm_ffi"})
+
+
+# Module → distribution, where the names differ.
+_DISTRIBUTIONS = {
+    "tvm": "apache-tvm",
+    "tvm_ffi": "apache-tvm-ffi",
+    "ml_dtypes": "ml-dtypes",
+    "onnx_ir": "onnx-ir",
+}
+
+
+def test_every_package_that_is_imported_is_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    base, extra = project["dependencies"], project["optional-dependencies"]["compile"]
+    names = {re.split(r"[^\w.-]", text)[0].lower() for text in (*base, *extra)}
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {module}, which pyproject.toml does not name"
+        for folder in FOLDERS
+        for path in _modules(folder)
+        for line, module in _imports(path)
+        if (top := module.split(".")[0]) not in sys.stdlib_module_names and top != "llmc"
+        if _DISTRIBUTIONS.get(top, top.replace("_", "-")) not in names
+    ]
+    assert not wrong, "\n".join(wrong)
 
 
 def test_imports_set_no_environment_variables() -> None:

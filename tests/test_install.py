@@ -54,7 +54,7 @@ def test_base_install_holds_no_torch(clean: Path) -> None:
     )
     names = {package["name"].lower() for package in json.loads(listed.stdout)}
     assert "llmc" in names
-    assert not names & {"torch", "transformers", "gguf", "onnx", "accelerate"}
+    assert not names & {"torch", "transformers", "gguf", "onnx", "apache-tvm", "apache-tvm-ffi"}
     report = llmc(clean, "doctor")
     assert report["can"] == {"run": True, "compile": False, "wrong_packages": report["can"]["wrong_packages"]}
     assert any(package.startswith("torch") for package in report["can"]["wrong_packages"])
