@@ -37,6 +37,15 @@ def _grouped(w: Array, group_size: int) -> Array:
     return w.reshape(n, groups, group_size)
 
 
+def _storable(scale: Array) -> Array:
+    """Scales as float16. Below float16's normal range its steps are coarse, and a scale that is rounded down
+    there would cut the largest weights off: it is rounded up.
+    """
+    stored = np.maximum(scale, SMALLEST).astype(np.float16)
+    cut = (stored.astype(np.float32) < scale) & (stored < np.finfo(np.float16).smallest_normal)
+    return np.where(cut, np.nextafter(stored, np.float16(np.inf)), stored)
+
+
 def quantize_rtn(w: Array, *, bits: int, group_size: int, symmetric: bool, what: str = "weight") -> Quantized:
     """Quantize float rows [N, K].
 
@@ -53,19 +62,17 @@ def quantize_rtn(w: Array, *, bits: int, group_size: int, symmetric: bool, what:
         )
     k = w.shape[1]
     groups = _grouped(w, group_size)
-    top = (1 << bits) - 1
-    if symmetric:
-        half = 1 << (bits - 1)
-        scale = np.abs(groups).max(-1) / (half - 1)
-    else:
-        low = np.minimum(groups.min(-1), 0.0)
-        scale = (np.maximum(groups.max(-1), 0.0) - low) / top
+    top, half = (1 << bits) - 1, 1 << (bits - 1)
+    low = np.minimum(groups.min(-1), 0.0)
+    high = np.maximum(groups.max(-1), 0.0)
+    with np.errstate(over="ignore"):  # an infinite scale is refused below
+        scale = np.maximum(-low, high) / (half - 1) if symmetric else (high - low) / top
     if scale.size and scale.max() > np.finfo(np.float16).max:
         raise InputError(
             f"{what} needs a scale of {scale.max():.3g}, beyond float16",
             remedy="keep this model unquantized (--quant none)",
         )
-    stored = np.maximum(scale, SMALLEST).astype(np.float16)
+    stored = _storable(scale)
     step = stored.astype(np.float32)
     if symmetric:
         codes = np.rint(groups / step[..., None]) + half

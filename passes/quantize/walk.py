@@ -10,7 +10,6 @@ faces them are kept at 8 bits: at 4 they lose more than all other layers of a sm
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,57 +23,80 @@ from ...ir.types import Quantization, TensorType
 from ...ir.weights import LazyTensor
 from ..base import Pass, PassContext, PassResult
 from ..registry import Quantizer
-from .rtn import Quantized, quantize_rtn
+from .rtn import quantize_rtn
 
 Array = np.ndarray[Any, Any]
 
 
-class _LastChunk:
-    """The most recently quantized rows of any weight: targets read codes, scales and zero points of the same
-    rows one after the other.
+CHUNK_BYTES = 8 << 20  # float32 rows that are quantized at a time; rounding needs a few copies of them
+
+
+class QuantizedWeight:
+    """A weight that is quantized as its rows are read; rows are independent in round to nearest.
+
+    Targets read all codes, then all scales, then all zero points. The scales and zero points that came with
+    the codes are kept until they were read, so that each row is quantized once: they are a small part of the
+    weight.
     """
 
-    def __init__(self) -> None:
-        self.key: tuple[int, int, int] | None = None
-        self.value: Quantized | None = None
+    def __init__(self, base: LazyTensor, quant: Quantization) -> None:
+        self.base, self.quant = base, quant
+        self.rows, self.k = base.shape
+        self.groups = -(-self.k // quant.group_size)
+        self._kept: dict[str, Array] = {}
+        self._known = np.zeros(0, dtype=bool)
 
-    def get(self, key: tuple[int, int, int], make: Callable[[], Quantized]) -> Quantized:
-        if self.key != key or self.value is None:
-            self.value = None  # freed before the new one is made
-            self.value = make()
-            self.key = key
-        return self.value
+    def read(self, part: str, start: int, stop: int) -> Array:
+        """Rows of "codes", "scale" or "zero_point"."""
+        if part in self._kept and self._known[start:stop].all():
+            rows = self._kept[part][start:stop].copy()
+            if stop == self.rows:
+                del self._kept[part]
+            return rows
+        step = max(1, CHUNK_BYTES // (4 * max(1, self.k)))
+        pieces: list[Array] = []
+        for first in range(start, max(stop, start + 1), step):
+            parts = self._quantized(first, min(first + step, stop))
+            if part == "codes":
+                self._keep(first, parts)
+            pieces.append(parts[part])
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def _keep(self, first: int, parts: dict[str, Array]) -> None:
+        if not self._kept:
+            self._known = np.zeros(self.rows, dtype=bool)
+        for name in ("scale", "zero_point"):
+            if name in parts:
+                if name not in self._kept:
+                    self._known[:] = False
+                    self._kept[name] = np.empty((self.rows, self.groups), parts[name].dtype)
+                self._kept[name][first : first + len(parts[name])] = parts[name]
+        self._known[first : first + len(parts["codes"])] = True
+
+    def _quantized(self, start: int, stop: int) -> dict[str, Array]:
+        q = quantize_rtn(
+            self.base.read(start, stop),
+            bits=self.quant.bits,
+            group_size=self.quant.group_size,
+            symmetric=self.quant.symmetric,
+            what=self.base.source,
+        )
+        found: dict[str, Array] = {"codes": q.codes, "scale": q.scale}
+        return found if q.zero_point is None else {**found, "zero_point": q.zero_point}
 
 
 class QuantizedPart:
-    """Codes, scales or zero points of a weight, quantized as its rows are read.
+    """Codes, scales or zero points of a `QuantizedWeight` as a lazy tensor."""
 
-    Rows are independent in round to nearest.
-    """
-
-    def __init__(self, base: LazyTensor, part: str, quant: Quantization, cache: _LastChunk) -> None:
-        n, k = base.shape
-        groups = -(-k // quant.group_size)
-        self.base, self.part, self.quant, self.cache = base, part, quant, cache
-        self.shape: tuple[int, ...] = (n, k) if part == "codes" else (n, groups)
+    def __init__(self, weight: QuantizedWeight, part: str) -> None:
+        self.weight, self.part = weight, part
+        self.shape: tuple[int, ...] = (weight.rows, weight.k if part == "codes" else weight.groups)
         self.dtype = "float16" if part == "scale" else "uint8"
-        self.source = f"{part}({base.source})"
+        self.source = f"{part}({weight.base.source})"
 
     def read(self, start: int = 0, stop: int | None = None) -> Array:
         end = self.shape[0] if stop is None else min(stop, self.shape[0])
-        q = self.cache.get(
-            (id(self.base), start, end),
-            lambda: quantize_rtn(
-                self.base.read(start, end),
-                bits=self.quant.bits,
-                group_size=self.quant.group_size,
-                symmetric=self.quant.symmetric,
-                what=self.base.source,
-            ),
-        )
-        value = getattr(q, self.part)
-        assert value is not None
-        return value
+        return np.ascontiguousarray(self.weight.read(self.part, start, end))
 
 
 @dataclass(frozen=True)
@@ -93,15 +115,23 @@ class QuantizeRtn(Pass):
     symmetric: bool = False
     head_bits: int = 8
 
+    def __post_init__(self) -> None:
+        for option in ("bits", "head_bits"):
+            if not 2 <= getattr(self, option) <= 8:
+                raise InputError(
+                    f"pass {self.name}: {option}={getattr(self, option)}", remedy="use 2 to 8 bits"
+                )
+        if self.group < 0:
+            raise InputError(f"pass {self.name}: group={self.group}", remedy="use 0 (whole rows) or more")
+
     def run(self, graph: Graph, context: PassContext) -> PassResult:
-        cache = _LastChunk()
         notes: list[str] = []
         count = 0
         for weight in list(graph.weights.values()):
             users = weight.users
             if not users or not all(isinstance(u, (Linear, Embedding)) and u.weight is weight for u in users):
                 continue
-            parts = self._quantize(graph, weight, is_head(graph, weight), cache)
+            parts = self._quantize(graph, weight, is_head(graph, weight))
             for user in users:
                 replacement = self._replacement(user, parts)
                 replacement.loc = user.loc
@@ -113,20 +143,18 @@ class QuantizeRtn(Pass):
             notes.append("no linear layer or embedding was found to quantize")
         return PassResult(graph, count > 0, notes)
 
-    def _quantize(
-        self, graph: Graph, weight: Value, head: bool, cache: _LastChunk
-    ) -> tuple[Value, Value, Value | None]:
+    def _quantize(self, graph: Graph, weight: Value, head: bool) -> tuple[Value, Value, Value | None]:
         assert weight.weight is not None
         _, k = weight.weight.shape
         bits, symmetric = (self.head_bits, True) if head else (self.bits, self.symmetric)
         group = min(self.group or k, k)
         quant = Quantization(bits, group, symmetric)
-        data = weight.weight
+        data = QuantizedWeight(weight.weight, quant)
 
         def part(name: str, suffix: str, type: TensorType | None = None) -> Value:
-            return graph.add_weight(f"{weight.name}.{suffix}", QuantizedPart(data, name, quant, cache), type)
+            return graph.add_weight(f"{weight.name}.{suffix}", QuantizedPart(data, name), type)
 
-        codes = part("codes", "q", TensorType("uint8", tuple(data.shape), quant))
+        codes = part("codes", "q", TensorType("uint8", (data.rows, data.k), quant))
         return codes, part("scale", "scale"), None if symmetric else part("zero_point", "zero_point")
 
     @staticmethod
@@ -147,7 +175,8 @@ def is_head(graph: Graph, weight: Value) -> bool:
     for output in graph.outputs:
         op = output.producer
         while op is not None and not isinstance(op, Linear):
-            op = op.operands[0].producer if op.operands else None
+            # A scalar may stand first in a product (soft-capped logits): the logits are what has axes.
+            op = next((v.producer for v in op.operands if v.type.rank), None)
         if op is not None and op.weight is weight and graph.facts.get("kind") == "causal_lm":
             return True
     return False
