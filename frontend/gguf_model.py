@@ -154,7 +154,8 @@ def _apply_softcaps(file: GGUFFile, config: Any) -> None:
         if value:
             if not hasattr(config, name):
                 raise UnsupportedError(
-                    f"{file.path.name} sets {name}, which {config.model_type} in transformers lacks"
+                    f"{file.path.name} sets {name}, which {config.model_type} in transformers lacks",
+                    remedy="give the model as a Hugging Face folder",
                 )
             setattr(config, name, float(value))
 
