@@ -91,6 +91,20 @@ def _fields(expression: Any) -> list[Any]:
     return list(expression.fields) if isinstance(expression, relax.Tuple) else [expression]
 
 
+def _outputs(main: Any) -> list[Any]:
+    """The variables that `main` returns; several are returned as a variable bound to a tuple."""
+    body = main.body.body
+    for block in main.body.blocks:
+        for binding in block.bindings:
+            if binding.var.same_as(body) and isinstance(binding.value, relax.Tuple):
+                return list(binding.value.fields)
+    return _fields(body)
+
+
+def _is_reshape(value: Any) -> bool:
+    return isinstance(value, Call) and isinstance(value.op, tvm.ir.Op) and value.op.name == "relax.reshape"
+
+
 class _Reader:
     """Walks `main` and turns its bindings into calls over memory."""
 
@@ -107,21 +121,24 @@ class _Reader:
         for block in main.body.blocks:
             for binding in block.bindings:
                 self.memory[binding.var] = self._bind(binding.var, binding.value)
-        for field_ in _fields(main.body.body):
+        for field_ in _outputs(main):
             memory = self.memory[field_]
             assert memory.kind == "argument" and memory.index >= len(main.params), field_
         return self.program, main
 
     def _output_indices(self, main: Any) -> dict[Any, int]:
-        """Variables that name an output, followed back through plain copies of names → its argument number.
+        """Variables that name an output, followed back through copies of names and reshapes → its argument
+        number.
         """
         names: dict[Any, Any] = {}
         for block in main.body.blocks:
             for binding in block.bindings:
                 if isinstance(binding.value, relax.Var):
                     names[binding.var] = binding.value
+                elif _is_reshape(binding.value):  # the same bytes
+                    names[binding.var] = binding.value.args[0]
         found: dict[Any, int] = {}
-        for i, variable in enumerate(_fields(main.body.body)):
+        for i, variable in enumerate(_outputs(main)):
             while variable in names:
                 found[variable] = len(main.params) + i
                 variable = names[variable]
@@ -137,7 +154,7 @@ class _Reader:
             return self.memory[value.tuple_value][value.index]
         callee: Any = value.op if isinstance(value, Call) else None
         name = callee.name if isinstance(callee, tvm.ir.Op) else ""
-        if name == "relax.reshape":
+        if _is_reshape(value):
             whole = self.memory[value.args[0]]
             return _Memory(whole.kind, whole.index, variable.ty)
         if name == "relax.call_tir":

@@ -40,7 +40,8 @@ class OnnxExecutor:
         self.batch_invariant = bool(entry.get("batch_invariant", False))
         self.page_size = int(entry.get("page_size") or artifact.manifest.get("page_size", 16))
         model = artifact.model
-        self.vocab_size = int(model.get("hidden_size" if artifact.kind == "encoder" else "vocab_size", 0))
+        # A function has neither: its manifest says null.
+        self.vocab_size = int(model.get("hidden_size" if artifact.kind == "encoder" else "vocab_size") or 0)
         self._kv_dtype = str(entry.get("kv_dtype", "float32"))
         self._layers = _cache_layers(self._inputs, self._outputs)
         per_token = sum(2 * heads * dim for _, heads, dim in self._layers)
