@@ -105,19 +105,21 @@ def packed(c: Context, q: Value, scale: Value, zero_point: Value | None, name: s
         return None
     width = layout.block * layout.bits // 8
     tag = f"{layout.bits}x{layout.block}"
-    table = c.weights.add(q, tag, (n, layout.blocks, width), "uint8", layout.pack)
+    cost = 4 * k  # codes, scales and zero points may all be computed from the same float32 row
+    table = c.weights.add(q, tag, (n, layout.blocks, width), "uint8", layout.pack, cost)
     scales = c.weights.add(
-        scale, tag, (n, layout.blocks), "float32", lambda s: layout.spread(s).astype(np.float32)
+        scale, tag, (n, layout.blocks), "float32", lambda s: layout.spread(s).astype(np.float32), cost
     )
     zeros = None
     if layout.packed_zero_points:
         shape = (n, -(-layout.blocks * layout.bits // 8))
         if zero_point is not None:
-            zeros = c.weights.add(zero_point, tag, shape, "uint8", layout.pack_zero_points)
+            zeros = c.weights.add(zero_point, tag, shape, "uint8", layout.pack_zero_points, cost)
         else:
+            common = layout.zero_point
             zeros = c.weights.add(
                 scale, f"{tag}:zero_point", shape, "uint8",
-                lambda s: layout.pack_zero_points(np.full(s.shape, layout.zero_point, np.uint8)),
+                lambda s: layout.pack_zero_points(np.full(s.shape, common, np.uint8)), cost,
             )  # fmt: skip
     return Packed(layout, table, scales, zeros)
 

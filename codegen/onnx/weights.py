@@ -24,17 +24,16 @@ from ...ir.weights import LazyTensor
 from ..weight_file import TensorSpec
 from .builder import element_type
 
-CHUNK_BYTES = 16 << 20
+CHUNK_BYTES = 8 << 20
 Transform = Callable[[np.ndarray], np.ndarray]
 
 
-def _chunks(tensor: LazyTensor, transform: Transform) -> Iterator[np.ndarray]:
-    """Rows of a weight in pieces of about `CHUNK_BYTES`, each transformed."""
+def _chunks(tensor: LazyTensor, transform: Transform, row_bytes: int) -> Iterator[np.ndarray]:
+    """Rows of a weight in pieces that cost about `CHUNK_BYTES` to read, each transformed."""
     if not tensor.shape:
         yield transform(tensor.read())
         return
     rows = tensor.shape[0]
-    row_bytes = math.prod(tensor.shape[1:]) * max(4, itemsize(tensor.dtype))  # 4: the transform may widen
     step = max(1, CHUNK_BYTES // max(1, row_bytes))
     for start in range(0, rows, step):
         yield transform(tensor.read(start, min(rows, start + step)))
@@ -66,10 +65,20 @@ class WeightFile:
             ):
                 proto.external_data.add(key=key, value=str(value))
 
-    def add(self, value: Value, form: str, shape: tuple[int, ...], dtype: str, transform: Transform) -> str:
+    def add(
+        self,
+        value: Value,
+        form: str,
+        shape: tuple[int, ...],
+        dtype: str,
+        transform: Transform,
+        row_bytes: int | None = None,
+    ) -> str:
         """The initializer `NAME` (form "") or `NAME:form`: the weight's rows through `transform`.
 
-        `transform` takes some rows [n, …] and gives the same rows [n, …] of `shape` and `dtype`.
+        `transform` takes some rows [n, …] and gives the same rows [n, …] of `shape` and `dtype`. `row_bytes`:
+        what reading a row costs in memory where that is more than the row itself (a scale that is computed
+        from the row of a matrix).
         """
         if value.weight is None:
             raise CompileError(
@@ -78,7 +87,8 @@ class WeightFile:
             )
         name = f"{value.name}:{form}" if form else value.name
         if name not in self._specs:
-            self._specs[name] = (name, shape, dtype, _chunks(value.weight, transform))
+            cost = row_bytes or math.prod(value.weight.shape[1:]) * max(4, itemsize(value.dtype))
+            self._specs[name] = (name, shape, dtype, _chunks(value.weight, transform, cost))
             proto = TensorProto(name=name, data_type=element_type(dtype), dims=shape)
             proto.data_location = TensorProto.EXTERNAL
             self.initializers.append(proto)
