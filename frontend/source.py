@@ -18,7 +18,7 @@ from ..ir.errors import InputError
 from ..ir.weights import ArrayTensor, LazyTensor, num_elements
 from . import gguf_model, hf
 from .conversions import apply_conversions, complete, to_numpy_array
-from .gguf import MAGIC, GGUFFile, read_gguf
+from .gguf import GGUFFile, read_gguf
 from .skeleton import Task, instantiate, model_class
 from .weights import open_gguf_tensors
 
@@ -149,9 +149,7 @@ def open_source(model: str | os.PathLike[str] | torch.nn.Module, *, config_only:
 
 
 def _open_file(path: Path) -> ModelSource:
-    with open(path, "rb") as file:
-        magic = file.read(4)
-    if magic != MAGIC and path.suffix in (".safetensors", ".json"):
+    if path.suffix in (".safetensors", ".json"):
         raise InputError(f"{path.name} alone is no model", remedy=f"give its folder: {path.parent}")
     if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
         raise InputError(
@@ -159,24 +157,18 @@ def _open_file(path: Path) -> ModelSource:
             remedy="convert the model to safetensors (save_pretrained in transformers) and give its folder",
         )
     header = read_gguf(path)
-    config = gguf_model.read_config(header)
+    _ = header.architecture  # asked before transformers is imported: a hostile file costs only its header
     if not header.tensors:
         raise InputError(
             f"{path.name} holds no tensors (a vocabulary-only file)", remedy="give a file with weights"
         )
+    config = gguf_model.read_config(header)
     _, task = model_class(config)
-    name = header.metadata.get("general.name")
+    name = " ".join(str(header.metadata.get("general.name", "")).split())[:120] or path.stem
     facts = GenerationFacts(*gguf_model.generation_facts(header))
-    return ModelSource(
-        "gguf",
-        name if isinstance(name, str) and name else path.stem,
-        path,
-        config,
-        task,
-        header.size,
-        facts,
-        header,
-    )
+    source = ModelSource("gguf", name, path, config, task, header.size, facts, header)
+    _ = source.stored  # a block type that cannot be dequantized is refused now
+    return source
 
 
 def _open_folder(folder: Path, name: str, config_only: bool) -> ModelSource:

@@ -115,6 +115,11 @@ def _encoder(tokenizer: Any) -> Encode:
     return lambda text, special: tokenizer.encode(text, add_special_tokens=special).ids
 
 
+def _save(tokenizer: Any, path: Path) -> None:
+    # Not by the library's own `save`: it would turn a full disk into a bare Exception.
+    path.write_text(tokenizer.to_str(pretty=False), encoding="utf-8", newline="")
+
+
 def _reload(path: Path, name: str) -> Any:
     from tokenizers import Tokenizer
 
@@ -127,7 +132,7 @@ def _reload(path: Path, name: str) -> Any:
 def _export_gguf(file: GGUFFile, out_dir: Path) -> TokenizerFacts:
     rules = read_tokenizer(file)
     path = out_dir / TOKENIZER_FILE
-    tokenizer_gguf.build(file.path.name, rules).save(str(path), pretty=False)
+    _save(tokenizer_gguf.build(file.path.name, rules), path)
     exported = _reload(path, file.path.name)
     reference = ReferenceEncoder(rules)
     added = [rules.tokens[i] for i in sorted(rules.special_ids())]
@@ -160,7 +165,7 @@ def _export_hf(folder: Path, name: str, out_dir: Path) -> tuple[TokenizerFacts, 
     # Saved limits (a maximum length, padding to it) are settings of somebody's training run.
     inner.no_truncation()
     inner.no_padding()
-    inner.save(str(path), pretty=False)
+    _save(inner, path)
     exported = _reload(path, name)
 
     def expected(text: str, special: bool) -> list[int]:
