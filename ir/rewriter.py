@@ -14,6 +14,7 @@ the same name twice must be the same value.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any as Anything
 from typing import ClassVar
@@ -150,9 +151,19 @@ class Or(Pattern):
 def constant(value: Value) -> float | None:
     """The number of a `full` (through casts and expands), else None."""
     op = value.producer
+    casts: list[str] = []
     while op is not None and op.opname in ("cast", "expand", "reshape"):
+        casts += [op.dtype] if isinstance(op, Cast) else []
         op = op.operands[0].producer
-    return float(op.value) if isinstance(op, Full) else None
+    if not isinstance(op, Full):
+        return None
+    number = float(op.value)
+    for dtype in reversed(casts):  # 0.5 as an integer is 0
+        if dtype == "bool":
+            number = float(bool(number))
+        elif not dtype.startswith(("float", "bfloat")):
+            number = float(int(number)) if math.isfinite(number) else math.nan
+    return number
 
 
 class Rewriter:

@@ -38,6 +38,8 @@ class PassContext:
 
     progress: Progress = no_progress
     context_length: int | None = None
+    notes: list[str] = field(default_factory=list[str])
+    """What the passes so far had to say."""
 
 
 @dataclass

@@ -50,6 +50,7 @@ def run_passes(
         context.progress(f"pass {p.name}", (number - 1) / len(passes))
         result = p.run(graph, context)
         graph = result.graph
+        context.notes.extend(result.notes)
         if p.ensures is not None:
             graph.stage = p.ensures
         try:

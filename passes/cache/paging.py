@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from ...ir.core import Graph, Op, Value
 from ...ir.errors import UnsupportedError
 from ...ir.ops import math as m
-from ...ir.ops.attention import Attention
+from ...ir.ops.attention import Attention, Sdpa
 from ...ir.ops.cache import AppendKv, GatherLast, PagedAttention
 from ...ir.ops.nn import LayerNorm, Linear, RmsNorm
 from ...ir.ops.quant import QuantizedLinear
@@ -47,6 +47,10 @@ def row_mixing(op: Op) -> str | None:
         return "has two axes of tokens"
     inner = {a[0] for a in axes if a}
     match op:
+        case Sdpa() | Attention():
+            return "attends to other tokens and was not paged"
+        case m.CumSum() | m.Diff() if getattr(op, "axis", -1) in inner:
+            return "runs along the tokens"
         case m.Reduce() if inner & set(op.axes):
             return "reduces over tokens"
         case m.Softmax() if op.axis in inner:
@@ -59,7 +63,9 @@ def row_mixing(op: Op) -> str | None:
             not out or _lead(op.operands[0].shape) != _lead(op.results[0].shape)
         ):
             return "moves the axis of tokens"
-        case Index() | Gather() if axes[0]:
+        case Index() if axes[0]:
+            return "picks rows by index"
+        case Gather() if -1 in inner:
             return "picks rows by index"
         case RmsNorm() | LayerNorm() | Linear() | QuantizedLinear() if -1 in inner:
             return "works along the axis of tokens"
@@ -148,6 +154,12 @@ def _replace_positions(graph: Graph, positions: Value) -> None:
         graph.replace(op, [new[-1].result])
 
 
+def _reason(context: PassContext) -> str:
+    """What the attention fusion refused first: the usual cause of tokens that still meet."""
+    refused = [n for n in context.notes if n.startswith(("FuseSdpa", "FuseEagerAttention"))]
+    return f" ({refused[-1].partition(': ')[2]})" if refused else ""
+
+
 @dataclass(frozen=True)
 class PageKvCache(Pass):
     """Turn the whole-sequence graph into the ragged paged step (see the module's text).
@@ -164,8 +176,8 @@ class PageKvCache(Pass):
         attentions = [op for op in graph if isinstance(op, Attention)]
         if not attentions:
             raise UnsupportedError(
-                f"{graph.name} holds no attention that was recognised",
-                remedy="see the notes of fuse-attention (--dump-ir)",
+                f"{graph.name} holds no attention that was recognised{_reason(context)}",
+                remedy="report the model",
             )
         inputs = _replace_inputs(graph)
         drop_batch_axis(graph, inputs.token_ids)
@@ -177,10 +189,16 @@ class PageKvCache(Pass):
         for op in graph:
             refusal = row_mixing(op)
             if refusal is not None and not isinstance(op, (AppendKv, PagedAttention)):
+                where = op.loc or graph.name
                 raise UnsupportedError(
-                    f"{op.opname} in {op.loc or graph.name} {refusal}: sequences would meet",
-                    remedy="the model needs a fusion that absorbs this op",
+                    f"{op.opname} in {where} {refusal}: sequences would meet{_reason(context)}",
+                    remedy="report the model",
                 )
+        if graph.outputs[0].shape[:-1] != (T,):
+            raise UnsupportedError(
+                f"{graph.name}: its result is {graph.outputs[0].type}, not a row for each token",
+                remedy="report the model",
+            )
         gather_wanted_rows(graph, inputs.output_index)
         return PassResult(graph, True)
 

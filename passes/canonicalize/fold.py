@@ -16,13 +16,14 @@ from typing import Any as Anything
 import numpy as np
 
 from ...ir.core import Graph, Op, Value
+from ...ir.dtypes import to_numpy
 from ...ir.interpreter import to_torch
 from ...ir.ops import math as m
 from ...ir.ops.nn import Linear
 from ...ir.ops.shape import Arange, Concat, Expand, Full, Gather, Index, Reshape, Slice, Transpose
 from ...ir.rewriter import Any, Const, Match, Or, P, Rewriter, Rule, apply_rules, constant
 from ...ir.types import TensorType
-from ...ir.weights import ArrayTensor, num_elements
+from ...ir.weights import ArrayTensor, ShapeOnlyTensor, num_elements
 from ..base import Pass, PassContext, PassResult
 from ..derived import ComputedTensor
 
@@ -57,6 +58,11 @@ def full_like(type: TensorType, value: float) -> Full:
     return Full(value=number, dtype=type.dtype, shape=type.shape)
 
 
+def _representable(value: float, dtype: str) -> bool:
+    """Whether float64, in which constants are folded, holds what the dtype would."""
+    return math.isfinite(value) and (dtype.startswith(("float", "bfloat")) or abs(value) < 1 << 53)
+
+
 class FoldNumbers(Rule):
     """op(full a, full b) → full"""
 
@@ -66,8 +72,11 @@ class FoldNumbers(Rule):
         return None
 
     def rewrite(self, found: Match, rw: Rewriter) -> Sequence[Value] | None:
-        value = float(_NUMBERS[type(rw.root)](found["a"], found["b"]))
-        if math.isnan(value) or (math.isinf(value) and rw.root.result.dtype == "float32"):
+        try:
+            value = float(_NUMBERS[type(rw.root)](found["a"], found["b"]))
+        except (ArithmeticError, TypeError):  # 0 ** -1, a root of a negative number, a power beyond float64
+            return None
+        if not _representable(value, rw.root.result.dtype):
             return None
         return [rw.insert(full_like(rw.root.result.type, value))]
 
@@ -77,7 +86,10 @@ class FoldMoved(Rule):
 
     pattern = P((m.Cast, Expand, Reshape, Slice, Transpose), Const("a"))
 
-    def rewrite(self, found: Match, rw: Rewriter) -> Sequence[Value]:
+    def rewrite(self, found: Match, rw: Rewriter) -> Sequence[Value] | None:
+        dtype = rw.root.result.dtype
+        if not dtype.startswith(("float", "bfloat")) and not _representable(found["a"], dtype):
+            return None
         return [rw.insert(full_like(rw.root.result.type, found["a"]))]
 
 
@@ -267,6 +279,8 @@ def simplify_weights(graph: Graph) -> int:
         integer = data.dtype.startswith("int") and isinstance(data, ArrayTensor)
         if (data.shape and not integer) or num_elements(data) > FOLD_LIMIT or not v.uses:
             continue
+        if isinstance(data, ShapeOnlyTensor):  # `llmc check` traces with shapes alone
+            continue
         values = data.read()
         new: Op | None = None
         if values.size and (values == values.flat[0]).all():
@@ -295,7 +309,7 @@ def _computes(op: Op) -> Callable[[], Anything]:
         operands = [
             to_torch(w.read())
             if w is not None
-            else to_torch(np.full([int(str(d)) for d in t.shape], c, dtype=t.dtype))
+            else to_torch(np.full([int(str(d)) for d in t.shape], c, dtype=to_numpy(t.dtype)))
             for w, c, t in parts
         ]
         return _numpy(op.reference({}, *op.grouped(operands)))

@@ -15,13 +15,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any as Anything
 
-from ...ir.core import Op, Value
+from ...ir.core import Value
 from ...ir.ops import math as m
 from ...ir.ops.attention import Attention, Sdpa
 from ...ir.ops.shape import Concat, Expand, Reshape, Slice, Transpose
-from ...ir.rewriter import Any, Match, Or, P, Rewriter, Rule, constant
+from ...ir.rewriter import Any, Match, Or, P, Rewriter, Rule, constant, single_use
 from ...ir.types import Shape
 from ..base import RulePass
+from .mask_terms import NEGATIVE, Meaning, Predicate
 from .masks import MaskAnalysis, MaskFacts, classify
 from .rope import SWAP_HEADS, token_major
 
@@ -80,56 +81,87 @@ class Scores:
     k_token_major: bool
     scale: float
     softcap: float | None
-    masks: tuple[Value, ...]
+    masks: tuple[Meaning, ...]
     sinks: Value | None
 
 
-def _peel_sinks(x: Value) -> tuple[Value, Value | None] | str:
-    """softmax's operand without the column of sinks: concat([scores, expand(reshape(sinks))]) (minus its own
-    maximum or not).
-    """
+def _without_own_maximum(x: Value) -> Value:
+    """x - max(x) → x: softmax is the same for both."""
     op = x.producer
-    if isinstance(op, m.Sub) and isinstance(op.b.producer, m.ReduceMax) and op.b.producer.operands[0] is op.a:
-        op = op.a.producer
+    if not isinstance(op, m.Sub) or not isinstance(op.b.producer, m.ReduceMax):
+        return x
+    maximum = op.b.producer
+    own = maximum.operands[0] is op.a and maximum.axes == (-1,) and maximum.keepdim
+    return op.a if own else x
+
+
+def _peel_sinks(x: Value) -> tuple[Value, Value | None] | str:
+    """softmax's operand without the column of sinks: concat([scores, expand(reshape(sinks))])."""
+    x = _without_own_maximum(x)
+    op = x.producer
     if not isinstance(op, Concat) or op.axis != -1 or len(op.operands) != 2 or op.operands[1].shape[-1] != 1:
         return x, None
-    sinks = op.operands[1]
-    while isinstance(sinks.producer, (Expand, Reshape)):
-        sinks = sinks.producer.x
-    if not sinks.is_weight or sinks.type.rank != 1 or sinks.shape[0] != op.operands[0].shape[1]:
+    scores, column = op.operands
+    while isinstance(column.producer, Expand):
+        column = column.producer.x
+    heads = scores.shape[-3] if scores.type.rank >= 3 else None
+    sinks = column.producer.x if isinstance(column.producer, Reshape) else column
+    along_heads = column.type.rank >= 3 and column.shape[-3] == heads and column.shape[-2:] == (1, 1)
+    if not sinks.is_weight or sinks.shape != (heads,) or not along_heads:
         return "the column beside the scores is no vector of sinks over the heads"
-    return op.operands[0], sinks
+    return scores, sinks
 
 
 def _peel_scale(x: Value, scale: float) -> tuple[Value, float]:
     """x · c, x / c → x, with c multiplied into scale."""
     while isinstance(op := x.producer, (m.Mul, m.Div)):
         c = constant(op.b)
-        if c is not None:
+        if c and op.a.shape == x.shape:
             scale = scale * c if isinstance(op, m.Mul) else scale / c
             x = op.a
-        elif isinstance(op, m.Mul) and (c := constant(op.a)) is not None:
+        elif isinstance(op, m.Mul) and (c := constant(op.a)) is not None and op.b.shape == x.shape:
             scale, x = scale * c, op.b
         else:
             break
     return x, scale
 
 
-def _peel_masks(x: Value) -> tuple[Value, tuple[Value, ...]]:
-    """Additive masks [.., T, T] taken off: scores + mask → scores."""
-    masks: list[Value] = []
-    while isinstance(op := x.producer, m.Add):
-        known = MaskAnalysis()
-        a, b = known.meaning(op.a), known.meaning(op.b)
-        if b is not None or (a is None and op.a.shape[1:2] != (1,) and op.b.shape[1:2] == (1,)):
-            masks.append(op.b)
-            x = op.a
-        elif a is not None or op.a.shape[1:2] == (1,):
-            masks.append(op.a)
-            x = op.b
+def _peel_masks(x: Value) -> tuple[Value, list[Meaning]]:
+    """Masks taken off: scores + mask → scores;  where(seen, scores, very negative) → scores."""
+    masks: list[Meaning] = []
+    known = MaskAnalysis()
+    while True:
+        op = x.producer
+        if isinstance(op, m.Where):
+            hidden, scores = (op.a, op.b) if constant(op.a) is not None else (op.b, op.a)
+            number = constant(hidden)
+            if number is None or number > NEGATIVE or scores.shape != x.shape:
+                break
+            seen = known.meaning(op.condition)
+            if hidden is op.a:
+                seen = seen.negated() if isinstance(seen, Predicate) else None
+            masks.append(seen)
+            x = scores
+        elif isinstance(op, m.Add):
+            mask = _mask_operand(known, op)
+            if mask is None:
+                break
+            masks.append(known.meaning(mask))
+            x = op.a if mask is op.b else op.b
         else:
             break
-    return x, tuple(masks)
+    return x, masks
+
+
+def _mask_operand(known: MaskAnalysis, op: m.Add) -> Value | None:
+    """Which operand of scores + mask is the mask: the one that is understood, or else the one that all heads
+    share.
+    """
+    for mask, scores in ((op.b, op.a), (op.a, op.b)):
+        if known.meaning(mask) is not None and scores.shape == op.result.shape:
+            return mask
+    shared = [v for v in (op.b, op.a) if v.shape[1:2] == (1,)]
+    return shared[0] if len(shared) == 1 else None
 
 
 def read_scores(x: Value) -> Scores | str:
@@ -153,7 +185,7 @@ def read_scores(x: Value) -> Scores | str:
         return "the keys are not transposed in the last two axes"
     q, scale = _peel_scale(product.a, scale)
     key, scale = _peel_scale(keys[0], scale)
-    return Scores(q, key, keys[1], scale, softcap, masks, sinks)
+    return Scores(q, key, keys[1], scale, softcap, tuple(masks), sinks)
 
 
 def _keys_of(kt: Value) -> tuple[Value, bool] | None:
@@ -168,12 +200,11 @@ def _keys_of(kt: Value) -> tuple[Value, bool] | None:
     return None
 
 
-def _facts(masks: Sequence[Value]) -> MaskFacts | str:
+def _facts(masks: Sequence[Meaning]) -> MaskFacts | str:
     """All masks together."""
-    analysis = MaskAnalysis()
     causal, window = False, None
     for mask in masks:
-        found = classify(analysis.meaning(mask))
+        found = classify(mask)
         if isinstance(found, str):
             return found
         causal |= found.causal
@@ -189,11 +220,9 @@ def _heads_fit(q: Value, k: Heads, v: Heads, k_token_major: bool = False) -> str
     heads, kv = q.shape[1], k.shape[kv_axis]
     if not isinstance(heads, int) or not isinstance(kv, int) or heads % kv or v.shape[1] != kv:
         return f"{heads} query heads do not divide among {kv} key and {v.shape[1]} value heads"
-    return (
-        None
-        if q.shape[2] == k.shape[token_axis]
-        else "queries and keys have different lengths (cross-attention)"
-    )
+    if q.shape[2] != k.shape[token_axis] or q.shape[2] != v.shape[2]:
+        return "queries and keys have different lengths (cross-attention)"
+    return None if q.shape[0] == k.shape[0] == v.shape[0] else "keys or values are shared by the batch"
 
 
 def _emit(
@@ -219,7 +248,7 @@ class FuseSdpa(Rule):
     def _parts(self, found: Match) -> tuple[Sdpa, Heads, Heads, MaskFacts | str]:
         op = found.op("sdpa")
         assert isinstance(op, Sdpa)
-        facts = _facts([op.mask] if op.mask is not None else [])
+        facts = _facts([MaskAnalysis().meaning(op.mask)] if op.mask is not None else [])
         if isinstance(facts, MaskFacts) and op.causal:
             facts = MaskFacts(True, facts.window)
         return op, unrepeated(op.k), unrepeated(op.v), facts
@@ -245,7 +274,14 @@ class FuseEagerAttention(Rule):
         m.MatMul,
         Or(
             P(m.Softmax, Any("scores"), axis=-1, name="softmax"),
-            P(Slice, P(m.Softmax, Any("scores"), axis=-1, name="softmax"), axis=-1, start=0, name="slice"),
+            P(
+                Slice,
+                P(m.Softmax, Any("scores"), axis=-1, name="softmax"),
+                axis=-1,
+                start=0,
+                step=1,
+                name="slice",
+            ),
         ),
         Any("v"),
     )
@@ -264,10 +300,8 @@ class FuseEagerAttention(Rule):
             return scores
         if isinstance(facts, str):
             return facts
-        softmax: Op = found.op("softmax")
-        if len(softmax.result.uses) != 1 or (
-            softmax.graph is not None and softmax.graph.output_uses(softmax.result)
-        ):
+        weights = [found.op(name) for name in ("softmax", "slice") if name in found]
+        if not all(op.graph is not None and single_use(op.graph, op.result) for op in weights):
             return "the attention weights are used elsewhere"
         return _heads_fit(scores.q, unrepeated(scores.k), unrepeated(found["v"]), scores.k_token_major)
 

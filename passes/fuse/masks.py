@@ -1,8 +1,9 @@
 """What an attention mask means, found by analysis instead of by matching one way of building it.
 
 Every integer tensor in a mask is an affine function of its own indices (arange, offsets, unsqueeze, indexing
-by arange …), and every boolean one a conjunction of comparisons of such functions. `MaskAnalysis` computes
-that; a mask over queries i (axis -2) and keys j (axis -1) then reads off as
+by arange …), every boolean one a conjunction of comparisons of such functions, and every float one takes one
+number where such a conjunction holds and another elsewhere. `MaskAnalysis` computes that; a mask over queries
+i (axis -2) and keys j (axis -1) then reads off as
 
     i - j >= 0                     causal
     j - i + (W - 1) >= 0           sliding window of W
@@ -13,86 +14,34 @@ for every length at once. What is outside of this language is "not understood", 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass
+
+import numpy as np
 
 from ...ir.core import Op, Value
 from ...ir.ops import math as m
 from ...ir.ops.shape import Arange, Expand, Full, Index, Reshape, Slice, Transpose
-from ...ir.types import Dim, Shape
+from ...ir.types import Shape
+from ...ir.weights import LazyTensor
+from .mask_terms import (
+    COMPARE,
+    EXACT,
+    Affine,
+    Choice,
+    Meaning,
+    Predicate,
+    as_choice,
+    bias,
+    combined,
+    compared,
+    map_affine,
+    not_negative,
+    where_true,
+    without,
+)
 
-NEGATIVE = (
-    -1e4
-)  # an additive mask at or below this hides a key (published masks use -1e4, float32's minimum or -inf)
-
-
-@dataclass(frozen=True)
-class Affine:
-    """constant + sum of coefficients[axis] · index along axis; axes are negative.
-
-    Axes absent have coefficient 0.
-    """
-
-    constant: Dim
-    coefficients: tuple[tuple[int, Dim], ...] = ()
-
-    @staticmethod
-    def of(constant: Dim, coefficients: Mapping[int, Dim]) -> Affine:
-        return Affine(constant, tuple(sorted((a, c) for a, c in coefficients.items() if c != 0)))
-
-    def coefficient(self, axis: int) -> Dim:
-        return dict(self.coefficients).get(axis, 0)
-
-    def plus(self, other: Affine, sign: int = 1) -> Affine:
-        total = dict(self.coefficients)
-        for a, c in other.coefficients:
-            total[a] = total.get(a, 0) + c * sign
-        return Affine.of(self.constant + other.constant * sign, total)
-
-    def times(self, factor: Dim) -> Affine:
-        return Affine.of(self.constant * factor, {a: c * factor for a, c in self.coefficients})
-
-    def moved(self, axes: Mapping[int, int]) -> Affine | None:
-        """The same function with axes renamed; None when an axis that matters has no new name."""
-        if any(a not in axes for a, _ in self.coefficients):
-            return None
-        return Affine.of(self.constant, {axes[a]: c for a, c in self.coefficients})
-
-
-@dataclass(frozen=True)
-class Predicate:
-    """A conjunction: every `atom` is >= 0. No atoms: always true. `never`: always false."""
-
-    atoms: frozenset[Affine] = field(default_factory=frozenset[Affine])
-    never: bool = False
-
-    def both(self, other: Predicate) -> Predicate:
-        return Predicate(self.atoms | other.atoms, self.never or other.never)
-
-    def moved(self, axes: Mapping[int, int]) -> Predicate | None:
-        atoms = [a.moved(axes) for a in self.atoms]
-        return (
-            None
-            if any(a is None for a in atoms)
-            else Predicate(frozenset(a for a in atoms if a is not None), self.never)
-        )
-
-
-@dataclass(frozen=True)
-class Bias:
-    """0 where the predicate holds, very negative elsewhere: an additive mask."""
-
-    visible: Predicate
-
-
-Meaning = Affine | Predicate | Bias | None
-
-
-def _atom(e: Affine) -> Predicate:
-    """e >= 0, simplified where e is a number."""
-    if not e.coefficients and isinstance(e.constant, int):
-        return Predicate(never=e.constant < 0)
-    return Predicate(frozenset({e}))
+TABLE_LIMIT = 1 << 26  # elements of a stored triangle that is read to see what it is
 
 
 def _kept_axes(before: Shape, after: Shape) -> dict[int, int] | None:
@@ -104,6 +53,32 @@ def _kept_axes(before: Shape, after: Shape) -> dict[int, int] | None:
     return dict(zip(old, new, strict=True))
 
 
+def stored_triangle(data: LazyTensor) -> Predicate | None:
+    """What a stored boolean table [..., n, n] is (buffers of older models): everything, the lower triangle,
+    or a band of it.
+    """
+    shape = data.shape
+    if data.dtype not in ("bool", "uint8") or len(shape) < 2 or math.prod(shape) != shape[-1] * shape[-2]:
+        return None
+    rows, columns = shape[-2:]
+    if rows != columns or rows * columns > TABLE_LIMIT:
+        return None
+    stored = data.read().reshape(rows, columns)
+    table = stored != 0
+    if stored.max(initial=0) > 1:
+        return None
+    if table.all():
+        return Predicate()
+    causal = not_negative(Affine.of(0, {-2: 1, -1: -1}))
+    if np.array_equal(table, np.tri(rows, dtype=bool)):
+        return causal
+    width = int(table[-1].sum())
+    band = np.tri(rows, dtype=bool) & ~np.tri(rows, k=-width, dtype=bool)
+    if not width or not np.array_equal(table, band):
+        return None
+    return causal.both(not_negative(Affine.of(width - 1, {-2: -1, -1: 1})))
+
+
 class MaskAnalysis:
     """Meanings of values, memoised; `meaning(v)` is None for whatever is not understood."""
 
@@ -112,31 +87,28 @@ class MaskAnalysis:
 
     def meaning(self, v: Value) -> Meaning:
         if v not in self._known:
-            self._known[v] = None  # also what a cycle would see; there is none in SSA
-            self._known[v] = self._of_op(v.producer) if v.producer is not None else None
+            found = self._of_op(v.producer) if v.producer is not None else self._of_weight(v)
+            # Along an axis of length one the index is 0: what depends on it depends on nothing.
+            unit = {a for a in range(-v.type.rank, 0) if v.shape[a] == 1}
+            self._known[v] = map_affine(found, lambda e: without(e, unit))
         return self._known[v]
+
+    @staticmethod
+    def _of_weight(v: Value) -> Meaning:
+        return None if v.weight is None else stored_triangle(v.weight)
 
     def _of_op(self, op: Op) -> Meaning:
         match op:
             case Full():
                 return self._full(op)
             case Arange():
-                return Affine.of(op.start, {} if op.length == 1 else {-1: op.step})
-            case Reshape() | Expand() | Transpose() | Slice():
+                return Affine.of(op.start, {-1: op.step}) if op.dtype in ("int32", "int64") else None
+            case Reshape() | Expand() | Transpose():
                 return self._moved(op)
+            case Slice():
+                return self._sliced(op)
             case m.Cast():
                 return self._cast(op)
-            case m.Add() | m.Sub() | m.Mul():
-                return self._arithmetic(op)
-            case m.Less() | m.LessEqual() | m.Greater() | m.GreaterEqual() | m.Equal() | m.NotEqual():
-                return self._comparison(op)
-            case m.LogicalAnd():
-                a, b = self.meaning(op.a), self.meaning(op.b)
-                return a.both(b) if isinstance(a, Predicate) and isinstance(b, Predicate) else None
-            case m.LogicalNot():
-                return self._negated(op)
-            case m.LogicalOr():
-                return self._either(op)
             case m.Where():
                 return self._where(op)
             case Index():
@@ -145,123 +117,111 @@ class MaskAnalysis:
                 return self._diff(op)
             case m.CumSum():
                 return self._cumsum(op)
+            case m.LogicalNot():
+                inner = self.meaning(op.x)
+                return inner.negated() if isinstance(inner, Predicate) else None
+            case m.Binary():
+                return self._of_binary(op)
             case _:
                 return None
 
-    def _full(self, op: Full) -> Meaning:
+    def _of_binary(self, op: m.Binary) -> Meaning:
+        match op:
+            case m.Add() | m.Sub() | m.Mul():
+                return self._arithmetic(op)
+            case m.LogicalAnd():
+                a, b = self.meaning(op.a), self.meaning(op.b)
+                return a.both(b) if isinstance(a, Predicate) and isinstance(b, Predicate) else None
+            case m.LogicalOr():
+                return self._either(op)
+            case m.Comparison():
+                return self._comparison(op)
+            case _:
+                return None
+
+    @staticmethod
+    def _full(op: Full) -> Meaning:
         if op.dtype == "bool":
             return Predicate(never=not op.value)
-        if op.dtype.startswith("int"):
+        if op.dtype in ("int32", "int64"):
             return Affine(int(op.value))
-        if op.value == 0:
-            return Bias(Predicate())
-        return Bias(Predicate(never=True)) if op.value <= NEGATIVE else None
+        return Choice(Predicate(), float(op.value), float(op.value))
 
-    def _moved(self, op: Reshape | Expand | Transpose | Slice) -> Meaning:
-        inner = self.meaning(op.x)
+    def _moved(self, op: Reshape | Expand | Transpose) -> Meaning:
         rank = op.x.type.rank
-        if isinstance(op, Slice):
-            return self._sliced(op, inner)
         if isinstance(op, Reshape):
             axes = _kept_axes(op.x.shape, op.shape)
         elif isinstance(op, Expand):
             axes = {i - rank: i - rank for i in range(rank)}
         else:
             axes = {old - rank: new - rank for new, old in enumerate(op.full_perm())}
-        return None if axes is None else self._rename(inner, axes)
-
-    @staticmethod
-    def _rename(inner: Meaning, axes: Mapping[int, int]) -> Meaning:
-        if isinstance(inner, Bias):
-            visible = inner.visible.moved(axes)
-            return None if visible is None else Bias(visible)
+        if axes is None:
+            return None
+        inner = self.meaning(op.x)
+        if isinstance(inner, Choice):
+            when = inner.when.moved(axes)
+            return None if when is None else Choice(when, inner.yes, inner.no)
         return None if inner is None else inner.moved(axes)
 
-    def _sliced(self, op: Slice, inner: Meaning) -> Meaning:
+    def _sliced(self, op: Slice) -> Meaning:
         def shift(e: Affine) -> Affine:
             c = e.coefficient(op.axis)
-            moved = dict(e.coefficients)
-            moved[op.axis] = 0 if op.result.shape[op.axis] == 1 else c * op.step
-            return Affine.of(e.constant + c * op.start, moved)
+            return Affine.of(e.constant + c * op.start, {**dict(e.coefficients), op.axis: c * op.step})
 
-        match inner:
-            case Affine():
-                return shift(inner)
-            case Predicate():
-                return Predicate(frozenset(shift(a) for a in inner.atoms), inner.never)
-            case Bias():
-                return Bias(Predicate(frozenset(shift(a) for a in inner.visible.atoms), inner.visible.never))
-            case None:
-                return None
+        return map_affine(self.meaning(op.x), shift)
 
     def _cast(self, op: m.Cast) -> Meaning:
         inner = self.meaning(op.x)
-        if op.x.dtype == "bool" and op.dtype.startswith("int"):
-            return (
-                Affine(0 if inner.never else 1)
-                if isinstance(inner, Predicate) and (inner.never or not inner.atoms)
-                else None
-            )
-        if op.dtype == "bool":
-            if isinstance(inner, Affine) and not inner.coefficients and isinstance(inner.constant, int):
-                return Predicate(never=inner.constant == 0)
-            return inner if isinstance(inner, Predicate) else None
-        same_kind = op.dtype.startswith("int") == op.x.dtype.startswith("int")
-        return inner if same_kind and op.x.dtype != "bool" else None
+        match inner:
+            case Predicate():
+                if op.dtype == "bool":
+                    return inner
+                if op.dtype in ("int32", "int64") and (inner.never or inner.always):
+                    return Affine(0 if inner.never else 1)
+                return Choice(inner, 1.0, 0.0)
+            case Affine() if op.dtype == "bool":
+                number = inner.constant if not inner.coefficients else None
+                return Predicate(never=number == 0) if isinstance(number, int) else None
+            case Affine():
+                return inner if op.dtype in ("int32", "int64") else None
+            case Choice() if op.dtype == "bool":
+                return where_true(inner.when, bool(inner.yes), bool(inner.no))
+            case Choice():
+                small = inner.yes in (0.0, 1.0) and inner.no in (0.0, 1.0)
+                return inner if op.dtype.startswith(("float", "bfloat")) or small else None
+            case None:
+                return None
 
     def _arithmetic(self, op: m.Binary) -> Meaning:
         a, b = self.meaning(op.a), self.meaning(op.b)
-        if isinstance(a, Bias) and isinstance(b, Bias) and isinstance(op, m.Add):
-            return Bias(a.visible.both(b.visible))
-        if not isinstance(a, Affine) or not isinstance(b, Affine):
+        if isinstance(a, Affine) and isinstance(b, Affine):
+            if isinstance(op, m.Mul):
+                factor, other = (b, a) if not b.coefficients else (a, b)
+                return None if factor.coefficients else other.times(factor.constant)
+            return a.plus(b, 1 if isinstance(op, m.Add) else -1)
+        if op.result.dtype not in EXACT:
             return None
-        if isinstance(op, m.Mul):
-            return (
-                a.times(b.constant)
-                if not b.coefficients
-                else b.times(a.constant)
-                if not a.coefficients
-                else None
-            )
-        return a.plus(b, 1 if isinstance(op, m.Add) else -1)
+        left, right = as_choice(a), as_choice(b)
+        if left is None or right is None:
+            return None
+        if left.when.always or right.when.always:
+            return combined(op, left, right)
+        shown = (left.visible(), right.visible()) if isinstance(op, m.Add) else (None, None)
+        return None if shown[0] is None or shown[1] is None else bias(shown[0].both(shown[1]))
 
     def _comparison(self, op: m.Binary) -> Meaning:
         a, b = self.meaning(op.a), self.meaning(op.b)
-        if isinstance(a, Predicate) and isinstance(b, Predicate) and isinstance(op, (m.Equal, m.NotEqual)):
-            if (a.atoms and not a.never) or (b.atoms and not b.never):
-                return None
-            return Predicate(never=(a.never == b.never) is isinstance(op, m.NotEqual))
-        if not isinstance(a, Affine) or not isinstance(b, Affine):
+        if isinstance(a, Affine) and isinstance(b, Affine):
+            return compared(op, a.plus(b, -1))
+        left, right = as_choice(a), as_choice(b)
+        if left is None or right is None:
             return None
-        difference = a.plus(b, -1)
-        one = Affine(1)
-        match op:
-            case m.GreaterEqual():
-                return _atom(difference)
-            case m.Greater():
-                return _atom(difference.plus(one, -1))
-            case m.LessEqual():
-                return _atom(difference.times(-1))
-            case m.Less():
-                return _atom(difference.times(-1).plus(one, -1))
-            case _:
-                if difference.coefficients or not isinstance(difference.constant, int):
-                    return (
-                        _atom(difference).both(_atom(difference.times(-1)))
-                        if isinstance(op, m.Equal)
-                        else None
-                    )
-                return Predicate(never=(difference.constant == 0) is isinstance(op, m.NotEqual))
-
-    def _negated(self, op: m.LogicalNot) -> Meaning:
-        inner = self.meaning(op.x)
-        if not isinstance(inner, Predicate):
-            return None
-        if inner.never:
-            return Predicate()
-        if len(inner.atoms) != 1:
-            return None if inner.atoms else Predicate(never=True)
-        return _atom(next(iter(inner.atoms)).times(-1).plus(Affine(1), -1))
+        function = COMPARE[type(op)]
+        if right.when.always:
+            return where_true(left.when, function(left.yes, right.yes), function(left.no, right.yes))
+        if left.when.always:
+            return where_true(right.when, function(left.yes, right.yes), function(left.yes, right.no))
+        return None
 
     def _either(self, op: m.LogicalOr) -> Meaning:
         a, b = self.meaning(op.a), self.meaning(op.b)
@@ -271,54 +231,58 @@ class MaskAnalysis:
             return b
         if b.never:
             return a
-        return Predicate() if not a.atoms or not b.atoms else None
+        return Predicate() if a.always or b.always else None
 
     def _where(self, op: m.Where) -> Meaning:
         condition, a, b = self.meaning(op.condition), self.meaning(op.a), self.meaning(op.b)
-        if not isinstance(condition, Predicate) or not isinstance(a, Bias) or not isinstance(b, Bias):
+        if not isinstance(condition, Predicate) or a is None or b is None:
             return None
-        if b.visible.never:  # visible where the condition holds, and where `a` says so
-            return Bias(condition.both(a.visible))
-        if a.visible.never:
-            if condition.never or not condition.atoms:
-                return Bias(Predicate(never=not condition.never)) if not condition.never else b
-            if len(condition.atoms) == 1:
-                return Bias(_atom(next(iter(condition.atoms)).times(-1).plus(Affine(1), -1)).both(b.visible))
-        return None
+        if condition.always or condition.never:
+            return a if condition.always else b
+        opposite = condition.negated()
+        if isinstance(a, Predicate) and isinstance(b, Predicate):
+            if b.never:
+                return condition.both(a)
+            return opposite.both(b) if a.never and opposite is not None else None
+        yes, no = as_choice(a), as_choice(b)
+        if yes is None or no is None:
+            return None
+        if yes.when.always and no.when.always:
+            return Choice(condition, yes.yes, no.yes)
+        shown, other = yes.visible(), no.visible()
+        if shown is None or other is None:
+            return None
+        if other.never:  # visible where the condition holds, and where `a` says so
+            return bias(condition.both(shown))
+        return bias(opposite.both(other)) if shown.never and opposite is not None else None
 
     def _index(self, op: Index) -> Meaning:
-        inner = self.meaning(op.x)
         indices = [self.meaning(i) for i in op.indices]
-        if len(indices) != op.x.type.rank or not all(isinstance(i, Affine) for i in indices):
+        if len(indices) != op.x.type.rank:
             return None
+        known = [i for i in indices if isinstance(i, Affine) and i.never_negative]
+        if len(known) != len(indices):
+            return None  # a negative index would count from the end
 
         def put(e: Affine) -> Affine:
             total = Affine(e.constant)
-            for position, i in enumerate(indices):
-                assert isinstance(i, Affine)
-                total = total.plus(i.times(e.coefficient(position - len(indices))))
+            for position, i in enumerate(known):
+                total = total.plus(i.times(e.coefficient(position - len(known))))
             return total
 
-        match inner:
-            case Affine():
-                return put(inner)
-            case Predicate():
-                return Predicate(frozenset(put(a) for a in inner.atoms), inner.never)
-            case _:
-                return None
+        return map_affine(self.meaning(op.x), put)
 
     def _diff(self, op: m.Diff) -> Meaning:
         x, before = self.meaning(op.x), self.meaning(op.prepend)
         if not isinstance(x, Affine) or not isinstance(before, Affine):
             return None
         step = x.coefficient(-1)
-        first = Affine.of(x.constant, {a: c for a, c in x.coefficients if a != -1})
-        return Affine(step) if first.plus(before, -1) == Affine(step) else None
+        return Affine(step) if without(x, {-1}).plus(before, -1) == Affine(step) else None
 
     def _cumsum(self, op: m.CumSum) -> Meaning:
         inner = self.meaning(op.x)
-        if isinstance(inner, Predicate) and inner.never:
-            return Affine(0)
+        if isinstance(inner, Predicate) and (inner.never or inner.always):
+            inner = Affine(0 if inner.never else 1)
         if isinstance(inner, Affine) and not inner.coefficients:
             return Affine.of(inner.constant, {op.axis: inner.constant})
         return None
@@ -332,27 +296,28 @@ class MaskFacts:
 
 def classify(meaning: Meaning) -> MaskFacts | str:
     """Causal and window of a mask [..., T, T], or the sentence why it is neither."""
-    visible = meaning.visible if isinstance(meaning, Bias) else meaning
+    visible = meaning.visible() if isinstance(meaning, Choice) else meaning
     if not isinstance(visible, Predicate):
         return "the mask is not understood: it is no comparison of query and key positions"
     if visible.never:
         return "the mask hides everything"
-    causal, behind, ahead = False, None, None
+    causal = False
+    behind: int | None = None
+    ahead: int | None = None
     for atom in visible.atoms:
-        slope = dict(atom.coefficients)
-        c = atom.constant
-        if isinstance(c, int) and c >= 0 and all(isinstance(v, int) and v >= 0 for v in slope.values()):
-            continue  # indices are not negative: always true
-        if slope == {-2: 1, -1: -1} and c == 0:
-            causal = True
-        elif slope == {-2: 1, -1: -1} and isinstance(c, int) and c > 0:
-            ahead = min(c + 1, ahead or c + 1)
-        elif slope == {-2: -1, -1: 1} and isinstance(c, int) and c >= 0:
-            behind = min(c + 1, behind or c + 1)
-        else:
+        slope, c = dict(atom.coefficients), atom.constant
+        if atom.never_negative:
+            continue
+        if not isinstance(c, int) or slope not in ({-2: 1, -1: -1}, {-2: -1, -1: 1}) or c < 0:
             return "the mask is neither causal nor a sliding window"
-    if ahead is not None and not causal and ahead != behind:
-        return f"the mask sees {ahead} keys ahead and {behind} behind"
-    if behind is not None and not causal and ahead is None:
-        return "the mask has a window behind but sees everything ahead"
-    return MaskFacts(causal, behind)
+        if slope == {-2: -1, -1: 1}:
+            behind = c + 1 if behind is None else min(c + 1, behind)
+        elif c == 0:
+            causal = True
+        else:
+            ahead = c + 1 if ahead is None else min(c + 1, ahead)
+    if causal:
+        return MaskFacts(True, behind)
+    if ahead != behind:
+        return f"the mask sees {ahead or 'all'} keys ahead and {behind or 'all'} behind"
+    return MaskFacts(False, behind)

@@ -40,9 +40,13 @@ def merged_weight(graph: Graph, parts: Sequence[Value]) -> Value:
     name = "+".join(
         [parts[0].name, *(p.name.rsplit(".", 2)[-2] if p.name.count(".") > 1 else p.name for p in parts[1:])]
     )
-    if name in graph.weights:
-        return graph.weights[name]
-    return graph.add_weight(name, ConcatRows([p.weight for p in parts if p.weight is not None]))
+    data = [p.weight for p in parts if p.weight is not None]
+    while name in graph.weights:
+        known = graph.weights[name].weight
+        if isinstance(known, ConcatRows) and [id(p) for p in known.parts] == [id(p) for p in data]:
+            return graph.weights[name]
+        name += "_"
+    return graph.add_weight(name, ConcatRows(data))
 
 
 def merged_linear(rw: Rewriter, linears: Sequence[Linear]) -> Value:
@@ -134,7 +138,7 @@ class MergeProjections(Pass):
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         notes: list[str] = []
         changed = False
-        for value in [v for op in graph for v in op.results]:
+        for value in [*graph.inputs, *(v for op in graph for v in op.results)]:
             siblings = [op for op in value.users if isinstance(op, Linear) and op.x is value]
             if len(siblings) < 2:
                 continue

@@ -26,10 +26,7 @@ from ..registry import Quantizer
 from .rtn import quantize_rtn
 
 Array = np.ndarray[Any, Any]
-BLOCK_ELEMENTS = 1 << 19  # weights that are quantized at once
-
-
-CHUNK_BYTES = 8 << 20  # float32 rows that are quantized at a time; rounding needs a few copies of them
+CHUNK_BYTES = 2 << 20  # float32 rows that are quantized at a time: rounding makes several copies of them
 
 
 class QuantizedWeight:
@@ -75,14 +72,6 @@ class QuantizedWeight:
         self._known[first : first + len(parts["codes"])] = True
 
     def _quantized(self, start: int, stop: int) -> dict[str, Array]:
-        """The parts of some rows. Round to nearest makes several float32 copies of what it is given, so it is
-        given few rows at a time.
-        """
-        step = max(1, BLOCK_ELEMENTS // max(1, self.k))
-        blocks = [self._block(first, min(first + step, stop)) for first in range(start, stop, step)]
-        return {name: np.concatenate([b[name] for b in blocks]) for name in blocks[0]}
-
-    def _block(self, start: int, stop: int) -> dict[str, Array]:
         q = quantize_rtn(
             self.base.read(start, stop),
             bits=self.quant.bits,
