@@ -5,13 +5,14 @@ SHELL := bash
 .DELETE_ON_ERROR:
 .PHONY: demo test test-slow lint bench docs clean
 
-PYTHON ?= $(firstword $(foreach p,python3.13 python3.12 python3.11 python3 python,$(shell command -v $(p) 2>/dev/null)))
+# The machine's own python3 where it is new enough, else a newer one beside it.
+PYTHON ?= $(shell for p in python3 python python3.13 python3.12 python3.11; do "$$p" -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 STAMP := .venv/.installed
 QUESTION ?= What is the capital of France?
 
 $(STAMP): pyproject.toml setup.py
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: $(PYTHON) is too old: llmc needs Python 3.11 or newer; make PYTHON=/path/to/python3.11")'
+	@test -n "$(PYTHON)" || { echo "error: no Python >= 3.11 with venv was found; install one, or make PYTHON=/path/to/python3" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[compile,dev]'
 	touch $@
