@@ -64,10 +64,16 @@ def download(repo_id: str, *, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
-    patterns = [*_SMALL_FILES, *([_SINGLE, _INDEX, "model-*.safetensors"] if weights else [])]
     disable_progress_bars()
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=patterns))
+        folder = Path(snapshot_download(repo_id, allow_patterns=[*_SMALL_FILES, _INDEX]))
+        if weights:
+            sharded = (folder / _INDEX).is_file()
+            names = sorted(set(_weight_map(folder).values())) if sharded else [_SINGLE]
+            folder = Path(snapshot_download(repo_id, allow_patterns=names))
+        return folder
+    except InputError:
+        raise
     except Exception as error:  # network, authorisation, unknown repository, offline without a cached copy
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
@@ -163,7 +169,16 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _index(folder: Path) -> dict[str, str]:
-    """{tensor: file} of the index, every file checked to be a plain name that exists."""
+    """{tensor: file} of the index, where every file exists."""
+    weight_map = _weight_map(folder)
+    for name in sorted(set(weight_map.values())):
+        if not (folder / name).is_file():
+            raise InputError(f"shard {name} of {folder.name} is missing", remedy="download it")
+    return weight_map
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """{tensor: file} of the index, every file checked to be a plain name of a safetensors file."""
     weight_map = read_json(folder / _INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{_INDEX} in {folder.name} has no weight_map", remedy="download the file again")
@@ -181,8 +196,6 @@ def _index(folder: Path) -> dict[str, str]:
                 f"{_INDEX} in {folder.name} names {name!r}, which is no safetensors file",
                 remedy="convert the checkpoint to safetensors",
             )
-        if not (folder / name).is_file():
-            raise InputError(f"shard {name} of {folder.name} is missing", remedy="download it")
     return weight_map
 
 

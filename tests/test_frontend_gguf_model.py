@@ -48,15 +48,15 @@ def _assert_equals_transformers(path: Path, chunk: int = 2048) -> None:
     assert set(expected) <= set(source.weights)
 
 
-def _gemma3() -> tuple[list[bytes], dict[str, np.ndarray[Any, Any]]]:
+def _gemma3(layers: int = 2) -> tuple[list[bytes], dict[str, np.ndarray[Any, Any]]]:
     rng = np.random.default_rng(1)
     entries = [
-        *llama_entries(arch="gemma3", kv_heads=1),
+        *llama_entries(layers, arch="gemma3", kv_heads=1),
         entry("gemma3.attention.key_length", U32, 16),
         entry("gemma3.attention.sliding_window", U32, 8),
     ]
-    tensors = llama_tensors(kv_heads=1)
-    for i in range(2):
+    tensors = llama_tensors(layers, kv_heads=1)
+    for i in range(layers):
         for name, size in (
             ("post_attention_norm", 64),
             ("post_ffw_norm", 64),
@@ -222,6 +222,18 @@ def test_rope_scaling_is_carried_over(kind: str, parameters: dict[str, Any], tmp
     first, last = model.model.rotary_emb.inv_freq[[0, -1]].tolist()
     assert first == pytest.approx(0.25 if kind == "linear" else 1.0)
     assert last == pytest.approx(10000.0 ** (-7 / 8) / (1 if kind == "none" else 4), rel=1e-3)
+
+
+def test_rope_scaling_of_a_model_with_two_bases_reaches_the_full_layers(tmp_path: Path) -> None:
+    entries, tensors = _gemma3(layers=6)  # the sixth looks at everything
+    entries += [
+        entry("gemma3.rope.scaling.type", STRING, "linear"),
+        entry("gemma3.rope.scaling.factor", F32, 8.0),
+    ]
+    model: Any = open_source(write_gguf(tmp_path / "m.gguf", entries, tensors)).build_model()
+    rotary = model.model.rotary_emb
+    assert rotary.full_attention_inv_freq[0].item() == pytest.approx(1 / 8)
+    assert rotary.sliding_attention_inv_freq[0].item() == pytest.approx(1.0)
 
 
 # What must be refused --------------------------------------------------------------------------------------

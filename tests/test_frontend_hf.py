@@ -430,21 +430,27 @@ def test_hub_id_offline_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert "\n" not in str(raised.value)
 
 
-def test_hub_download_asks_for_safe_files_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shards", [False, True])
+def test_hub_download_asks_for_safe_files_only(
+    shards: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     import huggingface_hub
 
-    folder = save_tiny("llama", tmp_path)
-    asked: list[list[str]] = []
+    folder = save_tiny("llama", tmp_path, shards=shards)
+    asked: list[str] = []
 
     def snapshot_download(repo_id: str, allow_patterns: list[str]) -> str:
-        asked.append(allow_patterns)
+        asked.extend(allow_patterns)
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert open_source("owner/model").name == "owner/model"
-    assert not any(pattern.endswith((".bin", ".py", "*", ".pt")) for pattern in asked[0])
+    assert not any("*" in pattern or pattern.endswith((".bin", ".py", ".pt")) for pattern in asked)
+    weights = {pattern for pattern in asked if pattern.endswith(".safetensors")}
+    assert weights == {path.name for path in folder.glob("*.safetensors")}
+    asked.clear()
     open_source("owner/model", config_only=True)
-    assert not any("safetensors" in pattern for pattern in asked[1])
+    assert not any(pattern.endswith(".safetensors") for pattern in asked)
 
 
 @pytest.mark.parametrize(
