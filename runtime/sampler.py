@@ -19,8 +19,9 @@ import numpy as np
 
 from .sampling_params import SamplingParams
 
-# Rows that truncate by top_p or min_p alone look at this many candidates before sorting the whole vocabulary.
+# top_p looks at this many of the most likely tokens before it looks at more.
 _CANDIDATES = 1024
+_BLOCK = 256
 _GREEDY = 1e-5  # temperatures below are greedy: float32 logits differ by more than this or are equal
 
 
@@ -113,7 +114,8 @@ def sample(
         if row.params.logprobs is not None:
             raw[i] = logits[i].copy()
         if row.adjusts:
-            _adjust(logits[i], row, indices[i])
+            with np.errstate(over="ignore"):  # an infinite logit is found below
+                _adjust(logits[i], row, indices[i])
     tokens = np.argmax(logits, axis=1)
     # argmax finds a NaN first, so the chosen logit tells whether the row is sound.
     sound = np.isfinite(logits[np.arange(len(rows)), tokens])
@@ -148,58 +150,87 @@ def _adjust(logits: np.ndarray, row: SamplerRow, index: int) -> None:
 
 
 def _draw(logits: np.ndarray, row: SamplerRow, index: int) -> int:
-    """Sample from one row [vocab] by inverting its cumulative distribution."""
+    """Sample from one row [vocab] by inverting its cumulative distribution over the ids that are kept."""
     p = row.params
     weight = logits - logits.max()
     weight *= np.float32(1.0 / p.temperature)
     np.exp(weight, out=weight)
-    ids = _keep(logits, weight, p)
-    cumulative = np.cumsum(weight if ids is None else weight[ids], dtype=np.float64)
     u = uniform(row.seed, row.choice, index)
-    place = int(np.searchsorted(cumulative, u * cumulative[-1], side="right"))
-    place = min(place, len(cumulative) - 1)
-    return place if ids is None else int(ids[place])
+    ids = _keep(logits, weight, p)
+    return _invert(weight, u) if ids is None else int(ids[_invert(weight[ids], u)])
+
+
+def _invert(weight: np.ndarray, u: float) -> int:
+    """The place where the running sum of `weight` passes the share `u` of its total, in float64.
+
+    Sums of blocks first, then the running sum within one block: a tenth of the time of one long running sum.
+    """
+    head = len(weight) // _BLOCK * _BLOCK
+    sums = weight[:head].reshape(-1, _BLOCK).sum(axis=1, dtype=np.float64)
+    ends = np.cumsum(np.append(sums, np.sum(weight[head:], dtype=np.float64)))
+    target = u * ends[-1]
+    block = min(int(np.searchsorted(ends, target, side="right")), len(ends) - 1)
+    begin = float(ends[block - 1]) if block else 0.0
+    inside = weight[block * _BLOCK : (block + 1) * _BLOCK]
+    place = int(np.searchsorted(np.cumsum(inside, dtype=np.float64), target - begin, side="right"))
+    # Rounding may put the target at the very end, where weights are perhaps 0.
+    last = int(np.flatnonzero(inside)[-1]) if inside.any() else 0
+    return block * _BLOCK + min(place, last)
 
 
 def _largest(values: np.ndarray, count: int) -> np.ndarray:
-    """Ids of the `count` largest values, largest first, the lower id first among equals."""
-    if count < len(values):
-        threshold = np.partition(values, len(values) - count)[len(values) - count]
-        ids = np.flatnonzero(values >= threshold)
-    else:
-        ids = np.arange(len(values))
-    return ids[np.argsort(-values[ids], kind="stable")][:count]
+    """Ids of the `count` largest values, in the order of ids; among equals the lower ids are taken."""
+    if count >= len(values):
+        return np.arange(len(values))
+    threshold = np.partition(values, len(values) - count)[len(values) - count]
+    ids = np.flatnonzero(values >= threshold)
+    if len(ids) > count:
+        tied = np.flatnonzero(values[ids] == threshold)
+        ids = np.delete(ids, tied[len(tied) - (len(ids) - count) :])
+    return ids
 
 
 def _keep(logits: np.ndarray, weight: np.ndarray, p: SamplingParams) -> np.ndarray | None:
-    """Ids that top_k, top_p and min_p leave, most likely first; None for the whole vocabulary in its own
-    order.
+    """Ids that top_k, then top_p, then min_p leave, in the order of ids; None for the whole vocabulary.
 
-    `weight`: [vocab] unnormalised probabilities, the largest 1. top_p counts in what top_k leaves.
+    `weight`: [vocab] unnormalised probabilities, the largest 1. Nothing sorts more than a few candidates
+    unless the distribution is flat.
     """
-    vocab = len(logits)
-    top_k = p.top_k if 0 < p.top_k < vocab else vocab
-    if top_k == vocab and p.top_p >= 1.0 and p.min_p <= 0.0:
-        return None
-    within = weight if top_k == vocab else weight[_largest(logits, top_k)]
-    limit = p.top_p * float(np.sum(within, dtype=np.float64)) if p.top_p < 1.0 else np.inf
-    count = min(top_k, _CANDIDATES)
+    ids: np.ndarray | None = None
+    if 0 < p.top_k < len(logits):
+        ids = _largest(logits, p.top_k)
+    if p.top_p < 1.0:
+        values, weights = (logits, weight) if ids is None else (logits[ids], weight[ids])
+        kept = _largest(values, _count_for(weights, p.top_p))
+        ids = kept if ids is None else ids[kept]
+    if p.min_p > 0.0:
+        likely = np.flatnonzero(weight >= p.min_p) if ids is None else ids[weight[ids] >= p.min_p]
+        ids = likely
+    return ids
+
+
+def _count_for(weight: np.ndarray, top_p: float) -> int:
+    """How many of the largest weights it takes to reach the share `top_p` of their total; at least 1."""
+    limit = top_p * float(np.sum(weight, dtype=np.float64))
+    count = _CANDIDATES
     while True:
-        ids = _largest(logits, count)
-        kept = weight[ids].astype(np.float64)
-        keep = (np.cumsum(kept) - kept < limit) & (kept >= p.min_p)
-        keep[0] = True
-        # The candidates suffice when they are all that top_k allows, or when the last of them is already cut
-        # off.
-        if count >= top_k or not keep[-1]:
-            return ids[keep]
-        count = top_k
+        top = (
+            np.partition(weight, len(weight) - count)[len(weight) - count :]
+            if count < len(weight)
+            else weight
+        )
+        falling = np.sort(top)[::-1]
+        sums = np.cumsum(falling, dtype=np.float64)
+        if count >= len(weight) or sums[-1] >= limit:
+            return min(int(np.searchsorted(sums, limit, side="left")) + 1, len(weight))
+        count *= 8
 
 
 def _logprob(logits: np.ndarray, token: int, top: int) -> TokenLogprob:
-    """Log-softmax of one row [vocab] at the chosen token and at the `top` most likely ones."""
-    row = logits.astype(np.float64)
-    peak = float(row.max())
-    norm = peak + float(np.log(np.sum(np.exp(row - peak))))
-    best = [(int(i), float(row[i]) - norm) for i in _largest(row, top)] if top else []
-    return TokenLogprob(token, float(row[token]) - norm, tuple(best))
+    """Log-softmax of one row [vocab] at the chosen token and at the `top` most likely ones, best first."""
+    peak = logits.max()
+    norm = float(peak) + float(np.log(np.sum(np.exp(logits - peak), dtype=np.float64)))
+    ids = _largest(logits, top) if top else np.zeros(0, np.int64)
+    ids = ids[np.argsort(-logits[ids], kind="stable")]
+    best = tuple((int(i), float(logits[i]) - norm) for i in ids)
+    return TokenLogprob(token, float(logits[token]) - norm, best)
