@@ -63,10 +63,11 @@ def command(model: str, output: Path, as_json: bool, **options: Any) -> None:
     The artifact gets its name only when it is complete; an existing one is replaced then and not before.
     """
     from ..codegen.driver import compile_model
+    from ..runtime.chat_template import render_once
 
     began = time.perf_counter()
     with Progress() as progress:
-        report = compile_model(model, output, progress=progress, **options)
+        report = compile_model(model, output, progress=progress, render=render_once, **options)
     result = {
         "artifact": str(output),
         "seconds": round(time.perf_counter() - began, 3),

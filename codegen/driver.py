@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..frontend.chat_shapes import Renderer
 from ..frontend.source import ModelSource, context_length, describe, open_source
 from ..frontend.tokenizer import export_tokenizer
 from ..frontend.trace import trace_module, trace_source
@@ -153,7 +154,10 @@ def _command(
     passes: Sequence[str],
 ) -> list[str]:
     """The command without output path and folders, so that the same inputs give the same bytes."""
-    model = source.path.name if source.path is not None else source.name
+    local = (
+        source.path is not None and source.name.count("/") == 0
+    )  # a hub id says more than its snapshot's folder
+    model = source.path.name if local and source.path is not None else source.name
     command = ["llmc", "compile", model]
     for t in targets:
         command += ["--target", t]
@@ -180,8 +184,10 @@ def _manifest(source: ModelSource, graph: Graph, plan: Plan, context: int | None
     return manifest
 
 
-def _write_tokenizer(source: ModelSource, writer: ArtifactWriter) -> dict[str, Any] | None:
-    facts = export_tokenizer(source, writer.path("tokenizer.json").parent)
+def _write_tokenizer(
+    source: ModelSource, writer: ArtifactWriter, render: Renderer | None
+) -> dict[str, Any] | None:
+    facts = export_tokenizer(source, writer.path("tokenizer.json").parent, render)
     if facts is None:
         return None
     return {
@@ -208,6 +214,7 @@ def compile_model(
     passes: Sequence[str] = (),
     dump_ir: str | os.PathLike[str] | None = None,
     example_inputs: Mapping[str, torch.Tensor] | None = None,
+    render: Renderer | None = None,
     progress: Progress = no_progress,
 ) -> CompileReport:
     """Compile a model into the artifact folder `output`. Arguments as in `llmc.compile`; `passes` are further
@@ -233,7 +240,7 @@ def compile_model(
         manifest = _manifest(source, graph, plan, length)
         if graph.facts["kind"] != "function":
             progress("tokenizer", 0.20)
-            manifest["tokenizer"] = _write_tokenizer(source, writer)
+            manifest["tokenizer"] = _write_tokenizer(source, writer, render)
         writer.path("ir.txt").write_text(print_graph(graph), encoding="utf-8", newline="\n")
         entries: dict[str, Any] = {}
         for i, target in enumerate(plan.targets):

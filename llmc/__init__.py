@@ -55,6 +55,7 @@ def compile(
     quant: str = "none",
     context: int | None = None,
     kv_dtype: str | None = None,
+    passes: Sequence[str] = (),
     dump_ir: str | os.PathLike[str] | None = None,
     example_inputs: Mapping[str, Any] | None = None,
     progress: Callable[[str, float], None] | None = None,
@@ -67,6 +68,7 @@ def compile(
         quant: `none`, `int8`, `int4-g64`, `int4-g64-sym`, … (weights of linear layers, round to nearest).
         context: longest sequence in tokens; the model's own limit where None.
         kv_dtype: element type of the cache, "float32" or "float16"; the target's choice where None.
+        passes: further passes on the fused graph, `NAME{option=value,…}` (`llmc passes` lists them).
         dump_ir: a folder that receives the graph's text after every pass, numbered.
         example_inputs: argument name → tensor, for an `nn.Module` only.
         progress: called with (what is being done, share of it done from 0 to 1).
@@ -83,7 +85,9 @@ def compile(
         quant=quant,
         context=context,
         kv_dtype=kv_dtype,
+        passes=passes,
         dump_ir=dump_ir,
+        render=importlib.import_module(".runtime.chat_template", __name__).render_once,
         **({"example_inputs": example_inputs} if example_inputs is not None else {}),
         **({"progress": progress} if progress is not None else {}),
     )

@@ -125,3 +125,15 @@ def check_messages(messages: Any) -> None:
                 f"messages[{number}].content is a {type(content).__name__}",
                 remedy="give a text or a list of parts",
             )
+
+
+def render_once(
+    source: str,
+    messages: Sequence[Message],
+    special_tokens: Mapping[str, str],
+    add_generation_prompt: bool,
+    tools: Sequence[Any] | None,
+) -> str:
+    """Compile and render in one call: what the compiler tries a template with before it ships it."""
+    template = ChatTemplate(source, special_tokens)
+    return template.render(messages, tools=tools, add_generation_prompt=add_generation_prompt)
