@@ -146,9 +146,10 @@ def main() -> int:
         scaled, factor = scale(arrivals, context)
         results.append({"context": context, "scale": round(factor, 5), **play(scaled, args, context)})
         found = results[-1]
+        mean, peak = f"{found['mean_waste']:.2%}", f"{found['peak_waste']:.2%}"
         print(
-            f"context {context}: lengths x {factor:.3f}, wasted KV share {found['mean_waste']:.2%} on average"
-            f", {found['peak_waste']:.2%} at most ({found['steps']} steps, {found['preemptions']} preemptions)"
+            f"context {context}: lengths x {factor:.3f}, wasted KV share {mean} on average, {peak} at most "
+            f"({found['steps']} steps, {found['preemptions']} preemptions)"
         )
     passed = all(result["mean_waste"] < args.bar for result in results)
     if args.output is not None:
