@@ -6,7 +6,7 @@ SHELL := bash
 .PHONY: demo test test-slow lint bench docs clean
 
 # The machine's own python3 where it is new enough, else a newer one beside it.
-PYTHON ?= $(shell for p in python3 python python3.13 python3.12 python3.11; do "$$p" -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+PYTHON ?= $(shell for p in python3 python python3.13 python3.12 python3.11; do "$$p" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 STAMP := .venv/.installed
 QUESTION ?= What is the capital of France?
