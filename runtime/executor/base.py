@@ -59,7 +59,11 @@ class Executor(Protocol):
         ...
 
     def copy_pages(self, src: Sequence[int], dst: Sequence[int]) -> None:
-        """Copy page src[i] to page dst[i] in all layers. No page is both a source and a destination."""
+        """Copy page src[i] to page dst[i] in all layers, as if in order.
+
+        No page is a destination twice, or a source after it was a destination; it may be a destination after
+        it was a source, so reading all sources before writing gives the same.
+        """
         ...
 
     def step(self, inputs: StepInputs) -> np.ndarray:
