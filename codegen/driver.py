@@ -84,6 +84,8 @@ class Plan:
 
 def _context(source: ModelSource, asked: int | None) -> int | None:
     limit = context_length(source.config)
+    if asked is not None and asked < 1:
+        raise InputError(f"--context {asked} is no length", remedy="ask for at least one token")
     if asked is not None and limit is not None and asked > limit:
         raise InputError(
             f"--context {asked}: {source.name} was made for {limit} tokens", remedy=f"ask for at most {limit}"

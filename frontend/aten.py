@@ -1,10 +1,4 @@
-"""The table ATen operator → IR ops. A model family works because its operators stand here; nothing knows a
-family.
-
-Each entry takes the `Importer` and the node's arguments (IR values, numbers, dimensions, lists) and returns
-an IR value, a tuple of them for operators with several results, or None for operators that only assert. To
-add an operator, add a function with `@aten("name.overload")`.
-"""
+"""ATen operators of arithmetic, reductions and layers (see `aten_table.py`)."""
 
 from __future__ import annotations
 
@@ -12,27 +6,18 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ..ir.core import Op, Value
-from ..ir.errors import UnsupportedError
-from ..ir.ops import attention, nn, shape
+from ..ir.ops import attention, nn
 from ..ir.ops import math as m
-from ..ir.types import Dim, DimExpr, Shape, divide, product
+from . import aten_shapes as _aten_shapes  # noqa: F401  # pyright: ignore[reportUnusedImport]  (registers)
+from .aten_table import TABLE, Handler, aten, lookup
+
+__all__ = ["TABLE", "lookup"]
 
 if TYPE_CHECKING:
     from .trace import Importer
-
-Handler = Callable[..., Any]
-TABLE: dict[str, Handler] = {}
-
-
-def aten(*names: str) -> Callable[[Handler], Handler]:
-    def register(handler: Handler) -> Handler:
-        for name in names:
-            TABLE[name] = handler
-        return handler
-
-    return register
-
 
 # -- elementwise
 _UNARY: dict[str, type[Op]] = {
@@ -75,15 +60,37 @@ _BINARY: dict[str, type[Op]] = {
     "bitwise_or": m.LogicalOr,
     "logical_and": m.LogicalAnd,
     "logical_or": m.LogicalOr,
+    "bitwise_xor": m.NotEqual,
+    "__xor__": m.NotEqual,
+    "logical_xor": m.NotEqual,
 }
 
 
-def _register_elementwise() -> None:
-    def unary(kind: type[Op]) -> Handler:
-        return lambda c, x: c.emit(kind(x))
+_LOGICAL = ("logical_and", "logical_or", "logical_xor", "logical_not")
+_BITWISE = ("bitwise_not", "__and__", "__or__", "bitwise_and", "bitwise_or", "bitwise_xor", "__xor__")
 
-    def binary(kind: type[Op]) -> Handler:
+
+def _truth(c: Importer, name: str, *operands: Any) -> list[Value]:
+    """Operands of a logical operator as booleans. Bitwise ones mean the same on booleans only."""
+    values = [x if isinstance(x, Value) else c.scalar(x, "bool") for x in operands]
+    if name in _BITWISE and any(v.dtype != "bool" for v in values):
+        raise c.unsupported(f"operator aten.{name} on integers")
+    return [c.cast(v, "bool") for v in values]
+
+
+def _register_elementwise() -> None:
+    def unary(name: str, kind: Callable[..., Op]) -> Handler:
+        def handler(c: Importer, x: Value) -> Value:
+            if kind is m.LogicalNot:
+                return c.emit(m.LogicalNot(*_truth(c, name, x)))
+            return c.emit(kind(c.cast(x, c.result_dtype())))
+
+        return handler
+
+    def binary(name: str, kind: Callable[..., Op]) -> Handler:
         def handler(c: Importer, a: Any, b: Any, alpha: Any = 1) -> Value:
+            if name in _LOGICAL or name in _BITWISE:
+                return c.emit(kind(*_truth(c, name, a, b)))
             if alpha != 1:
                 b = b * alpha if not isinstance(b, Value) else c.emit(m.Mul(*c.promote(b, alpha)))
             return c.emit(kind(*c.promote(a, b)))
@@ -91,10 +98,10 @@ def _register_elementwise() -> None:
         return handler
 
     for name, kind in _UNARY.items():
-        TABLE[f"{name}.default"] = unary(kind)
+        TABLE[f"{name}.default"] = unary(name, kind)
     for name, kind in _BINARY.items():
         for overload in ("Tensor", "Scalar", "default", "Tensor_Scalar", "Tensor_Tensor"):
-            TABLE[f"{name}.{overload}"] = binary(kind)
+            TABLE[f"{name}.{overload}"] = binary(name, kind)
 
 
 _register_elementwise()
@@ -110,13 +117,17 @@ def _div(c: Importer, a: Any, b: Any) -> Value:
 
 @aten("div.Tensor_mode")
 def _div_mode(c: Importer, a: Any, b: Any, rounding_mode: str | None = None) -> Value:
+    if rounding_mode is None:
+        return _div(c, a, b)
     if rounding_mode != "floor":
         raise c.unsupported(f"div with rounding_mode={rounding_mode}")
     return c.emit(m.FloorDivide(*c.promote(a, b)))
 
 
 @aten("rsub.Scalar", "rsub.Tensor")
-def _rsub(c: Importer, a: Any, b: Any) -> Value:
+def _rsub(c: Importer, a: Any, b: Any, alpha: Any = 1) -> Value:
+    if alpha != 1:
+        raise c.unsupported("rsub with a factor")
     left, right = c.promote(b, a)
     return c.emit(m.Sub(left, right))
 
@@ -167,7 +178,7 @@ def _same(c: Importer, x: Value, **_: Any) -> Value:
     return x
 
 
-@aten("dropout.default", "native_dropout.default", "feature_dropout.default")
+@aten("dropout.default", "feature_dropout.default")
 def _dropout(c: Importer, x: Value, p: float = 0.0, train: bool = False) -> Value:
     if train and p > 0:
         raise c.unsupported("dropout in training mode")
@@ -201,12 +212,21 @@ def _addmm(c: Importer, bias: Value, a: Value, b: Value, beta: Any = 1, alpha: A
     return c.emit(m.Add(c.emit(m.MatMul(a, b)), bias))
 
 
+@aten("baddbmm.default")
+def _baddbmm(c: Importer, added: Value, a: Value, b: Value, beta: Any = 1, alpha: Any = 1) -> Value:
+    y = c.emit(m.MatMul(a, b))
+    y = y if alpha == 1 else c.emit(m.Mul(*c.promote(y, alpha)))
+    if beta == 0:
+        return y
+    return c.emit(m.Add(y, added if beta == 1 else c.emit(m.Mul(*c.promote(added, beta)))))
+
+
 @aten("linear.default")
 def _linear(c: Importer, x: Value, weight: Value, bias: Value | None = None) -> Value:
     return c.emit(nn.Linear(x, weight, bias))
 
 
-def _reduction(kind: type[Op]) -> Handler:
+def _reduction(kind: Callable[..., Op]) -> Handler:
     def handler(c: Importer, x: Value, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Value:
         axes = [dim] if isinstance(dim, int) else list(dim) if dim else list(range(-x.type.rank, 0))
         if dtype is not None or c.result_dtype() != x.dtype:
@@ -221,6 +241,24 @@ for _name, _kind in (("mean", m.ReduceMean), ("sum", m.ReduceSum), ("amax", m.Re
         TABLE[f"{_name}.{_overload}"] = _reduction(_kind)
 
 
+@aten("var.correction", "var.dim")
+def _var(
+    c: Importer,
+    x: Value,
+    dim: Any = None,
+    unbiased: bool = False,
+    correction: Any = None,
+    keepdim: bool = False,
+) -> Value:
+    if unbiased or correction not in (None, 0) or (correction is None and "correction" in str(c.node.target)):
+        raise c.unsupported("variance with Bessel's correction")
+    axes = tuple(
+        sorted(c.axis(a, x) for a in ([dim] if isinstance(dim, int) else dim or range(-x.type.rank, 0)))
+    )
+    centred = c.emit(m.Sub(x, c.emit(m.ReduceMean(x, axes=axes, keepdim=True))))
+    return c.emit(m.ReduceMean(c.emit(m.Mul(centred, centred)), axes=axes, keepdim=keepdim))
+
+
 @aten("softmax.int", "_softmax.default", "_safe_softmax.default")
 def _softmax(c: Importer, x: Value, dim: int, dtype: Any = None) -> Value:
     if dtype is not None and not isinstance(dtype, bool):
@@ -230,7 +268,9 @@ def _softmax(c: Importer, x: Value, dim: int, dtype: Any = None) -> Value:
 
 @aten("cumsum.default")
 def _cumsum(c: Importer, x: Value, dim: int, dtype: Any = None) -> Value:
-    return c.emit(m.CumSum(x, axis=c.axis(dim, x)))
+    wanted = c.result_dtype()
+    x = c.cast(x, wanted) if wanted.startswith("float") else x
+    return c.cast(c.emit(m.CumSum(x, axis=c.axis(dim, x))), wanted)
 
 
 @aten("diff.default")
@@ -253,7 +293,7 @@ def _embedding(c: Importer, weight: Value, ids: Value, *_: Any) -> Value:
     return c.emit(nn.Embedding(ids, weight))
 
 
-@aten("layer_norm.default", "native_layer_norm.default")
+@aten("layer_norm.default")
 def _layer_norm(
     c: Importer,
     x: Value,
@@ -276,8 +316,9 @@ def _rms_norm(
     weight: Value | None = None,
     eps: float | None = None,
 ) -> Value:
-    if len(normalized_shape) != 1 or eps is None:
-        raise c.unsupported("rms_norm over several axes or without eps")
+    if len(normalized_shape) != 1 or x.dtype != "float32":
+        raise c.unsupported("rms_norm over several axes or in another type than float32")
+    eps = float(np.finfo(np.float32).eps) if eps is None else eps  # torch's default
     mean = c.emit(m.ReduceMean(c.emit(m.Mul(x, x)), axes=(-1,), keepdim=True))
     y = c.emit(m.Mul(x, c.emit(m.Rsqrt(c.emit(m.Add(mean, c.scalar(eps, x.dtype)))))))
     return y if weight is None else c.emit(m.Mul(y, weight))
@@ -305,232 +346,3 @@ def _sdpa(
     return c.emit(
         attention.Sdpa(q, k, v, attn_mask, scale=float(scale), causal=is_causal, enable_gqa=enable_gqa)
     )
-
-
-# -- shapes
-def _resolve(c: Importer, x: Value, sizes: Sequence[Dim]) -> Shape:
-    """Replace one -1 by what the other sizes leave."""
-    unknown = [i for i, s in enumerate(sizes) if s == -1]
-    if not unknown:
-        return tuple(sizes)
-    rest = product(s for s in sizes if s != -1)
-    missing = divide(product(x.shape), rest)
-    if missing is None:
-        return c.result_shape()
-    return tuple(missing if s == -1 else s for s in sizes)
-
-
-def reshaped(c: Importer, x: Value, sizes: Sequence[Dim]) -> Value:
-    target = tuple(sizes)
-    return x if target == x.shape else c.emit(shape.Reshape(x, shape=target))
-
-
-@aten("view.default", "reshape.default", "_unsafe_view.default")
-def _view(c: Importer, x: Value, sizes: Sequence[Dim]) -> Value:
-    return reshaped(c, x, _resolve(c, x, sizes))
-
-
-@aten(
-    "unsqueeze.default",
-    "squeeze.dim",
-    "squeeze.dims",
-    "squeeze.default",
-    "flatten.using_ints",
-    "unflatten.int",
-)
-def _by_result_shape(c: Importer, x: Value, *_: Any, **__: Any) -> Value:
-    return reshaped(c, x, c.result_shape())
-
-
-def _permuted(c: Importer, x: Value, perm: Sequence[int]) -> Value:
-    """Leading axes that stay are left out of the attribute: it survives a change of rank in front."""
-    rank = x.type.rank
-    axes = [c.axis(p, x) for p in perm]
-    while axes and axes[0] == -len(axes) and len(axes) > 0:
-        axes = axes[1:]
-    return x if not axes or rank == 0 else c.emit(shape.Transpose(x, perm=tuple(axes)))
-
-
-@aten("permute.default")
-def _permute(c: Importer, x: Value, dims: Sequence[int]) -> Value:
-    return _permuted(c, x, dims)
-
-
-@aten("transpose.int")
-def _transpose(c: Importer, x: Value, dim0: int, dim1: int) -> Value:
-    perm = list(range(-x.type.rank, 0))
-    a, b = c.axis(dim0, x), c.axis(dim1, x)
-    perm[a], perm[b] = b, a
-    return _permuted(c, x, perm)
-
-
-@aten("t.default", "numpy_T.default", "mT.default")
-def _t(c: Importer, x: Value) -> Value:
-    return x if x.type.rank < 2 else _transpose(c, x, -2, -1)
-
-
-@aten("expand.default", "expand_as.default")
-def _expand(c: Importer, x: Value, *_: Any, **__: Any) -> Value:
-    target = c.result_shape()
-    return x if target == x.shape else c.emit(shape.Expand(x, shape=target))
-
-
-@aten("repeat_interleave.self_int")
-def _repeat_interleave(
-    c: Importer, x: Value, repeats: int, dim: int | None = None, output_size: Any = None
-) -> Value:
-    if dim is None:
-        raise c.unsupported("repeat_interleave without an axis")
-    at = x.type.rank + c.axis(dim, x)
-    wide = reshaped(c, x, (*x.shape[: at + 1], 1, *x.shape[at + 1 :]))
-    wide = c.emit(shape.Expand(wide, shape=(*x.shape[: at + 1], repeats, *x.shape[at + 1 :])))
-    return reshaped(c, wide, (*x.shape[:at], x.shape[at] * repeats, *x.shape[at + 1 :]))
-
-
-@aten("repeat.default")
-def _repeat(c: Importer, x: Value, repeats: Sequence[int]) -> Value:
-    lead = len(repeats) - x.type.rank
-    x = reshaped(c, x, (*(1,) * lead, *x.shape))
-    for i, n in enumerate(repeats):
-        if n != 1:
-            x = c.emit(shape.Concat([x] * n, axis=i - len(repeats)))
-    return x
-
-
-def _end(value: Any, length: Dim) -> Dim:
-    """A slice end as torch understands it, for lengths that may be symbolic."""
-    if value is None or (isinstance(value, int) and value >= (1 << 62)):
-        return length
-    if isinstance(value, int) and value < 0:
-        return length + value
-    if isinstance(value, int) and isinstance(length, int):
-        return min(value, length)
-    return value
-
-
-@aten("slice.Tensor")
-def _slice(c: Importer, x: Value, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Value:
-    axis = c.axis(dim, x)
-    length = x.shape[axis]
-    first, last = _end(0 if start is None else start, length), _end(end, length)
-    if isinstance(first, int) and isinstance(last, int):
-        last = max(first, last)
-    if c.result_shape()[axis] == length and step == 1:
-        return x
-    return c.emit(shape.Slice(x, axis=axis, start=first, stop=last, step=step))
-
-
-@aten("narrow.default")
-def _narrow(c: Importer, x: Value, dim: int, start: Any, length: Any) -> Value:
-    return c.emit(shape.Slice(x, axis=c.axis(dim, x), start=start, stop=start + length))
-
-
-@aten("select.int")
-def _select(c: Importer, x: Value, dim: int, index: Any) -> Value:
-    axis = c.axis(dim, x)
-    start = _end(index, x.shape[axis])
-    return reshaped(c, c.emit(shape.Slice(x, axis=axis, start=start, stop=start + 1)), c.result_shape())
-
-
-@aten("split.Tensor", "chunk.default", "split_with_sizes.default", "split.sizes")
-def _split(c: Importer, x: Value, how: Any, dim: int = 0) -> tuple[Value, ...]:
-    axis = c.axis(dim, x)
-    out: list[Value] = []
-    start: Dim = 0
-    for part in c.result_shapes():
-        out.append(c.emit(shape.Slice(x, axis=axis, start=start, stop=start + part[axis])))
-        start = start + part[axis]
-    return tuple(out)
-
-
-@aten("unbind.int")
-def _unbind(c: Importer, x: Value, dim: int = 0) -> tuple[Value, ...]:
-    axis = c.axis(dim, x)
-    return tuple(
-        reshaped(c, c.emit(shape.Slice(x, axis=axis, start=i, stop=i + 1)), s)
-        for i, s in enumerate(c.result_shapes())
-    )
-
-
-@aten("cat.default", "concat.default")
-def _cat(c: Importer, xs: Sequence[Value], dim: int = 0) -> Value:
-    dtype = c.result_dtype()
-    return c.emit(shape.Concat([c.cast(x, dtype) for x in xs], axis=c.axis(dim, xs[0])))
-
-
-@aten("stack.default")
-def _stack(c: Importer, xs: Sequence[Value], dim: int = 0) -> Value:
-    target = c.result_shape()
-    axis = dim % len(target)
-    one = (*target[:axis], 1, *target[axis + 1 :])
-    return c.emit(shape.Concat([reshaped(c, x, one) for x in xs], axis=axis - len(target)))
-
-
-# -- making tensors
-@aten("arange.default", "arange.start", "arange.start_step")
-def _arange(c: Importer, *args: Any, **__: Any) -> Value:
-    start, _, step = (
-        (0, args[0], 1) if len(args) == 1 else (args[0], args[1], args[2] if len(args) > 2 else 1)
-    )
-    if not isinstance(start, int) or not isinstance(step, int):
-        raise c.unsupported("arange with a symbolic or fractional start or step")
-    (length,) = c.result_shape()
-    return c.emit(shape.Arange(length=length, start=start, step=step, dtype=c.result_dtype()))
-
-
-@aten("full.default", "full_like.default", "new_full.default", "scalar_tensor.default")
-def _full(c: Importer, *args: Any, fill_value: Any = None, **_: Any) -> Value:
-    value = fill_value if fill_value is not None else args[-1]
-    if isinstance(value, DimExpr):
-        return c.emit(
-            shape.Expand(c.emit(shape.DimValue(dim=value, dtype=c.result_dtype())), shape=c.result_shape())
-        )
-    return c.emit(shape.Full(value=value, dtype=c.result_dtype(), shape=c.result_shape()))
-
-
-def _filled(value: int) -> Handler:
-    def handler(c: Importer, *_: Any, **__: Any) -> Value:
-        dtype = c.result_dtype()
-        number: float | int | bool = (
-            bool(value) if dtype == "bool" else float(value) if dtype.startswith("float") else value
-        )
-        return c.emit(shape.Full(value=number, dtype=dtype, shape=c.result_shape()))
-
-    return handler
-
-
-for _name, _value in (("zeros", 0), ("ones", 1)):
-    for _form in (f"{_name}.default", f"{_name}_like.default", f"new_{_name}.default"):
-        TABLE[_form] = _filled(_value)
-
-
-@aten("index.Tensor")
-def _index(c: Importer, x: Value, indices: Sequence[Value | None]) -> Value:
-    given = [i for i in indices if i is not None]
-    if list(indices[: len(given)]) != given or any(i.dtype == "bool" for i in given):
-        raise c.unsupported("indexing by a mask or behind a full axis")
-    return c.emit(shape.Index(x, list(given)))
-
-
-@aten("gather.default")
-def _gather(c: Importer, x: Value, dim: int, index: Value, sparse_grad: bool = False) -> Value:
-    if c.axis(dim, x) != -1:
-        raise c.unsupported("gather along another axis than the last")
-    return c.emit(shape.Gather(x, index))
-
-
-@aten("index_select.default")
-def _index_select(c: Importer, x: Value, dim: int, index: Value) -> Value:
-    if c.axis(dim, x) != -x.type.rank:
-        raise c.unsupported("index_select behind the first axis")
-    return c.emit(shape.Index(x, [index]))
-
-
-def lookup(name: str, where: str) -> Handler:
-    """The handler of "add.Tensor"; UnsupportedError names the operator and the module that calls it."""
-    if name not in TABLE:
-        raise UnsupportedError(
-            f"operator aten.{name} in {where or 'the model'} is not supported",
-            remedy="add it to frontend/aten.py, or report the model",
-        )
-    return TABLE[name]

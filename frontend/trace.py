@@ -120,6 +120,11 @@ class Importer:
     def expression(self, e: Any) -> Dim:
         if e.is_Integer:
             return int(e)
+        if e.is_Symbol and str(e).startswith("u"):
+            raise UnsupportedError(
+                f"a size in {self.location() or 'the model'} depends on the values of a tensor",
+                remedy="rewrite the module so that shapes follow from shapes",
+            )
         if e.is_Symbol:
             return sym(self.symbols.setdefault(str(e), "T" if not self.symbols else f"T{len(self.symbols)}"))
         if e.is_Add or e.is_Mul:
@@ -158,7 +163,10 @@ class Importer:
         self.node = node
         if node.target is operator.getitem:
             source, index = node.args
-            self.values[node] = self.values[source][index]
+            several = self.values[source]
+            if not isinstance(several, tuple):
+                raise self.unsupported(f"operator {source.target} with several results")
+            self.values[node] = several[index]
             return
         value = node.meta.get("val")
         if isinstance(value, (torch.SymInt, torch.SymBool, torch.SymFloat, int, bool, float)):
@@ -180,9 +188,18 @@ class Importer:
 def _import_program(
     program: Any, graph: Graph, inputs: Sequence[str], weights: Mapping[str, LazyTensor], prefix: str
 ) -> None:
-    """Fill `graph` from an ExportedProgram; `weights` by names of parameters, buffers and constants."""
+    """Fill `graph` from an ExportedProgram; `weights` by names of parameters and buffers. Tied parameters are
+    one weight: the data object says which are.
+    """
     importer = Importer(graph, {})
     signature = program.graph_signature
+    changed = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
+    if changed:
+        raise UnsupportedError(
+            f"{graph.name} changes {changed[0]} while it runs", remedy="a compiled function keeps no state"
+        )
+    weights = {**weights, **_constants(program, graph.name)}
+    known: dict[int, Value] = {}
     held = {
         **signature.inputs_to_parameters,
         **signature.inputs_to_buffers,
@@ -201,7 +218,10 @@ def _import_program(
                         f"the model has no tensor {name}",
                         remedy="the checkpoint is incomplete; download it again",
                     )
-                importer.values[node] = graph.add_weight(name, weights[name])
+                data = weights[name]
+                if id(data) not in known:
+                    known[id(data)] = graph.add_weight(name, data)
+                importer.values[node] = known[id(data)]
                 expected = importer.result_shape()
                 if tuple(weights[name].shape) != expected:
                     raise InputError(
@@ -210,17 +230,49 @@ def _import_program(
                         remedy="config and weights are of different models",
                     )
             else:
+                label = next(names, "")
+                if not label or not hasattr(node.meta.get("val"), "dtype"):
+                    raise InputError(
+                        f"{graph.name}: input {label or node.name} is no tensor of its own",
+                        remedy="give example inputs that are tensors, one a parameter",
+                    )
                 importer.values[node] = graph.add_input(
-                    next(names), TensorType(importer.result_dtype(), importer.result_shape())
+                    label, TensorType(importer.result_dtype(), importer.result_shape())
                 )
         elif node.op == "call_function":
             importer.run_node(node)
         elif node.op == "output":
-            flat = node.args[0]
-            outputs = [importer.values[n] for n in flat if n is not None]
-            graph.outputs = outputs
+            flat = [n for n in node.args[0] if n is not None]
+            if not flat or any(n not in importer.values for n in flat):
+                raise UnsupportedError(
+                    f"{graph.name} returns something that is no tensor", remedy="return tensors only"
+                )
+            graph.outputs = [importer.values[n] for n in flat]
         else:
             raise UnsupportedError(f"the exported program holds a {node.op} node", remedy="report the model")
+
+
+def _constants(program: Any, name: str) -> dict[str, LazyTensor]:
+    """Tensors that the module made from literals while it was traced."""
+    found: dict[str, LazyTensor] = {}
+    for label in program.graph_signature.inputs_to_lifted_tensor_constants.values():
+        constant = program.constants[label]
+        if constant.is_meta:
+            raise UnsupportedError(
+                f"{name} makes a tensor of numbers while it runs, and its values are lost on the meta device",
+                remedy="report the model",
+            )
+        found[label] = array_tensor(constant, f"{name}:{label}")
+    return found
+
+
+def array_tensor(tensor: torch.Tensor, source: str) -> ArrayTensor:
+    """A copy of a tensor of torch as a weight; bfloat16 goes through float32, which holds it exactly."""
+    import torch
+
+    plain = tensor.detach().cpu()
+    plain = plain.float() if plain.dtype == torch.bfloat16 else plain
+    return ArrayTensor(plain.numpy().copy(), source)
 
 
 @contextlib.contextmanager
@@ -230,12 +282,18 @@ def _quiet() -> Generator[None]:
         yield
 
 
-def _export(module: torch.nn.Module, args: tuple[Any, ...], shapes: Any, name: str) -> Any:
+def _export(
+    module: torch.nn.Module,
+    args: tuple[Any, ...],
+    shapes: Any,
+    name: str,
+    kwargs: dict[str, Any] | None = None,
+) -> Any:
     import torch
 
     try:
         with _quiet(), torch.no_grad():
-            return torch.export.export(module, args, dynamic_shapes=shapes, strict=False)
+            return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as e:  # torch.export raises many kinds; all mean that the module cannot be traced
         first = (str(e).strip().splitlines() or [type(e).__name__])[0]
         raise UnsupportedError(
@@ -248,7 +306,7 @@ def _buffers(module: torch.nn.Module) -> dict[str, LazyTensor]:
     device.
     """
     return {
-        name: ArrayTensor(b.detach().cpu().numpy().copy(), f"buffer:{name}")
+        name: array_tensor(b, f"buffer:{name}")
         for name, b in module.named_buffers(remove_duplicate=False)
         if not b.is_meta
     }
@@ -315,6 +373,44 @@ def trace_source(source: ModelSource) -> Graph:
     return graph
 
 
+def _named_inputs(
+    module: torch.nn.Module, examples: Sequence[torch.Tensor] | Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Example inputs by the names and in the order of the forward method's parameters."""
+    import inspect
+
+    parameters = inspect.signature(module.forward).parameters
+    if not isinstance(examples, Mapping):
+        labels = [*parameters, *(f"input{i}" for i in range(len(parameters), len(examples)))]
+        return dict(zip(labels, examples, strict=False))
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    unknown = [n for n in examples if n not in parameters and not takes_any]
+    if unknown:
+        raise InputError(
+            f"{type(module).__name__} takes no input {unknown[0]}", remedy=f"inputs: {', '.join(parameters)}"
+        )
+    return {n: examples[n] for n in sorted(examples, key=[*parameters, *examples].index)}
+
+
+def _held_weights(module: torch.nn.Module, name: str) -> dict[str, LazyTensor]:
+    """The module's own parameters and buffers; what it holds under two names is one object."""
+    made: dict[int, ArrayTensor] = {}
+    weights: dict[str, LazyTensor] = {}
+    for label, t in [
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ]:
+        if t.is_floating_point() and dtype_name(t.dtype) != "float32":
+            raise InputError(
+                f"{name}: {label} is {dtype_name(t.dtype)}",
+                remedy="compile the module in float32: call .float()",
+            )
+        if id(t) not in made:
+            made[id(t)] = array_tensor(t, f"{name}:{label}")
+        weights[label] = made[id(t)]
+    return weights
+
+
 def trace_module(
     module: torch.nn.Module,
     example_inputs: Sequence[torch.Tensor] | Mapping[str, torch.Tensor],
@@ -322,61 +418,27 @@ def trace_module(
     name: str = "module",
     dynamic_shapes: Any = None,
 ) -> Graph:
-    """The traced graph of any nn.Module with its own weights.
+    """The traced graph of any nn.Module with its own weights, in float32.
 
     Args:
         example_inputs: positional or by name; their shapes are fixed unless `dynamic_shapes` (as torch.export
-        takes it) frees some.
-    Result: inputs named as the module's forward names them, outputs "output0", ….
+            takes it) frees some.
+    Result: inputs named and ordered as the module's forward method has them, outputs "output0", ….
     """
-    import inspect
-
-    import torch
-
-    was_training = module.training
+    named = _named_inputs(module, example_inputs)
+    weights = _held_weights(module, name)
+    modes = {m: m.training for m in module.modules()}
     module.eval()
-    named = dict(example_inputs) if isinstance(example_inputs, Mapping) else None
-    args = tuple(named.values()) if named is not None else tuple(example_inputs)  # type: ignore[arg-type]
-    parameters = list(inspect.signature(module.forward).parameters)
-    labels = (
-        list(named)
-        if named is not None
-        else [parameters[i] if i < len(parameters) else f"input{i}" for i in range(len(args))]
-    )
-    weights: dict[str, LazyTensor] = {
-        n: ArrayTensor(
-            t.detach().cpu().float().numpy().copy()
-            if t.is_floating_point()
-            else t.detach().cpu().numpy().copy(),
-            f"{name}:{n}",
-        )
-        for n, t in [
-            *module.named_parameters(remove_duplicate=False),
-            *module.named_buffers(remove_duplicate=False),
-        ]
-    }
-    with _quiet(), torch.no_grad():
-        try:
-            program = torch.export.export(
-                module,
-                () if named is not None else args,
-                kwargs=named,
-                dynamic_shapes=dynamic_shapes,
-                strict=False,
-            )
-        except Exception as e:  # as in _export
-            first = (str(e).strip().splitlines() or [type(e).__name__])[0]
-            raise UnsupportedError(
-                f"{name} cannot be traced: {first[:300]}",
-                remedy="control flow must not depend on tensor values",
-            ) from e
-    constants: dict[str, Any] = dict(program.constants)
-    for label, constant in constants.items():
-        if hasattr(constant, "numpy") and label not in weights:
-            weights[label] = ArrayTensor(constant.detach().cpu().numpy().copy(), f"{name}:{label}")
+    try:
+        if isinstance(example_inputs, Mapping):
+            program = _export(module, (), dynamic_shapes, name, named)
+        else:
+            program = _export(module, tuple(named.values()), dynamic_shapes, name)
+    finally:
+        for m, training in modes.items():
+            m.training = training
     graph = Graph(name)
-    _import_program(program, graph, labels, weights, "")
+    _import_program(program, graph, list(named), weights, "")
     graph.output_names = [f"output{i}" for i in range(len(graph.outputs))]
     graph.facts["kind"] = "function"
-    module.train(was_training)
     return graph

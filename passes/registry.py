@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -43,17 +44,38 @@ def registered(group: str) -> dict[str, Registered]:
 
     Raises InputError where two packages bring one name.
     """
+    return collect(group, entry_points(group=group))
+
+
+def collect(group: str, entries: Iterable[EntryPoint]) -> dict[str, Registered]:
+    """Entries by name. One distribution found twice (editable install and build folder) is no clash."""
     found: dict[str, Registered] = {}
-    for entry in sorted(entry_points(group=group), key=lambda e: e.name):
-        origin = entry.dist.name if entry.dist is not None else "unknown"
-        other = found.get(entry.name)
-        if other is not None and other.entry.value != entry.value:
+    for entry in sorted(entries, key=lambda e: e.name):
+        origin = entry.dist.name if entry.dist is not None else entry.value.partition(":")[0]
+        other = found.setdefault(entry.name, Registered(entry.name, origin, entry))
+        if (other.origin, other.entry.value) != (origin, entry.value):
             raise InputError(
                 f"{group}: {entry.name} comes from both {other.origin} and {origin}",
                 remedy="uninstall one of them",
             )
-        found[entry.name] = Registered(entry.name, origin, entry)
     return found
+
+
+def _load(item: Registered, base: type[Any]) -> type[Any]:
+    """The class of an entry. Raises InputError, naming the package, where it cannot be had."""
+    try:
+        cls = item.entry.load()
+    except Exception as error:  # a plugin's import may fail in any way
+        raise InputError(
+            f"{item.name} of package {item.origin} cannot be imported ({type(error).__name__}: {error})",
+            remedy=f"upgrade or uninstall {item.origin}",
+        ) from error
+    if not (isinstance(cls, type) and issubclass(cls, base)):
+        raise InputError(
+            f"entry point {item.name} of package {item.origin} is no {base.__name__} class",
+            remedy=f"report it to the authors of {item.origin}",
+        )
+    return cls
 
 
 def _number(text: str, kind: Any) -> Any:
@@ -71,36 +93,61 @@ def make_pass(text: str) -> Pass:
     """A pass from `NAME` or `NAME{option=value,…}`; InputError names what is unknown, lists what exists."""
     m = re.fullmatch(r"([\w.-]+)(?:\{(.*)\})?", text.strip())
     known = registered("llmc.passes")
-    if m is None or m.group(1) not in known:
-        raise InputError(f"no pass is named {text!r}", remedy=f"known: {', '.join(known)}")
-    kind: type[Pass] = known[m.group(1)].entry.load()
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    options: dict[str, Any] = {}
-    for part in filter(None, (p.strip() for p in (m.group(2) or "").split(","))):
-        key, _, value = part.partition("=")
-        if key not in fields:
-            raise InputError(
-                f"pass {kind.name} has no option {key!r}", remedy=f"options: {', '.join(fields) or 'none'}"
-            )
-        try:
-            options[key] = _number(value, fields[key].type)
-        except ValueError:
-            raise InputError(
-                f"pass {kind.name}: {key}={value!r} is no {fields[key].type}",
-                remedy="give a value of that type",
-            ) from None
+    if m is None:
+        raise InputError(f"{text!r} is no pass", remedy="write NAME or NAME{option=value,…}")
+    if m.group(1) not in known:
+        raise InputError(f"no pass is named {m.group(1)!r}", remedy=f"known: {', '.join(known)}")
+    kind = _load(known[m.group(1)], Pass)
+    options = _options(m.group(1), dataclasses.fields(kind), m.group(2) or "")
+    missing = [
+        f.name
+        for f in dataclasses.fields(kind)
+        if f.name not in options
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise InputError(f"pass {m.group(1)} needs the option {missing[0]}", remedy="give it in braces")
     return kind(**options)
 
 
+def _options(name: str, declared: Iterable[dataclasses.Field[Any]], text: str) -> dict[str, Any]:
+    fields = {f.name: f for f in declared}
+    options: dict[str, Any] = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        key, _, value = (piece.strip() for piece in part.partition("="))
+        if key not in fields:
+            raise InputError(
+                f"pass {name} has no option {key!r}", remedy=f"options: {', '.join(fields) or 'none'}"
+            )
+        if key in options:
+            raise InputError(f"pass {name}: {key} is given twice", remedy="give it once")
+        kind = getattr(fields[key].type, "__name__", fields[key].type)
+        try:
+            options[key] = _number(value, kind)
+        except ValueError:
+            raise InputError(
+                f"pass {name}: {key}={value!r} is no {kind}", remedy="give a value of that type"
+            ) from None
+    return options
+
+
 def quantization_passes(scheme: str) -> list[Pass]:
-    """The passes of a scheme; "none" has none. InputError lists the schemes that exist."""
+    """The passes of a scheme; "none" has none. InputError lists the schemes that exist, or the packages of
+    two quantizers that both claim it.
+    """
     if scheme == "none":
         return []
     forms: list[str] = ["none"]
-    for entry in registered("llmc.quantizers").values():
-        quantizer: Quantizer = entry.entry.load()()
-        found = quantizer.passes(scheme)
-        if found is not None:
-            return found
+    claims: list[tuple[Registered, list[Pass]]] = []
+    for item in registered("llmc.quantizers").values():
+        quantizer: Quantizer = _load(item, Quantizer)()
+        passes = quantizer.passes(scheme)
+        claims += [(item, passes)] if passes is not None else []
         forms += quantizer.forms
-    raise InputError(f"no quantization scheme is named {scheme!r}", remedy=f"known: {', '.join(forms)}")
+    if not claims:
+        raise InputError(f"no quantization scheme is named {scheme!r}", remedy=f"known: {', '.join(forms)}")
+    if len(claims) > 1:
+        named = " and ".join(f"{item.name} of {item.origin}" for item, _ in claims[:2])
+        raise InputError(f"scheme {scheme!r} comes from both {named}", remedy="uninstall one of them")
+    return claims[0][1]

@@ -93,6 +93,16 @@ class FoldMoved(Rule):
         return [rw.insert(full_like(rw.root.result.type, found["a"]))]
 
 
+_NEUTRAL: dict[type[Op], float] = {
+    m.Add: 0,
+    m.Sub: 0,
+    m.Mul: 1,
+    m.Div: 1,
+    m.LogicalAnd: 1,
+    m.LogicalOr: 0,
+}
+
+
 class DropIdentity(Rule):
     """x + 0, x - 0, x · 1, x / 1, true and x, false or x, cast to the same dtype, reshape or expand to the
     same shape → x
@@ -104,7 +114,7 @@ class DropIdentity(Rule):
         op = rw.root
         x = op.operands[0]
         if isinstance(op, m.Binary):
-            neutral = {m.Add: 0, m.Sub: 0, m.Mul: 1, m.Div: 1, m.LogicalAnd: 1, m.LogicalOr: 0}[type(op)]
+            neutral = _NEUTRAL[type(op)]
             for a, b in ((op.a, op.b), (op.b, op.a)):
                 if constant(b) == neutral and a.type == op.result.type:
                     return [a]

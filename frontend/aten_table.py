@@ -1,0 +1,37 @@
+"""The table ATen operator → IR ops. A model family works because its operators stand here; nothing knows a
+family.
+
+Each entry takes the `Importer` and the node's arguments (IR values, numbers, dimensions, lists) and returns
+an IR value, a tuple of them for operators with several results, or None for operators that only assert. To
+add an operator, add a function with `@aten("name.overload")` to `aten.py` (arithmetic, layers) or
+`aten_shapes.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..ir.errors import UnsupportedError
+
+Handler = Callable[..., Any]
+TABLE: dict[str, Handler] = {}
+
+
+def aten(*names: str) -> Callable[[Handler], Handler]:
+    def register(handler: Handler) -> Handler:
+        for name in names:
+            TABLE[name] = handler
+        return handler
+
+    return register
+
+
+def lookup(name: str, where: str) -> Handler:
+    """The handler of "add.Tensor"; UnsupportedError names the operator and the module that calls it."""
+    if name not in TABLE:
+        raise UnsupportedError(
+            f"operator aten.{name} in {where or 'the model'} is not supported",
+            remedy="add it to frontend/aten.py, or report the model",
+        )
+    return TABLE[name]
