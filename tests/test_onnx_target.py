@@ -34,7 +34,7 @@ def build(graph: Graph, folder: Path, *, kind: str = "function", **options: Any)
     """An artifact of one graph for onnx-cpu."""
     with ArtifactWriter(folder / "model.llmc") as writer:
         entry = OnnxCpu(**options).compile(graph, writer, progress=no_progress)
-        model = {"vocab_size": 0, "hidden_size": 0}
+        model = {"vocab_size": graph.outputs[0].shape[-1] if kind != "function" else 0}
         return writer.finish({"kind": kind, "model": model, "targets": {"onnx-cpu": entry}})
 
 

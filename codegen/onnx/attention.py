@@ -1,19 +1,19 @@
 """Attention: over the paged cache (one local function, used by all layers alike), and of whole sequences.
 
-    function PagedAttention(q [T, H, D], k, v [T, Hkv, D], k_pages, v_pages [Hkv, N, page_size, D], plan…,
-    sinks?)
-      Loop over the plan's groups:                               (b sequences, t queries, S keys)
-        K = concat(gather(k_pages, pages), gather(k, key_rows))  [Hkv, b, S, D]
+    function PagedAttention(q [T, H, D], k, v [T, Hkv, D], k_pages, v_pages [Hkv, N, page_size, D], plan…, sinks?)
+      for each of the plan's groups:                             (b sequences, t queries, S keys)
+        K = gather(k_pages, pages), new rows written into it     [Hkv, b, S, D]
         scores = Q · Kᵀ · scale, soft-capped, + mask             [Hkv, b, G · t, S]
         rows = softmax(scores) · V                               [b · t, H, D]
       gather(concat(rows of all groups), inverse)                [T, H, D]
 
-onnxruntime's own GroupQueryAttention needs contiguous per-sequence caches and its PagedAttention exists for
-CUDA only.
+onnxruntime's own GroupQueryAttention wants each sequence's cache contiguous, and its PagedAttention exists for CUDA
+only.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from onnx import FunctionProto, TensorProto, helper
@@ -23,7 +23,7 @@ from ...ir.errors import UnsupportedError
 from ...ir.ops import attention as ir
 from ...ir.ops import cache as ir_cache
 from ...ir.types import Dim, divide
-from .attention_plan import Plan, describe, make_plan, visible
+from .attention_plan import PARTS, Mask, Plan, additive, describe, loop_body, make_plan, visible
 from .builder import CONTRIB, LOCAL, Names, Scope
 from .context import Context, emits, opsets
 
@@ -57,14 +57,12 @@ class _Config:
     half_cache: bool
 
 
-def _softmax(s: Scope, scores: str, sinks: str | None) -> str:
-    """Softmax over the last axis; `sinks` broadcasts to the scores with a last axis of 1 and is dropped
-    again.
+def _softmax(s: Scope, scores: str, column: str | None) -> str:
+    """Softmax over the last axis; `column` [..., 1] holds the sinks' logits, which take weight and give
+    nothing.
     """
-    if sinks is None:
+    if column is None:
         return s.op("Softmax", scores, axis=-1)
-    lead = s.op("Concat", s.op("Shape", scores, start=0, end=-1), s.i64(1), axis=0)
-    column = s.op("Expand", sinks, lead)
     return s.slice(s.op("Softmax", s.op("Concat", scores, column, axis=-1), axis=-1), -1, 0, -1)
 
 
@@ -75,102 +73,73 @@ def _capped(s: Scope, scores: str, softcap: float | None) -> str:
     return s.op("Mul", small, s.scalar(softcap, "float32"))
 
 
-def _keys(s: Scope, cfg: _Config, pages: str, rows: str, page_index: str, row_index: str) -> str:
-    """[Hkv, b, S, D] in float32: the past from its pages, then the new rows [Hkv, T, D]."""
-    old = s.op("Gather", pages, page_index, axis=1)
-    old = s.reshape(old, 0, 0, -1, cfg.dim)
+def _keys(s: Scope, cfg: _Config, pages: str, rows: str, take: Mapping[str, str]) -> str:
+    """[Hkv, b, S, D] in float32: the context's pages, with the new rows [Hkv, T, D] where they belong.
+
+    Writing them into what was gathered happens in place and spares a second copy, which concatenating would
+    be.
+    """
+    gathered = s.reshape(s.op("Gather", pages, take["pages"], axis=1), 0, 0, -1, cfg.dim)
     if cfg.half_cache:
-        old = s.cast(old, "float32")
-    return s.op("Concat", old, s.op("Gather", rows, row_index, axis=1), axis=2)
+        gathered = s.cast(gathered, "float32")
+    new = s.op("Gather", rows, take["key_rows"], axis=1)
+    return s.op("ScatterND", gathered, take["places"], new)
 
 
-def _group_rows(s: Scope, cfg: _Config, values: dict[str, str], group: str) -> str:
-    """The Loop's body for one group: attention rows [b · t, H, Dv]."""
+def _group_rows(s: Scope, cfg: _Config, values: Mapping[str, str], take: Mapping[str, str]) -> str:
+    """Attention rows [b · t, H, D] of one group; `take`: its `PARTS`."""
     ratio = cfg.heads // cfg.kv_heads
-    take = {n: s.op("SequenceAt", values[n], group) for n in ("query_rows", "key_rows", "pages", "mask")}
     q = s.op("Gather", values["q"], take["query_rows"], axis=0)  # [b, t, Hkv, G, D]
     q = s.reshape(s.transpose(q, 2, 0, 3, 1, 4), 0, 0, -1, cfg.dim)
-    k = _keys(s, cfg, values["k_pages"], values["k"], take["pages"], take["key_rows"])
-    v = _keys(s, cfg, values["v_pages"], values["v"], take["pages"], take["key_rows"])
-    scores = s.op("FusedMatMul", q, k, domain=CONTRIB, transB=1, alpha=cfg.scale)
-    together = s.op("Shape", scores)
-    scores = _capped(s, scores, cfg.softcap)
-    if ratio > 1 or cfg.sinks:
-        queries = s.op("Shape", take["query_rows"], start=1, end=2)
-        scores = s.op("Reshape", scores, s.op("Concat", s.i64(0, 0, ratio), queries, s.i64(-1), axis=0))
-        mask = take["mask"]  # [b, 1, t, S] against [Hkv, b, G, t, S]
-        weights = _softmax(s, s.op("Add", scores, mask), values.get("sinks"))
-        weights = s.op("Reshape", weights, together)
-    else:
-        weights = _softmax(s, s.op("Add", scores, s.op("Squeeze", take["mask"], s.i64(1))), None)
-    rows = s.reshape(s.op("MatMul", weights, v), 0, 0, ratio, -1, cfg.dim)  # [Hkv, b, G, t, Dv]
+    k = _keys(s, cfg, values["k_pages"], values["k"], take)
+    v = _keys(s, cfg, values["v_pages"], values["v"], take)
+    scores = _capped(s, s.op("FusedMatMul", q, k, domain=CONTRIB, transB=1, alpha=cfg.scale), cfg.softcap)
+    mask = take["mask"] if ratio == 1 else s.op("Tile", take["mask"], take["tiles"])
+    column = None
+    if cfg.sinks:  # [Hkv, 1, G, 1, 1] → [Hkv, b, G · t, 1]
+        batch, queries = (s.op("Shape", take["query_rows"], start=i, end=i + 1) for i in (0, 1))
+        shape = s.op("Concat", s.i64(1), batch, s.i64(1), queries, s.i64(1), axis=0)
+        column = s.reshape(s.op("Expand", values["sinks"], shape), 0, 0, -1, 1)
+    weights = _softmax(s, s.op("Add", scores, mask), column)
+    rows = s.reshape(s.op("MatMul", weights, v), 0, 0, ratio, -1, cfg.dim)  # [Hkv, b, G, t, D]
     return s.reshape(s.transpose(rows, 1, 3, 0, 2, 4), -1, cfg.heads, cfg.dim)
-
-
-_INPUTS = [
-    "q",
-    "k",
-    "v",
-    "k_pages",
-    "v_pages",
-    "groups",
-    "query_rows",
-    "key_rows",
-    "pages",
-    "mask",
-    "inverse",
-]
 
 
 def _function(cfg: _Config, name: str) -> FunctionProto:
     """The local function of one configuration."""
     s = Scope(Names())
-    inputs = [*_INPUTS, *(["sinks"] if cfg.sinks else [])]
-    values = {n: s.names.fresh(n) for n in inputs}
+    parts = [f"{which}_{part}" for which in ("first", "rest") for part in PARTS]
+    inputs = ["q", "k", "v", "k_pages", "v_pages", *parts, "others", "inverse"]
+    inputs += ["sinks"] if cfg.sinks else []
+    given = {n: s.names.fresh(n) for n in inputs}
     ratio = cfg.heads // cfg.kv_heads
-    inner_values = dict(values)
-    inner_values["q"] = s.reshape(values["q"], -1, cfg.kv_heads, ratio, cfg.dim)
-    inner_values["k"], inner_values["v"] = (s.transpose(values[n], 1, 0, 2) for n in ("k", "v"))
+    values = dict(given)
+    values["q"] = s.reshape(given["q"], -1, cfg.kv_heads, ratio, cfg.dim)
+    values["k"], values["v"] = (s.transpose(given[n], 1, 0, 2) for n in ("k", "v"))
     if cfg.sinks:
-        inner_values["sinks"] = s.reshape(values["sinks"], cfg.kv_heads, 1, ratio, 1, 1)
+        values["sinks"] = s.reshape(given["sinks"], cfg.kv_heads, 1, ratio, 1, 1)
+    first = _group_rows(s, cfg, values, {p: given[f"first_{p}"] for p in PARTS})
 
     inner = Scope(s.names)
-    group, more, carried = (s.names.fresh(n) for n in ("group", "more", "carried"))
-    grown = inner.op("SequenceInsert", carried, _group_rows(inner, cfg, inner_values, group))
-    again = inner.op("Identity", more)
-    flag, number = TensorProto.BOOL, TensorProto.INT64
-    body = inner.body(
-        [
-            helper.make_tensor_value_info(group, number, []),
-            helper.make_tensor_value_info(more, flag, []),
-            helper.make_tensor_sequence_value_info(carried, TensorProto.FLOAT, None),
-        ],
-        [
-            helper.make_tensor_value_info(again, flag, []),
-            helper.make_tensor_sequence_value_info(grown, TensorProto.FLOAT, None),
-        ],
-        "groups",
-    )
-    # The first element is empty, so that a step without tokens still has something to concatenate.
-    nothing = s.slice(s.reshape(values["q"], -1, cfg.heads, cfg.dim), 0, 0, 0)
-    start = s.op("SequenceConstruct", nothing)
-    done = s.op("Loop", values["groups"], None, start, body=body)
-    rows = s.op("ConcatFromSequence", done, axis=0)
-    out = s.op("Gather", rows, values["inverse"], axis=0)
-    return helper.make_function(LOCAL, name, [values[n] for n in inputs], [out], s.nodes, opsets())
+    step, more, carried = (s.names.fresh(n) for n in ("step", "more", "carried"))
+    take = {p: inner.op("SequenceAt", given[f"rest_{p}"], step) for p in PARTS if p != "tiles" or ratio > 1}
+    grown = inner.op("SequenceInsert", carried, _group_rows(inner, cfg, values, take))
+    body = loop_body(inner, "groups", step, more, [(carried, grown, TensorProto.FLOAT)])
+    done = s.op("Loop", given["others"], None, s.op("SequenceConstruct", first), body=body)
+    out = s.op("Gather", s.op("ConcatFromSequence", done, axis=0), given["inverse"], axis=0)
+    return helper.make_function(LOCAL, name, [given[n] for n in inputs], [out], s.nodes, opsets())
 
 
-def _plan(c: Context, op: ir_cache.PagedAttention, page_size: int) -> Plan:
+def _plan(c: Context, op: ir_cache.PagedAttention, mask: Mask) -> Plan:
     """The plan for this op's batch and mask, made when the first layer asks."""
-    key = (op.query_start, op.context_len, op.block_table, page_size)
+    key = (op.query_start, op.context_len, op.block_table)
     if key not in c.batches:
         rows = c.scope.op("Squeeze", c.scope.op("Shape", c.name(op.q), start=0, end=1), c.scope.i64(0))
-        batch = [c.name(v) for v in (op.query_start, op.context_len, op.block_table)]
+        batch = [c.name(v) for v in key]
         c.batches[key] = describe(c.scope, rows, *batch)
-    mask = (*key, op.causal, op.window)
-    if mask not in c.plans:
-        c.plans[mask] = make_plan(c.scope, c.batches[key], page_size, op.causal, op.window)
-    return c.plans[mask]
+    if (key, mask) not in c.plans:
+        c.plans[key, mask] = make_plan(c.scope, c.batches[key], mask)
+    return c.plans[key, mask]
 
 
 @emits("paged_attention")
@@ -193,7 +162,7 @@ def paged_attention(c: Context, op: ir_cache.PagedAttention) -> str:
     k, v, _ = c.new_rows[pages.index]
     if half:
         k, v = c.scope.cast(k, "float32"), c.scope.cast(v, "float32")
-    plan = _plan(c, op, size)
+    plan = _plan(c, op, Mask(size, kv_heads, heads // kv_heads, op.causal, op.window))
     sinks = [] if op.sinks is None else [c.name(op.sinks)]
     inputs = [c.name(op.q), k, v, *pages.names, *plan.names, *sinks]
     return c.scope.op(c.functions[cfg].name, *inputs, domain=LOCAL)
@@ -241,7 +210,10 @@ def _attend(
     if mask is not None:
         scores = s.op("Add", scores, mask)
     sinks = op.sinks if isinstance(op, ir.Attention) else None
-    weights = _softmax(s, scores, None if sinks is None else s.unsqueeze(c.name(sinks), -1, -2))
+    column = None
+    if sinks is not None:
+        column = s.op("Expand", s.unsqueeze(c.name(sinks), -1, -2), c.dims.shape((*q_shape[:-1], 1)))
+    weights = _softmax(s, scores, column)
     if rows_may_be_blind:  # torch gives zeros where a row sees nothing
         weights = s.op("Where", s.op("IsNaN", weights), s.scalar(0.0, "float32"), weights)
     if not grouped:
@@ -257,8 +229,7 @@ def _position_mask(c: Context, queries: Dim, keys: Dim, causal: bool, window: in
     s = c.scope
     rows, columns = (s.arange(s.op("Squeeze", c.dims.value(n), s.i64(0))) for n in (queries, keys))
     seen = visible(s, s.unsqueeze(rows, 0), s.unsqueeze(columns, 0), causal, window)
-    mask = s.op("Where", seen, s.scalar(0.0, "float32"), s.scalar(float("-inf"), "float32"))
-    return s.op("Squeeze", mask, s.i64(0))
+    return None if seen is None else s.op("Squeeze", additive(s, seen), s.i64(0))
 
 
 @emits("attention")
@@ -277,7 +248,6 @@ def sdpa(c: Context, op: ir.Sdpa) -> str:
     if op.mask is not None:
         given = c.name(op.mask)
         if op.mask.dtype == "bool":
-            zero, never = c.scope.scalar(0.0, "float32"), c.scope.scalar(float("-inf"), "float32")
-            given = c.scope.op("Where", given, zero, never)
+            given = additive(c.scope, given)
         mask = given if mask is None else c.scope.op("Add", mask, given)
     return _attend(c, op, q, k, v, mask, rows_may_be_blind=op.mask is not None)

@@ -1,28 +1,27 @@
 """What every layer's paged attention needs to know about the batch, computed once a step.
 
-A ragged batch is cut into groups of sequences with the same number t of query tokens, so that a group is
-dense:
+A ragged batch is cut into groups of sequences with the same number t of query tokens, so that a group is dense:
 
-    sequences with one new token (decode)   up to 16 together, most context first, padded to the longest of
-    them sequences with more (prefill)           one sequence and up to 128 of its tokens a group
+    sequences with one new token (decode)   up to 16 together, most context first, padded to the longest of them
+    sequences with more (prefill)           one sequence and up to 128 of its tokens a group
 
-A `Loop` over the groups makes, for each, the rows of the new tokens, the pages to gather and an additive
-mask, and puts them into four ONNX sequences; the layers' own loops take them from there. Both limits bound
-the memory of a layer's scores and gathered keys, however long the batch is.
+Both limits bound the memory of a layer's scores and gathered keys, however long the batch is. For each group there
+are the rows of the new tokens, the pages to gather, the places of the new keys among the gathered ones, and an
+additive mask. The first group's are plain values, since a small batch has only one and a `Loop` costs about as
+much as the attention of one token; those of the others lie in ONNX sequences that the layers' own loops read.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from onnx import TensorProto, helper
+from onnx import GraphProto, TensorProto, helper
 
 from .builder import Scope
 
 DECODE_GROUP = 16
 DECODE_TOKENS = 8192  # padded context tokens of a group of decoding sequences
 CHUNK = 128  # query tokens of a group of one prefilling sequence
-_FAR = 1 << 40  # position of keys that nobody sees
 
 
 @dataclass(frozen=True)
@@ -41,21 +40,30 @@ class Batch:
     inverse: str  # [T] where the groups' rows, back to back, hold each token
 
 
+PARTS = ("query_rows", "key_rows", "pages", "places", "tiles", "mask")
+_KINDS = (TensorProto.INT64,) * 5 + (TensorProto.FLOAT,)
+
+
 @dataclass(frozen=True)
 class Plan:
-    """Names of the ONNX sequences with one tensor a group: b sequences, t queries, n new keys, p pages each.
+    """What the layers take. A group has b sequences, t queries, n new keys, p pages each, S = p · page_size.
+
+    query_rows  int64 [b, t]           rows of T
+    key_rows    int64 [b, n]           rows of T
+    pages       int64 [b, p]           every page of the context that a query sees, those of the new keys included
+    places      int64 [Hkv, b, n, 3]   index of each new key in the gathered keys [Hkv, b, S, D]
+    tiles       int64 [3]              how often to repeat the mask for the query heads of a key head
+    mask        float32 [b, t, S]      0 where the key is seen, else -inf
     """
 
-    query_rows: str  # int64 [b, t]
-    key_rows: str  # int64 [b, n]
-    pages: str  # int64 [b, p]
-    mask: str  # float32 [b, 1, t, p · page_size + n]: 0 where the key is seen, else -inf
-    groups: str
-    inverse: str
+    first: tuple[str, ...]  # `PARTS` of the first group
+    rest: tuple[str, ...]  # ONNX sequences of `PARTS` of the others
+    others: str  # how many they are, rank 0
+    inverse: str  # Batch.inverse
 
     @property
     def names(self) -> list[str]:
-        return [self.groups, self.query_rows, self.key_rows, self.pages, self.mask, self.inverse]
+        return [*self.first, *self.rest, self.others, self.inverse]
 
 
 def _div_up(s: Scope, a: str, b: int) -> str:
@@ -129,74 +137,108 @@ def describe(s: Scope, rows: str, query_start: str, context_len: str, block_tabl
     )
 
 
-def visible(s: Scope, queries: str, keys: str, causal: bool, window: int | None) -> str:
-    """bool [b, t, s] from positions [b, t] and [b, s]."""
+def visible(s: Scope, queries: str, keys: str, causal: bool, window: int | None) -> str | None:
+    """bool [b, t, S] from positions [b, t] and [b, S]; None where all is seen."""
+    if not causal and window is None:
+        return None
     distance = s.op("Sub", s.unsqueeze(queries, 2), s.unsqueeze(keys, 1))
-    least = 0 if causal else -(_FAR >> 1) if window is None else 1 - window
-    seen = s.op("GreaterOrEqual", distance, s.scalar(least))
-    return seen if window is None else s.op("And", seen, s.op("Less", distance, s.scalar(window)))
+    seen: str | None = None
+    if window is not None:
+        seen = s.op("Less", distance, s.scalar(window))
+        if not causal:
+            return s.op("And", seen, s.op("Greater", distance, s.scalar(-window)))
+    ahead = s.op("GreaterOrEqual", distance, s.scalar(0))
+    return ahead if seen is None else s.op("And", seen, ahead)
 
 
-def _group(s: Scope, batch: Batch, group: str, page_size: int, causal: bool, window: int | None) -> list[str]:
-    """query_rows, key_rows, pages and mask of one group (see `Plan`)."""
+def additive(s: Scope, seen: str) -> str:
+    """bool → float32: 0 where true, else -inf."""
+    return s.op("Where", seen, s.scalar(0.0, "float32"), s.scalar(float("-inf"), "float32"))
+
+
+@dataclass(frozen=True)
+class Mask:
+    """What layers must share to share a plan."""
+
+    page_size: int
+    kv_heads: int
+    ratio: int  # query heads of a key head
+    causal: bool
+    window: int | None
+
+
+def _places(s: Scope, column: str, kv_heads: int) -> str:
+    """[b, n] places along S → int64 [Hkv, b, n, 3] indices (head, sequence, place)."""
+    shape = s.op("Concat", s.i64(kv_heads), s.op("Shape", column), axis=0)
+    heads = s.constant([[[h]] for h in range(kv_heads)], "int64")
+    sequences = s.arange(s.op("Squeeze", s.op("Shape", column, start=0, end=1), s.i64(0)))
+    parts = [heads, s.unsqueeze(sequences, 1), column]
+    return s.op("Concat", *[s.unsqueeze(s.op("Expand", x, shape), -1) for x in parts], axis=-1)
+
+
+def _group(s: Scope, batch: Batch, group: str, m: Mask) -> list[str]:
+    """`PARTS` of one group."""
     start, stop = (s.op("Gather", edges, group) for edges in (batch.starts, batch.stops))
     members = s.op("Slice", batch.order, s.unsqueeze(start, 0), s.unsqueeze(stop, 0))
     offset = s.op("Gather", batch.offset, start)
     count = s.op("Gather", batch.count, s.op("Gather", batch.order, start))
     queries = s.op("Min", s.op("Sub", count, offset), s.scalar(CHUNK))
-    new_keys = s.op("Add", offset, queries) if causal else count
+    keys = s.op("Add", offset, queries) if m.causal else count  # new ones, from the sequence's first new token
     first = s.unsqueeze(s.op("Gather", batch.first, members), 1)
     past = s.unsqueeze(s.op("Gather", batch.past, members), 1)
-    steps, new_steps = s.arange(queries), s.arange(new_keys)
-    query_rows = s.op("Add", s.op("Add", first, offset), steps)
-    key_rows = s.op("Add", first, new_steps)
 
-    end = _div_up(s, past, page_size)
-    columns_from = s.op("Mul", past, s.scalar(0))
-    if window is not None:  # pages wholly before the window are not even gathered
-        oldest = s.op("Sub", s.op("Add", past, offset), s.scalar(window - 1))
-        columns_from = s.op("Div", s.op("Max", oldest, s.scalar(0)), s.scalar(page_size))
-    width = s.op("Max", s.op("ReduceMax", s.op("Sub", end, columns_from), keepdims=0), s.scalar(0))
-    columns = s.op("Add", columns_from, s.arange(width))
+    context = s.op("Add", past, keys)
+    oldest = s.scalar(0)
+    if m.window is not None:  # pages wholly before the window are not gathered
+        oldest = s.op("Max", s.op("Sub", s.op("Add", past, offset), s.scalar(m.window - 1)), s.scalar(0))
+    first_page = s.op("Div", oldest, s.scalar(m.page_size))
+    width = s.op("ReduceMax", s.op("Sub", _div_up(s, context, m.page_size), first_page), keepdims=0)
+    columns = s.op("Add", first_page, s.unsqueeze(s.arange(width), 0))
     table = s.op("Gather", batch.block_table, members)
     widest = s.op("Sub", s.op("Shape", table, start=1, end=2), s.scalar(1))
-    pages = s.op("GatherElements", table, s.op("Min", columns, widest), axis=1)
+    wide = s.op("Expand", columns, s.op("Concat", s.op("Shape", members), s.i64(1), axis=0))
+    pages = s.op("GatherElements", table, s.op("Min", wide, widest), axis=1)
 
-    places = s.constant(list(range(page_size)), "int64")
-    old = s.op("Add", s.unsqueeze(s.op("Mul", columns, s.scalar(page_size)), 2), places)
-    old = s.reshape(old, 0, -1)
-    old = s.op("Where", s.op("Less", old, past), old, s.scalar(_FAR))
-    keys = s.op("Concat", old, s.op("Add", past, new_steps), axis=1)
-    seen = visible(s, s.op("Add", s.op("Add", past, offset), steps), keys, causal, window)
-    mask = s.op("Where", seen, s.scalar(0.0, "float32"), s.scalar(float("-inf"), "float32"))
-    return [query_rows, key_rows, pages, s.unsqueeze(mask, 1)]
+    base = s.op("Mul", first_page, s.scalar(m.page_size))  # position of the first gathered key
+    skipped = s.op("ReduceMax", s.op("Max", s.op("Sub", base, past), s.scalar(0)), keepdims=0)
+    new_steps = s.op("Range", skipped, keys, s.scalar(1))
+    steps = s.op("Add", offset, s.arange(queries))
+    places = _places(s, s.op("Sub", s.op("Add", past, new_steps), base), m.kv_heads)
+    along = s.unsqueeze(s.arange(s.op("Mul", width, s.scalar(m.page_size))), 0)
+    key_positions = s.op("Add", base, along)
+    exists = s.unsqueeze(s.op("Less", key_positions, context), 1)
+    seen = visible(s, s.op("Add", past, steps), key_positions, m.causal, m.window)
+    shape = s.op("Concat", s.i64(1), s.unsqueeze(queries, 0), s.i64(1), axis=0)
+    mask = additive(s, s.op("Expand", exists, shape) if seen is None else s.op("And", seen, exists))
+    # One query a sequence: the mask broadcasts over the heads by itself.
+    repeat = s.op("Where", s.op("Equal", queries, s.scalar(1)), s.i64(1, 1, 1), s.i64(1, m.ratio, 1))
+    return [s.op("Add", first, steps), s.op("Add", first, new_steps), pages, places, repeat, mask]
 
 
-def make_plan(s: Scope, batch: Batch, page_size: int, causal: bool, window: int | None) -> Plan:
-    """The loop over the groups, for layers that share `causal` and `window`."""
-    kinds = [TensorProto.INT64] * 3 + [TensorProto.FLOAT]
-    empty = [s.op("SequenceEmpty", dtype=kind) for kind in kinds]
+def make_plan(s: Scope, batch: Batch, m: Mask) -> Plan:
+    """All groups: the first one, and the loop over the others. A step has at least one token."""
+    first = _group(s, batch, s.scalar(0), m)
+    others = s.op("Sub", batch.groups, s.scalar(1))
+    empty = [s.op("SequenceEmpty", dtype=kind) for kind in _KINDS]
     inner = Scope(s.names)
-    group, more = s.names.fresh("group"), s.names.fresh("more")
-    carried = [s.names.fresh("carried") for _ in kinds]
-    parts = _group(inner, batch, group, page_size, causal, window)
+    step, more = s.names.fresh("step"), s.names.fresh("more")
+    carried = [s.names.fresh("carried") for _ in _KINDS]
+    parts = _group(inner, batch, inner.op("Add", step, inner.scalar(1)), m)
     grown = [inner.op("SequenceInsert", c, p) for c, p in zip(carried, parts, strict=True)]
+    body = loop_body(inner, "plan", step, more, list(zip(carried, grown, _KINDS, strict=True)))
+    rest = s.many("Loop", [others, None, *empty], len(_KINDS), body=body)
+    return Plan(tuple(first), tuple(rest), others, batch.inverse)
+
+
+def loop_body(
+    inner: Scope, name: str, step: str, more: str, carried: list[tuple[str, str, int]]
+) -> GraphProto:
+    """The body of a `Loop` that grows sequences: (name before, name after, element type) of each."""
     again = inner.op("Identity", more)
-    body = inner.body(
-        [
-            helper.make_tensor_value_info(group, TensorProto.INT64, []),
-            helper.make_tensor_value_info(more, TensorProto.BOOL, []),
-            *(
-                helper.make_tensor_sequence_value_info(n, k, None)
-                for n, k in zip(carried, kinds, strict=True)
-            ),
-        ],
-        [
-            helper.make_tensor_value_info(again, TensorProto.BOOL, []),
-            *(helper.make_tensor_sequence_value_info(n, k, None) for n, k in zip(grown, kinds, strict=True)),
-        ],
-        "plan",
-    )
-    filled = s.many("Loop", [batch.groups, None, *empty], 4, body=body)
-    query_rows, key_rows, pages, mask = filled
-    return Plan(query_rows, key_rows, pages, mask, batch.groups, batch.inverse)
+    flag, number = TensorProto.BOOL, TensorProto.INT64
+    ins = [helper.make_tensor_value_info(step, number, []), helper.make_tensor_value_info(more, flag, [])]
+    outs = [helper.make_tensor_value_info(again, flag, [])]
+    for before, after, kind in carried:
+        ins.append(helper.make_tensor_sequence_value_info(before, kind, None))
+        outs.append(helper.make_tensor_sequence_value_info(after, kind, None))
+    return inner.body(ins, outs, name)

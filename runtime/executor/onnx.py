@@ -80,6 +80,8 @@ class OnnxExecutor:
         feed = {name: getattr(inputs, name) for name in _STEP if name in self._inputs}
         if "output_index" not in feed:
             raise InputError("this artifact is a plain function and has no step", remedy="call run")
+        if not len(inputs.token_ids):  # the model's first group of queries cannot be empty
+            return np.zeros((0, self.vocab_size), np.float32)
         results = self._session.run(self._outputs, {**feed, **self._cache_feed})
         rows = dict(zip(self._outputs, results, strict=True))
         page, place = np.divmod(inputs.slot_mapping, self.page_size)
