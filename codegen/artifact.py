@@ -29,7 +29,6 @@ from types import TracebackType
 from typing import Any, Literal
 
 import numpy as np
-
 from llmc import __version__
 
 from ..ir.errors import ArtifactError, InputError
@@ -256,8 +255,16 @@ class Artifact:
         root = Path(path)
         manifest = _read_manifest(root)
         check_manifest(manifest, root / MANIFEST)
-        _check_files(root, manifest["files"], verify)
-        return Artifact(root, manifest)
+        _check_files(root, manifest["files"])
+        artifact = Artifact(root, manifest)
+        if verify == "full":
+            artifact.verify()
+        return artifact
+
+    def verify(self) -> None:
+        """Check the sha256 of every file, several at a time. Raises ArtifactError for the first that differs.
+        """
+        _check_hashes(self.root, self.manifest["files"])
 
     @property
     def kind(self) -> str:
@@ -408,7 +415,7 @@ def _references(manifest: Mapping[str, Any], path: Path) -> list[str]:
     return named
 
 
-def _check_files(root: Path, files: Mapping[str, Mapping[str, Any]], verify: Verify) -> None:
+def _check_files(root: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
     inside = root.resolve()
     for rel, entry in files.items():
         path = root / rel
@@ -427,8 +434,6 @@ def _check_files(root: Path, files: Mapping[str, Mapping[str, Any]], verify: Ver
                 f"{path} has {status.st_size} bytes instead of {entry['size']}: it was cut short or changed",
                 remedy=_AGAIN,
             )
-    if verify == "full":
-        _check_hashes(root, files)
 
 
 def _check_hashes(root: Path, files: Mapping[str, Mapping[str, Any]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ..codegen.artifact import Artifact, Verify
@@ -48,7 +49,7 @@ def load(
     Raises ArtifactError where the artifact is damaged or does not suit this machine, InputError where an
     option is impossible.
     """
-    artifact = Artifact.open(path, verify)
+    artifact, tokenizer = _open(path, verify)
     executor = open_executor(artifact, target, threads=threads, isa=isa)
     if artifact.kind == "function":
         return LLM(executor, artifact=artifact)
@@ -60,7 +61,7 @@ def load(
         kv_cache_bytes=kv_cache_bytes,
         prefix_cache=prefix_cache,
     )
-    engine = Engine(executor, _tokenizer(artifact), _facts(artifact), options)
+    engine = Engine(executor, tokenizer, _facts(artifact), options)
     return LLM(
         executor,
         artifact=artifact,
@@ -69,6 +70,22 @@ def load(
         defaults=artifact.model.get("generation"),
         max_waiting=max_waiting,
     )
+
+
+def _open(path: str | os.PathLike[str], verify: Verify) -> tuple[Artifact, Tokenizer | None]:
+    """The artifact and its tokenizer, which is parsed while the hashes are computed; kernels wait for the
+    hashes.
+    """
+    artifact = Artifact.open(path, "size" if verify == "full" else verify)
+    if verify == "size":
+        return artifact, _tokenizer(artifact)
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        verified = pool.submit(artifact.verify)
+        try:
+            tokenizer = _tokenizer(artifact)
+        finally:
+            verified.result()  # a wrong hash explains whatever else went wrong
+    return artifact, tokenizer
 
 
 def _facts(artifact: Artifact) -> ModelFacts:

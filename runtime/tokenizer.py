@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -11,8 +9,6 @@ from pathlib import Path
 from tokenizers import Tokenizer as _Tokenizer
 
 from ..ir.errors import ArtifactError
-
-_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 class Tokenizer:
@@ -67,9 +63,9 @@ class Tokenizer:
 
     @cached_property
     def _byte_ids(self) -> frozenset[int]:
-        decoder = json.dumps(json.loads(self._inner.to_str()).get("decoder"))
-        if '"ByteFallback"' not in decoder:
+        # Asked of the decoder itself: reading the tokenizer's JSON again would take longer than loading it.
+        letter = self._inner.token_to_id("<0x41>")
+        if letter is None or self.decode([letter], skip_special_tokens=False).strip() != "A":
             return frozenset()
-        return frozenset(
-            token_id for token, token_id in self._inner.get_vocab().items() if _BYTE_TOKEN.fullmatch(token)
-        )
+        found = (self._inner.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+        return frozenset(token_id for token_id in found if token_id is not None)
