@@ -351,6 +351,25 @@ def test_rope(rotary: int, interleaved: bool, tmp_path: Path) -> None:
     check(graph, tmp_path, {"x": normal(5, 3, 8), "cos": np.cos(angle), "sin": np.sin(angle)}, 2e-6)
 
 
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize(("heads", "rotary"), [(3, 16), (1, 16), (3, 8)])
+def test_rope_with_repeated_tables_is_one_node(heads: int, rotary: int, scaled: bool, tmp_path: Path) -> None:
+    """What models trace to: cos and sin of concat(angle, angle), perhaps scaled (YaRN)."""
+
+    def body(g: Graph, x: Value, angle: Value) -> Op:
+        both = g.append(shape.Concat([angle, angle], -1)).result
+        tables = [g.append(op(both)).result for op in (math.Cos, math.Sin)]
+        if scaled:
+            factor = g.append(shape.Full(1.1, "float32")).result
+            tables = [g.append(math.Mul(t, factor)).result for t in tables]
+        return nn.Rope(x, *tables)
+
+    graph = function({"x": f32(T, heads, 16), "angle": f32(T, rotary // 2)}, body)
+    check(graph, tmp_path, {"x": normal(5, heads, 16), "angle": normal(5, rotary // 2, seed=1) * 3}, 2e-6)
+    model = (tmp_path / "model.llmc/targets/onnx-cpu/model.onnx").read_bytes()
+    assert b"RotaryEmbedding" in model
+
+
 @pytest.mark.parametrize("activation", nn.ACTIVATIONS)
 def test_gated_mlp(activation: str, tmp_path: Path) -> None:
     graph = function({"x": f32(T, 12)}, lambda g, x: nn.GatedMlp(x, activation))

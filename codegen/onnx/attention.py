@@ -1,14 +1,15 @@
 """Attention: over the paged cache (one local function, used by all layers alike), and of whole sequences.
 
-    function PagedAttention(q [T, H, D], k, v [T, Hkv, D], k_pages, v_pages [Hkv, N, page_size, D], plan…, sinks?)
+    function PagedAttention(q [T, H, D], k, v [T, Hkv, D], k_pages, v_pages [Hkv, N, page_size, D], plan…,
+    sinks?)
       for each of the plan's groups:                             (b sequences, t queries, S keys)
         K = gather(k_pages, pages), new rows written into it     [Hkv, b, S, D]
         scores = Q · Kᵀ · scale, soft-capped, + mask             [Hkv, b, G · t, S]
         rows = softmax(scores) · V                               [b · t, H, D]
       gather(concat(rows of all groups), inverse)                [T, H, D]
 
-onnxruntime's own GroupQueryAttention wants each sequence's cache contiguous, and its PagedAttention exists for CUDA
-only.
+onnxruntime's own GroupQueryAttention wants each sequence's cache contiguous, and its PagedAttention exists
+for CUDA only.
 """
 
 from __future__ import annotations

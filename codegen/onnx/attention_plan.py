@@ -1,14 +1,16 @@
 """What every layer's paged attention needs to know about the batch, computed once a step.
 
-A ragged batch is cut into groups of sequences with the same number t of query tokens, so that a group is dense:
+A ragged batch is cut into groups of sequences with the same number t of query tokens, so that a group is
+dense:
 
-    sequences with one new token (decode)   up to 16 together, most context first, padded to the longest of them
-    sequences with more (prefill)           one sequence and up to 128 of its tokens a group
+    sequences with one new token (decode)   up to 16 together, most context first, padded to the longest of
+    them sequences with more (prefill)           one sequence and up to 128 of its tokens a group
 
-Both limits bound the memory of a layer's scores and gathered keys, however long the batch is. For each group there
-are the rows of the new tokens, the pages to gather, the places of the new keys among the gathered ones, and an
-additive mask. The first group's are plain values, since a small batch has only one and a `Loop` costs about as
-much as the attention of one token; those of the others lie in ONNX sequences that the layers' own loops read.
+Both limits bound the memory of a layer's scores and gathered keys, however long the batch is. For each group
+there are the rows of the new tokens, the pages to gather, the places of the new keys among the gathered ones,
+and an additive mask. The first group's are plain values, since a small batch has only one and a `Loop` costs
+about as much as the attention of one token; those of the others lie in ONNX sequences that the layers' own
+loops read.
 """
 
 from __future__ import annotations
@@ -50,10 +52,10 @@ class Plan:
 
     query_rows  int64 [b, t]           rows of T
     key_rows    int64 [b, n]           rows of T
-    pages       int64 [b, p]           every page of the context that a query sees, those of the new keys included
-    places      int64 [Hkv, b, n, 3]   index of each new key in the gathered keys [Hkv, b, S, D]
-    tiles       int64 [3]              how often to repeat the mask for the query heads of a key head
-    mask        float32 [b, t, S]      0 where the key is seen, else -inf
+    pages       int64 [b, p]           every page of the context that a query sees, those of the new keys
+    included places      int64 [Hkv, b, n, 3]   index of each new key in the gathered keys [Hkv, b, S, D]
+    tiles       int64 [3]              how often to repeat the mask for the query heads of a key head mask
+    float32 [b, t, S]      0 where the key is seen, else -inf
     """
 
     first: tuple[str, ...]  # `PARTS` of the first group
@@ -183,7 +185,9 @@ def _group(s: Scope, batch: Batch, group: str, m: Mask) -> list[str]:
     offset = s.op("Gather", batch.offset, start)
     count = s.op("Gather", batch.count, s.op("Gather", batch.order, start))
     queries = s.op("Min", s.op("Sub", count, offset), s.scalar(CHUNK))
-    keys = s.op("Add", offset, queries) if m.causal else count  # new ones, from the sequence's first new token
+    keys = (
+        s.op("Add", offset, queries) if m.causal else count
+    )  # new ones, from the sequence's first new token
     first = s.unsqueeze(s.op("Gather", batch.first, members), 1)
     past = s.unsqueeze(s.op("Gather", batch.past, members), 1)
 

@@ -6,7 +6,9 @@ import numpy as np
 
 from ...ir.core import Value
 from ...ir.ops import cache as ir_cache
+from ...ir.ops import math as ir_math
 from ...ir.ops import nn as ir
+from ...ir.ops import shape as ir_shape
 from .builder import CONTRIB
 from .context import Context, emits
 from .ops_math import activate
@@ -73,22 +75,42 @@ def layer_norm(c: Context, op: ir.LayerNorm) -> str:
     )
 
 
+def _repeated(table: Value) -> bool:
+    """Whether the two halves of a table [T, R] are equal by construction: cos or sin of concat(angle, angle),
+    scaled or not.
+    """
+    op = table.producer
+    if isinstance(op, ir_shape.Concat):
+        return op.axis == -1 and len(op.xs) == 2 and op.xs[0] is op.xs[1]
+    if isinstance(op, ir_math.Cos | ir_math.Sin | ir_math.Cast):
+        return _repeated(op.operands[0])
+    if isinstance(op, ir_math.Mul):
+        return any(_repeated(a) and b.type.rank == 0 for a, b in ((op.a, op.b), (op.b, op.a)))
+    return False
+
+
 @emits("rope")
 def rope(c: Context, op: ir.Rope) -> str:
+    """One node where onnxruntime's RotaryEmbedding says the same, which takes one half of each table."""
     s, x, r = c.scope, c.name(op.x), op.rotary_dim
-    cos, sin = (s.unsqueeze(c.name(table), -2) for table in (op.cos, op.sin))
-    width = op.x.shape[-1]
+    heads, width = op.x.shape[-2:]
     assert isinstance(width, int)
+    plain = not op.interleaved and op.x.type.rank == 3 and op.cos.type.rank == 2
+    if plain and isinstance(heads, int) and _repeated(op.cos) and _repeated(op.sin):
+        halves = [s.slice(c.name(table), -1, 0, r // 2) for table in (op.cos, op.sin)]
+        flat = s.reshape(x, 1, -1, heads * width)
+        partial = {"num_heads": heads, "rotary_embedding_dim": r} if r != width else {}
+        turned = s.op("RotaryEmbedding", flat, s.i64(0), *halves, domain=CONTRIB, **partial)
+        return s.reshape(turned, -1, heads, width)
+    cos, sin = (s.unsqueeze(c.name(table), -2) for table in (op.cos, op.sin))
     turned = x if r == width else s.slice(x, -1, 0, r)
     if op.interleaved:
         odd, even = (s.slice(turned, -1, start, r, 2) for start in (1, 0))
         pairs = [s.unsqueeze(v, -1) for v in (s.op("Neg", odd), even)]
-        stacked = s.op("Concat", *pairs, axis=-1)
-        half = c.dims.reshape(stacked, (), (*op.x.shape[:-1], r))
+        half = c.dims.reshape(s.op("Concat", *pairs, axis=-1), (), (*op.x.shape[:-1], r))
     else:
-        half = s.op(
-            "Concat", s.op("Neg", s.slice(turned, -1, r // 2, r)), s.slice(turned, -1, 0, r // 2), axis=-1
-        )
+        low, high = s.many("Split", [turned], 2, axis=-1, num_outputs=2)
+        half = s.op("Concat", s.op("Neg", high), low, axis=-1)
     out = s.op("Add", s.op("Mul", turned, cos), s.op("Mul", half, sin))
     return out if r == width else s.op("Concat", out, s.slice(x, -1, r, width), axis=-1)
 
