@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import queue
 import threading
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator
@@ -14,6 +15,8 @@ from .engine import Engine
 from .generation import Request, StepOutput
 from .sampling_params import SamplingParams
 
+_log = logging.getLogger("llmc.runtime")
+
 Sink = Callable[[StepOutput], None]
 
 
@@ -21,11 +24,31 @@ class QueueFullError(LlmcError):
     """More requests wait than the engine accepts; try again later."""
 
 
+class Ticket:
+    """A request that was handed in, and which of its choices are unfinished.
+
+    Changed by the engine's thread only.
+    """
+
+    __slots__ = ("request", "sink", "unfinished")
+
+    def __init__(self, request: Request, sink: Sink):
+        self.request = request
+        self.sink = sink
+        self.unfinished = set(range(request.params.n))
+
+    @property
+    def id(self) -> str:
+        """Id of the request."""
+        return self.request.id
+
+
 class AsyncEngine:
     """Runs an `Engine` in a thread that starts with the first request.
 
     Submitting never waits for a step: requests are checked in the caller's thread, put into an inbox, and
-    taken up between steps. A stream that is closed or whose consumer is cancelled cancels its request.
+    taken up between steps. A stream that is closed or whose consumer is cancelled cancels its own request and
+    no other, even if another one has taken over its id.
     """
 
     def __init__(self, engine: Engine, *, max_waiting: int | None = None):
@@ -35,12 +58,17 @@ class AsyncEngine:
         self.max_waiting = max_waiting
         self._changed = threading.Condition()
         self._inbox: list[Callable[[], None]] = []
-        self._sinks: dict[str, tuple[Sink, set[int]]] = {}  # request id → sink, choices that are unfinished
+        self._tickets: dict[str, Ticket] = {}
         self._thread: threading.Thread | None = None
-        self._exclusive = threading.Lock()
-        self._pausing = False
+        self._pauser: int | None = None  # the thread that has the engine for itself, and how often it asked
+        self._pauses = 0
         self._stepping = False
         self._closed = False
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that were handed in and are not over."""
+        return len(self._tickets)
 
     # Callers' side ---------------------------------------------------------------------------------------
 
@@ -50,33 +78,35 @@ class AsyncEngine:
         params: SamplingParams | None,
         sink: Sink,
         request_id: str | None = None,
-    ) -> str:
-        """Queue a prompt; `sink` gets its outputs, called from the engine's thread. Returns the request's id.
+    ) -> Ticket:
+        """Queue a prompt; `sink` gets its outputs, called from the engine's thread.
 
         Raises InputError where the request is wrong, QueueFullError where too many wait.
         """
-        request = self.engine.make_request(prompt, params, request_id)
+        ticket = Ticket(self.engine.make_request(prompt, params, request_id), sink)
         with self._changed:
             self._refuse_if_closed()
-            if self.max_waiting is not None and len(self._sinks) >= self.max_waiting:
+            if self.max_waiting is not None and len(self._tickets) >= self.max_waiting:
                 raise QueueFullError(
-                    f"{len(self._sinks)} requests are unfinished, the limit is {self.max_waiting}",
+                    f"{len(self._tickets)} requests are unfinished, the limit is {self.max_waiting}",
                     remedy="try again later",
                 )
-            if request.id in self._sinks:
-                raise LlmcError(f"request id {request.id!r} is in use", remedy="choose another one")
-            self._sinks[request.id] = (sink, set(range(request.params.n)))
-            self._post(lambda: self._start_request(request))
-        return request.id
+            if ticket.id in self._tickets:
+                raise LlmcError(f"request id {ticket.id!r} is in use", remedy="choose another one")
+            self._tickets[ticket.id] = ticket
+            self._post(lambda: self._start(ticket))
+        return ticket
 
-    def cancel(self, request_id: str) -> None:
-        """End a request; its stream gets `finish_reason="cancelled"`.
+    def cancel(self, which: str | Ticket) -> None:
+        """End a request, named by id or ticket; its sink gets `finish_reason="cancelled"` for each open
+        choice.
 
         Nothing happens where it is over already.
         """
         with self._changed:
-            if request_id in self._sinks and not self._closed:
-                self._post(lambda: self._cancel(request_id))
+            ticket = self._tickets.get(which) if isinstance(which, str) else which
+            if ticket is not None and self._tickets.get(ticket.id) is ticket and not self._closed:
+                self._post(lambda: self._cancel(ticket))
 
     async def stream(
         self, prompt: str | Seq[int], params: SamplingParams | None = None, request_id: str | None = None
@@ -86,18 +116,17 @@ class AsyncEngine:
         outputs: asyncio.Queue[StepOutput] = asyncio.Queue()
 
         def deliver(output: StepOutput) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
-                loop.call_soon_threadsafe(outputs.put_nowait, output)
+            loop.call_soon_threadsafe(outputs.put_nowait, output)  # raises where the loop is closed
 
-        request_id = self.submit(prompt, params, deliver, request_id)
-        unfinished = set(range(params.n if params is not None else 1))
+        ticket = self.submit(prompt, params, deliver, request_id)
+        unfinished = set(ticket.unfinished)
         try:
             while unfinished:
                 output = await outputs.get()
                 _note(output, unfinished)
                 yield output
         finally:
-            self.cancel(request_id)
+            self.cancel(ticket)
 
     def stream_sync(
         self, prompt: str | Seq[int], params: SamplingParams | None = None, request_id: str | None = None
@@ -107,23 +136,26 @@ class AsyncEngine:
         The request is queued now, not at the first output asked for.
         """
         outputs: queue.SimpleQueue[StepOutput] = queue.SimpleQueue()
-        submitted = self.submit(prompt, params, outputs.put, request_id)
-        return Stream(self, submitted, outputs, params.n if params is not None else 1)
+        return Stream(self, self.submit(prompt, params, outputs.put, request_id), outputs)
 
     @contextlib.contextmanager
     def paused(self) -> Generator[Engine]:
-        """The engine for the caller alone, between two steps; requests wait meanwhile."""
-        with self._exclusive:
+        """The engine for the calling thread alone, between two steps; requests wait meanwhile."""
+        caller = threading.get_ident()
+        with self._changed:
+            self._refuse_if_closed()
+            if self._pauser != caller:
+                self._changed.wait_for(lambda: self._pauser is None and not self._stepping)
+                self._pauser = caller
+            self._pauses += 1
+        try:
+            yield self.engine
+        finally:
             with self._changed:
-                self._refuse_if_closed()
-                self._pausing = True
-                self._changed.wait_for(lambda: not self._stepping)
-            try:
-                yield self.engine
-            finally:
-                with self._changed:
-                    self._pausing = False
-                    self._changed.notify_all()
+                self._pauses -= 1
+                if not self._pauses:
+                    self._pauser = None
+                self._changed.notify_all()
 
     def close(self) -> None:
         """Cancel what runs and end the thread. Streams that are open end with `finish_reason="cancelled"`."""
@@ -149,44 +181,57 @@ class AsyncEngine:
     # The engine's thread ---------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        failure: LlmcError | None = None
+        try:
+            self._loop()
+        except Exception as error:  # noqa: BLE001  (told to every stream, and logged with its trace)
+            _log.exception("the engine's thread ends")
+            failure = LlmcError(
+                f"the engine stopped: {error!r}", remedy="load the artifact again; this is a bug"
+            )
+        with self._changed:
+            self._closed = True
+            self._stepping = False
+            tickets = list(self._tickets.values())
+            self._changed.notify_all()
+        for ticket in tickets:  # nobody may wait for an output that never comes
+            self.engine.cancel(ticket.id)
+            self._end(ticket, failure)
+
+    def _loop(self) -> None:
         while True:
             with self._changed:
                 self._stepping = False
                 self._changed.notify_all()
                 self._changed.wait_for(self._may_go_on)
                 if self._closed:
-                    break
+                    return
                 self._stepping = True
                 commands, self._inbox = self._inbox, []
             for command in commands:
                 command()
             if self.engine.has_work:
                 self._step()
-        for request_id in list(self._sinks):
-            self._cancel(request_id)
 
     def _may_go_on(self) -> bool:
-        return self._closed or (not self._pausing and bool(self._inbox or self.engine.has_work))
+        return self._closed or (self._pauser is None and bool(self._inbox or self.engine.has_work))
 
-    def _start_request(self, request: Request) -> None:
+    def _start(self, ticket: Ticket) -> None:
         try:
-            self.engine.submit(request)
+            self.engine.submit(ticket.request)
         except LlmcError as error:
-            self._fail(request.id, error)
+            self._end(ticket, error)
 
-    def _cancel(self, request_id: str) -> None:
-        self.engine.cancel(request_id)
-        self._end(request_id, "cancelled", None)
+    def _cancel(self, ticket: Ticket) -> None:
+        if self._tickets.get(ticket.id) is ticket:
+            self.engine.cancel(ticket.id)
+            self._end(ticket, None)
 
-    def _fail(self, request_id: str, error: LlmcError) -> None:
-        self._end(request_id, "error", error)
-
-    def _end(self, request_id: str, reason: str, error: LlmcError | None) -> None:
-        """Tell a request's sink that its unfinished choices are over."""
-        entry = self._sinks.get(request_id)
-        for choice in sorted(entry[1]) if entry is not None else []:
-            finish = "cancelled" if reason == "cancelled" else "error"
-            self._deliver(StepOutput(request_id, choice, finish_reason=finish, error=error))
+    def _end(self, ticket: Ticket, error: LlmcError | None) -> None:
+        """Tell the sink that the unfinished choices are over: failed with an error, cancelled without."""
+        for choice in sorted(ticket.unfinished):
+            reason = "cancelled" if error is None else "error"
+            self._deliver(ticket, StepOutput(ticket.id, choice, finish_reason=reason, error=error))
 
     def _step(self) -> None:
         running = self.engine.request_ids()
@@ -195,22 +240,25 @@ class AsyncEngine:
         except Exception as error:  # noqa: BLE001  (whatever an executor raises ends its requests, not the server)
             failure = error if isinstance(error, LlmcError) else LlmcError(f"the step failed: {error!r}")
             for request_id in running:
-                self._fail(request_id, failure)
+                self._end(self._tickets[request_id], failure)
             return
         for output in outputs:
-            self._deliver(output)
+            ticket = self._tickets.get(output.request_id)
+            if ticket is not None:
+                self._deliver(ticket, output)
 
-    def _deliver(self, output: StepOutput) -> None:
-        entry = self._sinks.get(output.request_id)
-        if entry is None:
-            return
-        sink, unfinished = entry
+    def _deliver(self, ticket: Ticket, output: StepOutput) -> None:
         if output.finish_reason is not None:
-            unfinished.discard(output.index)
-            if not unfinished:
+            ticket.unfinished.discard(output.index)
+            if not ticket.unfinished:
                 with self._changed:
-                    del self._sinks[output.request_id]
-        sink(output)
+                    self._tickets.pop(ticket.id, None)
+        try:
+            ticket.sink(output)
+        except Exception:  # noqa: BLE001  (a sink is the caller's code)
+            # The consumer is gone (its event loop is closed) or broken: its request ends, the others go on.
+            _log.debug("the sink of request %s failed", ticket.id, exc_info=True)
+            self.cancel(ticket)
 
 
 def _note(output: StepOutput, unfinished: set[int]) -> None:
@@ -227,14 +275,13 @@ class Stream(Iterator[StepOutput]):
     Closing it, or forgetting it, cancels the request.
     """
 
-    def __init__(
-        self, engine: AsyncEngine, request_id: str, outputs: queue.SimpleQueue[StepOutput], choices: int
-    ):
-        self.request_id = request_id
+    def __init__(self, engine: AsyncEngine, ticket: Ticket, outputs: queue.SimpleQueue[StepOutput]):
+        self.request_id = ticket.id
         self.owner: object = None  # kept alive while the stream is
         self._engine = engine
+        self._ticket = ticket
         self._outputs = outputs
-        self._unfinished = set(range(choices))
+        self._unfinished = set(range(ticket.request.params.n))
 
     def __next__(self) -> StepOutput:
         """The next output. Raises the request's error where it failed."""
@@ -252,7 +299,7 @@ class Stream(Iterator[StepOutput]):
         """Cancel the request, unless it is over; no output follows."""
         if self._unfinished:
             self._unfinished.clear()
-            self._engine.cancel(self.request_id)
+            self._engine.cancel(self._ticket)
 
     def __enter__(self) -> Stream:
         return self

@@ -17,6 +17,7 @@ from .chat_template import ChatTemplate, Message
 from .engine import Engine, EngineStats
 from .executor.base import Executor
 from .generation import StepOutput
+from .memory import KvPlan
 from .sampler import TokenLogprob
 from .sampling_params import SamplingParams
 from .tokenizer import Tokenizer
@@ -156,6 +157,11 @@ class LLM:
     def context_length(self) -> int:
         """Tokens of a sequence at most: prompt and answer together."""
         return self.engine.engine.limit
+
+    @property
+    def kv_cache(self) -> KvPlan:
+        """Size of the KV cache; `str` of it is the line to show: "kv cache: N pages = T tokens, X MB"."""
+        return self.engine.engine.kv
 
     @property
     def stats(self) -> EngineStats:

@@ -52,7 +52,7 @@ def _wait_until(condition) -> None:
 def _idle(engine: AsyncEngine) -> bool:
     with engine.paused() as inner:
         inner.check()
-        return not inner.has_work and inner.stats.pages_used == 0
+        return not engine.num_unfinished and not inner.has_work and inner.stats.pages_used == 0
 
 
 def test_no_thread_before_the_first_request(service):
@@ -208,3 +208,49 @@ def test_closing_ends_open_streams(service):
     engine.close()
     with pytest.raises(LlmcError, match="closed"):
         engine.stream_sync(PROMPT)
+
+
+def test_an_old_stream_does_not_cancel_a_new_request_of_its_id(service):
+    engine, _ = service
+    old = engine.stream_sync(PROMPT, SamplingParams(max_tokens=1), "r")
+    _wait_until(lambda: _idle(engine))  # it is over, but nobody has looked yet
+    new = engine.stream_sync(PROMPT, SamplingParams(max_tokens=30), "r")
+    old.close()
+    assert [t for o in new for t in o.token_ids] == generate_alone(PROMPT, 30)
+
+
+def test_a_consumer_that_fails_ends_its_request_alone(service):
+    engine, _ = service
+
+    def fail(output) -> None:
+        raise RuntimeError("no loop")
+
+    engine.submit(PROMPT, SamplingParams(max_tokens=1900), fail)
+    stream = engine.stream_sync([*PROMPT, 1], SamplingParams(max_tokens=20))
+    assert [t for o in stream for t in o.token_ids] == generate_alone([*PROMPT, 1], 20)
+    _wait_until(lambda: _idle(engine))
+
+
+def test_a_fault_of_the_engine_itself_ends_every_stream(service, monkeypatch: pytest.MonkeyPatch):
+    engine, executor = service
+
+    def broken(request) -> None:
+        raise AssertionError("a bug")
+
+    executor.gate.clear()
+    stream = engine.stream_sync(PROMPT, SamplingParams(max_tokens=4))
+    monkeypatch.setattr(engine.engine, "submit", broken)
+    second = engine.stream_sync(PROMPT, SamplingParams(max_tokens=4))
+    executor.gate.set()
+    for one in (stream, second):
+        with pytest.raises(LlmcError, match="the engine stopped"):
+            list(one)
+    with pytest.raises(LlmcError, match="closed"):
+        engine.stream_sync(PROMPT)
+
+
+def test_pausing_twice_in_one_thread(service):
+    engine, _ = service
+    with engine.paused() as outer, engine.paused() as inner:
+        assert outer is inner
+    assert list(engine.stream_sync(PROMPT, SamplingParams(max_tokens=1)))

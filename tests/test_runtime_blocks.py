@@ -4,6 +4,9 @@ operations.
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -237,3 +240,11 @@ def test_the_newest_sequence_is_preempted_and_keeps_its_tokens():
     assert preempted
     assert set(map(id, preempted)) == {id(new)}
     assert new.tokens.tolist()[:3] == [2, 2, 9]
+
+
+def test_the_books_need_no_tensor_library():
+    code = (
+        "import sys\nsys.modules['numpy'] = None\n"
+        "import llmc.runtime.scheduler, llmc.runtime.block_manager, llmc.runtime.sequence\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
