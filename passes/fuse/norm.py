@@ -68,19 +68,17 @@ class ScaleRmsNorm(Rule):
 
 
 class FuseLayerNorm(Rule):
-    """rms_norm(x - mean(x)) → layer_norm(x)"""
+    """rms_norm(x - mean(x), weight) → layer_norm(x, weight)"""
 
-    pattern = P(RmsNorm, P(m.Sub, Any("x"), P(m.ReduceMean, Any("x"), axes=(-1,), keepdim=True)), name="norm")
-
-    def check(self, found: Match) -> str | None:
-        norm = found.op("norm")
-        assert isinstance(norm, RmsNorm)
-        return None if norm.weight is None else "the norm was scaled first"
+    pattern = P(
+        RmsNorm,
+        P(m.Sub, Any("x"), P(m.ReduceMean, Any("x"), axes=(-1,), keepdim=True)),
+    )
 
     def rewrite(self, found: Match, rw: Rewriter) -> Sequence[Value]:
-        norm = found.op("norm")
+        norm = rw.root
         assert isinstance(norm, RmsNorm)
-        return [rw.insert(LayerNorm(found["x"], None, None, eps=norm.eps))]
+        return [rw.insert(LayerNorm(found["x"], norm.weight, None, eps=norm.eps))]
 
 
 class ScaleLayerNorm(Rule):

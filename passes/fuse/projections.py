@@ -139,15 +139,15 @@ class MergeProjections(Pass):
         notes: list[str] = []
         changed = False
         for value in [*graph.inputs, *(v for op in graph for v in op.results)]:
-            siblings = [op for op in value.users if isinstance(op, Linear) and op.x is value]
-            if len(siblings) < 2:
-                continue
-            refusal = mergeable(siblings)
-            if refusal is not None:
-                notes.append(f"{refusal} ({siblings[0].loc})")
-                continue
-            changed = True
-            self._merge(graph, siblings)
+            linears = [op for op in value.users if isinstance(op, Linear) and op.x is value]
+            for biased in (False, True):  # a layer with a bias and one without stay apart
+                siblings = [op for op in linears if (op.bias is not None) is biased]
+                refusal = mergeable(siblings) if len(siblings) > 1 else None
+                if refusal is not None:
+                    notes.append(f"{refusal} ({siblings[0].loc})")
+                elif len(siblings) > 1:
+                    changed = True
+                    self._merge(graph, siblings)
         graph.drop_dead()
         return PassResult(graph, changed, notes)
 

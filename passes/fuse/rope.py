@@ -1,23 +1,25 @@
 """Rotary embedding.
 
     add(mul(x, cos), mul(concat([neg(slice(x, h:)), slice(x, :h)]), sin))   → rope(x, cos, sin)
-    concat([rope(slice(x, :r)), slice(x, r:)])                              → rope(x, cos[:r], sin[:r])
-    (partial rotary) mul(rope(x, cos, sin), 1.0 …) stays: scaling of attention is part of the tables
+    … concat([neg(slice(x, 1::2)), slice(x, ::2)]) side by side instead …   → rope(x, cos, sin, interleaved)
+    concat([rope(slice(x, :r)), slice(x, r:)])                              → rope(x, cos, sin)  (partial)
 
-x is head-major [1, H, T, D] here; rope is token-major, so a transpose goes in and one comes out, and they
-cancel with their neighbours. The tables stay what the model computes from its positions: every RoPE scaling
-works without being known here.
+x is [1, H, T, D] (head-major) or [1, T, H, D] here, as its tables say; rope is token-major, so around a
+head-major one a transpose goes in and one comes out, and they cancel with their neighbours. The tables stay
+what the model computes from its positions: every RoPE scaling works without being known here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ...ir.core import Value
 from ...ir.ops import math as m
 from ...ir.ops.nn import Rope
 from ...ir.ops.shape import Concat, Reshape, Slice, Transpose
-from ...ir.rewriter import Any, Match, Or, P, Rewriter, Rule
+from ...ir.rewriter import Any, Match, P, Rewriter, Rule
+from ...ir.types import Dim, divide
 from ..base import RulePass
 
 SWAP_HEADS = (-2, -3, -1)  # [.., H, T, D] ↔ [.., T, H, D]
@@ -31,83 +33,136 @@ def token_major(rw: Rewriter, x: Value) -> Value:
     return rw.insert(Transpose(x, perm=SWAP_HEADS))
 
 
-def _table(rw: Rewriter, table: Value, tokens: object) -> Value | None:
-    """cos or sin as [.., T, R] from [1, 1, T, R] (or [1, T, R]); None when its axes mean something else."""
-    if table.type.rank < 2 or table.shape[-2] != tokens or any(d != 1 for d in table.shape[:-2]):
+@dataclass(frozen=True)
+class Part:
+    """A strided piece of the last axis of `base`, perhaps negated and with heads and tokens swapped."""
+
+    base: Value
+    piece: tuple[Dim, Dim, int]
+    negated: bool
+    swapped: bool
+
+
+def _part(v: Value) -> Part | None:
+    """Take reshape to [..., n, 1], neg and transpose off, down to the slice."""
+    negated = swapped = False
+    while True:
+        op = v.producer
+        if isinstance(op, m.Neg):
+            negated, v = not negated, op.x
+        elif isinstance(op, Transpose) and op.perm == SWAP_HEADS:
+            swapped, v = not swapped, op.x
+        elif isinstance(op, Reshape) and op.shape == (*op.x.shape, 1):
+            v = op.x
+        elif isinstance(op, Slice) and op.axis == -1:
+            return Part(op.x, (op.start, op.stop, op.step), negated, swapped)
+        else:
+            return None
+
+
+@dataclass(frozen=True)
+class Turned:
+    """The rotated companion of `base`: (-second, first) of each pair."""
+
+    base: Value
+    interleaved: bool
+    swapped: bool
+
+
+def turned(v: Value) -> Turned | None:
+    """Whether v is x with each pair (a, b) turned into (-b, a), and of which x."""
+    swapped = False
+    if isinstance(v.producer, Transpose) and v.producer.perm == SWAP_HEADS:
+        swapped, v = True, v.producer.x
+    op = v.producer
+    interleaved = isinstance(op, Reshape)
+    if isinstance(op, Reshape):
+        beside = op.x.producer
+        if op.x.shape != (*op.shape[:-1], divide(op.shape[-1], 2), 2):
+            return None
+        op = beside
+    if not isinstance(op, Concat) or op.axis != -1 or len(op.operands) != 2:
         return None
-    target = (1, *table.shape[-2:])
+    first, second = _part(op.operands[0]), _part(op.operands[1])
+    if first is None or second is None or first.base is not second.base or first.swapped != second.swapped:
+        return None
+    width = first.base.shape[-1]
+    if not isinstance(width, int) or width % 2 or not first.negated or second.negated:
+        return None
+    half = width // 2
+    wanted = ((1, width, 2), (0, width, 2)) if interleaved else ((half, width, 1), (0, half, 1))
+    if (_ended(first, width), _ended(second, width)) != wanted:
+        return None
+    return Turned(first.base, interleaved, swapped != first.swapped)
+
+
+def _ended(part: Part, width: int) -> tuple[Dim, Dim, int]:
+    """The slice with its stop at the end of the axis where the last step reaches it."""
+    start, stop, step = part.piece
+    return (start, width if step == 2 and stop == width - 1 else stop, step)
+
+
+def _table(rw: Rewriter, table: Value) -> Value:
+    """cos or sin as [1, T, R] from [1, 1, T, R] or [1, T, 1, R]."""
+    target = (1, *(d for d in table.shape[:-1] if d != 1), table.shape[-1])
     return table if table.shape == target else rw.insert(Reshape(table, shape=target))
 
 
 class FuseRope(Rule):
-    """x · cos + rotate_half(x) · sin → rope(x, cos, sin)"""
+    """x · cos + turned(x) · sin → rope(x, cos, sin)"""
 
-    pattern = P(
-        m.Add,
-        P(m.Mul, Any("x"), Any("cos")),
-        P(
-            m.Mul,
-            Or(
-                P(Concat, axis=-1, name="half"),
-                P(Transpose, P(Concat, axis=-1, name="half"), perm=SWAP_HEADS, name="swap"),
-            ),
-            Any("sin"),
-        ),
-    )
+    pattern = P(m.Add, P(m.Mul, Any("x"), Any("cos")), P(m.Mul, Any("turned"), Any("sin")))
 
-    def _halves(self, found: Match) -> tuple[Slice, Slice] | None:
-        half, x = found.op("half"), found.value("x")
-        if (
-            "swap" in found
-        ):  # canonicalisation moved the transpose behind the slices: they cut the token-major tensor
-            if not isinstance(x.producer, Transpose) or x.producer.perm != SWAP_HEADS:
-                return None
-            x = x.producer.x
-        width = x.shape[-1]
-        if len(half.operands) != 2 or not isinstance(width, int) or width % 2:
-            return None
-        neg, low = half.operands[0].producer, half.operands[1].producer
-        if not isinstance(neg, m.Neg) or not isinstance(low, Slice):
-            return None
-        high = neg.x.producer
-        if (
-            not isinstance(high, Slice)
-            or high.x is not x
-            or low.x is not x
-            or high.axis != -1
-            or low.axis != -1
-        ):
-            return None
-        if (low.start, low.stop, high.start, high.stop, low.step, high.step) != (
-            0,
-            width // 2,
-            width // 2,
-            width,
-            1,
-            1,
-        ):
-            return None
-        return low, high
+    def _read(self, found: Match) -> tuple[Value, Value, Value, bool] | str | None:
+        """x, cos, sin, interleaved (products have no order); None where nothing is turned at all."""
+        refusal: str | None = None
+        for x, cos in (("x", "cos"), ("cos", "x")):
+            for rotated, sin in (("turned", "sin"), ("sin", "turned")):
+                t = turned(found[rotated])
+                if t is None:
+                    continue
+                refusal = "the second product does not turn the pairs of the same tensor"
+                base = found[x]
+                if t.swapped:
+                    op = base.producer
+                    base = op.x if isinstance(op, Transpose) and op.perm == SWAP_HEADS else base
+                if base is t.base:
+                    return found[x], found[cos], found[sin], t.interleaved
+        return refusal
 
     def check(self, found: Match) -> str | None:
-        if self._halves(found) is None:
-            found["x"], found["cos"] = found["cos"], found["x"]  # a product has no order
-        if self._halves(found) is None:
-            return "the second product does not rotate the two halves of the same tensor"
+        read = self._read(found)
+        if read is None or isinstance(read, str):
+            return read
+        x, cos, sin, _ = read
+        if x.type.rank != 4:
+            return "rotary embedding of a tensor that is neither [1, H, T, D] nor [1, T, H, D]"
         return (
             None
-            if found.value("x").type.rank == 4
-            else "rotary embedding of a tensor that is not [1, H, T, D]"
+            if _layout(x, cos) is not None and _layout(x, cos) == _layout(x, sin)
+            else (f"the tables {cos.type} and {sin.type} are not one row a token of {x.type}")
         )
 
     def rewrite(self, found: Match, rw: Rewriter) -> Sequence[Value] | None:
-        x = found.value("x")
-        tokens = x.shape[-2]
-        cos, sin = _table(rw, found["cos"], tokens), _table(rw, found["sin"], tokens)
-        if cos is None or sin is None:
+        read = self._read(found)
+        if read is None or isinstance(read, str):
             return None
-        y = rw.insert(Rope(token_major(rw, x), cos, sin))
+        x, cos, sin, interleaved = read
+        cos, sin = _table(rw, cos), _table(rw, sin)
+        if _layout(x, read[1]) == "token-major":
+            return [rw.insert(Rope(x, cos, sin, interleaved=interleaved))]
+        y = rw.insert(Rope(token_major(rw, x), cos, sin, interleaved=interleaved))
         return [rw.insert(Transpose(y, perm=SWAP_HEADS))]
+
+
+def _layout(x: Value, table: Value) -> str | None:
+    """How x [1, a, b, D] lies, by the axis along which its table varies; None where neither fits."""
+    if table.type.rank not in (2, 3, 4) or table.shape[-1] != x.shape[-1] or x.shape[0] != 1:
+        return None
+    lead = (1,) * (4 - table.type.rank) + table.shape[:-1]
+    if lead == (1, 1, x.shape[-2]):
+        return "head-major"
+    return "token-major" if lead == (1, x.shape[-3], 1) else None
 
 
 class WidenRope(Rule):
