@@ -26,8 +26,8 @@ from .builder import (
     f32s,
     fma,
     fma1,
-    lane_max,
-    lane_sum,
+    lane_maxima,
+    lane_sums,
     let,
     load_float,
     put,
@@ -70,6 +70,7 @@ class Attention:
     def blocking(self, isa: Isa) -> tuple[int, int]:
         """(query heads, query rows) computed together: their scores and weights must fit the registers."""
         most = 12 if isa.live_vectors >= 32 else 6 if isa.live_vectors >= 8 else 3
+        assert most <= LANES
         heads = max(h for h in range(1, min(self.group, most) + 1) if self.group % h == 0)
         return heads, max(1, min(8, most // heads))
 
@@ -98,9 +99,9 @@ class _Block:
         self.query = T.alloc_buffer((cells, spec.head_dim), "float32")
         self.acc = T.alloc_buffer((cells, spec.head_dim), "float32")
         self.weights = T.alloc_buffer((cells, PAGE_SIZE), "float32")
-        self.rescale = T.alloc_buffer((cells,), "float32")
-        self.best = T.alloc_buffer((cells,), "float32")
-        self.total = T.alloc_buffer((cells,), "float32")
+        self.rescale = register()
+        self.best = register(f32s(_NOTHING))
+        self.total = register(f32s(0))
 
     def cells(self) -> list[tuple[int, int, int]]:
         """(index, row, head) of each of the block's results."""
@@ -142,10 +143,7 @@ class _Block:
             with T.serial(0, spec.head_dim) as d:
                 put1(self.query, at.q[self.row + r, self.head + h, d] * factor, i, d)
                 put1(self.acc, T.float32(0), i, d)
-            if at.sinks is None:
-                put1(self.best, T.float32(_NOTHING), i)
-                put1(self.total, T.float32(0), i)
-            else:
+            if at.sinks is not None:
                 put1(self.best, at.sinks[self.head + h] * T.float32(_LOG2E), i)
                 put1(self.total, T.float32(1), i)
 
@@ -158,20 +156,22 @@ class _Block:
             for i, _, _ in self.cells():
                 put(score[i], fma(splat(self.query[i, d]), key, vec(score[i], 0)), 0)
         tokens = let(T.ramp(token, 1, LANES))
+        seen = [T.And(tokens < splat(high), tokens >= splat(low)) for low, high in zip(self.low, self.high, strict=True)]
         for i, r, _ in self.cells():
             s = vec(score[i], 0)
             if spec.softcap:
                 s = tanh(s) * f32s(spec.softcap * _LOG2E)
-            seen = T.And(tokens < splat(self.high[r]), tokens >= splat(self.low[r]))
-            s = let(T.Select(seen, s, f32s(_NOTHING)))
-            old = let(self.best[i])
-            new = let(T.max(old, lane_max(s)))
-            weight = let(T.Select(seen, exp2(s - splat(new)), f32s(0)))
+            put(score[i], T.Select(seen[r], s, f32s(_NOTHING)), 0)
+        # From here on lane i of a vector belongs to cell i.
+        new = let(T.max(vec(self.best, 0), lane_maxima([vec(cell, 0) for cell in score])))
+        rescale = exp2(vec(self.best, 0) - new)
+        put(self.best, new, 0)
+        put(self.rescale, rescale, 0)
+        for i, r, _ in self.cells():
+            weight = let(T.Select(seen[r], exp2(vec(score[i], 0) - splat(self.best[i])), f32s(0)))
+            put(score[i], weight, 0)
             put(self.weights, weight, i, 0)
-            put(score[i], exp2(splat(old - new)), 0)
-            put1(self.rescale, score[i][0], i)
-            put1(self.best, new, i)
-            put1(self.total, fma1(self.total[i], self.rescale[i], lane_sum(weight)), i)
+        put(self.total, fma(vec(self.total, 0), rescale, lane_sums([vec(cell, 0) for cell in score])), 0)
 
     def _values(self, page: Expr, token: Expr) -> None:
         """acc = acc · rescale + Σ_j weight[j] · v[j], over the tokens of the page that any row of the block sees."""

@@ -169,6 +169,22 @@ def lane_max(v: Expr) -> Expr:
     return call("float32", "llmc_max", v)
 
 
+def lane_sums(vectors: Sequence[Expr]) -> Expr:
+    """Lane i is the sum of vector i's lanes, of at most 16 vectors; bit for bit `lane_sum` of each."""
+    return _reduced("sum", vectors)
+
+
+def lane_maxima(vectors: Sequence[Expr]) -> Expr:
+    """Lane i is the largest of vector i's lanes."""
+    return _reduced("max", vectors)
+
+
+def _reduced(name: str, vectors: Sequence[Expr]) -> Expr:
+    count = -(-len(vectors) // 4) * 4
+    filled = [*vectors, *([f32s(0)] * (count - len(vectors)))]
+    return call("float32x16", f"llmc_{name}_{count}", *filled)
+
+
 def load_float(buffer: Buffer, dtype: str, *index: Expr) -> Expr:
     """16 elements of a float32, float16 or bfloat16 buffer as float32."""
     if dtype == "float32":

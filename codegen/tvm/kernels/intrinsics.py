@@ -34,6 +34,57 @@ def _across(name: str, scalar: str, combine: list[str]) -> str:
     return "\n".join([*lines, f"  %out = extractelement {vector} {value}, i64 0", f"  ret {scalar} %out", "}"])
 
 
+def _combine(name: str, out: str, a: str, b: str) -> list[str]:
+    """`out` = a + b or the larger of both, in the form that `_across` uses."""
+    if name == "sum":
+        return [f"{out} = fadd {_V} {a}, {b}"]
+    bit = out.replace("%", "%c.")
+    return [f"{bit} = fcmp ogt {_V} {a}, {b}", f"{out} = select <16 x i1> {bit}, {_V} {a}, {_V} {b}"]
+
+
+def _of_four(name: str, values: list[str], tag: str) -> tuple[list[str], str]:
+    """Instructions that reduce four vectors at once; lanes 0, 2, 4 and 6 of the result belong to vectors 0 … 3.
+
+    Halves of two vectors are put side by side and combined once. Each vector's lanes are added in the pairs of `_across`.
+    """
+
+    def both(out: str, a: str, b: str, left: list[int], right: list[int]) -> list[str]:
+        lines = [
+            f"{out}l = shufflevector {_V} {a}, {_V} {b}, <16 x i32> {_lanes(left)}",
+            f"{out}r = shufflevector {_V} {a}, {_V} {b}, <16 x i32> {_lanes(right)}",
+        ]
+        return lines + _combine(name, out, f"{out}l", f"{out}r")
+
+    low, high = list(range(8)), list(range(8, 16))
+    lines = both(f"%{tag}a", values[0], values[1], low + [16 + i for i in low], high + [16 + i for i in high])
+    lines += both(f"%{tag}b", values[2], values[3], low + [16 + i for i in low], high + [16 + i for i in high])
+    # a = 8 lanes of vector 0, then 8 of vector 1; the quarters of 0, 1, 2, 3 come to stand in order.
+    first = [0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27]
+    lines += both(f"%{tag}q", f"%{tag}a", f"%{tag}b", first, [i + 4 for i in first])
+    pairs = [4 * (i // 2 % 4) + i % 2 for i in range(16)]
+    lines += both(f"%{tag}d", f"%{tag}q", "poison", pairs, [i + 2 for i in pairs])
+    lines += both(f"%{tag}s", f"%{tag}d", "poison", list(range(16)), [i ^ 1 for i in range(16)])
+    return lines, f"%{tag}s"
+
+
+def _many(name: str, count: int) -> str:
+    """`count` vectors (a multiple of 4, at most 16) → one, lane i of which is the reduction of vector i; others 0."""
+    lines: list[str] = []
+    quads: list[str] = []
+    for j in range(0, count, 4):
+        more, result = _of_four(name, [f"%v{i}" for i in range(j, j + 4)], f"g{j}")
+        lines += more
+        quads.append(result)
+    value = "zeroinitializer"
+    for j, quad in enumerate(quads):
+        mask = [16 + 2 * (i - 4 * j) if i // 4 == j else i for i in range(16)]
+        lines.append(f"%o{j} = shufflevector {_V} {value}, {_V} {quad}, <16 x i32> {_lanes(mask)}")
+        value = f"%o{j}"
+    arguments = ", ".join(f"{_V} %v{i}" for i in range(count))
+    body = "\n".join(f"  {line}" for line in lines)
+    return f"{_DEFINE} {_V} @llmc_{name}_{count}({arguments}) alwaysinline {{\n{body}\n  ret {_V} {value}\n}}"
+
+
 def _reductions() -> list[str]:
     return [
         _across("llmc_sum", "float", ["{R} = fadd {vector} {A}, {B}"]),
@@ -226,4 +277,5 @@ def library(isa_name: str) -> str:
     """LLVM IR text of all functions for a level."""
     isa = get_isa(isa_name)
     halves = _HALF_HARDWARE if isa.half else _HALF_PLAIN
-    return "\n".join([*_fma(isa), *_reductions(), _round(), halves, *_dots(isa)])
+    many = [_many(name, count) for name in ("sum", "max") for count in (4, 8, 12, 16)]
+    return "\n".join([*_fma(isa), *_reductions(), *many, _round(), halves, *_dots(isa)])

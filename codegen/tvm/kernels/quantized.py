@@ -71,9 +71,9 @@ class _Operands:
         return load_float(self.scale, "float16", block, group, 0)
 
     def zeros(self, block: Expr, group: Expr) -> Expr:
-        """Zero points of 16 outputs, float32 or int32 as the correction wants them."""
-        kind = "float32x16" if self.float_correction else "int32x16"
-        return T.Cast(kind, vec(self.zero_point, block, group, 0))
+        """Negative zero points of 16 outputs, float32 or int32 as the correction wants them."""
+        negative = i32s(0) - T.Cast("int32x16", vec(self.zero_point, block, group, 0))
+        return T.Cast("float32x16", negative) if self.float_correction else negative
 
 
 class _Packed:
@@ -132,10 +132,10 @@ class _Unpacked(_Packed):
         return vec(self.offset, group, c, 0)
 
 
-def _tile_sizes(isa: Isa) -> tuple[Sequence[int], Sequence[int], int]:
+def _tile_sizes(isa: Isa, bits: int) -> tuple[Sequence[int], Sequence[int], int]:
     """Row-tile sizes for unpacked and for packed panels, and 16-column blocks of a panel."""
     if isa.live_vectors >= 32:
-        return (6, 2, 1), (4, 2, 1), 2
+        return (6, 2, 1), ((6, 4, 2, 1) if bits == 8 else (4, 2, 1)), 2
     if isa.live_vectors >= 8:
         return (3, 1), (2, 1), 1
     return (2, 1), (1,), 1
@@ -189,14 +189,15 @@ def _finish_group(
     scale = [let(panel.scale(group, c)) for c in range(panel.count)]
     zero = [let(panel.zero(group, c)) for c in range(panel.count)] if ops.zero_point is not None else None
     for t, row_total in enumerate(total):
-        sum_ = ops.sums[row + t, group]
+        sum_ = splat(ops.sums[row + t, group])
+        if zero is not None and ops.float_correction:
+            sum_ = let(T.Cast("float32x16", sum_))
         for c, cell in enumerate(row_total):
             value: Expr = T.Cast("float32x16", vec(cell, 0))
             if zero is not None and ops.float_correction:
-                minus = let(splat(T.float32(0) - T.Cast("float32", sum_)))
-                value = fma(zero[c], minus, value)
+                value = fma(zero[c], sum_, value)
             elif zero is not None:
-                value = T.Cast("float32x16", vec(cell, 0) - zero[c] * splat(sum_))
+                value = T.Cast("float32x16", vec(cell, 0) + zero[c] * sum_)
             put(acc[t][c], fma(scale[c], value, vec(acc[t][c], 0)), 0)
 
 
@@ -226,7 +227,7 @@ def make_quantized_linear(
     """
     kernel = Kernel("quantized_linear", isa)
     lay = QuantLayout(n, k, bits, group_size)
-    unpacked_sizes, packed_sizes, width = _tile_sizes(kernel.isa)
+    unpacked_sizes, packed_sizes, width = _tile_sizes(kernel.isa, bits)
     with kernel:
         tokens = kernel.symbol("T")
         ops = _Operands(
