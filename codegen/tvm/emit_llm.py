@@ -89,13 +89,11 @@ def _ids(low: Lowering, value: Value) -> Any:
 
 
 def _take(low: Lowering, op: Any) -> Any:
-    def pick(ids: Any, table: Any) -> Any:
+    def pick(shape: list[Any], ids: Any, table: Any) -> Any:
         rank = len(ids.shape)
-        return te.compute(
-            low.shape(op.result.shape), lambda *i: table(ids(*i[:rank]).astype("int64"), i[rank]), name="take"
-        )
+        return te.compute(shape, lambda *i: table(ids(*i[:rank]).astype("int64"), i[rank]), name="take")
 
-    return low.te("take", pick, low.get(op.ids), low.get(op.weight))
+    return low.te("take", pick, low.get(op.ids), low.get(op.weight), dims=op.result.shape)
 
 
 def _linear(low: Lowering, op: Any, residual: Value | None) -> Any:
@@ -333,12 +331,10 @@ def gather_last(low: Lowering, op: Any) -> Any:
         static = {"width": op.x.shape[-1]}
         return low.kernel("gather_last", kernels.make_gather_last, static, args, low.type_of(op.result))
 
-    def pick(x: Any, index: Any) -> Any:
-        return te.compute(
-            low.shape(op.result.shape), lambda r, *i: x(index(r).astype("int64"), *i), name="gather"
-        )
+    def pick(shape: list[Any], x: Any, index: Any) -> Any:
+        return te.compute(shape, lambda r, *i: x(index(r).astype("int64"), *i), name="gather")
 
-    return low.te("gather_last", pick, low.get(op.x), low.get(op.index))
+    return low.te("gather_last", pick, low.get(op.x), low.get(op.index), dims=op.result.shape)
 
 
 _ACTIVATIONS = ("silu", "gelu", "relu", "sigmoid")

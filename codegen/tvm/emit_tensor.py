@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from tvm.script.ir_builder import tirx as T
+
+from ...ir.types import product
+from .kernels.builder import Kernel
 from .lower import Lowering, emits
 from .untyped import relax, te, tirx, tvm
 
@@ -95,25 +99,41 @@ def softmax(low: Lowering, op: Any) -> Any:
 
 @emits("cumsum")
 def cumsum(low: Lowering, op: Any) -> Any:
-    return low.emit(relax.op.cumsum(low.get(op.x), axis=op.axis, dtype=op.result.dtype))
+    """A loop in TIR: Relax has no running sum over symbolic shapes."""
+    axis = op.x.type.rank + op.axis
+    dims = [product(op.x.shape[:axis]), op.x.shape[axis], product(op.x.shape[axis + 1 :])]
+    out = low.tensor(low.shape(tuple(dims)), op.result.dtype)
+    static = {"dtype": op.x.dtype, "out_dtype": op.result.dtype}
+    x = low.reshape(low.get(op.x), low.shape(tuple(dims)))
+    return low.reshape(low.kernel("cumsum", _make_cumsum, static, [x], out), low.shape(op.result.shape))
+
+
+def _make_cumsum(*, dtype: str, out_dtype: str, isa: str) -> Any:
+    """x [A, N, C] → running sums along N."""
+    kernel = Kernel("cumsum", isa)
+    with kernel:
+        dims = tuple(kernel.symbol(name) for name in ("A", "N", "C"))
+        x, out = kernel.argument("x", dims, dtype), kernel.argument("out", dims, out_dtype)
+        with T.grid(*dims) as (a, n, c):
+            value = tirx.Cast(out_dtype, x[a, n, c])
+            before = tirx.if_then_else(n > 0, out[a, tirx.max(n - 1, 0), c], tirx.const(0, out_dtype))
+            T.buffer_store(out, before + value, [a, n, c])
+    return kernel.function
 
 
 @emits("diff")
 def diff(low: Lowering, op: Any) -> Any:
-    width = low.dim(op.prepend.shape[-1])
+    def difference(dims: list[Any], x: Any, before: Any) -> Any:
+        *shape, width = dims
 
-    def difference(x: Any, before: Any) -> Any:
         def joined(i: tuple[Any, ...], j: Any) -> Any:
             inside = tirx.max(j - width, 0)
             return tirx.if_then_else(j < width, before(*i, tirx.min(j, width - 1)), x(*i, inside))
 
-        return te.compute(
-            low.shape(op.result.shape),
-            lambda *i: joined(i[:-1], i[-1] + 1) - joined(i[:-1], i[-1]),
-            name="diff",
-        )
+        return te.compute(shape, lambda *i: joined(i[:-1], i[-1] + 1) - joined(i[:-1], i[-1]), name="diff")
 
-    return low.te("diff", difference, low.get(op.x), low.get(op.prepend))
+    dims = (*op.result.shape, op.prepend.shape[-1])
+    return low.te("diff", difference, low.get(op.x), low.get(op.prepend), dims=dims)
 
 
 @emits("full")
@@ -123,25 +143,23 @@ def full(low: Lowering, op: Any) -> Any:
 
 @emits("dim_value")
 def dim_value(low: Lowering, op: Any) -> Any:
-    return low.te(
-        "dim_value",
-        lambda d: te.compute((), lambda: tirx.Cast(op.dtype, d), name="dim_value"),
-        _prim(low, op.dim),
-    )
+    def value(dims: list[Any]) -> Any:
+        return te.compute((), lambda: tirx.Cast(op.dtype, _prim(dims[0])), name="dim_value")
+
+    return low.te("dim_value", value, dims=(op.dim,))
 
 
 @emits("arange")
 def arange(low: Lowering, op: Any) -> Any:
-    def steps(length: Any) -> Any:
+    def steps(dims: list[Any]) -> Any:
         return te.compute(
-            (length,), lambda i: tirx.Cast(op.dtype, i.astype("int64") * op.step + op.start), name="arange"
+            dims, lambda i: tirx.Cast(op.dtype, i.astype("int64") * op.step + op.start), name="arange"
         )
 
-    return low.te("arange", steps, _prim(low, op.length))
+    return low.te("arange", steps, dims=(op.length,))
 
 
-def _prim(low: Lowering, dim: Any) -> Any:
-    value = low.dim(dim)
+def _prim(value: Any) -> Any:
     return tirx.IntImm("int64", value) if isinstance(value, int) else value
 
 
@@ -162,15 +180,15 @@ def expand(low: Lowering, op: Any) -> Any:
 
 @emits("slice")
 def slice_(low: Lowering, op: Any) -> Any:
-    shape, start = low.shape(op.result.shape), low.dim(op.start)
-    axis = len(shape) + op.axis
+    axis = op.x.type.rank + op.axis
 
-    def part(x: Any) -> Any:
+    def part(dims: list[Any], x: Any) -> Any:
+        start, *shape = dims
         return te.compute(
             shape, lambda *i: x(*i[:axis], i[axis] * op.step + start, *i[axis + 1 :]), name="slice"
         )
 
-    return low.te("slice", part, low.get(op.x))
+    return low.te("slice", part, low.get(op.x), dims=(op.start, *op.result.shape))
 
 
 @emits("concat")
@@ -180,25 +198,21 @@ def concat(low: Lowering, op: Any) -> Any:
 
 @emits("index")
 def index(low: Lowering, op: Any) -> Any:
-    shape = low.shape(op.result.shape)
-    lead = len(shape) - (op.x.type.rank - len(op.indices))
+    lead = op.result.type.rank - (op.x.type.rank - len(op.indices))
 
-    def pick(x: Any, *indices: Any) -> Any:
+    def pick(shape: list[Any], x: Any, *indices: Any) -> Any:
         def at(*i: Any) -> Any:
             picked: list[Any] = []
             for axis, source in enumerate(indices):
                 own = i[lead - len(source.shape) : lead]
-                where = [
-                    tirx.IntImm("int64", 0) if _is_one(n) else j
-                    for n, j in zip(source.shape, own, strict=True)
-                ]
+                where = [_prim(0) if _is_one(n) else j for n, j in zip(source.shape, own, strict=True)]
                 value = source(*where).astype("int64")
                 picked.append(tirx.Select(value < 0, value + x.shape[axis], value))
             return x(*picked, *i[lead:])
 
         return te.compute(shape, at, name="index")
 
-    return low.te("index", pick, low.get(op.x), *(low.get(i) for i in op.indices))
+    return low.te("index", pick, low.get(op.x), *(low.get(i) for i in op.indices), dims=op.result.shape)
 
 
 def _is_one(n: Any) -> bool:
@@ -209,7 +223,7 @@ def _is_one(n: Any) -> bool:
 def dequantize(low: Lowering, op: Any) -> Any:
     quant = op.q.type.quant
 
-    def real(q: Any, scale: Any, *zero: Any) -> Any:
+    def real(_: list[Any], q: Any, scale: Any, *zero: Any) -> Any:
         def at(n: Any, k: Any) -> Any:
             group = k // quant.group_size
             offset = zero[0](n, group).astype("float32") if zero else float(1 << (quant.bits - 1))

@@ -132,9 +132,20 @@ class Lowering:
             total = d * total
         return self.reshape(x, [self.dim(total), width])
 
-    def te(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
-        """Emit a tensor expression."""
-        return self.builder.emit_te(function, *args, primfunc_name_hint=name)
+    def te(self, name: str, function: Callable[..., Any], *tensors: Any, dims: Shape = ()) -> Any:
+        """Emit the tensor expression `function(dims, *tensors)`.
+
+        It may use no symbol but those of its arguments, hence `dims`: whatever dimensions it needs.
+        """
+        symbolic = [self.dim(d) for d in dims if not isinstance(d, int)]
+
+        def build(*arguments: Any) -> Any:
+            given = iter(arguments[: len(symbolic)])
+            return function(
+                [d if isinstance(d, int) else next(given) for d in dims], *arguments[len(symbolic) :]
+            )
+
+        return self.builder.emit_te(build, *symbolic, *tensors, primfunc_name_hint=name)
 
     def kernel(
         self, name: str, make: Callable[..., Any], static: dict[str, Any], args: list[Any], out: Any
@@ -207,7 +218,9 @@ class Lowering:
         moved = producer is not None and producer.opname not in ("reshape", "append_kv")
         if moved and value not in self.graph.outputs[:index]:
             return self.get(value)
-        return self.te("copy", lambda x: te.compute(x.shape, lambda *i: x(*i), name="copy"), self.get(value))
+        return self.te(
+            "copy", lambda _, x: te.compute(x.shape, lambda *i: x(*i), name="copy"), self.get(value)
+        )
 
 
 def residuals(graph: Graph) -> dict[Op, Op]:

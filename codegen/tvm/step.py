@@ -60,7 +60,7 @@ def build_step(module: Module, symbols: Sequence[str]) -> Module:
     variables = {name: tirx.Var(name, "int64") for name in symbols}
     rename = {v: variables[v.name] for v in _symbols_of(main)}
     writer = _Writer(program, [variables[name] for name in symbols], rename)
-    writer.arguments = len(main.params) + len(_fields(main.body.body))
+    writer.arguments = len(main.params) + len(_outputs(main))
     functions: dict[GlobalVar, Any] = {}
     step = writer.step(module, functions)
     out = tvm.IRModule(functions)
@@ -102,7 +102,8 @@ def _outputs(main: Any) -> list[Any]:
 
 
 def _is_reshape(value: Any) -> bool:
-    return isinstance(value, Call) and isinstance(value.op, tvm.ir.Op) and value.op.name == "relax.reshape"
+    callee: Any = value.op if isinstance(value, Call) else None
+    return isinstance(callee, tvm.ir.Op) and callee.name == "relax.reshape"
 
 
 class _Reader:
