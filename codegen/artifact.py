@@ -143,6 +143,8 @@ class ArtifactWriter:
             raise InputError(
                 f"another process is writing {self.partial}", remedy="wait for it or choose another name"
             ) from None
+        except OSError:
+            return  # a file system without locks: two writers at once go unnoticed there
 
     def _release(self) -> None:
         if self._lock is not None:
@@ -218,7 +220,12 @@ class ArtifactWriter:
             shutil.rmtree(self._old)
         if self.out.exists():
             os.rename(self.out, self._old)
-        os.rename(self.partial, self.out)
+        try:
+            os.rename(self.partial, self.out)
+        except OSError:
+            if self._old.exists():
+                os.rename(self._old, self.out)
+            raise
         _sync(self.out.parent)
         shutil.rmtree(self._old, ignore_errors=True)
 

@@ -227,6 +227,7 @@ class LLM:
         `params` decides alone where given; otherwise `sampling(**options)` does. Raises InputError where
         prompt or options are wrong, before anything runs.
         """
+        self._refuse_encoder()
         stream = self.engine.stream_sync(self.prompt_ids(prompt), params or self.sampling(**options))
         stream.owner = self
         return stream
@@ -235,6 +236,7 @@ class LLM:
         self, prompt: Prompt, params: SamplingParams | None = None, **options: Unpack[SamplingOptions]
     ) -> AsyncGenerator[StepOutput, None]:
         """As `stream`, for event loops. A task that is cancelled cancels its request."""
+        self._refuse_encoder()
         outputs = self.engine.stream(self.prompt_ids(prompt), params or self.sampling(**options))
         try:
             async for output in outputs:
@@ -255,6 +257,7 @@ class LLM:
         **options: Unpack[SamplingOptions],
     ) -> list[Completion]:
         """Answers to several prompts, computed together, in the order of the prompts."""
+        self._refuse_encoder()
         params = params or self.sampling(**options)
         streams = [self.engine.stream_sync(self.prompt_ids(prompt), params) for prompt in prompts]
         results: list[Completion] = []
@@ -268,6 +271,12 @@ class LLM:
             for stream in streams:
                 stream.close()
         return results
+
+    def _refuse_encoder(self) -> None:
+        if self.kind == "encoder":
+            raise InputError(
+                "this artifact is an encoder and generates nothing", remedy="use embed or logits"
+            )
 
     # Numbers ---------------------------------------------------------------------------------------------
 

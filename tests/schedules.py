@@ -103,55 +103,73 @@ def random_schedule(seed: int, facts: ModelFacts, page_size: int, *, max_jobs: i
     return Schedule(seed, tuple(jobs), options)
 
 
+class _Player:
+    """An engine, the requests given to it, and what came out."""
+
+    def __init__(self, executor: Executor, facts: ModelFacts, schedule: Schedule, check: bool) -> None:
+        self.engine = Engine(executor, None, facts, schedule.options)
+        self.outcome = Outcome()
+        self.pending = sorted(schedule.jobs, key=lambda job: job.arrival)
+        self.follow_ups = {job.name: job.follow_up for job in schedule.jobs if job.follow_up}
+        self.to_cancel: dict[str, int] = {}
+        self.unfinished: dict[str, int] = {}
+        self.checking = check
+        self.now = 0
+
+    def check(self) -> None:
+        if self.checking:
+            self.engine.check()
+
+    def add(self, name: str, prompt: tuple[int, ...], params: SamplingParams) -> None:
+        self.engine.add_request(list(prompt), params, name)
+        self.outcome.prompts[name] = (prompt, params)
+        self.outcome.answers[name] = {choice: [] for choice in range(params.n)}
+        self.unfinished[name] = params.n
+        self.check()
+
+    def arrive(self) -> None:
+        while self.pending and self.pending[0].arrival <= self.now:
+            job = self.pending.pop(0)
+            self.add(job.name, job.prompt, job.params)
+            if job.cancel is not None:
+                self.to_cancel[job.name] = self.now + job.cancel
+
+    def cancel(self) -> None:
+        for name in [name for name, when in self.to_cancel.items() if when <= self.now]:
+            del self.to_cancel[name]
+            if self.engine.cancel(name):
+                self.outcome.cancelled.add(name)
+            self.check()
+
+    def step(self) -> None:
+        for output in self.engine.step():
+            assert output.error is None, output.error
+            name = output.request_id
+            self.outcome.answers[name][output.index] += output.token_ids
+            if output.finish_reason is not None:
+                self.unfinished[name] -= 1
+                if self.unfinished[name] == 0 and name in self.follow_ups:
+                    self.second_turn(name)
+        self.check()
+        self.now += 1
+
+    def second_turn(self, name: str) -> None:
+        prompt, params = self.outcome.prompts[name]
+        turn = prompt + tuple(self.outcome.answers[name][0]) + self.follow_ups[name]
+        room = self.engine.limit - len(turn)
+        if room > 0:
+            self.add(f"{name}+", turn, replace(params, n=1, min_tokens=0, max_tokens=min(8, room)))
+
+
 def run_schedule(executor: Executor, facts: ModelFacts, schedule: Schedule, *, check: bool = True) -> Outcome:
     """Play a schedule; with `check` the block manager's books are balanced after every operation."""
-    engine = Engine(executor, None, facts, schedule.options)
-    outcome = Outcome()
-    pending = sorted(schedule.jobs, key=lambda job: job.arrival)
-    to_cancel: dict[str, int] = {}
-    follow_ups = {job.name: job.follow_up for job in schedule.jobs if job.follow_up}
-    unfinished: dict[str, int] = {}
-    step = 0
-
-    def add(name: str, prompt: tuple[int, ...], params: SamplingParams) -> None:
-        engine.add_request(list(prompt), params, name)
-        outcome.prompts[name] = (prompt, params)
-        outcome.answers[name] = {choice: [] for choice in range(params.n)}
-        unfinished[name] = params.n
-        if check:
-            engine.check()
-
-    while pending or engine.has_work:
-        while pending and pending[0].arrival <= step:
-            job = pending.pop(0)
-            add(job.name, job.prompt, job.params)
-            if job.cancel is not None:
-                to_cancel[job.name] = step + job.cancel
-        for name in [name for name, when in to_cancel.items() if when <= step]:
-            del to_cancel[name]
-            if engine.cancel(name):
-                outcome.cancelled.add(name)
-                unfinished.pop(name)
-            if check:
-                engine.check()
-        for output in engine.step():
-            assert output.error is None, output.error
-            outcome.answers[output.request_id][output.index] += output.token_ids
-            if output.finish_reason is not None:
-                unfinished[output.request_id] -= 1
-                if unfinished[output.request_id] == 0 and output.request_id in follow_ups:
-                    prompt, params = outcome.prompts[output.request_id]
-                    turn = (
-                        prompt + tuple(outcome.answers[output.request_id][0]) + follow_ups[output.request_id]
-                    )
-                    room = engine.limit - len(turn)
-                    if room > 0:
-                        add(f"{output.request_id}+", turn, replace(params, n=1, max_tokens=min(8, room)))
-        if check:
-            engine.check()
-        step += 1
-        assert step < 20_000, "the engine does not come to an end"
-    stats = engine.stats
+    player = _Player(executor, facts, schedule, check)
+    while player.pending or player.engine.has_work:
+        player.arrive()
+        player.cancel()
+        player.step()
+        assert player.now < 20_000, "the engine does not come to an end"
+    stats, outcome = player.engine.stats, player.outcome
     assert stats.pages_used == 0
     assert stats.pages_free + stats.pages_cached == stats.pages_total
     outcome.events.update(

@@ -246,6 +246,8 @@ def test_an_encoder_sees_each_text_whole(tmp_path: Path):
     with LLM(executor, artifact=artifact, engine=engine) as llm:
         states = llm.embed(["x" * 150, "abc"])
         assert [state.shape for state in states] == [(150, 8), (3, 8)]
+        with pytest.raises(InputError, match="is an encoder and generates nothing"):
+            llm.generate("abc")
 
 
 def test_functions_take_and_give_named_arrays(tmp_path: Path):
