@@ -1,0 +1,100 @@
+"""`llmc compile` and `llmc check` as a user calls them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from llmc.cli.main import main
+
+pytest.importorskip("torch")
+
+Capture = pytest.CaptureFixture[str]
+
+
+def run(capsys: Capture, *words: str | Path) -> tuple[int, str, str]:
+    code = main([str(word) for word in words])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_compile_reports_what_it_made(capsys: Capture, tmp_path: Path, tiny_folder: Any) -> None:
+    output = tmp_path / "tiny.llmc"
+    words = ["compile", tiny_folder("llama"), "-o", output, "--target", "null", "--context", "128"]
+    code, out, err = run(capsys, *words, "--dump-ir", tmp_path / "ir", "--json")
+    assert code == 0
+    report = json.loads(out)
+    keys = {"artifact", "seconds", "peak_rss_bytes", "weight_bytes", "bits_per_weight", "quality"}
+    assert set(report) == keys
+    assert report["artifact"] == str(output)
+    assert report["quality"] is None
+    assert report["peak_rss_bytes"] > 10 << 20
+    assert "open" in err, "progress goes to stderr"
+    dumps = sorted(path.name for path in (tmp_path / "ir").iterdir())
+    assert len(dumps) > 5
+    assert all(name[:2].isdigit() for name in dumps), dumps
+    code, out, _ = run(capsys, "inspect", output, "--json")
+    assert (code, json.loads(out)["model"]["context_length"]) == (0, 128)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--target", "tpu"], "no target is named 'tpu'"),
+        (["--target", "null:isa=avx2"], "target null has no option 'isa'"),
+        (["--target", "null", "--target", "null"], "given twice"),
+        (["--target", "null", "--quant", "int3"], "no quantization scheme is named 'int3'"),
+        (["--target", "null", "--context", "100000"], "--context 100000"),
+        (["--target", "null", "--context", "0"], "--context"),
+        (["--target", "null", "--pass", "nonsense"], "no pass is named 'nonsense'"),
+        (["--target", "null", "--kv-dtype", "int8"], "--kv-dtype"),
+    ],
+)
+def test_compile_refuses_impossible_options(
+    options: list[str], said: str, capsys: Capture, tmp_path: Path, tiny_folder: Any
+) -> None:
+    code, out, err = run(capsys, "compile", tiny_folder("llama"), "-o", tmp_path / "x.llmc", *options)
+    assert (code, out) == (2, "")
+    assert said in err.splitlines()[-1]
+    assert err.splitlines()[-1].startswith("error: ")
+    assert not list(tmp_path.iterdir()), "nothing is left behind"
+
+
+def test_compile_overwrites_artifacts_only(capsys: Capture, tmp_path: Path, tiny_folder: Any) -> None:
+    precious = tmp_path / "documents"
+    precious.mkdir()
+    (precious / "novel.txt").write_text("It was a dark and stormy night.")
+    code, _, err = run(capsys, "compile", tiny_folder("llama"), "-o", precious, "--target", "null")
+    assert code == 2
+    assert "exists and is not an artifact" in err
+    assert (precious / "novel.txt").exists()
+
+
+def test_check_predicts_without_weights(capsys: Capture, tmp_path: Path, tiny_folder: Any) -> None:
+    folder = tmp_path / "config-only"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((tiny_folder("gemma2") / name).read_bytes())
+    code, out, err = run(capsys, "check", folder, "--target", "null", "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["supported"] is True
+    assert report["attention_layers"] == 2
+    assert report["facts"]["architecture"] == "gemma2"
+    assert report["weight_bytes"] > 100_000
+    code, out, _ = run(capsys, "check", folder, "--target", "null")
+    assert code == 0
+    assert "2 attention layers" in out
+
+
+def test_check_names_what_is_wrong(capsys: Capture, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "perpetuum_mobile"}))
+    code, out, err = run(capsys, "check", tmp_path, "--target", "null")
+    assert code in (1, 2)
+    assert out == ""
+    assert "perpetuum_mobile" in err
+    code, _, err = run(capsys, "check", tmp_path / "absent", "--target", "null")
+    assert code == 2
+    assert "does not exist" in err
