@@ -83,6 +83,7 @@ class Conversation:
             try:
                 return input("> " if sys.stdin.isatty() and not self._quiet else "")
             except EOFError:
+                self._write("\n" if sys.stdin.isatty() else "")
                 return None
             except KeyboardInterrupt:
                 note(f"\n{_HELP}")
