@@ -22,6 +22,8 @@ from .sampler import TokenLogprob
 from .sampling_params import SamplingParams
 from .tokenizer import Tokenizer
 
+_CHUNK_BYTES = 64 << 20
+
 Prompt = str | Sequence[int] | Sequence[Message]
 """Text (encoded with the tokenizer's own special tokens), token ids, or messages for the chat template."""
 
@@ -284,11 +286,18 @@ class LLM:
         """Logits of every token, [c, vocab] float32 at a time; other requests wait until the iterator is
         done.
 
-        An encoder sees the whole text at once and gives hidden states [T, hidden] in one piece.
+        `chunk` None: as many rows as make 64 MB. Each array is valid until the next one. An encoder sees the
+        whole text at once and gives hidden states [T, hidden] in one piece.
         """
+        if chunk is not None and chunk < 1:
+            raise InputError(f"chunk is {chunk}", remedy="allowed: a whole number from 1")
         with self.engine.paused() as engine:
-            size = len(ids) if self.kind == "encoder" else chunk
-            yield from engine.score(ids, size)
+            if self.kind == "encoder":
+                chunk = len(ids)
+            elif chunk is None:
+                chunk = max(16, _CHUNK_BYTES // (4 * max(1, self.executor.vocab_size)))
+                chunk = min(chunk, engine.options.max_batch_tokens)
+            yield from engine.score(ids, chunk)
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Logits of every token of a text, [T, vocab] float32 (hidden states [T, hidden] for an encoder).
@@ -306,23 +315,22 @@ class LLM:
         assert result is not None
         return result
 
-    def token_logprobs(self, ids: Sequence[int], chunk: int = 128) -> np.ndarray:
+    def token_logprobs(self, ids: Sequence[int], chunk: int | None = None) -> np.ndarray:
         """log p(token t + 1 | tokens 0 … t) for t = 0 … T - 2: [T - 1] float64; memory is one chunk of
         logits.
 
         Perplexity of the text is exp(-mean).
         """
         following = np.asarray(ids, np.int64)[1:]
-        found: list[np.ndarray] = []
+        found = np.empty(len(following))
         start = 0
         for part in self.iter_logits(ids, chunk):
-            wanted = following[start : start + len(part)]
-            rows = part[: len(wanted)].astype(np.float64)
+            for offset, row in enumerate(part[: len(following) - start]):
+                peak = row.max()
+                total = np.sum(np.exp(row - peak), dtype=np.float64)
+                found[start + offset] = float(row[following[start + offset]]) - float(peak) - np.log(total)
             start += len(part)
-            peak = rows.max(axis=1, keepdims=True)
-            norm = peak[:, 0] + np.log(np.exp(rows - peak).sum(axis=1))
-            found.append(rows[np.arange(len(wanted)), wanted] - norm)
-        return np.concatenate(found)
+        return found
 
     def embed(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Hidden states [T, hidden] float32 of each text, for an encoder; how to pool them is the caller's

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
+import random
 import threading
 import time
 
@@ -232,17 +234,15 @@ def test_a_consumer_that_fails_ends_its_request_alone(service):
 
 
 def test_a_fault_of_the_engine_itself_ends_every_stream(service, monkeypatch: pytest.MonkeyPatch):
-    engine, executor = service
+    engine, _ = service
 
     def broken(request) -> None:
         raise AssertionError("a bug")
 
-    executor.gate.clear()
-    stream = engine.stream_sync(PROMPT, SamplingParams(max_tokens=4))
-    monkeypatch.setattr(engine.engine, "submit", broken)
-    second = engine.stream_sync(PROMPT, SamplingParams(max_tokens=4))
-    executor.gate.set()
-    for one in (stream, second):
+    with engine.paused() as inner:
+        monkeypatch.setattr(inner, "submit", broken)
+        streams = [engine.stream_sync(PROMPT, SamplingParams(max_tokens=4)) for _ in range(2)]
+    for one in streams:
         with pytest.raises(LlmcError, match="the engine stopped"):
             list(one)
     with pytest.raises(LlmcError, match="closed"):
@@ -254,3 +254,32 @@ def test_pausing_twice_in_one_thread(service):
     with engine.paused() as outer, engine.paused() as inner:
         assert outer is inner
     assert list(engine.stream_sync(PROMPT, SamplingParams(max_tokens=1)))
+
+
+def test_many_threads_that_come_and_go():
+    """Sixteen threads submit, read a while, and leave or stay; what stays is right, and all pages come back.
+    """
+    executor = FakeExecutor()
+    options = EngineOptions(kv_tokens=400, max_sequences=6, max_batch_tokens=48)
+    engine = AsyncEngine(Engine(executor, None, FACTS, options))
+    wrong: list[int] = []
+
+    def work(number: int) -> None:
+        rng = random.Random(number)
+        for turn in range(6):
+            prompt = [*PROMPT[: rng.randint(1, 5)], number, turn]
+            count = rng.randint(1, 60)
+            with engine.stream_sync(prompt, SamplingParams(max_tokens=count)) as stream:
+                leave = rng.choice([None, rng.randint(0, count)])
+                tokens = [t for output in itertools.islice(stream, leave) for t in output.token_ids]
+            if tokens != generate_alone(prompt, count)[:leave]:
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    _wait_until(lambda: _idle(engine))
+    engine.close()

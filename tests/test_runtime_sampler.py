@@ -209,3 +209,29 @@ def test_every_number_is_checked():
     unchecked = {field.name for field in fields(SamplingParams)} - set(BAD) - {"ignore_eos"}
     assert not unchecked
     SamplingParams().validate(VOCAB)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2) | st.integers(), inner, max_size=2)
+    ),
+    max_leaves=4,
+)
+
+
+@given(
+    values=st.dictionaries(
+        st.sampled_from([field.name for field in fields(SamplingParams)]), JSON, min_size=1, max_size=4
+    )
+)
+@settings(deadline=None, max_examples=1000)
+def test_whatever_a_client_sends_is_refused_by_name_or_can_be_sampled(values: dict[str, object]):
+    params = replace(SamplingParams(), **values)
+    try:
+        params.validate(VOCAB)
+    except InputError as error:
+        assert error.message.split(" ")[0].split("[")[0] in values  # noqa: PT017
+        return
+    tokens, _ = sample(_logits(1, 2), [_row(params), _row(params)], [0, 1])
+    assert all(0 <= token < VOCAB for token in tokens)
