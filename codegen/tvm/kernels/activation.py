@@ -1,4 +1,6 @@
-"""`quantize_activation`: a token's activations to int8 with one scale, and the sums that zero points are corrected by."""
+"""`quantize_activation`: a token's activations to int8 with one scale, and the sums that zero points are
+corrected by.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ _ABS = 0x7FFFFFFF
 def _largest(x: Buffer, row: Expr, k: int) -> Expr:
     """max |x| of a row as a float32; NaN where the row has one.
 
-    Non-negative floats order as their bits do, and NaN's are above infinity's, which a comparison of floats would lose.
+    Non-negative floats order as their bits do, and NaN's are above infinity's, which a comparison of floats
+    would lose.
     """
     best = register_i32(i32s(0))
     if k >= LANES:
@@ -47,7 +50,10 @@ def _largest(x: Buffer, row: Expr, k: int) -> Expr:
 
 
 def _to_int(x: Expr, inverse: Expr) -> Expr:
-    """Nearest integer of x · inverse in 16 lanes, ties to even. NaN becomes -127: `T.max` answers its second operand."""
+    """Nearest integer of x · inverse in 16 lanes, ties to even.
+
+    NaN becomes -127: `T.max` answers its second operand.
+    """
     clamped = T.min(T.max(x * inverse, f32s(-127)), f32s(127))
     return T.Cast("int32x16", call("float32x16", "llmc_round", clamped))
 
@@ -77,23 +83,23 @@ def _ragged_group(
     """A group that vectors do not fit, one element at a time; what pads it is zero."""
     total = scalar(T.int32(0), "int32")
     count = let(T.min(T.int32(lay.real_group), T.int32(lay.k) - g * lay.real_group))
-    with T.serial(0, lay.group) as i:
-        with T.If(i < count):
-            with T.Then():
-                value = let(_to_int(splat(x[row, g * lay.real_group + i]), splat(inverse)))
-                one = let(call("int32", "llmc_max_i32", value))
-                put1(a, T.Cast("int8", one), row, g * lay.group + i)
-                put1(total, total[0] + one, 0)
-            with T.Else():
-                put1(a, T.int8(0), row, g * lay.group + i)
+    with T.serial(0, lay.group) as i, T.If(i < count):
+        with T.Then():
+            value = let(_to_int(splat(x[row, g * lay.real_group + i]), splat(inverse)))
+            one = let(call("int32", "llmc_max_i32", value))
+            put1(a, T.Cast("int8", one), row, g * lay.group + i)
+            put1(total, total[0] + one, 0)
+        with T.Else():
+            put1(a, T.int8(0), row, g * lay.group + i)
     put1(sums, total[0], row, g)
 
 
 def make_quantize_activation(*, k: int, group_size: int, isa: str) -> Any:
     """a = round(x · 127 / max|x|), a_scale = max|x| / 127, sums = Σ a over each group.
 
-    x float32 [T, k]; with L = QuantLayout(·, k, ·, group_size): a int8 [T, L.k_padded], sums int32 [T, L.groups], a_scale
-    float32 [T]. A row of zeros gives zeros; a NaN or an infinity makes the row's scale NaN or infinite.
+    x float32 [T, k]; with L = QuantLayout(·, k, ·, group_size): a int8 [T, L.k_padded], sums int32 [T,
+    L.groups], a_scale float32 [T]. A row of zeros gives zeros; a NaN or an infinity makes the row's scale NaN
+    or infinite.
     """
     lay = QuantLayout(1, k, 8, group_size)
     kernel = Kernel("quantize_activation", isa)

@@ -1,13 +1,15 @@
 """`paged_attention`: attention of a ragged batch over the paged cache, with softmax computed on the way.
 
-For a query row and head, pages of its context are taken in order (Milakov & Gimelshein 2018; Dao et al. 2022):
+For a query row and head, pages of its context are taken in order (Milakov & Gimelshein 2018; Dao et al.
+2022):
 
     s[j] = Σ_d q[d] · scale · k[j, d]            one chain of multiply-adds over d, 16 tokens j at once
     m' = max(m, max_j s[j]);  p[j] = 2^(s[j] - m');  c = 2^(m - m')
     l = l · c + Σ_j p[j];  acc[d] = acc[d] · c + Σ_j p[j] · v[j, d]      one chain over j
 
-and the result is acc / l. The scores carry a factor log2(e). Neighbouring rows of a prompt share the loads of a page,
-but not arithmetic: a token that a row may not see adds exactly 0 to it, so a row's bits do not depend on its block.
+and the result is acc / l. The scores carry a factor log2(e). Neighbouring rows of a prompt share the loads of
+a page, but not arithmetic: a token that a row may not see adds exactly 0 to it, so a row's bits do not depend
+on its block.
 """
 
 from __future__ import annotations
@@ -89,7 +91,9 @@ class _Buffers:
 class _Block:
     """`rows` consecutive query rows of one sequence, by `heads` query heads of one key/value head."""
 
-    def __init__(self, spec: Attention, at: _Buffers, first: tuple[Expr, Expr, Expr], size: tuple[int, int]) -> None:
+    def __init__(
+        self, spec: Attention, at: _Buffers, first: tuple[Expr, Expr, Expr], size: tuple[int, int]
+    ) -> None:
         self.spec, self.at = spec, at
         self.row, self.sequence, self.head = first
         self.rows, self.heads = size
@@ -156,7 +160,10 @@ class _Block:
             for i, _, _ in self.cells():
                 put(score[i], fma(splat(self.query[i, d]), key, vec(score[i], 0)), 0)
         tokens = let(T.ramp(token, 1, LANES))
-        seen = [T.And(tokens < splat(high), tokens >= splat(low)) for low, high in zip(self.low, self.high, strict=True)]
+        seen = [
+            T.And(tokens < splat(high), tokens >= splat(low))
+            for low, high in zip(self.low, self.high, strict=True)
+        ]
         for i, r, _ in self.cells():
             s = vec(score[i], 0)
             if spec.softcap:
@@ -174,7 +181,9 @@ class _Block:
         put(self.total, fma(vec(self.total, 0), rescale, lane_sums([vec(cell, 0) for cell in score])), 0)
 
     def _values(self, page: Expr, token: Expr) -> None:
-        """acc = acc · rescale + Σ_j weight[j] · v[j], over the tokens of the page that any row of the block sees."""
+        """acc = acc · rescale + Σ_j weight[j] · v[j], over the tokens of the page that any row of the block
+        sees.
+        """
         spec = self.spec
         first = let(T.max(self.low[0] - token, T.int32(0)))
         last = let(T.min(self.high[self.rows - 1] - token, T.int32(PAGE_SIZE)))
@@ -261,11 +270,11 @@ def make_paged_attention(
 ) -> Any:
     """Attention of each query row over its sequence's context.
 
-    q float32 [T, heads, head_dim]; pages `kv_dtype` [2, N, kv_heads, 16, head_dim] in the order of `cache`; query_start
-    int32 [B + 1] with query_start[0] = 0 and query_start[B] = T; context_len int32 [B]; block_table int32 [B, P];
-    sinks float32 [heads] (a logit more in each softmax, with no value); out float32 [T, heads, head_dim].
-    Sequences may have no rows. A row sees token j of its context where causal: j ≤ its position, and window w:
-    |position - j| < w. softcap c: scores become c · tanh(score / c).
+    q float32 [T, heads, head_dim]; pages `kv_dtype` [2, N, kv_heads, 16, head_dim] in the order of `cache`;
+    query_start int32 [B + 1] with query_start[0] = 0 and query_start[B] = T; context_len int32 [B];
+    block_table int32 [B, P]; sinks float32 [heads] (a logit more in each softmax, with no value); out float32
+    [T, heads, head_dim]. Sequences may have no rows. A row sees token j of its context where causal: j ≤ its
+    position, and window w: |position - j| < w. softcap c: scores become c · tanh(score / c).
     """
     spec = Attention(heads, kv_heads, head_dim, kv_dtype, scale, causal, window, softcap)
     kernel = Kernel("paged_attention", isa)
@@ -273,9 +282,7 @@ def make_paged_attention(
         tokens, sequences = kernel.symbol("T"), kernel.symbol("B")
         at = _Buffers(
             q=kernel.argument("q", (tokens, heads, head_dim), "float32"),
-            pages=kernel.argument(
-                "pages", (2, kernel.symbol("N"), kv_heads, PAGE_SIZE, head_dim), kv_dtype
-            ),
+            pages=kernel.argument("pages", (2, kernel.symbol("N"), kv_heads, PAGE_SIZE, head_dim), kv_dtype),
             query_start=kernel.argument("query_start", (kernel.symbol("B1"),), "int32"),
             context_len=kernel.argument("context_len", (sequences,), "int32"),
             block_table=kernel.argument("block_table", (sequences, kernel.symbol("P")), "int32"),

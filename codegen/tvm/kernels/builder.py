@@ -1,12 +1,12 @@
 """Writing a PrimFunc from Python: the frame of a kernel, and its vocabulary of 16-lane vectors.
 
-TVM's IR builder is used rather than its Python-like script: the kernels are families (row blocks, levels, options) and
-here a Python loop unrolls and a Python function is a macro.
+TVM's IR builder is used rather than its Python-like script: the kernels are families (row blocks, levels,
+options) and here a Python loop unrolls and a Python function is a macro.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,12 +28,12 @@ Shape = Sequence[Any]
 class Kernel:
     """A PrimFunc under construction.
 
-        k = Kernel("name", isa)
-        with k:
-            x = k.argument("x", (k.symbol("T"), 64), "float32")
-            with k.body():
-                ...
-        return k.function
+    k = Kernel("name", isa)
+    with k:
+        x = k.argument("x", (k.symbol("T"), 64), "float32")
+        with k.body():
+            ...
+    return k.function
     """
 
     def __init__(self, name: str, isa: str) -> None:
@@ -68,7 +68,7 @@ class Kernel:
         return T.arg(name, T.buffer(tuple(shape), dtype, buffer_name=name))
 
     @contextmanager
-    def body(self) -> Iterator[None]:
+    def body(self) -> Generator[None]:
         """The statements of the kernel; the functions of `intrinsics` can be called in it."""
         with T.attr(T.int32(0), "pragma_import_llvm", library(self.isa.name)):
             yield
@@ -92,9 +92,9 @@ def put1(buffer: Buffer, value: Expr, *index: Expr) -> None:
 def let(value: Expr) -> Expr:
     """Compute once, use often: an expression in TIR is computed anew wherever it stands.
 
-    A vector or a float is stored in a buffer, which becomes a register: TIR's own binding is substituted again where
-    the value has no side effect, and a polynomial of a polynomial grows exponentially. Integers are bound, so that
-    TIR still sees through indices and sizes.
+    A vector or a float is stored in a buffer, which becomes a register: TIR's own binding is substituted
+    again where the value has no side effect, and a polynomial of a polynomial grows exponentially. Integers
+    are bound, so that TIR still sees through indices and sizes.
     """
     kind = str(value.ty)
     if kind in ("int32", "bool", "uint8", "uint16"):
@@ -125,7 +125,10 @@ def i32s(value: int) -> Expr:
 
 
 def register(initial: Expr | None = None) -> Buffer:
-    """A float32 vector that changes; it lives in a register. Read it by `vec(r, 0)`, write it by `put(r, v, 0)`."""
+    """A float32 vector that changes; it lives in a register.
+
+    Read it by `vec(r, 0)`, write it by `put(r, v, 0)`.
+    """
     buffer = T.alloc_buffer((LANES,), "float32")
     if initial is not None:
         put(buffer, initial, 0)
@@ -207,7 +210,8 @@ def for_each(body: Callable[[Any], None], stop: Expr, *, start: Expr = 0, parall
 
 
 def row_tiles(rows: Expr, sizes: Sequence[int], tile: Callable[[Expr, int], None]) -> None:
-    """Cover 0 … rows-1 by tiles: as many as fit of sizes[0], of the rest as many as fit of sizes[1], …; the last is 1.
+    """Cover 0 … rows-1 by tiles: as many as fit of sizes[0], of the rest as many as fit of sizes[1], …; the
+    last is 1.
 
     `tile(first, size)` writes the statements for `size` rows.
     """

@@ -1,8 +1,8 @@
 """`append_kv`: write the keys and values of new tokens into their pages.
 
-A page holds, for each head, its keys as [head_dim, 16 tokens] and its values as [16 tokens, head_dim]: attention then
-multiplies 16 keys at once by one element of the query, and 16 elements of a value by one weight, and sums nothing
-across lanes.
+A page holds, for each head, its keys as [head_dim, 16 tokens] and its values as [16 tokens, head_dim]:
+attention then multiplies 16 keys at once by one element of the query, and 16 elements of a value by one
+weight, and sums nothing across lanes.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def make_append_kv(
     """pages[:, slot // 16, :, slot % 16] = k, v for each token (in the logical order), in place.
 
     k and v float32 [T, kv_heads, head_dim], or with a source = (row_width, offset) columns of [T, row_width];
-    slot_mapping int32 [T]; pages `kv_dtype` (float32 or float16) [2, N, kv_heads, 16, head_dim]. A negative slot is
-    skipped.
+    slot_mapping int32 [T]; pages `kv_dtype` (float32 or float16) [2, N, kv_heads, 16, head_dim]. A negative
+    slot is skipped.
     """
     kernel = Kernel("append_kv", isa)
     with kernel:
@@ -61,7 +61,9 @@ def make_append_kv(
                     held = _converted(_chunk(x, at, start, count), kv_dtype)
                     with T.serial(0, count) as i:
                         # "row 0" with a running index is the head's whole block, whatever its inner order.
-                        inner = (start + i) * PAGE_SIZE + offset if which == 0 else offset * head_dim + start + i
+                        inner = (
+                            (start + i) * PAGE_SIZE + offset if which == 0 else offset * head_dim + start + i
+                        )
                         put1(pages, held[i], which, page, h, 0, inner)
 
                 with T.serial(0, head_dim // LANES) as c:
@@ -79,7 +81,8 @@ def make_append_kv(
 
 
 def to_physical(logical: np.ndarray) -> np.ndarray:
-    """Pages [2, N, 16, heads, head_dim] as the IR sees them → [2, N, heads, 16, head_dim] as they are stored."""
+    """Pages [2, N, 16, heads, head_dim] as the IR sees them → [2, N, heads, 16, head_dim] as they are stored.
+    """
     _, pages, size, heads, dim = logical.shape
     out = np.empty((2, pages, heads, size * dim), logical.dtype)
     out[0] = logical[0].transpose(0, 2, 3, 1).reshape(pages, heads, -1)

@@ -116,9 +116,9 @@ def make_rope(
 ) -> Any:
     """Turn the first rotary_dim elements of each head by the angles of its token; the rest is copied.
 
-    x float32 [T, heads, head_dim], or with source = (row_width, offset) columns of [T, row_width]; cos and sin float32
-    [T, rotary_dim] hold the angle of every element; out float32 [T, heads, head_dim]. Pairs are (i, i + rotary_dim/2),
-    or (2i, 2i + 1) where interleaved.
+    x float32 [T, heads, head_dim], or with source = (row_width, offset) columns of [T, row_width]; cos and
+    sin float32 [T, rotary_dim] hold the angle of every element; out float32 [T, heads, head_dim]. Pairs are
+    (i, i + rotary_dim/2), or (2i, 2i + 1) where interleaved.
     """
     kernel = Kernel("rope", isa)
     turn = _turn_neighbours if interleaved else _turn_halves
@@ -145,9 +145,7 @@ def reference_rope(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, interleaved:
     """x [T, H, D], cos and sin [T, R] → float64 [T, H, D]."""
     out = x.astype(np.float64)
     r = cos.shape[1]
-    first, second = (
-        (slice(0, r, 2), slice(1, r, 2)) if interleaved else (slice(0, r // 2), slice(r // 2, r))
-    )
+    first, second = (slice(0, r, 2), slice(1, r, 2)) if interleaved else (slice(0, r // 2), slice(r // 2, r))
     a, b = out[..., first].copy(), out[..., second].copy()
     c, s = cos[:, None, :].astype(np.float64), sin[:, None, :].astype(np.float64)
     out[..., first] = a * c[..., first] - b * s[..., first]

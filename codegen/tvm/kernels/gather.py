@@ -92,8 +92,8 @@ def make_quantized_embedding(
 ) -> Any:
     """out[t] = scale · (q - zero_point) of row ids[t], from the layout that `quantized_linear` multiplies by.
 
-    ids int32 [T]; with L = QuantLayout(rows, width, bits, group_size): weight uint8 L.weight_shape, scale float16
-    L.scale_shape, zero_point uint8 L.scale_shape or absent; out float32 [T, width].
+    ids int32 [T]; with L = QuantLayout(rows, width, bits, group_size): weight uint8 L.weight_shape, scale
+    float16 L.scale_shape, zero_point uint8 L.scale_shape or absent; out float32 [T, width].
     """
     lay = QuantLayout(rows, width, bits, group_size)
     kernel = Kernel("quantized_embedding", isa)
@@ -133,12 +133,18 @@ def _code(lay: QuantLayout, weight: Buffer, block: Expr, group: Expr, i: Expr, l
 
 
 def reference_quantized_embedding(
-    ids: np.ndarray, q: np.ndarray, scale: np.ndarray, zero_point: np.ndarray | None, group_size: int, bits: int
+    ids: np.ndarray,
+    q: np.ndarray,
+    scale: np.ndarray,
+    zero_point: np.ndarray | None,
+    group_size: int,
+    bits: int,
 ) -> np.ndarray:
     """float32 [T, width] from unpacked q [rows, width], scale and zero_point [rows, groups]."""
     width = q.shape[1]
     offset: Any = 1 << (bits - 1)
     if zero_point is not None:
         offset = zero_point[ids].astype(np.float32).repeat(group_size, 1)[:, :width]
-    return (q[ids].astype(np.float32) - offset) * scale[ids].astype(np.float32).repeat(group_size, 1)[:, :width]
-
+    return (q[ids].astype(np.float32) - offset) * scale[ids].astype(np.float32).repeat(group_size, 1)[
+        :, :width
+    ]

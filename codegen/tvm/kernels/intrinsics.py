@@ -1,8 +1,9 @@
 """Small functions in LLVM IR that the kernels call: what TIR cannot say, or says differently on each machine.
 
-All work on vectors of 16 lanes and are inlined. They are the only place where levels differ in meaning-bearing code:
-`llmc_fma` rounds once where the machine can, and `llmc_dot*` adds 4 products of bytes in the way that the level offers
-(the result is exact on each). Sums across lanes add in a fixed tree, so that they are the same on all levels.
+All work on vectors of 16 lanes and are inlined. They are the only place where levels differ in
+meaning-bearing code: `llmc_fma` rounds once where the machine can, and `llmc_dot*` adds 4 products of bytes
+in the way that the level offers (the result is exact on each). Sums across lanes add in a fixed tree, so that
+they are the same on all levels.
 """
 
 from __future__ import annotations
@@ -21,17 +22,22 @@ def _lanes(indices: list[int]) -> str:
 
 
 def _across(name: str, scalar: str, combine: list[str]) -> str:
-    """A reduction of 16 lanes by halves. `combine` are instructions that make %R from %A and %B (all {vector})."""
+    """A reduction of 16 lanes by halves.
+
+    `combine` are instructions that make %R from %A and %B (all {vector}).
+    """
     vector = f"<16 x {scalar}>"
     lines, value = [f"{_DEFINE} {scalar} @{name}({vector} %v) alwaysinline {{"], "%v"
     for step in (8, 4, 2, 1):
         moved = f"%m{step}"
         mask = _lanes([(i + step) % 16 for i in range(16)])
         lines.append(f"  {moved} = shufflevector {vector} {value}, {vector} poison, <16 x i32> {mask}")
-        for text in combine:
-            lines.append("  " + text.format(A=value, B=moved, R=f"%r{step}", C=f"%c{step}", vector=vector))
+        names = {"A": value, "B": moved, "R": f"%r{step}", "C": f"%c{step}", "vector": vector}
+        lines += ["  " + text.format(**names) for text in combine]
         value = f"%r{step}"
-    return "\n".join([*lines, f"  %out = extractelement {vector} {value}, i64 0", f"  ret {scalar} %out", "}"])
+    return "\n".join(
+        [*lines, f"  %out = extractelement {vector} {value}, i64 0", f"  ret {scalar} %out", "}"]
+    )
 
 
 def _combine(name: str, out: str, a: str, b: str) -> list[str]:
@@ -43,9 +49,11 @@ def _combine(name: str, out: str, a: str, b: str) -> list[str]:
 
 
 def _of_four(name: str, values: list[str], tag: str) -> tuple[list[str], str]:
-    """Instructions that reduce four vectors at once; lanes 0, 2, 4 and 6 of the result belong to vectors 0 … 3.
+    """Instructions that reduce four vectors at once; lanes 0, 2, 4 and 6 of the result belong to vectors 0 …
+    3.
 
-    Halves of two vectors are put side by side and combined once. Each vector's lanes are added in the pairs of `_across`.
+    Halves of two vectors are put side by side and combined once. Each vector's lanes are added in the pairs
+    of `_across`.
     """
 
     def both(out: str, a: str, b: str, left: list[int], right: list[int]) -> list[str]:
@@ -57,7 +65,9 @@ def _of_four(name: str, values: list[str], tag: str) -> tuple[list[str], str]:
 
     low, high = list(range(8)), list(range(8, 16))
     lines = both(f"%{tag}a", values[0], values[1], low + [16 + i for i in low], high + [16 + i for i in high])
-    lines += both(f"%{tag}b", values[2], values[3], low + [16 + i for i in low], high + [16 + i for i in high])
+    lines += both(
+        f"%{tag}b", values[2], values[3], low + [16 + i for i in low], high + [16 + i for i in high]
+    )
     # a = 8 lanes of vector 0, then 8 of vector 1; the quarters of 0, 1, 2, 3 come to stand in order.
     first = [0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27]
     lines += both(f"%{tag}q", f"%{tag}a", f"%{tag}b", first, [i + 4 for i in first])
@@ -68,7 +78,9 @@ def _of_four(name: str, values: list[str], tag: str) -> tuple[list[str], str]:
 
 
 def _many(name: str, count: int) -> str:
-    """`count` vectors (a multiple of 4, at most 16) → one, lane i of which is the reduction of vector i; others 0."""
+    """`count` vectors (a multiple of 4, at most 16) → one, lane i of which is the reduction of vector i;
+    others 0.
+    """
     lines: list[str] = []
     quads: list[str] = []
     for j in range(0, count, 4):
@@ -116,7 +128,8 @@ def _fma(isa: Isa) -> list[str]:
 
 
 def _round() -> str:
-    """To the nearest integer, ties to even, for |x| < 2^22: adding 1.5 · 2^23 leaves no bits for a fraction."""
+    """To the nearest integer, ties to even, for |x| < 2^22: adding 1.5 · 2^23 leaves no bits for a fraction.
+    """
     magic = f"<16 x float> splat (float {float(3 << 22)!r})"
     return f"""{_DEFINE} {_V} @llmc_round({_V} %x) alwaysinline {{
   %s = fadd {_V} %x, {magic.removeprefix("<16 x float> ")}
@@ -136,9 +149,10 @@ _HALF_HARDWARE = f"""{_DEFINE} {_V} @llmc_from_half(<16 x i16> %h) alwaysinline 
   ret <16 x i16> %r
 }}"""
 
-# Without hardware LLVM would call a function of the compiler's runtime library, which is not linked. From half: the
-# exponent is moved by multiplying with 2^112, which is right for subnormal numbers too. To half: the float's own
-# rounding is made to happen at the right bit by adding a power of two (subnormal), or the tie-to-even carry is added.
+# Without hardware LLVM would call a function of the compiler's runtime library, which is not linked. From
+# half: the exponent is moved by multiplying with 2^112, which is right for subnormal numbers too. To half:
+# the float's own rounding is made to happen at the right bit by adding a power of two (subnormal), or the
+# tie-to-even carry is added.
 _HALF_PLAIN = f"""{_DEFINE} {_V} @llmc_from_half(<16 x i16> %h) alwaysinline {{
   %w = zext <16 x i16> %h to {_I}
   %m = and {_I} %w, splat (i32 32767)
@@ -182,7 +196,9 @@ _HALF_PLAIN = f"""{_DEFINE} {_V} @llmc_from_half(<16 x i16> %h) alwaysinline {{
 
 
 def _split_dot(name: str, lines: list[str]) -> str:
-    """A dot function that works on two halves of 8 lanes: `lines` make %r{{h}} from %acc{{h}}, %w{{h}} and %a."""
+    """A dot function that works on two halves of 8 lanes: `lines` make %r{{h}} from %acc{{h}}, %w{{h}} and
+    %a.
+    """
     text = [
         f"{_DEFINE} {_I} @{name}({_I} %acc, <64 x i8> %w, i32 %x) alwaysinline {{",
         "  %xv = insertelement <8 x i32> poison, i32 %x, i64 0",

@@ -1,8 +1,9 @@
 """Instruction-set levels that kernels are built for: what LLVM is told, and what a kernel may count on.
 
-The names are those of `llmc.runtime.cpu.ISA_LEVELS`; the features told to LLVM are exactly those that the runtime asks
-the processor for, since LLVM aborts the process on an intrinsic that the target lacks, and picks instructions
-(`gf2p8affineqb` for a shift of bytes) that a more specific `mcpu` has and another processor of the level has not.
+The names are those of `llmc.runtime.cpu.ISA_LEVELS`; the features told to LLVM are exactly those that the
+runtime asks the processor for, since LLVM aborts the process on an intrinsic that the target lacks, and picks
+instructions (`gf2p8affineqb` for a shift of bytes) that a more specific `mcpu` has and another processor of
+the level has not.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from ....ir.errors import InputError
 
 @dataclass(frozen=True)
 class Isa:
-    """One level. Vectors in the kernels are 16 lanes everywhere; LLVM splits them to the width of the machine."""
+    """One level.
+
+    Vectors in the kernels are 16 lanes everywhere; LLVM splits them to the width of the machine.
+    """
 
     name: str
     mcpu: str

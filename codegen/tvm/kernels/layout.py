@@ -1,10 +1,10 @@
 """How weights lie in memory: one layout for all instruction-set levels, in blocks of 16 output rows.
 
 Float weights [N, K] are stored [ceil(N/16), K, 16]: a vector of 16 outputs for each k.
-Quantized weights are stored [blocks, groups, steps, 64] bytes. With 8 bits a step is 4 consecutive k of 16 rows (byte
-4·row + k). With 4 bits it is 8 consecutive k: the low nibbles hold the first 4, the high nibbles the last 4. That is
-the operand order of `vpdpbusd`, which multiplies 4 neighbouring bytes in each 32-bit lane. Rows beyond N and k beyond
-K are zero.
+Quantized weights are stored [blocks, groups, steps, 64] bytes. With 8 bits a step is 4 consecutive k of 16
+rows (byte 4·row + k). With 4 bits it is 8 consecutive k: the low nibbles hold the first 4, the high nibbles
+the last 4. That is the operand order of `vpdpbusd`, which multiplies 4 neighbouring bytes in each 32-bit
+lane. Rows beyond N and k beyond K are zero.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ def packed_shape(n: int, k: int) -> tuple[int, int, int]:
 
 
 def pack_rows(rows: np.ndarray) -> np.ndarray:
-    """Rows [n, k] of a float weight → [ceil(n/16), k, 16]. n must be a multiple of 16 except for the last rows."""
+    """Rows [n, k] of a float weight → [ceil(n/16), k, 16].
+
+    n must be a multiple of 16 except for the last rows.
+    """
     n, k = rows.shape
     padded = np.zeros((round_up(n, ROWS), k), rows.dtype)
     padded[:n] = rows
@@ -45,8 +48,8 @@ def unpack_rows(packed: np.ndarray, n: int) -> np.ndarray:
 class QuantLayout:
     """Sizes of a quantized weight [n, k] with `bits` 4 or 8 and groups of `group_size` along k.
 
-    Each group is padded to `group` = a multiple of 8, so that the activations have `k_padded` columns: with the usual
-    groups (8 divides them, they divide k) that is k.
+    Each group is padded to `group` = a multiple of 8, so that the activations have `k_padded` columns: with
+    the usual groups (8 divides them, they divide k) that is k.
     """
 
     n: int
@@ -103,7 +106,9 @@ class QuantLayout:
         """q [n, k] → [blocks, 16, groups, group] with zeros where there is nothing."""
         n, k = q.shape
         if k != self.k:
-            raise CompileError(f"rows of {k} values where {self.k} are due", remedy="pack the tensor that was planned")
+            raise CompileError(
+                f"rows of {k} values where {self.k} are due", remedy="pack the tensor that was planned"
+            )
         full = np.zeros((round_up(n, ROWS), self.groups * self.real_group), np.uint8)
         full[:n, :k] = q
         full = full.reshape(-1, ROWS, self.groups, self.real_group)
@@ -135,7 +140,9 @@ class QuantLayout:
         return np.ascontiguousarray(x.reshape(blocks * ROWS, -1)[: self.n, : self.k])
 
     def pack_groups(self, values: np.ndarray) -> np.ndarray:
-        """Scales or zero points [rows, groups] → [rows/16, groups, 16], of the same dtype, in chunks like `pack`."""
+        """Scales or zero points [rows, groups] → [rows/16, groups, 16], of the same dtype, in chunks like
+        `pack`.
+        """
         n = values.shape[0]
         padded = np.zeros((round_up(n, ROWS), self.groups), values.dtype)
         padded[:n] = values

@@ -1,7 +1,7 @@
 """`linear` with float weights.
 
-Each output is one chain of fused multiply-adds over k, from 0 to K-1, whatever block of rows it is computed in: the
-bits of a row do not depend on how many rows there are.
+Each output is one chain of fused multiply-adds over k, from 0 to K-1, whatever block of rows it is computed
+in: the bits of a row do not depend on how many rows there are.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def _tile_sizes(isa: Isa) -> tuple[tuple[int, ...], int]:
 def store_block(
     value: Expr, out: Buffer, row: Expr, block: Expr, n: int, bias: Buffer | None, residual: Buffer | None
 ) -> None:
-    """Write 16 outputs of a row, bias and residual added; the last block of an N that 16 does not divide is cut."""
+    """Write 16 outputs of a row, bias and residual added; the last block of an N that 16 does not divide is
+    cut.
+    """
 
     def whole() -> None:
         v = value
@@ -73,7 +75,9 @@ def store_block(
 
 
 def for_each_panel(blocks: int, width: int, body: Any) -> None:
-    """Run `body(first_block, block_count)` in parallel over panels of `width` blocks, the last maybe narrower."""
+    """Run `body(first_block, block_count)` in parallel over panels of `width` blocks, the last maybe
+    narrower.
+    """
     panels = -(-blocks // width)
 
     def panel(p: Expr) -> None:
@@ -97,8 +101,8 @@ def make_linear(
 ) -> Any:
     """out = x · weightᵀ (+ bias) (+ residual).
 
-    x float32 [T, k]; weight `weight_dtype` (float32, float16 or bfloat16) packed [ceil(n/16), k, 16]; bias float32 [n];
-    residual float32 [T, n]; out float32 [T, n].
+    x float32 [T, k]; weight `weight_dtype` (float32, float16 or bfloat16) packed [ceil(n/16), k, 16]; bias
+    float32 [n]; residual float32 [T, n]; out float32 [T, n].
     """
     kernel = Kernel("linear", isa)
     sizes, width = _tile_sizes(kernel.isa)

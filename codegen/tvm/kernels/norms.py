@@ -1,4 +1,6 @@
-"""`rms_norm` and `layer_norm`: float32, sums in 16 lanes over the row in order, then across the lanes in a fixed tree."""
+"""`rms_norm` and `layer_norm`: float32, sums in 16 lanes over the row in order, then across the lanes in a
+fixed tree.
+"""
 
 from __future__ import annotations
 
@@ -111,8 +113,8 @@ def make_rms_norm(
     """out = x / √(mean(x²) + eps) · weight over the last axis.
 
     heads = 0: x float32 [T, width] → out float32 [T, width]. heads > 0: each head by itself, x float32
-    [T, heads, width] or, with source = (row_width, offset), columns of [T, row_width] → out [T, heads, width].
-    weight float32 [width].
+    [T, heads, width] or, with source = (row_width, offset), columns of [T, row_width] → out [T, heads,
+    width]. weight float32 [width].
     """
     kernel = Kernel("rms_norm", isa)
     with kernel:

@@ -1,11 +1,13 @@
-"""`quantized_linear`: activations quantized to int8 per token, weights of 4 or 8 bits, integer dot products by groups.
+"""`quantized_linear`: activations quantized to int8 per token, weights of 4 or 8 bits, integer dot products
+by groups.
 
 A row's result is, for each output n and with groups g in order:
 
-    acc = 0;  acc = fma(scale[n, g], float(Σ_k a[k] · q[n, k] - zero_point[n, g] · Σ_k a[k]), acc);  out = acc · a_scale
+    acc = 0;  acc = fma(scale[n, g], float(Σ_k a[k] · q[n, k] - zero_point[n, g] · Σ_k a[k]), acc);  out = acc
+    · a_scale
 
-The sums are exact integers, so that the bits of a row depend neither on the number of rows nor on the level (but for
-the rounding of the multiply-add where a level has no fused one).
+The sums are exact integers, so that the bits of a row depend neither on the number of rows nor on the level
+(but for the rounding of the multiply-add where a level has no fused one).
 """
 
 from __future__ import annotations
@@ -203,8 +205,8 @@ def _finish_group(
 
 def _store(ops: _Operands, row: Expr, block: Expr, value: Expr, factor: Expr) -> None:
     """Write 16 outputs: acc · a_scale, then bias and residual."""
-    # The product and what is added are rounded separately: written as one expression, LLVM might fuse them in one tile
-    # and not in another. A fused multiply-add with 0 is a rounded product that nothing fuses with.
+    # The product and what is added are rounded separately: written as one expression, LLVM might fuse them in
+    # one tile and not in another. A fused multiply-add with 0 is a rounded product that nothing fuses with.
     store_block(let(fma(value, factor, f32s(0))), ops.out, row, block, ops.layout.n, ops.bias, ops.residual)
 
 
@@ -222,8 +224,9 @@ def make_quantized_linear(
     """out = a_scale · Σ_g scale · (a · q - zero_point · sums) (+ bias) (+ residual).
 
     With L = QuantLayout(n, k, bits, group_size): a int8 [T, L.k_padded], sums int32 [T, L.groups] and a_scale
-    float32 [T] from `quantize_activation`; weight uint8 L.weight_shape; scale float16 L.scale_shape; zero_point uint8
-    L.scale_shape, or absent and 2^(bits-1); bias float32 [n]; residual and out float32 [T, n].
+    float32 [T] from `quantize_activation`; weight uint8 L.weight_shape; scale float16 L.scale_shape;
+    zero_point uint8 L.scale_shape, or absent and 2^(bits-1); bias float32 [n]; residual and out float32 [T,
+    n].
     """
     kernel = Kernel("quantized_linear", isa)
     lay = QuantLayout(n, k, bits, group_size)
@@ -272,7 +275,9 @@ def reference_quantized_linear(
     scale: np.ndarray,
     zero_point: np.ndarray | None,
 ) -> np.ndarray:
-    """float64 [T, n] from unpacked q uint8 [n, k], scale [n, groups], zero_point [n, groups] and padded activations."""
+    """float64 [T, n] from unpacked q uint8 [n, k], scale [n, groups], zero_point [n, groups] and padded
+    activations.
+    """
     out = np.zeros((a.shape[0], q.shape[0]))
     for g in range(layout.groups):
         columns = q[:, g * layout.real_group : (g + 1) * layout.real_group].astype(np.int64)

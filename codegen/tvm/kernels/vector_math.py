@@ -1,7 +1,8 @@
-"""exp, tanh and activation functions in 16 lanes of float32, as polynomials: TIR's own call libm for each lane.
+"""exp, tanh and activation functions in 16 lanes of float32, as polynomials: TIR's own call libm for each
+lane.
 
-Relative errors, against float64: exp 2e-7 for |x| < 87, tanh 3e-7, silu and gelu 5e-7. The coefficients are least-maximum
-fits of the relative error on the interval named beside them.
+Relative errors, against float64: exp 2e-7 for |x| < 87, tanh 3e-7, silu and gelu 5e-7. The coefficients are
+least-maximum fits of the relative error on the interval named beside them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from tvm.script.ir_builder import tirx as T
 from .builder import LANES, Expr, call, f32s, fma, i32s, let
 
 _LOG2E = 1.4426950408889634
-# ln 2 in two parts, the first with few bits, so that n · ln 2 is subtracted without rounding (Cody & Waite 1980).
+# ln 2 in two parts, the first with few bits, so that n · ln 2 is subtracted without rounding (Cody & Waite
+# 1980).
 _LN2_HIGH = 0.693359375
 _LN2_LOW = -2.12194440e-4
 

@@ -1,0 +1,78 @@
+"""Runs a TIR kernel on numpy arrays, for tests; and what those tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from llmc.codegen.tvm.kernels.isa import LEVELS, get_isa
+from llmc.ir.core import Value
+from llmc.ir.types import Quantization, TensorType
+from llmc.runtime import cpu
+
+tvm = pytest.importorskip("tvm")
+
+# As in `llmc.codegen.tvm.build`: these take most of the time and change nothing.
+_SLOW_PASSES = ["s_tir.CompactBufferAllocation", "s_tir.HoistIfThenElse"]
+HERE = cpu.supported_isas()
+
+
+def _marks(name: str) -> list[Any]:
+    """Levels between the least and the best that this CPU runs are left to the slow tests: compiling takes
+    the time.
+    """
+    absent = pytest.mark.skipif(name not in HERE, reason=f"this CPU does not run {name}")
+    return [absent] if name in (HERE[0], HERE[-1]) else [absent, pytest.mark.slow]
+
+
+levels = pytest.mark.parametrize("isa", [pytest.param(name, marks=_marks(name)) for name in LEVELS])
+
+
+def compiled(function: Any, isa: str) -> Any:
+    target = tvm.target.Target(get_isa(isa).target)
+    with tvm.transform.PassContext(disabled_pass=_SLOW_PASSES):
+        return tvm.compile(tvm.IRModule({"f": function.with_attr("global_symbol", "f")}), target=target)
+
+
+@cache
+def _build(maker: Callable[..., Any], isa: str, parameters: tuple[tuple[str, Any], ...]) -> Any:
+    return compiled(maker(**dict(parameters), isa=isa), isa)["f"]
+
+
+def call(
+    maker: Callable[..., Any], isa: str, parameters: dict[str, Any], *arrays: np.ndarray, outputs: int = 1
+) -> Any:
+    """Run a kernel; its last `outputs` arrays are written and returned."""
+    tensors = [tvm.runtime.tensor(np.ascontiguousarray(a)) for a in arrays]
+    _build(maker, isa, tuple(sorted(parameters.items())))(*tensors)
+    results = [t.numpy() for t in tensors[-outputs:]]
+    return results[0] if outputs == 1 else results
+
+
+def value(array: np.ndarray, quantization: Quantization | None = None) -> Value:
+    return Value(TensorType(str(array.dtype), array.shape, quantization))
+
+
+def meaning(op: Any, *arrays: np.ndarray | None) -> np.ndarray:
+    """The op's reference on numpy arrays."""
+    return op.reference({}, *(None if a is None else torch.from_numpy(a) for a in arrays)).numpy()
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+def blank(*shape: int) -> np.ndarray:
+    """An output that a kernel must overwrite."""
+    return np.full(shape, np.nan, np.float32)
+
+
+def close(actual: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
+    """|difference| ≤ tolerance · largest |expected|."""
+    scale = max(float(np.abs(expected).max(initial=0)), 1e-30)
+    worst = float(np.abs(actual.astype(np.float64) - expected).max(initial=0))
+    assert worst <= tolerance * scale, f"off by {worst / scale:.2e} of the largest value"

@@ -1,0 +1,222 @@
+"""TIR kernels of `tvm-cpu` against the reference meanings of their ops: elementwise, cache, attention."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from llmc.codegen.tvm.kernels.attention import make_paged_attention
+from llmc.codegen.tvm.kernels.cache import make_append_kv, to_logical, to_physical
+from llmc.codegen.tvm.kernels.elementwise import make_activation, make_gated_mlp, make_rope
+from llmc.codegen.tvm.kernels.norms import make_layer_norm, make_rms_norm
+from llmc.ir.ops import attention, nn
+from llmc.ir.ops import cache as cache_ops
+
+from .kernel_harness import blank, call, close, levels, meaning, normal, value
+
+# Elementwise
+
+
+@pytest.mark.parametrize("width", [1, 8, 16, 20, 576])
+@pytest.mark.parametrize("rows", [1, 70])
+@levels
+def test_norms_equal_their_references(width: int, rows: int, isa: str) -> None:
+    x, w, b = normal(rows, width) * 5 + 1, normal(width, seed=1), normal(width, seed=2)
+    out = call(make_rms_norm, isa, {"width": width, "eps": 1e-5}, x, w, blank(rows, width))
+    close(out, meaning(nn.RmsNorm(value(x), value(w), eps=1e-5), x, w), 1e-6)
+    plain = call(make_rms_norm, isa, {"width": width, "eps": 1e-5, "weight": False}, x, blank(rows, width))
+    close(plain, meaning(nn.RmsNorm(value(x), None, eps=1e-5), x, None), 1e-6)
+    out = call(make_layer_norm, isa, {"width": width, "eps": 1e-3}, x, w, b, blank(rows, width))
+    close(out, meaning(nn.LayerNorm(value(x), value(w), value(b), eps=1e-3), x, w, b), 2e-6)
+    one = call(make_layer_norm, isa, {"width": width, "eps": 1e-3}, x[-1:], w, b, blank(1, width))
+    assert np.array_equal(one, out[-1:])
+
+
+@levels
+def test_rms_norm_of_heads_reads_them_where_they_stand(isa: str) -> None:
+    merged, w = normal(9, 100), normal(12, seed=1)
+    x = np.ascontiguousarray(merged[:, 20 : 20 + 36].reshape(9, 3, 12))
+    expected = meaning(nn.RmsNorm(value(x), value(w), eps=1e-6), x, w)
+    parameters = {"width": 12, "eps": 1e-6, "heads": 3}
+    own = call(make_rms_norm, isa, parameters, x, w, blank(9, 3, 12))
+    within = call(make_rms_norm, isa, parameters | {"source": (100, 20)}, merged, w, blank(9, 3, 12))
+    close(own, expected, 1e-6)
+    assert np.array_equal(own, within)
+
+
+@pytest.mark.parametrize(("dim", "rotary"), [(64, 64), (8, 8), (40, 40), (64, 32), (20, 8), (80, 36)])
+@pytest.mark.parametrize("interleaved", [False, True])
+@levels
+def test_rope_turns_pairs(dim: int, rotary: int, interleaved: bool, isa: str) -> None:
+    merged = normal(21, 7 + 3 * dim)
+    x = np.ascontiguousarray(merged[:, 7:].reshape(21, 3, dim))
+    angle = normal(21, rotary, seed=1)
+    cos, sin = np.cos(angle), np.sin(angle)
+    parameters = {"heads": 3, "head_dim": dim, "rotary_dim": rotary, "interleaved": interleaved}
+    out = call(make_rope, isa, parameters, x, cos, sin, blank(21, 3, dim))
+    op = nn.Rope(value(x), value(cos), value(sin), interleaved=interleaved)
+    close(out, meaning(op, x, cos, sin), 1e-6)
+    source = {"source": (7 + 3 * dim, 7)}
+    assert np.array_equal(
+        out[-1:],
+        call(make_rope, isa, parameters | source, merged[-1:], cos[-1:], sin[-1:], blank(1, 3, dim)),
+    )
+
+
+@pytest.mark.parametrize("activation", nn.ACTIVATIONS)
+@levels
+def test_activations_are_accurate_to_a_millionth(activation: str, isa: str) -> None:
+    # Around 0, through the tails, and values at which an exponential overflows.
+    line = np.concatenate([np.linspace(-12, 12, 4001), np.logspace(-6, 0, 50), [-80, 80, -300, 300, 0, 4e9]])
+    x = line.astype(np.float32)[None, :]
+    out = call(make_activation, isa, {"width": x.shape[1], "activation": activation}, x, blank(*x.shape))
+    exact = nn.activate(activation, torch.from_numpy(x).double()).numpy()
+    if activation == "gelu":  # torch's own formula cancels for x ≪ 0, in double as well
+        exact = np.array([[v * 0.5 * math.erfc(-v / math.sqrt(2)) for v in x[0].tolist()]])
+    # Far out on the left side of gelu the argument of exp is large, and its rounding with it: there in
+    # absolute terms.
+    assert np.all(np.abs(out - exact) <= 1e-6 * np.abs(exact) + 1e-9)
+    nan = call(make_activation, isa, {"width": 3, "activation": activation}, blank(1, 3), blank(1, 3))
+    assert np.isnan(nan).all() or activation == "relu"
+
+
+@pytest.mark.parametrize("width", [1, 8, 17, 64])
+@pytest.mark.parametrize("activation", nn.ACTIVATIONS)
+@levels
+def test_gated_mlp_equals_its_reference(width: int, activation: str, isa: str) -> None:
+    x = normal(31, 2 * width) * 3
+    parameters = {"width": width, "activation": activation}
+    out = call(make_gated_mlp, isa, parameters, x, blank(31, width))
+    close(out, meaning(nn.GatedMlp(value(x), activation=activation), x), 1e-6)
+    assert np.array_equal(call(make_gated_mlp, isa, parameters, x[30:], blank(1, width)), out[30:])
+
+
+# Cache and attention
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dim", [8, 16, 24, 64])
+@levels
+def test_append_kv_writes_slots_and_nothing_else(dtype: str, dim: int, isa: str) -> None:
+    merged = normal(6, 2 * 2 * dim + 3)
+    merged[0, :8] = [1e-8, 6e-8, 3e-5, -1e-6, 65519, 65520, np.inf, -np.nan]  # edges of float16
+    k, v = (np.ascontiguousarray(merged[:, s : s + 2 * dim].reshape(6, 2, dim)) for s in (0, 2 * dim + 3))
+    slots = np.array([0, 17, 31, 79, 64, 5], np.int32)
+    before = to_physical(normal(2, 5, 16, 2, dim, seed=1).astype(dtype))
+    parameters = {"kv_heads": 2, "head_dim": dim, "kv_dtype": dtype}
+    after = call(make_append_kv, isa, parameters, k, v, slots, before)
+    logical = to_logical(before)
+    assert np.array_equal(to_physical(logical), before)
+    op = cache_ops.AppendKv(value(k), value(v), value(logical), value(slots))
+    with np.errstate(over="ignore"):
+        expected = meaning(op, k, v, logical, slots)
+    assert np.array_equal(to_logical(after), expected, equal_nan=True)
+    sources = {"k_source": (merged.shape[1], 0), "v_source": (merged.shape[1], 2 * dim + 3)}
+    skipped = np.where(np.arange(6) == 2, -1, slots).astype(np.int32)
+    within = call(make_append_kv, isa, parameters | sources, merged, merged, skipped, before)
+    expected[:, 1, 15] = logical[:, 1, 15]
+    assert np.array_equal(to_logical(within), expected, equal_nan=True)
+
+
+class Batch:
+    """Sequences of (context length, new tokens) over shuffled pages; what no token has written is NaN."""
+
+    def __init__(
+        self, lengths: list[tuple[int, int]], heads: int, kv_heads: int, dim: int, dtype: str
+    ) -> None:
+        rng = np.random.default_rng(1)
+        self.lengths = lengths
+        pages = [-(-n // 16) for n, _ in lengths]
+        order = rng.permutation(sum(pages)).astype(np.int32)
+        self.table = np.zeros((len(lengths), max(pages) + 1), np.int32)
+        self.logical = np.full((2, sum(pages) + 1, 16, kv_heads, dim), np.nan, dtype)
+        used = 0
+        for b, (n, _) in enumerate(lengths):
+            own = order[used : used + pages[b]]
+            used += pages[b]
+            self.table[b, : pages[b]] = own
+            flat = np.full((2, pages[b] * 16, kv_heads, dim), np.nan, dtype)
+            flat[:, :n] = rng.standard_normal((2, n, kv_heads, dim)).astype(dtype)
+            self.logical[:, own] = flat.reshape(2, pages[b], 16, kv_heads, dim)
+        self.pages = to_physical(self.logical)
+        self.start = np.cumsum([0] + [new for _, new in lengths]).astype(np.int32)
+        self.context = np.array([n for n, _ in lengths], np.int32)
+        self.q = rng.standard_normal((int(self.start[-1]), heads, dim)).astype(np.float32)
+        self.sinks = rng.standard_normal(heads).astype(np.float32)
+
+
+LENGTHS = [(1, 1), (40, 40), (16, 1), (33, 5), (5, 0), (64, 30), (17, 1), (48, 2)]
+ATTENTION = [  # heads, kv_heads, head_dim, options
+    (9, 3, 64, {}),
+    (4, 4, 16, {}),
+    (4, 1, 8, {}),
+    (14, 2, 24, {"window": 7}),
+    (2, 1, 80, {"window": 16, "softcap": 5.0}),
+    (4, 2, 256, {"softcap": 30.0}),
+    (8, 2, 16, {"sinks": True, "window": 1}),
+    (3, 3, 32, {"causal": False}),
+    (6, 2, 12, {"causal": False, "window": 9, "sinks": True}),
+    (13, 1, 16, {}),
+]
+
+
+def attend(
+    isa: str, batch: Batch, options: dict[str, Any], pick: tuple[int, int, int] | None = None
+) -> np.ndarray:
+    """The kernel on a whole batch, or on new rows [start, stop) of sequence b alone, as a chunk of its
+    prompt.
+    """
+    heads, dim = batch.q.shape[1:]
+    parameters = {"heads": heads, "kv_heads": batch.logical.shape[3], "head_dim": dim, "scale": 0.3}
+    parameters |= {"kv_dtype": str(batch.logical.dtype)} | options
+    q, start, context, table = batch.q, batch.start, batch.context, batch.table
+    if pick is not None:
+        b, first, stop = pick
+        q = q[start[b] + first : start[b] + stop]
+        left = batch.lengths[b][1] - stop
+        start, context, table = (
+            np.array([0, stop - first], np.int32),
+            context[[b]] - np.int32(left),
+            table[[b]],
+        )
+    sinks = [batch.sinks] if options.get("sinks") else []
+    return call(
+        make_paged_attention, isa, parameters, q, batch.pages, start, context, table, *sinks, blank(*q.shape)
+    )
+
+
+@pytest.mark.parametrize("case", ATTENTION, ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@levels
+def test_paged_attention_equals_its_reference_alone_in_a_batch_and_in_chunks(
+    case: Any, dtype: str, isa: str
+) -> None:
+    heads, kv_heads, dim, options = case
+    batch = Batch(LENGTHS, heads, kv_heads, dim, dtype)
+    whole = attend(isa, batch, options)
+    fields = {key: v for key, v in options.items() if key != "sinks"}
+    arrays = (batch.q, batch.logical, batch.start, batch.context, batch.table)
+    sinks = batch.sinks if options.get("sinks") else None
+    op = cache_ops.PagedAttention(
+        *map(value, arrays), None if sinks is None else value(sinks), scale=0.3, **fields
+    )
+    close(whole, meaning(op, *arrays, sinks), 5e-6)
+    for b, (_, new) in enumerate(LENGTHS):
+        alone = attend(isa, batch, options, (b, 0, new)) if new else np.zeros((0, heads, dim), np.float32)
+        assert np.array_equal(alone, whole[batch.start[b] : batch.start[b + 1]])
+    if options.get("causal", True):
+        first = batch.start[5]
+        for start, stop in ((0, 1), (29, 30), (3, 20), (7, 30)):
+            chunk = attend(isa, batch, options, (5, start, stop))
+            assert np.array_equal(chunk, whole[first + start : first + stop])
+
+
+def test_attend_of_the_ir_agrees_on_what_a_window_is() -> None:
+    """The test above relies on it: window 1 sees the token itself only, so that the result is its value."""
+    x = torch.from_numpy(normal(5, 1, 8))
+    steps = torch.arange(5)
+    out = attention.attend(x, x, x, None, (steps, steps), scale=1.0, causal=True, window=1, softcap=None)
+    assert torch.allclose(out, x)
