@@ -269,8 +269,7 @@ class Artifact:
         return artifact
 
     def verify(self) -> None:
-        """Check the sha256 of every file, several at a time. Raises ArtifactError for the first that differs.
-        """
+        """Check the sha256 of every file, several at a time. Raises ArtifactError where one differs."""
         _check_hashes(self.root, self.manifest["files"])
 
     @property
@@ -365,8 +364,7 @@ def _read_manifest(root: Path) -> dict[str, Any]:
 
 
 def check_manifest(manifest: Mapping[str, Any], path: Path) -> None:
-    """Raise ArtifactError where the manifest is of a newer schema, incomplete, or points outside its folder.
-    """
+    """Raise ArtifactError where the manifest is of a newer schema, incomplete, or leaves its folder."""
     schema = manifest.get("schema")
     if type(schema) is not int or schema < 1:
         raise ArtifactError(f"{path} has no schema number", remedy="give the folder that llmc compile wrote")

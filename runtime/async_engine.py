@@ -52,8 +52,7 @@ class AsyncEngine:
     """
 
     def __init__(self, engine: Engine, *, max_waiting: int | None = None):
-        """`max_waiting`: requests that may be unfinished at a time before QueueFullError; None: any number.
-        """
+        """`max_waiting`: requests that may be unfinished before QueueFullError; None: any number."""
         self.engine = engine
         self.max_waiting = max_waiting
         self._changed = threading.Condition()

@@ -164,8 +164,7 @@ class BlockManager:
         sequence.num_computed = 0
 
     def _written(self, sequence: Sequence, num_tokens: int) -> range:
-        """Indices of pages that the sequence holds already and that the tokens up to `num_tokens` write to.
-        """
+        """Indices of pages that the sequence holds and that the tokens up to `num_tokens` write to."""
         held = len(sequence.block_table)
         return range(sequence.num_computed // self.page_size, min(held, self.pages_for(num_tokens)))
 
@@ -187,8 +186,7 @@ class BlockManager:
     # Checking --------------------------------------------------------------------------------------------
 
     def check(self, sequences: Iterable[Sequence]) -> None:
-        """Raise AssertionError unless the books balance, given every sequence alive. For idle time and tests.
-        """
+        """Raise AssertionError unless the books balance, given all sequences. For idle time and tests."""
         held: Counter[int] = Counter()
         for sequence in sequences:
             held.update(sequence.block_table)

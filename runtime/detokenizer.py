@@ -72,8 +72,7 @@ class StreamDecoder:
         return new
 
     def finish(self) -> str:
-        """The rest, once no token follows: what is held back, with U+FFFD for bytes that make no character.
-        """
+        """What is held back, once no token follows; U+FFFD for bytes that make no character."""
         text = self._decode(0)
         rest = text[self._length :]
         self._length = max(self._length, len(text))

@@ -93,8 +93,7 @@ class FakeExecutor:
 def reference_logits(
     context: np.ndarray, places: np.ndarray, vocab_size: int, nan_tokens: frozenset[int] = frozenset()
 ) -> np.ndarray:
-    """[vocab] float32 from a context's tokens and positions. NaN once the context holds one of `nan_tokens`.
-    """
+    """[vocab] float32 from a context's tokens and positions; NaN where it holds one of `nan_tokens`."""
     if nan_tokens and nan_tokens & set(context.tolist()):
         return np.full(vocab_size, np.nan, np.float32)
     with np.errstate(over="ignore"):
@@ -112,8 +111,7 @@ def reference_logits(
 def generate_alone(
     prompt: Sequence[int], count: int, *, vocab_size: int = 97, stop: frozenset[int] = frozenset()
 ) -> list[int]:
-    """Greedy tokens of the fake model computed without any cache: what the engine has to give in every case.
-    """
+    """Greedy tokens of the fake model without any cache: what the engine has to give in every case."""
     tokens = list(prompt)
     for _ in range(count):
         places = np.arange(len(tokens))

@@ -257,8 +257,7 @@ def test_pausing_twice_in_one_thread(service):
 
 
 def test_many_threads_that_come_and_go():
-    """Sixteen threads submit, read a while, and leave or stay; what stays is right, and all pages come back.
-    """
+    """Threads submit, read a while, and leave or stay; what was read is right, all pages come back."""
     executor = FakeExecutor()
     options = EngineOptions(kv_tokens=400, max_sequences=6, max_batch_tokens=48)
     engine = AsyncEngine(Engine(executor, None, FACTS, options))
