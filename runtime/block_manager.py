@@ -79,6 +79,14 @@ class BlockManager:
         """How many of the pages no sequence holds now (taking them makes that many fewer available)."""
         return sum(self._references[page] == 0 for page in pages)
 
+    def shareable_hash(self, sequence: Sequence, index: int) -> bytes | None:
+        """Hash of the sequence's prefix up to the end of page `index`; None where that page can never be
+        shared.
+        """
+        if not self.prefix_cache or index >= (len(sequence.tokens) - 1) // self.page_size:
+            return None
+        return self._block_hash(sequence, index)
+
     def claim(self, sequence: Sequence, pages: list[int]) -> None:
         """Start the sequence on the pages that `lookup` found for it."""
         assert not sequence.block_table

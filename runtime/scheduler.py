@@ -22,6 +22,9 @@ S = TypeVar("S", bound=Sequence)
 
 # Prompts computed at the same time even if the first of them fills the budget: short ones overtake long ones.
 _PROMPTS = 8
+# Waiting sequences looked at in a step: those that wait for another's prefix do not hold up the ones behind
+# them.
+_LOOK_AHEAD = 16
 
 
 @dataclass(slots=True)
@@ -147,17 +150,20 @@ class Scheduler(Generic[S]):
         backlog = sum(s.remaining for s in prefills)
         slots = sum(s.slots for s in self.running)
         reserved = sum(blocks.pages_to_extend(s, len(s.tokens)) for s in self.running)
-        while self.waiting and (backlog < budget or len(prefills) < _PROMPTS):
-            sequence = self.waiting[0]
+        for sequence in self.waiting[:_LOOK_AHEAD]:
+            if backlog >= budget and len(prefills) >= _PROMPTS:
+                break
             if self.running and slots + sequence.slots > self.max_sequences:
                 break
             pages = blocks.lookup(sequence)
+            if self._is_coming(sequence, len(pages), prefills):
+                continue
             need = blocks.pages_for(len(sequence.tokens)) - len(pages) + blocks.count_unused(pages)
             # One page of slack a running sequence, or the newcomer would soon be preempted by their growth.
             slack = len(self.running)
             if self.running and reserved + need + slack > blocks.num_available:
                 break
-            self.waiting.pop(0)
+            self.waiting.remove(sequence)
             blocks.claim(sequence, pages)
             sequence.status = Status.RUNNING
             insort(self.running, sequence, key=_by_age)
@@ -166,9 +172,17 @@ class Scheduler(Generic[S]):
             reserved += blocks.pages_for(len(sequence.tokens)) - len(pages)
             backlog += sequence.remaining
 
+    def _is_coming(self, sequence: S, index: int, prefills: list[S]) -> bool:
+        """Whether a prompt that is being computed will give page `index` of the sequence: then waiting saves
+        work.
+        """
+        wanted = self.blocks.shareable_hash(sequence, index)
+        if wanted is None:
+            return False
+        return any(self.blocks.shareable_hash(other, index) == wanted for other in prefills)
+
     def _schedule_prefills(self, plan: Plan[S], prefills: list[S], budget: int) -> None:
-        """The oldest prompt first: all of it where the budget holds it, else half of the budget. Then the
-        shortest.
+        """The oldest prompt first, with half of the budget at least; then the shortest.
 
         So a long prompt always advances, and a short one behind it does not wait for its end.
         """

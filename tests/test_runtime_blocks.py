@@ -248,3 +248,22 @@ def test_the_books_need_no_tensor_library():
         "import llmc.runtime.scheduler, llmc.runtime.block_manager, llmc.runtime.sequence\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_common_beginning_that_is_being_computed_is_waited_for_and_holds_up_nobody_else():
+    blocks = BlockManager(64, PAGE)
+    scheduler: Scheduler[Sequence] = Scheduler(blocks, max_batch_tokens=16, max_sequences=8)
+    common = [7] * 32
+    first, second = Sequence([*common, 1], (0, 0)), Sequence([*common, 2, 2], (1, 0))
+    stranger = Sequence([5] * 4, (2, 0))
+    for sequence in (first, second, stranger):
+        scheduler.add(sequence)
+    computed: dict[int, int] = {}
+    while not all(sequence.remaining == 0 for sequence in (first, second, stranger)):
+        plan = scheduler.schedule()
+        for chunk in plan.chunks:
+            computed[id(chunk.sequence)] = computed.get(id(chunk.sequence), 0) + chunk.count
+        scheduler.commit(plan)
+        if second.status is Status.WAITING:
+            assert stranger.status is Status.RUNNING
+    assert computed == {id(first): 33, id(second): 2, id(stranger): 4}
