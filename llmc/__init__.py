@@ -12,7 +12,7 @@ Importing this package imports nothing else: each name below loads what it needs
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import os
@@ -67,7 +67,8 @@ def compile(
         targets: kernel families, `NAME[:option=value,…]` (`llmc targets` lists them).
         quant: `none`, `int8`, `int4-g64`, `int4-g64-sym`, … (weights of linear layers, round to nearest).
         context: longest sequence in tokens; the model's own limit where None.
-        kv_dtype: element type of the cache, "float32" or "float16"; the target's choice where None.
+        kv_dtype: element type of the cache; where None, "float32" with quant "none" and else "float16".
+        passes: further passes on the fused graph, `NAME{option=value,…}` (`llmc passes` lists them).
         passes: further passes on the fused graph, `NAME{option=value,…}` (`llmc passes` lists them).
         dump_ir: a folder that receives the graph's text after every pass, numbered.
         example_inputs: argument name → tensor, for an `nn.Module` only.
@@ -94,14 +95,50 @@ def compile(
     return report.artifact
 
 
-def load(path: str | os.PathLike[str], **options: Any) -> LLM:
+def load(
+    path: str | os.PathLike[str],
+    *,
+    target: str | None = None,
+    isa: str | None = None,
+    threads: int | None = None,
+    context: int | None = None,
+    kv_cache_bytes: int | None = None,
+    kv_tokens: int | None = None,
+    max_batch_tokens: int = 512,
+    max_sequences: int = 64,
+    prefix_cache: bool = True,
+    max_waiting: int | None = None,
+    verify: Literal["full", "size"] = "full",
+) -> LLM:
     """Opens an artifact for generating: `.logits(ids)`, `.generate(...)`, `.stream(...)`, `.astream(...)`.
 
     Args:
         path: the artifact folder.
-        options: those of `llmc.runtime.loader.load` (target, context, threads, …).
+        target, isa: which of its targets and kernels; None takes the best that runs here.
+        threads: to compute with; None takes one a physical core.
+        context: longest sequence in tokens; None takes the artifact's.
+        kv_cache_bytes, kv_tokens: size of the KV cache; None takes it from the free memory.
+        max_batch_tokens, max_sequences: most tokens in a step, most sequences at the same time.
+        prefix_cache: keep pages for prompts that begin in the same way.
+        max_waiting: unfinished requests accepted at a time; None for any number.
+        verify: "full" compares every file with its hash, "size" only with its size.
 
     Raises:
         ArtifactError: the artifact is damaged, from a newer llmc, or has no kernels that run here.
+        InputError: an option is impossible.
     """
-    return importlib.import_module(".runtime.loader", __name__).load(path, **options)
+    loader = importlib.import_module(".runtime.loader", __name__)
+    return loader.load(
+        path,
+        target=target,
+        isa=isa,
+        threads=threads,
+        context=context,
+        kv_cache_bytes=kv_cache_bytes,
+        kv_tokens=kv_tokens,
+        max_batch_tokens=max_batch_tokens,
+        max_sequences=max_sequences,
+        prefix_cache=prefix_cache,
+        max_waiting=max_waiting,
+        verify=verify,
+    )

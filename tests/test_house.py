@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import subprocess
 import sys
@@ -199,6 +200,22 @@ def test_every_package_that_is_imported_is_declared() -> None:
         if _DISTRIBUTIONS.get(top, top.replace("_", "-")) not in names
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_public_functions_offer_what_is_behind_them() -> None:
+    import llmc
+    from llmc.runtime import loader
+
+    public, inner = (inspect.signature(function).parameters for function in (llmc.load, loader.load))
+    assert {name: p.default for name, p in public.items()} == {name: p.default for name, p in inner.items()}
+    pytest.importorskip("torch")
+    from llmc.codegen import driver
+
+    public, inner = (
+        inspect.signature(function).parameters for function in (llmc.compile, driver.compile_model)
+    )
+    # `render` is how the driver gets the runtime's template sandbox, which it may not import.
+    assert set(public) == set(inner) - {"render"}
 
 
 def test_imports_set_no_environment_variables() -> None:
