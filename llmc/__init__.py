@@ -69,7 +69,6 @@ def compile(
         context: longest sequence in tokens; the model's own limit where None.
         kv_dtype: element type of the cache; where None, "float32" with quant "none" and else "float16".
         passes: further passes on the fused graph, `NAME{option=value,…}` (`llmc passes` lists them).
-        passes: further passes on the fused graph, `NAME{option=value,…}` (`llmc passes` lists them).
         dump_ir: a folder that receives the graph's text after every pass, numbered.
         example_inputs: argument name → tensor, for an `nn.Module` only.
         progress: called with (what is being done, share of it done from 0 to 1).
@@ -89,7 +88,7 @@ def compile(
         passes=passes,
         dump_ir=dump_ir,
         render=importlib.import_module(".runtime.chat_template", __name__).render_once,
-        **({"example_inputs": example_inputs} if example_inputs is not None else {}),
+        example_inputs=example_inputs,
         **({"progress": progress} if progress is not None else {}),
     )
     return report.artifact
