@@ -12,7 +12,7 @@ Importing this package imports nothing else: each name below loads what it needs
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import os
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .ir.errors import LlmcError as LlmcError  # pyright: ignore[reportMissingImports]
     from .passes.base import Pass as Pass  # pyright: ignore[reportMissingImports]
     from .runtime.llm import LLM as LLM  # pyright: ignore[reportMissingImports]
+    from .runtime.loader import load as load  # pyright: ignore[reportMissingImports]
 
 __version__ = "0.1.0"
 
@@ -36,6 +37,7 @@ _LAZY = {
     "LlmcError": ".ir.errors",
     "Pass": ".passes.base",
     "Target": ".codegen.target",
+    "load": ".runtime.loader",
 }
 
 
@@ -92,52 +94,3 @@ def compile(
         **({"progress": progress} if progress is not None else {}),
     )
     return report.artifact
-
-
-def load(
-    path: str | os.PathLike[str],
-    *,
-    target: str | None = None,
-    isa: str | None = None,
-    threads: int | None = None,
-    context: int | None = None,
-    kv_cache_bytes: int | None = None,
-    kv_tokens: int | None = None,
-    max_batch_tokens: int = 512,
-    max_sequences: int = 64,
-    prefix_cache: bool = True,
-    max_waiting: int | None = None,
-    verify: Literal["full", "size"] = "full",
-) -> LLM:
-    """Opens an artifact for generating: `.logits(ids)`, `.generate(...)`, `.stream(...)`, `.astream(...)`.
-
-    Args:
-        path: the artifact folder.
-        target, isa: which of its targets and kernels; None takes the best that runs here.
-        threads: to compute with; None takes one a physical core.
-        context: longest sequence in tokens; None takes the artifact's.
-        kv_cache_bytes, kv_tokens: size of the KV cache; None takes it from the free memory.
-        max_batch_tokens, max_sequences: most tokens in a step, most sequences at the same time.
-        prefix_cache: keep pages for prompts that begin in the same way.
-        max_waiting: unfinished requests accepted at a time; None for any number.
-        verify: "full" compares every file with its hash, "size" only with its size.
-
-    Raises:
-        ArtifactError: the artifact is damaged, from a newer llmc, or has no kernels that run here.
-        InputError: an option is impossible.
-    """
-    loader = importlib.import_module(".runtime.loader", __name__)
-    return loader.load(
-        path,
-        target=target,
-        isa=isa,
-        threads=threads,
-        context=context,
-        kv_cache_bytes=kv_cache_bytes,
-        kv_tokens=kv_tokens,
-        max_batch_tokens=max_batch_tokens,
-        max_sequences=max_sequences,
-        prefix_cache=prefix_cache,
-        max_waiting=max_waiting,
-        verify=verify,
-    )
