@@ -45,6 +45,7 @@ def examine() -> dict[str, Any]:
         "memory": _memory(),
         "disk_free_bytes": shutil.disk_usage(os.getcwd()).free,
         "can": {"run": base_ok, "compile": compile_ok, "wrong_packages": wrong},
+        "linker_needed": False,  # codegen/tvm/elf.py links
         "targets": _targets(),
     }
 
@@ -159,6 +160,7 @@ def _text(report: dict[str, Any]) -> str:
             ("memory", f"{size(available)} free of {size(total)}" if total and available else None),
             ("disk", f"{size(report['disk_free_bytes'])} free here"),
             ("runs artifacts", "yes" if report["can"]["run"] else "no"),
+            ("C compiler, linker", "not needed"),
             ("compiles models", "yes" if report["can"]["compile"] else "no: pip install 'llmc[compile]'"),
             ("wrong packages", ", ".join(report["can"]["wrong_packages"]) or None),
         ]
