@@ -46,6 +46,8 @@ _BINARY: dict[str, type[Op]] = {
     "pow": m.Pow,
     "maximum": m.Maximum,
     "minimum": m.Minimum,
+    "max": m.Maximum,
+    "min": m.Minimum,
     "remainder": m.Remainder,
     "floor_divide": m.FloorDivide,
     "lt": m.Less,
@@ -66,6 +68,7 @@ _BINARY: dict[str, type[Op]] = {
 }
 
 
+_OVERLOADS = ("Tensor", "Scalar", "default", "Tensor_Scalar", "Tensor_Tensor")
 _LOGICAL = ("logical_and", "logical_or", "logical_xor", "logical_not")
 _BITWISE = ("bitwise_not", "__and__", "__or__", "bitwise_and", "bitwise_or", "bitwise_xor", "__xor__")
 
@@ -100,7 +103,8 @@ def _register_elementwise() -> None:
     for name, kind in _UNARY.items():
         TABLE[f"{name}.default"] = unary(name, kind)
     for name, kind in _BINARY.items():
-        for overload in ("Tensor", "Scalar", "default", "Tensor_Scalar", "Tensor_Tensor"):
+        overloads = ("other",) if name in ("max", "min") else _OVERLOADS
+        for overload in overloads:
             TABLE[f"{name}.{overload}"] = binary(name, kind)
 
 
@@ -135,6 +139,21 @@ def _rsub(c: Importer, a: Any, b: Any, alpha: Any = 1) -> Value:
 @aten("square.default")
 def _square(c: Importer, x: Value) -> Value:
     return c.emit(m.Mul(x, x))
+
+
+@aten("expm1.default")
+def _expm1(c: Importer, x: Value) -> Value:
+    return c.emit(m.Sub(c.emit(m.Exp(x)), c.scalar(1, x.dtype)))
+
+
+@aten("softplus.default")
+def _softplus(c: Importer, x: Value, beta: Any = 1, threshold: Any = 20) -> Value:
+    """log(1 + exp(x)), so written that nothing overflows: max(x, 0) + log(1 + exp(-|x|))."""
+    if beta != 1:
+        raise c.unsupported("softplus with beta other than 1")
+    small = c.emit(m.Exp(c.emit(m.Neg(c.emit(m.Abs(x))))))
+    rest = c.emit(m.Log(c.emit(m.Add(small, c.scalar(1, x.dtype)))))
+    return c.emit(m.Add(c.emit(m.Relu(x)), rest))
 
 
 @aten("gelu.default")

@@ -174,7 +174,12 @@ class Importer:
         name = str(node.target)
         if not name.startswith("aten."):
             raise self.unsupported(f"operator {name}")
-        handler = aten.lookup(name.removeprefix("aten."), self.location())
+        name = name.removeprefix("aten.")
+        changes = name.partition(".")[0].endswith("_") and name not in aten.TABLE
+        if changes:
+            self.check_in_place(node)
+            name = name.replace("_.", ".", 1)
+        handler = aten.lookup(name, self.location())
         kwargs = {
             k: self.argument(v)
             for k, v in node.kwargs.items()
@@ -183,6 +188,25 @@ class Importer:
         if "dtype" in node.kwargs and node.kwargs["dtype"] is not None and "softmax" in name:
             kwargs["dtype"] = node.kwargs["dtype"]
         self.values[node] = handler(self, *[self.argument(a) for a in node.args], **kwargs)
+        if changes:
+            self.values[node.args[0]] = self.values[node]
+
+    def check_in_place(self, node: Any) -> None:
+        """An operator that changes its first operand is taken as one that makes a new value, which is right
+        where no other name shares the operand's memory.
+        """
+        changed = node.args[0]
+        earlier = [user for user in changed.users if user < node]
+        if _is_view(changed) or any(_is_view(user) for user in earlier):
+            raise self.unsupported(f"operator {node.target} on a part of another tensor")
+
+
+def _is_view(node: Any) -> bool:
+    """Whether a node's result shares memory with an operand (or with what the graph was given)."""
+    schema = getattr(node.target, "_schema", None)
+    if node.op != "call_function" or schema is None:
+        return node.op == "placeholder"
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
 
 
 def _import_program(

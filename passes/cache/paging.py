@@ -24,7 +24,7 @@ from ...ir.ops.attention import Attention, Sdpa
 from ...ir.ops.cache import AppendKv, GatherLast, PagedAttention
 from ...ir.ops.nn import LayerNorm, Linear, RmsNorm
 from ...ir.ops.quant import QuantizedLinear
-from ...ir.ops.shape import Arange, Concat, DimValue, Expand, Full, Gather, Index, Reshape, Slice, Transpose
+from ...ir.ops.shape import Arange, Concat, DimValue, Expand, Full, Gather, Index, Reshape, Slice
 from ...ir.types import Dim, DimExpr, Shape, TensorType, sym
 from ..base import Pass, PassContext, PassResult
 
@@ -59,9 +59,7 @@ def row_mixing(op: Op) -> str | None:
             return "multiplies along the axis of tokens"
         case Slice() | Concat() if op.axis in inner:
             return "cuts or joins along the axis of tokens"
-        case Transpose() | Reshape() if inner and (
-            not out or _lead(op.operands[0].shape) != _lead(op.results[0].shape)
-        ):
+        case Reshape() if inner and (not out or _lead(op.operands[0].shape) != _lead(op.results[0].shape)):
             return "moves the axis of tokens"
         case Index() if axes[0]:
             return "picks rows by index"
@@ -249,6 +247,7 @@ def gather_wanted_rows(graph: Graph, index: Value) -> None:
         rows = [v for v in op.operands if _token_axes(v.shape)]
         if (
             len(rows) != 1
+            or _token_axes(rows[0].shape) != [-rows[0].type.rank]  # rows are gathered along the first axis
             or len(rows[0].uses) != 1
             or rows[0].producer is None
             or rows[0].type.rank != output.type.rank

@@ -258,6 +258,29 @@ class IndexOfFull(Rule):
         return [rw.insert(full_like(rw.root.result.type, found["a"]))]
 
 
+class CountUp(Rule):
+    """cumsum(full c) → c, 2c, 3c, …: how models make positions out of a mask of ones"""
+
+    pattern = P(m.CumSum, Const("c"))
+
+    def check(self, found: Match) -> str | None:
+        dtype = found.root.result.dtype  # float32 counts exactly up to 2^24, more than any context
+        whole = found["c"] == int(found["c"])
+        return (
+            None if whole and dtype in ("int32", "int64", "float32") else f"a running sum in {dtype} rounds"
+        )
+
+    def rewrite(self, found: Match, rw: Rewriter) -> Sequence[Value]:
+        op = rw.root
+        assert isinstance(op, m.CumSum)
+        shape, step = op.result.shape, int(found["c"])
+        count = rw.insert(Arange(length=shape[op.axis], start=step, step=step))
+        count = count if count.dtype == op.result.dtype else rw.insert(m.Cast(count, dtype=op.result.dtype))
+        along = tuple(d if i - len(shape) == op.axis else 1 for i, d in enumerate(shape))
+        count = count if count.shape == along else rw.insert(Reshape(count, shape=along))
+        return [count if along == shape else rw.insert(Expand(count, shape=shape))]
+
+
 RULES: tuple[Rule, ...] = (
     FoldNumbers(),
     FoldMoved(),
@@ -270,6 +293,7 @@ RULES: tuple[Rule, ...] = (
     SliceOfArange(),
     IndexOfFull(),
     DropEmpty(),
+    CountUp(),
 )
 
 

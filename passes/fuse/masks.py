@@ -213,6 +213,8 @@ class MaskAnalysis:
         a, b = self.meaning(op.a), self.meaning(op.b)
         if isinstance(a, Affine) and isinstance(b, Affine):
             return compared(op, a.plus(b, -1))
+        if isinstance(b, Affine) and isinstance(op, m.Less | m.LessEqual):
+            return self._within(op, b)
         left, right = as_choice(a), as_choice(b)
         if left is None or right is None:
             return None
@@ -222,6 +224,15 @@ class MaskAnalysis:
         if left.when.always:
             return where_true(right.when, function(left.yes, right.yes), function(left.yes, right.no))
         return None
+
+    def _within(self, op: m.Less | m.LessEqual, limit: Affine) -> Meaning:
+        """|e| <= limit as two comparisons."""
+        absolute = op.a.producer
+        inner = self.meaning(absolute.x) if isinstance(absolute, m.Abs) else None
+        if not isinstance(inner, Affine):
+            return None
+        above, below = (compared(op, inner.times(sign).plus(limit, -1)) for sign in (1, -1))
+        return above.both(below) if above is not None and below is not None else None
 
     def _either(self, op: m.LogicalOr) -> Meaning:
         a, b = self.meaning(op.a), self.meaning(op.b)
