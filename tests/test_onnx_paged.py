@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 from llmc.codegen.onnx.cpu import OnnxCpu
 from llmc.ir import interpreter
@@ -275,6 +276,42 @@ def test_misuse_is_refused(tmp_path: Path) -> None:
         build(graph, tmp_path / "g", accuracy_level=3)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("slot_mapping", 8 * PAGE, "slot_mapping holds a value outside of 0 .. 127"),
+        ("slot_mapping", -1, "slot_mapping holds"),
+        ("token_ids", -1, "token_ids holds"),
+        ("block_table", 8, "block_table holds"),
+        ("context_len", 1000, "context_len holds"),
+        ("output_index", 4, "output_index holds"),
+        ("query_start", 1, "arrays that do not describe it"),
+    ],
+)
+def test_indices_that_lead_nowhere_are_refused(name: str, value: int, text: str, tmp_path: Path) -> None:
+    executor = OnnxExecutor(build(step_graph(Heads()), tmp_path, kind="causal_lm"), threads=1)
+    executor.allocate_kv(8)
+    inputs = Batch(8).step([(0, 4)])
+    getattr(inputs, name).flat[0] = value
+    with pytest.raises(InputError, match=text):
+        executor.step(inputs)
+    assert not executor._cache[0].any(), "nothing was written"
+
+
+def test_names_that_would_collide(tmp_path: Path) -> None:
+    """A weight named like a generated value is fine; an output named like an input is refused."""
+
+    def body(g: Graph, x: Value) -> list[Value]:
+        y = g.append(math.Add(x, weight(g, "add.1", normal(3)))).result
+        return [g.append(math.Add(y, y)).result]
+
+    graph = function({"x": f32(T, 3)}, body)
+    check(graph, tmp_path / "a", {"x": normal(2, 3)}, 0)
+    graph.output_names = ["x"]
+    with pytest.raises(UnsupportedError, match="x names two"):
+        build(graph, tmp_path / "b")
+
+
 def test_a_cache_used_otherwise_is_refused(tmp_path: Path) -> None:
     g = Graph("main", "paged")
     pages = g.add_input("kv_pages.0", TensorType("float32", (2, N, PAGE, 2, 8)))
@@ -325,6 +362,9 @@ def test_quantized_linear(level: int, bits: int, group: int, k: int, symmetric: 
         bias = weight(g, "bias", normal(24, seed=3))
         return [g.append(quant.QuantizedLinear(x, *quantized(g, "w", 24, k, scheme), bias)).result]
 
+    version = tuple(int(n) for n in onnxruntime.__version__.split(".")[:2])
+    if level == 1 and bits == 8 and version < (1, 23):
+        pytest.skip("onnxruntime 1.22 multiplies 8-bit weights at accuracy level 4 only")
     for rows in (1, 5):
         graph = function({"x": f32(T, k)}, body)
         check(

@@ -53,8 +53,7 @@ def function(inputs: dict[str, TensorType], body: Callable[..., Op | list[Value]
 def check(
     graph: Graph, folder: Path, arrays: dict[str, np.ndarray], tolerance: float, **options: Any
 ) -> None:
-    """The compiled function equals the interpreter: max abs difference ≤ tolerance · max abs of the output.
-    """
+    """The compiled function equals the interpreter: largest difference ≤ tolerance · largest output."""
     expected = interpreter.run(graph, {n: interpreter.to_torch(a) for n, a in arrays.items()})
     got = OnnxExecutor(build(graph, folder, **options), threads=1).run(arrays)
     for name, want in zip(graph.output_names, expected, strict=True):

@@ -1,2 +1,1 @@
-"""The `onnx-cpu` target: the final graph as one ONNX model with the paged step interface, run by onnxruntime.
-"""
+"""The `onnx-cpu` target: the final graph as one ONNX model with the paged step, run by onnxruntime."""

@@ -50,15 +50,25 @@ def constant_tensor(array: np.ndarray) -> TensorProto:
 
 
 class Names:
-    """Fresh value names of one model: `hint`, `hint.1`, `hint.2`, …"""
+    """Fresh value names of one model: `hint`, `hint.1`, `hint.2`, … as far as they are free."""
 
     def __init__(self) -> None:
+        self._taken: set[str] = set()
         self._next: dict[str, int] = {}
 
+    def take(self, name: str) -> bool:
+        """Reserve a name of the model's interface; false where it was taken."""
+        free = name not in self._taken
+        self._taken.add(name)
+        return free
+
     def fresh(self, hint: str) -> str:
-        n = self._next.get(hint, 0)
-        self._next[hint] = n + 1
-        return f"{hint}.{n}" if n else hint
+        while True:
+            n = self._next.get(hint, 0)
+            self._next[hint] = n + 1
+            name = f"{hint}.{n}" if n else hint
+            if self.take(name):
+                return name
 
 
 class Scope:
@@ -157,8 +167,7 @@ class Dims:
         self._values: dict[str, str] = {}
 
     def learn(self, name: str, type: TensorType) -> None:
-        """Note which symbols the shape of input `name` reveals; a plain symbol is preferred to an expression.
-        """
+        """Note which symbols the shape of input `name` reveals; plain symbols are preferred."""
         for axis, dim in enumerate(type.shape):
             symbol = _solve(dim)
             if symbol is None or isinstance(dim, int):

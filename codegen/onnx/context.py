@@ -56,8 +56,7 @@ class KvPages:
 
     @property
     def page_type(self) -> TensorType:
-        """Type of either input: a head's pages lie together, so that gathering them needs no transposition.
-        """
+        """Type of either input. A head's pages lie together: gathering them needs no transposition."""
         _, pages, size, heads, dim = self.type.shape
         return TensorType(self.type.dtype, (heads, pages, size, dim))
 

@@ -39,7 +39,7 @@ class OnnxCpu(Target):
         default=4,
         metadata={
             "help": "what MatMulNBits computes in: 4 = int8 activations per block (alone fast for 8-bit "
-            "weights, and fastest for 4-bit ones up to 16 rows), 1 = float32"
+            "weights, and fastest for 4-bit ones up to 16 rows), 1 = float32 (8-bit: onnxruntime 1.23)"
         },
     )
     pack: bool = field(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from onnx import FunctionProto, GraphProto, ModelProto, helper
 
 from ...ir.core import Graph, Value
+from ...ir.errors import UnsupportedError
 from ...ir.types import TensorType
 from . import attention, ops_math, ops_nn, ops_quant, ops_shape
 from .builder import IR_VERSION, value_infos
@@ -46,8 +47,7 @@ class Lowered:
 
 
 def _add_inputs(context: Context) -> list[tuple[str, TensorType]]:
-    """The model's inputs in order. Caches are split in two; what nothing reads (`slot_mapping`) is left out.
-    """
+    """The model's inputs in order. Caches are split in two; unread ones (`slot_mapping`) are left out."""
     inputs: list[tuple[str, TensorType]] = []
     outputs = set(context.graph.outputs)
     for value in context.graph.inputs:
@@ -62,8 +62,6 @@ def _add_inputs(context: Context) -> list[tuple[str, TensorType]]:
         inputs.append((value.name, value.type))
         context.bind(value, value.name)
         context.dims.learn(value.name, value.type)
-    for name, _ in inputs:
-        context.scope.names.fresh(name)
     return inputs
 
 
@@ -107,9 +105,13 @@ def lower(graph: Graph, *, accuracy_level: int = 4) -> Lowered:
     and attending.
     """
     context = Context(graph, accuracy_level)
-    for name in [*graph.output_names, *graph.weights]:
-        context.scope.names.fresh(name)
     inputs = _add_inputs(context)
+    for name in [*graph.output_names, *(name for name, _ in inputs), *graph.weights]:
+        if not context.scope.names.take(name):
+            raise UnsupportedError(
+                f"onnx: {name} names two of the model's inputs, outputs and weights",
+                remedy="rename one of them",
+            )
     for op in graph:
         context.lower(op)
     outputs = _add_outputs(context)

@@ -46,6 +46,7 @@ class OnnxExecutor:
         self._layers = _cache_layers(self._inputs, self._outputs)
         per_token = sum(2 * heads * dim for _, heads, dim in self._layers)
         self.kv_bytes_per_page = per_token * self.page_size * itemsize(self._kv_dtype)
+        self._num_pages = 0
         self._cache: list[np.ndarray] = []
         self._cache_feed: dict[str, np.ndarray] = {}
 
@@ -53,7 +54,10 @@ class OnnxExecutor:
         """Zeroed pages [2, Hkv, num_pages, page_size, D] a layer; the system gives the memory when it is
         written.
         """
+        if num_pages < 1:
+            raise InputError(f"a cache of {num_pages} pages holds nothing", remedy="give at least one page")
         dtype = to_numpy(self._kv_dtype)
+        self._num_pages = num_pages
         self._cache = [
             np.zeros((2, heads, num_pages, self.page_size, dim), dtype) for _, heads, dim in self._layers
         ]
@@ -75,13 +79,14 @@ class OnnxExecutor:
 
         Raises InputError before `allocate_kv` and for an artifact without a step.
         """
+        if "output_index" not in self._inputs:
+            raise InputError("this artifact is a plain function and has no step", remedy="call run")
         if len(self._cache) != len(self._layers):
             raise InputError("the cache has no pages yet", remedy="call allocate_kv first")
-        feed = {name: getattr(inputs, name) for name in _STEP if name in self._inputs}
-        if "output_index" not in feed:
-            raise InputError("this artifact is a plain function and has no step", remedy="call run")
+        self._check(inputs)
         if not len(inputs.token_ids):  # the model's first group of queries cannot be empty
             return np.zeros((0, self.vocab_size), np.float32)
+        feed = {name: getattr(inputs, name) for name in _STEP if name in self._inputs}
         results = self._session.run(self._outputs, {**feed, **self._cache_feed})
         rows = dict(zip(self._outputs, results, strict=True))
         page, place = np.divmod(inputs.slot_mapping, self.page_size)
@@ -89,6 +94,36 @@ class OnnxExecutor:
             for i, part in enumerate("kv"):
                 cache[i][:, page, place] = rows[f"new_{part}.{index}"].transpose(1, 0, 2)
         return results[0]
+
+    def _check(self, inputs: StepInputs) -> None:
+        """Indices that onnxruntime or numpy would count from the end, or that leave the cache."""
+        tokens, sequences = len(inputs.token_ids), len(inputs.context_len)
+        starts = inputs.query_start
+        if (
+            len(inputs.positions) != tokens
+            or len(inputs.slot_mapping) != tokens
+            or len(inputs.block_table) != sequences
+            or len(starts) != sequences + 1
+            or starts[0] != 0
+            or starts[-1] != tokens
+            or (starts[1:] < starts[:-1]).any()
+        ):
+            raise InputError(
+                f"a step of {tokens} tokens and {sequences} sequences has arrays that do not describe it",
+                remedy="see StepInputs",
+            )
+        bounds = [
+            ("token_ids", inputs.token_ids, 1 << 31),  # the upper end is checked by Gather
+            ("slot_mapping", inputs.slot_mapping, self._num_pages * self.page_size),
+            ("block_table", inputs.block_table, self._num_pages),
+            ("context_len", inputs.context_len, inputs.block_table.shape[1] * self.page_size + 1),
+            ("output_index", inputs.output_index, tokens),
+        ]
+        for name, array, limit in bounds:
+            if array.size and not 0 <= array.min() <= array.max() < limit:
+                raise InputError(
+                    f"{name} holds a value outside of 0 .. {limit - 1}", remedy="check the request"
+                )
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Artifacts of kind "function": inputs by name → outputs by name.
@@ -128,10 +163,13 @@ def _open_session(artifact: Artifact, entry: Mapping[str, Any], threads: int | N
     """A session over the model, with the folder of the weight file as the one that it may read from."""
     import onnxruntime as ort
 
+    ort.disable_telemetry_events()
     options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads = threads or cpu.default_threads()
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # no busy threads between steps
     if not entry.get("prepack", True):  # repacking copies every matrix; see the target's option `pack`
         options.add_session_config_entry("session.disable_prepacking", "1")
     path = artifact.path(entry["model"])
