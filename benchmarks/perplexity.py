@@ -28,7 +28,7 @@ def windows_of(artifact: Path, text: Path, count: int) -> list[np.ndarray]:
     import llmc
     from llmc.cli.eval import windows_of
 
-    with llmc.load(artifact, context=WINDOW, kv_tokens=WINDOW) as llm:
+    with llmc.load(artifact, kv_tokens=WINDOW) as llm:
         return windows_of([llm], text, window=WINDOW, count=count)
 
 

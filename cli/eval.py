@@ -68,9 +68,7 @@ def command(
         # Room for one window is all the cache it takes; the default would be most of the memory, twice.
         llms = [
             stack.enter_context(
-                load(
-                    path, target=target, threads=threads, context=window, kv_tokens=window, prefix_cache=False
-                )
+                load(path, target=target, threads=threads, kv_tokens=window, prefix_cache=False)
             )
             for path in paths
         ]
@@ -96,8 +94,15 @@ def windows_of(llms: Sequence[LLM], text: Path, *, window: int, count: int | Non
     from .scoring import cut
 
     for one in llms:
+        assert one.artifact is not None
         if one.kind != "causal_lm":
             raise InputError(f"an {one.kind} predicts no tokens", remedy="evaluate a language model")
+        context = one.artifact.model["context_length"]
+        if window > context:
+            raise InputError(
+                f"--window {window}: the context of {one.artifact.root} is {context} tokens",
+                remedy=f"pass --window {context}",
+            )
     content = _read(text)
     ids = llms[0].encode(content, add_special_tokens=False)
     if any(other.encode(content, add_special_tokens=False) != ids for other in llms[1:]):

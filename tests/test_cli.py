@@ -395,7 +395,7 @@ def test_eval_of_uniform_logits_is_the_vocabulary(capsys: Capture, artifact: Pat
     assert (found["kl"], found["top1_agreement"], found["tokens"]) == (0, 1, 2 * 63)
     code, _, err = run(capsys, *words[:-2], "--window", str(CONTEXT + 1))
     assert code == 2
-    assert "context" in err
+    assert f"pass --window {CONTEXT}" in err
     text.write_text("Too short.")
     code, _, err = run(capsys, *words)
     assert code == 2
