@@ -23,40 +23,37 @@ from llmc.runtime import cpu
 
 pytestmark = pytest.mark.skipif("avx" not in cpu.cpu_features(), reason="the kernel libraries are for x86-64")
 
-TRIPLE = 'target triple = "x86_64-unknown-linux-gnu"\n'
 STEP = """
-define i32 @__tvm_ffi_step(ptr %self, ptr %args, i32 %count, ptr %result) {
+declare i32 @call_packed(ptr, ptr, ptr)
+define i32 @step(ptr %self, ptr %args, i32 %count, ptr %result) {
   %p = getelementptr { i32, i32, ptr }, ptr %args, i64 0, i32 2
   %dims = load ptr, ptr %p
   %status = getelementptr i64, ptr %dims, i64 1
   store i64 7, ptr %status
   ret i32 0
 }
+define i32 @llmc_step(ptr %dims, ptr %pointers) {
+  %r = call i32 @call_packed(ptr @step, ptr %dims, ptr %pointers)
+  ret i32 %r
+}
 define i32 @__tvm_ffi_workspace(ptr %self, ptr %args, i32 %count, ptr %result) {
   ret i32 -1
 }
 """
 
+Assemble = Callable[[str], bytes]
+
 
 @pytest.fixture(scope="module")
-def assemble(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], bytes]:
+def assemble(tmp_path_factory: pytest.TempPathFactory) -> Assemble:
     """LLVM IR text → a relocatable object."""
-    import tvm
+    from llmc.codegen.tvm import build
 
-    folder = tmp_path_factory.mktemp("ir")
-
-    def run(text: str) -> bytes:
-        (folder / "x.ll").write_text(text if "target triple" in text else TRIPLE + text)
-        tvm.get_global_func("ffi.Module.load_from_file.ll")(str(folder / "x.ll"), "ll").write_to_file(
-            str(folder / "x.o"), "o"
-        )
-        return (folder / "x.o").read_bytes()
-
-    return run
+    return lambda text: build.assemble(text, tmp_path_factory.mktemp("ir"))
 
 
 @pytest.fixture(scope="module")
-def library(assemble: Callable[[str], bytes], tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+def library(assemble: Assemble, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The threads with a step that does nothing."""
     import llmc.codegen.tvm
 
@@ -75,7 +72,7 @@ def load(data: bytes, path: Path) -> ctypes.CDLL:
 # ------------------------------------------------------------------------------------------------------
 
 
-def test_objects_see_each_other_and_libc(assemble: Callable[[str], bytes], tmp_path: Path) -> None:
+def test_objects_see_each_other_and_libc(assemble: Assemble, tmp_path: Path) -> None:
     first = assemble("""
         @table = constant [3 x i32] [i32 5, i32 6, i32 7]
         @where = global ptr getelementptr (i32, ptr @table, i64 2)
@@ -114,7 +111,7 @@ def test_objects_see_each_other_and_libc(assemble: Callable[[str], bytes], tmp_p
         assert not hasattr(linked, "plus")  # only llmc_… is visible from outside
 
 
-def test_a_strong_definition_wins_over_a_weak_one(assemble: Callable[[str], bytes], tmp_path: Path) -> None:
+def test_a_strong_definition_wins_over_a_weak_one(assemble: Assemble, tmp_path: Path) -> None:
     weak = assemble("""
         @value = weak global i32 1
         define i32 @llmc_get() {
@@ -126,7 +123,7 @@ def test_a_strong_definition_wins_over_a_weak_one(assemble: Callable[[str], byte
         assert load(link(objects), tmp_path / f"{i}.so").llmc_get() == (2 if len(objects) == 2 else 1)
 
 
-def test_what_the_linker_does_not_know_is_an_error(assemble: Callable[[str], bytes]) -> None:
+def test_what_the_linker_does_not_know_is_an_error(assemble: Assemble) -> None:
     strong = assemble("@value = global i32 2")
     with pytest.raises(CompileError, match="value is defined twice"):
         link([strong, strong])
@@ -140,13 +137,12 @@ def test_what_the_linker_does_not_know_is_an_error(assemble: Callable[[str], byt
         link([assemble("@mine = thread_local global i32 3\ndefine ptr @llmc_at() {\n  ret ptr @mine\n}")])
 
 
-def test_a_name_that_nobody_defines_fails_when_it_is_loaded(
-    assemble: Callable[[str], bytes], tmp_path: Path
-) -> None:
+def test_a_name_that_nobody_defines_fails_when_it_is_loaded(assemble: Assemble, tmp_path: Path) -> None:
     data = link(
         [
             assemble(
-                "declare i32 @no_such_name()\ndefine i32 @llmc_f() {\n  %r = call i32 @no_such_name()\n  ret i32 %r\n}"
+                "declare i32 @no_such_name()\n"
+                "define i32 @llmc_f() {\n  %r = call i32 @no_such_name()\n  ret i32 %r\n}"
             )
         ]
     )

@@ -477,6 +477,15 @@ def test_indices_out_of_range_are_refused(
         executor.step(StepInputs(**arrays))
 
 
+def test_arrays_that_kernels_cannot_index_are_refused(float_model: tuple[Model, Artifact]) -> None:
+    executor = open_tvm(float_model[1])
+    most = (2**31 - 1) // (2 * KV_HEADS * PAGE * DIM)
+    with pytest.raises(InputError, match=f"kv_pages.0 with {most + 1} pages .*at most {most} pages"):
+        executor.allocate_kv(most + 1)
+    with pytest.raises(InputError, match="at least one page"):
+        executor.allocate_kv(0)
+
+
 def test_a_library_of_another_model_is_refused(float_model: tuple[Model, Artifact], tmp_path: Path) -> None:
     _, artifact = float_model
     entry = artifact.manifest["targets"]["tvm-cpu"]
@@ -554,7 +563,9 @@ def test_errors_of_the_worker_keep_their_kind_and_a_dead_worker_is_an_error(tmp_
         compile_library(print_graph(graph), ISA, tmp_path / "x.so")
     o = Ops()
     o.out("sum", m.Add(o.a, o.b))
-    with pytest.raises(CompileError, match=f"the kernel compiler for {ISA} ended with status 1: .*no-such-folder"):
+    with pytest.raises(
+        CompileError, match=f"the kernel compiler for {ISA} ended with status 1: .*no-such-folder"
+    ):
         compile_library(print_graph(o.graph), ISA, tmp_path / "no-such-folder" / "x.so")
 
 
@@ -569,7 +580,7 @@ def test_instances_that_the_kernels_do_not_take() -> None:
 
 
 def test_aligned_arrays() -> None:
-    for dims in ((0,), (3, 5), (64,)):
+    for dims in ((1,), (3, 5), (64,)):
         array = aligned(dims, np.dtype(np.float32))
         assert array.shape == dims
         assert array.ctypes.data % 64 == 0

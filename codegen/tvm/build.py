@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from .optimize import optimize
 from .step import build_step
 from .untyped import Module, tirx, tvm
 
+_TRIPLE = 'target triple = "x86_64-unknown-linux-gnu"\n'
 _CPU = 1  # DLPack's kDLCPU
 
 
@@ -29,16 +31,34 @@ class Built:
 def build(graph: Graph, isa: Isa, out: Path) -> Built:
     """Compile a legalized graph for one ISA level into the shared object `out`."""
     lowered = lower(graph, isa)
-    module = build_step(optimize(lowered.module, isa), lowered.symbols)
+    step = build_step(optimize(lowered.module, isa), lowered.symbols)
     with tempfile.TemporaryDirectory(prefix="llmc-") as folder:
-        kernels, threads = Path(folder, "kernels.o"), Path(folder, "threads.o")
-        compile_object(module, isa, kernels)
-        load_ir = tvm.get_global_func("ffi.Module.load_from_file.ll")
-        load_ir(str(Path(__file__).with_name("threads.ll")), "ll").write_to_file(str(threads), "o")
-        out.write_bytes(link([kernels.read_bytes(), threads.read_bytes()]))
+        kernels = Path(folder, "kernels.o")
+        compile_object(step.module, isa, kernels)
+        threads = assemble(Path(__file__).with_name("threads.ll").read_text(), Path(folder))
+        out.write_bytes(link([kernels.read_bytes(), assemble(_entry(step.parts), Path(folder)), threads]))
     arguments = [*lowered.inputs, *(f"weight:{name}" for name in lowered.weights)]
     arguments += [*(f"output:{name}" for name in lowered.outputs), "workspace"]
     return Built(lowered.symbols, tuple(arguments))
+
+
+def _entry(parts: Sequence[str]) -> str:
+    """LLVM IR of `llmc_step`, which runs the parts of the step in order."""
+    lines = ["declare i32 @call_packed(ptr, ptr, ptr)"]
+    lines += [f"declare i32 @__tvm_ffi_{part}(ptr, ptr, i32, ptr)" for part in parts]
+    lines += ["define i32 @llmc_step(ptr %dims, ptr %pointers) {", "  %s0 = or i32 0, 0"]
+    for i, part in enumerate(parts):
+        lines.append(f"  %r{i} = call i32 @call_packed(ptr @__tvm_ffi_{part}, ptr %dims, ptr %pointers)")
+        lines.append(f"  %s{i + 1} = or i32 %s{i}, %r{i}")
+    return "\n".join([*lines, f"  ret i32 %s{len(parts)}", "}"]) + "\n"
+
+
+def assemble(text: str, folder: Path) -> bytes:
+    """LLVM IR text → a relocatable x86-64 object; `folder` takes the files in between."""
+    source, result = folder / "text.ll", folder / "text.o"
+    source.write_text(text if "target triple" in text else _TRIPLE + text)
+    tvm.get_global_func("ffi.Module.load_from_file.ll")(str(source), "ll").write_to_file(str(result), "o")
+    return result.read_bytes()
 
 
 def compile_object(module: Module, isa: Isa, path: Path) -> None:
@@ -86,7 +106,6 @@ def _lowering_passes() -> list[Any]:
         plain.UnrollLoop(),
         block.RenormalizeSplitPattern(),
         plain.StmtSimplify(),
-        plain.RemoveNoOp(),
         block.RewriteUnsafeSelect(),
         plain.CommonSubexprElim(),
         plain.VerifyMemory(),

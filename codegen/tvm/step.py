@@ -1,11 +1,12 @@
-"""Relax `main` over TIR functions → one TIR function `step`, so that a step needs neither an interpreter nor
-a VM.
+"""Relax `main` over TIR functions → TIR functions that run a step, which needs neither an interpreter nor a
+VM.
 
-`step(dims, pointers)` runs the calls of `main` one after the other. `dims` holds the symbolic dimensions as
-int64, in order, then the status that it sets (0: well); `pointers` holds addresses: inputs, weights, outputs,
-workspace. Intermediate results lie in the workspace, at offsets computed from the dimensions (`plan.py`).
-`workspace(dims, pointers)` puts the bytes needed into the last entry of `dims`. Kernels take bare pointers
-and the symbols of their shapes; nothing is checked inside (the executor checks what comes from outside).
+`step_0(dims, pointers)`, `step_1`, … run the calls of `main` one after the other. `dims` holds the symbolic
+dimensions as int64, in order, then a status that the caller sets to 0 and a failing kernel changes;
+`pointers` holds addresses: inputs, weights, outputs, workspace. Intermediate results lie in the workspace, at
+offsets computed from the dimensions (`plan.py`). `workspace(dims, pointers)` puts the bytes needed into the
+last entry of `dims`. Kernels take bare pointers and the symbols of their shapes; nothing is checked inside
+(the executor checks what comes from outside).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ...ir.errors import CompileError
 from .plan import ALIGNMENT, Interval, plan
 from .untyped import Module, relax, tirx, tvm
 
+_CALLS = 48
 _TYPICAL = {"T": 128, "B": 4, "R": 4, "P": 64, "N": 256}
 
 
@@ -50,8 +52,16 @@ class _Program:
     intermediates: list[_Memory] = field(default_factory=list)
 
 
-def build_step(module: Module, symbols: Sequence[str]) -> Module:
-    """The module with `step` and `workspace` in place of Relax's `main`.
+@dataclass(frozen=True)
+class Step:
+    """The functions of a kernel library, and the names of the step's parts in the order in which they run."""
+
+    module: Module
+    parts: tuple[str, ...]
+
+
+def build_step(module: Module, symbols: Sequence[str]) -> Step:
+    """The module with the step's parts and `workspace` in place of Relax's `main`.
 
     Raises CompileError where `main` holds anything but calls, tuples and reshapes (a bug in the passes
     before).
@@ -59,14 +69,14 @@ def build_step(module: Module, symbols: Sequence[str]) -> Module:
     program, main = _Reader(module).read()
     variables = {name: tirx.Var(name, "int64") for name in symbols}
     rename = {v: variables[v.name] for v in _symbols_of(main)}
-    writer = _Writer(program, [variables[name] for name in symbols], rename)
-    writer.arguments = len(main.params) + len(_outputs(main))
-    functions: dict[GlobalVar, Any] = {}
-    step = writer.step(module, functions)
-    out = tvm.IRModule(functions)
-    out[GlobalVar("step")] = step
+    arguments = len(main.params) + len(_outputs(main))
+    writer = _Writer(program, [variables[name] for name in symbols], rename, arguments)
+    parts = writer.parts(module)
+    out = tvm.IRModule({callee.name: callee.function for callee in writer.callees.values()})
+    for name, function in parts.items():
+        out[GlobalVar(name)] = function
     out[GlobalVar("workspace")] = writer.workspace_function()
-    return out
+    return Step(out, tuple(parts))
 
 
 def _symbols_of(main: Any) -> list[Any]:
@@ -209,10 +219,11 @@ class _Reader:
 class _Writer:
     """Emits the TIR of `step` and `workspace`."""
 
-    def __init__(self, program: _Program, symbols: list[Any], rename: dict[Any, Any]) -> None:
+    def __init__(self, program: _Program, symbols: list[Any], rename: dict[Any, Any], arguments: int) -> None:
         self.program = program
+        self.callees: dict[Any, _Callee] = {}
         self.symbols = symbols
-        self.arguments = 0
+        self.arguments = arguments
         self.analyzer = _substitution(rename)
         self.typical = _substitution(
             {v: tirx.IntImm("int64", _TYPICAL.get(v.name, 64)) for v in [*symbols, *rename]}
@@ -272,30 +283,31 @@ class _Writer:
         body.append(tirx.BufferStore(dims, self.total, [len(self.symbols)]))
         return _exported("workspace", raw, body)
 
-    def step(self, module: Module, functions: dict[GlobalVar, Any]) -> Any:
-        """The step; the functions that it calls are added to `functions` in the order of first use."""
+    def parts(self, module: Module) -> dict[str, Any]:
+        """Name → function, each with some of the calls: LLVM's time and memory grow with the square of a
+        function.
+        """
+        calls = self.program.calls
+        groups = [calls[i : i + _CALLS] for i in range(0, len(calls), _CALLS)]
+        return {f"step_{i}": self._part(f"step_{i}", group, module) for i, group in enumerate(groups or [[]])}
+
+    def _part(self, name: str, calls: Sequence[_Call], module: Module) -> Any:
         raw, body, dims, pointers = self._prologue()
         status = [len(self.symbols)]
-        body.append(tirx.BufferStore(dims, tirx.IntImm("int64", 0), status))
-        callees: dict[Any, _Callee] = {}
-        for call in self.program.calls:
-            if call.function not in callees:
+        for call in calls:
+            callee = self.callees.get(call.function)
+            if callee is None:
                 callee = _Callee(module[call.function], call.function.name_hint)
-                callees[call.function] = callee
-                functions[callee.name] = callee.function
-            callee = callees[call.function]
+                self.callees[call.function] = callee
             addresses = [self._address(memory, pointers) for memory in call.operands]
-            scalars = [
-                _as(self._expression(value), symbol.ty)
-                for symbol, value in zip(
-                    callee.symbols, callee.symbol_values(call.shapes, call.scalars), strict=True
-                )
-            ]
+            values = callee.symbol_values(call.shapes, call.scalars)
+            pairs = zip(callee.symbols, values, strict=True)
+            scalars = [_as(self._expression(value), symbol.ty) for symbol, value in pairs]
             result = Call(callee.name, addresses + scalars, ret_ty="int32")
-            # A kernel fails only where it gets no scratch memory; the steps after it are harmless then.
+            # A kernel fails only where it gets no scratch memory; the calls after it are harmless then.
             failed = tirx.bitwise_or(tirx.BufferLoad(dims, status), tirx.Cast("int64", result))
             body.append(tirx.BufferStore(dims, failed, status))
-        return _exported("step", raw, body)
+        return _exported(name, raw, body)
 
     def _address(self, memory: _Memory, pointers: Any) -> Any:
         index = memory.index if memory.kind == "argument" else self.arguments

@@ -30,7 +30,6 @@ target triple = "x86_64-unknown-linux-gnu"
 @__TVMBackendAllocWorkspace = global ptr @allocate
 @__TVMBackendFreeWorkspace = global ptr @release
 
-declare i32 @__tvm_ffi_step(ptr, ptr, i32, ptr)
 declare i32 @__tvm_ffi_workspace(ptr, ptr, i32, ptr)
 declare i32 @posix_memalign(ptr, i64, i64)
 declare void @free(ptr)
@@ -41,21 +40,16 @@ declare i32 @pthread_detach(i64)
 declare i32 @pthread_sigmask(i32, ptr, ptr)
 declare void @llvm.x86.sse2.pause()
 
-; ---- entry points: int f(int64_t *dims, uint64_t *pointers), 0 where all went well --------------------------------
+; ---- entry points: int f(int64_t *dims, uint64_t *pointers), 0 where all went well; llmc_step is made by build.py -----
 
 %value = type { i32, i32, ptr }                      ; TVMFFIAny: type (4: an opaque pointer), zero, the pointer
 
-define i32 @llmc_step(ptr %dims, ptr %pointers) {
-  %r = call i32 @packed(ptr @__tvm_ffi_step, ptr %dims, ptr %pointers)
-  ret i32 %r
-}
-
 define i32 @llmc_workspace(ptr %dims, ptr %pointers) {
-  %r = call i32 @packed(ptr @__tvm_ffi_workspace, ptr %dims, ptr %pointers)
+  %r = call i32 @call_packed(ptr @__tvm_ffi_workspace, ptr %dims, ptr %pointers)
   ret i32 %r
 }
 
-define internal i32 @packed(ptr %f, ptr %dims, ptr %pointers) {
+define i32 @call_packed(ptr %f, ptr %dims, ptr %pointers) {
   %args = alloca [2 x %value], align 16
   %result = alloca %value, align 16
   store %value { i32 4, i32 0, ptr null }, ptr %args

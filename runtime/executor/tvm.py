@@ -24,6 +24,8 @@ from .. import cpu
 from .base import StepInputs
 
 _ALIGNMENT = 64
+_MOST = (1 << 31) - 1
+"""Elements of an array: the kernels index with 32 bits."""
 _STEP_INPUTS = (
     "token_ids",
     "positions",
@@ -112,6 +114,13 @@ class TvmExecutor:
         """Make the cache: pages 0 .. num_pages - 1, memory taken when a page is first written."""
         if num_pages < 1:
             raise InputError(f"a cache of {num_pages} pages holds nothing", remedy="give at least one page")
+        for array in self._kv:
+            most = _MOST // math.prod(d for d in array.shape if isinstance(d, int))
+            if num_pages > most:
+                raise InputError(
+                    f"{array.name} with {num_pages} pages has more elements than a kernel can count",
+                    remedy=f"give at most {most} pages",
+                )
         self._pages = []
         for array in self._kv:
             shape = [num_pages if isinstance(d, str) else d for d in array.shape]
@@ -146,6 +155,11 @@ class TvmExecutor:
                 self._put(name, getattr(inputs, name))
         (output,) = self._outputs.values()
         rows = sizes["R"]
+        if rows * self.vocab_size > _MOST:
+            raise InputError(
+                f"logits of {rows} rows are more than a kernel can count",
+                remedy=f"ask for at most {_MOST // self.vocab_size} rows in a step",
+            )
         logits, grown = output.sized((rows, self.vocab_size))
         if grown:
             self._pointers[self._arguments[f"output:{output.name}"]] = output.memory.ctypes.data
@@ -231,6 +245,7 @@ class TvmExecutor:
         if needed > self._workspace.size:
             self._workspace = aligned((max(needed, 2 * self._workspace.size),), np.dtype(np.uint8))
             self._pointers[-1] = self._workspace.ctypes.data
+        self._dims[-1] = 0
         if self._library.llmc_step(*self._call) != 0 or self._dims[-1] != 0:
             raise LlmcError("a kernel got no scratch memory", remedy="free memory or send shorter prompts")
 
@@ -273,8 +288,7 @@ def _load(artifact: Artifact, entry: Mapping[str, Any], isa: str | None) -> ctyp
 
 
 def open_target(artifact: Artifact, *, isa: str | None, threads: int | None) -> TvmExecutor:
-    """An executor of the artifact's kernels for `isa`; `threads` None: one a physical core that may be used.
-    """
+    """An executor of the artifact's kernels for `isa`; `threads` None: one a physical core."""
     return TvmExecutor(artifact, isa, threads)
 
 
