@@ -1,0 +1,95 @@
+"""Two hundred random schedules on compiled kernels: greedy tokens, bit for bit those of each request alone.
+
+The same schedules run on the fake executor in test_runtime_schedules.py, where they test the bookkeeping.
+Here they test that no kernel lets a row depend on what else is in the batch, on how a prompt was cut, or on
+whether its beginning came from the cache.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import llmc
+import numpy as np
+import pytest
+from llmc.codegen.artifact import Artifact
+from llmc.runtime.engine import ModelFacts
+from llmc.runtime.executor import Executor, open_executor
+from llmc.runtime.executor.base import StepInputs
+
+from .models import CONTEXT, VOCAB_SIZE, save_tiny
+from .schedules import check_schedule, random_schedule
+
+# Full attention with int4 weights and a float16 cache; a sliding window; soft-capped scores in float32.
+MODELS = {"llama": "int4-g32", "mistral": "int8", "gemma2": "none"}
+SCHEDULES = {"llama": range(100), "mistral": range(100, 150), "gemma2": range(150, 200)}
+FACTS = ModelFacts(vocab_size=VOCAB_SIZE, context_length=CONTEXT, eos_token_ids=(2,))
+
+
+@pytest.fixture(scope="module", params=sorted(MODELS))
+def compiled(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Executor]:
+    name: str = request.param
+    folder = tmp_path_factory.mktemp(name)
+    source = save_tiny(name, folder / "model")
+    artifact: Artifact = llmc.compile(source, folder / "tiny.llmc", quant=MODELS[name])
+    return name, open_executor(artifact)
+
+
+def test_schedules_give_each_request_its_own_tokens(compiled: tuple[str, Executor]) -> None:
+    name, executor = compiled
+    assert executor.batch_invariant
+    events: Counter[str] = Counter()
+    for seed in SCHEDULES[name]:
+        events += check_schedule(executor, FACTS, random_schedule(seed, FACTS, executor.page_size))
+    # The schedules are only worth something if all of this happened.
+    for event in ("preempted", "from_cache", "cancelled", "forked", "second_turns"):
+        assert events[event] > 10, events
+
+
+def _step(executor: Executor, ids: np.ndarray, cuts: list[int], first_page: int) -> np.ndarray:
+    """Logits of every row of a sequence that is computed in pieces ending at `cuts`."""
+    rows: list[np.ndarray] = []
+    start = 0
+    pages = np.arange(first_page, first_page + -(-len(ids) // executor.page_size), dtype=np.int32)
+    for stop in cuts:
+        positions = np.arange(start, stop, dtype=np.int32)
+        slots = pages[positions // executor.page_size] * executor.page_size + positions % executor.page_size
+        count = np.array([0, stop - start], np.int32)
+        inputs = StepInputs(
+            ids[start:stop],
+            positions,
+            slots,
+            count,
+            np.array([stop], np.int32),
+            pages[None],
+            positions - start,
+        )
+        rows.append(executor.step(inputs).copy())
+        start = stop
+    return np.concatenate(rows)
+
+
+def test_logits_do_not_depend_on_how_a_prompt_is_cut(compiled: tuple[str, Executor]) -> None:
+    _, executor = compiled
+    executor.allocate_kv(32)
+    ids = np.random.default_rng(1).integers(5, VOCAB_SIZE, 75).astype(np.int32)
+    whole = _step(executor, ids, [75], 0)
+    assert np.isfinite(whole).all()
+    for cuts in ([1, 75], [16, 32, 48, 75], [7, 8, 9, 60, 75], list(range(1, 76))):
+        assert np.array_equal(_step(executor, ids, cuts, 7), whole)
+
+
+def test_a_prompt_is_the_same_with_as_many_threads_as_one_likes(tmp_path: Path) -> None:
+    artifact: Artifact = llmc.compile(
+        save_tiny("qwen2", tmp_path / "model"), tmp_path / "tiny.llmc", quant="int4"
+    )
+    ids = np.random.default_rng(2).integers(5, VOCAB_SIZE, 50).astype(np.int32)
+    found: list[np.ndarray] = []
+    for threads in (1, 2, 3):
+        executor = open_executor(artifact, threads=threads)
+        executor.allocate_kv(8)
+        found.append(_step(executor, ids, [20, 50], 0))
+    assert np.array_equal(found[0], found[1]) and np.array_equal(found[0], found[2])
