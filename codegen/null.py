@@ -1,5 +1,4 @@
-"""Target `null`: no kernels and no weights, so that everything around a target can be tested anywhere,
-quickly.
+"""Target `null`: no kernels and no weights, so that what surrounds a target can be tested anywhere, quickly.
 
 Its executor (llmc.runtime.executor.null) answers with zeros of the right shape.
 """
@@ -9,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..ir import ops as _ops  # noqa: F401  (registers them in OPS)
+from ..ir import ops as _ops  # noqa: F401  # pyright: ignore[reportUnusedImport]  (registers the ops)
 from ..ir.define import OPS
 from .target import Progress, Target
 

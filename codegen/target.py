@@ -1,11 +1,10 @@
-"""Targets: what turns a final graph into files of an artifact. One class a kernel family, found by entry
-points.
+"""Targets: what turns a final graph into files of an artifact. One class a kernel family.
 
     @dataclass(frozen=True)
     class TvmCpu(Target):
         name = "tvm-cpu"
         operations = frozenset({"linear", "rms_norm", ...})
-        isa: str = field(default="host", metadata={"help": "..."})
+        isa: str = field(default="avx2", metadata={"help": "..."})
 
         def compile(self, graph, writer, *, progress): ...
 
@@ -123,8 +122,7 @@ class TargetEntry:
 
 
 def list_targets() -> list[TargetEntry]:
-    """Every registered target by name; imports none. Raises InputError where two packages register one name.
-    """
+    """Every registered target by name; imports none. Raises InputError where two share a name."""
     return collect(metadata.entry_points(group=GROUP))
 
 

@@ -16,7 +16,8 @@ import torch
 from llmc.codegen.artifact import Artifact, ArtifactWriter
 from llmc.codegen.target import get_target, no_progress
 from llmc.codegen.tvm.cpu import OPERATIONS, supports
-from llmc.codegen.tvm.worker import compile_library
+from llmc.codegen.tvm.weights import weight_specs
+from llmc.codegen.tvm.worker import Compilation
 from llmc.ir import interpreter
 from llmc.ir.core import Graph, Value
 from llmc.ir.errors import ArtifactError, CompileError, InputError, UnsupportedError
@@ -553,6 +554,11 @@ def test_an_unknown_level_is_refused() -> None:
         compile_graph(Graph(), Path("unused.llmc"), isa="avx9")
 
 
+def run_worker(graph: Graph, out: Path) -> None:
+    with Compilation(print_graph(graph), ISA, out) as compilation:
+        compilation.result()
+
+
 def test_errors_of_the_worker_keep_their_kind_and_a_dead_worker_is_an_error(tmp_path: Path) -> None:
     graph = Graph()
     x = graph.add_input("x", TensorType("float32", (1, 2, T, 8)))
@@ -560,13 +566,33 @@ def test_errors_of_the_worker_keep_their_kind_and_a_dead_worker_is_an_error(tmp_
     op.loc = "layers.0.attention"
     graph.outputs, graph.output_names = [op.result], ["y"]
     with pytest.raises(UnsupportedError, match=r"cannot emit sdpa \(layers.0.attention\)"):
-        compile_library(print_graph(graph), ISA, tmp_path / "x.so")
+        run_worker(graph, tmp_path / "x.so")
     o = Ops()
     o.out("sum", m.Add(o.a, o.b))
     with pytest.raises(
         CompileError, match=f"the kernel compiler for {ISA} ended with status 1: .*no-such-folder"
     ):
-        compile_library(print_graph(o.graph), ISA, tmp_path / "no-such-folder" / "x.so")
+        run_worker(o.graph, tmp_path / "no-such-folder" / "x.so")
+
+
+def test_a_worker_ends_with_the_compilation(tmp_path: Path) -> None:
+    o = Ops()
+    o.out("sum", m.Add(o.a, o.b))
+    with Compilation(print_graph(o.graph), ISA, tmp_path / "x.so") as compilation:
+        process = compilation._process
+        assert process.poll() is None
+    assert process.poll() is not None
+    assert not (tmp_path / "x.so").exists()
+
+
+def test_progress_of_packing_ends_at_one() -> None:
+    shares: list[float] = []
+    for _, shape_, dtype, chunks in weight_specs(Model(quantized=True).graph, shares.append):
+        packed = np.concatenate(list(chunks))
+        assert packed.shape == shape_
+        assert packed.dtype.name == dtype
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
 
 
 def test_instances_that_the_kernels_do_not_take() -> None:

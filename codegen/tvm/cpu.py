@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ...ir import ops as _ops  # noqa: F401  # pyright: ignore[reportUnusedImport]  (registers the ops)
 from ...ir.core import Op
+from ...ir.define import OPS
 from ...ir.errors import InputError
 from ...ir.printer import print_graph
 from ..legalize import legalize
@@ -15,81 +16,14 @@ from ..target import Progress, Target
 from .kernels import KV_LAYOUT
 from .kernels.isa import LEVELS
 from .weights import page_values, stored_type, weight_specs
-from .worker import compile_library
+from .worker import Compilation
 
 if TYPE_CHECKING:
     from ...ir.core import Graph
     from ...ir.types import TensorType
     from ..artifact import ArtifactWriter
 
-OPERATIONS = frozenset(
-    [
-        "abs",
-        "add",
-        "append_kv",
-        "arange",
-        "cast",
-        "concat",
-        "cos",
-        "cumsum",
-        "dequantize",
-        "diff",
-        "dim_value",
-        "div",
-        "embedding",
-        "equal",
-        "erf",
-        "exp",
-        "expand",
-        "floor",
-        "floor_divide",
-        "full",
-        "gated_mlp",
-        "gather_last",
-        "gelu",
-        "greater",
-        "greater_equal",
-        "index",
-        "layer_norm",
-        "less",
-        "less_equal",
-        "linear",
-        "log",
-        "logical_and",
-        "logical_not",
-        "logical_or",
-        "matmul",
-        "maximum",
-        "minimum",
-        "mul",
-        "neg",
-        "not_equal",
-        "paged_attention",
-        "pow",
-        "quantized_embedding",
-        "quantized_linear",
-        "reciprocal",
-        "reduce_max",
-        "reduce_mean",
-        "reduce_sum",
-        "relu",
-        "remainder",
-        "reshape",
-        "rms_norm",
-        "rope",
-        "rsqrt",
-        "sigmoid",
-        "silu",
-        "sin",
-        "slice",
-        "softmax",
-        "sqrt",
-        "sub",
-        "tanh",
-        "transpose",
-        "where",
-    ]
-)
+OPERATIONS = frozenset(OPS) - {"attention", "sdpa"}
 """The ops of `lower.EMITTERS`, which cannot be asked without importing TVM."""
 
 
@@ -119,35 +53,28 @@ class TvmCpu(Target):
         return tuple(level for level in LEVELS if level in asked)
 
     def compile(self, graph: Graph, writer: ArtifactWriter, *, progress: Progress) -> dict[str, Any]:
-        """Kernels in other processes, one after the other, while this one packs the weights."""
+        """Kernels in other processes, one after the other; the first while this one packs the weights."""
         levels = self.levels()
         legal = legalize(graph, self.operations, supports)
         text = print_graph(legal)
         paths = {level: f"targets/{self.name}/{level}.so" for level in levels}
         weights = f"weights/{self.name}.safetensors" if legal.weights else None
-        with ThreadPoolExecutor(1) as pool:
-            jobs = [
-                pool.submit(compile_library, text, level, writer.path(rel)) for level, rel in paths.items()
-            ]
-            try:
-                if weights is not None:
-                    progress("tvm-cpu: weights", 0.0)
-                    writer.write_weights(weights, weight_specs(legal))
-                built: list[dict[str, Any]] = []
-                for i, (level, job) in enumerate(zip(levels, jobs, strict=True)):
-                    progress(f"tvm-cpu: kernels for {level}", 0.6 + 0.4 * i / len(levels))
-                    built.append(job.result())
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        built: dict[str, Any] = {}
+        for i, (level, rel) in enumerate(paths.items()):
+            with Compilation(text, level, writer.path(rel)) as compilation:
+                if i == 0 and weights is not None:
+                    packing = weight_specs(legal, lambda share: progress("tvm-cpu: weights", 0.5 * share))
+                    writer.write_weights(weights, packing)
+                progress(f"tvm-cpu: kernels for {level}", 0.5 + 0.5 * i / len(levels))
+                built = compilation.result()
         progress("tvm-cpu", 1.0)
         entry: dict[str, Any] = {
             "options": self.options(),
             "batch_invariant": True,
             "entry": "llmc_step",
             "kernels": [{"isa": level, "path": rel} for level, rel in paths.items()],
-            "arguments": built[0]["arguments"],
-            "symbols": built[0]["symbols"],
+            "arguments": built["arguments"],
+            "symbols": built["symbols"],
             "kv_layout": KV_LAYOUT,
             **_interface(legal),
         }
@@ -155,9 +82,7 @@ class TvmCpu(Target):
 
 
 def supports(op: Op) -> bool:
-    """Whether the kernels take this instance of an op that they know: float32, and token-major where it
-    matters.
-    """
+    """Whether the kernels take this instance of an op: float32, and token-major where it matters."""
     if op.opname in ("rms_norm", "layer_norm", "gated_mlp"):
         return op.operands[0].dtype == "float32" and isinstance(op.result.shape[-1], int)
     if op.opname == "rope":

@@ -148,8 +148,7 @@ class _Linker:
 
     # -- symbols -------------------------------------------------------------------------------------------
     def resolve(self) -> None:
-        """One definition for each name (a strong one wins over weak ones), and the names that nobody defines.
-        """
+        """One definition for each name (a strong one wins over weak ones), and what nobody defines."""
         for obj in self.objects:
             for symbol in obj.symbols:
                 if symbol.binding == _LOCAL or not symbol.defined:

@@ -1,5 +1,4 @@
-"""Relax `main` over TIR functions → TIR functions that run a step, which needs neither an interpreter nor a
-VM.
+"""Relax `main` over TIR functions → TIR functions that run a step; no interpreter and no VM is left.
 
 `step_0(dims, pointers)`, `step_1`, … run the calls of `main` one after the other. `dims` holds the symbolic
 dimensions as int64, in order, then a status that the caller sets to 0 and a failing kernel changes;
@@ -23,7 +22,9 @@ from .plan import ALIGNMENT, Interval, plan
 from .untyped import Module, relax, tirx, tvm
 
 _CALLS = 48
+"""Calls in a part of the step."""
 _TYPICAL = {"T": 128, "B": 4, "R": 4, "P": 64, "N": 256}
+"""Sizes by which values are sorted into slots; any others would be right too."""
 
 
 @dataclass
@@ -204,8 +205,6 @@ class _Reader:
         for argument in _fields(value.args[1]):
             if argument in self.memory:
                 operands.append(self.memory[argument])
-            elif isinstance(argument, relax.PrimValue) if hasattr(relax, "PrimValue") else False:
-                scalars.append(argument.value)
             else:
                 scalars.append(argument)
         if len(value.args) > 2:

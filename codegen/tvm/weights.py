@@ -7,13 +7,14 @@ needed here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from ...ir.core import Graph, Op, Value
-from ...ir.dtypes import to_numpy
+from ...ir.dtypes import itemsize, to_numpy
 from ...ir.errors import CompileError
 from ...ir.ops.cache import AppendKv, PagedAttention
 from ...ir.ops.nn import Embedding, Linear
@@ -115,16 +116,25 @@ def stored_type(value: Value, is_pages: bool) -> TensorType:
     return value.type.with_shape(shape)
 
 
-def weight_specs(graph: Graph) -> list[TensorSpec]:
+def weight_specs(graph: Graph, report: Callable[[float], None] = lambda share: None) -> list[TensorSpec]:
     """Every weight as `ArtifactWriter.write_weights` takes it; nothing is read before the chunks are asked
     for.
+
+    `report` is told the share of the bytes that were packed.
     """
-    specs: list[TensorSpec] = []
-    for value, role in weight_roles(graph).items():
-        assert value.weight is not None
-        shape, dtype = stored_shape(value, role)
-        specs.append((value.name, shape, dtype, _chunks(value, role)))
-    return specs
+    roles = weight_roles(graph)
+    stored = {value: stored_shape(value, role) for value, role in roles.items()}
+    total = sum(math.prod(shape) * itemsize(dtype) for shape, dtype in stored.values())
+    done = 0
+
+    def counted(chunks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        nonlocal done
+        for chunk in chunks:
+            yield chunk
+            done += chunk.nbytes
+            report(done / total)
+
+    return [(v.name, *stored[v], counted(_chunks(v, roles[v]))) for v in stored]
 
 
 def _chunks(value: Value, role: Role) -> Iterator[np.ndarray]:
@@ -138,7 +148,7 @@ def _chunks(value: Value, role: Role) -> Iterator[np.ndarray]:
         pack = np.ascontiguousarray
     wanted = to_numpy(value.dtype)
     for rows in _aligned_rows(value.weight):
-        yield pack(np.ascontiguousarray(rows.astype(wanted, copy=False)))
+        yield pack(rows.astype(wanted, copy=False)).reshape(-1, *stored_shape(value, role)[0][1:])
 
 
 def _aligned_rows(tensor: LazyTensor) -> Iterator[np.ndarray]:

@@ -13,36 +13,67 @@ import dataclasses
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ...ir import errors
 from ...ir.errors import CompileError, LlmcError
 
 
-def compile_library(graph_text: str, isa: str, out: Path) -> dict[str, Any]:
-    """Start a worker and wait for it. Raises what the worker raised, or CompileError where it died."""
-    # -P: a folder named like one of ours in the current directory must not be imported.
-    command = [sys.executable, "-P", "-m", __name__, isa, str(out)]
-    done = subprocess.run(
-        command, input=graph_text, capture_output=True, text=True, encoding="utf-8", check=False
-    )
-    lines = done.stdout.splitlines()
-    if done.returncode == 0 and lines:
-        return json.loads(lines[-1])
-    if done.returncode == 1 and lines:
-        try:
-            error = json.loads(lines[-1])
-            kind = getattr(errors, error["kind"], CompileError)
-            raise kind(error["message"], remedy=error["remedy"])
-        except (ValueError, KeyError):
-            pass
-    last = [line for line in done.stderr.strip().splitlines() if line.strip()][-3:]
-    said = " | ".join(last) or "it said nothing"
-    raise CompileError(
-        f"the kernel compiler for {isa} ended with status {done.returncode}: {said}",
-        remedy="compile with another --target tvm-cpu:isa=…, and report the model",
-    )
+class Compilation:
+    """A worker that has been started. `result` waits for it; leaving the `with` block ends it."""
+
+    def __init__(self, graph_text: str, isa: str, out: Path) -> None:
+        self.isa = isa
+        # Closed by __exit__. Files and not pipes: nobody reads while the worker writes.
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115
+        with tempfile.TemporaryFile() as given:
+            given.write(graph_text.encode())
+            given.seek(0)
+            # -P: a folder named like one of ours in the current directory must not be imported.
+            command = [sys.executable, "-P", "-m", __name__, isa, str(out)]
+            self._process = subprocess.Popen(command, stdin=given, stdout=self._output, stderr=self._said)
+
+    def __enter__(self) -> Compilation:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+        self._output.close()
+        self._said.close()
+
+    def result(self) -> dict[str, Any]:
+        """What the worker printed. Raises what the worker raised, or CompileError where it died."""
+        status = self._process.wait()
+        lines = _lines(self._output)
+        if status == 0 and lines:
+            return json.loads(lines[-1])
+        if status == 1 and lines:
+            _raise_again(lines[-1])
+        said = " | ".join(_lines(self._said)[-3:]) or "it said nothing"
+        raise CompileError(
+            f"the kernel compiler for {self.isa} ended with status {status}: {said}",
+            remedy="compile with another --target tvm-cpu:isa=…, and report the model",
+        )
+
+
+def _lines(file: IO[bytes]) -> list[str]:
+    file.seek(0)
+    return [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+
+
+def _raise_again(text: str) -> None:
+    """Raise the error that the worker printed; return where it printed something else."""
+    try:
+        error = json.loads(text)
+        kind, message, remedy = getattr(errors, error["kind"]), error["message"], error["remedy"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return
+    raise kind(message, remedy=remedy)
 
 
 def main(arguments: list[str]) -> int:
