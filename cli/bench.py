@@ -173,7 +173,9 @@ def _weight_bytes_per_token(llm: LLM, wanted: str | None) -> int:
         raise InputError("this artifact generates nothing", remedy="bench a language model")
     target = choose_target(artifact.targets, wanted)
     gathered = gathered_tables(artifact.read_text("ir.txt"))
-    return sum(array.nbytes for name, array in artifact.weights(target).items() if name not in gathered)
+    # A target that keeps several forms of a weight writes "name:form".
+    weights = artifact.weights(target).items()
+    return sum(array.nbytes for name, array in weights if name.partition(":")[0] not in gathered)
 
 
 def gathered_tables(graph: str) -> set[str]:
