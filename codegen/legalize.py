@@ -50,8 +50,9 @@ def legalize(graph: Graph, operations: Collection[str], supports: Supports = lam
 def _decompose(graph: Graph, op: Op, operations: Collection[str]) -> None:
     build = DECOMPOSITIONS.get(op.opname)
     if build is None:
+        where = op.loc or "no known module"
         raise UnsupportedError(
-            f"the target cannot emit {op.opname} (from {op.loc or 'no known module'}), and it has no decomposition",
+            f"the target cannot emit {op.opname} (from {where}), and it has no decomposition",
             remedy="choose another target, or add the op to codegen/legalize.py",
         )
     result = build(_Builder(graph, op), op)
@@ -276,8 +277,7 @@ def _gated_mlp(b: _Builder, op: Any) -> Value:
 
 
 def _repeat_heads(b: _Builder, x: Value, heads: Dim) -> Value:
-    """Key or value heads [..., Hkv, S, D] → [..., heads, S, D], each repeated for its group of query heads.
-    """
+    """Key or value heads [..., Hkv, S, D] → [..., heads, S, D], each repeated for its query heads."""
     group = divide(heads, x.shape[-3])
     if group == 1 or group is None:
         return x

@@ -139,6 +139,12 @@ def add_movement(o: Ops) -> None:
     o.out("index", shape.Index(o.weight("table", 7, 5), [o.i]))
     o.out("index_two", shape.Index(o.weight("cube", 7, 6, 5), [o.i, o.k]))
     o.out("negative", shape.Index(o.weight("line", 9), [o(m.Neg(o(m.Add(o.i, o(shape.Full(1, "int64"))))))]))
+    o.out(
+        "gather",
+        shape.Gather(
+            o(m.Exp(o(shape.Slice(o.c, -3, 0, 2)))), o(shape.Expand(o(shape.Reshape(o.i, (T, 1))), (2, T, 3)))
+        ),
+    )
     for cls in (m.ReduceSum, m.ReduceMean, m.ReduceMax):
         o.out(cls.opname, cls(o.a, (-1,)))
         o.out(f"{cls.opname}_kept", cls(o.c, (-3, -2), True))

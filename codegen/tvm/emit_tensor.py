@@ -215,6 +215,14 @@ def index(low: Lowering, op: Any) -> Any:
     return low.te("index", pick, low.get(op.x), *(low.get(i) for i in op.indices), dims=op.result.shape)
 
 
+@emits("gather")
+def gather(low: Lowering, op: Any) -> Any:
+    def pick(shape: list[Any], x: Any, indices: Any) -> Any:
+        return te.compute(shape, lambda *i: x(*i[:-1], indices(*i).astype("int64")), name="gather")
+
+    return low.te("gather", pick, low.get(op.x), low.get(op.index), dims=op.result.shape)
+
+
 def _is_one(n: Any) -> bool:
     return isinstance(n, int | tvm.tirx.IntImm) and int(n) == 1
 
