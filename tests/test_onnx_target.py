@@ -89,8 +89,13 @@ def weight(graph: Graph, name: str, array: np.ndarray, type: TensorType | None =
     return graph.add_weight(name, ArrayTensor(array), type)
 
 
-# -- tensor ops
-# ----------------------------------------------------------------------------------------------------
+def private_bytes() -> int:
+    """Memory of this process that no file backs."""
+    rows = Path("/proc/self/status").read_text().splitlines()
+    return next(int(r.split()[1]) * 1024 for r in rows if r.startswith("RssAnon:"))
+
+
+# -- tensor ops ------------------------------------------------------------------------------------------
 
 UNARY = [n for n, o in OPS.items() if issubclass(o, math.Unary) and n != "logical_not"]
 POSITIVE = {"log", "sqrt", "rsqrt", "reciprocal"}
@@ -220,8 +225,7 @@ def test_softmax_cumsum_diff(axis: int, tmp_path: Path) -> None:
     check(graph, tmp_path / "d", {"x": np.array([[3, 5, 4], [1, 1, 2]]), "p": np.array([[1], [1]])}, 0)
 
 
-# -- shapes
-# --------------------------------------------------------------------------------------------------------
+# -- shapes ------------------------------------------------------------------------------------------
 
 
 def test_full_arange_dim_value(tmp_path: Path) -> None:
@@ -302,8 +306,7 @@ def test_gather(tmp_path: Path) -> None:
     check(graph, tmp_path, {"x": normal(3, 4), "i": np.array([[0, 3], [1, 1], [2, 0]])}, 0)
 
 
-# -- layers
-# --------------------------------------------------------------------------------------------------------
+# -- layers ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -169,8 +169,7 @@ def paged_attention(c: Context, op: ir_cache.PagedAttention) -> str:
     return c.scope.op(c.functions[cfg].name, *inputs, domain=LOCAL)
 
 
-# -- whole sequences
-# -----------------------------------------------------------------------------------------------
+# -- whole sequences -------------------------------------------------------------------------------------
 
 
 def _head_major(c: Context, value: Value) -> tuple[str, tuple[Dim, ...]]:
