@@ -1,13 +1,12 @@
 """The traced model of one sequence → the ragged paged step (docs/architecture.md, "The paged step
 interface").
 
-    input_ids [1, T]                  → token_ids [T], positions [T], slot_mapping [T], query_start [B+1],
-    context_len [B], block_table [B, P],
-                                        output_index [R], kv_pages.i [2, N, page_size, heads, head_dim]
-    arange(T)                         → positions
-    attention(q, k, v)                → pages' = append_kv(k, v, pages); paged_attention(q, pages', …)
-    logits of every row               → gather_last before the final norm: only the wanted rows go through the
-    head
+    input_ids [1, T]       → token_ids [T], positions [T], slot_mapping [T], query_start [B+1],
+                             context_len [B], block_table [B, P], output_index [R],
+                             kv_pages.i [2, N, page_size, heads, head_dim]
+    arange(T)              → positions
+    attention(q, k, v)     → pages' = append_kv(k, v, pages); paged_attention(q, pages', …)
+    logits of every row    → gather_last before the final norm: only wanted rows go through the head
 
 What is left must treat every token alone: sequences stand back to back in T, so an op that mixes rows would
 mix strangers. `row_mixing` refuses such an op by name and module.

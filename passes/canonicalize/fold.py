@@ -359,7 +359,7 @@ def fold_weights(graph: Graph) -> int:
         for d in op.results[0].shape if op.results else ():
             size = size * d if isinstance(d, int) else FOLD_LIMIT + 1
         weights = [v for v in op.operands if v.is_weight]
-        if len(op.results) != 1 or not weights or size > FOLD_LIMIT or isinstance(op, Linear):
+        if len(op.results) != 1 or not weights or size > FOLD_LIMIT or isinstance(op, Linear | Expand):
             continue
         if not all(v.is_weight or constant(v) is not None for v in op.operands) or op.opname == "embedding":
             continue

@@ -1,11 +1,12 @@
 """Reshapes and transposes: merged, cancelled, moved out of the way of fusion; transposes of weights go into
 the weights.
 
-reshape(reshape(x))                     → reshape(x)
-transpose(transpose(x))                 → transpose(x) or x
-silu(transpose(x))                      → transpose(silu(x))         (slice, concat and norm over the last
-axis likewise) linear(reshape(x: [1,T,K] → [T,K]), w)  → reshape(linear(x, w)) matmul(x, weight [K, N])
-→ linear(x, weightᵀ) add(linear(x, w), bias [N])             → linear(x, w, bias)
+    reshape(reshape(x))                     → reshape(x)
+    transpose(transpose(x))                 → transpose(x) or x
+    silu(transpose(x))                      → transpose(silu(x)); slice, concat, norm over the last axis too
+    linear(reshape(x: [1,T,K] → [T,K]), w)  → reshape(linear(x, w))
+    matmul(x, weight [K, N])                → linear(x, weightᵀ)
+    add(linear(x, w), bias [N])             → linear(x, w, bias)
 """
 
 from __future__ import annotations

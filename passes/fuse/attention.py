@@ -1,9 +1,8 @@
 """Attention, from scaled_dot_product_attention and from matmul–softmax–matmul.
 
-    sdpa(q, repeat(k), repeat(v), mask)                                     → attention(q, k, v) causal /
-    window matmul(softmax(softcap(matmul(q, kᵀ) · scale) + mask), v)               → attention(q, k, v) causal
-    / window / softcap matmul(slice(softmax(concat([scores, sinks]))), v)                      → attention(q,
-    k, v, sinks)
+    sdpa(q, repeat(k), repeat(v), mask)                           → attention(q, k, v), causal, window
+    matmul(softmax(softcap(matmul(q, kᵀ) · scale) + mask), v)     → attention(q, k, v), softcap as well
+    matmul(slice(softmax(concat([scores, sinks]))), v)            → attention(q, k, v, sinks)
 
 `attention` is token-major; the transposes made here cancel with the model's own. Repeated heads (GQA) are
 recognised and dropped. What a mask means is worked out by `masks.py`.
@@ -20,7 +19,7 @@ from ...ir.ops import math as m
 from ...ir.ops.attention import Attention, Sdpa
 from ...ir.ops.shape import Concat, Expand, Reshape, Slice, Transpose
 from ...ir.rewriter import Any, Match, Or, P, Rewriter, Rule, constant, single_use
-from ...ir.types import Shape
+from ...ir.types import Shape, product
 from ..base import RulePass
 from .mask_terms import NEGATIVE, Meaning, Predicate
 from .masks import MaskAnalysis, MaskFacts, classify
@@ -73,7 +72,7 @@ def unrepeated(x: Value) -> Heads:
 @dataclass(frozen=True)
 class Scores:
     """What stands before the softmax: q head-major, k (token-major where it says so), and how their product
-    was treated. `sinks` is [H].
+    was treated. `sinks` holds a logit a head.
     """
 
     q: Value
@@ -105,11 +104,12 @@ def _peel_sinks(x: Value) -> tuple[Value, Value | None] | str:
     while isinstance(column.producer, Expand):
         column = column.producer.x
     heads = scores.shape[-3] if scores.type.rank >= 3 else None
-    sinks = column.producer.x if isinstance(column.producer, Reshape) else column
-    along_heads = column.type.rank >= 3 and column.shape[-3] == heads and column.shape[-2:] == (1, 1)
-    if not sinks.is_weight or sinks.shape != (heads,) or not along_heads:
+    along_heads = column.shape[-3:] == (heads, 1, 1) and product(column.shape) == heads
+    while isinstance(column.producer, Reshape):
+        column = column.producer.x
+    if not column.is_weight or not along_heads:
         return "the column beside the scores is no vector of sinks over the heads"
-    return scores, sinks
+    return scores, column
 
 
 def _peel_scale(x: Value, scale: float) -> tuple[Value, float]:
@@ -236,6 +236,8 @@ def _emit(
     **fields: Anything,
 ) -> Value:
     keys = k.emit(rw) if k_token_major else token_major(rw, k.emit(rw))
+    if sinks is not None and sinks.type.rank != 1:
+        sinks = rw.insert(Reshape(sinks, shape=(product(sinks.shape),)))
     y = rw.insert(Attention(token_major(rw, q), keys, token_major(rw, v.emit(rw)), sinks, **fields))
     return rw.insert(Transpose(y, perm=SWAP_HEADS))
 
