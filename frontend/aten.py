@@ -260,20 +260,17 @@ for _name, _kind in (("mean", m.ReduceMean), ("sum", m.ReduceSum), ("amax", m.Re
         TABLE[f"{_name}.{_overload}"] = _reduction(_kind)
 
 
-@aten("var.correction", "var.dim")
-def _var(
-    c: Importer,
-    x: Value,
-    dim: Any = None,
-    unbiased: bool = False,
-    correction: Any = None,
-    keepdim: bool = False,
-) -> Value:
-    if unbiased or correction not in (None, 0) or (correction is None and "correction" in str(c.node.target)):
+@aten("var.dim")
+def _var_dim(c: Importer, x: Value, dim: Any, unbiased: bool = True, keepdim: bool = False) -> Value:
+    return _var(c, x, dim, correction=int(unbiased), keepdim=keepdim)
+
+
+@aten("var.correction")
+def _var(c: Importer, x: Value, dim: Any = None, correction: Any = None, keepdim: bool = False) -> Value:
+    if correction != 0:
         raise c.unsupported("variance with Bessel's correction")
-    axes = tuple(
-        sorted(c.axis(a, x) for a in ([dim] if isinstance(dim, int) else dim or range(-x.type.rank, 0)))
-    )
+    chosen = [dim] if isinstance(dim, int) else dim or range(-x.type.rank, 0)
+    axes = tuple(sorted(c.axis(a, x) for a in chosen))
     centred = c.emit(m.Sub(x, c.emit(m.ReduceMean(x, axes=axes, keepdim=True))))
     return c.emit(m.ReduceMean(c.emit(m.Mul(centred, centred)), axes=axes, keepdim=keepdim))
 
