@@ -275,6 +275,12 @@ def _var(c: Importer, x: Value, dim: Any = None, correction: Any = None, keepdim
     return c.emit(m.ReduceMean(c.emit(m.Mul(centred, centred)), axes=axes, keepdim=keepdim))
 
 
+@aten("max.dim")
+def _max_dim(c: Importer, x: Value, dim: int, keepdim: bool = False) -> tuple[Value, None]:
+    """The largest values; where they stand is not computed, and asking for it is refused."""
+    return c.emit(m.ReduceMax(x, axes=(c.axis(dim, x),), keepdim=keepdim)), None
+
+
 @aten("softmax.int", "_softmax.default", "_safe_softmax.default")
 def _softmax(c: Importer, x: Value, dim: int, dtype: Any = None) -> Value:
     if dtype is not None and not isinstance(dtype, bool):

@@ -164,8 +164,8 @@ class Importer:
         if node.target is operator.getitem:
             source, index = node.args
             several = self.values[source]
-            if not isinstance(several, tuple):
-                raise self.unsupported(f"operator {source.target} with several results")
+            if not isinstance(several, tuple) or several[index] is None:
+                raise self.unsupported(f"result {index} of operator {source.target}")
             self.values[node] = several[index]
             return
         value = node.meta.get("val")
@@ -319,10 +319,17 @@ def _export(
         with _quiet(), torch.no_grad():
             return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as e:  # torch.export raises many kinds; all mean that the module cannot be traced
-        first = (str(e).strip().splitlines() or [type(e).__name__])[0]
         raise UnsupportedError(
-            f"{name} cannot be traced: {first[:300]}", remedy="control flow must not depend on tensor values"
+            f"{name} cannot be traced: {_first_reason(e)}",
+            remedy="control flow and shapes must not depend on tensor values or on the number of tokens",
         ) from e
+
+
+def _first_reason(error: Exception) -> str:
+    """One line of torch.export's message: the first listed violation, else the first line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    listed = next((line.removeprefix("- ") for line in lines if line.startswith("- ")), lines[0])
+    return listed.partition(" For more information")[0][:300]
 
 
 def _buffers(module: torch.nn.Module) -> dict[str, LazyTensor]:

@@ -8,6 +8,7 @@ are stored.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,8 +64,8 @@ def quantize_rtn(w: Array, *, bits: int, group_size: int, symmetric: bool, what:
     k = w.shape[1]
     groups = _grouped(w, group_size)
     top, half = (1 << bits) - 1, 1 << (bits - 1)
-    low = np.minimum(groups.min(-1), 0.0)
-    high = np.maximum(groups.max(-1), 0.0)
+    low = groups.min(-1, initial=0.0)
+    high = groups.max(-1, initial=0.0)
     with np.errstate(over="ignore"):  # an infinite scale is refused below
         scale = np.maximum(-low, high) / (half - 1) if symmetric else (high - low) / top
     if scale.size and scale.max() > np.finfo(np.float16).max:
@@ -81,7 +82,7 @@ def quantize_rtn(w: Array, *, bits: int, group_size: int, symmetric: bool, what:
         point = np.clip(np.rint(-low / step), 0, top)
         codes = np.rint(groups / step[..., None]) + point[..., None]
         zero = point.astype(np.uint8)
-    codes = np.clip(codes, 0, top).astype(np.uint8).reshape(w.shape[0], -1)[:, :k]
+    codes = np.clip(codes, 0, top).astype(np.uint8).reshape(w.shape[0], math.prod(groups.shape[1:]))[:, :k]
     return Quantized(np.ascontiguousarray(codes), stored, zero)
 
 

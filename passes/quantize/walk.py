@@ -125,11 +125,12 @@ class QuantizeRtn(Pass):
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         notes: list[str] = []
         count = 0
+        heads = {weight for weight in graph.weights.values() if is_head(graph, weight)}
         for weight in list(graph.weights.values()):
             users = weight.users
             if not users or not all(isinstance(u, (Linear, Embedding)) and u.weight is weight for u in users):
                 continue
-            parts = self._quantize(graph, weight, is_head(graph, weight))
+            parts = self._quantize(graph, weight, weight in heads)
             for user in users:
                 replacement = self._replacement(user, parts)
                 replacement.loc = user.loc
