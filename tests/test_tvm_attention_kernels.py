@@ -11,6 +11,8 @@ import torch
 from llmc.codegen.tvm.kernels.attention import make_paged_attention
 from llmc.codegen.tvm.kernels.cache import make_append_kv, to_logical, to_physical
 from llmc.codegen.tvm.kernels.elementwise import make_activation, make_gated_mlp, make_rope
+from llmc.codegen.tvm.kernels.layout import pack_rows
+from llmc.codegen.tvm.kernels.linear import make_linear
 from llmc.codegen.tvm.kernels.norms import make_layer_norm, make_rms_norm
 from llmc.ir.ops import attention, nn
 from llmc.ir.ops import cache as cache_ops
@@ -188,14 +190,12 @@ def attend(
     )
 
 
-@pytest.mark.parametrize("case", ATTENTION, ids=str)
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-@levels
-def test_paged_attention_equals_its_reference_alone_in_a_batch_and_in_chunks(
-    case: Any, dtype: str, isa: str
+def check_attention(
+    isa: str, lengths: list[tuple[int, int]], case: Any, dtype: str, chunks: tuple[tuple[int, int, int], ...]
 ) -> None:
+    """A batch against the reference; sequences alone, and chunks (sequence, start, stop), bit for bit."""
     heads, kv_heads, dim, options = case
-    batch = Batch(LENGTHS, heads, kv_heads, dim, dtype)
+    batch = Batch(lengths, heads, kv_heads, dim, dtype)
     whole = attend(isa, batch, options)
     fields = {key: v for key, v in options.items() if key != "sinks"}
     arrays = (batch.q, batch.logical, batch.start, batch.context, batch.table)
@@ -204,14 +204,46 @@ def test_paged_attention_equals_its_reference_alone_in_a_batch_and_in_chunks(
         *map(value, arrays), None if sinks is None else value(sinks), scale=0.3, **fields
     )
     close(whole, meaning(op, *arrays, sinks), 5e-6)
-    for b, (_, new) in enumerate(LENGTHS):
-        alone = attend(isa, batch, options, (b, 0, new)) if new else np.zeros((0, heads, dim), np.float32)
-        assert np.array_equal(alone, whole[batch.start[b] : batch.start[b + 1]])
-    if options.get("causal", True):
-        first = batch.start[5]
-        for start, stop in ((0, 1), (29, 30), (3, 20), (7, 30)):
-            chunk = attend(isa, batch, options, (5, start, stop))
-            assert np.array_equal(chunk, whole[first + start : first + stop])
+    alone = [(b, 0, new) for b, (_, new) in enumerate(lengths) if new]
+    for b, start, stop in (*alone, *(chunks if options.get("causal", True) else ())):
+        first = batch.start[b]
+        part = attend(isa, batch, options, (b, start, stop))
+        assert np.array_equal(part, whole[first + start : first + stop])
+
+
+@pytest.mark.parametrize("case", ATTENTION, ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@levels
+def test_paged_attention_equals_its_reference_alone_in_a_batch_and_in_chunks(
+    case: Any, dtype: str, isa: str
+) -> None:
+    check_attention(isa, LENGTHS, case, dtype, ((5, 0, 1), (5, 29, 30), (5, 3, 20), (5, 7, 30)))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        (6, 2, 16, {}),
+        (2, 1, 24, {"window": 520, "sinks": True}),
+        (2, 2, 8, {"causal": False, "window": 300, "softcap": 4.0}),
+    ],
+    ids=str,
+)
+@levels
+def test_long_contexts_are_the_same_by_rows_and_by_segments(case: Any, isa: str) -> None:
+    """Few rows are computed segment by segment in parallel, many rows are not."""
+    lengths = [(512, 1), (513, 2), (1100, 30), (3, 3), (1030, 9)]
+    check_attention(isa, lengths, case, "float32", ((2, 0, 1), (2, 5, 20), (2, 4, 30), (4, 8, 9)))
+
+
+@levels
+def test_a_step_may_hold_no_tokens(isa: str) -> None:
+    batch = Batch([(20, 0), (40, 0)], 4, 2, 16, "float32")
+    assert attend(isa, batch, {}).shape == (0, 4, 16)
+    empty = np.zeros((0, 16), np.float32)
+    assert call(make_rms_norm, isa, {"width": 16, "eps": 1e-5}, empty, blank(16), empty).shape == (0, 16)
+    parameters = {"n": 16, "k": 16}
+    assert call(make_linear, isa, parameters, empty, pack_rows(normal(16, 16)), empty).shape == (0, 16)
 
 
 def test_attend_of_the_ir_agrees_on_what_a_window_is() -> None:

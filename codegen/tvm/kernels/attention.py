@@ -7,9 +7,10 @@ For a query row and head, pages of its context are taken in order (Milakov & Gim
     m' = max(m, max_j s[j]);  p[j] = 2^(s[j] - m');  c = 2^(m - m')
     l = l · c + Σ_j p[j];  acc[d] = acc[d] · c + Σ_j p[j] · v[j, d]      one chain over j
 
-and the result is acc / l. The scores carry a factor log2(e). Neighbouring rows of a prompt share the loads of
-a page, but not arithmetic: a token that a row may not see adds exactly 0 to it, so a row's bits do not depend
-on its block.
+over segments of 512 tokens, each from nothing; then the segments are merged in order by the same rule, and
+the result is acc / l. So segments of a long context can be computed in parallel. The scores carry a factor
+log2(e). Neighbouring rows of a prompt share the loads of a page, but not arithmetic: a token that a row may
+not see adds exactly 0 to it, so a row's bits do not depend on its block.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from .builder import (
     lane_sums,
     let,
     load_float,
+    loop,
     put,
     put1,
     register,
@@ -47,6 +49,8 @@ from .vector_math import exp2, tanh
 _LOG2E = math.log2(math.e)
 _NOTHING = -1e30
 """The maximum before any score; a number, since infinity minus infinity is none."""
+_SEGMENT = 32
+"""Pages whose softmax is computed in one go."""
 _MANY_ROWS = 16
 """Tokens in a step from which on rows are taken in blocks."""
 
@@ -88,6 +92,12 @@ class _Buffers:
     out: Buffer
 
 
+def _cells(size: tuple[int, int]) -> list[tuple[int, int, int]]:
+    """(index, row, head) of each result of a block of (rows, heads)."""
+    rows, heads = size
+    return [(r * heads + h, r, h) for r in range(rows) for h in range(heads)]
+
+
 class _Block:
     """`rows` consecutive query rows of one sequence, by `heads` query heads of one key/value head."""
 
@@ -99,28 +109,62 @@ class _Block:
         self.rows, self.heads = size
         self.kv_head = let(self.head // spec.group)
         self.chunks = spec.head_dim // LANES
-        cells = self.rows * self.heads
-        self.query = T.alloc_buffer((cells, spec.head_dim), "float32")
-        self.acc = T.alloc_buffer((cells, spec.head_dim), "float32")
-        self.weights = T.alloc_buffer((cells, PAGE_SIZE), "float32")
+        self.cells = _cells(size)
+        self.query = T.alloc_buffer((len(self.cells), spec.head_dim), "float32")
+        self.acc = T.alloc_buffer((len(self.cells), spec.head_dim), "float32")
+        self.weights = T.alloc_buffer((len(self.cells), PAGE_SIZE), "float32")
         self.rescale = register()
-        self.best = register(f32s(_NOTHING))
-        self.total = register(f32s(0))
-
-    def cells(self) -> list[tuple[int, int, int]]:
-        """(index, row, head) of each of the block's results."""
-        return [(r * self.heads + h, r, h) for r in range(self.rows) for h in range(self.heads)]
+        self.best = register()
+        self.total = register()
 
     def run(self) -> None:
+        """All segments, and the result."""
+        self.prepare()
+        first = let(self.first // _SEGMENT)
+        stop = let(T.floordiv(self.last + (_SEGMENT - 1), _SEGMENT))
+
+        def merge() -> None:
+            merged = _Merged(self.spec, self.at, self.row, self.head, (self.rows, self.heads))
+            with loop(first, stop) as segment:
+                self.segment(segment)
+                merged.add(vec(self.best, 0), vec(self.total, 0), self.acc, T.int32(0))
+            _finish(merged)
+
+        if self.at.sinks is not None:
+            merge()
+            return
+        # To merge one segment with nothing would multiply it by 1.
+        with T.If(stop - first == 1):
+            with T.Then():
+                self.segment(first)
+                _finish(self)
+            with T.Else():
+                merge()
+
+    def prepare(self) -> None:
+        """What all segments need: the pages seen, [first, last), and the scaled query."""
         self._visible()
-        self._start()
-        first = let(self.low[0] // PAGE_SIZE)
-        last = let(T.floordiv(self.high[self.rows - 1] + (PAGE_SIZE - 1), PAGE_SIZE))
-        with T.serial(first, last) as p:
+        self.first = let(self.low[0] // PAGE_SIZE)
+        self.last = let(T.floordiv(self.high[self.rows - 1] + (PAGE_SIZE - 1), PAGE_SIZE))
+        spec = self.spec
+        factor = T.float32(spec.scale / spec.softcap if spec.softcap else spec.scale * _LOG2E)
+        for i, r, h in self.cells:
+            with T.serial(0, spec.head_dim) as d:
+                put1(self.query, self.at.q[self.row + r, self.head + h, d] * factor, i, d)
+
+    def segment(self, segment: Expr) -> None:
+        """best, total and acc of one segment; it may hold no page that is seen."""
+        put(self.best, f32s(_NOTHING), 0)
+        put(self.total, f32s(0), 0)
+        for i, _, _ in self.cells:
+            with T.serial(0, self.spec.head_dim) as d:
+                put1(self.acc, T.float32(0), i, d)
+        start = T.max(self.first, segment * _SEGMENT)
+        stop = T.min(self.last, segment * _SEGMENT + _SEGMENT)
+        with loop(start, stop) as p:
             page = let(self.at.block_table[self.sequence, p])
             self._scores(page, let(p * PAGE_SIZE))
             self._values(page, let(p * PAGE_SIZE))
-        self._finish()
 
     def _visible(self) -> None:
         """Token range [low, high) that each row sees."""
@@ -140,31 +184,20 @@ class _Block:
             self.low.append(let(low))
             self.high.append(let(high))
 
-    def _start(self) -> None:
-        spec, at = self.spec, self.at
-        factor = T.float32(spec.scale / spec.softcap if spec.softcap else spec.scale * _LOG2E)
-        for i, r, h in self.cells():
-            with T.serial(0, spec.head_dim) as d:
-                put1(self.query, at.q[self.row + r, self.head + h, d] * factor, i, d)
-                put1(self.acc, T.float32(0), i, d)
-            if at.sinks is not None:
-                put1(self.best, at.sinks[self.head + h] * T.float32(_LOG2E), i)
-                put1(self.total, T.float32(1), i)
-
     def _scores(self, page: Expr, token: Expr) -> None:
         """Scores of 16 tokens, then their weights and the new maximum and sum."""
         spec = self.spec
-        score = [register(f32s(0)) for _ in self.cells()]
+        score = [register(f32s(0)) for _ in self.cells]
         with T.serial(0, spec.head_dim) as d:
             key = let(load_float(self.at.pages, spec.kv_dtype, 0, page, self.kv_head, 0, d * PAGE_SIZE))
-            for i, _, _ in self.cells():
+            for i, _, _ in self.cells:
                 put(score[i], fma(splat(self.query[i, d]), key, vec(score[i], 0)), 0)
         tokens = let(T.ramp(token, 1, LANES))
         seen = [
             T.And(tokens < splat(high), tokens >= splat(low))
             for low, high in zip(self.low, self.high, strict=True)
         ]
-        for i, r, _ in self.cells():
+        for i, r, _ in self.cells:
             s = vec(score[i], 0)
             if spec.softcap:
                 s = tanh(s) * f32s(spec.softcap * _LOG2E)
@@ -174,7 +207,7 @@ class _Block:
         rescale = exp2(vec(self.best, 0) - new)
         put(self.best, new, 0)
         put(self.rescale, rescale, 0)
-        for i, r, _ in self.cells():
+        for i, r, _ in self.cells:
             weight = let(T.Select(seen[r], exp2(vec(score[i], 0) - splat(self.best[i])), f32s(0)))
             put(score[i], weight, 0)
             put(self.weights, weight, i, 0)
@@ -192,34 +225,80 @@ class _Block:
             return (1, page, self.kv_head, 0, j * spec.head_dim + d)
 
         if self.chunks:
-            with T.serial(0, self.chunks) as c:
+            # A number of turns that LLVM does not know: unrolled, it would keep all accumulators of the block
+            # in registers from page to page, of which there are too few.
+            with T.serial(0, T.min(T.int32(self.chunks), last * self.chunks)) as c:
                 acc = [
-                    register(vec(self.acc, i, c * LANES) * splat(self.rescale[i])) for i, _, _ in self.cells()
+                    register(vec(self.acc, i, c * LANES) * splat(self.rescale[i])) for i, _, _ in self.cells
                 ]
-                with T.serial(first, last) as j:
+                with loop(first, last) as j:
                     value = let(load_float(self.at.pages, spec.kv_dtype, *value_at(j, c * LANES)))
-                    for i, _, _ in self.cells():
+                    for i, _, _ in self.cells:
                         put(acc[i], fma(splat(self.weights[i, j]), value, vec(acc[i], 0)), 0)
-                for i, _, _ in self.cells():
+                for i, _, _ in self.cells:
                     put(self.acc, vec(acc[i], 0), i, c * LANES)
-        with T.serial(self.chunks * LANES, spec.head_dim) as d:
-            for i, _, _ in self.cells():
+        with loop(self.chunks * LANES, spec.head_dim) as d:
+            for i, _, _ in self.cells:
                 one = scalar(self.acc[i, d] * self.rescale[i])
-                with T.serial(first, last) as j:
+                with loop(first, last) as j:
                     value = load_one(self.at.pages, spec.kv_dtype, *value_at(j, d))
                     put1(one, fma1(self.weights[i, j], value, one[0]), 0)
                 put1(self.acc, one[0], i, d)
 
-    def _finish(self) -> None:
-        for i, r, h in self.cells():
-            # A row that sees nothing has the result 0.
-            some = self.total[i] > T.float32(0)
-            inverse = let(T.Select(some, T.float32(1) / self.total[i], T.float32(0)))
-            with T.serial(0, self.spec.head_dim) as d:
-                put1(self.at.out, self.acc[i, d] * inverse, self.row + r, self.head + h, d)
+
+class _Merged:
+    """Segments merged so far, of `rows` query rows by `heads` query heads, and what becomes of them."""
+
+    def __init__(self, spec: Attention, at: _Buffers, row: Expr, head: Expr, size: tuple[int, int]) -> None:
+        self.spec, self.at, self.row, self.head = spec, at, row, head
+        self.cells = _cells(size)
+        self.acc = T.alloc_buffer((len(self.cells), spec.head_dim), "float32")
+        self.keep, self.take = register(), register()
+        self.best = register(f32s(_NOTHING))
+        self.total = register(f32s(0))
+        for i, _, h in self.cells:
+            with T.serial(0, spec.head_dim) as d:
+                put1(self.acc, T.float32(0), i, d)
+            if at.sinks is not None:
+                put1(self.best, at.sinks[head + h] * T.float32(_LOG2E), i)
+                put1(self.total, T.float32(1), i)
+
+    def add(self, best: Expr, total: Expr, acc: Buffer, first: Expr) -> None:
+        """Merge a segment: lane i of best and total, and row first + i of acc, belong to cell i.
+
+        A segment that saw nothing changes nothing.
+        """
+        new = let(T.max(vec(self.best, 0), best))
+        put(self.keep, exp2(vec(self.best, 0) - new), 0)
+        put(self.take, exp2(best - new), 0)
+        put(self.best, new, 0)
+        put(self.total, fma(vec(self.total, 0), vec(self.keep, 0), let(total * vec(self.take, 0))), 0)
+        whole = self.spec.head_dim // LANES
+        for i, _, _ in self.cells:
+            keep, take = self.keep[i], self.take[i]
+            with T.serial(0, whole) as c:
+                more = let(vec(acc, first + i, c * LANES) * splat(take))
+                put(self.acc, fma(vec(self.acc, i, c * LANES), splat(keep), more), i, c * LANES)
+            with loop(whole * LANES, self.spec.head_dim) as d:
+                put1(self.acc, fma1(self.acc[i, d], keep, let(acc[first + i, d] * take)), i, d)
 
 
-def _work(spec: Attention, at: _Buffers, tokens: Expr, isa: Isa) -> None:
+def _finish(done: _Block | _Merged) -> None:
+    """out = acc / total; 0 for a row that sees nothing."""
+    for i, r, h in done.cells:
+        some = done.total[i] > T.float32(0)
+        inverse = let(T.Select(some, T.float32(1) / done.total[i], T.float32(0)))
+        with T.serial(0, done.spec.head_dim) as d:
+            put1(done.at.out, done.acc[i, d] * inverse, done.row + r, done.head + h, d)
+
+
+def _advance(at: _Buffers, sequence: Buffer, row: Expr) -> None:
+    """Move `sequence` on to the one that owns a row."""
+    with T.While(at.query_start[sequence[0] + 1] <= row):
+        put1(sequence, sequence[0] + 1, 0)
+
+
+def _by_rows(spec: Attention, at: _Buffers, tokens: Expr, isa: Isa) -> None:
     """Parallel over (block of rows, block of heads)."""
     heads, rows = spec.blocking(isa)
     columns = spec.heads // heads
@@ -235,8 +314,7 @@ def _work(spec: Attention, at: _Buffers, tokens: Expr, isa: Isa) -> None:
         sequence = scalar(T.int32(0), "int32")
         row = scalar(first, "int32")
         with T.While(row[0] < stop):
-            with T.While(at.query_start[sequence[0] + 1] <= row[0]):
-                put1(sequence, sequence[0] + 1, 0)
+            _advance(at, sequence, row[0])
             here = let(sequence[0])
             start = let(row[0])
 
@@ -253,6 +331,33 @@ def _work(spec: Attention, at: _Buffers, tokens: Expr, isa: Isa) -> None:
                         take(rows)
                     with T.Else():
                         take(1)
+
+
+def _by_segments(spec: Attention, at: _Buffers, tokens: Expr, segments: Expr, isa: Isa) -> None:
+    """Few rows with a long context: parallel over (row, block of heads, segment), then merged."""
+    heads, _ = spec.blocking(isa)
+    columns = spec.heads // heads
+    acc = T.alloc_buffer((tokens * columns * segments * heads, spec.head_dim), "float32")
+    state = T.alloc_buffer((tokens * columns * segments, 2, LANES), "float32")
+    with T.parallel(0, tokens * columns * segments) as w:
+        item, segment = let(T.floordiv(w, segments)), let(T.floormod(w, segments))
+        row, head = let(item // columns), let(item % columns * heads)
+        sequence = scalar(T.int32(0), "int32")
+        _advance(at, sequence, row)
+        block = _Block(spec, at, (row, let(sequence[0]), head), (1, heads))
+        block.prepare()
+        block.segment(segment)
+        put(state, vec(block.best, 0), w, 0, 0)
+        put(state, vec(block.total, 0), w, 1, 0)
+        for i in range(heads):
+            with T.serial(0, spec.head_dim) as d:
+                put1(acc, block.acc[i, d], w * heads + i, d)
+    with T.serial(0, tokens * columns) as item:
+        merged = _Merged(spec, at, let(item // columns), let(item % columns * heads), (1, heads))
+        with T.serial(0, segments) as g:
+            w = let(item * segments + g)
+            merged.add(vec(state, w, 0, 0), vec(state, w, 1, 0), acc, w * heads)
+        _finish(merged)
 
 
 def make_paged_attention(
@@ -279,16 +384,21 @@ def make_paged_attention(
     spec = Attention(heads, kv_heads, head_dim, kv_dtype, scale, causal, window, softcap)
     kernel = Kernel("paged_attention", isa)
     with kernel:
-        tokens, sequences = kernel.symbol("T"), kernel.symbol("B")
+        tokens, sequences, width = kernel.symbol("T"), kernel.symbol("B"), kernel.symbol("P")
         at = _Buffers(
             q=kernel.argument("q", (tokens, heads, head_dim), "float32"),
             pages=kernel.argument("pages", (2, kernel.symbol("N"), kv_heads, PAGE_SIZE, head_dim), kv_dtype),
             query_start=kernel.argument("query_start", (kernel.symbol("B1"),), "int32"),
             context_len=kernel.argument("context_len", (sequences,), "int32"),
-            block_table=kernel.argument("block_table", (sequences, kernel.symbol("P")), "int32"),
+            block_table=kernel.argument("block_table", (sequences, width), "int32"),
             sinks=kernel.argument("sinks", (heads,), "float32") if sinks else None,
             out=kernel.argument("out", (tokens, heads, head_dim), "float32"),
         )
         with kernel.body():
-            _work(spec, at, tokens, kernel.isa)
+            segments = let(T.floordiv(width + (_SEGMENT - 1), T.int32(_SEGMENT)))
+            with T.If(T.And(tokens < _MANY_ROWS, segments > 1)):
+                with T.Then():
+                    _by_segments(spec, at, tokens, segments, kernel.isa)
+                with T.Else():
+                    _by_rows(spec, at, tokens, kernel.isa)
     return kernel.function

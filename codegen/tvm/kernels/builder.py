@@ -199,13 +199,24 @@ def load_float(buffer: Buffer, dtype: str, *index: Expr) -> Expr:
     return T.reinterpret(wide, dtype="float32x16")
 
 
-def for_each(body: Callable[[Any], None], stop: Expr, *, start: Expr = 0, parallel: bool = False) -> None:
-    """A loop of TIR; one turn known beforehand is no loop."""
-    if isinstance(start, int) and isinstance(stop, int) and stop - start <= 1:
-        for i in range(start, stop):
+@contextmanager
+def loop(start: Expr, stop: Expr) -> Generator[Any]:
+    """A loop over start … stop-1, none where stop ≤ start.
+
+    It counts from 0: TVM's CanonicalizeLoop rewrites other loops so, and forgets the loops inside whose
+    bounds depend on the outer variable.
+    """
+    with T.serial(0, stop - start) as i:
+        yield start + i
+
+
+def for_each(body: Callable[[Any], None], stop: Expr, *, parallel: bool = False) -> None:
+    """A loop over 0 … stop-1; one turn known beforehand is no loop."""
+    if isinstance(stop, int) and stop <= 1:
+        for i in range(stop):
             body(T.int32(i))
         return
-    with T.parallel(start, stop) if parallel else T.serial(start, stop) as i:
+    with T.parallel(0, stop) if parallel else T.serial(0, stop) as i:
         body(i)
 
 

@@ -81,8 +81,7 @@ def make_append_kv(
 
 
 def to_physical(logical: np.ndarray) -> np.ndarray:
-    """Pages [2, N, 16, heads, head_dim] as the IR sees them → [2, N, heads, 16, head_dim] as they are stored.
-    """
+    """Pages [2, N, 16, heads, head_dim] of the IR → [2, N, heads, 16, head_dim] as they are stored."""
     _, pages, size, heads, dim = logical.shape
     out = np.empty((2, pages, heads, size * dim), logical.dtype)
     out[0] = logical[0].transpose(0, 2, 3, 1).reshape(pages, heads, -1)

@@ -19,6 +19,7 @@ from .builder import (
     for_each_row,
     for_each_vector,
     let,
+    loop,
     padded,
     put,
     put1,
@@ -133,7 +134,7 @@ def make_rope(
             with T.serial(0, heads) as h:
                 at = head_index(t, h, head_dim, source)
                 turn(x, cos, sin, out, rotary_dim // 2, (t, h, at))
-                with T.serial(rotary_dim, head_dim) as i:
+                with loop(rotary_dim, head_dim) as i:
                     put1(out, x[at(i)], t, h, i)
 
         with kernel.body():

@@ -16,6 +16,7 @@ from .builder import (
     for_each_row,
     let,
     load_float,
+    loop,
     put,
     put1,
     splat,
@@ -36,7 +37,7 @@ def load_one(buffer: Buffer, dtype: str, *index: Expr) -> Expr:
 def _copy_row(width: int, dtype: str, table: Buffer, source: Expr, out: Buffer, row: Expr) -> None:
     with T.serial(0, width // LANES) as c:
         put(out, load_float(table, dtype, source, c * LANES), row, c * LANES)
-    with T.serial(width // LANES * LANES, width) as i:
+    with loop(width // LANES * LANES, width) as i:
         put1(out, load_one(table, dtype, source, i), row, i)
 
 

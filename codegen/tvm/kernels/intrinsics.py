@@ -128,12 +128,11 @@ def _fma(isa: Isa) -> list[str]:
 
 
 def _round() -> str:
-    """To the nearest integer, ties to even, for |x| < 2^22: adding 1.5 · 2^23 leaves no bits for a fraction.
-    """
-    magic = f"<16 x float> splat (float {float(3 << 22)!r})"
+    """To the nearest integer, ties to even, for |x| < 2^22: beside 1.5 · 2^23 there are no bits below 1."""
+    magic = f"splat (float {float(3 << 22)!r})"
     return f"""{_DEFINE} {_V} @llmc_round({_V} %x) alwaysinline {{
-  %s = fadd {_V} %x, {magic.removeprefix("<16 x float> ")}
-  %r = fsub {_V} %s, {magic.removeprefix("<16 x float> ")}
+  %s = fadd {_V} %x, {magic}
+  %r = fsub {_V} %s, {magic}
   ret {_V} %r
 }}"""
 

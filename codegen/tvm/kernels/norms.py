@@ -22,6 +22,7 @@ from .builder import (
     for_each_vector,
     lane_sum,
     let,
+    loop,
     padded,
     put,
     put1,
@@ -65,7 +66,7 @@ def _sum(width: int, x: Buffer, index: Callable[[Expr], tuple[Expr, ...]], minus
     with T.serial(0, width // LANES) as c:
         add(c * LANES)
     result = scalar(lane_sum(vec(total, 0)))
-    with T.serial(width // LANES * LANES, width) as i:
+    with loop(width // LANES * LANES, width) as i:
         if minus is None:
             put1(result, result[0] + x[index(i)], 0)
         else:
