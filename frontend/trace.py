@@ -164,7 +164,7 @@ class Importer:
         if node.target is operator.getitem:
             source, index = node.args
             several = self.values[source]
-            if not isinstance(several, tuple) or several[index] is None:
+            if not isinstance(several, tuple) or (several[index] is None and node.users):
                 raise self.unsupported(f"result {index} of operator {source.target}")
             self.values[node] = several[index]
             return
