@@ -191,7 +191,6 @@ def test_every_task_runs_once(threads: int, library: ctypes.CDLL) -> None:
 
 
 def test_tasks_run_on_several_threads(library: ctypes.CDLL) -> None:
-    library.llmc_set_threads(3)
     meet = threading.Barrier(3, timeout=30)
 
     @Task
@@ -200,6 +199,7 @@ def test_tasks_run_on_several_threads(library: ctypes.CDLL) -> None:
         return 0
 
     for _ in range(5):
+        library.llmc_set_threads(3)  # forgets that a region stalled, as Python's callbacks make them
         assert library.llmc_launch(task, None, 3) == 0
 
 

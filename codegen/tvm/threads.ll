@@ -9,6 +9,11 @@
 ; more than threads, so that the faster thread takes more. Which thread computes a task does not change its result.
 ; Workers spin for some microseconds between regions, then give way, then sleep on a futex; none is pinned to a core.
 ;
+; A worker that loses its core in the middle of a task makes the caller wait for milliseconds, where a region takes
+; microseconds. Where the caller waited far longer than it worked, it computes the next regions alone: 128, and twice as
+; many each time that this happens again soon, up to 8192 (some tens of tokens). A busy machine costs the second thread
+; then, and not more than that.
+;
 ; After a fork the child has no workers, and computes alone.
 
 target triple = "x86_64-unknown-linux-gnu"
@@ -20,6 +25,8 @@ target triple = "x86_64-unknown-linux-gnu"
 @left = internal global i32 0, align 64              ; tasks that are not finished
 @region = internal global i32 0, align 64            ; the futex that idle workers sleep on
 @sleepers = internal global i32 0, align 64
+@alone = internal global i32 0, align 64             ; regions that the caller will still compute alone
+@caution = internal global i32 0                     ; how many it was the last time, less with every good region
 @function = internal global ptr null, align 64       ; the region: function, its closure, number of tasks
 @closure = internal global ptr null
 @tasks = internal global i32 0
@@ -39,6 +46,9 @@ declare i32 @pthread_create(ptr, ptr, ptr, ptr)
 declare i32 @pthread_detach(i64)
 declare i32 @pthread_sigmask(i32, ptr, ptr)
 declare void @llvm.x86.sse2.pause()
+declare i64 @llvm.readcyclecounter()
+declare i32 @llvm.smax.i32(i32, i32)
+declare i32 @llvm.smin.i32(i32, i32)
 
 ; ---- entry points: int f(int64_t *dims, uint64_t *pointers), 0 where all went well; llmc_step is made by build.py -----
 
@@ -134,6 +144,8 @@ done:
   %can = add i32 %now, 1
   %fewer = icmp slt i32 %can, %wanted
   %count = select i1 %fewer, i32 %can, i32 %wanted
+  store i32 0, ptr @alone
+  store i32 0, ptr @caution
   store atomic i32 %count, ptr @threads release, align 4
   ret i32 %count
 }
@@ -141,23 +153,34 @@ done:
 ; int launch(int (*f)(int task, struct { void *sync; int tasks; } *, void *closure), void *closure, int tasks)
 define i32 @llmc_launch(ptr %f, ptr %data, i32 %given) {
 entry:
+  %env = alloca { ptr, i32 }
   %n = load atomic i32, ptr @threads acquire, align 4
   %several = mul i32 %n, 4
-  %alone = icmp sle i32 %n, 1
-  %natural = select i1 %alone, i32 1, i32 %several
+  %single = icmp sle i32 %n, 1
+  %natural = select i1 %single, i32 1, i32 %several
   %free = icmp sle i32 %given, 0
   %count = select i1 %free, i32 %natural, i32 %given
   %trivial = icmp eq i32 %count, 1
-  %direct = or i1 %alone, %trivial
+  %direct = or i1 %single, %trivial
   br i1 %direct, label %serial, label %lock
 
 lock:                                                ; a second thread of the process, or a region in a region, is serial
   %got = cmpxchg ptr @busy, i32 0, i32 1 acquire monotonic
   %mine = extractvalue { i32, i1 } %got, 1
-  br i1 %mine, label %publish, label %serial
+  br i1 %mine, label %weigh, label %serial
+
+weigh:
+  %more = load i32, ptr @alone
+  %careful = icmp sgt i32 %more, 0
+  br i1 %careful, label %careful_one, label %publish
+
+careful_one:
+  %fewer = sub i32 %more, 1
+  store i32 %fewer, ptr @alone
+  store atomic i32 0, ptr @busy release, align 4
+  br label %serial
 
 serial:
-  %env = alloca { ptr, i32 }
   store ptr null, ptr %env
   %envn = getelementptr { ptr, i32 }, ptr %env, i64 0, i32 1
   store i32 %count, ptr %envn
@@ -178,6 +201,7 @@ serial_done:
   ret i32 %bad32
 
 publish:
+  %t0 = call i64 @llvm.readcyclecounter()
   store atomic ptr %f, ptr @function monotonic, align 8
   store atomic ptr %data, ptr @closure monotonic, align 8
   store atomic i32 %count, ptr @tasks monotonic, align 4
@@ -199,6 +223,7 @@ wake:                                                ; FUTEX_WAKE | FUTEX_PRIVAT
 
 work:
   call void @take(i32 %number)
+  %t1 = call i64 @llvm.readcyclecounter()
   br label %wait
 
 wait:
@@ -221,6 +246,22 @@ yield:                                               ; the thread that holds the
   br label %wait
 
 done:
+  %t2 = call i64 @llvm.readcyclecounter()
+  %worked = sub i64 %t1, %t0
+  %waited = sub i64 %t2, %t1
+  %twice = shl i64 %worked, 1
+  %patience = add i64 %twice, 200000                 ; some 80 µs
+  %stalled = icmp sgt i64 %waited, %patience
+  %caution = load i32, ptr @caution
+  %eased = ashr i32 %caution, 6
+  %calmer = sub i32 %caution, %eased
+  %doubled = shl i32 %caution, 1
+  %least = call i32 @llvm.smax.i32(i32 %doubled, i32 128)
+  %most = call i32 @llvm.smin.i32(i32 %least, i32 8192)
+  %next = select i1 %stalled, i32 %most, i32 %calmer
+  store i32 %next, ptr @caution
+  %penalty = select i1 %stalled, i32 %most, i32 0
+  store i32 %penalty, ptr @alone
   %result = load atomic i32, ptr @failed monotonic, align 4
   store atomic i32 0, ptr @busy release, align 4
   ret i32 %result
