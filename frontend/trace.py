@@ -196,16 +196,21 @@ class Importer:
         where no other name shares the operand's memory.
         """
         changed = node.args[0]
+        if changed.op == "placeholder":
+            raise UnsupportedError(
+                f"{self.graph.name} changes {self.values[changed].name} while it runs",
+                remedy="a compiled function keeps no state",
+            )
         earlier = [user for user in changed.users if user < node]
         if _is_view(changed) or any(_is_view(user) for user in earlier):
             raise self.unsupported(f"operator {node.target} on a part of another tensor")
 
 
 def _is_view(node: Any) -> bool:
-    """Whether a node's result shares memory with an operand (or with what the graph was given)."""
+    """Whether a node's result shares memory with an operand."""
     schema = getattr(node.target, "_schema", None)
     if node.op != "call_function" or schema is None:
-        return node.op == "placeholder"
+        return False
     return any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
 
 
