@@ -144,6 +144,7 @@ class Engine:
             bytes_per_page=executor.kv_bytes_per_page,
             context=self.context,
             max_sequences=options.max_sequences,
+            max_pages=executor.max_pages,
             kv_tokens=options.kv_tokens,
             kv_bytes=options.kv_cache_bytes,
         )

@@ -112,6 +112,7 @@ def plan_kv_cache(
     bytes_per_page: int,
     context: int,
     max_sequences: int,
+    max_pages: int | None = None,
     kv_tokens: int | None = None,
     kv_bytes: int | None = None,
     available: int | None = None,
@@ -119,8 +120,8 @@ def plan_kv_cache(
     """Choose the number of pages.
 
     `kv_tokens` or `kv_bytes` decide where given. Otherwise the cache takes 60 % of the memory available, and
-    no more than `max_sequences` sequences of `context` tokens would fill. Raises InputError where not one
-    page fits, or where the size asked for is not there.
+    no more than `max_sequences` sequences of `context` tokens would fill or the kernels can count
+    (`max_pages`). Raises InputError where not one page fits, or where the size asked for is not there.
     """
     free = available_memory() if available is None else available
     for name, value in (("kv_tokens", kv_tokens), ("kv_cache_bytes", kv_bytes)):
@@ -134,6 +135,7 @@ def plan_kv_cache(
         pages = max_sequences * -(-context // page_size)
         if bytes_per_page:
             pages = min(pages, int(free * _SHARE) // bytes_per_page)
+        pages = pages if max_pages is None else min(pages, max_pages)
     plan = KvPlan(pages, page_size, pages * bytes_per_page)
     if pages < 1:
         size = f"{bytes_per_page / 1e6:.1f} MB"

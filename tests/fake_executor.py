@@ -25,6 +25,7 @@ class FakeExecutor:
         self.page_size = page_size
         self.vocab_size = vocab_size
         self.kv_bytes_per_page = kv_bytes_per_page
+        self.max_pages: int | None = None
         self.tokens = np.zeros((0, page_size), np.int64)
         self.positions = np.zeros((0, page_size), np.int64)
         self.steps: list[StepInputs] = []

@@ -123,3 +123,9 @@ def test_what_does_not_fit_is_refused(more: dict[str, int], message: str):
     with pytest.raises(InputError, match=message) as caught:
         plan_kv_cache(**{**SIZES, **more})
     assert caught.value.remedy
+
+
+def test_the_cache_is_no_larger_than_the_kernels_can_count():
+    wanted = {"page_size": 16, "bytes_per_page": 1 << 20, "context": 1 << 17, "max_sequences": 64}
+    assert plan_kv_cache(**wanted, available=1 << 40, max_pages=1000).pages == 1000
+    assert plan_kv_cache(**wanted, available=1 << 40).pages == 64 * (1 << 13)

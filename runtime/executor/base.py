@@ -51,6 +51,8 @@ class Executor(Protocol):
     """Columns of the logits (hidden size for encoders)."""
     kv_bytes_per_page: int
     """Bytes of one page over all layers, K and V; 0 where nothing is cached."""
+    max_pages: int | None
+    """Most pages that its kernels can count; None without a bound of their own."""
     batch_invariant: bool
     """Whether a row's result depends on its own sequence only, bit for bit, however steps are cut."""
 

@@ -18,6 +18,7 @@ class NullExecutor:
     """Answers every step with zeros [R, vocab_size], keeps nothing and computes nothing."""
 
     batch_invariant = True
+    max_pages: int | None = None
 
     def __init__(self, *, page_size: int = 16, vocab_size: int = 8, kv_bytes_per_page: int = 0):
         self.page_size = page_size

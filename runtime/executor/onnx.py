@@ -46,6 +46,7 @@ class OnnxExecutor:
         self._layers = _cache_layers(self._inputs, self._outputs)
         per_token = sum(2 * heads * dim for _, heads, dim in self._layers)
         self.kv_bytes_per_page = per_token * self.page_size * itemsize(self._kv_dtype)
+        self.max_pages: int | None = None
         self._num_pages = 0
         self._cache: list[np.ndarray] = []
         self._cache_feed: dict[str, np.ndarray] = {}

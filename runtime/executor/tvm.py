@@ -93,6 +93,8 @@ class TvmExecutor:
             math.prod(d for d in array.shape if isinstance(d, int)) * array.dtype.itemsize
             for array in self._kv
         )
+        most = [_MOST // math.prod(d for d in array.shape if isinstance(d, int)) for array in self._kv]
+        self.max_pages: int | None = min(most, default=None)
         self.num_pages = 0
         self._vocabulary = artifact.model.get("vocab_size")
 
@@ -114,13 +116,11 @@ class TvmExecutor:
         """Make the cache: pages 0 .. num_pages - 1, memory taken when a page is first written."""
         if num_pages < 1:
             raise InputError(f"a cache of {num_pages} pages holds nothing", remedy="give at least one page")
-        for array in self._kv:
-            most = _MOST // math.prod(d for d in array.shape if isinstance(d, int))
-            if num_pages > most:
-                raise InputError(
-                    f"{array.name} with {num_pages} pages has more elements than a kernel can count",
-                    remedy=f"give at most {most} pages",
-                )
+        if self.max_pages is not None and num_pages > self.max_pages:
+            raise InputError(
+                f"a layer's cache of {num_pages} pages has more elements than a kernel can count",
+                remedy=f"give at most {self.max_pages} pages",
+            )
         self._pages = []
         for array in self._kv:
             shape = [num_pages if isinstance(d, str) else d for d in array.shape]
