@@ -132,7 +132,7 @@ class ReshapeThroughMatMul(Rule):
 
     def rewrite(self, found: Match, rw: Rewriter) -> Sequence[Value] | None:
         x: Value = found["x"]
-        if x.type.rank < 2 or x.shape[-1] != rw.root.operands[0].shape[-1]:
+        if x.type.rank < 2 or found["w"].type.rank != 2 or x.shape[-1] != rw.root.operands[0].shape[-1]:
             return None
         return [rw.insert(Reshape(rw.insert(m.MatMul(x, found["w"])), shape=rw.root.result.shape))]
 
