@@ -173,6 +173,20 @@ def test_quantized_linear_is_exact_in_integers_and_rows_do_not_depend_on_their_n
     assert np.array_equal(run_quantized(isa, case, x, (bias, residual)), whole + bias + residual)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("sign", [1, -1])
+@levels
+def test_the_largest_products_saturate_nowhere(bits: int, sign: int, isa: str) -> None:
+    n, k, top = 16, 128, (1 << bits) - 1
+    layout = QuantLayout(n, k, bits, 64)
+    a = np.full((1, k), sign * 127, np.int8)
+    sums, one = np.full((1, 2), sign * 127 * 64, np.int32), np.ones(1, np.float32)
+    weight, scale = layout.pack(np.full((n, k), top, np.uint8)), np.ones(layout.scale_shape, np.float16)
+    parameters = {"n": n, "k": k, "bits": bits, "group_size": 64, "zero_point": False}
+    out = call(make_quantized_linear, isa, parameters, a, sums, one, weight, scale, blank(1, n))
+    assert np.array_equal(out, np.full((1, n), sign * 127 * k * (top - (1 << (bits - 1))), np.float32))
+
+
 @pytest.mark.parametrize("case", QUANTIZED[:9])
 def test_quantized_linear_gives_the_same_bits_on_all_levels_with_fma(case: Any) -> None:
     names = [name for name in HERE if get_isa(name).fma]

@@ -237,6 +237,20 @@ _MADD4 = [
     "%r{h} = add <8 x i32> %acc{h}, %s{h}",
 ]
 
+# The same with sums kept in int16, 8 of which are the most that fit (8 · 2 · 15 · 127 < 2^15), and their
+# widening.
+_MADD4_NARROW = [
+    "%p{h} = call <16 x i16> @llvm.x86.avx2.pmadd.ub.sw(<32 x i8> %w{h}, <32 x i8> %a)",
+    "%n{h} = bitcast <8 x i32> %acc{h} to <16 x i16>",
+    "%s{h} = add <16 x i16> %n{h}, %p{h}",
+    "%r{h} = bitcast <16 x i16> %s{h} to <8 x i32>",
+]
+_WIDEN = [
+    "%n{h} = bitcast <32 x i8> %w{h} to <16 x i16>",
+    "%s{h} = call <8 x i32> @llvm.x86.avx2.pmadd.wd(<16 x i16> %n{h}, <16 x i16> splat (i16 1))",
+    "%r{h} = add <8 x i32> %acc{h}, %s{h}",
+]
+
 # An 8-bit weight is multiplied as two 4-bit halves; the second pmaddwd weighs the upper one by 16.
 _MADD8 = [
     "%lo{h} = and <32 x i8> %w{h}, splat (i8 15)",
@@ -282,7 +296,13 @@ def _dots(isa: Isa) -> list[str]:
             declaration = "declare <8 x i32> @llvm.x86.avx512.vpdpbusd.256(<8 x i32>, <32 x i8>, <32 x i8>)"
             return [declaration, *(_split_dot(name, _VNNI256) for name in names)]
         case "maddubs":
-            return [_MADD_DECLARATIONS, _split_dot(names[0], _MADD4), _split_dot(names[1], _MADD8)]
+            functions = {
+                names[0]: _MADD4,
+                names[1]: _MADD8,
+                "llmc_narrow4": _MADD4_NARROW,
+                "llmc_widen": _WIDEN,
+            }
+            return [_MADD_DECLARATIONS, *(_split_dot(name, lines) for name, lines in functions.items())]
         case _:
             return [_plain_dot(name) for name in names]
 

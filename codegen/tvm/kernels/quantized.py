@@ -143,28 +143,52 @@ def _tile_sizes(isa: Isa, bits: int) -> tuple[Sequence[int], Sequence[int], int]
     return (2, 1), (1,), 1
 
 
-def _multiply(ops: _Operands, row: Expr, rows: int, panel: _Packed) -> None:
-    """One tile: `rows` tokens by the panel's blocks."""
+def _add_steps(
+    ops: _Operands,
+    row: Expr,
+    panel: _Packed,
+    at: tuple[Expr, Expr],
+    steps: int,
+    total: list[list[Buffer]],
+    dot: str = "",
+) -> None:
+    """Add the products of `steps` steps from at = (group, first step) to a tile's integer accumulators."""
+    group, first = at
+    words = 8 // ops.layout.bits
+    for s in range(steps):
+        for half, weights in enumerate(panel.words(group, first + s)):
+            for t, cells in enumerate(total):
+                a = let(ops.word(row + t, (group * ops.layout.steps + first + s) * words + half))
+                for cell, w in zip(cells, weights, strict=True):
+                    put(cell, call("int32x16", dot or f"llmc_dot{ops.layout.bits}", vec(cell, 0), w, a), 0)
+
+
+def _add_narrow(
+    ops: _Operands, row: Expr, panel: _Packed, at: tuple[Expr, Expr], steps: int, total: list[list[Buffer]]
+) -> None:
+    """`_add_steps` of at most 4 steps with sums in int16: fewer instructions where there is no `vpdpbusd`."""
+    narrow = [[register_i32(i32s(0)) for _ in cells] for cells in total]
+    _add_steps(ops, row, panel, at, steps, narrow, "llmc_narrow4")
+    for cells, sums in zip(total, narrow, strict=True):
+        for cell, sum_ in zip(cells, sums, strict=True):
+            bits = T.reinterpret(vec(sum_, 0), dtype="uint8x64")
+            put(cell, call("int32x16", "llmc_widen", vec(cell, 0), bits, T.int32(0)), 0)
+
+
+def _multiply(ops: _Operands, row: Expr, rows: int, panel: _Packed, narrow: bool) -> None:
+    """One tile: `rows` tokens by the panel's blocks. `narrow`: the level multiplies by `pmaddubsw`."""
     lay, count = ops.layout, panel.count
-    words_a_step = 8 // lay.bits
-    dot = f"llmc_dot{lay.bits}"
     acc = [[register(f32s(0)) for _ in range(count)] for _ in range(rows)]
     with T.serial(0, lay.groups) as g:
         total = _start(ops, row, rows, count, g)
-
-        def step(s: Expr) -> None:
-            for half, weights in enumerate(panel.words(g, s)):
-                for t in range(rows):
-                    a = let(ops.word(row + t, (g * lay.steps + s) * words_a_step + half))
-                    for c in range(count):
-                        put(total[t][c], call("int32x16", dot, vec(total[t][c], 0), weights[c], a), 0)
-
+        add = _add_narrow if narrow and lay.bits == 4 else _add_steps
+        unit = next(u for u in (4, 2, 1) if lay.steps % u == 0) if add is _add_narrow else 1
         if lay.steps <= 8:
-            for s in range(lay.steps):
-                step(s)
+            for s in range(0, lay.steps, unit):
+                add(ops, row, panel, (g, T.int32(s)), unit, total)
         else:
-            with T.serial(0, lay.steps) as s:
-                step(s)
+            with T.serial(0, lay.steps // unit) as s:
+                add(ops, row, panel, (g, s * unit), unit, total)
         _finish_group(ops, row, panel, g, total, acc)
     for t in range(rows):
         factor = let(splat(ops.a_scale[row + t]))
@@ -230,6 +254,7 @@ def make_quantized_linear(
     """
     kernel = Kernel("quantized_linear", isa)
     lay = QuantLayout(n, k, bits, group_size)
+    narrow = kernel.isa.dot == "maddubs"
     unpacked_sizes, packed_sizes, width = _tile_sizes(kernel.isa, bits)
     with kernel:
         tokens = kernel.symbol("T")
@@ -248,11 +273,11 @@ def make_quantized_linear(
 
         def direct(first: Expr, count: int) -> None:
             panel = _Packed(ops, first, count)
-            row_tiles(tokens, packed_sizes, lambda row, rows: _multiply(ops, row, rows, panel))
+            row_tiles(tokens, packed_sizes, lambda row, rows: _multiply(ops, row, rows, panel, narrow))
 
         def unpacked(first: Expr, count: int) -> None:
             panel = _Unpacked(ops, first, count)
-            row_tiles(tokens, unpacked_sizes, lambda row, rows: _multiply(ops, row, rows, panel))
+            row_tiles(tokens, unpacked_sizes, lambda row, rows: _multiply(ops, row, rows, panel, narrow))
 
         with kernel.body():
             if bits == 8:
