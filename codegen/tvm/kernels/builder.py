@@ -242,7 +242,7 @@ def for_each_row(rows: Expr, cost: int, body: Callable[[Any], None]) -> None:
 
     `cost`: elements touched a row.
     """
-    with T.If(rows * T.int32(max(1, cost)) < T.int32(SERIAL_ELEMENTS)):
+    with T.If(rows < T.int32(-(-SERIAL_ELEMENTS // max(1, cost)))):
         with T.Then(), T.serial(0, rows) as i:
             body(i)
         with T.Else(), T.parallel(0, rows) as i:
