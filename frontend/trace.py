@@ -242,22 +242,10 @@ def _import_program(
                 name = held[node.name].removeprefix(prefix)
                 if not node.users:
                     continue
-                if name not in weights:
-                    raise InputError(
-                        f"the model has no tensor {name}",
-                        remedy="the checkpoint is incomplete; download it again",
-                    )
-                data = weights[name]
+                data = _fitting(weights, name, importer.result_shape())
                 if id(data) not in known:
                     known[id(data)] = graph.add_weight(name, data)
                 importer.values[node] = known[id(data)]
-                expected = importer.result_shape()
-                if tuple(weights[name].shape) != expected:
-                    raise InputError(
-                        f"tensor {name} ({weights[name].source}) has shape {list(weights[name].shape)}, "
-                        f"the configuration asks for {list(expected)}",
-                        remedy="config and weights are of different models",
-                    )
             else:
                 label = next(names, "")
                 if not label or not hasattr(node.meta.get("val"), "dtype"):
@@ -279,6 +267,22 @@ def _import_program(
             graph.outputs = [importer.values[n] for n in flat]
         else:
             raise UnsupportedError(f"the exported program holds a {node.op} node", remedy="report the model")
+
+
+def _fitting(weights: Mapping[str, LazyTensor], name: str, expected: Shape) -> LazyTensor:
+    """A weight by name. Raises InputError where there is none or its shape is another."""
+    if name not in weights:
+        raise InputError(
+            f"the model has no tensor {name}", remedy="the checkpoint is incomplete; download it again"
+        )
+    data = weights[name]
+    if tuple(data.shape) != expected:
+        raise InputError(
+            f"tensor {name} ({data.source}) has shape {list(data.shape)}, "
+            f"the configuration asks for {list(expected)}",
+            remedy="config and weights are of different models",
+        )
+    return data
 
 
 def _constants(program: Any, name: str) -> dict[str, LazyTensor]:

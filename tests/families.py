@@ -4,9 +4,9 @@
     python -m tests.families --write         writes it into docs/models.md
     python -m tests.families gemma opt       tries some
 
-For each family: trace, fuse, page, run the paged graph by the interpreter over two sequences in one batch
-(one of them in two chunks), and compare its rows with those of transformers in float32. Nothing here knows how a
-family works; the options only make it small.
+For each family: trace, fuse, page, run the paged graph by the interpreter over two sequences in one batch,
+one of them in two chunks, and compare its rows with those of transformers in float32. Nothing here knows how
+a family works; the options only make it small.
 """
 
 from __future__ import annotations
@@ -262,6 +262,7 @@ A family works because its operations do: nothing in the compiler knows a family
 was tried: a tiny random configuration of each is traced, fused and paged, and the paged graph's rows for two
 sequences in one batch, one of them in two chunks, are compared with those of transformers in float32 (largest
 difference in units of the largest value). What does not compile is refused with the sentence shown.
+Twelve families (`tests/models.py`) are compiled for both targets and compared in `tests/test_families.py`.
 
 """
 
