@@ -8,6 +8,8 @@ count is the symbol "T". The traced function is the plain forward pass of one se
 from __future__ import annotations
 
 import contextlib
+import io
+import logging
 import operator
 import warnings
 from collections.abc import Generator, Mapping, Sequence
@@ -310,9 +312,15 @@ def array_tensor(tensor: torch.Tensor, source: str) -> ArrayTensor:
 
 @contextlib.contextmanager
 def _quiet() -> Generator[None]:
-    with warnings.catch_warnings():
+    """torch.export logs and prints what it raises as well, over many lines; the error says it in one."""
+    before = logging.root.manager.disable
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
-        yield
+        logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(before)
 
 
 def _export(
