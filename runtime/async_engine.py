@@ -84,7 +84,7 @@ class AsyncEngine:
         """
         ticket = Ticket(self.engine.make_request(prompt, params, request_id), sink)
         with self._changed:
-            self._refuse_if_closed()
+            self._refuse_if_ended()
             if self.max_waiting is not None and len(self._tickets) >= self.max_waiting:
                 raise QueueFullError(
                     f"{len(self._tickets)} requests are unfinished, the limit is {self.max_waiting}",
@@ -142,7 +142,7 @@ class AsyncEngine:
         """The engine for the calling thread alone, between two steps; requests wait meanwhile."""
         caller = threading.get_ident()
         with self._changed:
-            self._refuse_if_closed()
+            self._refuse_if_ended()
             if self._pauser != caller:
                 self._changed.wait_for(lambda: self._pauser is None and not self._stepping)
                 self._pauser = caller
@@ -165,9 +165,15 @@ class AsyncEngine:
         if thread is not None and thread is not threading.current_thread():
             thread.join()
 
-    def _refuse_if_closed(self) -> None:
+    def _refuse_if_ended(self) -> None:
         if self._closed:
             raise LlmcError("the engine is closed", remedy="load the artifact again")
+        # The thread closes the engine before it ends; where it is gone otherwise, this process is a fork.
+        if self._thread is not None and not self._thread.is_alive():
+            raise LlmcError(
+                "the engine's thread stayed in the process that was forked",
+                remedy="load the artifact after the fork",
+            )
 
     def _post(self, command: Callable[[], None]) -> None:
         """Hand a command to the engine's thread; the condition is held."""

@@ -308,9 +308,16 @@ class Engine:
     def step(self) -> list[StepOutput]:
         """Compute one batch; returns what it gave, at most one output a sequence.
 
-        A sequence whose logits are broken (NaN) ends with `finish_reason="error"`; the others go on. If the
-        executor itself raises, every request is dropped and the error passes on.
+        A sequence whose logits are broken (NaN) ends with `finish_reason="error"`; the others go on. If
+        anything raises, every request is dropped, so that none is left half advanced, and the error passes on.
         """
+        try:
+            return self._step()
+        except BaseException:
+            self.drop_all()
+            raise
+
+    def _step(self) -> list[StepOutput]:
         plan = self.scheduler.schedule()
         self._count.preemptions += len(plan.preempted)
         if not plan.chunks:
@@ -318,11 +325,7 @@ class Engine:
         for chunk in plan.chunks:
             if not chunk.sequence.started:
                 self._note_start(chunk)
-        try:
-            logits = self._execute(plan)
-        except BaseException:
-            self.drop_all()
-            raise
+        logits = self._execute(plan)
         self.scheduler.commit(plan)
         return self._sample(plan, logits)
 

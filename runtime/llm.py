@@ -338,7 +338,7 @@ class LLM:
         """
         if self.kind != "encoder":
             raise InputError("this artifact is no encoder", remedy="compile an encoder model")
-        return [self.logits(self.prompt_ids(text)).copy() for text in texts]
+        return [self.logits(self.prompt_ids(text)) for text in texts]
 
     def run(self, **arrays: np.ndarray) -> dict[str, np.ndarray]:
         """Outputs by name of an artifact of kind "function", from inputs by name.

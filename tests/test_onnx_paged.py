@@ -308,7 +308,9 @@ def test_misuse_is_refused(tmp_path: Path) -> None:
         ("block_table", 8, "block_table holds"),
         ("context_len", 1000, "context_len holds"),
         ("output_index", 4, "output_index holds"),
-        ("query_start", 1, "arrays that do not describe it"),
+        ("query_start", 1, "does not describe the step"),
+        ("context_len", 3, "does not describe the step"),
+        ("positions", -1, "positions holds"),
     ],
 )
 def test_indices_that_lead_nowhere_are_refused(name: str, value: int, text: str, tmp_path: Path) -> None:

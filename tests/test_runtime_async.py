@@ -179,6 +179,18 @@ def test_a_step_that_raises_ends_its_requests_and_the_service_goes_on(service):
     assert [t for o in stream for t in o.token_ids] == generate_alone(PROMPT, 4)
 
 
+def test_a_forked_process_is_told_that_it_has_no_engine(service, monkeypatch: pytest.MonkeyPatch):
+    """After a fork only the calling thread exists in the child: a request would wait for ever."""
+    engine, _ = service
+    list(engine.stream_sync(PROMPT, SamplingParams(max_tokens=2)))
+    assert engine._thread is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._thread, "is_alive", lambda: False)
+        with pytest.raises(LlmcError, match=r"was forked; load the artifact after the fork"):
+            engine.submit(PROMPT, None, lambda _: None)
+    assert list(engine.stream_sync(PROMPT, SamplingParams(max_tokens=2)))
+
+
 def test_an_id_in_use_is_refused(service):
     engine, executor = service
     executor.gate.clear()

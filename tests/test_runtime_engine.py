@@ -277,6 +277,20 @@ def test_an_executor_that_raises_leaves_a_clean_engine():
     assert tokens_of(finish(engine)["a", 0]) == generate_alone(PROMPT, 5)
 
 
+def test_a_fault_after_the_step_leaves_a_clean_engine(monkeypatch: pytest.MonkeyPatch):
+    engine = make()
+    engine.add_request(PROMPT, SamplingParams(max_tokens=5), "a")
+    engine.add_request(PROMPT, SamplingParams(max_tokens=5), "b")
+    with monkeypatch.context() as patch:
+        patch.setattr("llmc.runtime.engine.sample", lambda *_: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.step()
+    assert not engine.has_work and not engine.request_ids()
+    engine.check()
+    engine.add_request(PROMPT, SamplingParams(max_tokens=5, ignore_eos=True), "a")
+    assert tokens_of(finish(engine)["a", 0]) == generate_alone(PROMPT, 5)
+
+
 # Scoring and statistics
 # --------------------------------------------------------------------------------------
 

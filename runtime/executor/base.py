@@ -17,6 +17,19 @@ from typing import Protocol
 
 import numpy as np
 
+from ...ir.errors import InputError
+
+STEP_INPUTS = (
+    "token_ids",
+    "positions",
+    "slot_mapping",
+    "query_start",
+    "context_len",
+    "block_table",
+    "output_index",
+)
+"""The fields of `StepInputs`, which are the names of a compiled step's inputs."""
+
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
@@ -40,6 +53,43 @@ class StepInputs:
     """[B, P] pages of each sequence in order; entries past its last page are 0 and mean nothing."""
     output_index: np.ndarray
     """[R] rows of T whose logits are wanted; R may be 0."""
+
+
+def check_step(inputs: StepInputs, *, num_pages: int, page_size: int, vocabulary: int | None) -> None:
+    """Raise InputError where the arrays do not describe a step, or hold an index that leads out of the cache.
+
+    For executors whose kernels follow every index unchecked. `vocabulary`: rows of the embedding, None where
+    the executor checks ids itself.
+    """
+    tokens, sequences = len(inputs.token_ids), len(inputs.context_len)
+    starts = inputs.query_start
+    if (
+        len(inputs.positions) != tokens
+        or len(inputs.slot_mapping) != tokens
+        or len(starts) != sequences + 1
+        or len(inputs.block_table) != sequences
+    ):
+        raise InputError(
+            f"a step of {tokens} tokens and {sequences} sequences has arrays of other lengths",
+            remedy="see StepInputs",
+        )
+    counts = starts[1:] - starts[:-1]
+    if starts[0] != 0 or starts[-1] != tokens or (counts < 0).any() or (counts > inputs.context_len).any():
+        raise InputError("query_start or context_len does not describe the step", remedy="see StepInputs")
+    room = inputs.block_table.shape[1] * page_size
+    bounds = (
+        ("token_ids", inputs.token_ids, 1 << 31 if vocabulary is None else vocabulary),
+        ("positions", inputs.positions, room),
+        ("slot_mapping", inputs.slot_mapping, num_pages * page_size),
+        ("block_table", inputs.block_table, num_pages),
+        ("context_len", inputs.context_len, room + 1),
+        ("output_index", inputs.output_index, tokens),
+    )
+    for name, array, limit in bounds:
+        if (
+            array.size and array.view(np.uint32).max() >= limit
+        ):  # as unsigned, a negative one is too large too
+            raise InputError(f"{name} holds a value outside of 0 .. {limit - 1}", remedy="check the request")
 
 
 class Executor(Protocol):

@@ -15,17 +15,7 @@ from ...codegen.artifact import Artifact
 from ...ir.dtypes import itemsize, to_numpy
 from ...ir.errors import ArtifactError, InputError
 from .. import cpu
-from .base import Executor, StepInputs
-
-_STEP = (
-    "token_ids",
-    "positions",
-    "slot_mapping",
-    "query_start",
-    "context_len",
-    "block_table",
-    "output_index",
-)
+from .base import STEP_INPUTS, Executor, StepInputs, check_step
 
 
 class OnnxExecutor:
@@ -84,10 +74,15 @@ class OnnxExecutor:
             raise InputError("this artifact is a plain function and has no step", remedy="call run")
         if len(self._cache) != len(self._layers):
             raise InputError("the cache has no pages yet", remedy="call allocate_kv first")
-        self._check(inputs)
+        check_step(
+            inputs,
+            num_pages=self._num_pages,
+            page_size=self.page_size,
+            vocabulary=None,  # the upper end is checked by Gather
+        )
         if not len(inputs.token_ids):  # the model's first group of queries cannot be empty
             return np.zeros((0, self.vocab_size), np.float32)
-        feed = {name: getattr(inputs, name) for name in _STEP if name in self._inputs}
+        feed = {name: getattr(inputs, name) for name in STEP_INPUTS if name in self._inputs}
         results = self._session.run(self._outputs, {**feed, **self._cache_feed})
         rows = dict(zip(self._outputs, results, strict=True))
         page, place = np.divmod(inputs.slot_mapping, self.page_size)
@@ -95,36 +90,6 @@ class OnnxExecutor:
             for i, part in enumerate("kv"):
                 cache[i][:, page, place] = rows[f"new_{part}.{index}"].transpose(1, 0, 2)
         return results[0]
-
-    def _check(self, inputs: StepInputs) -> None:
-        """Indices that onnxruntime or numpy would count from the end, or that leave the cache."""
-        tokens, sequences = len(inputs.token_ids), len(inputs.context_len)
-        starts = inputs.query_start
-        if (
-            len(inputs.positions) != tokens
-            or len(inputs.slot_mapping) != tokens
-            or len(inputs.block_table) != sequences
-            or len(starts) != sequences + 1
-            or starts[0] != 0
-            or starts[-1] != tokens
-            or (starts[1:] < starts[:-1]).any()
-        ):
-            raise InputError(
-                f"a step of {tokens} tokens and {sequences} sequences has arrays that do not describe it",
-                remedy="see StepInputs",
-            )
-        bounds = [
-            ("token_ids", inputs.token_ids, 1 << 31),  # the upper end is checked by Gather
-            ("slot_mapping", inputs.slot_mapping, self._num_pages * self.page_size),
-            ("block_table", inputs.block_table, self._num_pages),
-            ("context_len", inputs.context_len, inputs.block_table.shape[1] * self.page_size + 1),
-            ("output_index", inputs.output_index, tokens),
-        ]
-        for name, array, limit in bounds:
-            if array.size and not 0 <= array.min() <= array.max() < limit:
-                raise InputError(
-                    f"{name} holds a value outside of 0 .. {limit - 1}", remedy="check the request"
-                )
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Artifacts of kind "function": inputs by name → outputs by name.

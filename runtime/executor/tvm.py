@@ -21,20 +21,11 @@ from ...codegen.artifact import Artifact
 from ...ir.dtypes import to_numpy
 from ...ir.errors import ArtifactError, InputError, LlmcError
 from .. import cpu
-from .base import StepInputs
+from .base import STEP_INPUTS, StepInputs, check_step
 
 _ALIGNMENT = 64
 _MOST = (1 << 31) - 1
 """Elements of an array: the kernels index with 32 bits."""
-_STEP_INPUTS = (
-    "token_ids",
-    "positions",
-    "slot_mapping",
-    "query_start",
-    "context_len",
-    "block_table",
-    "output_index",
-)
 
 
 def aligned(shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray:
@@ -140,7 +131,7 @@ class TvmExecutor:
 
         Raises InputError for indices out of range.
         """
-        self._check(inputs)
+        check_step(inputs, num_pages=self.num_pages, page_size=self.page_size, vocabulary=self._vocabulary)
         sizes = {
             "T": len(inputs.token_ids),
             "B": len(inputs.context_len),
@@ -150,7 +141,7 @@ class TvmExecutor:
         }
         for name, place in self._symbols.items():
             self._dims[place] = sizes[name]
-        for name in _STEP_INPUTS:
+        for name in STEP_INPUTS:
             if name in self._arguments:
                 self._put(name, getattr(inputs, name))
         (output,) = self._outputs.values()
@@ -171,35 +162,6 @@ class TvmExecutor:
         array[...] = value
         if grown:
             self._pointers[self._arguments[name]] = self._inputs[name].memory.ctypes.data
-
-    def _check(self, inputs: StepInputs) -> None:
-        """Every index that a kernel follows. As unsigned numbers, negative ones are too large as well."""
-        t, b = len(inputs.token_ids), len(inputs.context_len)
-        starts = inputs.query_start
-        if len(inputs.positions) != t or len(inputs.slot_mapping) != t or len(starts) != b + 1:
-            raise InputError(
-                f"a step of {t} tokens and {b} sequences has arrays of other lengths", remedy="see StepInputs"
-            )
-        if (
-            inputs.block_table.shape[0] != b
-            or starts[0] != 0
-            or starts[-1] != t
-            or (starts[1:] < starts[:-1]).any()
-        ):
-            raise InputError("query_start or block_table does not describe the step", remedy="see StepInputs")
-        bounds = [
-            ("slot_mapping", inputs.slot_mapping, self.num_pages * self.page_size),
-            ("block_table", inputs.block_table, self.num_pages),
-            ("context_len", inputs.context_len, inputs.block_table.shape[1] * self.page_size + 1),
-            ("output_index", inputs.output_index, t),
-        ]
-        if self._vocabulary is not None:
-            bounds.append(("token_ids", inputs.token_ids, self._vocabulary))
-        for name, array, limit in bounds:
-            if array.size and array.view(np.uint32).max() >= limit:
-                raise InputError(
-                    f"{name} holds a value outside of 0 .. {limit - 1}", remedy="check the request"
-                )
 
     # -- functions -----------------------------------------------------------------------------------------
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
