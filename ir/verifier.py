@@ -5,13 +5,10 @@ The pass manager runs this after every pass.
 
 from __future__ import annotations
 
-from . import ops
 from . import ops as _ops  # noqa: F401  # pyright: ignore[reportUnusedImport]  (registers the operations)
 from .core import Graph, Op, Value
 from .define import OPS
 from .errors import VerifyError
-
-assert ops.__all__  # importing them registers the operations
 
 # Ops that a stage forbids. Everything else that is defined may stand in it: a fusion that does not apply is
 # not an error.
@@ -88,11 +85,9 @@ def verify(graph: Graph, stage: str | None = None) -> None:
 
 def _check_uses(graph: Graph) -> None:
     inside = set(graph.ops)
-    for op in inside:
-        for r in op.results:
-            for user, i in r.uses:
-                if user not in inside or user.operands[i] is not r:
-                    raise VerifyError(
-                        f"{r!r} lists a use by {user!r} that is not there",
-                        remedy="erase ops through Graph.erase",
-                    )
+    for v in (*graph.inputs, *graph.weights.values(), *(r for op in graph for r in op.results)):
+        for user, i in v.uses:
+            if user not in inside or user.operands[i] is not v:
+                raise VerifyError(
+                    f"{v!r} lists a use by {user!r} that is not there", remedy="erase ops through Graph.erase"
+                )

@@ -487,7 +487,7 @@ def test_indices_out_of_range_are_refused(
 def test_arrays_that_kernels_cannot_index_are_refused(float_model: tuple[Model, Artifact]) -> None:
     executor = open_tvm(float_model[1])
     most = (2**31 - 1) // (2 * KV_HEADS * PAGE * DIM)
-    with pytest.raises(InputError, match=f"kv_pages.0 with {most + 1} pages .*at most {most} pages"):
+    with pytest.raises(InputError, match=f"cache of {most + 1} pages .*at most {most} pages"):
         executor.allocate_kv(most + 1)
     with pytest.raises(InputError, match="at least one page"):
         executor.allocate_kv(0)

@@ -246,7 +246,8 @@ def gather_wanted_rows(graph: Graph, index: Value) -> None:
         rows = [v for v in op.operands if _token_axes(v.shape)]
         if (
             len(rows) != 1
-            or _token_axes(rows[0].shape) != [-rows[0].type.rank]  # rows are gathered along the first axis
+            or rows[0].shape[0] != T  # rows are gathered along the first axis, and one of them is a token
+            or _token_axes(rows[0].shape) != [-rows[0].type.rank]
             or len(rows[0].uses) != 1
             or rows[0].producer is None
             or rows[0].type.rank != output.type.rank
