@@ -39,7 +39,7 @@ def command(artifact: Path, system: str | None, as_json: bool, **options: Any) -
 
     notes_from_logging()
     runtime, sampling = split(options)
-    with load(artifact, **runtime) as llm:
+    with load(artifact, max_sequences=1, **runtime) as llm:  # the cache then is one context, no more
         if llm.template is None:
             raise InputError(
                 f"{artifact} has no chat template", remedy="use llmc run, which continues a text"

@@ -37,7 +37,7 @@ def command(
     text = sys.stdin.read() if prompt == "-" else prompt
     runtime, sampling = split(options)
     began = time.perf_counter()
-    with load(artifact, **runtime) as llm:
+    with load(artifact, max_sequences=1, **runtime) as llm:  # the cache then is one context, no more
         load_ms = round(1000 * (time.perf_counter() - began), 1)
         given = _prompt(text, system, chat=llm.template is not None and not no_chat_template)
         answer = stream_answer(llm, given, sampling_params(llm, sampling), _no_text if as_json else _write)
