@@ -22,6 +22,15 @@ def llmc(*words: str | Path) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
+def report(record: dict[str, Any], output: Path | None) -> None:
+    """Prints a record, and keeps it in `output` where one is named (benchmarks/results holds ours)."""
+    text = json.dumps(record, indent=1)
+    print(text, flush=True)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text + "\n", encoding="utf-8")
+
+
 def shared_data() -> Path:
     """The folder of public texts and traces; ends this program where there is none."""
     root = Path(__file__).resolve().parent.parent

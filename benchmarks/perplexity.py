@@ -1,6 +1,6 @@
 """Perplexity of unquantized artifacts on WikiText-2, beside transformers in float32.
 
-    python -m benchmarks.perplexity [--model smollm2] [--target tvm-cpu] [--windows 8] [--quant none]
+    python -m benchmarks.perplexity [--model smollm2] [--target tvm-cpu] [--windows 8] [--quant none] [-o FILE]
 
 Both see the same tokens in the same windows; `llmc eval --help` defines them. The bar is 0.1 % for `--quant
 none`.
@@ -11,12 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .commands import SCRATCH, shared_data
+from .commands import SCRATCH, machine, report, shared_data
 from .commands import llmc as command
 from .published_models import fetch
 
@@ -76,10 +77,14 @@ def main() -> None:
     parser.add_argument("--target", action="append", help="repeatable; tvm-cpu and onnx-cpu by default")
     parser.add_argument("--quant", default="none")
     parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("-o", "--output", type=Path, help="write the record as JSON")
     arguments = parser.parse_args()
+    rows: list[dict[str, Any]] = []
     for model in arguments.model or ("smollm2", "gemma3"):
         for target in arguments.target or ("tvm-cpu", "onnx-cpu"):
-            print(json.dumps(measure(model, target, arguments.quant, arguments.windows)), flush=True)
+            rows.append(measure(model, target, arguments.quant, arguments.windows))
+            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    report({"machine": machine(), "window": WINDOW, "rows": rows}, arguments.output)
 
 
 if __name__ == "__main__":
