@@ -183,6 +183,14 @@ def parse(text: str, weights: Mapping[str, LazyTensor] | None = None) -> Graph:
     """
     parser = _Parser(weights)
     for number, raw in enumerate(text.splitlines(), 1):
-        if raw.strip():
-            parser.line(_Line(raw, number))
+        if not raw.strip():
+            continue
+        line = _Line(raw, number)
+        try:
+            parser.line(line)
+        except CompileError:
+            raise
+        except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as e:
+            # Op definitions and types see fields of the wrong kind here; what they raise then is their own.
+            raise line.fail(f"not of the form ({type(e).__name__}: {e})") from e
     return parser.graph

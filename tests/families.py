@@ -172,6 +172,7 @@ FAMILIES: dict[str, Family] = {
         "DistilBert", {"dim": 64, "hidden_dim": 96, "n_layers": 2, "n_heads": 4}, encoder=True
     ),
     "roberta": Family("Roberta", {"pad_token_id": 1}, encoder=True),
+    "xlm_roberta": Family("XLMRoberta", {"pad_token_id": 1}, encoder=True),
     "electra": Family("Electra", {"embedding_size": 64}, encoder=True),
     "mpnet": Family("MPNet", encoder=True),
     "albert": Family("Albert", {"embedding_size": 32}, encoder=True),

@@ -19,7 +19,7 @@ from llmc.passes.cache.paging import PageKvCache
 from llmc.passes.manager import run_passes
 from torch import nn
 
-from .graphs import PagedRun, logits_of, opnames, passes_to, worst
+from .graphs import PagedRun, logits_of, notes, opnames, passes_to, worst
 
 WIDTH, HEADS = 16, 2
 Change = Callable[[torch.Tensor], torch.Tensor]
@@ -99,6 +99,28 @@ def test_positions_of_a_batch_in_chunks(offset: int | None) -> None:
     again = run.step([("b", [3]), ("a", [7])])
     assert worst(again[0], expected(model, [*SECOND, 3])[-1:]) < 1e-5
     assert worst(again[1], expected(model, [*FIRST, 7])[-1:]) < 1e-5
+
+
+class Counting(Tiny):
+    """Positions as RoBERTa counts them: tokens that are no padding, from the padding's own number on."""
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        real = input_ids.ne(0).int()
+        x = self.embed(input_ids) + self.places((torch.cumsum(real, dim=1) * real).long() + 0)
+        q, k, v = (self.split(layer(x)) for layer in (self.q, self.k, self.v))
+        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.head(x + y.transpose(1, 2).reshape(x.shape))
+
+
+def test_tokens_that_are_counted_become_positions_and_it_is_said() -> None:
+    model = Counting()
+    graph, records = run_passes(traced(model), passes_to("paged", page_size=4), PassContext())
+    assert notes(records) == ["module counts tokens other than 0: taken as positions"]
+    run = PagedRun(graph)
+    head = run.step([("a", FIRST[:5])])[0]
+    whole, tail = run.step([("b", SECOND), ("a", FIRST[5:])])
+    assert worst(torch.cat((head, tail)), expected(model, FIRST)) < 1e-5
+    assert worst(whole, expected(model, SECOND)) < 1e-5
 
 
 def test_an_encoder_sees_the_whole_sequence_and_no_other() -> None:

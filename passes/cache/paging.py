@@ -21,9 +21,10 @@ from ...ir.errors import UnsupportedError
 from ...ir.ops import math as m
 from ...ir.ops.attention import Attention, Sdpa
 from ...ir.ops.cache import AppendKv, GatherLast, PagedAttention
-from ...ir.ops.nn import LayerNorm, Linear, RmsNorm
-from ...ir.ops.quant import QuantizedLinear
+from ...ir.ops.nn import Embedding, LayerNorm, Linear, RmsNorm
+from ...ir.ops.quant import QuantizedEmbedding, QuantizedLinear
 from ...ir.ops.shape import Arange, Concat, DimValue, Expand, Full, Gather, Index, Reshape, Slice
+from ...ir.rewriter import constant
 from ...ir.types import Dim, DimExpr, Shape, TensorType, sym
 from ..base import Pass, PassContext, PassResult
 
@@ -91,6 +92,11 @@ def drop_batch_axis(graph: Graph, ids: Value) -> None:
     negative and stay.
     """
     ids.type = TensorType("int32", (T,))
+    others = [(op, i) for op, i in ids.uses if not isinstance(op, Embedding | QuantizedEmbedding | m.Cast)]
+    if others:  # they were traced with ids of 64 bits
+        wide = graph.insert(m.Cast(ids, dtype="int64"), before=graph.ops[0])
+        for op, i in others:
+            graph.set_operand(op, i, wide.result)
     for op in graph.ops:
         depends = any(_mentions_tokens(d) for r in op.results for d in r.shape) or any(
             r.type.rank and r.shape[0] == 1 for r in op.results
@@ -138,17 +144,49 @@ def _replace_positions(graph: Graph, positions: Value) -> None:
             raise UnsupportedError(
                 f"{op.loc}: positions over {op.length} tokens", remedy="only arange(T) can become a position"
             )
-        new: list[Op] = [m.Cast(positions, dtype=op.dtype)]
-        if op.step != 1:
-            c = Full(value=op.step, dtype=op.dtype)
-            new += [c, m.Mul(new[-1].result, c.result)]
-        if op.start:
-            c = Full(value=op.start, dtype=op.dtype)
-            new += [c, m.Add(new[-1].result, c.result)]
-        for o in new:
-            o.loc = op.loc
-            graph.insert(o, before=op)
-        graph.replace(op, [new[-1].result])
+        _replace_by_position(graph, op, positions, step=op.step, start=op.start)
+
+
+def _replace_by_position(graph: Graph, op: Op, positions: Value, *, step: int, start: int) -> None:
+    """The op's result becomes positions · step + start."""
+    dtype = op.results[0].dtype
+    new: list[Op] = [m.Cast(positions, dtype=dtype)]
+    if step != 1:
+        c = Full(value=step, dtype=dtype)
+        new += [c, m.Mul(new[-1].result, c.result)]
+    if start:
+        c = Full(value=start, dtype=dtype)
+        new += [c, m.Add(new[-1].result, c.result)]
+    for o in new:
+        o.loc = op.loc
+        graph.insert(o, before=op)
+    graph.replace(op, [new[-1].result])
+
+
+def _replace_counts(graph: Graph, inputs: _StepInputs) -> list[str]:
+    """cumsum(token_ids ≠ padding) counts tokens as well (RoBERTa): positions + 1. A step holds no padding, so
+    this differs only for a text that spells the padding token out, and only for what comes after it.
+    """
+    notes: list[str] = []
+    for op in graph.ops:
+        if not isinstance(op, m.CumSum) or op.result.shape != (T,):
+            continue
+        counted = _uncast(op.x).producer
+        if not isinstance(counted, m.NotEqual):
+            continue
+        ids, padding = (counted.a, counted.b) if constant(counted.b) is not None else (counted.b, counted.a)
+        number = constant(padding)
+        if _uncast(ids) is not inputs.token_ids or number is None:
+            continue
+        notes.append(f"{op.loc or graph.name} counts tokens other than {int(number)}: taken as positions")
+        _replace_by_position(graph, op, inputs.positions, step=1, start=1)
+    return notes
+
+
+def _uncast(v: Value) -> Value:
+    while isinstance(v.producer, m.Cast):
+        v = v.producer.x
+    return v
 
 
 def _reason(context: PassContext) -> str:
@@ -179,6 +217,7 @@ class PageKvCache(Pass):
         inputs = _replace_inputs(graph)
         drop_batch_axis(graph, inputs.token_ids)
         _replace_positions(graph, inputs.positions)
+        notes = _replace_counts(graph, inputs)
         graph.retype_all()
         self._page(graph, inputs, attentions)
         graph.retype_all()
@@ -197,7 +236,7 @@ class PageKvCache(Pass):
                 remedy="report the model",
             )
         gather_wanted_rows(graph, inputs.output_index)
-        return PassResult(graph, True)
+        return PassResult(graph, True, notes)
 
     def _page(self, graph: Graph, inputs: _StepInputs, attentions: list[Attention]) -> None:
         facts: list[dict[str, object]] = []
