@@ -15,7 +15,7 @@ from ..frontend.trace import trace_module, trace_source
 from ..ir.core import Graph
 from ..ir.errors import InputError
 from ..ir.ops.attention import Attention
-from ..ir.ops.nn import Embedding, Linear
+from ..ir.ops.quant import Dequantize, QuantizedEmbedding, QuantizedLinear
 from ..ir.printer import print_graph
 from ..ir.types import DimExpr
 from ..ir.weights import num_bytes, num_elements
@@ -24,16 +24,19 @@ from ..passes.manager import PassRecord, run_passes
 from ..passes.pipelines import function, language_model
 from ..passes.registry import make_pass, quantization_passes
 from .artifact import Artifact, ArtifactWriter
+from .legalize import legalize
 from .target import Target, get_target
 
 if TYPE_CHECKING:
     import torch
 
 PAGE_SIZE = 16
-IMPORTS_BYTES = (
-    450 << 20
-)  # resident memory of torch, transformers and TVM before a model is opened, measured on Linux
-CHUNK_BYTES = 96 << 20  # rows in flight while weights are quantized and packed
+# What a compilation keeps in memory, measured on Linux: torch and transformers; an entry of the vocabulary in
+# the tokenizer and in its reference; rows in flight while weights are quantized and packed. Mapped weights
+# are given back once they were read (frontend/mapped.py).
+IMPORTS_BYTES = 400 << 20
+TOKEN_BYTES = 1700
+CHUNK_BYTES = 96 << 20
 
 
 @dataclass
@@ -86,6 +89,10 @@ def _context(source: ModelSource, asked: int | None) -> int | None:
     limit = context_length(source.config)
     if asked is not None and asked < 1:
         raise InputError(f"--context {asked} is no length", remedy="ask for at least one token")
+    if asked is None and limit is None and source.task != "function":
+        raise InputError(
+            f"{source.name} does not say how many tokens it was made for", remedy="give it: --context 4096"
+        )
     if asked is not None and limit is not None and asked > limit:
         raise InputError(
             f"--context {asked}: {source.name} was made for {limit} tokens", remedy=f"ask for at most {limit}"
@@ -106,24 +113,26 @@ def trace(source: ModelSource, example_inputs: Mapping[str, torch.Tensor] | None
 
 def lower(
     graph: Graph, plan: Plan, context: PassContext, dump_ir: Path | None = None
-) -> tuple[Graph, list[PassRecord], int]:
-    """Run the pipeline; the final graph, records, and the number of weights in linear layers and embeddings
-    before quantization.
-    """
-    weights = {
-        id(op.weight.weight): op.weight.weight
-        for op in graph
-        if isinstance(op, (Linear, Embedding)) and op.weight.weight is not None
-    }
-    elements = sum(num_elements(w) for w in weights.values())
+) -> tuple[Graph, list[PassRecord]]:
+    """Run the pipeline; the final graph, and a record of each pass."""
     if graph.facts["kind"] == "function":
         passes = function(list(plan.quantize), extra=list(plan.extra))
     else:
         passes = language_model(
             list(plan.quantize), page_size=PAGE_SIZE, kv_dtype=plan.kv_dtype, extra=list(plan.extra)
         )
-    graph, records = run_passes(graph, passes, context, dump_ir)
-    return graph, records, elements
+    return run_passes(graph, passes, context, dump_ir)
+
+
+def count_weights(graph: Graph) -> int:
+    """Elements of all weights; what quantization adds beside its codes is none of the model's."""
+    added = {
+        part
+        for op in graph
+        if isinstance(op, (Dequantize, QuantizedLinear, QuantizedEmbedding))
+        for part in (op.scale, op.zero_point)
+    }
+    return sum(num_elements(v.weight) for v in graph.weights.values() if v.weight and v not in added)
 
 
 def _shape_text(shape: Sequence[Any]) -> list[int | str]:
@@ -232,27 +241,18 @@ def compile_model(
     progress("trace", 0.02)
     graph = trace(source, example_inputs)
     share = _Share(progress)
-    graph, records, elements = lower(
-        graph,
-        plan,
-        PassContext(share.between(0.10, 0.20), length),
-        Path(dump_ir) if dump_ir is not None else None,
-    )
+    folder = Path(dump_ir) if dump_ir is not None else None
+    graph, records = lower(graph, plan, PassContext(share.between(0.10, 0.20), length), folder)
     with ArtifactWriter(output) as writer:
         manifest = _manifest(source, graph, plan, length)
         if graph.facts["kind"] != "function":
             progress("tokenizer", 0.20)
             manifest["tokenizer"] = _write_tokenizer(source, writer, render)
         writer.path("ir.txt").write_text(print_graph(graph), encoding="utf-8", newline="\n")
-        entries: dict[str, Any] = {}
-        for i, target in enumerate(plan.targets):
-            step = 0.75 / len(plan.targets)
-            entries[target.name] = target.compile(
-                graph, writer, progress=share.between(0.22 + i * step, 0.22 + (i + 1) * step)
-            )
+        entries = _emit(graph, plan, writer, share)
         progress("write", 0.98)
         weight_bytes = _weight_bytes(writer, entries)
-        bits = 8 * weight_bytes / elements if elements else 0.0
+        bits = 8 * weight_bytes / max(1, count_weights(graph))
         manifest |= {
             "targets": entries,
             "quantization": {
@@ -266,6 +266,16 @@ def compile_model(
         artifact = writer.finish(manifest)
     progress("done", 1.0)
     return CompileReport(artifact, weight_bytes, bits, records)
+
+
+def _emit(graph: Graph, plan: Plan, writer: ArtifactWriter, share: _Share) -> dict[str, Any]:
+    """Every target's files; their manifest entries by name."""
+    entries: dict[str, Any] = {}
+    step = 0.75 / len(plan.targets)
+    for i, target in enumerate(plan.targets):
+        part = share.between(0.22 + i * step, 0.22 + (i + 1) * step)
+        entries[target.name] = target.compile(graph, writer, progress=part)
+    return entries
 
 
 def _weight_bytes(writer: ArtifactWriter, entries: Mapping[str, Mapping[str, Any]]) -> int:
@@ -318,7 +328,9 @@ def check_model(
     length = _context(source, context)
     graph = trace(source, None)
     attentions = sum(isinstance(op, Attention) for op in graph)
-    graph, records, _ = lower(graph, plan, PassContext(context_length=length))
+    graph, records = lower(graph, plan, PassContext(context_length=length))
+    for target in plan.targets:
+        legalize(graph, target.operations)  # for the op that the target can neither emit nor decompose
     total, largest = 0, 0
     for value in graph.weights.values():
         assert value.weight is not None
@@ -329,10 +341,12 @@ def check_model(
             else num_bytes(value.weight)
         )
         largest = max(largest, num_bytes(value.weight))
-    peak = IMPORTS_BYTES + source.bytes_on_disk + min(largest, CHUNK_BYTES)
+    facts = describe(source)
+    tokenizer = TOKEN_BYTES * int(facts["vocab_size"] or 0)
+    peak = IMPORTS_BYTES + max(tokenizer, min(largest, CHUNK_BYTES))
     notes = tuple(dict.fromkeys(n for r in records for n in r.notes))
     return CheckReport(
-        {**describe(source), "context": length},
+        {**facts, "context": length},
         len(graph.ops),
         attentions or len(graph.facts.get("kv", [])),
         total,

@@ -1,0 +1,54 @@
+"""The driver: what it counts, predicts and refuses, whatever the target."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from llmc.codegen.driver import Plan, check_model, compile_model, count_weights, lower, trace
+from llmc.codegen.null import Null
+from llmc.frontend.source import open_source
+from llmc.ir.errors import InputError, UnsupportedError
+from llmc.passes.base import PassContext
+
+pytest.importorskip("torch")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])  # weights as [K, N] and [N, K]; head untied and tied
+def test_every_scheme_counts_the_same_weights(family: str, tiny_folder: Any) -> None:
+    def count(scheme: str) -> int:
+        plan = Plan.make(["null"], scheme, None, ())
+        return count_weights(lower(trace(open_source(tiny_folder(family)), None), plan, PassContext())[0])
+
+    counted = {scheme: count(scheme) for scheme in ("none", "int8", "int4-g32", "int4-g32-sym")}
+    assert len(set(counted.values())) == 1, counted
+    assert counted["none"] > 50_000
+
+
+def test_predicted_weights_are_those_that_are_written(tiny_folder: Any, tmp_path: Path) -> None:
+    folder = tiny_folder("llama")
+    written = compile_model(folder, tmp_path / "a.llmc", targets=["onnx-cpu"], quant="int8")
+    predicted = check_model(folder, targets=["onnx-cpu"], quant="int8").weight_bytes
+    header = 8192  # names and places of the tensors, which weigh in a tiny model only
+    assert predicted <= written.weight_bytes <= predicted + header
+    assert 8 < written.bits_per_weight < 9.5
+
+
+def test_check_finds_what_a_target_cannot_emit(tiny_folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Null, "operations", Null.operations - {"paged_attention"})
+    with pytest.raises(
+        UnsupportedError, match=r"cannot emit paged_attention \(from model\.layers\.0\.self_attn"
+    ):
+        check_model(tiny_folder("llama"), targets=["null"])
+
+
+def test_a_model_without_a_context_length_needs_one(
+    tiny_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmc.codegen.driver.context_length", lambda _: None)
+    folder = tiny_folder("llama")
+    with pytest.raises(InputError, match=r"does not say how many tokens .*--context"):
+        compile_model(folder, tmp_path / "a.llmc", targets=["null"])
+    artifact = compile_model(folder, tmp_path / "a.llmc", targets=["null"], context=32).artifact
+    assert artifact.model["context_length"] == 32
