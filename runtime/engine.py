@@ -309,7 +309,7 @@ class Engine:
         """Compute one batch; returns what it gave, at most one output a sequence.
 
         A sequence whose logits are broken (NaN) ends with `finish_reason="error"`; the others go on. If
-        anything raises, every request is dropped, so that none is left half advanced, and the error passes on.
+        anything raises, every request is dropped, for none may stay half advanced, and the error passes on.
         """
         try:
             return self._step()
