@@ -32,7 +32,8 @@ def command(artifact: Path, system: str | None, as_json: bool, **options: Any) -
     """Talk with ARTIFACT. The conversation so far goes with each message.
 
     /clear begins anew, /exit (or Ctrl-D) leaves, Ctrl-C stops the answer and not the program. With --json the
-    messages are read from standard input, a line each, and the conversation is printed at its end.
+    messages are read from standard input, a line each, and the conversation is printed at its end; a message
+    that is refused (too long) is no part of it, its error stands among the answers.
     """
     from ..runtime.loader import load
     from .sampling import sampling_params
@@ -97,7 +98,8 @@ class Conversation:
             answer = stream_answer(self._llm, self.messages, self._params, self._write)
         except InputError as error:
             self.messages.pop()
-            note(f"error: {error}")
+            self.answers.append({"error": str(error)})
+            note(f"error: {error}" + ("; /clear begins anew" if len(self.messages) > len(self._first) else ""))
             return None
         self._write("" if answer.text.endswith("\n") else "\n")
         if not self._quiet:

@@ -50,6 +50,7 @@ def llmc() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code. `arguments` are those after the program's name."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    _replace_closed_streams()
     try:
         result: Any = llmc.main(words or ["--help"], prog_name="llmc", standalone_mode=False)
         sys.stdout.flush()
@@ -57,14 +58,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader of our output has gone (`llmc run … | head`): not an error, and Python must not report
         # one when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_stdout()
         return 1
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  (here all of them are reported)
         message, code = explain(error)
         if os.environ.get(DEBUG_VARIABLE):
             traceback.print_exception(error)
-    _report(message, as_json="--json" in words, code=code)
+    try:
+        _report(message, as_json="--json" in words, code=code)
+        sys.stdout.flush()
+    except OSError:  # standard output takes nothing more (a full disk): the line on stderr must do
+        _discard_stdout()
     return code
+
+
+def _replace_closed_streams() -> None:
+    """A stream that was closed before we began (`llmc run … >&-`) is None in Python; commands write to it."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+
+
+def _discard_stdout() -> None:
+    """What is still in stdout's buffer goes nowhere, so that Python's flush at exit does not fail too."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def explain(error: BaseException) -> tuple[str, int]:
@@ -113,11 +130,11 @@ def _bug(error: BaseException) -> str:
 
 def _report(message: str, *, code: int, as_json: bool) -> None:
     line = " ".join(message.split())
+    print(f"error: {line}", file=sys.stderr)
     if as_json:
         import json
 
         print(json.dumps({"error": line, "exit_code": code}))
-    print(f"error: {line}", file=sys.stderr)
 
 
 if __name__ == "__main__":

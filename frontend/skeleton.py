@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 Task = Literal["causal_lm", "encoder"]
 
+_MOST_LAYERS = 4096  # the deepest published models have a few hundred
+
 _PATCHING = threading.Lock()  # the patch below is on a class of torch, visible to every thread
 
 
@@ -88,6 +90,7 @@ def instantiate(config: Any, attn: str = "sdpa") -> torch.nn.Module:
     from transformers.initialization import no_init_weights
 
     cls, task = model_class(config)
+    _check_layers(config, cls.__name__)
     if hasattr(config, "use_cache"):
         config.use_cache = False
     if attn == "sdpa" and not getattr(cls, "_supports_sdpa", True):
@@ -109,6 +112,17 @@ def instantiate(config: Any, attn: str = "sdpa") -> torch.nn.Module:
         ) from error
     model.tie_weights()
     return model.eval()
+
+
+def _check_layers(config: Any, name: str) -> None:
+    """Every layer is a module, and modules take memory even on the meta device."""
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int) and not 0 <= layers <= _MOST_LAYERS:
+        raise InputError(
+            f"{name} cannot be built from its configuration: it asks for {layers} layers; llmc builds up to "
+            f"{_MOST_LAYERS}",
+            remedy="check config.json (or the GGUF metadata) of the model",
+        )
 
 
 @contextmanager

@@ -179,8 +179,9 @@ class AsyncEngine:
         """Hand a command to the engine's thread; the condition is held."""
         self._inbox.append(command)
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="llmc-engine", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name="llmc-engine", daemon=True)
+            thread.start()  # fails where the process may have no more threads
+            self._thread = thread
         self._changed.notify_all()
 
     # The engine's thread ---------------------------------------------------------------------------------

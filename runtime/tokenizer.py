@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer as _Tokenizer
 
-from ..ir.errors import ArtifactError
+from ..ir.errors import ArtifactError, InputError
 
 
 class Tokenizer:
@@ -35,7 +35,17 @@ class Tokenizer:
         return self._inner.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Ids of a text. `add_special_tokens=False` for a rendered chat template, which wrote its own."""
+        """Ids of a text. `add_special_tokens=False` for a rendered chat template, which wrote its own.
+
+        Raises InputError for lone surrogates, which Python makes of bytes on the command line or on standard
+        input that are not UTF-8.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"the text is not valid Unicode (character {error.start + 1})", remedy="give it as UTF-8"
+            ) from None
         return self._inner.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:

@@ -7,6 +7,7 @@ import importlib.metadata
 import io
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -145,6 +146,25 @@ def test_a_closed_pipe_is_no_error() -> None:
     )
     os.close(writing)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.parametrize("json_flag", [[], ["--json"]])
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_behind_stdout_is_one_line(json_flag: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "llmc.cli.main", "targets", *json_flag],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert (done.returncode, done.stderr) == (1, "error: no space left on device\n")
+
+
+def test_streams_closed_from_the_start_are_no_error() -> None:
+    words = f"{shlex.quote(sys.executable)} -m llmc.cli.main targets"
+    done = subprocess.run(f"{words} <&- >&-", shell=True, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_doctor_reports_this_machine(capsys: Capture) -> None:
@@ -313,6 +333,7 @@ def test_run_streams_text_and_says_its_speed(capsys: Capture, artifact: Path) ->
         (["--stop", ""], "stop"),
         (["--target", "onnx-cpu"], "not compiled for target 'onnx-cpu'"),
         (["--context", "100000"], "context is 100000"),
+        (["--threads", "1000000"], "threads is 1000000; allowed: 1 to"),
         (["--temperature", "warm"], "'warm' is not a valid float"),
     ],
 )
@@ -361,7 +382,32 @@ def test_chat_goes_on_after_a_message_that_does_not_fit(
     code, out, err = run(capsys, "chat", str(artifact), "--max-tokens", "4", "--json")
     assert code == 0
     assert "context_length_exceeded" in err
-    assert [message["content"] for message in json.loads(out)["messages"]][:1] == ["Hi"]
+    found = json.loads(out)
+    assert [message["content"] for message in found["messages"]][:1] == ["Hi"]
+    assert "context_length_exceeded" in found["answers"][0]["error"]
+    assert found["answers"][1]["generated_tokens"] == 4
+
+
+def test_chat_that_fills_the_context_says_how_to_go_on(
+    capsys: Capture, artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hi\n" + "word " * 500 + "\n"))
+    code, _, err = run(capsys, "chat", str(artifact), "--max-tokens", "4")
+    assert code == 0
+    assert "context_length_exceeded" in err
+    assert err.splitlines()[-1].endswith("; /clear begins anew")
+
+
+def test_bytes_that_are_no_text_are_named(
+    capsys: Capture, artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, err = run(capsys, "run", str(artifact), b"a\xff".decode(errors="surrogateescape"))
+    assert (code, out) == (2, "")
+    assert "not valid Unicode" in err.splitlines()[-1]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\udcff\nHi\n"))
+    found = run_json(capsys, "chat", str(artifact), "--max-tokens", "2")
+    assert "not valid Unicode" in found["answers"][0]["error"]
+    assert found["messages"][0]["content"] == "Hi"
 
 
 def test_stopping_an_answer_keeps_what_was_said(artifact: Path) -> None:

@@ -41,6 +41,9 @@ class TvmCpu(Target):
         metadata={"help": f"instruction-set levels, joined by +: {', '.join(LEVELS)}"},
     )
 
+    def __post_init__(self) -> None:
+        self.levels()  # a level that does not exist is refused before the model is opened
+
     def levels(self) -> tuple[str, ...]:
         """The levels asked for, in the order of `LEVELS`. Raises InputError for an unknown one."""
         asked = self.isa.split("+")

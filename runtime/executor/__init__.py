@@ -22,6 +22,8 @@ _log = logging.getLogger("llmc.runtime")
 # Target → module of this package, in the order of preference where an artifact holds several.
 _MODULES = {"tvm-cpu": "tvm", "onnx-cpu": "onnx", "null": "null"}
 
+_MOST_THREADS = 1024  # kernels gain nothing beyond the cores, and a process may not have any number
+
 
 def choose_target(available: Sequence[str], wanted: str | None = None) -> str:
     """The target to run: `wanted`, or the first of our order of preference that the artifact has.
@@ -71,6 +73,8 @@ def open_executor(
     `target`: name, or None for the best one present. `threads`: None for one a physical core. `isa`: None for
     the best that this CPU runs. Raises ArtifactError or InputError where nothing of the artifact runs here.
     """
+    if threads is not None and not 1 <= threads <= _MOST_THREADS:
+        raise InputError(f"threads is {threads}", remedy=f"allowed: 1 to {_MOST_THREADS}")
     name = choose_target(artifact.targets, target)
     level = choose_isa(artifact.target(name).get("kernels", []), isa)
     module = importlib.import_module(f".{_MODULES[name]}", __name__)
