@@ -195,6 +195,12 @@ def _reason(context: PassContext) -> str:
     return f" ({refused[-1].partition(': ')[2]})" if refused else ""
 
 
+def _candidates(graph: Graph) -> str:
+    """Where a softmax stands that no rule took for attention's."""
+    where = next((op.loc for op in graph if isinstance(op, m.Softmax) and op.loc), "")
+    return f" (no rule fits the softmax in {where})" if where else ""
+
+
 @dataclass(frozen=True)
 class PageKvCache(Pass):
     """Turn the whole-sequence graph into the ragged paged step (see the module's text).
@@ -210,8 +216,9 @@ class PageKvCache(Pass):
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         attentions = [op for op in graph if isinstance(op, Attention)]
         if not attentions:
+            why = _reason(context) or _candidates(graph)
             raise UnsupportedError(
-                f"{graph.name} holds no attention that was recognised{_reason(context)}",
+                f"{graph.name} holds no attention that was recognised{why}",
                 remedy="report the model",
             )
         inputs = _replace_inputs(graph)
