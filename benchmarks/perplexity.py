@@ -1,6 +1,6 @@
 """Perplexity of unquantized artifacts on WikiText-2, beside transformers in float32.
 
-    python -m benchmarks.perplexity [--model smollm2] [--target tvm-cpu] [--windows 8] [--quant none] [-o FILE]
+    python -m benchmarks.perplexity [--model M] [--target T] [--windows 8] [--quant none] [-o FILE]
 
 Both see the same tokens in the same windows; `llmc eval --help` defines them. The bar is 0.1 % for `--quant
 none`.
