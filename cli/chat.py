@@ -99,7 +99,8 @@ class Conversation:
         except InputError as error:
             self.messages.pop()
             self.answers.append({"error": str(error)})
-            note(f"error: {error}" + ("; /clear begins anew" if len(self.messages) > len(self._first) else ""))
+            way_out = "; /clear begins anew" if len(self.messages) > len(self._first) else ""
+            note(f"error: {error}{way_out}")
             return None
         self._write("" if answer.text.endswith("\n") else "\n")
         if not self._quiet:

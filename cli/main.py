@@ -76,7 +76,7 @@ def _replace_closed_streams() -> None:
     """A stream that was closed before we began (`llmc run … >&-`) is None in Python; commands write to it."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  (open to the end)
 
 
 def _discard_stdout() -> None:

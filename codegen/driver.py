@@ -235,15 +235,15 @@ def compile_model(
     until then.
     """
     plan = Plan.make(targets, quant, kv_dtype, passes)
-    progress("open", 0.0)
-    source = open_source(model)
-    length = _context(source, context)
-    progress("trace", 0.02)
-    graph = trace(source, example_inputs)
-    share = _Share(progress)
-    folder = Path(dump_ir) if dump_ir is not None else None
-    graph, records = lower(graph, plan, PassContext(share.between(0.10, 0.20), length), folder)
-    with ArtifactWriter(output) as writer:
+    with ArtifactWriter(output) as writer:  # first: a name that cannot be written costs no tracing
+        progress("open", 0.0)
+        source = open_source(model)
+        length = _context(source, context)
+        progress("trace", 0.02)
+        graph = trace(source, example_inputs)
+        share = _Share(progress)
+        folder = Path(dump_ir) if dump_ir is not None else None
+        graph, records = lower(graph, plan, PassContext(share.between(0.10, 0.20), length), folder)
         manifest = _manifest(source, graph, plan, length)
         if graph.facts["kind"] != "function":
             progress("tokenizer", 0.20)

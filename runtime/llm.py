@@ -188,14 +188,20 @@ class LLM:
         return self.template.render(messages, **variables)
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt in any of its forms. Raises InputError for an empty one."""
+        """Token ids of a prompt in any of its forms. Raises InputError for an empty one, or none of them."""
         if isinstance(prompt, str):
             ids = self.encode(prompt)
-        elif len(prompt) and isinstance(prompt[0], Mapping):
-            text = self.chat_prompt([m for m in prompt if isinstance(m, Mapping)])
-            ids = self.encode(text, add_special_tokens=False)
+        elif not isinstance(prompt, Sequence | np.ndarray):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InputError(
+                f"the prompt is of type {type(prompt).__name__}", remedy="give a text, messages, or token ids"
+            )
         else:
+            messages = [m for m in prompt if isinstance(m, Mapping)]
             ids = [i for i in prompt if not isinstance(i, Mapping)]
+            if messages and ids:
+                raise InputError("the prompt mixes messages with other things", remedy="give messages alone")
+            if messages:
+                ids = self.encode(self.chat_prompt(messages), add_special_tokens=False)
         if not ids:
             raise InputError("the prompt is empty", remedy="give at least one token")
         return ids

@@ -66,9 +66,10 @@ def test_compile_overwrites_artifacts_only(capsys: Capture, tmp_path: Path, tiny
     precious = tmp_path / "documents"
     precious.mkdir()
     (precious / "novel.txt").write_text("It was a dark and stormy night.")
-    code, _, err = run(capsys, "compile", tiny_folder("llama"), "-o", precious, "--target", "null")
-    assert code == 2
-    assert "exists and is not an artifact" in err
+    for model in (tiny_folder("llama"), "/nowhere"):  # asked before the model is opened
+        code, _, err = run(capsys, "compile", model, "-o", precious, "--target", "null")
+        assert code == 2
+        assert "exists and is not an artifact" in err
     assert (precious / "novel.txt").exists()
 
 
@@ -98,3 +99,19 @@ def test_check_names_what_is_wrong(capsys: Capture, tmp_path: Path) -> None:
     code, _, err = run(capsys, "check", tmp_path / "absent", "--target", "null")
     assert code == 2
     assert "does not exist" in err
+    code, _, err = run(capsys, "check", tmp_path / "absent", "--target", "tvm-cpu:isa=sse9")
+    assert code == 2
+    assert "no instruction-set level 'sse9'" in err
+
+
+@pytest.mark.parametrize("layers", [10**9, -1])
+def test_absurd_layer_counts_are_refused_before_anything_is_built(
+    layers: int, capsys: Capture, tmp_path: Path, tiny_folder: Any
+) -> None:
+    config = json.loads((tiny_folder("llama") / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
+    for name in ("layer_types",):  # one entry a layer: transformers would compare its length
+        assert name not in config or config[name] is None
+    code, out, err = run(capsys, "check", tmp_path, "--target", "null")
+    assert (code, out) == (2, "")
+    assert f"asks for {layers} layers" in err

@@ -168,6 +168,20 @@ def test_generate_takes_text_ids_and_messages():
                 llm.generate(empty)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        (None, "the prompt is of type NoneType"),
+        (5, "the prompt is of type int"),
+        ([], "the prompt is empty"),
+        ([{"role": "user", "content": "Hi"}, "and more"], "the prompt mixes messages with other things"),
+    ],
+)
+def test_prompts_that_are_none_are_refused(prompt: Any, said: str):
+    with fake_llm() as llm, pytest.raises(InputError, match=said):
+        llm.generate(prompt)
+
+
 def test_streams_give_what_generate_gives():
     async def collect(llm: LLM) -> str:
         return "".join([output.text async for output in llm.astream("hello", max_tokens=40)])
