@@ -203,6 +203,11 @@ class _Linker:
             if section.flags & (_WRITE | _EXEC) == flags and section.zero_filled == zero_filled
         ]
 
+    def copy_sections(self, image: bytearray) -> None:
+        for obj in self.objects:
+            for section in obj.sections:
+                image[section.address : section.address + len(section.data)] = section.data
+
     # -- addresses -----------------------------------------------------------------------------------------
     def relocate(self, image: bytearray) -> None:
         """Fill in every address; what only the loader knows goes to `dynamic_relocations`."""
@@ -243,6 +248,20 @@ class _Linker:
             raise _fail(f"relocation {kind} against {symbol.name} is not supported")
         struct.pack_into("<q" if kind == _R_PC64 else "<i", image, place, value + addend - place)
 
+    @property
+    def relocation_count(self) -> int:
+        """How many `dynamic_relocations` there will be: room is made for them before addresses are known."""
+        absolute = sum(
+            kind == _R_64 for obj in self.objects for s in obj.sections for _, kind, _, _ in s.relocations
+        )
+        return len(self.got) + absolute
+
+    def write_relocations(self, image: bytearray, at: int) -> None:
+        """The loader's table; relative ones first, in the order of their places."""
+        entries = sorted(self.dynamic_relocations, key=lambda e: (e[1] != _R_RELATIVE, e[0]))
+        for i, entry in enumerate(entries):
+            _RELOCATION.pack_into(image, at + i * _RELOCATION.size, *entry)
+
     got_address = 0
     stub_address = 0
 
@@ -254,6 +273,16 @@ def _address(symbol: _Symbol) -> int:
 
 def _up(value: int, alignment: int) -> int:
     return -(-value // alignment) * alignment
+
+
+def _string_table(names: Sequence[str]) -> tuple[bytes, dict[str, int]]:
+    """Names one after the other, the first of which is empty, and where each begins."""
+    table = b"\0"
+    offsets = {"": 0}
+    for name in names:
+        offsets[name] = len(table)
+        table += name.encode() + b"\0"
+    return table, offsets
 
 
 def _hash(name: str) -> int:
@@ -284,15 +313,9 @@ def link(objects: Sequence[bytes]) -> bytes:
     linker = _Linker([_parse(data) for data in objects])
     linker.resolve()
     names = ["", *linker.imports, *linker.exports]
-    strings = b"\0"
-    offsets: dict[str, int] = {"": 0}
-    for name in (*names[1:], *NEEDED):
-        offsets[name] = len(strings)
-        strings += name.encode() + b"\0"
+    strings, offsets = _string_table((*names[1:], *NEEDED))
     hashes = _hash_table(names)
-    relocation_count = len(linker.got) + sum(
-        kind == _R_64 for obj in linker.objects for s in obj.sections for _, kind, _, _ in s.relocations
-    )
+    relocation_count = linker.relocation_count
     # Read-only: tables of the loader and constants. Then code. Then what the loader fills in. Then data.
     symbols_at = _up(_HEADER.size + 7 * _PROGRAM.size, 64)
     hashes_at = symbols_at + _SYMBOL.size * len(names)
@@ -310,17 +333,14 @@ def link(objects: Sequence[bytes]) -> bytes:
     memory_end = linker.place(linker.of_kind(_WRITE, zero_filled=True), data_end)
 
     image = bytearray(data_end)
-    for obj in linker.objects:
-        for section in obj.sections:
-            image[section.address : section.address + len(section.data)] = section.data
+    linker.copy_sections(image)
     linker.relocate(image)
     assert len(linker.dynamic_relocations) == relocation_count
     for i, name in enumerate(names[1:], 1):
         image[symbols_at + i * 24 : symbols_at + i * 24 + 24] = _dynamic_symbol(linker, name, offsets[name])
     image[hashes_at : hashes_at + len(hashes)] = hashes
     image[strings_at : strings_at + len(strings)] = strings
-    for i, entry in enumerate(sorted(linker.dynamic_relocations, key=lambda e: (e[1] != _R_RELATIVE, e[0]))):
-        _RELOCATION.pack_into(image, relocations_at + i * _RELOCATION.size, *entry)
+    linker.write_relocations(image, relocations_at)
     tags = [(1, offsets[name]) for name in NEEDED]
     tags += [(4, hashes_at), (5, strings_at), (6, symbols_at), (10, len(strings)), (11, _SYMBOL.size)]
     tags += [(7, relocations_at), (8, _RELOCATION.size * relocation_count), (9, _RELOCATION.size)]
