@@ -216,71 +216,57 @@ def _is_view(node: Any) -> bool:
     return any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
 
 
-class _Placeholders:
-    """What an exported program's placeholders stand for: inputs, parameters, buffers, constants.
-
-    Tied parameters are one weight: the data object says which are.
-    """
-
-    def __init__(self, program: Any, graph: Graph, weights: Mapping[str, LazyTensor], prefix: str) -> None:
-        signature = program.graph_signature
-        self.graph = graph
-        self.prefix = prefix
-        self.weights = {**weights, **_constants(program, graph.name)}
-        self.names: dict[str, str] = {
-            **signature.inputs_to_parameters,
-            **signature.inputs_to_buffers,
-            **signature.inputs_to_lifted_tensor_constants,
-        }
-        self.known: dict[int, Value] = {}
-
-    def weight(self, node: Any, expected: Shape) -> Value:
-        name = self.names[node.name].removeprefix(self.prefix)
-        data = _fitting(self.weights, name, expected)
-        if id(data) not in self.known:
-            self.known[id(data)] = self.graph.add_weight(name, data)
-        return self.known[id(data)]
-
-    def input(self, node: Any, label: str, importer: Importer) -> Value:
-        if not label or not hasattr(node.meta.get("val"), "dtype"):
-            raise InputError(
-                f"{self.graph.name}: input {label or node.name} is no tensor of its own",
-                remedy="give example inputs that are tensors, one a parameter",
-            )
-        return self.graph.add_input(label, TensorType(importer.result_dtype(), importer.result_shape()))
-
-
 def _import_program(
     program: Any, graph: Graph, inputs: Sequence[str], weights: Mapping[str, LazyTensor], prefix: str
 ) -> None:
-    """Fill `graph` from an ExportedProgram; `weights` by names of parameters and buffers."""
+    """Fill `graph` from an ExportedProgram; `weights` by names of parameters and buffers. Tied parameters are
+    one weight: the data object says which are.
+    """
     signature = program.graph_signature
     changed = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
     if changed:
         raise UnsupportedError(
             f"{graph.name} changes {changed[0]} while it runs", remedy="a compiled function keeps no state"
         )
+    weights = {**weights, **_constants(program, graph.name)}
+    held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    held |= signature.inputs_to_lifted_tensor_constants
     importer = Importer(graph, {})
-    placeholders = _Placeholders(program, graph, weights, prefix)
+    known: dict[int, Value] = {}
     names = iter(inputs)
     for node in program.graph.nodes:
         importer.node = node
         if node.op == "call_function":
             importer.run_node(node)
         elif node.op == "output":
-            graph.outputs = _returned(importer, node, graph.name)
+            graph.outputs = _returned(importer, node)
         elif node.op != "placeholder":
             raise UnsupportedError(f"the exported program holds a {node.op} node", remedy="report the model")
-        elif node.name not in placeholders.names:
-            importer.values[node] = placeholders.input(node, next(names, ""), importer)
+        elif node.name not in held:
+            importer.values[node] = _input(importer, node, next(names, ""))
         elif node.users:
-            importer.values[node] = placeholders.weight(node, importer.result_shape())
+            name = held[node.name].removeprefix(prefix)
+            data = _fitting(weights, name, importer.result_shape())
+            if id(data) not in known:
+                known[id(data)] = graph.add_weight(name, data)
+            importer.values[node] = known[id(data)]
 
 
-def _returned(importer: Importer, node: Any, name: str) -> list[Value]:
+def _input(importer: Importer, node: Any, label: str) -> Value:
+    if not label or not hasattr(node.meta.get("val"), "dtype"):
+        raise InputError(
+            f"{importer.graph.name}: input {label or node.name} is no tensor of its own",
+            remedy="give example inputs that are tensors, one a parameter",
+        )
+    return importer.graph.add_input(label, TensorType(importer.result_dtype(), importer.result_shape()))
+
+
+def _returned(importer: Importer, node: Any) -> list[Value]:
     flat = [n for n in node.args[0] if n is not None]
     if not flat or any(n not in importer.values for n in flat):
-        raise UnsupportedError(f"{name} returns something that is no tensor", remedy="return tensors only")
+        raise UnsupportedError(
+            f"{importer.graph.name} returns something that is no tensor", remedy="return tensors only"
+        )
     return [importer.values[n] for n in flat]
 
 
