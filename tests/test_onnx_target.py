@@ -103,6 +103,18 @@ FLOAT_BINARY = ["add", "sub", "mul", "div", "maximum", "minimum", "floor_divide"
 COMPARE = ["less", "less_equal", "greater", "greater_equal", "equal", "not_equal"]
 
 
+def test_an_operation_that_the_target_lacks_is_decomposed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmc.codegen.onnx.lower import EMITTERS
+
+    monkeypatch.setattr(OnnxCpu, "operations", OnnxCpu.operations - {"silu", "expand"})
+    monkeypatch.delitem(EMITTERS, "silu")
+    check(function({"x": f32(T, 3)}, lambda g, x: math.Silu(x)), tmp_path / "a", {"x": normal(4, 3)}, 1e-6)
+    with pytest.raises(UnsupportedError, match="cannot emit expand"):
+        build(function({"x": f32(1, 3)}, lambda g, x: shape.Expand(x, (5, 3))), tmp_path / "b")
+
+
 def test_every_declared_operation_has_an_emitter() -> None:
     from llmc.codegen.onnx.lower import OPERATIONS
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...ir.errors import InputError
+from ..legalize import legalize
 from ..target import Progress, Target
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class OnnxCpu(Target):
         if self.accuracy_level not in (0, 1, 4):
             raise InputError(f"onnx-cpu: accuracy_level={self.accuracy_level}", remedy="use 4 or 1")
         progress("onnx-cpu: model", 0.0)
-        lowered = lower(graph, accuracy_level=self.accuracy_level)
+        lowered = lower(legalize(graph, self.operations), accuracy_level=self.accuracy_level)
         model = f"targets/{self.name}/model.onnx"
         entry: dict[str, Any] = {
             "options": self.options(),
