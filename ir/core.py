@@ -67,7 +67,6 @@ class Op:
     opname: ClassVar[str] = ""
     operand_fields: ClassVar[tuple[OperandField, ...]] = ()
     attribute_fields: ClassVar[tuple[str, ...]] = ()
-    has_effects: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.operands: list[Value] = []
@@ -271,15 +270,13 @@ class Graph:
             self.retype(op)
 
     def drop_dead(self) -> int:
-        """Erase ops without effects whose results are unused, and weights that nobody reads; how many ops
-        went.
-        """
+        """Erase ops whose results are unused, and weights that nobody reads; how many ops went."""
         used = {id(v) for v in self.outputs}
         count = 0
         op = self._last
         while op is not None:
             previous = op.prev
-            if not op.has_effects and not any(r.uses or id(r) in used for r in op.results):
+            if not any(r.uses or id(r) in used for r in op.results):
                 self.erase(op)
                 count += 1
             op = previous

@@ -39,6 +39,8 @@ def run_passes(
     records: list[PassRecord] = []
     if dump_ir is not None:
         dump_ir.mkdir(parents=True, exist_ok=True)
+        for old in dump_ir.glob("[0-9][0-9]-*.txt"):  # of an earlier, longer pipeline
+            old.unlink()
         (dump_ir / "00-traced.txt").write_text(print_graph(graph), encoding="utf-8")
     for number, p in enumerate(passes, 1):
         started = time.perf_counter()

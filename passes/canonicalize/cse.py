@@ -8,22 +8,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...ir.core import Graph
+from ...ir.core import Graph, Op
 from ..base import Pass, PassContext, PassResult
 
 
 @dataclass(frozen=True)
 class MergeEqual(Pass):
-    """Common subexpression elimination over the whole graph; ops with effects stay."""
+    """Common subexpression elimination over the whole graph: no op has effects, `append_kv` returns its
+    pages.
+    """
 
     name = "merge-equal"
 
     def run(self, graph: Graph, context: PassContext) -> PassResult:
-        seen: dict[object, object] = {}
+        seen: dict[object, Op] = {}
         count = 0
         for op in graph.ops:
-            if op.has_effects:
-                continue
             key = (
                 op.opname,
                 tuple(id(v) for v in op.operands),
@@ -32,7 +32,7 @@ class MergeEqual(Pass):
             )
             first = seen.setdefault(key, op)
             if first is not op:
-                graph.replace(op, first.results)  # type: ignore[attr-defined]
+                graph.replace(op, first.results)
                 count += 1
         return PassResult(graph, count > 0)
 
