@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -262,6 +263,33 @@ def test_a_worker_ends_with_the_compilation(tmp_path: Path) -> None:
         assert process.poll() is None
     assert process.poll() is not None
     assert not (tmp_path / "x.so").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc here")
+@pytest.mark.parametrize("seconds", [0.0, 1.5])
+def test_a_worker_ends_where_its_compilation_is_killed(seconds: float, tmp_path: Path) -> None:
+    o = Ops()
+    o.out("sum", m.Add(o.a, o.b))
+    script = f"""
+import time
+from llmc.codegen.tvm.worker import Compilation
+print(Compilation({print_graph(o.graph)!r}, {ISA!r}, {str(tmp_path / "x.so")!r})._process.pid, flush=True)
+time.sleep(600)
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
+        try:
+            assert parent.stdout is not None
+            worker = Path("/proc", parent.stdout.readline().strip(), "stat")
+            assert worker.exists()
+            time.sleep(seconds)
+            existed = (tmp_path / "x.so").exists()
+        finally:
+            parent.kill()
+    deadline = time.monotonic() + 60
+    while worker.exists() and worker.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert (tmp_path / "x.so").exists() == existed, "the worker went on"
 
 
 def test_instances_that_the_kernels_do_not_take() -> None:

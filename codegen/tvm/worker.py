@@ -1,5 +1,5 @@
-"""Compiles one kernel library in a process of its own: `python -m llmc.codegen.tvm.worker ISA OUT`, graph
-text on stdin.
+"""Compiles one kernel library in a process of its own: `python -m llmc.codegen.tvm.worker ISA OUT PARENT`,
+graph text on stdin; PARENT is the id of the process that waits for it.
 
 A process of its own because LLVM ends the process where an instruction cannot be selected, which must become
 an error; because TVM's memory must not add to torch's; and because a graph is text, which passes without
@@ -9,8 +9,11 @@ remedy.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,6 +22,8 @@ from typing import IO, Any
 
 from ...ir import errors
 from ...ir.errors import CompileError, LlmcError
+
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 class Compilation:
@@ -33,7 +38,7 @@ class Compilation:
             given.write(graph_text.encode())
             given.seek(0)
             # -P: a folder named like one of ours in the current directory must not be imported.
-            command = [sys.executable, "-P", "-m", __name__, isa, str(out)]
+            command = [sys.executable, "-P", "-m", __name__, isa, str(out), str(os.getpid())]
             self._process = subprocess.Popen(command, stdin=given, stdout=self._output, stderr=self._said)
 
     def __enter__(self) -> Compilation:
@@ -76,8 +81,19 @@ def _raise_again(text: str) -> None:
     raise kind(message, remedy=remedy)
 
 
+def _end_with(parent: int) -> None:
+    """End where `parent` does, however it ends: after a `kill -9` the next compilation clears the folder and
+    fills it, and no earlier worker may write into it then.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    if os.getppid() != parent:  # it ended before the kernel was asked
+        sys.exit(1)
+
+
 def main(arguments: list[str]) -> int:
-    isa, out = arguments
+    isa, out, parent = arguments
+    _end_with(int(parent))
     # tvm_ffi imports torch where it is installed, for tensors that this process never sees. It is our own
     # process.
     sys.modules["torch"] = None  # type: ignore[assignment]
