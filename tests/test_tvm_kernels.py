@@ -114,14 +114,14 @@ def test_quantized_layout_is_undone_and_may_be_packed_in_chunks(case: Any) -> No
 @levels
 def test_quantize_activation_rounds_to_even_exactly(k: int, group: int, rows: int, isa: str) -> None:
     x = normal(rows, k) * np.float32(3)
-    x[0, -1] = 127 * 2  # a scale of 2: odd elements below lie halfway between integers
-    x[0, : k - 1] = np.clip(np.arange(k - 1) - k // 2, -253, 253)
+    x[0] = np.clip(np.arange(k) - k // 2, -253, 253)
+    x[0, ::group] = 127 * 2  # a scale of 2 in every group: odd elements lie halfway between integers
     x[-1] = 0 if rows > 1 else x[-1]
     layout = QuantLayout(1, k, 8, group)
     outputs = (
         np.full((rows, layout.k_padded), 99, np.int8),
         np.full((rows, layout.groups), 99, np.int32),
-        blank(rows),
+        blank(rows, layout.groups),
     )
     got = call(make_quantize_activation, isa, {"k": k, "group_size": group}, x, *outputs, outputs=3)
     for actual, expected in zip(got, reference_quantize_activation(x, group), strict=True):
@@ -132,9 +132,10 @@ def test_quantize_activation_rounds_to_even_exactly(k: int, group: int, rows: in
 def test_quantize_activation_survives_what_is_no_number(isa: str) -> None:
     x = normal(4, 40)
     x[1, 35], x[2, 3], x[3] = np.nan, np.inf, 1e-42
-    outputs = (np.zeros((4, 48), np.int8), np.zeros((4, 3), np.int32), blank(4))
+    outputs = (np.zeros((4, 48), np.int8), np.zeros((4, 3), np.int32), blank(4, 3))
     a, sums, scale = call(make_quantize_activation, isa, {"k": 40, "group_size": 16}, x, *outputs, outputs=3)
-    assert np.isnan(scale[1]) and np.isinf(scale[2]) and np.isfinite(scale[[0, 3]]).all()
+    assert np.isnan(scale[1, 2]) and np.isinf(scale[2, 0]) and np.isfinite(scale[[0, 3]]).all()
+    assert np.isfinite(scale[1, :2]).all() and np.isfinite(scale[2, 1:]).all()
     assert np.array_equal(a.reshape(4, 3, 16).sum(2, dtype=np.int32), sums)
 
 
@@ -180,7 +181,7 @@ def test_the_largest_products_saturate_nowhere(bits: int, sign: int, isa: str) -
     n, k, top = 16, 128, (1 << bits) - 1
     layout = QuantLayout(n, k, bits, 64)
     a = np.full((1, k), sign * 127, np.int8)
-    sums, one = np.full((1, 2), sign * 127 * 64, np.int32), np.ones(1, np.float32)
+    sums, one = np.full((1, 2), sign * 127 * 64, np.int32), np.ones((1, 2), np.float32)
     weight, scale = layout.pack(np.full((n, k), top, np.uint8)), np.ones(layout.scale_shape, np.float16)
     parameters = {"n": n, "k": k, "bits": bits, "group_size": 64, "zero_point": False}
     out = call(make_quantized_linear, isa, parameters, a, sums, one, weight, scale, blank(1, n))

@@ -154,7 +154,7 @@ def _quantized_linear(low: Lowering, op: Any, residual: Value | None) -> Any:
 
 
 def _quantized_activation(low: Lowering, x: Value, layout: Any) -> list[Any]:
-    """x quantized per token to int8; ops that read the same x by the same groups share it."""
+    """x quantized per token and group to int8; ops that read the same x by the same groups share it."""
     key = ("quantized", x, layout.k, layout.group_size)
     if key not in low.shared:
         rows: Dim = 1
@@ -164,7 +164,7 @@ def _quantized_activation(low: Lowering, x: Value, layout: Any) -> list[Any]:
         out = [
             low.tensor([t, layout.k_padded], "int8"),
             low.tensor([t, layout.groups], "int32"),
-            low.tensor([t], "float32"),
+            low.tensor([t, layout.groups], "float32"),
         ]
         static = {"k": layout.k, "group_size": layout.group_size}
         parts = low.kernel(

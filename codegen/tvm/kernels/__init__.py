@@ -12,7 +12,7 @@ Shapes of weights come from `layout`: `packed_shape(n, k)` and `QuantLayout(n, k
     make_linear(n, k, bias, residual, weight_dtype)
         x [T, K], weight packed_shape(n, k), (bias [N]), (residual [T, N]) → out [T, N]
     make_quantize_activation(k, group_size)
-        x [T, K] → a int8 [T, L.k_padded], sums int32 [T, L.groups], a_scale [T]
+        x [T, K] → a int8 [T, L.k_padded], sums int32 [T, L.groups], a_scale [T, L.groups]
     make_quantized_linear(n, k, bits, group_size, zero_point, bias, residual)
         a, sums, a_scale, weight uint8 L.weight_shape, scale float16 L.scale_shape,
         (zero_point uint8 L.scale_shape), (bias [N]), (residual [T, N]) → out [T, N]

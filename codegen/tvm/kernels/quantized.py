@@ -1,10 +1,10 @@
-"""`quantized_linear`: activations quantized to int8 per token, weights of 4 or 8 bits, integer dot products
-by groups.
+"""`quantized_linear`: activations quantized to int8 per token and group, weights of 4 or 8 bits, integer dot
+products by groups.
 
 A row's result is, for each output n and with groups g in order:
 
-    acc = 0;  acc = fma(scale[n, g], float(Σ_k a[k] · q[n, k] - zero_point[n, g] · Σ_k a[k]), acc);  out = acc
-    · a_scale
+    acc = 0
+    acc = fma(scale[n, g] · a_scale[g], float(Σ_k a[k] · q[n, k] - zero_point[n, g] · Σ_k a[k]), acc)
 
 The sums are exact integers, so that the bits of a row depend neither on the number of rows nor on the level
 (but for the rounding of the multiply-add where a level has no fused one).
@@ -191,9 +191,9 @@ def _multiply(ops: _Operands, row: Expr, rows: int, panel: _Packed, narrow: bool
                 add(ops, row, panel, (g, s * unit), unit, total)
         _finish_group(ops, row, panel, g, total, acc)
     for t in range(rows):
-        factor = let(splat(ops.a_scale[row + t]))
         for c in range(count):
-            _store(ops, row + t, panel.first + c, vec(acc[t][c], 0), factor)
+            value = let(vec(acc[t][c], 0))
+            store_block(value, ops.out, row + t, panel.first + c, lay.n, ops.bias, ops.residual)
 
 
 def _start(ops: _Operands, row: Expr, rows: int, count: int, group: Expr) -> list[list[Buffer]]:
@@ -216,6 +216,7 @@ def _finish_group(
     zero = [let(panel.zero(group, c)) for c in range(panel.count)] if ops.zero_point is not None else None
     for t, row_total in enumerate(total):
         sum_ = splat(ops.sums[row + t, group])
+        factor = let(splat(ops.a_scale[row + t, group]))
         if zero is not None and ops.float_correction:
             sum_ = let(T.Cast("float32x16", sum_))
         for c, cell in enumerate(row_total):
@@ -224,14 +225,10 @@ def _finish_group(
                 value = fma(zero[c], sum_, value)
             elif zero is not None:
                 value = T.Cast("float32x16", vec(cell, 0) + zero[c] * sum_)
-            put(acc[t][c], fma(scale[c], value, vec(acc[t][c], 0)), 0)
-
-
-def _store(ops: _Operands, row: Expr, block: Expr, value: Expr, factor: Expr) -> None:
-    """Write 16 outputs: acc · a_scale, then bias and residual."""
-    # The product and what is added are rounded separately: written as one expression, LLVM might fuse them in
-    # one tile and not in another. A fused multiply-add with 0 is a rounded product that nothing fuses with.
-    store_block(let(fma(value, factor, f32s(0))), ops.out, row, block, ops.layout.n, ops.bias, ops.residual)
+            # A fused multiply-add with 0 is a rounded product that nothing fuses with: LLVM might fuse
+            # `a * b` in one tile and not in another.
+            both = let(fma(scale[c], factor, f32s(0)))
+            put(acc[t][c], fma(both, value, vec(acc[t][c], 0)), 0)
 
 
 def make_quantized_linear(
@@ -245,12 +242,12 @@ def make_quantized_linear(
     residual: bool = False,
     isa: str,
 ) -> Any:
-    """out = a_scale · Σ_g scale · (a · q - zero_point · sums) (+ bias) (+ residual).
+    """out = Σ_g a_scale · scale · (a · q - zero_point · sums) (+ bias) (+ residual).
 
     With L = QuantLayout(n, k, bits, group_size): a int8 [T, L.k_padded], sums int32 [T, L.groups] and a_scale
-    float32 [T] from `quantize_activation`; weight uint8 L.weight_shape; scale float16 L.scale_shape;
-    zero_point uint8 L.scale_shape, or absent and 2^(bits-1); bias float32 [n]; residual and out float32 [T,
-    n].
+    float32 [T, L.groups] from `quantize_activation`; weight uint8 L.weight_shape; scale float16
+    L.scale_shape; zero_point uint8 L.scale_shape, or absent and 2^(bits-1); bias float32 [n]; residual and
+    out float32 [T, n].
     """
     kernel = Kernel("quantized_linear", isa)
     lay = QuantLayout(n, k, bits, group_size)
@@ -262,7 +259,7 @@ def make_quantized_linear(
             lay,
             kernel.argument("a", (tokens, lay.k_padded), "int8"),
             kernel.argument("sums", (tokens, lay.groups), "int32"),
-            kernel.argument("a_scale", (tokens,), "float32"),
+            kernel.argument("a_scale", (tokens, lay.groups), "float32"),
             kernel.argument("weight", lay.weight_shape, "uint8"),
             kernel.argument("scale", lay.scale_shape, "float16"),
             kernel.argument("zero_point", lay.scale_shape, "uint8") if zero_point else None,
@@ -308,5 +305,6 @@ def reference_quantized_linear(
         columns = q[:, g * layout.real_group : (g + 1) * layout.real_group].astype(np.int64)
         part = a[:, g * layout.group : g * layout.group + columns.shape[1]].astype(np.int64)
         zero = 1 << (layout.bits - 1) if zero_point is None else zero_point[None, :, g].astype(np.int64)
-        out += (part @ columns.T - zero * sums[:, g, None]) * scale[None, :, g].astype(np.float64)
-    return out * a_scale[:, None]
+        both = a_scale[:, g, None].astype(np.float64) * scale[None, :, g].astype(np.float64)
+        out += (part @ columns.T - zero * sums[:, g, None]) * both
+    return out
