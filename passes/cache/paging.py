@@ -203,7 +203,7 @@ def _candidates(graph: Graph) -> str:
 
 @dataclass(frozen=True)
 class PageKvCache(Pass):
-    """Turn the whole-sequence graph into the ragged paged step (see the module's text).
+    """Turn the whole-sequence graph into the ragged paged step.
 
     Options: `page_size` tokens a page; `kv_dtype` of the cache.
     """

@@ -381,7 +381,7 @@ def fold_weights(graph: Graph) -> int:
 
 @dataclass(frozen=True)
 class FoldConstants(Pass):
-    """Constants, identities and ops on weights alone (see the module's text)."""
+    """Constants, identities and ops on weights alone."""
 
     name = "fold-constants"
 

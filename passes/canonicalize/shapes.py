@@ -223,7 +223,7 @@ RULES: tuple[Rule, ...] = (
 
 
 class NormalizeShapes(RulePass):
-    """Reshapes, transposes, linear layers with bias (see the module's text)."""
+    """Reshapes, transposes, linear layers with bias."""
 
     name = "normalize-shapes"
     rules = RULES

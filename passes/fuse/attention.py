@@ -327,7 +327,7 @@ class FuseEagerAttention(Rule):
 
 
 class FuseAttention(RulePass):
-    """Attention from both of its traced forms (see the module's text)."""
+    """Attention from both of its traced forms."""
 
     name = "fuse-attention"
     rules = (FuseSdpa(), FuseEagerAttention())

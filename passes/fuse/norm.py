@@ -114,7 +114,7 @@ class ScaleLayerNorm(Rule):
 
 
 class FuseNorms(RulePass):
-    """rms_norm and layer_norm with weight and bias (see the module's text)."""
+    """rms_norm and layer_norm with weight and bias."""
 
     name = "fuse-norms"
     rules = (FuseRmsNorm(), ScaleRmsNorm(), FuseLayerNorm(), ScaleLayerNorm())

@@ -190,7 +190,7 @@ class WidenRope(Rule):
 
 
 class FuseRotary(RulePass):
-    """Rotary position embedding (see the module's text)."""
+    """Rotary position embedding."""
 
     name = "fuse-rope"
     rules = (FuseRope(), WidenRope())
