@@ -1,10 +1,7 @@
-"""Which weights are quantized, and how the graph changes.
+"""Round to nearest over the graph: which weights, at how many bits.
 
-    linear(x, w)        → quantized_linear(x, q, scale, zero_point)
-    embedding(ids, w)   → quantized_embedding(ids, q, scale, zero_point)
-
-A weight that several ops read (tied embeddings) is quantized once. Embeddings and the head that shares or
-faces them are kept at 8 bits: at 4 they lose more than all other layers of a small model together.
+Embeddings and the head that shares or faces them are kept at 8 bits: at 4 they lose more than all other
+layers of a small model together.
 """
 
 from __future__ import annotations
@@ -15,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from ...ir.core import Graph, Op, Value
+from ...ir.core import Graph, Value
 from ...ir.errors import InputError
 from ...ir.ops.nn import Embedding, Linear
-from ...ir.ops.quant import QuantizedEmbedding, QuantizedLinear
-from ...ir.types import Quantization, TensorType
+from ...ir.types import Quantization
 from ...ir.weights import LazyTensor
 from ..base import Pass, PassContext, PassResult
 from ..registry import Quantizer
+from .attach import attach_quantized, is_quantizable
 from .rtn import quantize_rtn
 
 Array = np.ndarray[Any, Any]
@@ -127,42 +124,25 @@ class QuantizeRtn(Pass):
         count = 0
         heads = {weight for weight in graph.weights.values() if is_head(graph, weight)}
         for weight in list(graph.weights.values()):
-            users = weight.users
-            if not users or not all(isinstance(u, (Linear, Embedding)) and u.weight is weight for u in users):
+            if not is_quantizable(weight):
                 continue
-            parts = self._quantize(graph, weight, weight in heads)
-            for user in users:
-                replacement = self._replacement(user, parts)
-                replacement.loc = user.loc
-                graph.insert(replacement, before=user)
-                graph.replace(user, [replacement.result])
+            self._quantize(graph, weight, weight in heads)
             count += 1
         graph.drop_dead()
         if not count:
             notes.append("no linear layer or embedding was found to quantize")
         return PassResult(graph, count > 0, notes)
 
-    def _quantize(self, graph: Graph, weight: Value, head: bool) -> tuple[Value, Value, Value | None]:
+    def _quantize(self, graph: Graph, weight: Value, head: bool) -> None:
         assert weight.weight is not None
         _, k = weight.weight.shape
         bits, symmetric = (self.head_bits, True) if head else (self.bits, self.symmetric)
-        group = min(self.group or k, k)
-        quant = Quantization(bits, group, symmetric)
+        quant = Quantization(bits, min(self.group or k, k), symmetric)
         data = QuantizedWeight(weight.weight, quant)
-
-        def part(name: str, suffix: str, type: TensorType | None = None) -> Value:
-            return graph.add_weight(f"{weight.name}.{suffix}", QuantizedPart(data, name), type)
-
-        codes = part("codes", "q", TensorType("uint8", (data.rows, data.k), quant))
-        return codes, part("scale", "scale"), None if symmetric else part("zero_point", "zero_point")
-
-    @staticmethod
-    def _replacement(user: Op, parts: tuple[Value, Value, Value | None]) -> Op:
-        codes, scale, zero = parts
-        if isinstance(user, Linear):
-            return QuantizedLinear(user.x, codes, scale, zero, user.bias)
-        assert isinstance(user, Embedding)
-        return QuantizedEmbedding(user.ids, codes, scale, zero)
+        zero_point = None if symmetric else QuantizedPart(data, "zero_point")
+        attach_quantized(
+            graph, weight, quant, QuantizedPart(data, "codes"), QuantizedPart(data, "scale"), zero_point
+        )
 
 
 def is_head(graph: Graph, weight: Value) -> bool:

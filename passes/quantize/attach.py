@@ -1,0 +1,53 @@
+"""How a quantized weight enters the graph.
+
+    linear(x, w)        → quantized_linear(x, q, scale, zero_point)
+    embedding(ids, w)   → quantized_embedding(ids, q, scale, zero_point)
+
+A weight that several ops read (tied embeddings) is attached once.
+"""
+
+from __future__ import annotations
+
+from ...ir.core import Graph, Op, Value
+from ...ir.ops.nn import Embedding, Linear
+from ...ir.ops.quant import QuantizedEmbedding, QuantizedLinear
+from ...ir.types import Quantization, TensorType
+from ...ir.weights import LazyTensor
+
+
+def is_quantizable(weight: Value) -> bool:
+    """Whether linear layers and embeddings, and nothing else, read a weight as their matrix [N, K]."""
+    users = weight.users
+    return bool(users) and all(isinstance(u, (Linear, Embedding)) and u.weight is weight for u in users)
+
+
+def attach_quantized(
+    graph: Graph,
+    weight: Value,
+    quant: Quantization,
+    codes: LazyTensor,
+    scale: LazyTensor,
+    zero_point: LazyTensor | None,
+) -> None:
+    """Let every user of `weight` [N, K] read codes uint8 [N, K], scale [N, G] and zero_point [N, G] instead.
+
+    The caller drops what is dead afterwards (`graph.drop_dead()`). New weights are named NAME.q, NAME.scale
+    and NAME.zero_point.
+    """
+    n, k = codes.shape
+    q = graph.add_weight(f"{weight.name}.q", codes, TensorType("uint8", (n, k), quant))
+    s = graph.add_weight(f"{weight.name}.scale", scale)
+    z = None if zero_point is None else graph.add_weight(f"{weight.name}.zero_point", zero_point)
+    for user in list(weight.users):
+        replacement = _replacement(user, (q, s, z))
+        replacement.loc = user.loc
+        graph.insert(replacement, before=user)
+        graph.replace(user, [replacement.result])
+
+
+def _replacement(user: Op, parts: tuple[Value, Value, Value | None]) -> Op:
+    codes, scale, zero = parts
+    if isinstance(user, Linear):
+        return QuantizedLinear(user.x, codes, scale, zero, user.bias)
+    assert isinstance(user, Embedding)
+    return QuantizedEmbedding(user.ids, codes, scale, zero)
