@@ -17,7 +17,7 @@ import numpy as np
 
 from ..ir.dtypes import from_numpy
 from ..ir.errors import CompileError, InputError
-from ..ir.weights import LazyTensor
+from ..ir.weights import LazyTensor, QuantizedTensors, quantized_of
 from .gguf import GGUFFile, GGUFTensorInfo
 from .mapped import MappedFile
 
@@ -129,6 +129,12 @@ class ReorderedTensor:
             self.ggml_type = base.ggml_type
             self.block_size = base.block_size
             self.type_size = base.type_size
+
+    @property
+    def quantized(self) -> QuantizedTensors | None:
+        """The base's quantized parts, reordered alike."""
+        whole = quantized_of(self._base)
+        return whole and whole.map_rows(lambda part: ReorderedTensor(part, self.order))
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
         return self._pick(self._base.read, start, stop)

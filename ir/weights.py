@@ -7,13 +7,15 @@ way.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from .dtypes import from_numpy, itemsize, to_numpy
 from .errors import CompileError
+from .types import Quantization
 
 
 @runtime_checkable
@@ -103,3 +105,84 @@ def read_chunks(tensor: LazyTensor, chunk_bytes: int = 32 << 20) -> Iterator[np.
     step = max(1, chunk_bytes // row_bytes)
     for start in range(0, rows, step):
         yield tensor.read(start, min(rows, start + step))
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedTensors:
+    """The parts that a checkpoint stores of a quantized weight [N, K], beside the values that they stand for.
+
+    A lazy tensor that has them carries them as its attribute `quantized` (`quantized_of` asks for it); its
+    `read` gives the dequantized values.
+
+    Attributes:
+        quant: how the parts stand for numbers (`types.Quantization`).
+        codes: uint8 [N, K], one value a byte.
+        scale: `quant.scale_dtype` [N, G], G = ceil(K / group_size).
+        zero_point: uint8, float16 or float32 [N, G] as `Quantization` says, or None.
+        columns: int64 [K], a permutation, or None for the order of the weight: column j of `codes` is column
+            columns[j] of the weight (GPTQ's desc_act, whose groups are scattered), so that a product takes
+            x[..., columns].
+    """
+
+    quant: Quantization
+    codes: LazyTensor
+    scale: LazyTensor
+    zero_point: LazyTensor | None = None
+    columns: np.ndarray[Any, Any] | None = None
+
+    def map_rows(self, change: Callable[[LazyTensor], LazyTensor]) -> QuantizedTensors:
+        """The same weight with its rows picked or reordered: `change` is applied to each part."""
+        zero_point = None if self.zero_point is None else change(self.zero_point)
+        return replace(self, codes=change(self.codes), scale=change(self.scale), zero_point=zero_point)
+
+    def agrees_with(self, other: QuantizedTensors) -> bool:
+        """Whether the rows of both may stand in one weight: same grid, same kind of zero point, same order of
+        columns.
+        """
+        return (
+            _same_order(self.columns, other.columns)
+            and self.quant == other.quant
+            and self.codes.shape[1:] == other.codes.shape[1:]
+            and self.scale.dtype == other.scale.dtype
+            and _dtype(self.zero_point) == _dtype(other.zero_point)
+        )
+
+
+def _same_order(one: np.ndarray[Any, Any] | None, other: np.ndarray[Any, Any] | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return np.array_equal(one, other)
+
+
+def _dtype(tensor: LazyTensor | None) -> str | None:
+    return None if tensor is None else tensor.dtype
+
+
+def quantized_of(tensor: LazyTensor | None) -> QuantizedTensors | None:
+    """The quantized parts that a tensor carries; None for plain floats."""
+    found = getattr(tensor, "quantized", None)
+    return found if isinstance(found, QuantizedTensors) else None
+
+
+def concat_quantized(
+    parts: Sequence[LazyTensor], concat: Callable[[Sequence[LazyTensor]], LazyTensor]
+) -> QuantizedTensors | None:
+    """The parts of weights one below the other; None where one has none or their grids differ.
+
+    Args:
+        concat: puts lazy tensors one below the other (`passes.derived.ConcatRows`).
+    """
+    found = [quantized_of(p) for p in parts]
+    first = found[0] if found else None
+    if first is None:
+        return None
+    held = [q for q in found if q is not None and first.agrees_with(q)]
+    if len(held) != len(found):
+        return None
+    zeros = [q.zero_point for q in held if q.zero_point is not None]
+    return replace(
+        first,
+        codes=concat([q.codes for q in held]),
+        scale=concat([q.scale for q in held]),
+        zero_point=concat(zeros) if zeros else None,
+    )

@@ -1,6 +1,7 @@
 """Lazy weights computed from other lazy weights: merged, transposed, folded.
 
-Each reads rows of its sources when its own rows are read.
+Each reads rows of its sources when its own rows are read. Where the sources carry quantized parts
+(`ir.weights.QuantizedTensors`) and rows are merely picked, the result carries them too.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..ir.errors import CompileError
-from ..ir.weights import LazyTensor, read_chunks
+from ..ir.weights import LazyTensor, QuantizedTensors, concat_quantized, quantized_of, read_chunks
 
 Array = np.ndarray[Any, Any]
 
@@ -30,6 +31,11 @@ class ConcatRows:
         self.shape: tuple[int, ...] = (sum(p.shape[0] for p in parts), *parts[0].shape[1:])
         self.dtype = parts[0].dtype
         self.source = "concat(" + ", ".join(p.source for p in parts) + ")"
+
+    @property
+    def quantized(self) -> QuantizedTensors | None:
+        """The parts' own quantized parts, where all have them on one grid."""
+        return concat_quantized(self.parts, ConcatRows)
 
     def read(self, start: int = 0, stop: int | None = None) -> Array:
         end = self.shape[0] if stop is None else min(stop, self.shape[0])
@@ -53,6 +59,12 @@ class SliceRows:
         self.shape: tuple[int, ...] = (stop - start, *base.shape[1:])
         self.dtype = base.dtype
         self.source = f"{base.source}[{start}:{stop}]"
+
+    @property
+    def quantized(self) -> QuantizedTensors | None:
+        """These rows of the base's quantized parts."""
+        whole = quantized_of(self.base)
+        return whole and whole.map_rows(lambda part: SliceRows(part, self.start, self.start + self.shape[0]))
 
     def read(self, start: int = 0, stop: int | None = None) -> Array:
         end = self.shape[0] if stop is None else min(stop, self.shape[0])
