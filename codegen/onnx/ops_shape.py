@@ -79,4 +79,6 @@ def index(c: Context, op: ir.Index) -> str:
 
 @emits("gather")
 def gather(c: Context, op: ir.Gather) -> str:
+    if op.index.type.rank == 1:  # GatherElements takes an index of x's rank only
+        return c.scope.op("Gather", c.name(op.x), c.name(op.index), axis=-1)
     return c.scope.op("GatherElements", c.name(op.x), c.name(op.index), axis=-1)

@@ -218,7 +218,10 @@ def index(low: Lowering, op: Any) -> Any:
 @emits("gather")
 def gather(low: Lowering, op: Any) -> Any:
     def pick(shape: list[Any], x: Any, indices: Any) -> Any:
-        return te.compute(shape, lambda *i: x(*i[:-1], indices(*i).astype("int64")), name="gather")
+        def at(*i: Any) -> Any:
+            return x(*i[:-1], indices(*i[-len(indices.shape) :]).astype("int64"))
+
+        return te.compute(shape, at, name="gather")
 
     return low.te("gather", pick, low.get(op.x), low.get(op.index), dims=op.result.shape)
 

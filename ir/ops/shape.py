@@ -211,16 +211,18 @@ class Index(Op):
 @op("gather")
 class Gather(Op):
     """Elements along the last axis: out[..., j] = x[..., index[..., j]]; leading axes of x and index are
-    equal.
+    equal, or index has one axis and serves every row (a permutation of columns).
     """
 
     x: Operand
     index: Operand
 
     def infer(self) -> list[TensorType]:
-        if self.x.type.rank != self.index.type.rank:
+        if self.index.type.rank not in (1, self.x.type.rank):
             raise CompileError(f"gather: {self.x.type} by {self.index.type}", remedy="ranks must agree")
-        return [self.x.type.with_shape(self.index.shape)]
+        lead = self.x.shape[:-1] if self.index.type.rank == 1 else self.index.shape[:-1]
+        return [self.x.type.with_shape((*lead, self.index.shape[-1]))]
 
     def reference(self, dims: Dims, *args: Any) -> Any:
-        return args[0].gather(-1, args[1].long())
+        x, index = args[0], args[1].long()
+        return x[..., index] if index.dim() == 1 else x.gather(-1, index)
