@@ -1,0 +1,257 @@
+"""A fused graph in pieces, run one piece at a time over many sequences.
+
+Calibration needs every layer's inputs for thousands of tokens, of models that barely fit into memory once.
+So a graph is cut where few values are alive:
+
+    Block     what belongs to one layer of the model ("model.layers.3"), and what stands before and after them
+    Segment   the part of a block that begins with the linear layers reading one value
+
+and each piece is run over all sequences before the next one, with the live values at its boundary on disk
+(`Activations`; the page cache keeps them fast). Memory is one piece's weights plus one sequence's values.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...ir.core import Graph, Op, Value
+from ...ir.interpreter import bind, to_torch
+from ...ir.ops.nn import Embedding, Linear
+from ...ir.ops.quant import QuantizedEmbedding, QuantizedLinear
+
+if TYPE_CHECKING:
+    import torch
+
+LinearOp = Linear | QuantizedLinear
+Fetch = Callable[[Value], Any]
+"""A weight's tensor by its value."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Ops in order. `layers` are its linear layers, which all read `layers[0].x`; none in a block's first
+    segment. `inputs` are alive before it (graph inputs included), `outputs` after it.
+    """
+
+    block: str
+    ops: tuple[Op, ...]
+    layers: tuple[LinearOp, ...]
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Segments in order; `name` is the module's ("model.layers.3"), "prologue" or "head"."""
+
+    name: str
+    segments: tuple[Segment, ...]
+
+    @property
+    def ops(self) -> tuple[Op, ...]:
+        return tuple(op for s in self.segments for op in s.ops)
+
+    @property
+    def layers(self) -> tuple[LinearOp, ...]:
+        return tuple(layer for s in self.segments for layer in s.layers)
+
+    @property
+    def inputs(self) -> tuple[Value, ...]:
+        return self.segments[0].inputs
+
+    @property
+    def outputs(self) -> tuple[Value, ...]:
+        return self.segments[-1].outputs
+
+
+def layer_name(loc: str) -> str | None:
+    """The repeated module that an op was traced from: up to the first number in its path."""
+    found = re.match(r"(.*?\.\d+)(?=\.|$)", loc)
+    return found.group(1) if found else None
+
+
+def _block_names(ops: Sequence[Op]) -> list[str]:
+    """Each op's block. What belongs to no layer stays with its neighbours, but before the first and after the
+    last layer.
+    """
+    own = [layer_name(op.loc) for op in ops]
+    known = [i for i, name in enumerate(own) if name is not None]
+    if not known:
+        return ["model"] * len(ops)
+    names: list[str] = []
+    for i, name in enumerate(own):
+        if name is not None:
+            names.append(name)
+        elif i < known[0]:
+            names.append("prologue")
+        elif i > known[-1]:
+            names.append("head")
+        else:
+            names.append(names[-1])
+    return names
+
+
+def split_blocks(graph: Graph) -> list[Block]:
+    """The blocks of a fused (or quantized) graph in order; together they are the whole graph."""
+    ops = graph.ops
+    names = _block_names(ops)
+    starts = [0]
+    reading: Value | None = None
+    for i, op in enumerate(ops):
+        if i and names[i] != names[i - 1]:
+            starts.append(i)
+            reading = None
+        if isinstance(op, LinearOp) and op.x is not reading:
+            if starts[-1] != i:
+                starts.append(i)
+            reading = op.x
+    made = dict.fromkeys(graph.inputs, -1) | {r: i for i, op in enumerate(ops) for r in op.results}
+    last = {v: i for i, op in enumerate(ops) for v in op.operands if v in made}
+    last |= {v: len(ops) for v in graph.outputs if v in made}
+
+    def alive(cut: int) -> tuple[Value, ...]:
+        return tuple(v for v, at in made.items() if at < cut <= last.get(v, -2))
+
+    segments = [
+        Segment(
+            names[a],
+            tuple(ops[a:b]),
+            tuple(op for op in ops[a:b] if isinstance(op, LinearOp)),
+            alive(a),
+            alive(b),
+        )
+        for a, b in pairwise([*starts, len(ops)])
+    ]
+    order = list(dict.fromkeys(s.block for s in segments))
+    return [Block(name, tuple(s for s in segments if s.block == name)) for name in order]
+
+
+def read_weight(value: Value) -> torch.Tensor:
+    """The whole weight, read anew."""
+    assert value.weight is not None
+    return to_torch(value.weight.read())
+
+
+def run_ops(
+    ops: Iterable[Op],
+    values: Mapping[Value, Any],
+    outputs: Sequence[Value],
+    dims: Mapping[str, int],
+    weight: Fetch = read_weight,
+) -> dict[Value, Any]:
+    """The values `outputs` after running ops on `values`. Gradients flow where the caller asks torch for
+    them.
+
+    An embedding reads only the rows that it needs, unless `weight` is given something else to do.
+    """
+    known = dict(values)
+    for op in ops:
+        table = _rows(op, known) if weight is read_weight else None
+        operands = table or [known[v] if v in known else weight(v) for v in op.operands]
+        result = op.reference(dims, *op.grouped(operands))
+        results = list(result) if isinstance(result, (tuple, list)) else [result]
+        known.update(zip(op.results, results, strict=True))
+    return {v: known[v] for v in outputs}
+
+
+def _rows(op: Op, known: Mapping[Value, Any]) -> list[Any] | None:
+    """The operands of an embedding with its tables cut down to the rows asked for."""
+    if not isinstance(op, (Embedding, QuantizedEmbedding)) or op.ids not in known:
+        return None
+    ids = known[op.ids]
+    rows, places = ids.unique(return_inverse=True)
+    wanted = rows.tolist()
+    return [places, *(_read_rows(v, wanted) for v in op.operands[1:])]
+
+
+def _read_rows(value: Value, rows: Sequence[int]) -> torch.Tensor:
+    assert value.weight is not None
+    pieces: list[np.ndarray[Any, Any]] = []
+    start = 0
+    for i in range(1, len(rows) + 1):
+        if i == len(rows) or rows[i] != rows[i - 1] + 1:
+            pieces.append(value.weight.read(rows[start], rows[i - 1] + 1))
+            start = i
+    return to_torch(np.concatenate(pieces))
+
+
+def first_values(graph: Graph, sequence: np.ndarray[Any, Any]) -> tuple[dict[Value, Any], dict[str, int]]:
+    """The graph's inputs for one sequence of token ids int64 [T], and what its symbols are then."""
+    import torch
+
+    dims: dict[str, int] = {}
+    ids = torch.from_numpy(np.ascontiguousarray(sequence, np.int64)).reshape(1, -1)
+    (tokens,) = graph.inputs
+    bind(tokens.shape, ids.shape, dims, f"input {tokens.name}")
+    return {tokens: ids}, dims
+
+
+class Activations:
+    """Values of many sequences at a cut, as files of a folder that is this object's alone."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._names: dict[Value, int] = {}
+        self.dims: list[dict[str, int]] = []
+
+    def begin(self, graph: Graph, sequences: Sequence[np.ndarray[Any, Any]]) -> None:
+        """Start with the graph's inputs."""
+        for i, ids in enumerate(sequences):
+            values, dims = first_values(graph, ids)
+            self.dims.append(dims)
+            self.save(i, values)
+
+    def __len__(self) -> int:
+        return len(self.dims)
+
+    def _path(self, value: Value, sequence: int) -> Path:
+        name = self._names.setdefault(value, len(self._names))
+        return self.folder / f"{name}.{sequence}.npy"
+
+    def save(self, sequence: int, values: Mapping[Value, Any]) -> None:
+        for value, tensor in values.items():
+            np.save(self._path(value, sequence), tensor.detach().contiguous().numpy())
+
+    def load(self, sequence: int, values: Iterable[Value]) -> dict[Value, Any]:
+        import torch
+
+        return {v: torch.from_numpy(np.load(self._path(v, sequence))) for v in values}
+
+    def advance(self, segment: Segment, weight: Fetch = read_weight) -> None:
+        """Run a segment on every sequence; what is dead after it is deleted."""
+        import torch
+
+        kept = {v: weight(v) for v in segment_weights(segment)} if weight is read_weight else {}
+        fetch = (lambda v: kept[v] if v in kept else read_weight(v)) if kept else weight
+        made = [v for v in segment.outputs if v not in segment.inputs]
+        with torch.no_grad():
+            for i, dims in enumerate(self.dims):
+                inputs = self.load(i, segment.inputs)
+                self.save(i, run_ops(segment.ops, inputs, made, dims, fetch))
+        self.drop(v for v in segment.inputs if v not in segment.outputs)
+
+    def drop(self, values: Iterable[Value]) -> None:
+        for v in values:
+            for i in range(len(self)):
+                self._path(v, i).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def segment_weights(segment: Segment) -> list[Value]:
+    """The weights that a segment reads whole (embedding tables are read by rows)."""
+    found: dict[Value, None] = {}
+    for op in segment.ops:
+        if not isinstance(op, (Embedding, QuantizedEmbedding)):
+            found |= dict.fromkeys(v for v in op.operands if v.is_weight)
+    return list(found)
