@@ -24,6 +24,8 @@ from typing import ClassVar
 
 from ..ir.core import Graph
 from ..ir.rewriter import Rule, apply_rules
+from .calibration import Calibration
+from .work import WorkFolder
 
 Progress = Callable[[str, float], None]  # what is being done, share of it that is done (0 … 1)
 
@@ -34,12 +36,20 @@ def no_progress(what: str, share: float) -> None:
 
 @dataclass
 class PassContext:
-    """What passes share in one compilation."""
+    """What passes share in one compilation.
+
+    `calibration` and `work` (a folder that survives a `kill -9`, for `--resume`) are there where a pass
+    declares `needs_calibration`; a caller that is no compilation may give no `work`. `max_ram` is the cap of
+    the whole process tree, in bytes.
+    """
 
     progress: Progress = no_progress
     context_length: int | None = None
     notes: list[str] = field(default_factory=list[str])
     """What the passes so far had to say."""
+    calibration: Calibration | None = None
+    work: WorkFolder | None = None
+    max_ram: int | None = None
 
 
 @dataclass
@@ -56,11 +66,13 @@ class Pass(ABC):
     """Base of all passes.
 
     `requires` is the stage that a graph must have, `ensures` the stage it has afterwards (None: unchanged).
+    `needs_calibration`: whether `run` wants `context.calibration`.
     """
 
     name: ClassVar[str] = ""
     requires: ClassVar[str | None] = None
     ensures: ClassVar[str | None] = None
+    needs_calibration: ClassVar[bool] = False
 
     @abstractmethod
     def run(self, graph: Graph, context: PassContext) -> PassResult: ...

@@ -1,0 +1,55 @@
+"""What a pass gets to calibrate on: sequences of token ids (frontend/calibration.py makes them of text).
+
+text, chats → token ids → sequences to calibrate on, and others that are held out for verdicts
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+TOKENS = 32 * 512
+"""Tokens to calibrate on where nothing else is asked."""
+HELD_TOKENS = 8 * 512
+LENGTH = 512
+"""Tokens a sequence; fewer where the model's context is shorter."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Token ids, in the order in which they are to be used.
+
+    Attributes:
+        sequences: int64 [L] each, all of one length, to calibrate on.
+        held: int64 [L] each, of the end of the text and disjoint from `sequences`: verdicts and choices,
+            never calibrated on.
+        name: of the file, or "built-in".
+        sha256: of the text that they came from, as it was read.
+    """
+
+    sequences: tuple[Array, ...]
+    held: tuple[Array, ...]
+    name: str
+    sha256: str
+
+    @property
+    def tokens(self) -> int:
+        """Tokens to calibrate on."""
+        return sum(len(one) for one in self.sequences)
+
+
+def too_few_tokens(weight: str, tokens: int, columns: int) -> str | None:
+    """Why a weight that saw `tokens` rows of input is rounded to nearest, as a note; None where they suffice.
+
+    Error-minimising quantizers estimate how the K = `columns` inputs go together. Experts of a mixture see
+    what the router sends them: below `columns` / 8 tokens (32 at least) the estimate is of the sample, not of
+    the model, and makes the error on other text larger than rounding does.
+    """
+    needed = max(32, columns // 8)
+    if tokens >= needed:
+        return None
+    return f"{weight} saw {tokens} calibration tokens, fewer than {needed}: rounded to nearest instead"
