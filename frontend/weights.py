@@ -17,6 +17,7 @@ import numpy as np
 
 from ..ir.dtypes import from_numpy
 from ..ir.errors import CompileError, InputError
+from ..ir.ggml import block_parts
 from ..ir.weights import LazyTensor, QuantizedTensors, quantized_of
 from .gguf import GGUFFile, GGUFTensorInfo
 from .mapped import MappedFile
@@ -33,6 +34,8 @@ class GGUFTensor:
     Attributes:
         shape: torch order. dtype: always "float32". source: "file.gguf:name".
         ggml_type: block type ("Q4_1"). block_size, type_size: elements and bytes of a block.
+        quantized: codes, scales and minimums of a matrix in one of `ir.ggml.BLOCK_TYPES`, read from its
+            blocks; None for other types and other ranks.
     """
 
     dtype: str = "float32"
@@ -48,6 +51,7 @@ class GGUFTensor:
         self.name = info.name
         self.source = f"{file.path.name}:{info.name}"
         self._kind = _dequantizable(self.source, info.ggml_type)
+        self.quantized: QuantizedTensors | None = block_parts(self)
 
     def blocks(self, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
         """Raw bytes of rows [start:stop) of axis 0: uint8, [rows, …, bytes of the last axis].
