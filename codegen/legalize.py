@@ -12,10 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any
 
+from ..ir.codebooks import codebook
 from ..ir.core import Graph, Op, Value
 from ..ir.errors import CompileError, UnsupportedError
 from ..ir.ops import math, nn, quant, shape
 from ..ir.types import Dim, divide, product
+from ..ir.weights import ArrayTensor
 
 # Constructors are made by `@op`; for classes that inherit their operands a type checker does not see them.
 m: Any = math
@@ -370,6 +372,7 @@ def _dequantize(b: _Builder, op: Any) -> Value:
 def _dequantized(
     b: _Builder, quantization: Any, q: Value | None, scale: Value | None, zero: Value | None
 ) -> Value:
+    """The table of `types.Quantization` in tensor ops."""
     assert q is not None and scale is not None
     k, groups = q.shape[-1], scale.shape[-1]
 
@@ -381,6 +384,17 @@ def _dequantized(
         flat = b.reshape(wide, *x.shape[:-1], groups * size)
         return flat if flat.shape[-1] == k else b.part(flat, 0, k)
 
+    if quantization.codebook is not None:
+        return b.mul(b(shape.Index(_table(b, quantization.codebook), [q])), spread(scale))
     real = b.cast(q, "float32")
+    if quant.is_minimum(zero.type if zero is not None else None):
+        assert zero is not None
+        return b.add(b.mul(real, spread(scale)), spread(zero))
     offset = b.scalar(float(1 << (quantization.bits - 1)), real) if zero is None else spread(zero)
     return b.mul(b.sub(real, offset), spread(scale))
+
+
+def _table(b: _Builder, name: str) -> Value:
+    """A codebook as a weight of the graph, one for all that use it."""
+    key = f"codebook.{name}"
+    return b.graph.weights.get(key) or b.graph.add_weight(key, ArrayTensor(codebook(name), key))

@@ -150,11 +150,19 @@ def parse_dim(text: str) -> Dim:
 
 @dataclass(frozen=True)
 class Quantization:
-    """How an integer weight [N, K] stands for real numbers: w[n, k] = scale[n, k // group_size] * (q[n, k] -
-    zero_point).
+    """How codes q [N, K] stand for real numbers w [N, K].
 
-    q is unsigned (0 .. 2**bits - 1), held one value a byte in the IR; a target packs it into its own layout.
-    Symmetric: no zero-point operand; the zero point is 2**(bits - 1) everywhere.
+    q is unsigned (0 .. 2**bits - 1, bits 2 .. 8), held one value a byte in the IR; a target packs it into its
+    own layout. `scale` [N, G] and `zero_point` [N, G] are operands of the op that reads q, with
+    G = ceil(K / group_size); a group is `group_size` consecutive k. Arithmetic is float32.
+
+    zero_point               w[n, k], g = k // group_size
+    none (symmetric)         scale[n, g] · (q - 2^(bits-1))
+    uint8                    scale[n, g] · (q - zero_point[n, g])
+    float16 or float32       scale[n, g] · q + zero_point[n, g]         GGML's minimum: Q4_1, Q4_K, ...
+    none, with a codebook    scale[n, g] · CODEBOOK[q]                  `codebooks.py`; counts as symmetric
+
+    `scale_dtype` is float16 or float32.
     """
 
     bits: int
@@ -162,15 +170,19 @@ class Quantization:
     symmetric: bool
     scale_dtype: str = "float16"
     layout: str = "row_major"
+    codebook: str | None = None
 
     def __str__(self) -> str:
         kind = "sym" if self.symmetric else "asym"
-        return f"q{self.bits}:g{self.group_size}:{kind}:{self.scale_dtype}:{self.layout}"
+        text = f"q{self.bits}:g{self.group_size}:{kind}:{self.scale_dtype}:{self.layout}"
+        return text if self.codebook is None else f"{text}:{self.codebook}"
 
     @staticmethod
     def parse(text: str) -> Quantization:
-        bits, group, kind, scale, layout = text.split(":")
-        return Quantization(int(bits[1:]), int(group[1:]), kind == "sym", scale, layout)
+        bits, group, kind, scale, layout, *codebook = text.split(":")
+        return Quantization(
+            int(bits[1:]), int(group[1:]), kind == "sym", scale, layout, codebook[0] if codebook else None
+        )
 
 
 @dataclass(frozen=True)

@@ -146,6 +146,15 @@ def test_graph_refuses_to_erase_what_is_used() -> None:
         g.erase(g.ops[0])
 
 
-def test_quantization_text() -> None:
-    q = Quantization(4, 32, False)
+@pytest.mark.parametrize(
+    "q",
+    [
+        Quantization(4, 32, False),
+        Quantization(6, 16, True, "float32"),
+        Quantization(4, 64, True, codebook="nf4"),
+    ],
+)
+def test_quantization_text(q: Quantization) -> None:
     assert Quantization.parse(str(q)) == q
+    kind = TensorType("uint8", (8, 64), q)
+    assert TensorType.parse(str(kind)) == kind

@@ -69,17 +69,32 @@ def _sdpa(mask: str = "", grouped: bool = False, causal: bool = False) -> Make:
     return make
 
 
-def _quantized(kind: str, bits: int, symmetric: bool, k: int = 20, group: int = 8) -> Make:
+def _quantized(
+    kind: str,
+    bits: int,
+    symmetric: bool,
+    k: int = 20,
+    group: int = 8,
+    codebook: str | None = None,
+    minimum: bool = False,
+) -> Make:
     def make(g: Graph) -> Value:
         rng = np.random.default_rng(1)
         groups = -(-k // group)
-        type_ = TensorType("uint8", (6, k), Quantization(bits, group, symmetric))
+        type_ = TensorType("uint8", (6, k), Quantization(bits, group, symmetric, codebook=codebook))
         q = g.add_weight("q", ArrayTensor(rng.integers(0, 1 << bits, (6, k), np.uint8)), type_)
         scale = g.add_weight("s", ArrayTensor(rng.random((6, groups)).astype(np.float16)))
         zero = (
             None
             if symmetric
-            else g.add_weight("z", ArrayTensor(rng.integers(0, 1 << bits, (6, groups), np.uint8)))
+            else g.add_weight(
+                "z",
+                ArrayTensor(
+                    rng.standard_normal((6, groups)).astype(np.float16)
+                    if minimum
+                    else rng.integers(0, 1 << bits, (6, groups), np.uint8)
+                ),
+            )
         )
         if kind == "dequantize":
             return g.append(quant.Dequantize(q, scale, zero)).result
@@ -147,7 +162,11 @@ CASES: dict[str, Make] = {
     "dequantize": _quantized("dequantize", 4, False),
     "quantized_linear": _quantized("linear", 4, False),
     "quantized_linear/symmetric": _quantized("linear", 8, True, group=20),
+    "quantized_linear/minimum": _quantized("linear", 5, False, minimum=True),
+    "quantized_linear/codebook": _quantized("linear", 4, True, codebook="nf4"),
     "quantized_embedding": _quantized("embedding", 4, False),
+    "quantized_embedding/minimum": _quantized("embedding", 3, False, minimum=True),
+    "quantized_embedding/codebook": _quantized("embedding", 4, True, codebook="iq4_nl"),
     "quantized_embedding/symmetric": _quantized("embedding", 8, True, k=16),
 } | {
     f"gated_mlp/{name}": lambda g, name=name: g.append(nn.GatedMlp(_input(g, "x", T, 8), name)).result

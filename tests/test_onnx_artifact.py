@@ -22,14 +22,18 @@ from .test_onnx_target import RNG, T, build, check, f32, function, normal, priva
 # -- quantized weights -------------------------------------------------------------------------------------
 
 
-def quantized(g: Graph, name: str, n: int, k: int, q: Quantization) -> tuple[Value, Value, Value | None]:
+def quantized(
+    g: Graph, name: str, n: int, k: int, q: Quantization, minimum: str = ""
+) -> tuple[Value, Value, Value | None]:
     rng = RNG(7)
     groups = -(-k // q.group_size)
     values = rng.integers(0, 1 << q.bits, (n, k), dtype=np.uint8)
-    scale = ((rng.random((n, groups)) + 0.5) / (1 << q.bits)).astype(np.float16)
+    scale = ((rng.random((n, groups)) + 0.5) / (1 << q.bits)).astype(q.scale_dtype)
     parts = [weight(g, name, values, TensorType("uint8", (n, k), q)), weight(g, f"{name}.scale", scale)]
     zero = None
-    if not q.symmetric:
+    if minimum:
+        zero = weight(g, f"{name}.zero_point", -0.5 * rng.random((n, groups)).astype(minimum))
+    elif not q.symmetric:
         zero = weight(g, f"{name}.zero_point", rng.integers(0, 1 << q.bits, (n, groups), dtype=np.uint8))
     return parts[0], parts[1], zero
 
@@ -84,6 +88,42 @@ def test_quantized_embedding_is_exact(bits: int, group: int, k: int, symmetric: 
 
     graph = function({"ids": TensorType("int32", (T,))}, body)
     check(graph, tmp_path, {"ids": np.array([3, 0, 23, 3], np.int32)}, 1e-7)
+
+
+FORMS = [
+    (Quantization(4, 32, False), "float16", 128),
+    (Quantization(5, 32, False, "float32"), "float32", 96),
+    (Quantization(2, 16, False, "float32"), "float32", 40),
+    (Quantization(8, 100, False), "float16", 100),
+    (Quantization(3, 24, False), "float16", 60),
+    (Quantization(6, 16, True, "float32"), "", 64),
+    (Quantization(4, 32, True, codebook="iq4_nl"), "", 96),
+    (Quantization(4, 64, True, "float32", codebook="nf4"), "", 80),
+]
+"""(quantization, dtype of a minimum, K): whole and short groups, grids with and without a kernel."""
+
+
+@pytest.mark.parametrize(("form", "minimum", "k"), FORMS)
+def test_minima_and_codebooks_are_exact(form: Quantization, minimum: str, k: int, tmp_path: Path) -> None:
+    def rows(g: Graph, ids: Value) -> list[Value]:
+        parts = quantized(g, "w", 24, k, form, minimum)
+        return [
+            g.append(quant.QuantizedEmbedding(ids, *parts)).result,
+            g.append(quant.Dequantize(*parts)).result,
+        ]
+
+    def product(g: Graph, x: Value) -> list[Value]:
+        bias = weight(g, "bias", normal(24, seed=3))
+        return [g.append(quant.QuantizedLinear(x, *quantized(g, "w", 24, k, form, minimum), bias)).result]
+
+    ids = np.array([3, 0, 23, 3], np.int32)
+    check(function({"ids": TensorType("int32", (T,))}, rows), tmp_path / "rows", {"ids": ids}, 1e-7)
+    graph = function({"x": f32(T, k)}, product)
+    version = tuple(int(n) for n in onnxruntime.__version__.split(".")[:2])
+    levels = [4] if form.bits > 4 and version < (1, 23) else [1, 4]
+    for level in levels:
+        tolerance = 2e-2 if level == 4 else 1e-5
+        check(graph, tmp_path / str(level), {"x": normal(5, k)}, tolerance, accuracy_level=level)
 
 
 def test_tied_quantized_table_is_held_once(tmp_path: Path) -> None:

@@ -9,6 +9,10 @@ whole blocks.
     group 64             → block 64
     group 576 (whole K)  → block 64, each scale 9 times: the same numbers
     group 24             → no block fits: dequantized in the graph
+    a minimum            → the product with zero points of 0, plus Σ_g minimum[n, g] · Σ_{k in g} x[k]
+    a codebook           → looked up in the graph
+
+The kernel takes float zero points too, but -minimum / scale is rounded, and is none where the scale is 0.
 """
 
 from __future__ import annotations
@@ -17,10 +21,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ...ir.codebooks import codebook
 from ...ir.core import Value
 from ...ir.ops import quant as ir
 from ...ir.ops.quant import quantization
-from ...ir.types import Quantization
+from ...ir.types import Quantization, TensorType
 from .builder import CONTRIB
 from .context import Context, emits
 
@@ -37,7 +42,7 @@ class Layout:
     repeat: int
     zero_point: (
         int | None
-    )  # symmetric weights: their common zero point, None where the kernel's default is it
+    )  # symmetric weights and minima: their common zero point, None where the kernel's default is it
     packed_zero_points: bool
 
     @property
@@ -70,8 +75,12 @@ def pack_values(values: np.ndarray, bits: int) -> np.ndarray:
     return values[:, ::2] | (values[:, 1::2] << 4)
 
 
-def layout_of(quant: Quantization, k: int) -> Layout | None:
-    """The blocks for a quantized weight, None where its groups are no whole number of blocks."""
+def layout_of(quant: Quantization, k: int, minimum: bool = False) -> Layout | None:
+    """The blocks for a quantized weight, None where its groups are no whole number of blocks or its codes no
+    grid.
+    """
+    if quant.codebook is not None:
+        return None
     bits = 4 if quant.bits <= 4 else 8
     whole = quant.group_size >= k
     # The largest block is the fastest; one that divides K wastes nothing.
@@ -80,8 +89,8 @@ def layout_of(quant: Quantization, k: int) -> Layout | None:
         return None
     block = fitting[0]
     repeat = -(-k // block) if whole else quant.group_size // block
-    common = 1 << (quant.bits - 1)
-    explicit = quant.symmetric and quant.bits != bits
+    common = 0 if minimum else 1 << (quant.bits - 1)
+    explicit = minimum or (quant.symmetric and quant.bits != bits)
     return Layout(k, bits, block, repeat, common if explicit else None, explicit or not quant.symmetric)
 
 
@@ -93,13 +102,16 @@ class Packed:
     q: str
     scale: str
     zero_point: str | None
+    minimum: bool
+    """Whether the weight's zero point is a minimum, which is apart from this."""
 
 
 def packed(c: Context, q: Value, scale: Value, zero_point: Value | None, name: str) -> Packed | None:
     """Put the packed form of a weight into the weight file (once), None where the kernel cannot take it."""
     n, k = q.shape
     assert isinstance(n, int) and isinstance(k, int)
-    layout = layout_of(quantization(q.type, name), k)
+    minimum = zero_point is not None and ir.is_minimum(zero_point.type)
+    layout = layout_of(quantization(q.type, name), k, minimum)
     parts = [v for v in (q, scale, zero_point) if v is not None]
     if layout is None or not all(v.is_weight for v in parts):
         return None
@@ -113,7 +125,7 @@ def packed(c: Context, q: Value, scale: Value, zero_point: Value | None, name: s
     zeros = None
     if layout.packed_zero_points:
         shape = (n, -(-layout.blocks * layout.bits // 8))
-        if zero_point is not None:
+        if zero_point is not None and not minimum:
             zeros = c.weights.add(zero_point, tag, shape, "uint8", layout.pack_zero_points, cost)
         else:
             common = layout.zero_point
@@ -121,7 +133,7 @@ def packed(c: Context, q: Value, scale: Value, zero_point: Value | None, name: s
                 scale, f"{tag}:zero_point", shape, "uint8",
                 lambda s: layout.pack_zero_points(np.full(s.shape, common, np.uint8)), cost,
             )  # fmt: skip
-    return Packed(layout, table, scales, zeros)
+    return Packed(layout, table, scales, zeros, minimum)
 
 
 @emits("quantized_linear")
@@ -129,7 +141,7 @@ def quantized_linear(c: Context, op: ir.QuantizedLinear) -> str:
     s, x, bias = c.scope, c.name(op.x), c.optional(op.bias)
     parts = packed(c, op.q, op.scale, op.zero_point, op.opname)
     if parts is None:
-        weight = _dequantized(c, op.q, op.scale, op.zero_point, op.opname)
+        weight = _dequantized(c, op.q, op.scale, op.zero_point)
         y = s.op("MatMul", x, s.transpose(weight, 1, 0))
     else:
         c.needs_packing = True
@@ -140,26 +152,61 @@ def quantized_linear(c: Context, op: ir.QuantizedLinear) -> str:
             domain=CONTRIB, K=layout.k, N=n, bits=layout.bits, block_size=layout.block,
             accuracy_level=c.accuracy_level,
         )  # fmt: skip
+        if parts.minimum:
+            y = s.op("Add", y, _minima(c, op))
     return s.op("Add", y, bias) if bias else y
 
 
-def _dequantized(c: Context, q: Value, scale: Value, zero_point: Value | None, name: str) -> str:
+def _minima(c: Context, op: ir.QuantizedLinear) -> str:
+    """Σ_g minimum[n, g] · Σ_{k in g} x[..., k] → [..., N]."""
+    s, x = c.scope, c.name(op.x)
+    k, groups = op.q.shape[-1], op.scale.shape[-1]
+    assert op.zero_point is not None and isinstance(k, int) and isinstance(groups, int)
+    size = min(quantization(op.q.type, op.opname).group_size, k)
+    if groups * size != k:
+        pads = [0] * (2 * op.x.type.rank - 1) + [groups * size - k]
+        x = s.op("Pad", x, s.i64(*pads))
+    lead = s.op("Shape", c.name(op.x), start=0, end=-1)
+    grouped = s.op("Reshape", x, s.op("Concat", lead, s.i64(groups, size), axis=0))
+    sums = s.op("ReduceSum", grouped, s.i64(-1), keepdims=0)
+    return s.op("MatMul", sums, s.transpose(s.cast(c.name(op.zero_point), "float32"), 1, 0))
+
+
+def _dequantized(c: Context, q: Value, scale: Value, zero_point: Value | None) -> str:
     """float32 [N, K] from unpacked parts, in graph ops."""
-    s, quant = c.scope, quantization(q.type, name)
-    k = q.shape[-1]
-    assert isinstance(k, int)
-    group_of = s.constant(np.arange(k) // quant.group_size, "int64")
-    values, scales = s.cast(c.name(q), "float32"), s.cast(c.name(scale), "float32")
+    minimum = zero_point is not None and ir.is_minimum(zero_point.type)
+    return _real(c, q.type, c.name(q), c.name(scale), c.optional(zero_point), minimum)
+
+
+def _real(c: Context, type_: TensorType, q: str, scale: str, zero_point: str | None, minimum: bool) -> str:
+    """float32 [..., K] of codes [..., K] of type `type_` [N, K], scales and zero points [..., G], by the
+    table of `types.Quantization`.
+    """
+    s, quant = c.scope, quantization(type_, "dequantize")
+    if quant.codebook is not None:
+        values = s.op("Gather", s.constant(codebook(quant.codebook), "float32"), s.cast(q, "int32"), axis=0)
+        return s.op("Mul", values, _spread(c, type_, scale))
+    values = s.cast(q, "float32")
     if zero_point is None:
         offset = s.scalar(float(1 << (quant.bits - 1)), "float32")
+    elif minimum:
+        return s.op("Add", s.op("Mul", values, _spread(c, type_, scale)), _spread(c, type_, zero_point))
     else:
-        offset = s.op("Gather", s.cast(c.name(zero_point), "float32"), group_of, axis=1)
-    return s.op("Mul", s.op("Sub", values, offset), s.op("Gather", scales, group_of, axis=1))
+        offset = _spread(c, type_, zero_point)
+    return s.op("Mul", s.op("Sub", values, offset), _spread(c, type_, scale))
+
+
+def _spread(c: Context, type_: TensorType, groups: str) -> str:
+    """Per group [..., G] → float32 [..., K] for codes of type `type_`."""
+    quant, k = quantization(type_, "dequantize"), type_.shape[-1]
+    assert isinstance(k, int)
+    group_of = c.scope.constant(np.arange(k) // quant.group_size, "int64")
+    return c.scope.op("Gather", c.scope.cast(groups, "float32"), group_of, axis=-1)
 
 
 @emits("dequantize")
 def dequantize(c: Context, op: ir.Dequantize) -> str:
-    return _dequantized(c, op.q, op.scale, op.zero_point, op.opname)
+    return _dequantized(c, op.q, op.scale, op.zero_point)
 
 
 def _unpack(c: Context, x: str, bits: int, width: int) -> str:
@@ -185,39 +232,33 @@ def quantized_embedding(c: Context, op: ir.QuantizedEmbedding) -> str:
     s, ids = c.scope, c.name(op.ids)
     parts = packed(c, op.q, op.scale, op.zero_point, op.opname)
     if parts is None:
-        rows = [
-            None if v is None else s.op("Gather", c.name(v), ids, axis=0)
-            for v in (op.q, op.scale, op.zero_point)
-        ]
-        return _dequantized_rows(c, op, rows)
+        q, scale = (s.op("Gather", c.name(v), ids, axis=0) for v in (op.q, op.scale))
+        zero = None if op.zero_point is None else s.op("Gather", c.name(op.zero_point), ids, axis=0)
+        minimum = op.zero_point is not None and ir.is_minimum(op.zero_point.type)
+        return _real(c, op.q.type, q, scale, zero, minimum)
     layout = parts.layout
     values = _unpack(c, s.op("Gather", parts.q, ids, axis=0), layout.bits, layout.block)
     scales = s.unsqueeze(s.op("Gather", parts.scale, ids, axis=0), -1)
-    if parts.zero_point is None:
-        offset = s.scalar(float(1 << (layout.bits - 1)), "float32")
-    else:
-        zeros = _unpack(
-            c,
-            s.op("Gather", parts.zero_point, ids, axis=0),
-            layout.bits,
-            layout.blocks + layout.blocks % 2 * (layout.bits == 4),
-        )
-        offset = s.unsqueeze(s.slice(zeros, -1, 0, layout.blocks), -1)
-    real = s.op("Mul", s.op("Sub", values, offset), scales)
+    if not parts.minimum:
+        values = s.op("Sub", values, _offset(c, parts, ids))
+    real = s.op("Mul", values, scales)
     flat = s.op(
         "Reshape", real, s.op("Concat", s.op("Shape", ids), s.i64(layout.blocks * layout.block), axis=0)
     )
-    return flat if layout.blocks * layout.block == layout.k else s.slice(flat, -1, 0, layout.k)
+    if layout.blocks * layout.block != layout.k:
+        flat = s.slice(flat, -1, 0, layout.k)
+    if not parts.minimum:
+        return flat
+    assert op.zero_point is not None
+    minima = s.op("Gather", c.name(op.zero_point), ids, axis=0)
+    return s.op("Add", flat, _spread(c, op.q.type, minima))
 
 
-def _dequantized_rows(c: Context, op: ir.QuantizedEmbedding, rows: list[str | None]) -> str:
-    s, quant = c.scope, quantization(op.q.type, op.opname)
-    k = op.q.shape[-1]
-    assert isinstance(k, int) and rows[0] and rows[1]
-    group_of = s.constant(np.arange(k) // quant.group_size, "int64")
-    if rows[2] is None:
-        offset = s.scalar(float(1 << (quant.bits - 1)), "float32")
-    else:
-        offset = s.op("Gather", s.cast(rows[2], "float32"), group_of, axis=-1)
-    scales = s.op("Gather", s.cast(rows[1], "float32"), group_of, axis=-1)
-    return s.op("Mul", s.op("Sub", s.cast(rows[0], "float32"), offset), scales)
+def _offset(c: Context, parts: Packed, ids: str) -> str:
+    """The zero points of some rows, float32 [..., blocks, 1] or a scalar."""
+    s, layout = c.scope, parts.layout
+    if parts.zero_point is None:
+        return s.scalar(float(1 << (layout.bits - 1)), "float32")
+    width = layout.blocks + layout.blocks % 2 * (layout.bits == 4)
+    zeros = _unpack(c, s.op("Gather", parts.zero_point, ids, axis=0), layout.bits, width)
+    return s.unsqueeze(s.slice(zeros, -1, 0, layout.blocks), -1)

@@ -7,6 +7,8 @@ from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
+from ...ir.codebooks import codebook
+from ...ir.ops.quant import is_minimum
 from ...ir.types import product
 from .kernels.builder import Kernel
 from .lower import Lowering, emits
@@ -233,14 +235,30 @@ def _is_one(n: Any) -> bool:
 @emits("dequantize")
 def dequantize(low: Lowering, op: Any) -> Any:
     quant = op.q.type.quant
+    minimum = is_minimum(op.zero_point.type if op.zero_point is not None else None)
 
     def real(_: list[Any], q: Any, scale: Any, *zero: Any) -> Any:
         def at(n: Any, k: Any) -> Any:
             group = k // quant.group_size
+            factor = scale(n, group).astype("float32")
+            if minimum:
+                return q(n, k).astype("float32") * factor + zero[0](n, group).astype("float32")
+            if quant.codebook is not None:
+                return _chosen(q(n, k), codebook(quant.codebook)) * factor
             offset = zero[0](n, group).astype("float32") if zero else float(1 << (quant.bits - 1))
-            return (q(n, k).astype("float32") - offset) * scale(n, group).astype("float32")
+            return (q(n, k).astype("float32") - offset) * factor
 
         return te.compute(q.shape, at, name="dequantize")
 
     parts = [op.q, op.scale] + ([op.zero_point] if op.zero_point is not None else [])
     return low.te("dequantize", real, *(low.get(part) for part in parts))
+
+
+def _chosen(code: Any, table: Any) -> Any:
+    """table[code] by a tree of selections over the code's bits: a constant table needs no memory."""
+    values = [tirx.const(float(v), "float32") for v in table]
+    for bit in range(len(values).bit_length() - 1):
+        one = (code >> tirx.const(bit, "uint8")) & tirx.const(1, "uint8")
+        is_one = one == tirx.const(1, "uint8")
+        values = [tirx.Select(is_one, high, low) for low, high in zip(values[::2], values[1::2], strict=True)]
+    return values[0]

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..codebooks import CODEBOOKS, codebook
 from ..core import Op
 from ..define import Operand, OptionalOperand, op
 from ..errors import VerifyError
 from ..types import Quantization, TensorType
 
 Dims = Mapping[str, int]
+SCALE_DTYPES = ("float16", "float32")
 
 
 def quantization(type: TensorType, name: str) -> Quantization:
@@ -25,8 +27,9 @@ def quantization(type: TensorType, name: str) -> Quantization:
 
 
 def check_parts(opname: str, q: TensorType, scale: TensorType, zero_point: TensorType | None) -> None:
-    """Shapes and presence of scale [N, ceil(K / group)] and zero point against q [N, K]."""
+    """Shapes, dtypes and presence of scale [N, ceil(K / group)] and zero point against q [N, K]."""
     quant = quantization(q, opname)
+    _check_form(opname, q, quant)
     k = q.shape[-1]
     assert isinstance(k, int)
     groups = -(-k // quant.group_size)
@@ -39,22 +42,58 @@ def check_parts(opname: str, q: TensorType, scale: TensorType, zero_point: Tenso
             f"{opname}: q {q}, scale {scale}, zero point {zero_point}",
             remedy=f"{groups} groups a row are expected",
         )
+    if scale.dtype != quant.scale_dtype or scale.dtype not in SCALE_DTYPES:
+        raise VerifyError(
+            f"{opname}: scale {scale} of q {q}",
+            remedy=f"scales are {' or '.join(SCALE_DTYPES)}, as the quantization says",
+        )
+    if zero_point is not None and zero_point.dtype not in ("uint8", *SCALE_DTYPES):
+        raise VerifyError(
+            f"{opname}: zero point {zero_point}",
+            remedy=f"uint8, or {' or '.join(SCALE_DTYPES)} for a minimum",
+        )
+
+
+def _check_form(opname: str, q: TensorType, quant: Quantization) -> None:
+    if q.dtype != "uint8" or not 2 <= quant.bits <= 8 or quant.group_size < 1:
+        raise VerifyError(
+            f"{opname}: q {q}", remedy="codes are uint8 of 2 to 8 bits, in groups of 1 and more"
+        )
+    if quant.codebook is None:
+        return
+    if quant.codebook not in CODEBOOKS or quant.bits != 4 or not quant.symmetric:
+        raise VerifyError(
+            f"{opname}: q {q}",
+            remedy=f"a codebook ({', '.join(sorted(CODEBOOKS))}) has 4 bits and no zero point",
+        )
+
+
+def is_minimum(zero_point: TensorType | None) -> bool:
+    """Whether a zero point is added after scaling (GGML's minimum), rather than subtracted before it."""
+    return zero_point is not None and zero_point.dtype != "uint8"
 
 
 def dequantized(quant: Quantization, q: Any, scale: Any, zero_point: Any) -> Any:
-    """float32 [N, K]; rows of q, scale and zero_point correspond."""
+    """float32 [N, K] by `Quantization`'s table; rows of q, scale and zero_point (torch) correspond."""
+    import torch
+
     k = q.shape[-1]
-    offset = (
-        float(1 << (quant.bits - 1))
-        if zero_point is None
-        else zero_point.float().repeat_interleave(quant.group_size, -1)[..., :k]
-    )
-    return (q.float() - offset) * scale.float().repeat_interleave(quant.group_size, -1)[..., :k]
+
+    def spread(groups: Any) -> Any:
+        return groups.float().repeat_interleave(quant.group_size, -1)[..., :k]
+
+    if quant.codebook is not None:
+        return torch.from_numpy(codebook(quant.codebook)).to(q.device)[q.long()] * spread(scale)
+    if zero_point is None:
+        return (q.float() - float(1 << (quant.bits - 1))) * spread(scale)
+    if zero_point.dtype == torch.uint8:
+        return (q.float() - spread(zero_point)) * spread(scale)
+    return q.float() * spread(scale) + spread(zero_point)
 
 
 @op("dequantize")
 class Dequantize(Op):
-    """q [N, K], scale [N, G], zero_point [N, G] → float32 [N, K]."""
+    """q [N, K], scale [N, G], zero_point [N, G] → float32 [N, K], by the table of `types.Quantization`."""
 
     q: Operand
     scale: Operand

@@ -1,0 +1,49 @@
+"""Tables of the values that a code stands for, where codes are no evenly spaced grid.
+
+A weight with `Quantization.codebook` is scale · TABLE[q]. Values are those of the float32 tables that the
+formats' own readers multiply by.
+
+    nf4      normal float 4: quantiles of a normal distribution, scaled to ±1 (Dettmers et al. 2023,
+             "QLoRA", appendix E); the numbers are those of bitsandbytes
+             (https://github.com/bitsandbytes-foundation/bitsandbytes/blob/main/bitsandbytes/functional.py)
+    iq4_nl   GGML's non-linear 4-bit values, integers, of IQ4_NL and IQ4_XS
+             (https://github.com/ggml-org/llama.cpp/blob/master/ggml/src/ggml-common.h, `kvalues_iq4nl`)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .errors import CompileError
+
+CODEBOOKS: dict[str, tuple[float, ...]] = {
+    "nf4": (
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ),
+    "iq4_nl": (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
+}
+"""Name → 16 ascending values."""
+
+
+def codebook(name: str) -> np.ndarray[Any, Any]:
+    """The table of a codebook, float32 [16]. Raises CompileError for a name that is not in `CODEBOOKS`."""
+    if name not in CODEBOOKS:
+        raise CompileError(f"no codebook is named {name!r}", remedy=f"one of {', '.join(sorted(CODEBOOKS))}")
+    return np.array(CODEBOOKS[name], dtype=np.float32)
