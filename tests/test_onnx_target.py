@@ -318,6 +318,11 @@ def test_gather(tmp_path: Path) -> None:
     check(graph, tmp_path, {"x": normal(3, 4), "i": np.array([[0, 3], [1, 1], [2, 0]])}, 0)
 
 
+def test_gather_by_one_index_for_all_rows(tmp_path: Path) -> None:
+    graph = function({"x": f32(B, T, 4), "i": i64(3)}, lambda g, x, i: shape.Gather(x, i))
+    check(graph, tmp_path, {"x": normal(2, 3, 4), "i": np.array([3, 0, 3])}, 0)
+
+
 # -- layers ------------------------------------------------------------------------------------------
 
 

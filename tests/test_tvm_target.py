@@ -99,6 +99,8 @@ def add_movement(o: Ops) -> None:
             o(m.Exp(o(shape.Slice(o.c, -3, 0, 2)))), o(shape.Expand(o(shape.Reshape(o.i, (T, 1))), (2, T, 3)))
         ),
     )
+    order = o.graph.add_weight("order", ArrayTensor(np.arange(24, dtype=np.int32)[::-1].copy()))
+    o.out("gather_columns", shape.Gather(o(m.Exp(o.a)), order))
     for cls in (m.ReduceSum, m.ReduceMean, m.ReduceMax):
         o.out(cls.opname, cls(o.a, (-1,)))
         o.out(f"{cls.opname}_kept", cls(o.c, (-3, -2), True))
