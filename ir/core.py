@@ -200,6 +200,16 @@ class Graph:
         self.weights[name] = value
         return value
 
+    def set_weight(self, value: Value, data: LazyTensor) -> None:
+        """Other data of the same shape for a weight, under its name."""
+        old = value.weight if self.weights.get(value.name) is value else None
+        if old is None or data.shape != old.shape:
+            raise CompileError(
+                f"{value!r} cannot take data of shape {list(data.shape)}", remedy="add another weight"
+            )
+        value.weight = data
+        value.type = TensorType(data.dtype, tuple(data.shape))
+
     def insert(self, op: Op, before: Op | None = None) -> Op:
         """Put a detached op before another one, or at the end."""
         if op.graph is not None:

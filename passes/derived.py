@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..ir.dtypes import to_numpy
 from ..ir.errors import CompileError
 from ..ir.weights import LazyTensor, QuantizedTensors, concat_quantized, quantized_of, read_chunks
 
@@ -104,3 +105,32 @@ class ComputedTensor:
     def read(self, start: int = 0, stop: int | None = None) -> Array:
         whole = self._compute()
         return np.ascontiguousarray(whole[start:stop]) if self.shape else whole
+
+
+class ScaledRows:
+    """Row i of a tensor (element i of a vector) times factors[i], in float32, then as `dtype`."""
+
+    def __init__(self, base: LazyTensor, factors: Array, dtype: str) -> None:
+        self.base, self.factors = base, np.asarray(factors, np.float32)
+        self.shape: tuple[int, ...] = base.shape
+        self.dtype = dtype
+        self.source = base.source
+
+    def read(self, start: int = 0, stop: int | None = None) -> Array:
+        rows = self.base.read(start, stop).astype(np.float32)
+        factors = self.factors[start:stop].reshape(-1, *(1,) * (rows.ndim - 1))
+        return np.ascontiguousarray((rows * factors).astype(to_numpy(self.dtype)))
+
+
+class ScaledColumns:
+    """Element i of the last axis times factors[i], in float32, then as `dtype`."""
+
+    def __init__(self, base: LazyTensor, factors: Array, dtype: str) -> None:
+        self.base, self.factors = base, np.asarray(factors, np.float32)
+        self.shape: tuple[int, ...] = base.shape
+        self.dtype = dtype
+        self.source = base.source
+
+    def read(self, start: int = 0, stop: int | None = None) -> Array:
+        rows = self.base.read(start, stop).astype(np.float32)
+        return np.ascontiguousarray((rows * self.factors).astype(to_numpy(self.dtype)))
