@@ -50,6 +50,9 @@ class PassContext:
     calibration: Calibration | None = None
     work: WorkFolder | None = None
     max_ram: int | None = None
+    bits: dict[str, int] = field(default_factory=dict[str, int])
+    """Bits by the name of a linear layer's weight, where quantizers are to use others than their own
+    (`mixed.py`)."""
 
 
 @dataclass
