@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..ir.errors import InputError
-from .output import emit, facts, json_option
+from .output import emit, facts, json_option, table
 from .progress import Progress
 
 if TYPE_CHECKING:
@@ -18,17 +18,22 @@ if TYPE_CHECKING:
     import numpy as np
 
     from ..runtime.llm import LLM
+    from .mcq import Task
+
+# Tokens of cache for multiple choice: several questions at once, and the examples that they share.
+_QUESTION_TOKENS = 8192
 
 
-@click.command("eval", short_help="Measure perplexity, and distance from another artifact.")
+@click.command("eval", short_help="Measure perplexity, multiple choice, distance from another artifact.")
 @click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--ppl", "text", type=click.Path(path_type=Path), metavar="FILE", help="UTF-8 text to score.")
 @click.option(
-    "--ppl",
-    "text",
+    "--mcq",
+    "questions",
+    multiple=True,
     type=click.Path(path_type=Path),
-    required=True,
     metavar="FILE",
-    help="UTF-8 text to score.",
+    help="Multiple-choice questions: JSONL, or an MMLU folder; repeatable.",
 )
 @click.option(
     "--against", type=click.Path(path_type=Path), metavar="ART2", help="Compare with this artifact too."
@@ -37,6 +42,15 @@ if TYPE_CHECKING:
 @click.option(
     "--window", type=click.IntRange(min=2), default=1024, show_default=True, help="Tokens of a window."
 )
+@click.option("--rolling", is_flag=True, help="Predict every token, the first of a window too.")
+@click.option("--limit", type=click.IntRange(min=1), help="Only the first N questions of each file.")
+@click.option(
+    "--shots",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Examples before each question of an MMLU folder, from its dev files.",
+)
 @click.option(
     "--target", metavar="NAME", help="Which of the artifact's targets.  [default: the first that runs]"
 )
@@ -44,45 +58,127 @@ if TYPE_CHECKING:
 @json_option
 def command(
     artifact: Path,
-    text: Path,
+    text: Path | None,
+    questions: tuple[Path, ...],
     against: Path | None,
-    windows: int | None,
-    window: int,
-    target: str | None,
-    threads: int | None,
     as_json: bool,
+    **options: Any,
 ) -> None:
-    """Score the text of --ppl FILE with ARTIFACT.
+    """Score the text of --ppl FILE, or the questions of --mcq FILE, with ARTIFACT.
 
     The text is cut into consecutive windows of --window tokens that do not overlap; each is scored alone, its
     first token predicting nothing. A tokenizer that begins texts with BOS has every window begin with it.
 
+    With --rolling every token of the text is predicted, the first of a window from the last token of the
+    window before it (the first of all from BOS, or EOS where there is none): lm-evaluation-harness's rolling
+    log-likelihood with max_length = --window, from which perplexities by word and byte follow.
+
     With --against, KL is the mean over predictions of D(ART2 || ARTIFACT) in nats, and top-1 agreement the
     share of predictions whose most likely token is the same.
-    """
-    from ..runtime.loader import load
-    from .scoring import score
 
+    Questions are scored as lm-evaluation-harness does: acc takes the choice of the highest log-likelihood,
+    acc_norm divides it by the choice's length in characters, acc_bytes by its length in UTF-8 bytes. A line
+    of a JSONL file has "choices", "gold" (number of the right one, from 0) and "query" or "context".
+    """
+    if text is None and not questions:
+        raise click.UsageError("nothing to measure: pass --ppl FILE or --mcq FILE")
+    if options["rolling"] and options["windows"] is not None:
+        raise click.UsageError("--rolling scores the whole text: leave --windows away")
     paths = [path for path in (artifact, against) if path is not None]
-    with contextlib.ExitStack() as stack, Progress() as progress:
+    result: dict[str, Any] = {"artifact": str(artifact)}
+    with Progress() as progress:
+        if text is not None:
+            result |= _perplexity(paths, text, options, progress)
+        if questions:
+            result |= _choices(paths, questions, options, progress)
+    emit(result, as_json=as_json, text=_text(result))
+
+
+def _perplexity(
+    paths: Sequence[Path], text: Path, options: dict[str, Any], progress: Progress
+) -> dict[str, Any]:
+    from ..runtime.loader import load
+    from .scoring import lengths, score
+
+    window = options["window"]
+    with contextlib.ExitStack() as stack:
         # Room for one window is all the cache it takes; the default would be most of the memory, twice.
         llms = [
             stack.enter_context(
-                load(path, target=target, threads=threads, kv_tokens=window, prefix_cache=False)
+                load(
+                    path,
+                    target=options["target"],
+                    threads=options["threads"],
+                    kv_tokens=window,
+                    prefix_cache=False,
+                )
             )
             for path in paths
         ]
-        pieces = windows_of(llms, text, window=window, count=windows)
-        vocab_size = llms[0].executor.vocab_size
-        total = score(pieces, *(one.iter_logits for one in llms), vocab_size=vocab_size, progress=progress)
+        firsts: list[int] | None = None
+        if options["rolling"]:
+            pieces, firsts = rolling_windows(llms, text, window=window)
+        else:
+            pieces = windows_of(llms, text, window=window, count=options["windows"])
+        total = score(
+            pieces,
+            *(one.iter_logits for one in llms),
+            vocab_size=llms[0].executor.vocab_size,
+            firsts=firsts,
+            progress=progress,
+        )
     result = {
-        "artifact": str(artifact),
         "text": str(text),
         "windows": len(pieces),
         "window": window,
-        **total.result(against=against is not None),
+        **total.result(against=len(paths) > 1),
     }
-    emit(result, as_json=as_json, text=_text(result))
+    return result | (total.by_length(*lengths(_read(text))) if options["rolling"] else {})
+
+
+def _choices(
+    paths: Sequence[Path], files: Sequence[Path], options: dict[str, Any], progress: Progress
+) -> dict[str, Any]:
+    """`mcq`, one entry a file, and `accuracy`, the mean of their acc."""
+    from . import mcq
+
+    tasks = [mcq.read_tasks(file, shots=options["shots"], limit=options["limit"]) for file in files]
+    entries: list[dict[str, Any]] = [{"file": str(file), "shots": options["shots"]} for file in files]
+    for number, path in enumerate(paths):
+        for entry, found in zip(entries, _accuracies(path, tasks, options, progress), strict=True):
+            entry.update({"against": found} if number else found)
+    return {"mcq": entries, "accuracy": sum(entry["acc"] for entry in entries) / len(entries)}
+
+
+def _accuracies(
+    path: Path, files: Sequence[list[Task]], options: dict[str, Any], progress: Progress
+) -> list[dict[str, Any]]:
+    from ..runtime.loader import load
+    from . import mcq
+
+    def opened(kv_tokens: int) -> LLM:
+        return load(path, target=options["target"], threads=options["threads"], kv_tokens=kv_tokens)
+
+    llm = opened(_QUESTION_TOKENS)
+    try:
+        if llm.kind != "causal_lm":
+            raise InputError(f"an {llm.kind} predicts no tokens", remedy="evaluate a language model")
+        prepared = [mcq.prepare(llm, tasks) for tasks in files]
+        needed = max(one.kv_tokens for tasks in prepared for one in tasks)
+        if needed > llm.kv_cache.tokens:  # rare: one question that is longer than most models' contexts
+            llm.close()
+            llm = opened(needed)
+        found: list[dict[str, Any]] = []
+        for number, tasks in enumerate(prepared):
+            title = f"{path.name}: questions of {len(prepared)} files"
+
+            def step(share: float, number: int = number, title: str = title) -> None:
+                progress(title, (number + share) / len(prepared))
+
+            found.append(mcq.evaluate(llm, tasks, step))
+        return found
+    finally:
+        llm.close()
 
 
 def windows_of(llms: Sequence[LLM], text: Path, *, window: int, count: int | None) -> list[np.ndarray]:
@@ -93,6 +189,29 @@ def windows_of(llms: Sequence[LLM], text: Path, *, window: int, count: int | Non
     """
     from .scoring import cut
 
+    ids = _encoded(llms, text, window=window, special=False)
+    pieces = cut(ids, window=window, count=count, bos=_bos(llms[0]))
+    if not pieces:
+        raise InputError(
+            f"{text} has {len(ids)} tokens, less than a window of {window}", remedy="pass a smaller --window"
+        )
+    return pieces
+
+
+def rolling_windows(llms: Sequence[LLM], text: Path, *, window: int) -> tuple[list[np.ndarray], list[int]]:
+    """The windows of --rolling and the first token that each predicts. Raises as `windows_of` does, and where
+    the model has neither BOS nor EOS to predict the text's first token from.
+    """
+    from .scoring import roll
+
+    ids = _encoded(llms, text, window=window, special=True)
+    if not ids:
+        raise InputError(f"{text} is empty", remedy="give a text")
+    return roll(ids, window=window, prefix=_prefix(llms[0]))
+
+
+def _encoded(llms: Sequence[LLM], text: Path, *, window: int, special: bool) -> list[int]:
+    """The text in tokens that all models agree on; `special`: with those that the tokenizer adds to texts."""
     for one in llms:
         assert one.artifact is not None
         if one.kind != "causal_lm":
@@ -104,17 +223,12 @@ def windows_of(llms: Sequence[LLM], text: Path, *, window: int, count: int | Non
                 remedy=f"pass --window {context}",
             )
     content = _read(text)
-    ids = llms[0].encode(content, add_special_tokens=False)
-    if any(other.encode(content, add_special_tokens=False) != ids for other in llms[1:]):
+    ids = llms[0].encode(content, add_special_tokens=special)
+    if any(other.encode(content, add_special_tokens=special) != ids for other in llms[1:]):
         raise InputError(
             f"the two artifacts turn {text} into different tokens", remedy="compare artifacts of one model"
         )
-    pieces = cut(ids, window=window, count=count, bos=_bos(llms[0]))
-    if not pieces:
-        raise InputError(
-            f"{text} has {len(ids)} tokens, less than a window of {window}", remedy="pass a smaller --window"
-        )
-    return pieces
+    return ids
 
 
 def _read(path: Path) -> str:
@@ -130,13 +244,54 @@ def _bos(llm: LLM) -> int | None:
     return bos if bos is not None and llm.encode("")[:1] == [bos] else None
 
 
+def _prefix(llm: LLM) -> int:
+    """What the first token of a text is predicted from: BOS, or EOS where the model has none."""
+    model: dict[str, Any] = llm.artifact.model if llm.artifact is not None else {}
+    known = [model.get("bos_token_id"), *(model.get("eos_token_ids") or ())]
+    found = next((token for token in known if token is not None), None)
+    if found is None:
+        raise InputError("the model has neither BOS nor EOS", remedy="leave --rolling away")
+    return found
+
+
 def _text(result: dict[str, Any]) -> str:
-    return facts(
-        [
-            ("perplexity", f"{result['ppl']:.4f}"),
-            ("predictions", f"{result['tokens']} ({result['windows']} windows of {result['window']} tokens)"),
-            ("perplexity of the other", f"{result['ppl_against']:.4f}" if "ppl_against" in result else None),
-            ("KL divergence", f"{result['kl']:.6f} nats" if "kl" in result else None),
-            ("top-1 agreement", f"{result['top1_agreement']:.2%}" if "kl" in result else None),
-        ]
-    )
+    parts: list[str] = []
+    if "ppl" in result:
+        windows = f"{result['windows']} windows of {result['window']} tokens"
+        parts.append(
+            facts(
+                [
+                    ("perplexity", f"{result['ppl']:.4f}"),
+                    ("predictions", f"{result['tokens']} ({windows})"),
+                    *((name.replace("_", " "), _decimal(result.get(name))) for name in _BY_LENGTH),
+                    ("perplexity of the other", _decimal(result.get("ppl_against"))),
+                    ("KL divergence", f"{result['kl']:.6f} nats" if "kl" in result else None),
+                    ("top-1 agreement", f"{result['top1_agreement']:.2%}" if "kl" in result else None),
+                ]
+            )
+        )
+    if "mcq" in result:
+        header = ("questions", "", "acc", "acc_norm", *(("acc of the other",) if _compared(result) else ()))
+        parts.append(table(header, [_row(entry) for entry in result["mcq"]]))
+    return "\n\n".join(parts)
+
+
+_BY_LENGTH = ("word_perplexity", "byte_perplexity", "bits_per_byte")
+
+
+def _decimal(value: float | None) -> str | None:
+    return None if value is None else f"{value:.4f}"
+
+
+def _compared(result: dict[str, Any]) -> bool:
+    return "against" in result["mcq"][0]
+
+
+def _row(entry: dict[str, Any]) -> list[str]:
+    row = [entry["file"], str(entry["questions"]), _percent(entry, "acc"), _percent(entry, "acc_norm")]
+    return row + ([_percent(entry["against"], "acc")] if "against" in entry else [])
+
+
+def _percent(entry: dict[str, Any], name: str) -> str:
+    error = entry[f"{name}_stderr"]
+    return f"{entry[name]:.2%}" + ("" if error is None else f" ± {100 * error:.2f}")

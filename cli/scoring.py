@@ -5,11 +5,15 @@ Where the tokenizer begins a text with BOS by default, every window begins with 
 of the text), since models trained that way are lost without it. A window of W tokens gives W - 1
 predictions: those of its tokens 1 … W - 1. Perplexity is exp of the mean negative log-likelihood over all
 predictions of all windows.
+
+`roll` is the other way, lm-evaluation-harness's: every token of the text is predicted, and the likelihood of
+all of it is spread over its words or bytes, so that models of different tokenizers can be compared.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +34,28 @@ def cut(ids: Sequence[int], *, window: int, count: int | None, bos: int | None) 
     number = number if count is None else min(number, count)
     head = [] if bos is None else [bos]
     return [np.array([*head, *ids[i * fresh : (i + 1) * fresh]], np.int32) for i in range(number)]
+
+
+def roll(ids: Sequence[int], *, window: int, prefix: int) -> tuple[list[np.ndarray], list[int]]:
+    """Windows, int32, in which every token of the text is predicted once; and for each the number of its
+    first token that is. Those before it are context.
+
+    A window has at most `window` + 1 tokens: its last one is predicted, and predicts nothing. The first
+    window begins with `prefix`, a further one with the last token before it; the last one reaches back as far as the
+    others, and predicts only what is left.
+    """
+    whole = np.array([prefix, *ids], np.int32)
+    windows, firsts = [whole[: window + 1]], [1]
+    for start in range(window, len(ids), window):
+        end = min(start + window, len(ids))
+        windows.append(whole[end - window : end + 1])
+        firsts.append(start + 1 - (end - window))
+    return windows, firsts
+
+
+def lengths(text: str) -> tuple[int, int]:
+    """Words (pieces between white space, empty ones at the ends included) and UTF-8 bytes of a text."""
+    return len(re.split(r"\s+", text)), len(text.encode())
 
 
 @dataclass
@@ -54,10 +80,18 @@ class Score:
             result["top1_agreement"] = self.agreements / count
         return result
 
+    def by_length(self, words: int, octets: int) -> dict[str, float]:
+        """`word_perplexity`, `byte_perplexity` and `bits_per_byte` of a text that was predicted whole."""
+        return {
+            "word_perplexity": math.exp(self.nll / words),
+            "byte_perplexity": math.exp(self.nll / octets),
+            "bits_per_byte": self.nll / octets / math.log(2),
+        }
+
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """Natural log-probabilities, float32 [rows, vocab]; the normaliser is summed in float64."""
-    shifted = logits - logits.max(axis=1, keepdims=True)
+    shifted = logits - logits.max(axis=1, keepdims=True, initial=-np.inf)
     normaliser = np.log(np.exp(shifted).sum(axis=1, keepdims=True, dtype=np.float64))
     return shifted - normaliser.astype(np.float32)
 
@@ -68,22 +102,30 @@ def score(
     against: Logits | None = None,
     *,
     vocab_size: int,
+    firsts: Sequence[int] | None = None,
     progress: Callable[[str, float], None] | None = None,
 ) -> Score:
-    """Scores every window; with `against`, both artifacts see the same tokens, chunk by chunk."""
+    """Scores every window; with `against`, both artifacts see the same tokens, chunk by chunk.
+
+    `firsts` as `roll` gives them: predictions before a window's first are not counted, and its last token is
+    not computed, for it may be one more than the cache has room for.
+    """
     total = Score()
     chunk = max(16, min(256, _LOGITS // vocab_size))
     for number, ids in enumerate(windows):
         if progress is not None:
             progress(f"scoring {len(windows)} windows", number / len(windows))
-        others = against(ids.tolist(), chunk) if against is not None else None
+        inputs = (ids if firsts is None else ids[:-1]).tolist()
+        skipped = 0 if firsts is None else firsts[number] - 1  # rows that predict context
+        others = against(inputs, chunk) if against is not None else None
         start = 0
-        for part in logits(ids.tolist(), chunk):
-            # Row i predicts token i + 1; the window's last row predicts a token outside it.
+        for part in logits(inputs, chunk):
+            # Row i predicts token i + 1; without `firsts` the last row predicts a token outside the window.
             targets = ids[start + 1 : start + 1 + len(part)]
-            rows = log_softmax(part[: len(targets)])
-            other = log_softmax(next(others)[: len(targets)]) if others is not None else None
-            _add(total, rows, other, targets)
+            used = slice(max(0, skipped - start), len(targets))
+            rows = log_softmax(part[used])
+            other = log_softmax(next(others)[used]) if others is not None else None
+            _add(total, rows, other, targets[used])
             start += len(part)
     return total
 
