@@ -135,9 +135,13 @@ def split_blocks(graph: Graph) -> list[Block]:
 
 
 def read_weight(value: Value) -> torch.Tensor:
-    """The whole weight, read anew."""
+    """The whole weight, read anew.
+
+    Copied into torch's own memory: it is aligned, and sums by a matrix library may depend on alignment, so
+    that a second run gives the same bits.
+    """
     assert value.weight is not None
-    return to_torch(value.weight.read())
+    return to_torch(value.weight.read()).clone()
 
 
 def run_ops(
@@ -224,7 +228,7 @@ class Activations:
     def load(self, sequence: int, values: Iterable[Value]) -> dict[Value, Any]:
         import torch
 
-        return {v: torch.from_numpy(np.load(self._path(v, sequence))) for v in values}
+        return {v: torch.from_numpy(np.load(self._path(v, sequence))).clone() for v in values}
 
     def advance(self, segment: Segment, weight: Fetch = read_weight) -> None:
         """Run a segment on every sequence; what is dead after it is deleted."""

@@ -1,0 +1,231 @@
+"""Quantization layer by layer on what calibration sends through the model: the walk, for any method.
+
+    x_f ── float model ──────────────► x_f'          per segment: Σ x_q x_qᵀ and Σ (x_f − x_q) x_qᵀ of its
+    x_q ── quantized prefix ─► layer ─► x_q'          input → method → codes → the quantized prefix goes on
+
+Every layer is quantized for the inputs that it will get, behind the quantized layers before it. Finished
+blocks are pieces of the work folder: a compilation that was killed runs through them without quantizing them
+again, which gives the same bits.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...ir.core import Graph, Value
+from ...ir.errors import CompileError, InputError
+from ...ir.types import Quantization
+from ...ir.weights import ArrayTensor
+from ..base import PassContext
+from ..calibration import Calibration, too_few_tokens
+from ..work import WorkFolder
+from .attach import attach_quantized, is_quantizable
+from .blocks import Activations, Segment, read_weight, segment_weights, split_blocks
+from .gptq import Coded
+from .grid import Grid
+from .walk import is_head
+
+if TYPE_CHECKING:
+    import torch
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass
+class Inputs:
+    """What a layer's input was like: hessian = E[x_q x_qᵀ], cross = E[(x_f − x_q) x_qᵀ], float32 [K, K]."""
+
+    hessian: torch.Tensor
+    cross: torch.Tensor
+    tokens: int
+
+
+Method = Callable[["torch.Tensor", Inputs, Grid, str], tuple[Coded, list[str]]]
+"""(weight float32 [N, K], its inputs, grid, name) → codes, and notes for the user."""
+
+
+@dataclass
+class Walked:
+    """The codes of every weight, in order, and what there was to say."""
+
+    coded: dict[Value, dict[str, Array]] = field(default_factory=dict[Value, dict[str, Array]])
+    grids: dict[Value, Grid] = field(default_factory=dict[Value, Grid])
+    notes: list[str] = field(default_factory=list[str])
+
+
+def need_calibration(context: PassContext, name: str) -> Calibration:
+    """The context's calibration. InputError where there is none."""
+    if context.calibration is None:
+        raise InputError(
+            f"pass {name} needs text to calibrate on", remedy="use it through llmc compile, or give a text"
+        )
+    return context.calibration
+
+
+def open_work(context: PassContext, stack: ExitStack) -> WorkFolder:
+    """The compilation's work folder, or one that goes with `stack`."""
+    if context.work is not None:
+        return context.work
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="llmc-")))
+    return WorkFolder.open(folder / "work", {}, resume=False)
+
+
+def layers_of(graph: Graph, segment: Segment) -> list[Value]:
+    """The weights [N, K] of a segment's layers that are to be quantized: no head, nothing shared with other
+    kinds of ops.
+    """
+    found = dict.fromkeys(layer.operands[1] for layer in segment.layers)
+    return [w for w in found if is_quantizable(w) and not is_head(graph, w)]
+
+
+def walk(
+    graph: Graph,
+    context: PassContext,
+    work: WorkFolder,
+    grid_of: Callable[[Value], Grid],
+    method: Method,
+    *,
+    share: float = 1.0,
+) -> Walked:
+    """Codes for every linear layer but the head. The graph stays as it is (`attach_walked` changes it).
+
+    `share` is this walk's part of the pass's progress.
+    """
+    calibration = need_calibration(context, "quantize")
+    found = Walked()
+    exact = Activations(work.scratch("exact"))
+    quantized = Activations(work.scratch("quantized"))
+    exact.begin(graph, calibration.sequences)
+    quantized.begin(graph, calibration.sequences)
+    blocks = split_blocks(graph)
+    replaced: dict[Value, torch.Tensor] = {}
+    for number, block in enumerate(blocks):
+        context.progress(f"quantizing {block.name}", share * number / len(blocks))
+        piece = f"codes-{number}"
+        known = work.load(piece) if work.done(piece) else None
+        fresh: dict[str, Array] = {}
+        replaced.clear()
+        for segment in block.segments:
+            targets = [w for w in layers_of(graph, segment) if w not in found.coded]
+            if any(is_head(graph, layer.operands[1]) for layer in segment.layers):
+                break  # nothing after the head is asked for
+            inputs = measure_inputs(segment, exact, quantized) if targets and known is None else None
+            for weight in targets:
+                grid = grid_of(weight)
+                if inputs is None:
+                    assert known is not None
+                    parts = {part: known[f"{weight.name}.{part}"] for part in ("q", "scale", "zero")}
+                else:
+                    parts = _quantize(weight, inputs, grid, method, found)
+                fresh |= {f"{weight.name}.{part}": array for part, array in parts.items()}
+                found.coded[weight], found.grids[weight] = parts, grid
+                replaced[weight] = as_coded(parts).weight(grid)
+            fetch = _fetch(replaced, segment)
+            quantized.advance(segment, fetch)
+            exact.advance(segment)
+        if known is None and fresh:
+            work.save(piece, fresh)
+        if fresh:
+            _keep_on_disk(work.load(piece, mapped=True), found)
+    exact.close()
+    quantized.close()
+    return found
+
+
+def _keep_on_disk(mapped: Mapping[str, Array], found: Walked) -> None:
+    """From here on a block's codes are read from its piece."""
+    names = {name.rpartition(".")[0] for name in mapped}
+    for weight in found.coded:
+        if weight.name in names:
+            found.coded[weight] = {part: mapped[f"{weight.name}.{part}"] for part in ("q", "scale", "zero")}
+
+
+def _fetch(replaced: Mapping[Value, Any], segment: Segment) -> Any:
+    if not any(layer.operands[1] in replaced for layer in segment.layers):
+        return read_weight
+    kept = {v: read_weight(v) for v in segment_weights(segment) if v not in replaced}
+    return lambda v: replaced[v] if v in replaced else kept[v] if v in kept else read_weight(v)
+
+
+def measure_inputs(segment: Segment, exact: Activations, quantized: Activations) -> Inputs:
+    """The second moments of a segment's input, over all sequences in order."""
+    import torch
+
+    x = segment.layers[0].x
+    k = x.shape[-1]
+    assert isinstance(k, int)
+    hessian, cross, tokens = torch.zeros(k, k), torch.zeros(k, k), 0
+    for i in range(len(quantized)):
+        x_q = quantized.load(i, [x])[x].reshape(-1, k)
+        x_f = exact.load(i, [x])[x].reshape(-1, k)
+        hessian.addmm_(x_q.T, x_q)
+        cross.addmm_((x_f - x_q).T, x_q)
+        tokens += len(x_q)
+    return Inputs(hessian / max(1, tokens), cross / max(1, tokens), tokens)
+
+
+def _quantize(weight: Value, inputs: Inputs, grid: Grid, method: Method, found: Walked) -> dict[str, Array]:
+    import torch
+
+    from .grid import encode, search_scales
+
+    w = read_weight(weight).float()
+    if not bool(torch.isfinite(w).all()):
+        assert weight.weight is not None
+        raise InputError(
+            f"{weight.weight.source} holds NaN or infinite values",
+            remedy="the checkpoint is damaged or must not be quantized (--quant none)",
+        )
+    if not bool(torch.isfinite(inputs.hessian).all()):
+        raise CompileError(
+            f"the inputs of {weight.name} overflow while calibrating", remedy="calibrate on another text"
+        )
+    refusal = too_few_tokens(weight.name, inputs.tokens, w.shape[1])
+    if refusal is not None:
+        found.notes.append(refusal)
+        scale, zero = search_scales(w, torch.ones(w.shape[1]), grid)
+        k = w.shape[1]
+        return as_arrays(Coded(encode(w, grid.spread(scale, k), grid.spread(zero, k), grid.top), scale, zero))
+    coded, notes = method(w, inputs, grid, weight.name)
+    found.notes += notes
+    return as_arrays(coded)
+
+
+def as_arrays(coded: Coded) -> dict[str, Array]:
+    """q uint8 [N, K], scale float16 [N, G], zero uint8 [N, G]."""
+    return {
+        "q": coded.codes.numpy().astype(np.uint8),
+        "scale": coded.scale.numpy().astype(np.float16),
+        "zero": coded.zero.numpy().astype(np.uint8),
+    }
+
+
+def as_coded(parts: Mapping[str, Array]) -> Coded:
+    """The inverse of `as_arrays`."""
+    import torch
+
+    return Coded(*(torch.from_numpy(parts[name].astype(np.float32)) for name in ("q", "scale", "zero")))
+
+
+def attach_walked(graph: Graph, found: Walked) -> None:
+    """Let the graph's layers read the codes."""
+    for weight, parts in found.coded.items():
+        grid = found.grids[weight]
+        k = parts["q"].shape[1]
+        quant = Quantization(grid.bits, min(grid.group, k), grid.symmetric)
+        attach_quantized(
+            graph,
+            weight,
+            quant,
+            ArrayTensor(parts["q"], f"q({weight.name})"),
+            ArrayTensor(parts["scale"], f"scale({weight.name})"),
+            None if grid.symmetric else ArrayTensor(parts["zero"], f"zero_point({weight.name})"),
+        )
+    graph.drop_dead()

@@ -1,0 +1,226 @@
+"""GPTQ (Frantar et al. 2023, https://arxiv.org/abs/2210.17323), and what makes it lose less. Tensors in,
+tensors out; nothing here knows a graph.
+
+A linear layer with inputs x loses tr(E H Eᵀ), E = W − Ŵ, H = Σ x xᵀ. GPTQ rounds one input column after the
+other and moves each column's error onto the columns that are still open (section 3.3, Cholesky form). Beyond
+the paper:
+
+- static groups: scales are chosen before (by error, `grid.search_scales`), so that columns can be taken in
+  the order of falling diag(H) while groups stay in place;
+- the target is corrected for what the quantized layers before did to x (`corrected_target`);
+- given the codes, scales are refitted by least squares under H, and codes again by coordinate descent
+  (`refine`), while that lowers the loss.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .grid import Grid, encode, search_scales, storable
+
+if TYPE_CHECKING:
+    import torch
+
+DAMPING = 0.01  # of the mean diagonal; section 3.3 of the paper
+BLOCK = 128  # columns whose errors are passed on at once
+PROPAGATION = 0.5  # how much of the earlier layers' error a layer makes up for
+
+
+@dataclass
+class Coded:
+    """codes float32 [N, K] (whole numbers), scale and zero float32 [N, G]."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor
+
+    def weight(self, grid: Grid) -> torch.Tensor:
+        """float32 [N, K]"""
+        k = self.codes.shape[1]
+        return (self.codes - grid.spread(self.zero, k)) * grid.spread(self.scale, k)
+
+
+def damped(hessian: torch.Tensor, damping: float = DAMPING) -> tuple[torch.Tensor, float]:
+    """H + λI that has a Cholesky factor, and the λ (a share of the mean diagonal) that it took.
+
+    Inputs that never occur get a diagonal of the mean, so that their columns are rounded to nearest. A
+    rank-deficient H is damped tenfold until it can be factored.
+    """
+    import torch
+
+    h = hessian.clone()
+    diagonal = h.diagonal()
+    mean = float(diagonal.mean())
+    if not mean > 0:
+        return torch.eye(h.shape[0], dtype=h.dtype), damping
+    diagonal[diagonal <= 0] = mean
+    while True:
+        trial = h.clone()
+        trial.diagonal().add_(damping * mean)
+        if int(torch.linalg.cholesky_ex(trial)[1]) == 0:
+            return trial, damping
+        damping *= 10
+
+
+def inverse_factor(h: torch.Tensor) -> torch.Tensor:
+    """Upper U with UᵀU = H⁻¹, for a positive definite H."""
+    import torch
+
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
+    return torch.linalg.cholesky(inverse, upper=True)
+
+
+def corrected_target(
+    w: torch.Tensor, cross: torch.Tensor, hessian: torch.Tensor, share: float = PROPAGATION
+) -> torch.Tensor:
+    """W + share · W · E[(x_f − x_q) x_qᵀ] · (H + λI)⁻¹.
+
+    With share 1 that is the weight which makes of the quantized prefix's x_q what W makes of the float
+    model's x_f, by least squares.
+
+    Args:
+        cross: Σ (x_f − x_q) x_qᵀ [K, K]; hessian: Σ x_q x_qᵀ [K, K].
+    """
+    import torch
+
+    h, _ = damped(hessian, 0.03)
+    return w + share * torch.linalg.solve(h, cross.T @ w.T).T
+
+
+def quantize_gptq(
+    w: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid
+) -> torch.Tensor:
+    """Codes float32 [N, K] for w [N, K] on given scales and zero points [N, G].
+
+    Args:
+        hessian: damped, [K, K].
+    """
+    import torch
+
+    k = w.shape[1]
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    factor = inverse_factor(hessian[order][:, order])
+    open_ = w[:, order].T.contiguous()  # [K, N]: columns are rows, which lie together
+    scales = grid.spread(scale, k)[:, order].T.contiguous()
+    zeros = grid.spread(zero, k)[:, order].T.contiguous()
+    codes = torch.empty_like(open_)
+    for start in range(0, k, BLOCK):
+        stop = min(start + BLOCK, k)
+        block = open_[start:stop]
+        errors = torch.empty_like(block)
+        u = factor[start:stop, start:stop]
+        for i in range(stop - start):
+            s, z = scales[start + i], zeros[start + i]
+            q = encode(block[i], s, z, grid.top)
+            codes[start + i] = q
+            errors[i] = (block[i] - (q - z) * s) / u[i, i]
+            if i + 1 < stop - start:
+                block[i + 1 :].addr_(u[i, i + 1 :], errors[i], alpha=-1)
+        if stop < k:
+            open_[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+    result = torch.empty_like(w)
+    result[:, order] = codes.T
+    return result
+
+
+def loss(w: torch.Tensor, approximation: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+    """By row [N]: (w − ŵ) H (w − ŵ)ᵀ."""
+    error = w - approximation
+    return ((error @ hessian) * error).sum(1)
+
+
+def gptq(w: torch.Tensor, hessian: torch.Tensor, grid: Grid, *, sweeps: int = 2) -> tuple[Coded, float]:
+    """w float32 [N, K] on the grid, for inputs with H = Σ x xᵀ float32 [K, K]; and the damping it took.
+
+    Rows where round to nearest on the same scales loses less keep it: the loss is never above its.
+    """
+    import torch
+
+    h, damping = damped(hessian)
+    scale, zero = search_scales(w, h.diagonal(), grid)
+    codes = quantize_gptq(w, h, scale, zero, grid)
+    found = Coded(codes, scale, zero)
+    nearest = Coded(
+        encode(w, grid.spread(scale, w.shape[1]), grid.spread(zero, w.shape[1]), grid.top), scale, zero
+    )
+    worse = loss(w, found.weight(grid), h) > loss(w, nearest.weight(grid), h)
+    found.codes = torch.where(worse[:, None], nearest.codes, found.codes)
+    for _ in range(sweeps):
+        found = refine(w, found, h, grid)
+    return found, damping
+
+
+def refine(w: torch.Tensor, found: Coded, hessian: torch.Tensor, grid: Grid) -> Coded:
+    """Scales by least squares under H given the codes, then a sweep of coordinate descent over the codes.
+
+    Rows that do not gain keep what they had.
+    """
+    import torch
+
+    scale = refit_scales(w, found, hessian, grid)
+    moved = Coded(found.codes, scale, found.zero)
+    moved.codes = descend(w, moved, hessian, grid)
+    better = loss(w, moved.weight(grid), hessian) < loss(w, found.weight(grid), hessian)
+    return Coded(
+        torch.where(better[:, None], moved.codes, found.codes),
+        torch.where(better[:, None], moved.scale, found.scale),
+        found.zero,
+    )
+
+
+def refit_scales(w: torch.Tensor, found: Coded, hessian: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Scales [N, G] with least loss for fixed codes and zero points: a G × G system for every row."""
+    import torch
+
+    n, k = w.shape
+    groups = grid.groups(k)
+    whole = found.codes - grid.spread(found.zero, k)
+    target = w @ hessian
+    right = grid.pad(whole * target).sum(-1)
+    scale = torch.empty_like(found.scale)
+    step = max(1, (1 << 25) // (groups * k))
+    padded = torch.nn.functional.pad(hessian, (0, groups * grid.group - k)).reshape(k, groups, grid.group)
+    for a in range(0, n, step):
+        q = grid.pad(whole[a : a + step])  # [n, G, g]
+        # B[n, G, K] = Σ_g q[n, G, g] · H[G·g, K]; then the system sums it over the other side's groups.
+        products = torch.einsum("kGg,nGg->nGk", padded, q)
+        system = grid.pad((products * whole[a : a + step, None, :]).reshape(-1, k)).sum(-1)
+        system = system.reshape(-1, groups, groups)
+        system.diagonal(dim1=1, dim2=2).add_(
+            1e-4 * system.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + 1e-12
+        )
+        old = found.scale[a : a + step]
+        change = torch.linalg.solve(system, right[a : a + step] - (system @ old[..., None])[..., 0])
+        scale[a : a + step] = old + change
+    good = (scale > 0.5 * found.scale) & (scale < 2 * found.scale)  # a group that flips its sign is kept
+    return storable(torch.where(good, scale, found.scale))
+
+
+def descend(w: torch.Tensor, found: Coded, hessian: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """One sweep: each column's code is set to the best one given all others (CDQuant, cyclic)."""
+    import torch
+
+    k = w.shape[1]
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    h = hessian[order][:, order]
+    scales = grid.spread(found.scale, k)[:, order].T.contiguous()
+    zeros = grid.spread(found.zero, k)[:, order].T.contiguous()
+    codes = found.codes[:, order].T.contiguous()
+    error = (codes - zeros) * scales - w[:, order].T  # ŵ − w, [K, N]
+    for start in range(0, k, BLOCK):
+        stop = min(start + BLOCK, k)
+        gradient = h[start:stop] @ error  # of the block's columns
+        within = h[start:stop, start:stop]
+        for i in range(stop - start):
+            at = start + i
+            wanted = codes[at] - gradient[i] / (within[i, i] * scales[at])
+            new = wanted.round().clamp(0, grid.top)
+            change = (new - codes[at]) * scales[at]
+            codes[at] = new
+            error[at] += change
+            if i + 1 < stop - start:
+                gradient[i + 1 :].addr_(within[i + 1 :, i], change)
+    result = torch.empty_like(w)
+    result[:, order] = codes.T
+    return result
