@@ -40,8 +40,8 @@ def nearest(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid
 def paper(w: np.ndarray, h: np.ndarray, scale: np.ndarray, zero: np.ndarray, top: int) -> np.ndarray:
     """Optimal brain quantization in a fixed order (section 3.2 and 3.3).
 
-    Round a column, move the others that are open by −error / [H_F⁻¹]_qq · (H_F⁻¹)_q, F the open columns, whose
-    inverse is computed anew each time.
+    Round a column, move the others that are open by −error / [H_F⁻¹]_qq · (H_F⁻¹)_q, F the open columns;
+    the inverse is computed anew each time.
     """
     w = w.astype(np.float64).copy()
     order = np.argsort(-np.diag(h), kind="stable")
