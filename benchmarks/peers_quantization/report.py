@@ -1,0 +1,117 @@
+"""Rows of the benchmark as a Markdown table and as a plot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .scoring import WindowScore, summarize
+
+UNCHANGED = 0.05  # share of weights that may be left as they were by chance; about 1 % is usual
+Record = dict[str, Any]
+
+HEAD = (
+    "| tool | scheme | bits | calibrated on | perplexity | KL | top-1 | CPU s | peak MB | |\n"
+    "|---|---|---|---|---|---|---|---|---|---|\n"
+)
+
+
+def summary(row: Record) -> Record:
+    """A row's JSON with its windows' means in place of the windows."""
+    scores = [WindowScore(**one) for one in row["windows"]]
+    return {**row, "windows": len(scores), **vars(summarize(scores))}
+
+
+def table(rows: Sequence[Record]) -> str:
+    """One model's rows, in the order of bits and then of KL."""
+    found = sorted((summary(row) for row in rows), key=lambda r: (round(r["bits"], 2), r["kl"]))
+    return HEAD + "".join(_line(row) for row in found)
+
+
+def _line(row: Record) -> str:
+    tool = f"**{row['tool']}**" if row["tool"] == "llmc" else row["tool"]
+    cells = [
+        tool,
+        f"`{row['scheme']}`",
+        f"{row['bits']:.3f}",
+        row["calibration"],
+        f"{row['ppl_increase']:+.1f} ±{row['ppl_increase_se']:.1f}%",
+        f"{row['kl']:.4f} ±{row['kl_se']:.4f}",
+        f"{row['top1']:.3f}",
+        f"{row['cpu_seconds']:.0f}",
+        f"{row['peak_rss_bytes'] / 1e6:,.0f}",
+        "; ".join(part for part in (flattered(row), row.get("note")) if part),
+    ]
+    return "| " + " | ".join(cells) + " |\n"
+
+
+def flattered(row: Record) -> str:
+    """A warning where the scheme's grid is close to the one that the source's weights lie on."""
+    same = row.get("weights_unchanged", 0.0)
+    return f"⚠ {same:.0%} of the weights lay on this grid before" if same > UNCHANGED else ""
+
+
+def by_model(rows: Sequence[Record]) -> dict[str, list[Record]]:
+    found: dict[str, list[Record]] = {}
+    for row in rows:
+        found.setdefault(row["model"], []).append(row)
+    return found
+
+
+def tables(rows: Sequence[Record]) -> str:
+    """A heading, the float model's perplexity and a table for each model."""
+    parts: list[str] = []
+    for model, found in by_model(rows).items():
+        one = summary(found[0])
+        windows = "/".join(map(str, sorted({len(row["windows"]) for row in found})))
+        parts.append(
+            f"### {model}\n\nFloat perplexity {one['float_ppl']:.2f}; {windows} windows of 1,024 tokens; "
+            f"{found[0]['calibration_tokens']:,} calibration tokens.\n\n{table(found)}"
+        )
+    machines = sorted({row["machine"] for row in rows})
+    return "\n".join([*parts, *(f"Machine: {one}.\n" for one in machines)])
+
+
+def plot(rows: Sequence[Record], path: Path) -> None:
+    """Bits a weight of the linear layers against KL, one panel a model; the format is the file's suffix."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    mpl.rcParams["svg.hashsalt"] = "llmc"  # the same rows, the same file
+    import matplotlib.pyplot as plt
+
+    models = by_model(rows)
+    figure, panels = plt.subplots(1, len(models), figsize=(6.4 * len(models), 4.8), squeeze=False)
+    for axes, (model, found) in zip(panels[0], models.items(), strict=True):
+        _panel(axes, model, [summary(row) for row in found])
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    plt.close(figure)
+
+
+def _panel(axes: Any, model: str, rows: Sequence[Record]) -> None:
+    for tool in sorted({row["tool"] for row in rows}, key=lambda name: (name != "llmc", name)):
+        mine = [row for row in rows if row["tool"] == tool]
+        axes.errorbar(
+            [row["bits"] for row in mine],
+            [row["kl"] for row in mine],
+            yerr=[row["kl_se"] for row in mine],
+            fmt="*" if tool == "llmc" else "o",
+            markersize=11 if tool == "llmc" else 6,
+            label=tool,
+        )
+        for row in mine:
+            axes.annotate(
+                row["scheme"],
+                (row["bits"], row["kl"]),
+                textcoords="offset points",
+                xytext=(7, 3),
+                fontsize=7,
+            )
+    axes.set_yscale("log")
+    axes.set_xlabel("bits a weight of the linear layers")
+    axes.set_ylabel("KL(float ‖ quantized), nats")
+    axes.set_title(model, fontsize=9)
+    axes.margins(x=0.18)
+    axes.legend(fontsize=8)
