@@ -84,11 +84,11 @@ def _artifact(path: Path, *, verify: Any) -> dict[str, Any]:
 
 
 def _kv_bytes_per_token(manifest: dict[str, Any]) -> int:
-    from ..ir.dtypes import itemsize
+    from ..ir.dtypes import kv_bytes
 
     layers = manifest["model"].get("kv") or []
-    width = itemsize(manifest.get("kv_dtype") or "float32")
-    return sum(2 * layer["heads"] * layer["head_dim"] * width for layer in layers)
+    dtype = manifest.get("kv_dtype") or "float32"
+    return sum(2 * layer["heads"] * kv_bytes(dtype, layer["head_dim"]) for layer in layers)
 
 
 def _gguf(path: Path) -> dict[str, Any]:
@@ -203,7 +203,9 @@ def _text(report: dict[str, Any], tensors: list[dict[str, Any]]) -> str:
             ),
             (
                 "cache a token",
-                size(report["kv_bytes_per_token"]) if report.get("kv_bytes_per_token") else None,
+                f"{size(report['kv_bytes_per_token'])}, {report.get('kv_dtype') or 'float32'}"
+                if report.get("kv_bytes_per_token")
+                else None,
             ),
             (
                 "files",

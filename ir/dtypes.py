@@ -30,6 +30,8 @@ _NUMPY: Final[dict[str, np.dtype[Any]]] = {
 _NAMES: Final[dict[np.dtype[Any], str]] = {dtype: name for name, dtype in _NUMPY.items()}
 
 NAMES: Final[frozenset[str]] = frozenset(_NUMPY)
+KV_SCALE_BYTES: Final = 4
+"""Bytes of the float32 scale that a KV cache of int8 keeps beside the codes of each head and token."""
 FLOATS: Final[frozenset[str]] = frozenset({"float32", "float16", "bfloat16", "float64"})
 INTEGERS: Final[frozenset[str]] = frozenset({"int64", "int32", "int16", "int8", "uint8"})
 
@@ -56,6 +58,11 @@ def from_numpy(dtype: np.dtype[Any] | type[Any] | str) -> DType:
 def itemsize(name: DType) -> int:
     """Bytes of one element."""
     return to_numpy(name).itemsize
+
+
+def kv_bytes(dtype: DType, head_dim: int) -> int:
+    """Bytes of one key (or value) of one head in a KV cache of that type (`kv_dtype` in the manifest)."""
+    return head_dim * itemsize(dtype) + (KV_SCALE_BYTES if dtype == "int8" else 0)
 
 
 def is_float(name: DType) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .base import Pass
 from .cache.paging import PageKvCache
+from .cache.quantize import QuantizeKvCache
 from .canonicalize.cse import DropDead, MergeEqual
 from .canonicalize.fold import FoldConstants
 from .canonicalize.shapes import NormalizeShapes
@@ -38,6 +39,13 @@ def fuse() -> list[Pass]:
     ]
 
 
+def page(page_size: int, kv_dtype: str) -> list[Pass]:
+    """Whole sequences → the ragged step over a cache of floats, or of int8."""
+    if kv_dtype == "int8":
+        return [PageKvCache(page_size=page_size), QuantizeKvCache()]
+    return [PageKvCache(page_size=page_size, kv_dtype=kv_dtype)]
+
+
 def language_model(
     quantize: list[Pass], *, page_size: int, kv_dtype: str, extra: list[Pass] | None = None
 ) -> list[Pass]:
@@ -53,7 +61,7 @@ def language_model(
         # 4. quantize
         *quantize,
         # 5. page the KV cache
-        PageKvCache(page_size=page_size, kv_dtype=kv_dtype),
+        *page(page_size, kv_dtype),
         *canonicalize(),
     ]
 

@@ -7,6 +7,7 @@ at most a few hundred keys in another order.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,7 +71,7 @@ def step_graph(h: Heads) -> Graph:
     ins = {n: g.add_input(n, TensorType("int32", s)) for n, s in int32.items()}
     ins["block_table"] = g.add_input("block_table", TensorType("int32", (B, P)))
     ins["output_index"] = g.add_input("output_index", TensorType("int32", (R,)))
-    pages = TensorType(h.kv_dtype, (2, N, PAGE, h.kv_heads, h.dim))
+    pages = TensorType(h.kv_dtype, (2, N, PAGE, h.kv_heads, cache.page_width(h.kv_dtype, h.dim)))
     caches = [g.add_input(f"kv_pages.{i}", pages) for i in range(h.layers)]
     width, kv = h.heads * h.dim, h.kv_heads * h.dim
     x = g.append(nn.Embedding(ins["token_ids"], weight(g, "embed", normal(VOCAB, width)))).result
@@ -82,7 +83,7 @@ def step_graph(h: Heads) -> Graph:
         parts = [g.append(shape.Slice(qkv, -1, a, b)).result for a, b in itertools.pairwise(bounds)]
         q = g.append(shape.Reshape(parts[0], (T, h.heads, h.dim))).result
         k, v = (g.append(shape.Reshape(p, (T, h.kv_heads, h.dim))).result for p in parts[1:])
-        if h.kv_dtype != "float32":
+        if h.kv_dtype == "float16":
             k, v = (g.append(math.Cast(p, h.kv_dtype)).result for p in (k, v))
         new = g.append(cache.AppendKv(k, v, pages_in, ins["slot_mapping"])).result
         written.append(new)
@@ -142,7 +143,8 @@ class Oracle:
 
         self.graph = graph
         dtype = getattr(torch, h.kv_dtype)
-        self.caches = [torch.zeros(2, pages, PAGE, h.kv_heads, h.dim, dtype=dtype) for _ in range(h.layers)]
+        shape = (2, pages, PAGE, h.kv_heads, cache.page_width(h.kv_dtype, h.dim))
+        self.caches = [torch.zeros(shape, dtype=dtype) for _ in range(h.layers)]
 
     def step(self, inputs: StepInputs) -> np.ndarray:
         feed = {n: interpreter.to_torch(getattr(inputs, n)) for n in StepInputs.__dataclass_fields__}
@@ -162,8 +164,11 @@ def compare(
     for new in schedule:
         inputs = batch.step(new)
         close(executor.step(inputs), oracle.step(inputs), tolerance)
-    for ours, theirs in zip(executor._cache, oracle.caches, strict=True):
-        close(ours.transpose(0, 2, 3, 1, 4).astype(np.float32), theirs.float().numpy(), tolerance)
+    for layer, (ours, theirs) in enumerate(zip(executor._cache, oracle.caches, strict=True)):
+        held = ours.astype(np.float32)
+        if h.kv_dtype == "int8":
+            held, theirs = held * executor._scales[layer][..., None], cache.dequantize_heads(theirs)
+        close(held.transpose(0, 2, 3, 1, 4), theirs.float().numpy(), tolerance)
 
 
 MIXED = [[(0, 20), (1, 1), (2, 33)], [(0, 1), (2, 1), (1, 5)], [(1, 1), (0, 1), (2, 1)], [(3, 7), (2, 16)]]
@@ -224,9 +229,58 @@ def test_half_precision_cache(tmp_path: Path) -> None:
     compare(Heads(kv_dtype="float16", layers=2), MIXED, tmp_path, tolerance=2e-3)
 
 
-def test_copied_pages_are_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["grouped", "window", "everything"])
+def test_int8_cache(name: str, tmp_path: Path) -> None:
+    """Rows are quantized before they are attended to. Where the rows of both sides differ in the last places,
+    now and then a code goes the other way: 1/127 of a head's largest element.
+    """
+    compare(dataclasses.replace(VARIANTS[name], kv_dtype="int8"), MIXED, tmp_path, tolerance=4e-3)
+
+
+def test_int8_rows_have_the_reference_s_bytes(tmp_path: Path) -> None:
+    """Codes and scales of one layer, whose rows come from one embedding and are the same on both sides."""
+    g = Graph("main", "paged")
+    ids = g.add_input("token_ids", TensorType("int32", (T,)))
+    slots = g.add_input("slot_mapping", TensorType("int32", (T,)))
+    pages = g.add_input("kv_pages.0", TensorType("int8", (2, N, PAGE, 2, 12)))
+    table = normal(VOCAB, 16) * np.logspace(-8, 8, VOCAB, dtype=np.float32)[:, None]
+    table[0], table[1, :3], table[2, 12] = 0, [np.nan, 1, -2], -np.inf
+    table[3], table[4, :8] = 3e-31, np.arange(8) - 0.5
+    rows = g.append(nn.Embedding(ids, weight(g, "table", table))).result
+    heads = g.append(shape.Reshape(rows, (T, 2, 8))).result
+    new = g.append(cache.AppendKv(heads, heads, pages, slots)).result
+    g.outputs, g.output_names = [rows, new], ["rows", "kv.0"]
+    model = OnnxExecutor(build(g, tmp_path, kind="causal_lm"), threads=1)
+    feed = {"token_ids": np.arange(VOCAB, dtype=np.int32)}
+    names = ["new_k.0", "new_k_scale.0", "new_v.0", "new_v_scale.0"]
+    found = dict(zip(names, model._session.run(names, feed | _no_pages(8)), strict=True))
+    stored = cache.quantize_heads(interpreter.to_torch(table.reshape(VOCAB, 2, 8))).numpy()
+    for part in "kv":
+        np.testing.assert_array_equal(found[f"new_{part}.0"], stored[..., :8])
+        scales = np.ascontiguousarray(stored[..., 8:]).view(np.float32)[..., 0]
+        np.testing.assert_array_equal(found[f"new_{part}_scale.0"], scales)
+
+
+def _no_pages(dim: int) -> dict[str, np.ndarray]:
+    pages = {f"{p}_pages.0": np.zeros((2, 1, PAGE, dim), np.int8) for p in "kv"}
+    return pages | {f"{p}_scales.0": np.zeros((2, 1, PAGE), np.float32) for p in "kv"}
+
+
+@pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
+def test_what_a_sequence_left_in_a_page_does_not_spoil_the_next_one(kv_dtype: str, tmp_path: Path) -> None:
+    h = Heads(kv_dtype=kv_dtype)
+    executor = OnnxExecutor(build(step_graph(h), tmp_path, kind="causal_lm"), threads=1)
+    executor.allocate_kv(8)
+    clean = executor.step(Batch(8).step([(0, 20)])).copy()
+    for array in (*executor._cache, *executor._scales):
+        array[...] = 1 if array.dtype == np.int8 else np.nan
+    np.testing.assert_array_equal(executor.step(Batch(8).step([(0, 20)])), clean)
+
+
+@pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
+def test_copied_pages_are_read(kv_dtype: str, tmp_path: Path) -> None:
     """A fork: the second sequence's pages are copies of the first one's, and both continue alike."""
-    h = Heads(layers=2)
+    h = Heads(layers=2, kv_dtype=kv_dtype)
     executor = OnnxExecutor(build(step_graph(h), tmp_path, kind="causal_lm"), threads=1)
     executor.allocate_kv(16)
     batch = Batch(16)
@@ -245,6 +299,9 @@ def test_the_cache_is_read_in_place(tmp_path: Path) -> None:
     executor = OnnxExecutor(build(step_graph(h), tmp_path, kind="causal_lm"), threads=1)
     executor.allocate_kv(8)
     assert executor.kv_bytes_per_page == 2 * PAGE * h.kv_heads * h.dim * 4
+    small = step_graph(dataclasses.replace(h, kv_dtype="int8"))
+    quantized = OnnxExecutor(build(small, tmp_path / "int8", kind="causal_lm"), threads=1)
+    assert quantized.kv_bytes_per_page == 2 * PAGE * h.kv_heads * (h.dim + 4)
     batch = Batch(8)
     executor.step(batch.step([(0, 4)]))
     cache_before = executor._cache[0]

@@ -23,26 +23,57 @@ from ...ir.core import Value
 from ...ir.errors import UnsupportedError
 from ...ir.ops import attention as ir
 from ...ir.ops import cache as ir_cache
-from ...ir.types import Dim, divide
+from ...ir.types import Dim, TensorType, divide
 from .attention_plan import PARTS, Mask, Plan, additive, describe, loop_body, make_plan, visible
 from .builder import CONTRIB, LOCAL, Names, Scope
-from .context import Context, emits, opsets
+from .context import Context, NewRows, emits, opsets
 
 _Array = tuple[str, tuple[Dim, ...]]  # an ONNX value and its shape
 
 
 @emits("append_kv")
 def append_kv(c: Context, op: ir_cache.AppendKv) -> None:
-    """The rows become outputs; attention reads them as the cache will hold them (rounded to its dtype)."""
+    """The rows become outputs; attention reads them as the cache will hold them."""
     pages = c.pages.get(op.pages)
     if pages is None or pages.index in c.new_rows:
         raise UnsupportedError(
             f"onnx-cpu: append_kv from {op.loc or 'the graph'} must write a cache input, each once",
             remedy="compile for tvm-cpu",
         )
-    dtype = op.pages.dtype
+    dtype = "float32" if pages.quantized else op.pages.dtype
     k, v = (c.name(x) if x.dtype == dtype else c.scope.cast(c.name(x), dtype) for x in (op.k, op.v))
-    c.new_rows[pages.index] = (k, v, op.k.type.with_dtype(dtype))
+    if not pages.quantized:
+        kind = op.k.type.with_dtype(dtype)
+        outputs = [(f"new_{part}.{pages.index}", row, kind) for part, row in (("k", k), ("v", v))]
+        c.new_rows[pages.index] = NewRows(k, v, outputs)
+        return
+    held: dict[str, str] = {}
+    outputs = []
+    for part, row in (("k", k), ("v", v)):
+        codes, scale, held[part] = _quantized(c.scope, row)
+        outputs.append((f"new_{part}.{pages.index}", codes, op.k.type.with_dtype("int8")))
+        outputs.append((f"new_{part}_scale.{pages.index}", scale, TensorType("float32", op.k.shape[:-1])))
+    c.new_rows[pages.index] = NewRows(held["k"], held["v"], outputs)
+
+
+def _quantized(s: Scope, x: str) -> tuple[str, str, str]:
+    """float32 [T, Hkv, D] → codes int8 [T, Hkv, D], scale [T, Hkv], and what they stand for; bit for bit
+    `ir.ops.cache.quantize_heads`.
+    """
+    size = s.op("Abs", x)
+    # A NaN may get lost in a maximum; in the sum of the elements times 0 neither it nor an infinity does.
+    zero, nan = s.scalar(0.0, "float32"), s.scalar(float("nan"), "float32")
+    finite = s.op("Equal", s.op("ReduceSum", s.op("Mul", size, zero), s.i64(-1), keepdims=1), zero)
+    largest = s.op("ReduceMax", size, s.i64(-1), keepdims=1)
+    enough = s.op("GreaterOrEqual", largest, s.scalar(ir_cache.SMALLEST_SCALED, "float32"))
+    usable = s.op("And", finite, enough)
+    top = s.scalar(127.0, "float32")
+    inverse = s.op("Where", usable, s.op("Div", top, largest), zero)
+    clipped = s.op("Clip", s.op("Mul", x, inverse), s.scalar(-127.0, "float32"), top)
+    whole = s.op("Where", usable, s.op("Round", clipped), zero)
+    scale = s.op("Where", usable, s.op("Div", largest, top), s.op("Where", finite, zero, nan))
+    codes = s.cast(whole, "int8")
+    return codes, s.op("Squeeze", scale, s.i64(-1)), s.op("Mul", whole, scale)
 
 
 @dataclass(frozen=True)
@@ -55,7 +86,7 @@ class _Config:
     scale: float
     softcap: float | None
     sinks: bool
-    half_cache: bool
+    kv_dtype: str
 
 
 def _softmax(s: Scope, scores: str, column: str | None) -> str:
@@ -74,16 +105,19 @@ def _capped(s: Scope, scores: str, softcap: float | None) -> str:
     return s.op("Mul", small, s.scalar(softcap, "float32"))
 
 
-def _keys(s: Scope, cfg: _Config, pages: str, rows: str, take: Mapping[str, str]) -> str:
+def _keys(s: Scope, cfg: _Config, values: Mapping[str, str], part: str, take: Mapping[str, str]) -> str:
     """[Hkv, b, S, D] in float32: the context's pages, with the new rows [Hkv, T, D] where they belong.
 
     Writing them into what was gathered happens in place and spares a second copy, which concatenating would
     be.
     """
-    gathered = s.reshape(s.op("Gather", pages, take["pages"], axis=1), 0, 0, -1, cfg.dim)
-    if cfg.half_cache:
+    gathered = s.reshape(s.op("Gather", values[f"{part}_pages"], take["pages"], axis=1), 0, 0, -1, cfg.dim)
+    if cfg.kv_dtype != "float32":
         gathered = s.cast(gathered, "float32")
-    new = s.op("Gather", rows, take["key_rows"], axis=1)
+    if cfg.kv_dtype == "int8":
+        scales = s.reshape(s.op("Gather", values[f"{part}_scales"], take["pages"], axis=1), 0, 0, -1, 1)
+        gathered = s.op("Mul", gathered, scales)
+    new = s.op("Gather", values[part], take["key_rows"], axis=1)
     return s.op("ScatterND", gathered, take["places"], new)
 
 
@@ -92,8 +126,7 @@ def _group_rows(s: Scope, cfg: _Config, values: Mapping[str, str], take: Mapping
     ratio = cfg.heads // cfg.kv_heads
     q = s.op("Gather", values["q"], take["query_rows"], axis=0)  # [b, t, Hkv, G, D]
     q = s.reshape(s.transpose(q, 2, 0, 3, 1, 4), 0, 0, -1, cfg.dim)
-    k = _keys(s, cfg, values["k_pages"], values["k"], take)
-    v = _keys(s, cfg, values["v_pages"], values["v"], take)
+    k, v = (_keys(s, cfg, values, part, take) for part in "kv")
     scores = _capped(s, s.op("FusedMatMul", q, k, domain=CONTRIB, transB=1, alpha=cfg.scale), cfg.softcap)
     mask = take["mask"] if ratio == 1 else s.op("Tile", take["mask"], take["tiles"])
     column = None
@@ -110,7 +143,9 @@ def _function(cfg: _Config, name: str) -> FunctionProto:
     """The local function of one configuration."""
     s = Scope(Names())
     parts = [f"{which}_{part}" for which in ("first", "rest") for part in PARTS]
-    inputs = ["q", "k", "v", "k_pages", "v_pages", *parts, "others", "inverse"]
+    inputs = ["q", "k", "v", "k_pages", "v_pages"]
+    inputs += ["k_scales", "v_scales"] if cfg.kv_dtype == "int8" else []
+    inputs += [*parts, "others", "inverse"]
     inputs += ["sinks"] if cfg.sinks else []
     given = {n: s.names.fresh(n) for n in inputs}
     ratio = cfg.heads // cfg.kv_heads
@@ -153,19 +188,20 @@ def paged_attention(c: Context, op: ir_cache.PagedAttention) -> str:
             remedy="compile for tvm-cpu",
         )
     heads, dim = op.q.shape[-2:]
-    _, _, size, kv_heads, width = op.pages.shape
+    _, _, size, kv_heads, _ = op.pages.shape
     assert isinstance(heads, int) and isinstance(kv_heads, int) and isinstance(dim, int)
-    assert isinstance(size, int) and isinstance(width, int)
-    half = op.pages.dtype != "float32"
-    cfg = _Config(heads, kv_heads, dim, op.scale, op.softcap, op.sinks is not None, half)
+    assert isinstance(size, int)
+    cfg = _Config(heads, kv_heads, dim, op.scale, op.softcap, op.sinks is not None, op.pages.dtype)
     if cfg not in c.functions:
         c.functions[cfg] = _function(cfg, f"PagedAttention{len(c.functions)}")
-    k, v, _ = c.new_rows[pages.index]
-    if half:
+    rows = c.new_rows[pages.index]
+    k, v = rows.k, rows.v
+    if op.pages.dtype == "float16":
         k, v = c.scope.cast(k, "float32"), c.scope.cast(v, "float32")
     plan = _plan(c, op, Mask(size, kv_heads, heads // kv_heads, op.causal, op.window))
     sinks = [] if op.sinks is None else [c.name(op.sinks)]
-    inputs = [c.name(op.q), k, v, *pages.names, *plan.names, *sinks]
+    caches = [name for name, _ in pages.inputs]
+    inputs = [c.name(op.q), k, v, *caches, *plan.names, *sinks]
     return c.scope.op(c.functions[cfg].name, *inputs, domain=LOCAL)
 
 

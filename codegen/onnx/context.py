@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from onnx import FunctionProto, helper
 
 from ...ir.core import Graph, Op, Value
+from ...ir.dtypes import KV_SCALE_BYTES
 from ...ir.errors import UnsupportedError
 from ...ir.types import TensorType
 from .builder import CONTRIB, LOCAL, OPSET, Dims, Scope
@@ -51,14 +52,34 @@ class KvPages:
     type: TensorType  # [2, N, page_size, Hkv, D] as in the IR
 
     @property
-    def names(self) -> tuple[str, str]:
-        return f"k_pages.{self.index}", f"v_pages.{self.index}"
+    def quantized(self) -> bool:
+        """Whether there are scales, which lie in arrays of their own: ONNX cannot take bytes for floats."""
+        return self.type.dtype == "int8"
 
     @property
-    def page_type(self) -> TensorType:
-        """Type of either input. A head's pages lie together: gathering them needs no transposition."""
-        _, pages, size, heads, dim = self.type.shape
-        return TensorType(self.type.dtype, (heads, pages, size, dim))
+    def inputs(self) -> list[tuple[str, TensorType]]:
+        """Keys and values, then their scales where quantized. A head's pages lie together: gathering them
+        needs no transposition.
+        """
+        _, pages, size, heads, width = self.type.shape
+        dim = width - KV_SCALE_BYTES if self.quantized else width
+        held = TensorType(self.type.dtype, (heads, pages, size, dim))
+        found = [(f"{part}_pages.{self.index}", held) for part in "kv"]
+        if self.quantized:
+            scales = TensorType("float32", (heads, pages, size))
+            found += [(f"{part}_scales.{self.index}", scales) for part in "kv"]
+        return found
+
+
+@dataclass(frozen=True)
+class NewRows:
+    """The keys and values of a step's own tokens in one layer."""
+
+    k: str
+    """[T, Hkv, D] as the cache will hold them: in its element type, or dequantized to float32."""
+    v: str
+    outputs: list[tuple[str, str, TensorType]]
+    """(name, value, type) of what the executor writes into the cache."""
 
 
 @dataclass
@@ -73,9 +94,7 @@ class Context:
     batches: dict[Any, Batch] = field(default_factory=dict)  # attention's view of the batch, shared by layers
     plans: dict[Any, Plan] = field(default_factory=dict)  # and its indices and masks
     pages: dict[Value, KvPages] = field(default_factory=dict)  # cache inputs
-    new_rows: dict[str, tuple[str, str, TensorType]] = field(
-        default_factory=dict
-    )  # page index → k, v, their type
+    new_rows: dict[str, NewRows] = field(default_factory=dict)  # by the index of the pages
     needs_packing: bool = False  # a kernel is used that is only fast on weights that onnxruntime repacks
 
     def __post_init__(self) -> None:

@@ -1,8 +1,10 @@
 """IR graph → ONNX model, by the emitters of `ops_*.py` and `attention.py`.
 
-`append_kv` leaves no node: the rows become outputs `new_k.i`, `new_v.i` [T, Hkv, D] that the executor writes,
-and `paged_attention` reads the past from the pages `k_pages.i`, `v_pages.i` [Hkv, N, page_size, D] and the
-new rows from where they were computed. So no cache is ever copied by the model.
+`append_kv` writes no cache: the rows become outputs `new_k.i`, `new_v.i` [T, Hkv, D] that the executor
+writes, and `paged_attention` reads the past from the pages `k_pages.i`, `v_pages.i` [Hkv, N, page_size, D]
+and the new rows from where they were computed. So no cache is ever copied by the model. A cache of int8 has
+its scales apart, `k_scales.i`, `v_scales.i` float32 [Hkv, N, page_size], and outputs `new_k_scale.i`,
+`new_v_scale.i` [T, Hkv].
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ def _add_inputs(context: Context) -> list[tuple[str, TensorType]]:
         if any(op.opname == "append_kv" and op.operands[2] is value for op in value.users):
             pages = KvPages(value.name.rpartition(".")[2], value.type)
             context.pages[value] = pages
-            inputs += [(name, pages.page_type) for name in pages.names]
+            inputs += pages.inputs
             continue
         only_slots = value.users and all(op.opname == "append_kv" for op in value.users)
         if only_slots or not (value.users or value in outputs or _names_a_dimension(value, context.graph)):
@@ -91,10 +93,10 @@ def _add_outputs(context: Context) -> list[tuple[str, TensorType]]:
             continue  # the caches themselves: the executor has them
         context.scope.rename(context.name(value), name)
         outputs.append((name, value.type))
-    for index, (k, v, type) in context.new_rows.items():
-        for part, row in (("k", k), ("v", v)):
-            context.scope.rename(row, f"new_{part}.{index}")
-            outputs.append((f"new_{part}.{index}", type))
+    for rows in context.new_rows.values():
+        for name, row, type in rows.outputs:
+            context.scope.rename(row, name)
+            outputs.append((name, type))
     return outputs
 
 

@@ -1,6 +1,11 @@
 """The paged KV cache (Kwon et al.
 
 2023) over a ragged batch. See docs/architecture.md, "The paged step interface".
+
+The element type of the pages says how they hold a token's key (or value) of one head, D elements:
+
+    float32, float16    D elements
+    int8                D codes, then the float32 scale of this head and token in 4 bytes: x = scale · code
 """
 
 from __future__ import annotations
@@ -10,17 +15,51 @@ from typing import Any
 
 from ..core import Op
 from ..define import Operand, OptionalOperand, op
+from ..dtypes import KV_SCALE_BYTES
 from ..errors import CompileError
-from ..types import TensorType
+from ..types import Dim, TensorType
 from .attention import attend
 
 Dims = Mapping[str, int]
+SMALLEST_SCALED = 1e-30
+"""A head whose largest magnitude is below this is stored as zeros: 127 / magnitude must be a float32."""
+
+
+def page_width(dtype: str, head_dim: Dim) -> Dim:
+    """Elements that a page holds for one token and head."""
+    return head_dim + KV_SCALE_BYTES if dtype == "int8" else head_dim
+
+
+def quantize_heads(x: Any) -> Any:
+    """Heads [..., D] → int8 [..., D + 4]: codes, then their float32 scale = max |x| / 127.
+
+    All in float32, so that any other implementation can give the same bytes. A head that holds a NaN or an
+    infinity gets the scale NaN: whatever attends to it is NaN, as it would be with a cache of floats.
+    """
+    import torch
+
+    x = x.float()
+    largest = x.abs().amax(-1, keepdim=True)
+    scaled = largest >= SMALLEST_SCALED
+    inverse = torch.where(scaled, 127.0 / largest, 0.0)
+    codes = (x * inverse).clamp(-127.0, 127.0).round().nan_to_num(0.0).to(torch.int8)
+    scale = torch.where(scaled, largest / 127.0, 0.0)
+    scale = torch.where(largest.isfinite(), scale, torch.nan)
+    return torch.cat((codes, scale.contiguous().view(torch.int8)), -1)
+
+
+def dequantize_heads(stored: Any) -> Any:
+    """Inverse of `quantize_heads` up to rounding: int8 [..., D + 4] → float32 [..., D]."""
+    import torch
+
+    codes, scale = stored[..., :-KV_SCALE_BYTES], stored[..., -KV_SCALE_BYTES:]
+    return codes.float() * scale.contiguous().view(torch.float32)
 
 
 @op("append_kv")
 class AppendKv(Op):
     """Write k, v [T, Hkv, D] into the slots [T] of `pages` [2, P, page_size, Hkv, D]; slot = page · page_size
-    + offset.
+    + offset. Pages of int8 are [2, P, page_size, Hkv, D + 4] and get quantized heads (`quantize_heads`).
 
     The result is the cache after the write. A target may write in place: `pages` must not be read after this
     op but through its result.
@@ -33,10 +72,12 @@ class AppendKv(Op):
 
     def infer(self) -> list[TensorType]:
         p = self.pages.shape
-        if len(p) != 5 or self.k.shape[-2:] != p[-2:] or self.v.shape[-2:] != p[-2:]:
+        if len(p) != 5 or any(
+            (x.shape[-2], page_width(self.pages.dtype, x.shape[-1])) != p[-2:] for x in (self.k, self.v)
+        ):
             raise CompileError(
                 f"append_kv: k {self.k.type}, v {self.v.type} into {self.pages.type}",
-                remedy="heads and D must agree",
+                remedy="heads and D must agree; pages of int8 hold D + 4 elements",
             )
         return [self.pages.type]
 
@@ -44,8 +85,9 @@ class AppendKv(Op):
         k, v, pages, slots = args
         out = pages.clone()
         flat = out.view(2, -1, *pages.shape[3:])
-        flat[0, slots.long()] = k.to(pages.dtype)
-        flat[1, slots.long()] = v.to(pages.dtype)
+        for i, x in enumerate((k, v)):
+            new = quantize_heads(x) if self.pages.dtype == "int8" else x.to(pages.dtype)
+            flat[i, slots.long()] = new
         return out
 
 
@@ -70,6 +112,11 @@ class PagedAttention(Op):
     softcap: float | None = None
 
     def infer(self) -> list[TensorType]:
+        if self.pages.shape[-1] != page_width(self.pages.dtype, self.q.shape[-1]):
+            raise CompileError(
+                f"paged_attention: q {self.q.type} over {self.pages.type}",
+                remedy="D must agree; pages of int8 hold D + 4 elements",
+            )
         return [self.q.type]
 
     def reference(self, dims: Dims, *args: Any) -> Any:
@@ -84,6 +131,8 @@ class PagedAttention(Op):
                 continue
             table = block_table[b, : -(-n // size)].long()
             k, v = (pages[i, table].flatten(0, 1)[:n] for i in (0, 1))
+            if self.pages.dtype == "int8":
+                k, v = dequantize_heads(k), dequantize_heads(v)
             where = (torch.arange(n - (last - first), n), torch.arange(n))
             out[first:last] = attend(
                 q[first:last],

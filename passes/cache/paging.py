@@ -17,7 +17,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...ir.core import Graph, Op, Value
-from ...ir.errors import UnsupportedError
+from ...ir.dtypes import is_float
+from ...ir.errors import InputError, UnsupportedError
 from ...ir.ops import math as m
 from ...ir.ops.attention import Attention, Sdpa
 from ...ir.ops.cache import AppendKv, GatherLast, PagedAttention
@@ -205,13 +206,20 @@ def _candidates(graph: Graph) -> str:
 class PageKvCache(Pass):
     """Turn the whole-sequence graph into the ragged paged step.
 
-    Options: `page_size` tokens a page; `kv_dtype` of the cache.
+    Options: `page_size` tokens a page; `kv_dtype` of the cache, a type of floats.
     """
 
     name = "page-kv-cache"
     ensures = "paged"
     page_size: int = 16
     kv_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if not is_float(self.kv_dtype):
+            raise InputError(
+                f"pass {self.name}: kv_dtype={self.kv_dtype}",
+                remedy="use float32 or float16; for int8, run quantize-kv-cache after this pass",
+            )
 
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         attentions = [op for op in graph if isinstance(op, Attention)]

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ...codegen.artifact import Artifact
+from ...ir.dtypes import kv_bytes
 from ...ir.errors import InputError
 from .base import Executor, StepInputs
 
@@ -43,8 +44,8 @@ class NullExecutor:
 def open_target(artifact: Artifact, *, isa: str | None, threads: int | None) -> Executor:
     """An executor with the artifact's vocabulary and page size; `isa` and `threads` mean nothing to it."""
     model, manifest = artifact.model, artifact.manifest
-    width = 2 if manifest.get("kv_dtype") == "float16" else 4
-    per_token = sum(2 * layer["heads"] * layer["head_dim"] * width for layer in model.get("kv", []))
+    dtype = manifest.get("kv_dtype") or "float32"
+    per_token = sum(2 * layer["heads"] * kv_bytes(dtype, layer["head_dim"]) for layer in model.get("kv", []))
     page_size = int(manifest.get("page_size", 16))
     columns = model["hidden_size"] if artifact.kind == "encoder" else model["vocab_size"]
     return NullExecutor(page_size=page_size, vocab_size=columns, kv_bytes_per_page=per_token * page_size)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ...codegen.artifact import Artifact
-from ...ir.dtypes import itemsize, to_numpy
+from ...ir.dtypes import kv_bytes, to_numpy
 from ...ir.errors import ArtifactError, InputError
 from .. import cpu
 from .base import STEP_INPUTS, Executor, StepInputs, check_step
@@ -34,16 +34,17 @@ class OnnxExecutor:
         self.vocab_size = int(model.get("hidden_size" if artifact.kind == "encoder" else "vocab_size") or 0)
         self._kv_dtype = str(entry.get("kv_dtype", "float32"))
         self._layers = _cache_layers(self._inputs, self._outputs)
-        per_token = sum(2 * heads * dim for _, heads, dim in self._layers)
-        self.kv_bytes_per_page = per_token * self.page_size * itemsize(self._kv_dtype)
+        per_token = sum(2 * heads * kv_bytes(self._kv_dtype, dim) for _, heads, dim in self._layers)
+        self.kv_bytes_per_page = per_token * self.page_size
         self.max_pages: int | None = None
         self._num_pages = 0
         self._cache: list[np.ndarray] = []
+        self._scales: list[np.ndarray] = []
         self._cache_feed: dict[str, np.ndarray] = {}
 
     def allocate_kv(self, num_pages: int) -> None:
-        """Zeroed pages [2, Hkv, num_pages, page_size, D] a layer; the system gives the memory when it is
-        written.
+        """Zeroed pages [2, Hkv, num_pages, page_size, D] a layer, of int8 with scales [2, Hkv, num_pages,
+        page_size]; the system gives the memory when it is written.
         """
         if num_pages < 1:
             raise InputError(f"a cache of {num_pages} pages holds nothing", remedy="give at least one page")
@@ -52,17 +53,18 @@ class OnnxExecutor:
         self._cache = [
             np.zeros((2, heads, num_pages, self.page_size, dim), dtype) for _, heads, dim in self._layers
         ]
-        self._cache_feed = {
-            f"{part}_pages.{index}": cache[i]
-            for (index, _, _), cache in zip(self._layers, self._cache, strict=True)
-            for i, part in enumerate("kv")
-        }
+        scaled = self._layers if self._kv_dtype == "int8" else []
+        self._scales = [np.zeros((2, heads, num_pages, self.page_size), np.float32) for _, heads, _ in scaled]
+        self._cache_feed = {}
+        for kind, arrays in (("pages", self._cache), ("scales", self._scales)):
+            for (index, _, _), array in zip(self._layers, arrays, strict=False):
+                self._cache_feed |= {f"{part}_{kind}.{index}": array[i] for i, part in enumerate("kv")}
 
     def copy_pages(self, src: Sequence[int], dst: Sequence[int]) -> None:
         """Copy pages in all layers."""
         source, target = np.asarray(src, np.int64), np.asarray(dst, np.int64)
-        for cache in self._cache:
-            cache[:, :, target] = cache[:, :, source]
+        for array in (*self._cache, *self._scales):
+            array[:, :, target] = array[:, :, source]
 
     def step(self, inputs: StepInputs) -> np.ndarray:
         """Run the model, write the new rows to their slots, return its first output: logits [R, vocab_size]
@@ -82,14 +84,24 @@ class OnnxExecutor:
         )
         if not len(inputs.token_ids):  # the model's first group of queries cannot be empty
             return np.zeros((0, self.vocab_size), np.float32)
+        page, place = np.divmod(inputs.slot_mapping, self.page_size)
+        self._clear(page[place == 0])
         feed = {name: getattr(inputs, name) for name in STEP_INPUTS if name in self._inputs}
         results = self._session.run(self._outputs, {**feed, **self._cache_feed})
         rows = dict(zip(self._outputs, results, strict=True))
-        page, place = np.divmod(inputs.slot_mapping, self.page_size)
-        for (index, _, _), cache in zip(self._layers, self._cache, strict=True):
-            for i, part in enumerate("kv"):
-                cache[i][:, page, place] = rows[f"new_{part}.{index}"].transpose(1, 0, 2)
+        for kind, arrays in (("", self._cache), ("_scale", self._scales)):
+            for (index, _, _), array in zip(self._layers, arrays, strict=False):
+                for i, part in enumerate("kv"):
+                    array[i][:, page, place] = rows[f"new_{part}{kind}.{index}"].swapaxes(0, 1)
         return results[0]
+
+    def _clear(self, pages: np.ndarray) -> None:
+        """Zero pages that a step begins to fill. The model reads whole pages and masks what is not there by
+        adding -inf, which a NaN that an earlier sequence left would outlive.
+        """
+        if pages.size:
+            for array in self._scales or self._cache:  # a scale of 0 makes its codes 0
+                array[:, :, pages] = 0
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Artifacts of kind "function": inputs by name → outputs by name.

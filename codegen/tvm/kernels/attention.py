@@ -32,7 +32,6 @@ from .builder import (
     lane_maxima,
     lane_sums,
     let,
-    load_float,
     loop,
     put,
     put1,
@@ -41,8 +40,7 @@ from .builder import (
     splat,
     vec,
 )
-from .cache import PAGE_SIZE
-from .gather import load_one
+from .cache import PAGE_SIZE, load_page, load_page_one, page_scales, pages_argument
 from .isa import Isa
 from .vector_math import exp2, tanh
 
@@ -189,7 +187,7 @@ class _Block:
         spec = self.spec
         score = [register(f32s(0)) for _ in self.cells]
         with T.serial(0, spec.head_dim) as d:
-            key = let(load_float(self.at.pages, spec.kv_dtype, 0, page, self.kv_head, 0, d * PAGE_SIZE))
+            key = let(load_page(self.at.pages, spec.kv_dtype, 0, page, self.kv_head, 0, d * PAGE_SIZE))
             for i, _, _ in self.cells:
                 put(score[i], fma(splat(self.query[i, d]), key, vec(score[i], 0)), 0)
         tokens = let(T.ramp(token, 1, LANES))
@@ -197,8 +195,11 @@ class _Block:
             T.And(tokens < splat(high), tokens >= splat(low))
             for low, high in zip(self.low, self.high, strict=True)
         ]
+        of_keys, of_values = self._scales(page)
         for i, r, _ in self.cells:
             s = vec(score[i], 0)
+            if of_keys is not None:
+                s = let(s * of_keys)
             if spec.softcap:
                 s = tanh(s) * f32s(spec.softcap * _LOG2E)
             put(score[i], T.Select(seen[r], s, f32s(_NOTHING)), 0)
@@ -210,8 +211,18 @@ class _Block:
         for i, r, _ in self.cells:
             weight = let(T.Select(seen[r], exp2(vec(score[i], 0) - splat(self.best[i])), f32s(0)))
             put(score[i], weight, 0)
-            put(self.weights, weight, i, 0)
+            # The scale of a token that the row does not see may be NaN, and 0 · NaN is no 0.
+            scaled = weight if of_values is None else T.Select(seen[r], weight * of_values, f32s(0))
+            put(self.weights, scaled, i, 0)
         put(self.total, fma(vec(self.total, 0), rescale, lane_sums([vec(cell, 0) for cell in score])), 0)
+
+    def _scales(self, page: Expr) -> tuple[Expr | None, Expr | None]:
+        """Scales of the page's 16 keys and values; None where it holds floats."""
+        if self.spec.kv_dtype != "int8":
+            return None, None
+        pages, width = self.at.pages, self.spec.head_dim
+        keys, values = (let(page_scales(pages, i, page, self.kv_head, width)) for i in (0, 1))
+        return keys, values
 
     def _values(self, page: Expr, token: Expr) -> None:
         """acc = acc · rescale + Σ_j weight[j] · v[j], over the tokens of the page that any row of the block
@@ -232,7 +243,7 @@ class _Block:
                     register(vec(self.acc, i, c * LANES) * splat(self.rescale[i])) for i, _, _ in self.cells
                 ]
                 with loop(first, last) as j:
-                    value = let(load_float(self.at.pages, spec.kv_dtype, *value_at(j, c * LANES)))
+                    value = let(load_page(self.at.pages, spec.kv_dtype, *value_at(j, c * LANES)))
                     for i, _, _ in self.cells:
                         put(acc[i], fma(splat(self.weights[i, j]), value, vec(acc[i], 0)), 0)
                 for i, _, _ in self.cells:
@@ -241,7 +252,7 @@ class _Block:
             for i, _, _ in self.cells:
                 one = scalar(self.acc[i, d] * self.rescale[i])
                 with loop(first, last) as j:
-                    value = load_one(self.at.pages, spec.kv_dtype, *value_at(j, d))
+                    value = load_page_one(self.at.pages, spec.kv_dtype, *value_at(j, d))
                     put1(one, fma1(self.weights[i, j], value, one[0]), 0)
                 put1(self.acc, one[0], i, d)
 
@@ -375,7 +386,8 @@ def make_paged_attention(
 ) -> Any:
     """Attention of each query row over its sequence's context.
 
-    q float32 [T, heads, head_dim]; pages `kv_dtype` [2, N, kv_heads, 16, head_dim] in the order of `cache`;
+    q float32 [T, heads, head_dim]; pages `kv_dtype` [2, N, kv_heads, 16, head_dim] in the order of `cache`
+    (int8: head_dim + 4, and softmax(q · k · k_scale) · v_scale · v is computed on the codes);
     query_start int32 [B + 1] with query_start[0] = 0 and query_start[B] = T; context_len int32 [B];
     block_table int32 [B, P]; sinks float32 [heads] (a logit more in each softmax, with no value); out float32
     [T, heads, head_dim]. Sequences may have no rows. A row sees token j of its context where causal: j ≤ its
@@ -387,7 +399,7 @@ def make_paged_attention(
         tokens, sequences, width = kernel.symbol("T"), kernel.symbol("B"), kernel.symbol("P")
         at = _Buffers(
             q=kernel.argument("q", (tokens, heads, head_dim), "float32"),
-            pages=kernel.argument("pages", (2, kernel.symbol("N"), kv_heads, PAGE_SIZE, head_dim), kv_dtype),
+            pages=pages_argument(kernel, kv_heads, head_dim, kv_dtype),
             query_start=kernel.argument("query_start", (kernel.symbol("B1"),), "int32"),
             context_len=kernel.argument("context_len", (sequences,), "int32"),
             block_table=kernel.argument("block_table", (sequences, width), "int32"),

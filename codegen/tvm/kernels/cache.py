@@ -2,21 +2,76 @@
 
 A page holds, for each head, its keys as [head_dim, 16 tokens] and its values as [16 tokens, head_dim]:
 attention then multiplies 16 keys at once by one element of the query, and 16 elements of a value by one
-weight, and sums nothing across lanes.
+weight, and sums nothing across lanes. Where the cache is int8, the block of a head is its codes in that order
+and then 16 float32 scales, one a token: attention multiplies 16 scores by 16 scales.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from tvm.script.ir_builder import tirx as T
 
-from .builder import LANES, Buffer, Expr, Kernel, call, for_each_row, let, padded, put1, vec
+from ....ir.dtypes import KV_SCALE_BYTES
+from ....ir.ops.cache import SMALLEST_SCALED
+from .builder import (
+    LANES,
+    Buffer,
+    Expr,
+    Kernel,
+    call,
+    f32s,
+    for_each_row,
+    i32s,
+    let,
+    load_float,
+    padded,
+    put,
+    put1,
+    register_i32,
+    splat,
+    vec,
+)
+from .gather import load_one
 from .norms import Source, head_argument, head_index
 
 PAGE_SIZE = 16
 KV_LAYOUT = "2,pages,heads,k:dim.token,v:token.dim"
+_ABS, _INFINITY = 0x7FFFFFFF, 0x7F800000
+
+
+def page_width(kv_dtype: str, head_dim: int) -> int:
+    """Elements of a page for one token and head."""
+    return head_dim + KV_SCALE_BYTES if kv_dtype == "int8" else head_dim
+
+
+def pages_argument(kernel: Kernel, kv_heads: int, head_dim: int, kv_dtype: str) -> Buffer:
+    """The parameter `pages`."""
+    shape = (2, kernel.symbol("N"), kv_heads, PAGE_SIZE, page_width(kv_dtype, head_dim))
+    return kernel.argument("pages", shape, kv_dtype)
+
+
+def load_page(pages: Buffer, kv_dtype: str, *index: Expr) -> Expr:
+    """16 elements of a page in float32: of int8 the codes, not yet scaled."""
+    if kv_dtype == "int8":
+        return T.Cast("float32x16", vec(pages, *index))
+    return load_float(pages, kv_dtype, *index)
+
+
+def load_page_one(pages: Buffer, kv_dtype: str, *index: Expr) -> Expr:
+    """One element of a page, like `load_page`."""
+    if kv_dtype == "int8":
+        return T.Cast("float32", pages[index])
+    return load_one(pages, kv_dtype, *index)
+
+
+def page_scales(pages: Buffer, which: int, page: Expr, head: Expr, head_dim: int) -> Expr:
+    """The scales of a page's 16 tokens; of tokens not yet written they may be anything, NaN included."""
+    stored = vec(pages, which, page, head, 0, head_dim * PAGE_SIZE, lanes=LANES * KV_SCALE_BYTES)
+    return T.reinterpret(stored, dtype="float32x16")
 
 
 def _chunk(x: Buffer, at: Any, start: Expr, count: int) -> Expr:
@@ -35,41 +90,91 @@ def _converted(value: Expr, dtype: str) -> Buffer:
     return held
 
 
+class _Head:
+    """The keys (which = 0) or values (1) of a token and head, to be written into a page."""
+
+    def __init__(self, x: Buffer, at: Any, pages: Buffer, place: tuple[int, Expr, Expr, Expr]) -> None:
+        self.x, self.at, self.pages = x, at, pages
+        self.which, self.page, self.head, self.offset = place
+
+    def chunks(self, head_dim: int, body: Callable[[Expr, Expr, int], None]) -> None:
+        """`body(start, 16 elements from there in float32, how many of them there are)` over the head."""
+        with T.serial(0, head_dim // LANES) as c:
+            body(c * LANES, _chunk(self.x, self.at, c * LANES, LANES), LANES)
+        rest, start = head_dim % LANES, T.int32(head_dim // LANES * LANES)
+        if rest:
+            body(start, _chunk(self.x, self.at, start, rest), rest)
+
+    def put(self, value: Buffer, start: Expr, count: int, head_dim: int) -> None:
+        with T.serial(0, count) as i:
+            # "row 0" with a running index is the head's whole block, whatever its inner order.
+            if self.which == 0:
+                inner = (start + i) * PAGE_SIZE + self.offset
+            else:
+                inner = self.offset * head_dim + start + i
+            put1(self.pages, value[i], self.which, self.page, self.head, 0, inner)
+
+    def write(self, head_dim: int, kv_dtype: str) -> None:
+        """As floats."""
+        self.chunks(head_dim, lambda s, v, n: self.put(_converted(v, kv_dtype), s, n, head_dim))
+
+    def write_quantized(self, head_dim: int) -> None:
+        """As int8 with a scale; bit for bit `ir.ops.cache.quantize_heads`."""
+        best = register_i32(i32s(0))
+
+        def look(start: Expr, value: Expr, count: int) -> None:
+            # Magnitudes order as their bits do, NaN above infinity: a comparison of floats would lose it.
+            bits = T.bitwise_and(T.reinterpret(value, dtype="int32x16"), i32s(_ABS))
+            put(best, T.max(vec(best, 0), bits), 0)
+
+        self.chunks(head_dim, look)
+        bits = let(call("int32", "llmc_max_i32", vec(best, 0)))
+        largest = let(T.reinterpret(bits, dtype="float32"))
+        finite = bits < T.int32(_INFINITY)
+        usable = T.And(finite, largest >= T.float32(SMALLEST_SCALED))
+        inverse = let(T.Select(usable, T.float32(127) / largest, T.float32(0)))
+        scale = T.Select(usable, largest / T.float32(127), T.float32(0))
+        scale = let(T.Select(finite, scale, T.float32(math.nan)))
+
+        def encode(start: Expr, value: Expr, count: int) -> None:
+            clamped = T.min(T.max(value * splat(inverse), f32s(-127)), f32s(127))
+            rounded = T.Cast("int32x16", call("float32x16", "llmc_round", clamped))
+            codes = T.alloc_buffer((LANES,), "int8")
+            # Beside a NaN or an infinity all codes are 0.
+            put(codes, T.Cast("int8x16", T.Select(splat(usable), rounded, i32s(0))), 0)
+            self.put(codes, start, count, head_dim)
+
+        self.chunks(head_dim, encode)
+        where = head_dim * PAGE_SIZE + self.offset * KV_SCALE_BYTES
+        stored = T.reinterpret(scale, dtype="int8x4")
+        put(self.pages, stored, self.which, self.page, self.head, 0, where, lanes=KV_SCALE_BYTES)
+
+
 def make_append_kv(
     *, kv_heads: int, head_dim: int, kv_dtype: str, k_source: Source = None, v_source: Source = None, isa: str
 ) -> Any:
     """pages[:, slot // 16, :, slot % 16] = k, v for each token (in the logical order), in place.
 
     k and v float32 [T, kv_heads, head_dim], or with a source = (row_width, offset) columns of [T, row_width];
-    slot_mapping int32 [T]; pages `kv_dtype` (float32 or float16) [2, N, kv_heads, 16, head_dim]. A negative
-    slot is skipped.
+    slot_mapping int32 [T]; pages `kv_dtype` [2, N, kv_heads, 16, head_dim] in float32 or float16, [2, N,
+    kv_heads, 16, head_dim + 4] in int8, where each head gets a scale. A negative slot is skipped.
     """
     kernel = Kernel("append_kv", isa)
     with kernel:
-        tokens, pages_count = kernel.symbol("T"), kernel.symbol("N")
+        tokens = kernel.symbol("T")
         k = head_argument(kernel, "k", kv_heads, head_dim, k_source)
         v = head_argument(kernel, "v", kv_heads, head_dim, v_source)
         slots = kernel.argument("slot_mapping", (tokens,), "int32")
-        pages = kernel.argument("pages", (2, pages_count, kv_heads, PAGE_SIZE, head_dim), kv_dtype)
+        pages = pages_argument(kernel, kv_heads, head_dim, kv_dtype)
 
         def head(t: Expr, h: Expr) -> None:
             page, offset = let(slots[t] // PAGE_SIZE), let(slots[t] % PAGE_SIZE)
             for which, (x, source) in enumerate(((k, k_source), (v, v_source))):
-                at = head_index(t, h, head_dim, source)
-
-                def write(start: Expr, count: int, x: Buffer = x, at: Any = at, which: int = which) -> None:
-                    held = _converted(_chunk(x, at, start, count), kv_dtype)
-                    with T.serial(0, count) as i:
-                        # "row 0" with a running index is the head's whole block, whatever its inner order.
-                        inner = (
-                            (start + i) * PAGE_SIZE + offset if which == 0 else offset * head_dim + start + i
-                        )
-                        put1(pages, held[i], which, page, h, 0, inner)
-
-                with T.serial(0, head_dim // LANES) as c:
-                    write(c * LANES, LANES)
-                if head_dim % LANES:
-                    write(T.int32(head_dim // LANES * LANES), head_dim % LANES)
+                new = _Head(x, head_index(t, h, head_dim, source), pages, (which, page, h, offset))
+                if kv_dtype == "int8":
+                    new.write_quantized(head_dim)
+                else:
+                    new.write(head_dim, kv_dtype)
 
         def row(t: Expr) -> None:
             with T.If(slots[t] >= 0), T.Then(), T.serial(0, kv_heads) as h:
@@ -81,16 +186,28 @@ def make_append_kv(
 
 
 def to_physical(logical: np.ndarray) -> np.ndarray:
-    """Pages [2, N, 16, heads, head_dim] of the IR → [2, N, heads, 16, head_dim] as they are stored."""
-    _, pages, size, heads, dim = logical.shape
-    out = np.empty((2, pages, heads, size * dim), logical.dtype)
-    out[0] = logical[0].transpose(0, 2, 3, 1).reshape(pages, heads, -1)
-    out[1] = logical[1].transpose(0, 2, 1, 3).reshape(pages, heads, -1)
-    return out.reshape(2, pages, heads, size, dim)
+    """Pages [2, N, 16, heads, head_dim] of the IR → [2, N, heads, 16, head_dim] as they are stored (int8:
+    head_dim + 4).
+    """
+    _, pages, size, heads, width = logical.shape
+    dim = width - (KV_SCALE_BYTES if logical.dtype == np.int8 else 0)
+    codes, scales = logical[..., :dim], logical[..., dim:]
+    out = np.empty((2, pages, heads, size * width), logical.dtype)
+    out[0, ..., : size * dim] = codes[0].transpose(0, 2, 3, 1).reshape(pages, heads, -1)
+    out[1, ..., : size * dim] = codes[1].transpose(0, 2, 1, 3).reshape(pages, heads, -1)
+    out[..., size * dim :] = scales.transpose(0, 1, 3, 2, 4).reshape(2, pages, heads, -1)
+    return out.reshape(2, pages, heads, size, width)
 
 
 def to_logical(physical: np.ndarray) -> np.ndarray:
     """Inverse of `to_physical`."""
-    _, pages, heads, size, dim = physical.shape
-    keys = physical[0].reshape(pages, heads, dim, size).transpose(0, 3, 1, 2)
-    return np.ascontiguousarray(np.stack((keys, physical[1].transpose(0, 2, 1, 3))))
+    _, pages, heads, size, width = physical.shape
+    dim = width - (KV_SCALE_BYTES if physical.dtype == np.int8 else 0)
+    flat = physical.reshape(2, pages, heads, -1)
+    keys, values = flat[..., : size * dim]
+    out = np.empty((2, pages, size, heads, width), physical.dtype)
+    out[0, ..., :dim] = keys.reshape(pages, heads, dim, size).transpose(0, 3, 1, 2)
+    out[1, ..., :dim] = values.reshape(pages, heads, size, dim).transpose(0, 2, 1, 3)
+    scales = flat[..., size * dim :].reshape(2, pages, heads, size, width - dim)
+    out[..., dim:] = scales.transpose(0, 1, 3, 2, 4)
+    return out
