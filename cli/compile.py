@@ -43,8 +43,9 @@ context_option = click.option(
 @context_option
 @click.option(
     "--kv-dtype",
-    type=click.Choice(["float32", "float16"]),
-    help="Element type of the cache.  [default: float32 with --quant none, else float16]",
+    type=click.Choice(["float32", "float16", "int8"]),
+    help="Element type of the cache; int8 has a scale for each head and token.  "
+    "[default: float32 with --quant none, else float16]",
 )
 @click.option(
     "--pass",

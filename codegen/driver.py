@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import torch
 
 PAGE_SIZE = 16
+KV_DTYPES = ("float32", "float16", "int8")
 # What a compilation keeps in memory, measured on Linux: torch and transformers; an entry of the vocabulary in
 # the tokenizer and in its reference; rows in flight while weights are quantized and packed. Mapped weights
 # are given back once they were read (frontend/mapped.py).
@@ -73,9 +74,10 @@ class Plan:
                 f"target {max(names, key=names.count)} was given twice",
                 remedy="join its options in one --target",
             )
-        if kv_dtype not in (None, "float32", "float16"):
+        if kv_dtype not in (None, *KV_DTYPES):
             raise InputError(
-                f"kv_dtype {kv_dtype!r} is no element type of the cache", remedy="float32 or float16"
+                f"kv_dtype {kv_dtype!r} is no element type of the cache",
+                remedy=f"one of {', '.join(KV_DTYPES)}",
             )
         # A model in float32 keeps its cache in float32; a quantized one has given up more than float16 rounds
         # away.

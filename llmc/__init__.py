@@ -69,7 +69,8 @@ def compile(
         targets: kernel families, `NAME[:option=value,…]` (`llmc targets` lists them).
         quant: `none`, `int8`, `int4-g64`, `int4-g64-sym`, … (weights of linear layers, round to nearest).
         context: longest sequence in tokens; the model's own limit where None.
-        kv_dtype: element type of the cache; where None, "float32" with quant "none" and else "float16".
+        kv_dtype: element type of the cache, "float32", "float16" or "int8" (a scale for each head and token);
+            where None, "float32" with quant "none" and else "float16".
         passes: further passes on the fused graph, `NAME{option=value,…}` (`llmc passes` lists them).
         dump_ir: a folder that receives the graph's text after every pass, numbered.
         example_inputs: argument name → tensor, for an `nn.Module` only.
