@@ -1,0 +1,39 @@
+"""Which parameters of the model a weight of the graph holds, by its name.
+
+    model.layers.0.self_attn.q_proj.weight+k_proj+v_proj   → the three of them, one below the other
+    model.norm.weight.add                                  → model.norm.weight, with something added
+
+Merging (`passes/fuse/projections.py`) and folding leave names from which the parameters can be read.
+"""
+
+from __future__ import annotations
+
+from ....ir.core import Value
+from ....ir.weights import LazyTensor
+from ...derived import ConcatRows
+
+
+def merged_names(name: str) -> list[str]:
+    """Full names of the parameters that a merged weight's name lists; the name itself where nothing is
+    merged.
+    """
+    first, *others = name.split("+")
+    if not others or first.count(".") < 2:
+        return [name]
+    prefix, _, kind = first.rsplit(".", 2)
+    return [first, *(f"{prefix}.{other.rstrip('_').split('.')[0]}.{kind}" for other in others)]
+
+
+def flat_parts(data: LazyTensor) -> list[LazyTensor]:
+    """The tensors that stand one below the other in a merged one."""
+    return (
+        [one for part in data.parts for one in flat_parts(part)] if isinstance(data, ConcatRows) else [data]
+    )
+
+
+def named_parts(weight: Value) -> list[tuple[str, LazyTensor]]:
+    """(parameter, tensor) of a weight's parts; all under its own name where their number does not fit."""
+    assert weight.weight is not None
+    parts = flat_parts(weight.weight)
+    names = merged_names(weight.name)
+    return list(zip(names if len(names) == len(parts) else [weight.name] * len(parts), parts, strict=True))
