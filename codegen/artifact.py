@@ -38,6 +38,7 @@ SCHEMA = 1
 REQUIRES_LLMC = "0.1.0"
 KINDS = ("causal_lm", "encoder", "function")
 MANIFEST = "manifest.json"
+QUALITY = "quality.json"
 _MAX_MANIFEST = 64 << 20
 _AGAIN = "compile the model again or copy the artifact again"
 
@@ -180,6 +181,11 @@ class ArtifactWriter:
                 raise _disk_full(error, str(path), needed) from error
             raise
 
+    def write_quality(self, quality: Mapping[str, Any]) -> None:
+        """Write `quality.json`; no number in it may be infinite or NaN."""
+        text = json.dumps(quality, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        self.path(QUALITY).write_text(text, encoding="utf-8", newline="\n")
+
     def size_of(self, rel: str) -> int:
         """Bytes of a file that was written."""
         return (self.partial / rel).stat().st_size
@@ -296,6 +302,22 @@ class Artifact:
                 f"{self.root} was not compiled for target {name!r}, only for {', '.join(self.targets)}",
                 remedy=f"compile it with --target {name}",
             ) from None
+
+    @property
+    def quality(self) -> dict[str, Any] | None:
+        """What quantization cost, as it was measured at compile time (`quality.json`); None where it was not.
+
+        Raises ArtifactError where the file is no JSON object.
+        """
+        if QUALITY not in self.manifest["files"]:
+            return None
+        try:
+            found = json.loads(self.read_text(QUALITY))
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict):
+            raise ArtifactError(f"{self.root / QUALITY} is damaged: no JSON object", remedy=_AGAIN)
+        return found
 
     def path(self, rel: str) -> Path:
         """The file `rel` of the artifact. Raises ArtifactError where the manifest does not list it."""

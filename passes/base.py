@@ -20,7 +20,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ..ir.core import Graph
 from ..ir.rewriter import Rule, apply_rules
@@ -53,6 +53,10 @@ class PassContext:
     bits: dict[str, int] = field(default_factory=dict[str, int])
     """Bits by the name of a linear layer's weight, where quantizers are to use others than their own
     (`mixed.py`)."""
+    reference: Graph | None = None
+    """The float graph that a quantized one is compared with (`quantize/quality.py`)."""
+    quality: dict[str, Any] | None = None
+    """What the comparison found: the content of quality.json."""
 
 
 @dataclass
