@@ -11,7 +11,7 @@ again, which gives the same bits.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,8 +53,12 @@ Method = Callable[["torch.Tensor", Inputs, Grid, str], tuple[Coded, list[str]]]
 
 @dataclass
 class Walked:
-    """The codes of every weight, in order, and what there was to say."""
+    """The codes of every weight, in order, and what there was to say.
 
+    `exact` holds what the float model makes of the sequences, up to its head.
+    """
+
+    exact: Activations
     coded: dict[Value, dict[str, Array]] = field(default_factory=dict[Value, dict[str, Array]])
     grids: dict[Value, Grid] = field(default_factory=dict[Value, Grid])
     notes: list[str] = field(default_factory=list[str])
@@ -92,18 +96,22 @@ def walk(
     grid_of: Callable[[Value], Grid],
     method: Method,
     *,
+    sequences: Sequence[Array],
+    others: Sequence[Array] = (),
     share: float = 1.0,
 ) -> Walked:
     """Codes for every linear layer but the head. The graph stays as it is (`attach_walked` changes it).
 
-    `share` is this walk's part of the pass's progress.
+    Args:
+        sequences: token ids int64 [L] each, to calibrate on.
+        others: further ones that only the float model runs, for what comes after the walk.
+        share: this walk's part of the pass's progress.
     """
-    calibration = need_calibration(context, "quantize")
-    found = Walked()
     exact = Activations(work.scratch("exact"))
     quantized = Activations(work.scratch("quantized"))
-    exact.begin(graph, calibration.sequences)
-    quantized.begin(graph, calibration.sequences)
+    exact.begin(graph, [*sequences, *others])
+    quantized.begin(graph, sequences)
+    found = Walked(exact)
     blocks = split_blocks(graph)
     replaced: dict[Value, torch.Tensor] = {}
     for number, block in enumerate(blocks):
@@ -134,7 +142,6 @@ def walk(
             work.save(piece, fresh)
         if fresh:
             _keep_on_disk(work.load(piece, mapped=True), found)
-    exact.close()
     quantized.close()
     return found
 
@@ -216,6 +223,7 @@ def as_coded(parts: Mapping[str, Array]) -> Coded:
 
 def attach_walked(graph: Graph, found: Walked) -> None:
     """Let the graph's layers read the codes."""
+    found.exact.close()
     for weight, parts in found.coded.items():
         grid = found.grids[weight]
         k = parts["q"].shape[1]

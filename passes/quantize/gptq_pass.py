@@ -11,7 +11,7 @@ from ...ir.core import Graph, Value
 from ...ir.errors import InputError
 from ..base import Pass, PassContext, PassResult
 from ..registry import Quantizer
-from .calibrated import Inputs, attach_walked, open_work, walk
+from .calibrated import Inputs, attach_walked, need_calibration, open_work, walk
 from .gptq import DAMPING, PROPAGATION, Coded, corrected_target, gptq
 from .grid import Grid
 
@@ -72,7 +72,8 @@ class QuantizeGptq(Pass):
 
         with ExitStack() as stack:
             work = open_work(context, stack)
-            found = walk(graph, context, work, grid_of, method)
+            sequences = need_calibration(context, self.name).sequences
+            found = walk(graph, context, work, grid_of, method, sequences=sequences)
         attach_walked(graph, found)
         return PassResult(graph, bool(found.coded), found.notes)
 

@@ -85,14 +85,16 @@ def find_head(graph: Graph) -> Head:
 
 @dataclass
 class TokenLoss:
-    """By token, float32 [T]: negative log-likelihoods of the target by both, KL in nats, and whether the most
-    likely token is the same.
+    """By token, float32 [T]: negative log-likelihoods of the target by both, KL in nats, whether the most
+    likely token is the same (bool), and the logits' log Σ exp.
     """
 
     nll: Any
     nll_source: Any
     kl: Any
     agree: Any
+    lse: Any
+    lse_source: Any
 
 
 class _Sums:
@@ -155,7 +157,12 @@ def token_losses(
             start += p.shape[-1]
     kl = cross / p_sums.sum - p_sums.lse + q_sums.lse
     return TokenLoss(
-        q_sums.lse - q_sums.hit, p_sums.lse - p_sums.hit, kl.clamp(min=0), q_sums.best == p_sums.best
+        q_sums.lse - q_sums.hit,
+        p_sums.lse - p_sums.hit,
+        kl.clamp(min=0),
+        q_sums.best == p_sums.best,
+        q_sums.lse,
+        p_sums.lse,
     )
 
 
