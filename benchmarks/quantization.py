@@ -239,7 +239,7 @@ def _arguments() -> argparse.Namespace:
         help="environment of a peer; repeatable",
     )
     add("--again", action="store_true", help="measure our rows anew")
-    add("--markdown", type=Path, help="write the table there")
+    add("--markdown", type=Path, help="write the table there; between its marks where there are some")
     add("--plot", type=Path, help="write the plot there (.svg or .png; needs matplotlib)")
     add("-o", "--output", type=Path, help="write all rows as JSON")
     options = parser.parse_args()
@@ -259,7 +259,7 @@ def main() -> None:
     table = report.tables(rows)
     print(table)
     if options.markdown:
-        options.markdown.write_text(table, encoding="utf-8")
+        report.write(table, options.markdown)
     if options.plot and rows:
         report.plot(rows, options.plot)
     if options.output:

@@ -116,6 +116,27 @@ def test_table_sorts_by_bits_and_kl_and_warns_of_the_sources_grid() -> None:
     assert "Float perplexity 20.09" in text and "Machine: a machine." in text
 
 
+def test_table_goes_between_the_marks_of_a_page(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"above\n{report.BEGIN}\nold\n{report.END}\nbelow\n", encoding="utf-8")
+    report.write("new\n", page)
+    assert page.read_text(encoding="utf-8") == f"above\n{report.BEGIN}\nnew\n{report.END}\nbelow\n"
+    report.write("alone\n", tmp_path / "other.md")
+    assert (tmp_path / "other.md").read_text(encoding="utf-8") == "alone\n"
+
+
+def test_plot_names_every_scheme_and_repeats_its_bytes(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [row(), row(tool="peer", scheme="iq4_nl", bits=4.5), row(model="n.gguf")]
+    report.plot(rows, tmp_path / "plot.svg")
+    report.plot(rows, tmp_path / "again.svg")
+    drawn = (tmp_path / "plot.svg").read_text(encoding="utf-8")
+    assert all(
+        f"<!-- {text} -->" in drawn for text in ("int4-g32", "iq4_nl", "m.gguf", "n.gguf", "llmc", "peer")
+    )
+    assert drawn == (tmp_path / "again.svg").read_text(encoding="utf-8")
+
+
 def test_schemes_of_peers() -> None:
     assert method("gptq-int4-g64-sym") == {"method": "gptq", "bits": 4, "group": 64, "symmetric": True}
     assert method("int3-g32") == {"method": "rtn", "bits": 3, "group": 32, "symmetric": False}

@@ -8,6 +8,7 @@ from typing import Any
 
 from .scoring import WindowScore, summarize
 
+BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 UNCHANGED = 0.05  # share of weights that may be left as they were by chance; about 1 % is usual
 Record = dict[str, Any]
 
@@ -73,21 +74,28 @@ def tables(rows: Sequence[Record]) -> str:
     return "\n".join([*parts, *(f"Machine: {one}.\n" for one in machines)])
 
 
+def write(text: str, path: Path) -> None:
+    """Write the tables; where the file has the two marks, between them only."""
+    before, after = "", ""
+    if path.is_file():
+        page = path.read_text(encoding="utf-8")
+        if BEGIN in page and END in page:
+            before, after = page[: page.index(BEGIN) + len(BEGIN)] + "\n", page[page.index(END) :]
+    path.write_text(before + text + after, encoding="utf-8")
+
+
 def plot(rows: Sequence[Record], path: Path) -> None:
     """Bits a weight of the linear layers against KL, one panel a model; the format is the file's suffix."""
     import matplotlib as mpl
-
-    mpl.use("Agg")
-    mpl.rcParams["svg.hashsalt"] = "llmc"  # the same rows, the same file
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     models = by_model(rows)
-    figure, panels = plt.subplots(1, len(models), figsize=(6.4 * len(models), 4.8), squeeze=False)
-    for axes, (model, found) in zip(panels[0], models.items(), strict=True):
-        _panel(axes, model, [summary(row) for row in found])
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
-    plt.close(figure)
+    with mpl.rc_context({"svg.hashsalt": "llmc"}):  # the same rows, the same file
+        figure = Figure(figsize=(6.4 * len(models), 4.8), layout="tight")
+        panels = figure.subplots(1, len(models), squeeze=False)
+        for axes, (model, found) in zip(panels[0], models.items(), strict=True):
+            _panel(axes, model, [summary(row) for row in found])
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def _panel(axes: Any, model: str, rows: Sequence[Record]) -> None:
