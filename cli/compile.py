@@ -57,18 +57,60 @@ context_option = click.option(
 @click.option(
     "--dump-ir", type=click.Path(path_type=Path), metavar="DIR", help="Write the graph after every pass."
 )
+@click.option(
+    "--calib",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Text that calibrated schemes learn from: UTF-8, or *.jsonl of chats and texts.  "
+    "[default: built in]",
+)
+@click.option(
+    "--calib-tokens",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Tokens to calibrate on.  [default: 16384]",
+)
+@click.option(
+    "--max-ram",
+    metavar="SIZE",
+    help="Cap of memory, all processes together: 1.5GB (10⁹ bytes), 4GiB (2³⁰ bytes). Refused where it "
+    "cannot be kept.",
+)
+@click.option("--resume", is_flag=True, help="Go on with the calibrated work that an interrupted run left.")
 @json_option
-def command(model: str, output: Path, as_json: bool, **options: Any) -> None:
+def command(
+    model: str,
+    output: Path,
+    as_json: bool,
+    calib: Path | None,
+    calib_tokens: int | None,
+    max_ram: str | None,
+    resume: bool,
+    **options: Any,
+) -> None:
     """Compile MODEL (a Hugging Face folder, a hub id, or a GGUF file) into the artifact OUT.llmc.
 
     The artifact gets its name only when it is complete; an existing one is replaced then and not before.
     """
+    from ..codegen.calibrate import CalibrationOptions
     from ..codegen.driver import compile_model
+    from ..codegen.memory import parse_size
     from ..runtime.chat_template import render_once
 
     began = time.perf_counter()
+    cap = None if max_ram is None else parse_size(max_ram)
+    calibration = CalibrationOptions(calib, calib_tokens, resume)
     with Progress() as progress:
-        report = compile_model(model, output, progress=progress, render=render_once, **options)
+        report = compile_model(
+            model,
+            output,
+            calibration=calibration,
+            max_ram=cap,
+            progress=progress,
+            say=progress.say,
+            render=render_once,
+            **options,
+        )
     result = {
         "artifact": str(output),
         "seconds": round(time.perf_counter() - began, 3),
@@ -76,12 +118,13 @@ def command(model: str, output: Path, as_json: bool, **options: Any) -> None:
         "weight_bytes": report.weight_bytes,
         "bits_per_weight": report.bits_per_weight,
         "quality": None,
+        "notes": report.notes,
     }
     emit(result, as_json=as_json, text=_text(result))
 
 
 def _text(result: dict[str, Any]) -> str:
-    return facts(
+    lines = facts(
         [
             ("artifact", result["artifact"]),
             ("time", f"{result['seconds']:.1f} s"),
@@ -89,3 +132,4 @@ def _text(result: dict[str, Any]) -> str:
             ("weights", f"{size(result['weight_bytes'])}, {result['bits_per_weight']:.2f} bits each"),
         ]
     )
+    return "\n".join([lines, *(f"note: {text}" for text in result["notes"])])

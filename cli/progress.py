@@ -40,6 +40,13 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
 
+    def say(self, text: str) -> None:
+        """A sentence that stays on the screen, on a line of its own."""
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
     def __call__(self, phase: str, share: float = 0.0) -> None:
         """The work is in `phase`, and `share` of all of it is done."""
         if self._bar is not None:

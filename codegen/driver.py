@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..frontend.chat_shapes import Renderer
 from ..frontend.source import ModelSource, context_length, describe, open_source
-from ..frontend.tokenizer import export_tokenizer
+from ..frontend.tokenizer import TokenizerFacts, export_tokenizer
 from ..frontend.trace import trace_module, trace_source
 from ..ir.core import Graph
 from ..ir.errors import InputError
@@ -22,8 +22,18 @@ from ..ir.weights import num_bytes, num_elements
 from ..passes.base import Pass, PassContext, Progress, no_progress
 from ..passes.manager import PassRecord, run_passes
 from ..passes.pipelines import function, language_model
-from ..passes.registry import make_pass, quantization_passes
+from ..passes.quantize.scheme import weight_passes
+from ..passes.registry import make_pass
 from .artifact import Artifact, ArtifactWriter
+from .calibrate import (
+    CalibrationOptions,
+    describe_calibration,
+    finishing,
+    open_work,
+    prepare_calibration,
+    say_nothing,
+    say_resumed,
+)
 from .legalize import legalize
 from .target import Target, get_target
 
@@ -31,6 +41,7 @@ if TYPE_CHECKING:
     import torch
 
 PAGE_SIZE = 16
+DEFAULT_CALIBRATION = CalibrationOptions()
 KV_DTYPES = ("float32", "float16", "int8")
 # What a compilation keeps in memory, measured on Linux: torch and transformers; an entry of the vocabulary in
 # the tokenizer and in its reference; rows in flight while weights are quantized and packed. Mapped weights
@@ -51,6 +62,8 @@ class CompileReport:
     weight_bytes: int
     bits_per_weight: float
     passes: list[PassRecord] = field(default_factory=list[PassRecord])
+    notes: list[str] = field(default_factory=list[str])
+    """What passes and calibration had to say, each once."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +76,20 @@ class Plan:
     extra: tuple[Pass, ...]
     kv_dtype: str
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether a pass needs calibration."""
+        return any(p.needs_calibration for p in (*self.quantize, *self.extra))
+
     @staticmethod
-    def make(targets: Sequence[str], quant: str, kv_dtype: str | None, passes: Sequence[str]) -> Plan:
+    def make(
+        targets: Sequence[str],
+        quant: str,
+        kv_dtype: str | None,
+        passes: Sequence[str],
+        quant_head: str | None = None,
+        bits_per_weight: float | None = None,
+    ) -> Plan:
         if not targets:
             raise InputError("no target was given", remedy="pass --target tvm-cpu")
         chosen = tuple(get_target(t) for t in targets)
@@ -82,9 +107,8 @@ class Plan:
         # A model in float32 keeps its cache in float32; a quantized one has given up more than float16 rounds
         # away.
         cache = kv_dtype or ("float32" if quant == "none" else "float16")
-        return Plan(
-            chosen, quant, tuple(quantization_passes(quant)), tuple(make_pass(p) for p in passes), cache
-        )
+        quantize = tuple(weight_passes(quant, quant_head, bits_per_weight))
+        return Plan(chosen, quant, quantize, tuple(make_pass(p) for p in passes), cache)
 
 
 def _context(source: ModelSource, asked: int | None) -> int | None:
@@ -197,10 +221,7 @@ def _manifest(source: ModelSource, graph: Graph, plan: Plan, context: int | None
     return manifest
 
 
-def _write_tokenizer(
-    source: ModelSource, writer: ArtifactWriter, render: Renderer | None
-) -> dict[str, Any] | None:
-    facts = export_tokenizer(source, writer.path("tokenizer.json").parent, render)
+def _tokenizer_entry(facts: TokenizerFacts | None) -> dict[str, Any] | None:
     if facts is None:
         return None
     return {
@@ -228,28 +249,47 @@ def compile_model(
     dump_ir: str | os.PathLike[str] | None = None,
     example_inputs: Mapping[str, torch.Tensor] | None = None,
     render: Renderer | None = None,
+    calibration: CalibrationOptions = DEFAULT_CALIBRATION,
+    max_ram: int | None = None,
     progress: Progress = no_progress,
+    say: Callable[[str], None] = say_nothing,
 ) -> CompileReport:
     """Compile a model into the artifact folder `output`. Arguments as in `llmc.compile`; `passes` are further
-    ones by name, run on the fused graph.
+    ones by name, run on the fused graph. `max_ram` caps the process tree, in bytes; `say` gets sentences that
+    the user should see at once.
 
     Nothing stands under the name `output` before everything is written; an artifact that was there stays
     until then.
     """
     plan = Plan.make(targets, quant, kv_dtype, passes)
-    with ArtifactWriter(output) as writer:  # first: a name that cannot be written costs no tracing
+    pass_context = PassContext(max_ram=max_ram)
+    # The writer first: a name that cannot be written costs no tracing.
+    with ArtifactWriter(output) as writer, finishing(pass_context, say):
         progress("open", 0.0)
         source = open_source(model)
         length = _context(source, context)
         progress("trace", 0.02)
         graph = trace(source, example_inputs)
-        share = _Share(progress)
+        facts: TokenizerFacts | None = None
+        if graph.facts["kind"] != "function":
+            progress("tokenizer", 0.08)
+            facts = export_tokenizer(source, writer.path("tokenizer.json").parent, render)
+        pass_context.context_length = length
+        if plan.calibrated:
+            progress("calibration text", 0.10)
+            found, notes = prepare_calibration(source, writer.partial, facts, calibration, length, render)
+            pass_context.calibration = found
+            pass_context.notes += notes
+            key = {"scheme": quant, "passes": list(passes), "context": length}
+            pass_context.work = open_work(Path(output), source, found, key, resume=calibration.resume)
+            say_resumed(pass_context.work, calibration.resume, say)
+        share = _Share(progress, 0.80 if plan.calibrated else 0.20)
+        pass_context.progress = share.between(0.10, share.passes_end)
         folder = Path(dump_ir) if dump_ir is not None else None
-        graph, records = lower(graph, plan, PassContext(share.between(0.10, 0.20), length), folder)
+        graph, records = lower(graph, plan, pass_context, folder)
         manifest = _manifest(source, graph, plan, length)
         if graph.facts["kind"] != "function":
-            progress("tokenizer", 0.20)
-            manifest["tokenizer"] = _write_tokenizer(source, writer, render)
+            manifest["tokenizer"] = _tokenizer_entry(facts)
         writer.path("ir.txt").write_text(print_graph(graph), encoding="utf-8", newline="\n")
         entries = _emit(graph, plan, writer, share)
         progress("write", 0.98)
@@ -263,19 +303,25 @@ def compile_model(
                 "weight_bytes": weight_bytes,
                 "source": source.quantization_of_source,
             },
-            "command": _command(source, targets, quant, context, kv_dtype, passes),
+            "command": [
+                *_command(source, targets, quant, context, kv_dtype, passes),
+                *(calibration.command() if plan.calibrated else []),
+            ],
         }
+        if pass_context.calibration is not None:
+            manifest["quantization"]["calibration"] = describe_calibration(pass_context.calibration)
         artifact = writer.finish(manifest)
     progress("done", 1.0)
-    return CompileReport(artifact, weight_bytes, bits, records)
+    return CompileReport(artifact, weight_bytes, bits, records, list(dict.fromkeys(pass_context.notes)))
 
 
 def _emit(graph: Graph, plan: Plan, writer: ArtifactWriter, share: _Share) -> dict[str, Any]:
     """Every target's files; their manifest entries by name."""
     entries: dict[str, Any] = {}
-    step = 0.75 / len(plan.targets)
+    begin = share.passes_end + 0.02
+    step = (0.97 - begin) / len(plan.targets)
     for i, target in enumerate(plan.targets):
-        part = share.between(0.22 + i * step, 0.22 + (i + 1) * step)
+        part = share.between(begin + i * step, begin + (i + 1) * step)
         entries[target.name] = target.compile(graph, writer, progress=part)
     return entries
 
@@ -290,8 +336,9 @@ def _weight_bytes(writer: ArtifactWriter, entries: Mapping[str, Mapping[str, Any
 class _Share:
     """Parts of one progress bar."""
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: Progress, passes_end: float) -> None:
         self.progress = progress
+        self.passes_end = passes_end
 
     def between(self, low: float, high: float) -> Progress:
         def report(what: str, share: float) -> None:

@@ -60,6 +60,10 @@ def compile(
     passes: Sequence[str] = (),
     dump_ir: str | os.PathLike[str] | None = None,
     example_inputs: Mapping[str, Any] | None = None,
+    calib: str | os.PathLike[str] | None = None,
+    calib_tokens: int | None = None,
+    max_ram: str | int | None = None,
+    resume: bool = False,
     progress: Callable[[str, float], None] | None = None,
 ) -> Artifact:
     """Compiles a model into the artifact folder `output`; returns it, opened.
@@ -74,6 +78,11 @@ def compile(
         passes: further passes on the fused graph, `NAME{option=value,…}` (`llmc passes` lists them).
         dump_ir: a folder that receives the graph's text after every pass, numbered.
         example_inputs: argument name → tensor, for an `nn.Module` only.
+        calib: a text or JSONL file that calibrated schemes calibrate on; the text that ships with llmc where
+            None.
+        calib_tokens: how many tokens of it; 16384 where None.
+        max_ram: cap of memory for all processes together, in bytes or as "1.5GB", "4GiB".
+        resume: go on with the work that an interrupted calibrated compilation of `output` left.
         progress: called with (what is being done, share of it done from 0 to 1).
 
     Raises:
@@ -81,6 +90,9 @@ def compile(
             compiled. CompileError: a pass or target failed. Nothing is left under `output` then.
     """
     driver = importlib.import_module(".codegen.driver", __name__)
+    calibrate = importlib.import_module(".codegen.calibrate", __name__)
+    if isinstance(max_ram, str):
+        max_ram = importlib.import_module(".codegen.memory", __name__).parse_size(max_ram)
     report = driver.compile_model(
         model,
         output,
@@ -92,6 +104,8 @@ def compile(
         dump_ir=dump_ir,
         render=importlib.import_module(".runtime.chat_template", __name__).render_once,
         example_inputs=example_inputs,
+        calibration=calibrate.CalibrationOptions(calib, calib_tokens, resume),
+        max_ram=max_ram,
         **({"progress": progress} if progress is not None else {}),
     )
     return report.artifact

@@ -5,10 +5,14 @@ text, chats → token ids → sequences to calibrate on, and others that are hel
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
+from importlib.resources import files
 from typing import Any
 
 import numpy as np
+
+from ..ir.errors import CompileError
 
 Array = np.ndarray[Any, Any]
 
@@ -40,6 +44,30 @@ class Calibration:
     def tokens(self) -> int:
         """Tokens to calibrate on."""
         return sum(len(one) for one in self.sequences)
+
+
+DEFAULT_FILE = "calibration.jsonl"
+DEFAULT_SHA256 = "39577c982c1ee5757d8df02844c991d70931bd77da94bc93a5f2964f78f53089"
+
+
+def default_text() -> bytes:
+    """The calibration text that ships with llmc (passes/data/NOTE.md), a JSONL of texts and chats.
+
+    Raises CompileError where the file is not the one that this version was made with.
+    """
+    try:
+        data = (files(__package__) / "data" / DEFAULT_FILE).read_bytes()
+    except OSError as error:
+        raise CompileError(
+            f"llmc's calibration text cannot be read: {error.strerror}", remedy="install llmc again"
+        ) from None
+    found = hashlib.sha256(data).hexdigest()
+    if found != DEFAULT_SHA256:
+        raise CompileError(
+            f"llmc's calibration text is damaged: its sha256 is {found[:16]}…, not {DEFAULT_SHA256[:16]}…",
+            remedy="install llmc again, or give a text of your own: --calib FILE",
+        )
+    return data
 
 
 def too_few_tokens(weight: str, tokens: int, columns: int) -> str | None:

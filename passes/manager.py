@@ -11,7 +11,9 @@ from ..ir.core import Graph
 from ..ir.errors import CompileError, VerifyError
 from ..ir.printer import print_graph
 from ..ir.verifier import verify
-from .base import Pass, PassContext
+from .base import Pass, PassContext, Progress
+
+_CALIBRATED = 100  # share of the bar, where a pass that rewrites has 1
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ def run_passes(
         the message.
     """
     records: list[PassRecord] = []
+    progress, shares = context.progress, _shares(passes)
     if dump_ir is not None:
         dump_ir.mkdir(parents=True, exist_ok=True)
         for old in dump_ir.glob("[0-9][0-9]-*.txt"):  # of an earlier, longer pipeline
@@ -49,8 +52,13 @@ def run_passes(
                 f"pass {p.name} needs a graph of stage {p.requires}, not {graph.stage}",
                 remedy="change the order of the passes",
             )
-        context.progress(f"pass {p.name}", (number - 1) / len(passes))
-        result = p.run(graph, context)
+        low, high = shares[number - 1], shares[number]
+        progress(f"pass {p.name}", low)
+        context.progress = _part(progress, low, high)
+        try:
+            result = p.run(graph, context)
+        finally:
+            context.progress = progress
         graph = result.graph
         context.notes.extend(result.notes)
         if p.ensures is not None:
@@ -67,3 +75,15 @@ def run_passes(
         if dump_ir is not None:
             (dump_ir / f"{number:02d}-{p.name}.txt").write_text(print_graph(graph), encoding="utf-8")
     return graph, records
+
+
+def _shares(passes: Sequence[Pass]) -> list[float]:
+    """Where each pass begins on the bar of all of them, and 1.0."""
+    weights = [_CALIBRATED if p.needs_calibration else 1 for p in passes]
+    total = max(1, sum(weights))
+    return [sum(weights[:i]) / total for i in range(len(weights) + 1)]
+
+
+def _part(progress: Progress, low: float, high: float) -> Progress:
+    """A pass reports shares of its own work."""
+    return lambda what, share: progress(what, low + (high - low) * min(max(share, 0.0), 1.0))

@@ -127,11 +127,17 @@ class WorkFolder:
         folder.mkdir(exist_ok=True)
         return folder / _checked(name)
 
-    def close(self, *, keep: bool) -> None:
-        """Delete the folder; with `keep`, only where no piece was saved, so that nothing useless stays."""
-        if not (keep and self.names()):
-            _clear(self.path, keep_pieces=False)
-            shutil.rmtree(self.path, ignore_errors=True)
+    def close(self, *, keep: bool) -> bool:
+        """Delete the folder; with `keep`, only where no piece was saved, so that nothing useless stays.
+
+        Returns whether it is still there.
+        """
+        if keep and self.names():
+            shutil.rmtree(self.path / _SCRATCH, ignore_errors=True)
+            return True
+        _clear(self.path, keep_pieces=False)
+        shutil.rmtree(self.path, ignore_errors=True)
+        return False
 
     def _file(self, name: str) -> Path:
         return self.path / (_checked(name) + _PIECE)

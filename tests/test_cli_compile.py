@@ -26,7 +26,7 @@ def test_compile_reports_what_it_made(capsys: Capture, tmp_path: Path, tiny_fold
     code, out, err = run(capsys, *words, "--dump-ir", tmp_path / "ir", "--json")
     assert code == 0
     report = json.loads(out)
-    keys = {"artifact", "seconds", "peak_rss_bytes", "weight_bytes", "bits_per_weight", "quality"}
+    keys = {"artifact", "seconds", "peak_rss_bytes", "weight_bytes", "bits_per_weight", "quality", "notes"}
     assert set(report) == keys
     assert report["artifact"] == str(output)
     assert report["quality"] is None

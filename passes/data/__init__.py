@@ -1,0 +1,1 @@
+"""Data files of the package; NOTE.md says where each is from."""
