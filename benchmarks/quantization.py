@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from llmc.ir.errors import LlmcError
 
 from .commands import SCRATCH, machine
 from .peers_quantization import environments, ours, report
@@ -89,7 +90,7 @@ class Bench:
                 row = Row(self, model, tool, scheme, calib)
                 try:
                     row.measure(windows, reference)
-                except (subprocess.CalledProcessError, ValueError, RuntimeError) as error:
+                except (subprocess.CalledProcessError, ValueError, RuntimeError, LlmcError) as error:
                     print(f"error: {row.path.stem}: {error}", file=sys.stderr, flush=True)
                     continue
                 rows.append(row.record)
