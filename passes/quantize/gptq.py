@@ -178,21 +178,16 @@ def refit_scales(w: torch.Tensor, found: Coded, hessian: torch.Tensor, grid: Gri
     whole = found.codes - grid.spread(found.zero, k)
     target = w @ hessian
     right = grid.pad(whole * target).sum(-1)
-    scale = torch.empty_like(found.scale)
-    step = max(1, (1 << 25) // (groups * k))
-    padded = torch.nn.functional.pad(hessian, (0, groups * grid.group - k)).reshape(k, groups, grid.group)
-    for a in range(0, n, step):
-        q = grid.pad(whole[a : a + step])  # [n, G, g]
-        # B[n, G, K] = Σ_g q[n, G, g] · H[G·g, K]; then the system sums it over the other side's groups.
-        products = torch.einsum("kGg,nGg->nGk", padded, q)
-        system = grid.pad((products * whole[a : a + step, None, :]).reshape(-1, k)).sum(-1)
-        system = system.reshape(-1, groups, groups)
-        system.diagonal(dim1=1, dim2=2).add_(
-            1e-4 * system.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + 1e-12
-        )
-        old = found.scale[a : a + step]
-        change = torch.linalg.solve(system, right[a : a + step] - (system @ old[..., None])[..., 0])
-        scale[a : a + step] = old + change
+    system = torch.empty(n, groups, groups)
+    for g in range(groups):
+        first, last = g * grid.group, min((g + 1) * grid.group, k)
+        products = (whole[:, first:last] @ hessian[first:last, first:]) * whole[:, first:]
+        system[:, g, g:] = grid.pad(products).sum(-1)
+        system[:, g:, g] = system[:, g, g:]
+    diagonal = system.diagonal(dim1=1, dim2=2)
+    diagonal.add_(1e-4 * diagonal.mean(1, keepdim=True) + 1e-12)
+    change = torch.linalg.solve(system, right - (system @ found.scale[..., None])[..., 0])
+    scale = found.scale + change
     good = (scale > 0.5 * found.scale) & (scale < 2 * found.scale)  # a group that flips its sign is kept
     return storable(torch.where(good, scale, found.scale))
 
