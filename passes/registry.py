@@ -20,9 +20,12 @@ from .base import Pass
 
 
 class Quantizer(ABC):
-    """A family of schemes. `forms` is shown to the user ("int4-gN[-sym]")."""
+    """A family of schemes. `forms` is shown to the user ("int4-gN[-sym]"). `head` is the scheme of embeddings
+    and output head where --quant-head names none; None where these schemes themselves see to them.
+    """
 
     forms: ClassVar[tuple[str, ...]] = ()
+    head: ClassVar[str | None] = "int8"
 
     @abstractmethod
     def passes(self, scheme: str) -> list[Pass] | None:
@@ -136,18 +139,26 @@ def quantization_passes(scheme: str) -> list[Pass]:
     """The passes of a scheme; "none" has none. InputError lists the schemes that exist, or the packages of
     two quantizers that both claim it.
     """
-    if scheme == "none":
-        return []
+    return [] if scheme == "none" else _claim(scheme)[1]
+
+
+def default_head(scheme: str) -> str | None:
+    """The scheme of embeddings and output head that goes with one of the linear layers, `Quantizer.head`."""
+    return "none" if scheme == "none" else _claim(scheme)[0].head
+
+
+def _claim(scheme: str) -> tuple[Quantizer, list[Pass]]:
+    """The quantizer of a scheme, and its passes."""
     forms: list[str] = ["none"]
-    claims: list[tuple[Registered, list[Pass]]] = []
+    claims: list[tuple[Registered, Quantizer, list[Pass]]] = []
     for item in registered("llmc.quantizers").values():
         quantizer: Quantizer = _load(item, Quantizer)()
         passes = quantizer.passes(scheme)
-        claims += [(item, passes)] if passes is not None else []
+        claims += [(item, quantizer, passes)] if passes is not None else []
         forms += quantizer.forms
     if not claims:
         raise InputError(f"no quantization scheme is named {scheme!r}", remedy=f"known: {', '.join(forms)}")
     if len(claims) > 1:
-        named = " and ".join(f"{item.name} of {item.origin}" for item, _ in claims[:2])
+        named = " and ".join(f"{item.name} of {item.origin}" for item, _, _ in claims[:2])
         raise InputError(f"scheme {scheme!r} comes from both {named}", remedy="uninstall one of them")
-    return claims[0][1]
+    return claims[0][1:]

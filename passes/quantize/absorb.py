@@ -10,7 +10,7 @@ able to divide, and everything that reads it to multiply.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,8 @@ class Absorption:
         groups: int64 [K], the scale that each channel of x takes, 0 … count - 1; -1 where a channel cannot be
             scaled. Channels that must share a scale have one number.
         linears: the linear layers that read x (through reshapes) and take the scale into their columns.
+        values: what is scaled on the way, x itself too: by value its groups, of the value's rank (1
+            along axes on which nothing depends), and the power.
         reason: why some channels, or all, cannot be scaled; None where all can.
     """
 
@@ -61,6 +63,7 @@ class Absorption:
     count: int
     linears: tuple[Linear, ...]
     edits: tuple[Edit, ...]
+    values: Mapping[Value, tuple[Numbers, float]]
     reason: str | None
 
     @property
@@ -77,6 +80,13 @@ class Absorption:
     def per_channel(self, scale: Array) -> Array:
         """float64 [K]: what each channel of x is divided by."""
         return np.append(np.asarray(scale, np.float64), 1.0)[self.groups]
+
+    def value_factors(self, value: Value, scale: Array) -> Array | None:
+        """What a value of the graph is multiplied by (it broadcasts); None for one that stays."""
+        if value not in self.values:
+            return None
+        groups, power = self.values[value]
+        return np.append(np.asarray(scale, np.float64), 1.0)[groups] ** power
 
 
 def find_absorption(graph: Graph, x: Value) -> Absorption:
@@ -116,11 +126,14 @@ def _result(x: Value, numbers: Numbers, channels: Channels) -> Absorption:
     stuck = np.flatnonzero(groups < 0)
     reason = channels.reason(int(numbers[stuck[0]])) if stuck.size else None
     edits: list[Edit] = []
+    values: dict[Value, tuple[Numbers, float]] = {}
     for value, scaled in channels.at.items():
         shape = scaled.numbers.shape
         axis = next((i for i, n in enumerate(shape) if n > 1), len(shape) - 1)
         found = groups_of(scaled.numbers)
-        if value.is_weight and (found >= 0).any():
+        if not value.is_weight:
+            values[value] = (found.reshape(shape), scaled.power)
+        elif (found >= 0).any():
             length = value.shape[axis]
             assert isinstance(length, int)
             edits.append(Edit(value, axis, np.broadcast_to(found, (length,)), scaled.power))
@@ -131,7 +144,7 @@ def _result(x: Value, numbers: Numbers, channels: Channels) -> Absorption:
         for op in edit.weight.users
         if isinstance(op, Linear) and op.x in channels.at
     ]
-    return Absorption(x, groups, len(order), tuple(dict.fromkeys(linears)), tuple(edits), reason)
+    return Absorption(x, groups, len(order), tuple(dict.fromkeys(linears)), tuple(edits), values, reason)
 
 
 def absorb(graph: Graph, absorption: Absorption, scale: Array) -> None:

@@ -162,6 +162,7 @@ class Keep(Quantizer):
     """`keep`: the codes that the checkpoint has."""
 
     forms = ("keep",)
+    head = "none"
 
     def passes(self, scheme: str) -> list[Pass] | None:
         return [KeepQuantized()] if scheme == "keep" else None

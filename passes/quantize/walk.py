@@ -1,7 +1,5 @@
-"""Round to nearest over the graph: which weights, at how many bits.
-
-Embeddings and the head that shares or faces them are kept at 8 bits: at 4 they lose more than all other
-layers of a small model together.
+"""Round to nearest over the graph: which weights, at how many bits. Embeddings and the head that shares or
+faces them have a pass of their own (`heads.py`).
 """
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ import numpy as np
 from ...ir.core import Graph, Value
 from ...ir.errors import InputError
 from ...ir.ops.nn import Embedding, Linear
+from ...ir.ops.quant import QuantizedLinear
 from ...ir.types import Quantization
 from ...ir.weights import LazyTensor
 from ..base import Pass, PassContext, PassResult
@@ -96,10 +95,9 @@ class QuantizedPart:
 
 @dataclass(frozen=True)
 class QuantizeRtn(Pass):
-    """Round-to-nearest quantization of linear layers and embeddings.
+    """Round-to-nearest quantization of linear layers; embeddings and the output head are `quantize-head`'s.
 
-    Options: `bits` of linear layers; `group` along K, 0 for whole rows; `symmetric`; `head_bits` of
-    embeddings and of the head (symmetric).
+    Options: `bits`; `group` along K, 0 for whole rows; `symmetric`.
     """
 
     name = "quantize-rtn"
@@ -108,41 +106,33 @@ class QuantizeRtn(Pass):
     bits: int = 4
     group: int = 32
     symmetric: bool = False
-    head_bits: int = 8
 
     def __post_init__(self) -> None:
-        for option in ("bits", "head_bits"):
-            if not 2 <= getattr(self, option) <= 8:
-                raise InputError(
-                    f"pass {self.name}: {option}={getattr(self, option)}", remedy="use 2 to 8 bits"
-                )
+        if not 2 <= self.bits <= 8:
+            raise InputError(f"pass {self.name}: bits={self.bits}", remedy="use 2 to 8 bits")
         if self.group < 0:
             raise InputError(f"pass {self.name}: group={self.group}", remedy="use 0 (whole rows) or more")
 
     def run(self, graph: Graph, context: PassContext) -> PassResult:
-        notes: list[str] = []
-        count = 0
-        heads = {weight for weight in graph.weights.values() if is_head(graph, weight)}
-        for weight in list(graph.weights.values()):
-            if not is_quantizable(weight):
-                continue
-            self._quantize(graph, weight, weight in heads)
-            count += 1
+        weights = [w for w in graph.weights.values() if is_quantizable(w) and not is_head(graph, w)]
+        for weight in weights:
+            bits = context.bits.get(weight.name, self.bits)
+            attach_nearest(graph, weight, bits, self.group, self.symmetric)
         graph.drop_dead()
-        if not count:
-            notes.append("no linear layer or embedding was found to quantize")
-        return PassResult(graph, count > 0, notes)
+        notes = [] if weights else ["no linear layer was found to quantize"]
+        return PassResult(graph, bool(weights), notes)
 
-    def _quantize(self, graph: Graph, weight: Value, head: bool) -> None:
-        assert weight.weight is not None
-        _, k = weight.weight.shape
-        bits, symmetric = (self.head_bits, True) if head else (self.bits, self.symmetric)
-        quant = Quantization(bits, min(self.group or k, k), symmetric)
-        data = QuantizedWeight(weight.weight, quant)
-        zero_point = None if symmetric else QuantizedPart(data, "zero_point")
-        attach_quantized(
-            graph, weight, quant, QuantizedPart(data, "codes"), QuantizedPart(data, "scale"), zero_point
-        )
+
+def attach_nearest(graph: Graph, weight: Value, bits: int, group: int, symmetric: bool) -> None:
+    """Round a weight to nearest as its rows are read, in groups along K (0: whole rows)."""
+    assert weight.weight is not None
+    _, k = weight.weight.shape
+    quant = Quantization(bits, min(group or k, k), symmetric)
+    data = QuantizedWeight(weight.weight, quant)
+    zero_point = None if symmetric else QuantizedPart(data, "zero_point")
+    attach_quantized(
+        graph, weight, quant, QuantizedPart(data, "codes"), QuantizedPart(data, "scale"), zero_point
+    )
 
 
 def is_head(graph: Graph, weight: Value) -> bool:
@@ -153,10 +143,10 @@ def is_head(graph: Graph, weight: Value) -> bool:
         return True
     for output in graph.outputs:
         op = output.producer
-        while op is not None and not isinstance(op, Linear):
+        while op is not None and not isinstance(op, (Linear, QuantizedLinear)):
             # A scalar may stand first in a product (soft-capped logits): the logits are what has axes.
             op = next((v.producer for v in op.operands if v.type.rank), None)
-        if op is not None and op.weight is weight and graph.facts.get("kind") == "causal_lm":
+        if isinstance(op, Linear) and op.weight is weight and graph.facts.get("kind") == "causal_lm":
             return True
     return False
 

@@ -223,6 +223,7 @@ class GgufSchemes(Quantizer):
     """`gguf-q4_k_m` and its like. 8 bits are the same with any importances, so that scheme measures none."""
 
     forms = tuple(f"gguf-{scheme}" for scheme in SCHEMES)
+    head = None
 
     def passes(self, scheme: str) -> list[Pass] | None:
         kind = scheme.removeprefix("gguf-")

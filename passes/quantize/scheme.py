@@ -1,0 +1,60 @@
+"""From `--quant`, `--quant-head` and `--bits-per-weight` to passes."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from ...ir.errors import InputError
+from ..base import Pass
+from ..registry import default_head, quantization_passes
+from .heads import QuantizeHead, head_passes
+from .sensitivity import ChooseBits
+
+
+def weight_passes(scheme: str, head: str | None = None, bits_per_weight: float | None = None) -> list[Pass]:
+    """The passes that quantize weights.
+
+    Args:
+        head: the scheme of embeddings and output head; that of the quantizer where None.
+        bits_per_weight: the size of all weights together, in bits a weight; layers then differ in their bits.
+
+    Raises:
+        InputError: a scheme is unknown, or has no bits to choose.
+    """
+    linear = quantization_passes(scheme)
+    default = default_head(scheme)
+    if head is not None and default is None:
+        raise InputError(
+            f"--quant-head {head}: the scheme {scheme} itself says how embeddings and head are stored",
+            remedy="leave it out, or choose another --quant",
+        )
+    heads = head_passes(default if head is None else head)
+    if bits_per_weight is None:
+        return [*linear, *heads]
+    return [_chooser(scheme, linear, heads, head is None, bits_per_weight), *linear, *heads]
+
+
+def _chooser(
+    scheme: str, linear: list[Pass], heads: list[Pass], free_head: bool, bits_per_weight: float
+) -> ChooseBits:
+    """The pass that gives each layer its bits, for the grids of these quantizers."""
+    if not 1 <= bits_per_weight <= 9:
+        raise InputError(f"--bits-per-weight {bits_per_weight:g}", remedy="ask for a number from 2 to 9")
+    options: list[Any] = [p for p in linear if {"bits", "group", "symmetric"} <= {f.name for f in fields(p)}]
+    if len(options) != 1:
+        raise InputError(
+            f"--bits-per-weight goes with no scheme of fixed grids, such as {scheme}",
+            remedy="use --quant int4-gN, gptq-int4-gN, awq-int4-gN or best-int4-gN",
+        )
+    (one,) = options
+    chosen = next((p for p in heads if isinstance(p, QuantizeHead)), None)
+    return ChooseBits(
+        target=bits_per_weight,
+        group=one.group,
+        symmetric=one.symmetric,
+        head=free_head and chosen is not None,
+        head_bits=0 if chosen is None else chosen.bits,
+        head_group=64 if chosen is None else chosen.group,
+        head_symmetric=chosen is None or chosen.symmetric,
+    )
