@@ -67,8 +67,10 @@ def prepare_calibration(
     options: CalibrationOptions,
     context: int | None,
     render: Renderer | None,
+    tokens: int = TOKENS,
 ) -> tuple[Calibration, list[str]]:
-    """The sequences for a model whose tokenizer was exported into `folder`, and notes for the user.
+    """The sequences for a model whose tokenizer was exported into `folder`, and notes for the user; `tokens`
+    of them where the options do not say.
 
     Raises InputError where the model reads no text, or where the file will not do (frontend/calibration.py).
     """
@@ -87,7 +89,7 @@ def prepare_calibration(
     made = make_sequences(
         text,
         encoder,
-        tokens=TOKENS if options.tokens is None else options.tokens,
+        tokens=tokens if options.tokens is None else options.tokens,
         held_tokens=HELD_TOKENS,
         length=min(LENGTH, context or LENGTH),
     )

@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 
 from ..ir.core import Graph
 from ..ir.rewriter import Rule, apply_rules
-from .calibration import Calibration
+from .calibration import TOKENS, Calibration
 from .work import WorkFolder
 
 Progress = Callable[[str, float], None]  # what is being done, share of it that is done (0 … 1)
@@ -73,13 +73,15 @@ class Pass(ABC):
     """Base of all passes.
 
     `requires` is the stage that a graph must have, `ensures` the stage it has afterwards (None: unchanged).
-    `needs_calibration`: whether `run` wants `context.calibration`.
+    `needs_calibration`: whether `run` wants `context.calibration`; `calibration_tokens`: how many tokens of it
+    it does well with, where the user does not say.
     """
 
     name: ClassVar[str] = ""
     requires: ClassVar[str | None] = None
     ensures: ClassVar[str | None] = None
     needs_calibration: ClassVar[bool] = False
+    calibration_tokens: ClassVar[int] = TOKENS
 
     @abstractmethod
     def run(self, graph: Graph, context: PassContext) -> PassResult: ...

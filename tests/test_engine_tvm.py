@@ -1,4 +1,4 @@
-"""Two hundred random schedules on compiled kernels: greedy tokens, bit for bit those of each request alone.
+"""Random schedules on compiled kernels: greedy tokens, bit for bit those of each request alone.
 
 The same schedules run on the fake executor in test_runtime_schedules.py, where they test the bookkeeping.
 Here they test that no kernel lets a row depend on what else is in the batch, on how a prompt was cut, or on
@@ -21,9 +21,20 @@ from llmc.runtime.executor.base import StepInputs
 from .models import CONTEXT, VOCAB_SIZE, save_tiny
 from .schedules import check_schedule, random_schedule
 
-# Full attention with int4 weights and a float16 cache; a sliding window; soft-capped scores in float32.
-MODELS = {"llama": "int4-g32", "mistral": "int8", "gemma2": "none"}
-SCHEDULES = {"llama": range(100), "mistral": range(100, 150), "gemma2": range(150, 200)}
+# Full attention with int4 weights and a float16 cache; a sliding window; soft-capped scores in float32; a
+# cache of int8.
+MODELS: dict[str, tuple[str, str | None]] = {
+    "llama": ("int4-g32", None),
+    "mistral": ("int8", None),
+    "gemma2": ("none", None),
+    "qwen3": ("int4-g32", "int8"),
+}
+SCHEDULES = {
+    "llama": range(100),
+    "mistral": range(100, 150),
+    "gemma2": range(150, 200),
+    "qwen3": range(200, 230),
+}
 FACTS = ModelFacts(vocab_size=VOCAB_SIZE, context_length=CONTEXT, eos_token_ids=(2,))
 
 
@@ -34,7 +45,8 @@ def compiled(
     name: str = request.param
     folder = tmp_path_factory.mktemp(name)
     source = save_tiny(name, folder / "model")
-    artifact: Artifact = llmc.compile(source, folder / "tiny.llmc", quant=MODELS[name])
+    quant, kv_dtype = MODELS[name]
+    artifact: Artifact = llmc.compile(source, folder / "tiny.llmc", quant=quant, kv_dtype=kv_dtype)
     return name, open_executor(artifact)
 
 
@@ -84,7 +96,7 @@ def test_logits_do_not_depend_on_how_a_prompt_is_cut(compiled: tuple[str, Execut
 
 def test_a_prompt_is_the_same_with_as_many_threads_as_one_likes(tmp_path: Path) -> None:
     artifact: Artifact = llmc.compile(
-        save_tiny("qwen2", tmp_path / "model"), tmp_path / "tiny.llmc", quant="int4"
+        save_tiny("qwen2", tmp_path / "model"), tmp_path / "tiny.llmc", quant="int4-g32"
     )
     ids = np.random.default_rng(2).integers(5, VOCAB_SIZE, 50).astype(np.int32)
     found: list[np.ndarray] = []

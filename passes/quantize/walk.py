@@ -152,19 +152,19 @@ def is_head(graph: Graph, weight: Value) -> bool:
 
 
 class RoundToNearest(Quantizer):
-    """`int8` (symmetric, groups of 64), `int4-gN`, `int4-gN-sym`; `int4` is `int4-g32`."""
+    """`int8` (symmetric, groups of 64), `int4-gN`, `int4-gN-sym`."""
 
-    forms = ("int8", "int4", "int4-gN[-sym]")
+    forms = ("int8", "int4-gN[-sym]")
 
     def passes(self, scheme: str) -> list[Pass] | None:
         if scheme == "int8":
             # Groups, though rows would do for the weights: a target may quantize activations by the same
             # groups, and one scale for a whole row of activations costs more than 8 bits are worth.
             return [QuantizeRtn(bits=8, group=64, symmetric=True)]
-        m = re.fullmatch(r"int4(?:-g(\d+))?(-sym)?", scheme)
+        m = re.fullmatch(r"int4-g(\d+)(-sym)?", scheme)
         if m is None:
             return None
-        group = int(m.group(1) or 32)
+        group = int(m.group(1))
         if group < 8 or group % 8 or group > 1024:
             raise InputError(
                 f"--quant {scheme}: group size {group}",
