@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -9,7 +10,8 @@ from ...ir.errors import InputError
 from ..base import Pass
 from ..registry import default_head, quantization_passes
 from .heads import QuantizeHead, head_passes
-from .sensitivity import ChooseBits
+from .sensitivity import ChooseBits, SupposeBits
+from .walk import QuantizeRtn
 
 
 def weight_passes(scheme: str, head: str | None = None, bits_per_weight: float | None = None) -> list[Pass]:
@@ -35,13 +37,31 @@ def weight_passes(scheme: str, head: str | None = None, bits_per_weight: float |
     return [_chooser(scheme, linear, heads, head is None, bits_per_weight), *linear, *heads]
 
 
+def without_calibration(passes: Sequence[Pass]) -> list[Pass]:
+    """Passes that leave weights of the same shapes but read none of them, to predict sizes."""
+    found: list[Pass] = []
+    for one in passes:
+        options = {f.name: getattr(one, f.name) for f in fields(one)}
+        if isinstance(one, ChooseBits):
+            found.append(SupposeBits(**options))
+        elif one.needs_calibration and _has_grid(one):
+            found.append(QuantizeRtn(options["bits"], options["group"], options["symmetric"]))
+        else:
+            found.append(one)
+    return found
+
+
+def _has_grid(one: Pass) -> bool:
+    return {"bits", "group", "symmetric"} <= {f.name for f in fields(one)}
+
+
 def _chooser(
     scheme: str, linear: list[Pass], heads: list[Pass], free_head: bool, bits_per_weight: float
 ) -> ChooseBits:
     """The pass that gives each layer its bits, for the grids of these quantizers."""
     if not 1 <= bits_per_weight <= 9:
         raise InputError(f"--bits-per-weight {bits_per_weight:g}", remedy="ask for a number from 2 to 9")
-    options: list[Any] = [p for p in linear if {"bits", "group", "symmetric"} <= {f.name for f in fields(p)}]
+    options: list[Any] = [p for p in linear if _has_grid(p)]
     if len(options) != 1:
         raise InputError(
             f"--bits-per-weight goes with no scheme of fixed grids, such as {scheme}",

@@ -283,6 +283,19 @@ class ChooseBits(Pass):
         return losses
 
 
+@dataclass(frozen=True)
+class SupposeBits(ChooseBits):
+    """Bits for the same size without measuring, for a prediction: all weights are equally sensitive."""
+
+    name = "suppose-bits"
+    needs_calibration = False
+
+    def _measure(
+        self, graph: Graph, context: PassContext, grids: Mapping[Value, Sequence[Grid]]
+    ) -> dict[Value, list[float]]:
+        return {w: [np.prod(_shape(w)) * 4.0**-g.bits for g in grids[w]] for w in grids}
+
+
 def _shape(weight: Value) -> tuple[int, int]:
     n, k = weight.shape
     assert isinstance(n, int) and isinstance(k, int)
