@@ -10,6 +10,7 @@ import click
 
 from .output import emit, facts, json_option, size
 from .progress import Progress
+from .quality import verdict_facts
 from .resources import peak_rss_bytes
 
 target_option = click.option(
@@ -28,6 +29,18 @@ quant_option = click.option(
     metavar="SCHEME",
     help="none, int8, int4-gN (N weights share a scale: int4-g64), int4-gN-sym (symmetric).",
 )
+quant_head_option = click.option(
+    "--quant-head",
+    metavar="SCHEME",
+    help="Embeddings and output head: none, int8, int6-gN, int4-gN[-sym], …  "
+    "[default: the scheme's own, int8]",
+)
+bits_option = click.option(
+    "--bits-per-weight",
+    type=float,
+    metavar="X",
+    help="Size of all weights together: each layer gets the bits that lose least within it.",
+)
 context_option = click.option(
     "--context", type=click.IntRange(min=1), help="Longest sequence, in tokens.  [default: the model's]"
 )
@@ -40,6 +53,8 @@ context_option = click.option(
 )
 @target_option
 @quant_option
+@quant_head_option
+@bits_option
 @context_option
 @click.option(
     "--kv-dtype",
@@ -76,6 +91,18 @@ context_option = click.option(
     help="Cap of memory, all processes together: 1.5GB (10⁹ bytes), 4GiB (2³⁰ bytes). Refused where it "
     "cannot be kept.",
 )
+@click.option(
+    "--max-kl",
+    type=click.FloatRange(min=0),
+    metavar="X",
+    help="Refuse where the KL divergence from the source is larger, in nats a token.",
+)
+@click.option(
+    "--max-ppl-increase",
+    metavar="P%",
+    help="Refuse where the perplexity of held-out text rises by more than P percent.",
+)
+@click.option("--no-verdict", is_flag=True, help="Do not measure what quantization cost.")
 @click.option("--resume", is_flag=True, help="Go on with the calibrated work that an interrupted run left.")
 @json_option
 def command(
@@ -86,26 +113,36 @@ def command(
     calib_tokens: int | None,
     max_ram: str | None,
     resume: bool,
+    max_kl: float | None,
+    max_ppl_increase: str | None,
+    no_verdict: bool,
     **options: Any,
 ) -> None:
     """Compile MODEL (a Hugging Face folder, a hub id, or a GGUF file) into the artifact OUT.llmc.
 
     The artifact gets its name only when it is complete; an existing one is replaced then and not before.
+
+    What quantization cost (perplexity, KL divergence from the source, top-1 agreement, the error of each
+    layer) is measured on held-out text and kept in the artifact as quality.json. A limit that is passed is an
+    error (exit 1), and leaves no artifact.
     """
     from ..codegen.calibrate import CalibrationOptions
     from ..codegen.driver import compile_model
     from ..codegen.memory import parse_size
+    from ..codegen.verdict import VerdictOptions
     from ..runtime.chat_template import render_once
 
     began = time.perf_counter()
     cap = None if max_ram is None else parse_size(max_ram)
     calibration = CalibrationOptions(calib, calib_tokens, resume)
+    verdict = VerdictOptions.parse(verdict=not no_verdict, max_kl=max_kl, max_ppl_increase=max_ppl_increase)
     with Progress() as progress:
         report = compile_model(
             model,
             output,
             calibration=calibration,
             max_ram=cap,
+            verdict=verdict,
             progress=progress,
             say=progress.say,
             render=render_once,
@@ -117,7 +154,7 @@ def command(
         "peak_rss_bytes": peak_rss_bytes(),
         "weight_bytes": report.weight_bytes,
         "bits_per_weight": report.bits_per_weight,
-        "quality": None,
+        "quality": report.quality,
         "notes": report.notes,
     }
     emit(result, as_json=as_json, text=_text(result))
@@ -130,6 +167,7 @@ def _text(result: dict[str, Any]) -> str:
             ("time", f"{result['seconds']:.1f} s"),
             ("peak memory", size(result["peak_rss_bytes"])),
             ("weights", f"{size(result['weight_bytes'])}, {result['bits_per_weight']:.2f} bits each"),
+            *verdict_facts(result["quality"]),
         ]
     )
     return "\n".join([lines, *(f"note: {text}" for text in result["notes"])])

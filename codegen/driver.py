@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,17 +12,17 @@ from ..frontend.chat_shapes import Renderer
 from ..frontend.source import ModelSource, context_length, describe, open_source
 from ..frontend.tokenizer import TokenizerFacts, export_tokenizer
 from ..frontend.trace import trace_module, trace_source
-from ..ir.core import Graph
+from ..ir.core import Graph, Value
 from ..ir.errors import InputError
 from ..ir.ops.attention import Attention
 from ..ir.ops.quant import Dequantize, QuantizedEmbedding, QuantizedLinear
 from ..ir.printer import print_graph
-from ..ir.types import DimExpr
+from ..ir.types import DimExpr, Quantization
 from ..ir.weights import num_bytes, num_elements
 from ..passes.base import Pass, PassContext, Progress, no_progress
 from ..passes.manager import PassRecord, run_passes
 from ..passes.pipelines import function, language_model
-from ..passes.quantize.scheme import weight_passes
+from ..passes.quantize.scheme import weight_passes, without_calibration
 from ..passes.registry import make_pass
 from .artifact import Artifact, ArtifactWriter
 from .calibrate import (
@@ -36,12 +36,15 @@ from .calibrate import (
 )
 from .legalize import legalize
 from .target import Target, get_target
+from .verdict import VerdictOptions, is_measured, prepare_held, with_verdict
 
 if TYPE_CHECKING:
     import torch
 
 PAGE_SIZE = 16
 DEFAULT_CALIBRATION = CalibrationOptions()
+DEFAULT_VERDICT = VerdictOptions()
+NO_VERDICT = VerdictOptions(measure=False)
 KV_DTYPES = ("float32", "float16", "int8")
 # What a compilation keeps in memory, measured on Linux: torch and transformers; an entry of the vocabulary in
 # the tokenizer and in its reference; rows in flight while weights are quantized and packed. Mapped weights
@@ -64,6 +67,8 @@ class CompileReport:
     passes: list[PassRecord] = field(default_factory=list[PassRecord])
     notes: list[str] = field(default_factory=list[str])
     """What passes and calibration had to say, each once."""
+    quality: dict[str, Any] | None = None
+    """The content of quality.json; None where nothing was lost, or nothing measured."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,11 @@ class Plan:
         """Whether a pass needs calibration."""
         return any(p.needs_calibration for p in (*self.quantize, *self.extra))
 
+    @property
+    def calibration_tokens(self) -> int:
+        """How many the passes do well with."""
+        return max(p.calibration_tokens for p in (*self.quantize, *self.extra) if p.needs_calibration)
+
     @staticmethod
     def make(
         targets: Sequence[str],
@@ -89,6 +99,7 @@ class Plan:
         passes: Sequence[str],
         quant_head: str | None = None,
         bits_per_weight: float | None = None,
+        verdict: VerdictOptions = NO_VERDICT,
     ) -> Plan:
         if not targets:
             raise InputError("no target was given", remedy="pass --target tvm-cpu")
@@ -107,7 +118,7 @@ class Plan:
         # A model in float32 keeps its cache in float32; a quantized one has given up more than float16 rounds
         # away.
         cache = kv_dtype or ("float32" if quant == "none" else "float16")
-        quantize = tuple(weight_passes(quant, quant_head, bits_per_weight))
+        quantize = tuple(with_verdict(quant, weight_passes(quant, quant_head, bits_per_weight), verdict))
         return Plan(chosen, quant, quantize, tuple(make_pass(p) for p in passes), cache)
 
 
@@ -185,7 +196,7 @@ def _model_facts(source: ModelSource, graph: Graph, context: int | None) -> dict
 def _command(
     source: ModelSource,
     targets: Sequence[str],
-    quant: str,
+    quant: tuple[str, str | None, float | None],
     context: int | None,
     kv_dtype: str | None,
     passes: Sequence[str],
@@ -198,8 +209,13 @@ def _command(
     command = ["llmc", "compile", model]
     for t in targets:
         command += ["--target", t]
-    command += ["--quant", quant]
-    for flag, value in (("--context", context), ("--kv-dtype", kv_dtype)):
+    command += ["--quant", quant[0]]
+    for flag, value in (
+        ("--quant-head", quant[1]),
+        ("--bits-per-weight", quant[2]),
+        ("--context", context),
+        ("--kv-dtype", kv_dtype),
+    ):
         command += [flag, str(value)] if value is not None else []
     for p in passes:
         command += ["--pass", p]
@@ -243,6 +259,8 @@ def compile_model(
     *,
     targets: Sequence[str] = ("tvm-cpu",),
     quant: str = "none",
+    quant_head: str | None = None,
+    bits_per_weight: float | None = None,
     context: int | None = None,
     kv_dtype: str | None = None,
     passes: Sequence[str] = (),
@@ -251,17 +269,18 @@ def compile_model(
     render: Renderer | None = None,
     calibration: CalibrationOptions = DEFAULT_CALIBRATION,
     max_ram: int | None = None,
+    verdict: VerdictOptions = DEFAULT_VERDICT,
     progress: Progress = no_progress,
     say: Callable[[str], None] = say_nothing,
 ) -> CompileReport:
     """Compile a model into the artifact folder `output`. Arguments as in `llmc.compile`; `passes` are further
     ones by name, run on the fused graph. `max_ram` caps the process tree, in bytes; `say` gets sentences that
-    the user should see at once.
+    the user should see at once. What `verdict` asks for is measured where the scheme loses anything.
 
     Nothing stands under the name `output` before everything is written; an artifact that was there stays
     until then.
     """
-    plan = Plan.make(targets, quant, kv_dtype, passes)
+    plan = Plan.make(targets, quant, kv_dtype, passes, quant_head, bits_per_weight, verdict)
     pass_context = PassContext(max_ram=max_ram)
     # The writer first: a name that cannot be written costs no tracing.
     with ArtifactWriter(output) as writer, finishing(pass_context, say):
@@ -277,13 +296,19 @@ def compile_model(
         pass_context.context_length = length
         if plan.calibrated:
             progress("calibration text", 0.10)
-            found, notes = prepare_calibration(source, writer.partial, facts, calibration, length, render)
+            found, notes = prepare_calibration(
+                source, writer.partial, facts, calibration, length, render, plan.calibration_tokens
+            )
             pass_context.calibration = found
             pass_context.notes += notes
-            key = {"scheme": quant, "passes": list(passes), "context": length}
+            key = {"scheme": quant, "head": quant_head, "bits": bits_per_weight, "passes": list(passes)}
+            key |= {"context": length}
             pass_context.work = open_work(Path(output), source, found, key, resume=calibration.resume)
             say_resumed(pass_context.work, calibration.resume, say)
-        share = _Share(progress, 0.80 if plan.calibrated else 0.20)
+        elif is_measured(plan.quantize):
+            progress("held-out text", 0.10)
+            prepare_held(pass_context, source, writer.partial, facts, calibration, render)
+        share = _Share(progress, 0.80 if plan.calibrated else 0.50 if is_measured(plan.quantize) else 0.20)
         pass_context.progress = share.between(0.10, share.passes_end)
         folder = Path(dump_ir) if dump_ir is not None else None
         graph, records = lower(graph, plan, pass_context, folder)
@@ -291,7 +316,9 @@ def compile_model(
         if graph.facts["kind"] != "function":
             manifest["tokenizer"] = _tokenizer_entry(facts)
         writer.path("ir.txt").write_text(print_graph(graph), encoding="utf-8", newline="\n")
-        entries = _emit(graph, plan, writer, share)
+        if pass_context.quality is not None:
+            writer.write_quality(pass_context.quality)
+        entries = _emit(source, graph, plan, writer, share)
         progress("write", 0.98)
         weight_bytes = _weight_bytes(writer, entries)
         bits = 8 * weight_bytes / max(1, count_weights(graph))
@@ -304,32 +331,36 @@ def compile_model(
                 "source": source.quantization_of_source,
             },
             "command": [
-                *_command(source, targets, quant, context, kv_dtype, passes),
+                *_command(source, targets, (quant, quant_head, bits_per_weight), context, kv_dtype, passes),
                 *(calibration.command() if plan.calibrated else []),
+                *verdict.command(),
             ],
         }
-        if pass_context.calibration is not None:
+        if plan.calibrated and pass_context.calibration is not None:
             manifest["quantization"]["calibration"] = describe_calibration(pass_context.calibration)
         artifact = writer.finish(manifest)
     progress("done", 1.0)
-    return CompileReport(artifact, weight_bytes, bits, records, list(dict.fromkeys(pass_context.notes)))
+    said = list(dict.fromkeys(pass_context.notes))
+    return CompileReport(artifact, weight_bytes, bits, records, said, pass_context.quality)
 
 
-def _emit(graph: Graph, plan: Plan, writer: ArtifactWriter, share: _Share) -> dict[str, Any]:
+def _emit(
+    source: ModelSource, graph: Graph, plan: Plan, writer: ArtifactWriter, share: _Share
+) -> dict[str, Any]:
     """Every target's files; their manifest entries by name."""
     entries: dict[str, Any] = {}
     begin = share.passes_end + 0.02
     step = (0.97 - begin) / len(plan.targets)
     for i, target in enumerate(plan.targets):
         part = share.between(begin + i * step, begin + (i + 1) * step)
-        entries[target.name] = target.compile(graph, writer, progress=part)
+        entries[target.name] = target.compile_source(source, graph, writer, progress=part)
     return entries
 
 
 def _weight_bytes(writer: ArtifactWriter, entries: Mapping[str, Mapping[str, Any]]) -> int:
     """Bytes of the first target's weight file; 0 for a target without one."""
     first = next(iter(entries.values()))
-    rel = first.get("weights")
+    rel = first.get("weights", first.get("weight_file"))
     return writer.size_of(rel) if isinstance(rel, str) else 0
 
 
@@ -361,18 +392,32 @@ class CheckReport:
     notes: tuple[str, ...]
 
 
+def _packed_zero_points(graph: Graph) -> set[Value]:
+    """Zero points that targets store two a byte: integers beside codes of at most 4 bits."""
+    found: set[Value] = set()
+    for op in graph:
+        if isinstance(op, (Dequantize, QuantizedLinear, QuantizedEmbedding)) and op.zero_point is not None:
+            quant = op.q.type.quant
+            if quant is not None and quant.bits <= 4 and op.zero_point.dtype == "uint8":
+                found.add(op.zero_point)
+    return found
+
+
 def check_model(
     model: str | os.PathLike[str],
     *,
     targets: Sequence[str] = ("tvm-cpu",),
     quant: str = "none",
+    quant_head: str | None = None,
+    bits_per_weight: float | None = None,
     context: int | None = None,
 ) -> CheckReport:
     """Trace and lower a model without its weights; predict sizes.
 
     Raises what `compile_model` would raise first.
     """
-    plan = Plan.make(targets, quant, None, ())
+    plan = Plan.make(targets, quant, None, (), quant_head, bits_per_weight)
+    plan = replace(plan, quantize=tuple(without_calibration(plan.quantize)))
     source = open_source(model, config_only=not str(model).endswith(".gguf"))
     length = _context(source, context)
     graph = trace(source, None)
@@ -381,9 +426,10 @@ def check_model(
     for target in plan.targets:
         legalize(graph, target.operations)  # for the op that the target can neither emit nor decompose
     total, largest = 0, 0
+    packed = _packed_zero_points(graph)
     for value in graph.weights.values():
         assert value.weight is not None
-        quantized = value.type.quant
+        quantized = Quantization(4, 1, True) if value in packed else value.type.quant
         total += (
             num_elements(value.weight) * quantized.bits // 8
             if quantized is not None

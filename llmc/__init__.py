@@ -55,6 +55,8 @@ def compile(
     *,
     targets: Sequence[str] = ("tvm-cpu",),
     quant: str = "none",
+    quant_head: str | None = None,
+    bits_per_weight: float | None = None,
     context: int | None = None,
     kv_dtype: str | None = None,
     passes: Sequence[str] = (),
@@ -64,6 +66,9 @@ def compile(
     calib_tokens: int | None = None,
     max_ram: str | int | None = None,
     resume: bool = False,
+    max_kl: float | None = None,
+    max_ppl_increase: str | float | None = None,
+    verdict: bool = True,
     progress: Callable[[str, float], None] | None = None,
 ) -> Artifact:
     """Compiles a model into the artifact folder `output`; returns it, opened.
@@ -72,6 +77,10 @@ def compile(
         model: a Hugging Face folder, a hub id, a GGUF file, or a `torch.nn.Module` with `example_inputs`.
         targets: kernel families, `NAME[:option=value,…]` (`llmc targets` lists them).
         quant: `none`, `int8`, `int4-g64`, `int4-g64-sym`, … (weights of linear layers, round to nearest).
+        quant_head: scheme of embeddings and output head: `none`, `int8`, `int4-g32`, …; the quantizer's own
+            (int8) where None.
+        bits_per_weight: size of all weights together, in bits a weight: each layer gets the bits that lose
+            least within it, by calibration.
         context: longest sequence in tokens; the model's own limit where None.
         kv_dtype: element type of the cache, "float32", "float16" or "int8" (a scale for each head and token);
             where None, "float32" with quant "none" and else "float16".
@@ -83,11 +92,15 @@ def compile(
         calib_tokens: how many tokens of it; 16384 where None.
         max_ram: cap of memory for all processes together, in bytes or as "1.5GB", "4GiB".
         resume: go on with the work that an interrupted calibrated compilation of `output` left.
+        max_kl: the largest KL divergence from the source that is accepted, in nats a token.
+        max_ppl_increase: the largest increase of held-out perplexity that is accepted: "5%", or 5.
+        verdict: measure what quantization cost; `Artifact.quality` has it then.
         progress: called with (what is being done, share of it done from 0 to 1).
 
     Raises:
         InputError: the model or an argument is wrong. UnsupportedError: something in the model cannot be
-            compiled. CompileError: a pass or target failed. Nothing is left under `output` then.
+            compiled. CompileError: a pass or target failed. LlmcError: a limit was passed. Nothing is left
+            under `output` then.
     """
     driver = importlib.import_module(".codegen.driver", __name__)
     calibrate = importlib.import_module(".codegen.calibrate", __name__)
@@ -98,6 +111,8 @@ def compile(
         output,
         targets=targets,
         quant=quant,
+        quant_head=quant_head,
+        bits_per_weight=bits_per_weight,
         context=context,
         kv_dtype=kv_dtype,
         passes=passes,
@@ -106,6 +121,9 @@ def compile(
         example_inputs=example_inputs,
         calibration=calibrate.CalibrationOptions(calib, calib_tokens, resume),
         max_ram=max_ram,
+        verdict=importlib.import_module(".codegen.verdict", __name__).VerdictOptions.parse(
+            verdict=verdict, max_kl=max_kl, max_ppl_increase=max_ppl_increase
+        ),
         **({"progress": progress} if progress is not None else {}),
     )
     return report.artifact

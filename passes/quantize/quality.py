@@ -13,12 +13,13 @@ import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ...ir.core import Graph
 from ...ir.errors import InputError, LlmcError
-from ..base import Pass, PassContext, PassResult
+from ..base import Pass, PassContext, PassResult, Progress
 from ..registry import quantization_passes
 from .verdict import LayerError, Measured, measure
 
@@ -97,7 +98,9 @@ class MeasureQuality(Pass):
         length = context.context_length or math.inf
         held = [ids[: int(min(len(ids), length))] for ids in context.calibration.held[: self.sequences]]
         with tempfile.TemporaryDirectory(prefix="llmc-quality-") as folder:
-            found = measure(context.reference, graph, held, Path(folder), context.progress)
+            found = measure(
+                context.reference, graph, held, Path(folder), partial(_last_part, context.progress)
+            )
         context.reference = None
         text = {"name": context.calibration.name, "sha256": context.calibration.sha256}
         context.quality = report(found, {**text, "sequences": len(held), "length": len(held[0])})
@@ -125,6 +128,11 @@ class MeasureQuality(Pass):
             + (f"; the largest errors are those of {named}" if named else ""),
             remedy=advice(self.scheme, found.layers),
         )
+
+
+def _last_part(progress: Progress, what: str, share: float) -> None:
+    """It runs last, after passes that reported shares of all the work themselves."""
+    progress(what, 0.9 + 0.1 * share)
 
 
 _WITHOUT_LIMITS = "leave --max-kl and --max-ppl-increase away"
