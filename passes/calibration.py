@@ -47,7 +47,7 @@ class Calibration:
 
 
 DEFAULT_FILE = "calibration.jsonl"
-DEFAULT_SHA256 = "39577c982c1ee5757d8df02844c991d70931bd77da94bc93a5f2964f78f53089"
+DEFAULT_SHA256 = "94f12e32f91af351f5e385ae9c196d6032261f5a4842803a950e26a1a933a09d"
 
 
 def default_text() -> bytes:
