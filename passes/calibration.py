@@ -47,7 +47,7 @@ class Calibration:
 
 
 DEFAULT_FILE = "calibration.jsonl"
-DEFAULT_SHA256 = "94f12e32f91af351f5e385ae9c196d6032261f5a4842803a950e26a1a933a09d"
+DEFAULT_SHA256 = "ee74aaa93d8ba0b2c3192a1985a7273c94cfc29d2d0819ae0ed3c9ce09d26fc1"
 
 
 def default_text() -> bytes:
