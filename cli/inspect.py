@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..ir.errors import InputError
 from .output import emit, facts, json_option, size, table
+from .quality import verdict_facts
+
+if TYPE_CHECKING:
+    from ..codegen.artifact import Artifact
 
 
 @click.command("inspect", short_help="Show the facts of an artifact, GGUF file or model folder.")
@@ -19,8 +23,14 @@ from .output import emit, facts, json_option, size, table
 @click.option(
     "--no-verify", is_flag=True, help="Check only the sizes of an artifact's files, not their hashes."
 )
+@click.option(
+    "--html",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write a report with pictures too, one page that needs nothing else.",
+)
 @json_option
-def command(path: Path, tensors: bool, no_verify: bool, as_json: bool) -> None:
+def command(path: Path, tensors: bool, no_verify: bool, html: Path | None, as_json: bool) -> None:
     """Show the facts of PATH: an artifact (NAME.llmc), a GGUF file, or a Hugging Face model folder.
 
     An artifact's files are compared with the hashes in its manifest; a damaged one is an error (exit 2).
@@ -34,9 +44,32 @@ def command(path: Path, tensors: bool, no_verify: bool, as_json: bool) -> None:
     else:
         report = _artifact(path, verify="size" if no_verify else "full")
     rows = report.pop("tensors")
+    if html is not None:
+        _write_html(html, report)
     if tensors:
         report["tensors"] = rows
     emit(report, as_json=as_json, text=_text(report, rows if tensors else []))
+
+
+def _write_html(file: Path, report: dict[str, Any]) -> None:
+    """Write the page; it takes its name when it is complete. Raises OSError where it cannot be written."""
+    from .report import page
+
+    partial = file.with_name(file.name + ".partial")
+    try:
+        partial.write_text(
+            page(report, report.get("quality"), report.get("layers") or []), encoding="utf-8", newline="\n"
+        )
+        partial.replace(file)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _layers(artifact: Artifact) -> list[dict[str, Any]]:
+    from .report import quantized_layers
+
+    return quantized_layers(artifact.read_text("ir.txt")) if "ir.txt" in artifact.manifest["files"] else []
 
 
 def _artifact(path: Path, *, verify: Any) -> dict[str, Any]:
@@ -71,6 +104,8 @@ def _artifact(path: Path, *, verify: Any) -> dict[str, Any]:
         "artifact_kind": artifact.kind,
         "model": artifact.model,
         "quantization": manifest.get("quantization"),
+        "quality": artifact.quality,
+        "layers": _layers(artifact),
         "kv_dtype": manifest.get("kv_dtype"),
         "page_size": manifest.get("page_size"),
         "kv_bytes_per_token": _kv_bytes_per_token(manifest),
@@ -197,6 +232,7 @@ def _text(report: dict[str, Any], tensors: list[dict[str, Any]]) -> str:
             ("size", size(report["bytes"])),
             ("bits a weight", report.get("bits_per_weight") or quantization.get("bits_per_weight")),
             ("quantization", quantization.get("scheme")),
+            *verdict_facts(report.get("quality")),
             (
                 "tensor types",
                 ", ".join(f"{n} × {name}" for name, n in report.get("types", {}).items()) or None,
