@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
 
 import numpy as np
 import pytest
-from llmc.codegen.tvm.kernels.activation import make_quantize_activation, reference_quantize_activation
 from llmc.codegen.tvm.kernels.cache import make_append_kv
 from llmc.codegen.tvm.kernels.elementwise import make_gated_mlp
-from llmc.codegen.tvm.kernels.gather import make_embedding, make_gather_last, make_quantized_embedding
+from llmc.codegen.tvm.kernels.gather import make_embedding, make_gather_last
 from llmc.codegen.tvm.kernels.isa import LEVELS, get_isa
 from llmc.codegen.tvm.kernels.layout import QuantLayout, pack_rows, unpack_rows
 from llmc.codegen.tvm.kernels.linear import make_linear
-from llmc.codegen.tvm.kernels.quantized import make_quantized_linear, reference_quantized_linear
+from llmc.codegen.tvm.kernels.quantized import make_quantized_linear
 from llmc.ir.errors import CompileError, InputError
 from llmc.ir.ops import cache as cache_ops
-from llmc.ir.ops import nn, quant
-from llmc.ir.types import Quantization
+from llmc.ir.ops import nn
 from llmc.runtime import cpu
 
-from .kernel_harness import HERE, blank, call, close, compiled, levels, meaning, normal, value
+from .kernel_harness import blank, call, close, compiled, levels, meaning, normal, value
 
 # Weights: float
 
@@ -68,149 +65,7 @@ def test_float_layout_is_undone_and_may_be_packed_in_chunks() -> None:
     assert packed[1, 4, 3] == w[19, 4] and not packed[2, :, 8:].any()
 
 
-# Weights: quantized
-
-
-QUANTIZED = [  # n, k, bits, group_size, zero_point
-    (40, 64, 4, 32, False),
-    (33, 64, 4, 32, True),
-    (16, 128, 4, 64, True),
-    (48, 72, 4, 24, True),
-    (7, 50, 4, 16, False),  # the last group of a row is short
-    (24, 20, 4, 12, True),  # a group that 8 does not divide
-    (40, 64, 8, 64, False),
-    (20, 96, 8, 32, True),
-    (17, 600, 8, 600, True),  # sums beyond 2^24: corrected in integers
-    (5, 9, 8, 128, False),  # a group longer than the row
-    (64, 512, 4, 512, False),
-]
-
-
-def quantized_weight(n: int, k: int, bits: int, group: int, zero: bool) -> tuple[QuantLayout, Any, Any, Any]:
-    rng = np.random.default_rng(n + k)
-    layout = QuantLayout(n, k, bits, group)
-    q = rng.integers(0, 1 << bits, (n, k), dtype=np.uint8)
-    q[0], q[-1] = 0, (1 << bits) - 1
-    scale = (0.001 + 0.01 * rng.random((n, layout.groups))).astype(np.float16)
-    zeros = rng.integers(0, 1 << bits, (n, layout.groups), dtype=np.uint8) if zero else None
-    return layout, q, scale, zeros
-
-
-@pytest.mark.parametrize("case", QUANTIZED)
-def test_quantized_layout_is_undone_and_may_be_packed_in_chunks(case: Any) -> None:
-    layout, q, scale, _ = quantized_weight(*case)
-    packed = layout.pack(q)
-    assert packed.shape == layout.weight_shape and np.array_equal(layout.unpack(packed), q)
-    if len(q) > 16:
-        assert np.array_equal(np.concatenate([layout.pack(q[:16]), layout.pack(q[16:])]), packed)
-    groups = layout.pack_groups(scale)
-    assert groups.shape == layout.scale_shape and groups[0, 0, 1] == scale[1, 0]
-
-
-@pytest.mark.parametrize(
-    ("k", "group"), [(64, 32), (576, 576), (50, 16), (20, 12), (9, 128), (1, 8), (48, 16)]
-)
-@pytest.mark.parametrize("rows", [1, 300])
-@levels
-def test_quantize_activation_rounds_to_even_exactly(k: int, group: int, rows: int, isa: str) -> None:
-    x = normal(rows, k) * np.float32(3)
-    x[0] = np.clip(np.arange(k) - k // 2, -253, 253)
-    x[0, ::group] = 127 * 2  # a scale of 2 in every group: odd elements lie halfway between integers
-    x[-1] = 0 if rows > 1 else x[-1]
-    layout = QuantLayout(1, k, 8, group)
-    outputs = (
-        np.full((rows, layout.k_padded), 99, np.int8),
-        np.full((rows, layout.groups), 99, np.int32),
-        blank(rows, layout.groups),
-    )
-    got = call(make_quantize_activation, isa, {"k": k, "group_size": group}, x, *outputs, outputs=3)
-    for actual, expected in zip(got, reference_quantize_activation(x, group), strict=True):
-        assert np.array_equal(actual, expected)
-
-
-@levels
-def test_quantize_activation_survives_what_is_no_number(isa: str) -> None:
-    x = normal(4, 40)
-    x[1, 35], x[2, 3], x[3] = np.nan, np.inf, 1e-42
-    outputs = (np.zeros((4, 48), np.int8), np.zeros((4, 3), np.int32), blank(4, 3))
-    a, sums, scale = call(make_quantize_activation, isa, {"k": 40, "group_size": 16}, x, *outputs, outputs=3)
-    assert np.isnan(scale[1, 2]) and np.isinf(scale[2, 0]) and np.isfinite(scale[[0, 3]]).all()
-    assert np.isfinite(scale[1, :2]).all() and np.isfinite(scale[2, 1:]).all()
-    assert np.array_equal(a.reshape(4, 3, 16).sum(2, dtype=np.int32), sums)
-
-
-def run_quantized(isa: str, case: Any, x: np.ndarray, extras: tuple[np.ndarray, ...] = ()) -> np.ndarray:
-    n, k, bits, group, zero = case
-    layout, q, scale, zeros = quantized_weight(*case)
-    a, sums, a_scale = reference_quantize_activation(x, group)
-    operands = [layout.pack(q), layout.pack_groups(scale)]
-    operands += [layout.pack_groups(zeros)] if zero else []
-    parameters = {"n": n, "k": k, "bits": bits, "group_size": group, "zero_point": zero}
-    parameters |= {"bias": bool(extras), "residual": bool(extras)}
-    out = blank(len(x), n)
-    return call(make_quantized_linear, isa, parameters, a, sums, a_scale, *operands, *extras, out)
-
-
-@pytest.mark.parametrize("case", QUANTIZED)
-@levels
-def test_quantized_linear_is_exact_in_integers_and_rows_do_not_depend_on_their_number(
-    case: Any, isa: str
-) -> None:
-    n, k, bits, group, zero = case
-    layout, q, scale, zeros = quantized_weight(*case)
-    x = normal(27, k)
-    x[4] = 0
-    a, sums, a_scale = reference_quantize_activation(x, group)
-    whole = run_quantized(isa, case, x)
-    close(whole, reference_quantized_linear(layout, a, sums, a_scale, q, scale, zeros), 1e-6)
-    assert not whole[4].any()
-    for start, stop in ((0, 1), (26, 27), (5, 7), (2, 9), (3, 11), (8, 27)):
-        assert np.array_equal(run_quantized(isa, case, x[start:stop]), whole[start:stop])
-    # The op's own meaning takes x in float: what remains is the rounding of x to 8 bits.
-    kind = Quantization(bits, group, not zero)
-    op = quant.QuantizedLinear(value(x), value(q, kind), value(scale), value(zeros) if zero else None, None)
-    close(whole, meaning(op, x, q, scale, zeros, None), 0.02)
-    bias, residual = normal(n, seed=5), normal(27, n, seed=6)
-    assert np.array_equal(run_quantized(isa, case, x, (bias, residual)), whole + bias + residual)
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("sign", [1, -1])
-@levels
-def test_the_largest_products_saturate_nowhere(bits: int, sign: int, isa: str) -> None:
-    n, k, top = 16, 128, (1 << bits) - 1
-    layout = QuantLayout(n, k, bits, 64)
-    a = np.full((1, k), sign * 127, np.int8)
-    sums, one = np.full((1, 2), sign * 127 * 64, np.int32), np.ones((1, 2), np.float32)
-    weight, scale = layout.pack(np.full((n, k), top, np.uint8)), np.ones(layout.scale_shape, np.float16)
-    parameters = {"n": n, "k": k, "bits": bits, "group_size": 64, "zero_point": False}
-    out = call(make_quantized_linear, isa, parameters, a, sums, one, weight, scale, blank(1, n))
-    assert np.array_equal(out, np.full((1, n), sign * 127 * k * (top - (1 << (bits - 1))), np.float32))
-
-
-@pytest.mark.parametrize("case", QUANTIZED[:9])
-def test_quantized_linear_gives_the_same_bits_on_all_levels_with_fma(case: Any) -> None:
-    names = [name for name in HERE if get_isa(name).fma]
-    if len(names) < 2:
-        pytest.skip("this CPU runs fewer than two levels with FMA")
-    x = normal(9, case[1])
-    first = run_quantized(names[0], case, x)
-    for name in names[1:]:
-        assert np.array_equal(run_quantized(name, case, x), first)
-
-
-@pytest.mark.parametrize("case", QUANTIZED)
-@levels
-def test_quantized_embedding_reads_rows_of_the_packed_table(case: Any, isa: str) -> None:
-    n, k, bits, group, zero = case
-    layout, q, scale, zeros = quantized_weight(*case)
-    ids = np.array([0, n - 1, n // 2, 0, *range(n)], np.int32)
-    tables = [layout.pack(q), layout.pack_groups(scale), *([layout.pack_groups(zeros)] if zero else [])]
-    parameters = {"rows": n, "width": k, "bits": bits, "group_size": group, "zero_point": zero}
-    out = call(make_quantized_embedding, isa, parameters, ids, *tables, blank(len(ids), k))
-    kind = Quantization(bits, group, not zero)
-    op = quant.QuantizedEmbedding(value(ids), value(q, kind), value(scale), value(zeros) if zero else None)
-    assert np.array_equal(out, meaning(op, ids, q, scale, zeros))
+# Rows by index
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -251,7 +106,7 @@ def test_embedding_of_a_bad_id_stays_inside_the_table(isa: str) -> None:
 )
 def test_a_level_multiplies_with_its_own_instruction(isa: str, pattern: str) -> None:
     """Assembled for levels that this machine lacks, too."""
-    function = make_quantized_linear(n=32, k=64, bits=4, group_size=32, zero_point=False, isa=isa)
+    function = make_quantized_linear(n=32, k=64, bits=4, group_size=32, isa=isa)
     module = compiled(function, isa)
     assembly = module.mod.inspect_source("asm")
     assert re.search(pattern, assembly)
@@ -275,7 +130,7 @@ def test_levels_are_those_of_the_runtime() -> None:
 
 
 def test_what_has_no_kernel_is_refused() -> None:
-    with pytest.raises(CompileError, match="3 bits"):
-        QuantLayout(16, 16, 3, 8)
+    with pytest.raises(CompileError, match="9 bits"):
+        QuantLayout(16, 16, 9, 8)
     with pytest.raises(CompileError, match="no kernel for the activation 'mish'"):
         make_gated_mlp(width=16, activation="mish", isa="generic")

@@ -141,28 +141,41 @@ def add_layers(o: Ops) -> None:
     heads = [o(shape.Reshape(x, (1, T, 3, 8))) for x in (o.a, o.b, o.a)]
     o.out("attention", attention.Attention(*heads, None, 0.35, window=3))
     o.out("sdpa", attention.Sdpa(o.c, o.c, o.c, None, 0.3, causal=True))
-    add_quantized(o)
+
+
+FORMS = [
+    (Quantization(4, 8, False), "uint8"),
+    (Quantization(8, 24, True), None),
+    (Quantization(6, 16, True, "float32"), None),
+    (Quantization(5, 8, False, "float32"), "float32"),
+    (Quantization(4, 8, True, codebook="iq4_nl"), None),
+    (Quantization(4, 12, True, codebook="nf4"), None),
+]
+"""(quantization, dtype of its zero points)"""
 
 
 def add_quantized(o: Ops) -> None:
-    for bits, symmetric in ((4, False), (8, True)):
-        q = o.graph.add_weight(
-            f"q{bits}",
-            ArrayTensor(RNG.integers(0, 1 << bits, (9, 24), np.uint8)),
-            TensorType("uint8", (9, 24), Quantization(bits, 24 if symmetric else 8, symmetric)),
-        )
-        groups = 1 if symmetric else 3
-        scale = o.graph.add_weight(
-            f"s{bits}", ArrayTensor((RNG.random((9, groups)) * 0.02).astype(np.float16))
-        )
+    for i, (form, zero_dtype) in enumerate(FORMS):
+        bits, groups = form.bits, -(-24 // form.group_size)
+        codes = ArrayTensor(RNG.integers(0, 1 << bits, (9, 24), np.uint8))
+        q = o.graph.add_weight(f"q{i}", codes, TensorType("uint8", (9, 24), form))
+        step = RNG.random((9, groups)) * (0.002 if form.codebook == "iq4_nl" else 0.32 / (1 << bits))
+        scale = o.graph.add_weight(f"s{i}", ArrayTensor(step.astype(form.scale_dtype)))
         zero = None
-        if not symmetric:
-            zero = o.graph.add_weight(f"z{bits}", ArrayTensor(RNG.integers(5, 11, (9, groups), np.uint8)))
-        o.out(f"quantized_embedding{bits}", quant.QuantizedEmbedding(o.i, q, scale, zero))
-        o.out(f"quantized_linear{bits}", quant.QuantizedLinear(o.a, q, scale, zero, None))
+        if zero_dtype == "uint8":
+            zero = o.graph.add_weight(f"z{i}", ArrayTensor(RNG.integers(5, 11, (9, groups), np.uint8)))
+        elif zero_dtype is not None:
+            zero = o.graph.add_weight(f"z{i}", ArrayTensor((-0.5 * step * (1 << bits)).astype(zero_dtype)))
+        o.out(f"quantized_embedding{i}", quant.QuantizedEmbedding(o.i, q, scale, zero))
+        o.out(f"quantized_linear{i}", quant.QuantizedLinear(o.a, q, scale, zero, None))
+        plain = o.graph.add_weight(f"p{i}", codes, TensorType("uint8", (9, 24), form))
+        parts = [
+            o.graph.add_weight(f"{v.name}p", v.weight) for v in (scale, zero) if v is not None and v.weight
+        ]
+        o.out(f"dequantize{i}", quant.Dequantize(plain, parts[0], parts[1] if zero is not None else None))
 
 
-@pytest.mark.parametrize("add", [add_elementwise, add_integers, add_movement, add_layers])
+@pytest.mark.parametrize("add", [add_elementwise, add_integers, add_movement, add_layers, add_quantized])
 def test_every_emitter_equals_its_reference(add: Callable[[Ops], None], tmp_path: Path) -> None:
     o = Ops()
     add(o)

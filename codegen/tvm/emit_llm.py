@@ -7,6 +7,7 @@ from typing import Any
 from ...ir.core import Value
 from ...ir.types import Dim
 from . import kernels
+from .kernels.layout import QuantLayout, has_bytes
 from .lower import Lowering, emits
 from .untyped import relax, te
 from .weights import quant_layout
@@ -136,26 +137,38 @@ def _generic_linear(low: Lowering, op: Any, residual: Value | None) -> Any:
 
 
 def _quantized_linear(low: Lowering, op: Any, residual: Value | None) -> Any:
-    layout = quant_layout(op.q)
-    a, sums, scale = _quantized_activation(low, op.x, layout)
+    layout = quant_layout(op)
     static = {
         "n": layout.n,
         "k": layout.k,
-        "bits": layout.bits,
-        "group_size": layout.group_size,
-        "zero_point": op.zero_point is not None,
+        **_form(layout),
         "bias": op.bias is not None,
         "residual": residual is not None,
     }
-    args = [a, sums, scale, *_present(low, op.q, op.scale, op.zero_point, op.bias)]
+    weights = _present(low, op.q, op.scale, op.zero_point, op.bias)
     if residual is not None:
-        args.append(low.rows(residual, layout.n))
+        weights.append(low.rows(residual, layout.n))
+    if layout.codebook is not None and not has_bytes(layout.codebook):
+        args = [low.rows(op.x, layout.k), *weights]
+        return _product(low, op, "codebook_linear", kernels.make_codebook_linear, static, args)
+    args = [*_quantized_activation(low, op.x, layout), *weights]
     return _product(low, op, "quantized_linear", kernels.make_quantized_linear, static, args)
 
 
-def _quantized_activation(low: Lowering, x: Value, layout: Any) -> list[Any]:
+def _form(layout: QuantLayout) -> dict[str, Any]:
+    """The static parameters of a kernel that reads a quantized weight."""
+    return {
+        "bits": layout.bits,
+        "group_size": layout.group_size,
+        "zero_point": layout.zero_point,
+        "codebook": layout.codebook,
+        "scale_dtype": layout.scale_dtype,
+    }
+
+
+def _quantized_activation(low: Lowering, x: Value, layout: QuantLayout) -> list[Any]:
     """x quantized per token and group to int8; ops that read the same x by the same groups share it."""
-    key = ("quantized", x, layout.k, layout.group_size)
+    key = ("quantized", x, layout.k, layout.group_size, layout.group)
     if key not in low.shared:
         rows: Dim = 1
         for d in x.shape[:-1]:
@@ -166,7 +179,8 @@ def _quantized_activation(low: Lowering, x: Value, layout: Any) -> list[Any]:
             low.tensor([t, layout.groups], "int32"),
             low.tensor([t, layout.groups], "float32"),
         ]
-        static = {"k": layout.k, "group_size": layout.group_size}
+        # All widths that pad groups alike share one kernel.
+        static = {"k": layout.k, "group_size": layout.group_size, "align": layout.align}
         parts = low.kernel(
             "quantize_activation", kernels.make_quantize_activation, static, [low.rows(x, layout.k)], out
         )
@@ -196,14 +210,8 @@ def add(low: Lowering, op: Any) -> Any:
 
 @emits("quantized_embedding")
 def quantized_embedding(low: Lowering, op: Any) -> Any:
-    layout = quant_layout(op.q)
-    static = {
-        "rows": layout.n,
-        "width": layout.k,
-        "bits": layout.bits,
-        "group_size": layout.group_size,
-        "zero_point": op.zero_point is not None,
-    }
+    layout = quant_layout(op)
+    static = {"rows": layout.n, "width": layout.k, **_form(layout)}
     args = [_ids(low, op.ids), *_present(low, op.q, op.scale, op.zero_point)]
     out = low.kernel(
         "quantized_embedding",

@@ -29,8 +29,8 @@ CHUNK_BYTES = 8 << 20
 
 @dataclass(frozen=True)
 class Role:
-    """How a weight is stored: "plain", "linear" (blocks of 16 rows), "codes" (packed q) or "groups" (scale,
-    zero point).
+    """How a weight is stored: "plain", "linear" (blocks of 16 rows), "codes" (packed q), "scale" or
+    "zero_point".
     """
 
     kind: str
@@ -50,7 +50,7 @@ def weight_roles(graph: Graph) -> dict[Value, Role]:
         either = Role("either")
         wanted.discard(either)
         if len(wanted) > 1:
-            if any(role.kind in ("codes", "groups") for role in wanted):
+            if any(role.layout is not None for role in wanted):
                 raise CompileError(
                     f"weight {value.name} is used both by a quantized kernel and otherwise",
                     remedy="give each use a weight of its own",
@@ -69,9 +69,11 @@ def _role_of_use(op: Op, index: int) -> Role:
     if isinstance(op, Embedding) and index == 1:
         return Role("either")
     if isinstance(op, QuantizedLinear | QuantizedEmbedding) and index >= 1:
-        if op.operands[index] is (op.bias if isinstance(op, QuantizedLinear) else None):
-            return PLAIN
-        return Role("codes" if index == 1 else "groups", quant_layout(op.q))
+        layout = quant_layout(op)
+        parts = {op.q: Role("codes", layout), op.scale: Role("scale", layout)}
+        if op.zero_point is not None:
+            parts[op.zero_point] = Role("zero_point", layout)
+        return parts.get(value, PLAIN)
     return PLAIN
 
 
@@ -79,12 +81,13 @@ def _has_kernel(op: Linear) -> bool:
     return op.x.dtype == "float32"
 
 
-def quant_layout(q: Value) -> QuantLayout:
-    """The packed layout of a quantized weight [N, K]."""
-    quant = q.type.quant
-    n, k = q.shape
+def quant_layout(op: QuantizedLinear | QuantizedEmbedding) -> QuantLayout:
+    """The packed layout of the weight [N, K] that an op reads."""
+    quant = op.q.type.quant
+    n, k = op.q.shape
     assert quant is not None and isinstance(n, int) and isinstance(k, int)
-    return QuantLayout(n, k, quant.bits, quant.group_size)
+    zero = None if op.zero_point is None else op.zero_point.dtype
+    return QuantLayout(n, k, quant.bits, quant.group_size, quant.codebook, quant.scale_dtype, zero)
 
 
 def stored_shape(value: Value, role: Role) -> tuple[tuple[int, ...], str]:
@@ -93,7 +96,9 @@ def stored_shape(value: Value, role: Role) -> tuple[tuple[int, ...], str]:
     if role.kind == "linear":
         return packed_shape(shape[0], shape[1]), value.dtype
     if role.layout is not None:
-        return (role.layout.weight_shape if role.kind == "codes" else role.layout.scale_shape), value.dtype
+        lay = role.layout
+        shapes = {"codes": lay.weight_shape, "scale": lay.scale_shape, "zero_point": lay.zero_shape}
+        return shapes[role.kind], value.dtype
     return shape, value.dtype
 
 
@@ -143,7 +148,9 @@ def _chunks(value: Value, role: Role) -> Iterator[np.ndarray]:
     if role.kind == "linear":
         pack = pack_rows
     elif role.layout is not None:
-        pack = role.layout.pack if role.kind == "codes" else role.layout.pack_groups
+        lay = role.layout
+        packers = {"codes": lay.pack, "scale": lay.pack_groups, "zero_point": lay.pack_zero_points}
+        pack = packers[role.kind]
     else:
         pack = np.ascontiguousarray
     wanted = to_numpy(value.dtype)

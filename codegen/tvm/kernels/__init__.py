@@ -7,18 +7,21 @@ Activations are float32; `isa` is the name of a level. Every row of a result is 
 depends on nothing but the row's own operands: not on T, not on the row's place in the batch, not on how a
 prompt is cut into chunks.
 
-Shapes of weights come from `layout`: `packed_shape(n, k)` and `QuantLayout(n, k, bits, group_size)`, here L.
+Shapes of weights come from `layout`: `packed_shape(n, k)` and `QuantLayout(n, k, bits, group_size, codebook,
+scale_dtype, zero_point)`, here L; FORM stands for the last five parameters.
 
     make_linear(n, k, bias, residual, weight_dtype)
         x [T, K], weight packed_shape(n, k), (bias [N]), (residual [T, N]) → out [T, N]
-    make_quantize_activation(k, group_size)
+    make_quantize_activation(k, group_size, align)
         x [T, K] → a int8 [T, L.k_padded], sums int32 [T, L.groups], a_scale [T, L.groups]
-    make_quantized_linear(n, k, bits, group_size, zero_point, bias, residual)
-        a, sums, a_scale, weight uint8 L.weight_shape, scale float16 L.scale_shape,
-        (zero_point uint8 L.scale_shape), (bias [N]), (residual [T, N]) → out [T, N]
+    make_quantized_linear(n, k, FORM, bias, residual)
+        a, sums, a_scale, weight uint8 L.weight_shape, scale scale_dtype L.scale_shape,
+        (zero_point of that dtype L.zero_shape), (bias [N]), (residual [T, N]) → out [T, N]
+    make_codebook_linear(n, k, FORM, bias, residual)
+        x [T, K], weight, scale as of quantized_linear, (bias [N]), (residual [T, N]) → out [T, N]
     make_embedding(rows, width, packed, weight_dtype)
         ids int32 [T], table [rows, width] or packed_shape(rows, width) → out [T, width]
-    make_quantized_embedding(rows, width, bits, group_size, zero_point)
+    make_quantized_embedding(rows, width, FORM)
         ids int32 [T], weight, scale, (zero_point) as of quantized_linear → out [T, width]
     make_rms_norm(width, eps, weight, heads, source)
         x, (weight [width]) → out
@@ -61,6 +64,7 @@ PAGE_SIZE = 16
 _MAKERS = {
     "make_activation": "elementwise",
     "make_append_kv": "cache",
+    "make_codebook_linear": "codebook",
     "make_embedding": "gather",
     "make_gated_mlp": "elementwise",
     "make_gather_last": "gather",

@@ -103,14 +103,14 @@ def _ragged_group(
     put1(sums, total[0], row, g)
 
 
-def make_quantize_activation(*, k: int, group_size: int, isa: str) -> Any:
+def make_quantize_activation(*, k: int, group_size: int, align: int = 8, isa: str) -> Any:
     """a = round(x · 127 / max|x|), a_scale = max|x| / 127, sums = Σ a, each over a group.
 
-    x float32 [T, k]; with L = QuantLayout(·, k, ·, group_size): a int8 [T, L.k_padded], sums int32 [T,
-    L.groups], a_scale float32 [T, L.groups]. A group of zeros gives zeros; a NaN or an infinity makes the
-    group's scale NaN or infinite.
+    x float32 [T, k]; with L the `QuantLayout` of any weights that pad groups to `align`: a int8 [T,
+    L.k_padded], sums int32 [T, L.groups], a_scale float32 [T, L.groups]. A group of zeros gives zeros; a NaN
+    or an infinity makes the group's scale NaN or infinite.
     """
-    lay = QuantLayout(1, k, 8, group_size)
+    lay = QuantLayout(1, k, 8 if align == 8 else 2, group_size)
     kernel = Kernel("quantize_activation", isa)
     with kernel:
         tokens = kernel.symbol("T")
@@ -124,10 +124,10 @@ def make_quantize_activation(*, k: int, group_size: int, isa: str) -> Any:
 
 
 def reference_quantize_activation(
-    x: np.ndarray, group_size: int
+    x: np.ndarray, group_size: int, align: int = 8
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """a [T, k_padded], sums [T, groups], a_scale [T, groups] of x float32 [T, k] in numpy's float32."""
-    lay = QuantLayout(1, x.shape[1], 8, group_size)
+    lay = QuantLayout(1, x.shape[1], 8 if align == 8 else 2, group_size)
     whole = np.zeros((x.shape[0], lay.groups * lay.real_group), np.float32)
     whole[:, : x.shape[1]] = x
     grouped = whole.reshape(x.shape[0], lay.groups, lay.real_group)

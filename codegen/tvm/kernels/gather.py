@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from tvm.script.ir_builder import tirx as T
 
 from .builder import (
@@ -13,6 +12,7 @@ from .builder import (
     Expr,
     Kernel,
     call,
+    fma1,
     for_each_row,
     let,
     load_float,
@@ -22,6 +22,7 @@ from .builder import (
     splat,
 )
 from .layout import ROWS, QuantLayout, packed_shape
+from .panels import weight_arguments
 
 
 def load_one(buffer: Buffer, dtype: str, *index: Expr) -> Expr:
@@ -89,63 +90,98 @@ def make_gather_last(*, width: int, isa: str) -> Any:
 
 
 def make_quantized_embedding(
-    *, rows: int, width: int, bits: int, group_size: int, zero_point: bool, isa: str
+    *,
+    rows: int,
+    width: int,
+    bits: int,
+    group_size: int,
+    zero_point: str | None = None,
+    codebook: str | None = None,
+    scale_dtype: str = "float16",
+    isa: str,
 ) -> Any:
-    """out[t] = scale · (q - zero_point) of row ids[t], from the layout that `quantized_linear` multiplies by.
+    """out[t] = row ids[t] dequantized, from the layout that `quantized_linear` multiplies by.
 
-    ids int32 [T]; with L = QuantLayout(rows, width, bits, group_size): weight uint8 L.weight_shape, scale
-    float16 L.scale_shape, zero_point uint8 L.scale_shape or absent; out float32 [T, width].
+    ids int32 [T]; with L = QuantLayout(rows, width, bits, group_size, codebook, scale_dtype, zero_point):
+    weight uint8 L.weight_shape, scale `scale_dtype` L.scale_shape, zero_point of that dtype L.zero_shape or
+    absent; out float32 [T, width].
     """
-    lay = QuantLayout(rows, width, bits, group_size)
+    lay = QuantLayout(rows, width, bits, group_size, codebook, scale_dtype, zero_point)
+    whole = width % lay.real_group == 0 and lay.group == lay.real_group
     kernel = Kernel("quantized_embedding", isa)
     with kernel:
         tokens = kernel.symbol("T")
         ids = kernel.argument("ids", (tokens,), "int32")
-        weight = kernel.argument("weight", lay.weight_shape, "uint8")
-        scale = kernel.argument("scale", lay.scale_shape, "float16")
-        zero = kernel.argument("zero_point", lay.scale_shape, "uint8") if zero_point else None
+        weight, scale, zero = weight_arguments(kernel, lay)
         out = kernel.argument("out", (tokens, width), "float32")
 
         def row(t: Expr) -> None:
             source = _held(ids[t], rows)
             block, lane = let(source // ROWS), let(source % ROWS)
             with T.serial(0, lay.groups) as g:
-                factor = let(load_one(scale, "float16", block, g, lane))
-                offset: Expr = T.int32(1 << (bits - 1))
-                if zero is not None:
-                    offset = let(T.Cast("int32", zero[block, g, lane]))
-                count = T.min(T.int32(lay.real_group), T.int32(width) - g * lay.real_group)
-                with T.serial(0, count) as i:
-                    q = T.Cast("int32", _code(lay, weight, block, g, i, lane)) - offset
-                    put1(out, factor * T.Cast("float32", q), t, g * lay.real_group + i)
+                factor = let(load_one(scale, scale_dtype, block, g, lane))
+                offset = _offset(lay, zero, block, g, lane)
+                count = let(T.min(T.int32(lay.real_group), T.int32(width) - g * lay.real_group))
+
+                def store(i: Expr, code: Expr) -> None:
+                    put1(out, _real(lay, code, factor, offset), t, g * lay.real_group + i)
+
+                with T.serial(0, lay.steps) as step:
+                    for j in range(4 * lay.words):
+                        i = step * (4 * lay.words) + j
+                        code = _code(lay, weight, (block, g), step, j, lane)
+                        if whole:
+                            store(i, code)
+                            continue
+                        with T.If(i < count), T.Then():
+                            store(i, code)
 
         with kernel.body():
             for_each_row(tokens, 4 * width, row)
     return kernel.function
 
 
-def _code(lay: QuantLayout, weight: Buffer, block: Expr, group: Expr, i: Expr, lane: Expr) -> Expr:
-    """Element i of a group of one row of the packed weight, uint8."""
-    if lay.bits == 8:
-        return weight[block, group, i // 4, lane * 4 + i % 4]
-    byte = weight[block, group, i // 8, lane * 4 + i % 4]
-    shift = T.Cast("uint8", i % 8 // 4 * 4)
-    return T.bitwise_and(T.shift_right(byte, shift), T.uint8(15))
+def _offset(lay: QuantLayout, zero: Buffer, block: Expr, group: Expr, lane: Expr) -> Expr:
+    """The zero point of one row's group: int32, or a minimum as float32."""
+    if lay.zero_point is None:
+        return T.int32(1 << (lay.bits - 1))
+    if lay.zero_point != "uint8":
+        return let(load_one(zero, lay.zero_point, block, group, lane))
+    if lay.packs_zero_points:
+        both = T.Cast("int32", zero[block, group, lane % 8])
+        return let(T.bitwise_and(T.shift_right(both, lane // 8 * 4), T.int32(15)))
+    return let(T.Cast("int32", zero[block, group, lane]))
 
 
-def reference_quantized_embedding(
-    ids: np.ndarray,
-    q: np.ndarray,
-    scale: np.ndarray,
-    zero_point: np.ndarray | None,
-    group_size: int,
-    bits: int,
-) -> np.ndarray:
-    """float32 [T, width] from unpacked q [rows, width], scale and zero_point [rows, groups]."""
-    width = q.shape[1]
-    offset: Any = 1 << (bits - 1)
-    if zero_point is not None:
-        offset = zero_point[ids].astype(np.float32).repeat(group_size, 1)[:, :width]
-    return (q[ids].astype(np.float32) - offset) * scale[ids].astype(np.float32).repeat(group_size, 1)[
-        :, :width
-    ]
+def _real(lay: QuantLayout, code: Expr, factor: Expr, offset: Expr) -> Expr:
+    """The number that a code stands for, float32."""
+    if lay.codebook is not None:
+        found = call("float32x16", f"llmc_floats_{lay.codebook}", splat(code))
+        return factor * call("float32", "llmc_max", found)
+    if lay.zero_point not in (None, "uint8"):
+        return fma1(factor, T.Cast("float32", code), offset)
+    return factor * T.Cast("float32", code - offset)
+
+
+def _code(lay: QuantLayout, weight: Buffer, at: tuple[Expr, Expr], step: Expr, j: int, lane: Expr) -> Expr:
+    """Element j of a step of one row of the packed weight, int32; at = (block, group).
+
+    j is no variable: where LLVM vectorised a loop over it, with shifts that vary from lane to lane, AVX2 and
+    AVX-512 gave other bits than SSE.
+    """
+    value: Expr = None
+    for plane in lay.planes:
+        word, w = j // 4 // plane.words, j // 4 % plane.words
+        size = 64 * lay.words * plane.width // 8  # bytes of a step
+        row = lane % 8 if plane.width == 1 else lane
+        byte = weight[(*at, plane.offset + step * size + word * 64 + row * 4 + j % 4)]
+        bits = T.Cast("int32", byte)
+        if plane.width == 1:  # rows from 8 on in the high halves
+            bits = T.shift_right(bits, lane // 8 * 4)
+        if w:
+            bits = T.shift_right(bits, T.int32(w * plane.width))
+        if plane.width < 8:
+            bits = T.bitwise_and(bits, T.int32((1 << plane.width) - 1))
+        part = T.shift_left(bits, T.int32(plane.shift)) if plane.shift else bits
+        value = part if value is None else T.bitwise_or(value, part)
+    return value

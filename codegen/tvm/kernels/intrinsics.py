@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from functools import cache
 
+from .intrinsics_codes import codes
 from .isa import Isa, get_isa
 
 _DEFINE = "define linkonce_odr hidden"
@@ -313,4 +314,4 @@ def library(isa_name: str) -> str:
     isa = get_isa(isa_name)
     halves = _HALF_HARDWARE if isa.half else _HALF_PLAIN
     many = [_many(name, count) for name in ("sum", "max") for count in (4, 8, 12, 16)]
-    return "\n".join([*_fma(isa), *_reductions(), *many, _round(), halves, *_dots(isa)])
+    return "\n".join([*_fma(isa), *_reductions(), *many, _round(), halves, *_dots(isa), *codes(isa)])

@@ -1,10 +1,19 @@
 """How weights lie in memory: one layout for all instruction-set levels, in blocks of 16 output rows.
 
 Float weights [N, K] are stored [ceil(N/16), K, 16]: a vector of 16 outputs for each k.
-Quantized weights are stored [blocks, groups, steps, 64] bytes. With 8 bits a step is 4 consecutive k of 16
-rows (byte 4·row + k). With 4 bits it is 8 consecutive k: the low nibbles hold the first 4, the high nibbles
-the last 4. That is the operand order of `vpdpbusd`, which multiplies 4 neighbouring bytes in each 32-bit
-lane. Rows beyond N and k beyond K are zero.
+
+Quantized weights are stored [blocks, groups, bytes]. Their bits are split into planes of 8, 4, 2 and 1 bits,
+so that every width from 2 to 8 takes its bits and no more (6 = 4 + 2, 5 = 4 + 1, 3 = 2 + 1); a group's planes
+stand one after the other, the low bits first. A word is 4 consecutive k of 16 rows, in the operand order of
+`vpdpbusd`, which multiplies 4 neighbouring bytes in each 32-bit lane: byte 4 · row + k.
+
+    plane    64 bytes hold    where
+    8 bits   1 word           the byte
+    4 bits   2 words          the low and the high half of a byte
+    2 bits   4 words          bits 0-1, 2-3, 4-5, 6-7
+    1 bit    8 words          32 bytes for 4 words: rows 0-7 in bits 0-3 (one a word), rows 8-15 in bits 4-7
+
+Rows beyond N and k beyond K are zero.
 """
 
 from __future__ import annotations
@@ -13,6 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ....ir.codebooks import CODEBOOKS
 from ....ir.errors import CompileError
 
 ROWS = 16
@@ -26,6 +36,11 @@ def round_up(value: int, multiple: int) -> int:
 def packed_shape(n: int, k: int) -> tuple[int, int, int]:
     """Shape of a packed float weight [n, k]."""
     return (-(-n // ROWS), k, ROWS)
+
+
+def has_bytes(codebook: str) -> bool:
+    """Whether a codebook's values are integers that the int8 kernels can multiply by."""
+    return all(v == int(v) and -128 <= v < 128 for v in CODEBOOKS[codebook])
 
 
 def pack_rows(rows: np.ndarray) -> np.ndarray:
@@ -45,23 +60,68 @@ def unpack_rows(packed: np.ndarray, n: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class QuantLayout:
-    """Sizes of a quantized weight [n, k] with `bits` 4 or 8 and groups of `group_size` along k.
+class Plane:
+    """Bits `shift` … `shift + width - 1` of all values of a group."""
 
-    Each group is padded to `group` = a multiple of 8, so that the activations have `k_padded` columns: with
-    the usual groups (8 divides them, they divide k) that is k.
+    width: int
+    shift: int
+    offset: int
+    """Where the plane begins in a group's bytes."""
+
+    @property
+    def words(self) -> int:
+        """Words that share a byte."""
+        return min(4, 8 // self.width)
+
+    def pack(self, x: np.ndarray) -> np.ndarray:
+        """Values uint8 [blocks, 16, groups, group] → bytes [blocks, groups, bytes]."""
+        blocks, _, groups, group = x.shape
+        part = (x >> self.shift) & ((1 << self.width) - 1)
+        words = part.reshape(blocks, ROWS, groups, -1, self.words, 4).transpose(4, 0, 2, 3, 1, 5)
+        packed = words[0].copy()
+        for w in range(1, self.words):
+            packed |= words[w] << (w * self.width)
+        if self.width == 1:
+            packed = packed[..., :8, :] | (packed[..., 8:, :] << 4)
+        return packed.reshape(blocks, groups, 2 * self.width * group)
+
+    def unpack(self, packed: np.ndarray) -> np.ndarray:
+        """Inverse of `pack`: this plane's bits in their place."""
+        blocks, groups, size = packed.shape
+        group = size // (2 * self.width)
+        if self.width == 1:
+            halves = packed.reshape(blocks, groups, -1, 8, 4)
+            packed = np.concatenate((halves & 15, halves >> 4), 3)
+        lanes = packed.reshape(blocks, groups, -1, 1, ROWS, 4)
+        shifts = (np.arange(self.words, dtype=np.uint8) * self.width).reshape(-1, 1, 1)
+        part = ((lanes >> shifts) & ((1 << self.width) - 1)) << self.shift
+        return part.transpose(0, 4, 1, 2, 3, 5).reshape(blocks, ROWS, groups, group)
+
+
+@dataclass(frozen=True)
+class QuantLayout:
+    """Sizes of a quantized weight [n, k] and of its scales and zero points, in groups of `group_size` along
+    k.
+
+    Each group is padded to `group` = a multiple of 8 (16 for widths of several planes and of 2 bits), so that
+    the activations have `k_padded` columns: with the usual groups that is k.
+
+    `zero_point`: None, "uint8", or the float dtype of a minimum. `codebook`: what codes of 4 bits stand for.
     """
 
     n: int
     k: int
     bits: int
     group_size: int
+    codebook: str | None = None
+    scale_dtype: str = "float16"
+    zero_point: str | None = None
 
     def __post_init__(self) -> None:
-        if self.bits not in (4, 8) or self.group_size < 1:
+        if not 2 <= self.bits <= 8 or self.group_size < 1:
             raise CompileError(
                 f"no kernel multiplies by weights of {self.bits} bits in groups of {self.group_size}",
-                remedy="quantize to 4 or 8 bits",
+                remedy="quantize to 2 … 8 bits",
             )
 
     @property
@@ -70,9 +130,14 @@ class QuantLayout:
         return min(self.group_size, self.k)
 
     @property
+    def align(self) -> int:
+        """What a group is padded to a multiple of."""
+        return 8 if self.bits in (4, 8) else 16
+
+    @property
     def group(self) -> int:
         """Elements that a group takes in memory."""
-        return round_up(self.real_group, 8)
+        return round_up(self.real_group, self.align)
 
     @property
     def groups(self) -> int:
@@ -88,19 +153,52 @@ class QuantLayout:
         return -(-self.n // ROWS)
 
     @property
-    def steps(self) -> int:
-        """64-byte vectors a group takes for a block."""
-        return self.group * self.bits // 32
+    def words(self) -> int:
+        """Words of a step, which is what a kernel unpacks at a time: a vector of the narrowest plane, or half
+        of one of single bits.
+        """
+        return 1 if self.bits == 8 else 2 if self.bits == 4 else 4
 
     @property
-    def weight_shape(self) -> tuple[int, int, int, int]:
+    def steps(self) -> int:
+        """Steps of a group."""
+        return self.group // (4 * self.words)
+
+    @property
+    def planes(self) -> tuple[Plane, ...]:
+        """The planes of a group, low bits first."""
+        if self.bits == 8:
+            return (Plane(8, 0, 0),)
+        found: list[Plane] = []
+        shift = offset = 0
+        for width in (4, 2, 1):
+            if self.bits & width:
+                found.append(Plane(width, shift, offset))
+                shift += width
+                offset += 2 * width * self.group
+        return tuple(found)
+
+    @property
+    def weight_shape(self) -> tuple[int, int, int]:
         """Shape of the packed weight, uint8."""
-        return (self.blocks, self.groups, self.steps, 64)
+        return (self.blocks, self.groups, 2 * self.bits * self.group)
 
     @property
     def scale_shape(self) -> tuple[int, int, int]:
-        """Shape of the packed scales (float16) and zero points (uint8)."""
+        """Shape of the packed scales."""
         return (self.blocks, self.groups, ROWS)
+
+    @property
+    def zero_shape(self) -> tuple[int, int, int]:
+        """Shape of the packed zero points."""
+        return (self.blocks, self.groups, ROWS // 2 if self.packs_zero_points else ROWS)
+
+    @property
+    def packs_zero_points(self) -> bool:
+        """Zero points of at most 4 bits stand two a byte: row r in the low half of byte r, r + 8 in the
+        high.
+        """
+        return self.zero_point == "uint8" and self.bits <= 4
 
     def _padded(self, q: np.ndarray) -> np.ndarray:
         """q [n, k] → [blocks, 16, groups, group] with zeros where there is nothing."""
@@ -115,35 +213,43 @@ class QuantLayout:
         return np.pad(full, ((0, 0), (0, 0), (0, 0), (0, self.group - self.real_group)))
 
     def pack(self, q: np.ndarray) -> np.ndarray:
-        """Rows of q uint8 [rows, k], values below 2**bits → uint8 [rows/16, groups, steps, 64].
+        """Rows of q uint8 [rows, k], values below 2**bits → uint8 [rows/16, groups, bytes].
 
         A tensor may be packed chunk by chunk; all chunks but the last have a multiple of 16 rows.
         """
         x = self._padded(q)
-        blocks = x.shape[0]
-        if self.bits == 8:
-            x = x.reshape(blocks, ROWS, self.groups, self.steps, 4).transpose(0, 2, 3, 1, 4)
-        else:
-            x = x.reshape(blocks, ROWS, self.groups, self.steps, 2, 4).transpose(0, 2, 3, 4, 1, 5)
-            x = x[:, :, :, 0] | (x[:, :, :, 1] << 4)
-        return np.ascontiguousarray(x).reshape(blocks, self.groups, self.steps, 64)
+        planes = [plane.pack(x) for plane in self.planes]
+        return np.ascontiguousarray(planes[0] if len(planes) == 1 else np.concatenate(planes, 2))
 
     def unpack(self, packed: np.ndarray) -> np.ndarray:
         """Inverse of `pack`: uint8 [n, k]."""
         blocks = packed.shape[0]
-        if self.bits == 8:
-            x = packed.reshape(blocks, self.groups, self.steps, ROWS, 4).transpose(0, 3, 1, 2, 4)
-        else:
-            x = np.stack((packed & 15, packed >> 4), 3)
-            x = x.reshape(blocks, self.groups, self.steps, 2, ROWS, 4).transpose(0, 4, 1, 2, 3, 5)
-        x = x.reshape(blocks * ROWS, self.groups, self.group)[:, :, : self.real_group]
+        x = np.zeros((blocks, ROWS, self.groups, self.group), np.uint8)
+        for plane in self.planes:
+            x |= plane.unpack(packed[:, :, plane.offset :][:, :, : 2 * plane.width * self.group])
+        x = x[:, :, :, : self.real_group]
         return np.ascontiguousarray(x.reshape(blocks * ROWS, -1)[: self.n, : self.k])
 
     def pack_groups(self, values: np.ndarray) -> np.ndarray:
-        """Scales or zero points [rows, groups] → [rows/16, groups, 16], of the same dtype, in chunks like
+        """Scales or minima [rows, groups] → [rows/16, groups, 16], of the same dtype, in chunks like
         `pack`.
         """
         n = values.shape[0]
         padded = np.zeros((round_up(n, ROWS), self.groups), values.dtype)
         padded[:n] = values
         return np.ascontiguousarray(padded.reshape(-1, ROWS, self.groups).transpose(0, 2, 1))
+
+    def pack_zero_points(self, values: np.ndarray) -> np.ndarray:
+        """Zero points or minima [rows, groups] → [rows/16, groups, 16 or 8], in chunks like `pack`.
+
+        Raises CompileError for a zero point beyond 4 bits where two of them share a byte.
+        """
+        rows = self.pack_groups(values)
+        if not self.packs_zero_points:
+            return rows
+        if rows.size and rows.max() > 15:
+            raise CompileError(
+                f"a zero point of {rows.max()} beside codes of {self.bits} bits",
+                remedy="zero points of at most 4 bits are 0 … 15",
+            )
+        return rows[:, :, :8] | (rows[:, :, 8:] << 4)

@@ -1,0 +1,180 @@
+"""Packed weights as kernels read them: 64 bytes of codes a word, scales and zero points of 16 outputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tvm.script.ir_builder import tirx as T
+
+from .builder import LANES, Buffer, Expr, Kernel, Shape, call, i32s, let, load_float, put, vec
+from .layout import Plane, QuantLayout
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The buffers of one kernel.
+
+    a, sums and a_scale are None where activations are floats.
+    """
+
+    layout: QuantLayout
+    a: Buffer
+    sums: Buffer
+    a_scale: Buffer
+    weight: Buffer
+    scale: Buffer
+    zero_point: Buffer | None
+    bias: Buffer | None
+    residual: Buffer | None
+    out: Buffer
+
+    @property
+    def minimum(self) -> bool:
+        """Whether the zero point is added after scaling."""
+        return self.layout.zero_point not in (None, "uint8")
+
+    @property
+    def constant(self) -> int:
+        """The zero point of all groups where there is no operand of zero points."""
+        lay = self.layout
+        if lay.codebook is not None:
+            return 128  # what `llmc_bytes_*` adds
+        return 1 << (lay.bits - 1) if lay.zero_point is None else 0
+
+    @property
+    def float_correction(self) -> bool:
+        """Whether sums and products of a group are exact in float32 (below 2^24)."""
+        return self.layout.real_group * 127 * ((1 << self.layout.bits) - 1) < 1 << 24
+
+    @property
+    def dot(self) -> str:
+        """The product of bytes: that of nibbles is exact up to 7 bits (2 · 127 · 127 < 2^15)."""
+        return "llmc_dot8" if self.layout.bits == 8 or self.layout.codebook is not None else "llmc_dot4"
+
+    @property
+    def narrow(self) -> bool:
+        """Whether 8 words' products fit into int16."""
+        return self.layout.bits <= 4 and self.layout.codebook is None
+
+    def word(self, row: Expr, index: Expr) -> Expr:
+        """Activations 4·index … 4·index+3 of a row, as the int32 that a dot product broadcasts."""
+        return T.reinterpret(vec(self.a, row, index * 4, lanes=4), dtype="int32")
+
+    def scales(self, block: Expr, group: Expr) -> Expr:
+        return load_float(self.scale, self.layout.scale_dtype, block, group, 0)
+
+    def zeros(self, block: Expr, group: Expr) -> Expr:
+        """Minima; or negative zero points of 16 outputs, float32 or int32 as the correction wants them."""
+        lay = self.layout
+        if self.minimum:
+            return load_float(self.zero_point, str(lay.zero_point), block, group, 0)
+        if lay.packs_zero_points:
+            found = call("int32x16", "llmc_halves", vec(self.zero_point, block, group, 0, lanes=8))
+        else:
+            found = T.Cast("int32x16", vec(self.zero_point, block, group, 0))
+        negative = i32s(0) - found
+        return T.Cast("float32x16", negative) if self.float_correction else negative
+
+
+def weight_arguments(kernel: Kernel, lay: QuantLayout) -> tuple[Buffer, Buffer, Buffer | None]:
+    """The parameters weight, scale and zero_point of a kernel."""
+    return (
+        kernel.argument("weight", lay.weight_shape, "uint8"),
+        kernel.argument("scale", lay.scale_shape, lay.scale_dtype),
+        None if lay.zero_point is None else kernel.argument("zero_point", lay.zero_shape, lay.zero_point),
+    )
+
+
+def _field(v: Expr, start: int, width: int, to: int) -> Expr:
+    """Bits start … start + width - 1 of bytes, moved to bit `to`."""
+    if start != to:
+        by = T.broadcast(T.uint8(abs(start - to)), 64)
+        v = T.shift_right(v, by) if start > to else T.shift_left(v, by)
+    if start + width == 8 and to == 0:
+        return v
+    return T.bitwise_and(v, T.broadcast(T.uint8(((1 << width) - 1) << to), 64))
+
+
+class Packed:
+    """Blocks first … first + count - 1, read as they lie in memory."""
+
+    def __init__(self, ops: Operands, first: Expr, count: int) -> None:
+        self.ops, self.first, self.count = ops, first, count
+
+    def words(self, group: Expr, step: Expr) -> list[list[Expr]]:
+        """The words of one step: [word][block] of uint8x64."""
+        blocks = [self._block_words(self.first + c, group, step) for c in range(self.count)]
+        return [list(word) for word in zip(*blocks, strict=True)]
+
+    def _block_words(self, block: Expr, group: Expr, step: Expr) -> list[Expr]:
+        lay = self.ops.layout
+        planes = [self._plane(plane, block, group, step) for plane in lay.planes]
+        words: list[Expr] = []
+        for parts in zip(*planes, strict=True):
+            word = parts[0]
+            for part in parts[1:]:
+                word = T.bitwise_or(word, part)
+            if lay.codebook is not None:
+                word = call("uint8x64", f"llmc_bytes_{lay.codebook}", word)
+            words.append(let(word) if lay.bits != 8 else word)
+        return words
+
+    def _plane(self, plane: Plane, block: Expr, group: Expr, step: Expr) -> list[Expr]:
+        """This plane's bits, in their place, of the words of a step."""
+        lay = self.ops.layout
+        size = 64 * lay.words * plane.width // 8  # bytes of a step
+        start = plane.offset + step * size
+        if plane.width == 1:
+            half = vec(self.ops.weight, block, group, start, lanes=32)
+            vectors = [let(call("uint8x64", "llmc_spread_bits", half))]
+        else:
+            vectors = [
+                let(vec(self.ops.weight, block, group, start + 64 * v, lanes=64)) for v in range(size // 64)
+            ]
+        if plane.width == 8:
+            return vectors
+        return [
+            _field(v, w * plane.width, plane.width, plane.shift) for v in vectors for w in range(plane.words)
+        ]
+
+    def scale(self, group: Expr, c: int) -> Expr:
+        return self.ops.scales(self.first + c, group)
+
+    def zero(self, group: Expr, c: int) -> Expr:
+        return self.ops.zeros(self.first + c, group)
+
+
+class Unpacked(Packed):
+    """A panel of weights spread to bytes, scales and zero points widened, in memory of this thread."""
+
+    def __init__(self, ops: Operands, first: Expr, count: int) -> None:
+        super().__init__(ops, first, count)
+        lay = ops.layout
+        shape: Shape = (lay.groups, lay.steps, lay.words, count, 64)
+        self.bytes = T.alloc_buffer(shape, "uint8")
+        self.wide = T.alloc_buffer((lay.groups, count, LANES), "float32")
+        self.offset: Buffer = None
+        if ops.zero_point is not None:
+            kind = "float32" if ops.float_correction or ops.minimum else "int32"
+            self.offset = T.alloc_buffer((lay.groups, count, LANES), kind)
+        with T.serial(0, lay.groups) as g:
+            for c in range(count):
+                put(self.wide, super().scale(g, c), g, c, 0)
+                if self.offset is not None:
+                    put(self.offset, super().zero(g, c), g, c, 0)
+            with T.serial(0, lay.steps) as s:
+                for word, blocks in enumerate(super().words(g, s)):
+                    for c, w in enumerate(blocks):
+                        put(self.bytes, w, g, s, word, c, 0, lanes=64)
+
+    def words(self, group: Expr, step: Expr) -> list[list[Expr]]:
+        return [
+            [let(vec(self.bytes, group, step, word, c, 0, lanes=64)) for c in range(self.count)]
+            for word in range(self.ops.layout.words)
+        ]
+
+    def scale(self, group: Expr, c: int) -> Expr:
+        return vec(self.wide, group, c, 0)
+
+    def zero(self, group: Expr, c: int) -> Expr:
+        return vec(self.offset, group, c, 0)

@@ -1,0 +1,282 @@
+"""TIR kernels over quantized weights: every width, grid and codebook against the references, exact in
+integers, the same bits for any number of rows and on all levels with FMA.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from llmc.codegen.tvm.kernels.activation import make_quantize_activation, reference_quantize_activation
+from llmc.codegen.tvm.kernels.codebook import make_codebook_linear, reference_codebook_linear
+from llmc.codegen.tvm.kernels.gather import make_quantized_embedding
+from llmc.codegen.tvm.kernels.isa import get_isa
+from llmc.codegen.tvm.kernels.layout import QuantLayout, has_bytes
+from llmc.codegen.tvm.kernels.quantized import make_quantized_linear, reference_quantized_linear
+from llmc.ir.errors import CompileError
+from llmc.ir.ops import quant
+from llmc.ir.types import Quantization
+
+from .kernel_harness import HERE, blank, call, close, levels, meaning, normal, value
+
+
+@dataclass(frozen=True)
+class Case:
+    """A weight [n, k] by `types.Quantization`'s table."""
+
+    n: int
+    k: int
+    bits: int
+    group: int
+    zero: str | None = None
+    scale: str = "float16"
+    codebook: str | None = None
+
+    def __str__(self) -> str:
+        form = self.codebook or self.zero or "sym"
+        return f"{self.n}x{self.k}-{self.bits}bit-g{self.group}-{form}-{self.scale}"
+
+    @property
+    def form(self) -> dict[str, Any]:
+        """The static parameters of a kernel."""
+        return {
+            "bits": self.bits,
+            "group_size": self.group,
+            "zero_point": self.zero,
+            "codebook": self.codebook,
+            "scale_dtype": self.scale,
+        }
+
+    @property
+    def layout(self) -> QuantLayout:
+        return QuantLayout(self.n, self.k, self.bits, self.group, self.codebook, self.scale, self.zero)
+
+    @property
+    def quantization(self) -> Quantization:
+        return Quantization(self.bits, self.group, self.zero is None, self.scale, codebook=self.codebook)
+
+    def parts(self) -> tuple[Any, Any, Any]:
+        """q, scale and zero point."""
+        rng = np.random.default_rng(self.n + self.k)
+        groups = self.layout.groups
+        q = rng.integers(0, 1 << self.bits, (self.n, self.k), dtype=np.uint8)
+        q[0], q[-1] = 0, (1 << self.bits) - 1
+        scale = (0.001 + 0.01 * rng.random((self.n, groups))).astype(self.scale)
+        if self.zero is None:
+            return q, scale, None
+        if self.zero == "uint8":
+            return q, scale, rng.integers(0, 1 << self.bits, (self.n, groups), dtype=np.uint8)
+        low = -0.01 * rng.random((self.n, groups)) * (1 << self.bits)
+        return q, scale, low.astype(self.zero)
+
+    def packed(self) -> list[np.ndarray]:
+        q, scale, zero = self.parts()
+        lay = self.layout
+        return [lay.pack(q), lay.pack_groups(scale), *([] if zero is None else [lay.pack_zero_points(zero)])]
+
+
+CASES = [
+    Case(40, 64, 4, 32),
+    Case(33, 64, 4, 32, "uint8"),
+    Case(16, 128, 4, 64, "uint8"),
+    Case(48, 72, 4, 24, "uint8"),
+    Case(7, 50, 4, 16),  # the last group of a row is short
+    Case(24, 20, 4, 12, "uint8"),  # a group that 8 does not divide
+    Case(40, 64, 8, 64),
+    Case(20, 96, 8, 32, "uint8"),
+    Case(17, 600, 8, 600, "uint8"),  # sums beyond 2^24: corrected in integers
+    Case(5, 9, 8, 128),  # a group longer than the row
+    Case(64, 512, 4, 512),
+    # The K types of GGUF
+    Case(20, 64, 2, 16, "float32", "float32"),  # Q2_K
+    Case(33, 96, 3, 16, None, "float32"),  # Q3_K
+    Case(40, 64, 4, 32, "float32", "float32"),  # Q4_K
+    Case(24, 64, 5, 32, "float32", "float32"),  # Q5_K
+    Case(33, 64, 6, 16, None, "float32"),  # Q6_K
+    Case(40, 96, 4, 32, codebook="iq4_nl"),
+    # Other widths and groups
+    Case(20, 64, 2, 32, "uint8"),
+    Case(24, 128, 3, 128),
+    Case(16, 60, 5, 12, "uint8"),  # a group that 16 does not divide
+    Case(7, 50, 6, 24, "float16"),  # the same, and a short last group
+    Case(33, 64, 7, 32, "uint8"),
+    Case(17, 400, 7, 400, "float16"),
+]
+GENERAL = [  # products in floats
+    Case(40, 128, 4, 64, codebook="nf4"),
+    Case(33, 70, 4, 20, None, "float32", "nf4"),  # a group that 8 does not divide, and a short last one
+    Case(5, 9, 4, 64, codebook="nf4"),
+]
+cases = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    bits=st.integers(2, 8),
+    n=st.integers(1, 40),
+    k=st.integers(1, 80),
+    group=st.integers(1, 70),
+    seed=st.integers(0, 99),
+)
+def test_every_layout_is_undone_and_may_be_packed_in_chunks(
+    bits: int, n: int, k: int, group: int, seed: int
+) -> None:
+    layout = QuantLayout(n, k, bits, group)
+    q = np.random.default_rng(seed).integers(0, 1 << bits, (n, k), np.uint8)
+    packed = layout.pack(q)
+    assert packed.shape == layout.weight_shape and np.array_equal(layout.unpack(packed), q)
+    if n > 16:
+        assert np.array_equal(np.concatenate([layout.pack(q[:16]), layout.pack(q[16:])]), packed)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("group", [16, 32, 64, 128])
+def test_usual_groups_take_their_bits_and_no_more(bits: int, group: int) -> None:
+    assert np.prod(QuantLayout(48, 256, bits, group).weight_shape) * 8 == 48 * 256 * bits
+
+
+def test_zero_points_of_four_bits_stand_two_a_byte() -> None:
+    layout = QuantLayout(20, 64, 4, 32, zero_point="uint8")
+    zero = np.random.default_rng(0).integers(0, 16, (20, 2), np.uint8)
+    packed = layout.pack_zero_points(zero)
+    assert packed.shape == layout.zero_shape == (2, 2, 8)
+    assert packed[0, 1, 3] == zero[3, 1] | zero[11, 1] << 4
+    with pytest.raises(CompileError, match="a zero point of 16 beside codes of 4 bits"):
+        layout.pack_zero_points(np.full((20, 2), 16, np.uint8))
+    wide = QuantLayout(20, 64, 5, 32, zero_point="uint8")
+    assert wide.pack_zero_points(zero).shape == wide.zero_shape == (2, 2, 16)
+    minimum = QuantLayout(20, 64, 4, 32, zero_point="float16")
+    assert minimum.pack_zero_points(zero.astype(np.float16)).shape == minimum.zero_shape == (2, 2, 16)
+    assert minimum.pack_groups(zero)[0, 0, 1] == zero[1, 0]
+
+
+@pytest.mark.parametrize("align", [8, 16])
+@pytest.mark.parametrize(
+    ("k", "group"), [(64, 32), (576, 576), (50, 16), (20, 12), (9, 128), (1, 8), (48, 16)]
+)
+@pytest.mark.parametrize("rows", [1, 300])
+@levels
+def test_quantize_activation_rounds_to_even_exactly(
+    k: int, group: int, rows: int, align: int, isa: str
+) -> None:
+    x = normal(rows, k) * np.float32(3)
+    x[0] = np.clip(np.arange(k) - k // 2, -253, 253)
+    x[0, ::group] = 127 * 2  # a scale of 2 in every group: odd elements lie halfway between integers
+    x[-1] = 0 if rows > 1 else x[-1]
+    layout = QuantLayout(1, k, 8 if align == 8 else 6, group)
+    outputs = (
+        np.full((rows, layout.k_padded), 99, np.int8),
+        np.full((rows, layout.groups), 99, np.int32),
+        blank(rows, layout.groups),
+    )
+    parameters = {"k": k, "group_size": group, "align": align}
+    got = call(make_quantize_activation, isa, parameters, x, *outputs, outputs=3)
+    for actual, expected in zip(got, reference_quantize_activation(x, group, align), strict=True):
+        assert np.array_equal(actual, expected)
+
+
+@levels
+def test_quantize_activation_survives_what_is_no_number(isa: str) -> None:
+    x = normal(4, 40)
+    x[1, 35], x[2, 3], x[3] = np.nan, np.inf, 1e-42
+    outputs = (np.zeros((4, 48), np.int8), np.zeros((4, 3), np.int32), blank(4, 3))
+    a, sums, scale = call(make_quantize_activation, isa, {"k": 40, "group_size": 16}, x, *outputs, outputs=3)
+    assert np.isnan(scale[1, 2]) and np.isinf(scale[2, 0]) and np.isfinite(scale[[0, 3]]).all()
+    assert np.isfinite(scale[1, :2]).all() and np.isfinite(scale[2, 1:]).all()
+    assert np.array_equal(a.reshape(4, 3, 16).sum(2, dtype=np.int32), sums)
+
+
+def run(isa: str, case: Case, x: np.ndarray, extras: tuple[np.ndarray, ...] = ()) -> np.ndarray:
+    parameters = {"n": case.n, "k": case.k, **case.form, "bias": bool(extras), "residual": bool(extras)}
+    operands = [*case.packed(), *extras, blank(len(x), case.n)]
+    if case.codebook is not None and not has_bytes(case.codebook):
+        return call(make_codebook_linear, isa, parameters, x, *operands)
+    activations = reference_quantize_activation(x, case.group, case.layout.align)
+    return call(make_quantized_linear, isa, parameters, *activations, *operands)
+
+
+def check_rows(isa: str, case: Case, x: np.ndarray, whole: np.ndarray) -> None:
+    """Results of some rows are those of all, bias and residual added last."""
+    for start, stop in ((0, 1), (26, 27), (5, 7), (2, 9), (3, 11), (8, 27)):
+        assert np.array_equal(run(isa, case, x[start:stop]), whole[start:stop])
+    bias, residual = normal(case.n, seed=5), normal(27, case.n, seed=6)
+    assert np.array_equal(run(isa, case, x, (bias, residual)), whole + bias + residual)
+
+
+def linear_meaning(case: Case, x: np.ndarray) -> np.ndarray:
+    q, scale, zero = case.parts()
+    typed = value(q, case.quantization)
+    op = quant.QuantizedLinear(value(x), typed, value(scale), None if zero is None else value(zero), None)
+    return meaning(op, x, q, scale, zero, None)
+
+
+@cases
+@levels
+def test_quantized_linear_is_exact_in_integers_and_rows_do_not_depend_on_their_number(
+    case: Case, isa: str
+) -> None:
+    x = normal(27, case.k)
+    x[4] = 0
+    whole = run(isa, case, x)
+    a, sums, a_scale = reference_quantize_activation(x, case.group, case.layout.align)
+    close(whole, reference_quantized_linear(case.layout, a, sums, a_scale, *case.parts()), 1e-6)
+    assert not whole[4].any()
+    check_rows(isa, case, x, whole)
+    # The op's own meaning takes x in float: what remains is the rounding of x to 8 bits.
+    close(whole, linear_meaning(case, x), 0.02)
+
+
+@pytest.mark.parametrize("case", GENERAL, ids=str)
+@levels
+def test_codebook_linear_multiplies_in_floats(case: Case, isa: str) -> None:
+    x = normal(27, case.k)
+    whole = run(isa, case, x)
+    q, scale, _ = case.parts()
+    close(whole, reference_codebook_linear(case.layout, x, q, scale), 1e-6)
+    close(whole, linear_meaning(case, x), 2e-6)
+    check_rows(isa, case, x, whole)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("sign", [1, -1])
+@levels
+def test_the_largest_products_saturate_nowhere(bits: int, sign: int, isa: str) -> None:
+    n, k, top = 16, 128, (1 << bits) - 1
+    layout = QuantLayout(n, k, bits, 64)
+    a = np.full((1, k), sign * 127, np.int8)
+    sums, one = np.full((1, 2), sign * 127 * 64, np.int32), np.ones((1, 2), np.float32)
+    weight, scale = layout.pack(np.full((n, k), top, np.uint8)), np.ones(layout.scale_shape, np.float16)
+    parameters = {"n": n, "k": k, "bits": bits, "group_size": 64}
+    out = call(make_quantized_linear, isa, parameters, a, sums, one, weight, scale, blank(1, n))
+    assert np.array_equal(out, np.full((1, n), sign * 127 * k * (top - (1 << (bits - 1))), np.float32))
+
+
+@pytest.mark.parametrize("case", [*CASES[:9], *CASES[11:17], *GENERAL], ids=str)
+def test_products_have_the_same_bits_on_all_levels_with_fma(case: Case) -> None:
+    names = [name for name in HERE if get_isa(name).fma]
+    if len(names) < 2:
+        pytest.skip("this CPU runs fewer than two levels with FMA")
+    x = normal(9, case.k)
+    first = run(names[0], case, x)
+    for name in names[1:]:
+        assert np.array_equal(run(name, case, x), first)
+
+
+@pytest.mark.parametrize("case", [*CASES, *GENERAL], ids=str)
+@levels
+def test_quantized_embedding_reads_rows_of_the_packed_table(case: Case, isa: str) -> None:
+    q, scale, zero = case.parts()
+    ids = np.array([0, case.n - 1, case.n // 2, 0, *range(case.n)], np.int32)
+    parameters = {"rows": case.n, "width": case.k, **case.form}
+    out = call(make_quantized_embedding, isa, parameters, ids, *case.packed(), blank(len(ids), case.k))
+    typed = value(q, case.quantization)
+    op = quant.QuantizedEmbedding(value(ids), typed, value(scale), None if zero is None else value(zero))
+    expected = meaning(op, ids, q, scale, zero)
+    if case.zero in (None, "uint8"):
+        assert np.array_equal(out, expected)
+    else:  # scale · code + minimum is rounded once, in the meaning twice
+        close(out, expected, 2e-7)
