@@ -102,7 +102,7 @@ def _tune(
     held: Sequence[Array],
 ) -> str:
     """Tune, choose by held text, and say what came of it."""
-    tuning = Tuning.start(graph, found)
+    tuning = Tuning.start(graph, found, work.scratch("head"))
     if work.done("tuning"):
         tuning.restore(work.load("tuning"))
 

@@ -10,20 +10,54 @@ Both sums run over the vocabulary once, with running maxima. Their gradient take
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from ...ir.core import Graph, Op, Value
 from ...ir.errors import CompileError
 from ...ir.interpreter import to_torch
-from ...ir.ops.quant import QuantizedLinear
 from .blocks import LinearOp, run_ops
 
 if TYPE_CHECKING:
     import torch
 
 CHUNK = 16384  # rows of the head at a time: 32 MB of logits for 512 tokens
+LARGE = 128 << 20  # bytes of a head in float32 from which on its rows are kept on disk
+
+Cache = MutableMapping[Any, Any]
+"""Tensors of the head by what they are, kept between calls."""
+
+
+class DiskCache(MutableMapping[Any, Any]):
+    """A cache whose tensors are files of a folder: a large head is read again from there, not dequantized."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._names: dict[Any, int] = {}
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number}.npy"
+
+    def __getitem__(self, key: Any) -> Any:
+        return to_torch(np.load(self._path(self._names[key])))
+
+    def __setitem__(self, key: Any, tensor: Any) -> None:
+        number = self._names.setdefault(key, len(self._names))
+        np.save(self._path(number), tensor.numpy())
+
+    def __delitem__(self, key: Any) -> None:
+        self._path(self._names.pop(key)).unlink()
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 @dataclass(frozen=True)
@@ -39,13 +73,20 @@ class Head:
         return self.layer.x
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of its weight in float32."""
+        width = self.x.shape[-1]
+        assert isinstance(width, int)
+        return 4 * self.vocab_size * width
+
+    @property
     def vocab_size(self) -> int:
         n = self.layer.result.shape[-1]
         assert isinstance(n, int)
         return n
 
     def logits(
-        self, hidden: torch.Tensor, dims: Mapping[str, int], cache: dict[Any, Any] | None = None
+        self, hidden: torch.Tensor, dims: Mapping[str, int], cache: Cache | None = None
     ) -> Iterator[torch.Tensor]:
         """Logits [..., rows of the vocabulary] of hidden states [..., D], CHUNK rows at a time.
 
@@ -136,7 +177,7 @@ def token_losses(
     quantized: tuple[Head, torch.Tensor],
     targets: torch.Tensor,
     dims: Mapping[str, int],
-    caches: tuple[dict[Any, Any], dict[Any, Any]] | None = None,
+    caches: tuple[Cache, Cache] | None = None,
 ) -> TokenLoss:
     """Losses of hidden states [T, D] by their heads; `targets` int64 [T] are the tokens that came."""
     import torch
@@ -164,8 +205,3 @@ def token_losses(
         q_sums.lse,
         p_sums.lse,
     )
-
-
-def is_quantized(head: Head) -> bool:
-    """Whether the head itself is quantized."""
-    return isinstance(head.layer, QuantizedLinear)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from ...ir.weights import ArrayTensor
 from .blocks import Block, first_values, read_weight, run_ops, segment_weights, split_blocks
 from .calibrated import Array, Walked, as_coded
 from .grid import Grid, storable
-from .head import Head, find_head, token_losses
+from .head import LARGE, Cache, DiskCache, Head, find_head, token_losses
 
 if TYPE_CHECKING:
     import torch
@@ -84,13 +85,16 @@ class Tuning:
     parameters: dict[Value, Parameter] = field(default_factory=dict[Value, Parameter])
     seen: int = 0
     share: float = 1.0
-    cache: dict[Any, Any] = field(default_factory=dict[Any, Any])
+    cache: Cache = field(default_factory=dict[Any, Any])
     """Rows of the head."""
 
     @staticmethod
-    def start(graph: Graph, found: Walked) -> Tuning:
+    def start(graph: Graph, found: Walked, folder: Path | None = None) -> Tuning:
+        """Untuned. The rows of a large head are kept in `folder`."""
         head = find_head(graph)
         tuning = Tuning(graph, found, head, [_before_head(b, head.layer) for b in split_blocks(graph)])
+        if folder is not None and head.nbytes > LARGE:
+            tuning.cache = DiskCache(folder)
         for weight, parts in found.coded.items():
             tuning.parameters[weight] = Parameter.zeros(parts["scale"].shape)
         for op in graph:

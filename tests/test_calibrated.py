@@ -1,0 +1,252 @@
+"""Quantization through the quantized prefix: blocks, the head in pieces, the walk, and tuning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from llmc.ir.core import Graph, Value
+from llmc.passes.base import PassContext
+from llmc.passes.calibration import Calibration
+from llmc.passes.quantize import head as head_module
+from llmc.passes.quantize.best_pass import QuantizeBest, split_sequences
+from llmc.passes.quantize.blocks import Activations, read_weight, run_ops, split_blocks
+from llmc.passes.quantize.calibrated import Inputs, Walked, as_coded, walk
+from llmc.passes.quantize.gptq_pass import QuantizeGptq, quantize_layer
+from llmc.passes.quantize.grid import Grid
+from llmc.passes.quantize.head import find_head, token_losses
+from llmc.passes.quantize.tune import BATCH, Tuning, divergence, scaled, tune
+from llmc.passes.quantize.walk import QuantizeRtn
+from llmc.passes.work import WorkFolder
+
+from .graphs import logits_of, lowered, traced
+from .models import TINY, ids_of, tiny_model
+
+FAMILIES = sorted(TINY)
+
+
+def fused(name: str, **changes: Any) -> Graph:
+    return lowered(traced(tiny_model(name, **changes), encoder=not TINY[name].causal), "fused")[0]
+
+
+def calibration(count: int, held: int = 2, length: int = 48) -> Calibration:
+    sequences = [np.array(ids_of(length, seed=i), np.int64) for i in range(count + held)]
+    return Calibration(tuple(sequences[:count]), tuple(sequences[count:]), "test", "0" * 64)
+
+
+def kl_to(reference: Graph, graph: Graph, seed: int = 99) -> float:
+    ids = ids_of(64, seed=seed)
+    p, q = (torch.log_softmax(logits_of(g, ids).double(), -1) for g in (reference, graph))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_blocks_are_the_whole_graph_and_run_like_it(name: str, tmp_path: Path) -> None:
+    graph = fused(name)
+    blocks = split_blocks(graph)
+    assert [op for b in blocks for op in b.ops] == graph.ops
+    for block in blocks:
+        for segment in block.segments:
+            assert len({id(layer.x) for layer in segment.layers}) <= 1
+    ids = ids_of(21)
+    activations = Activations(tmp_path / "values")
+    activations.begin(graph, [np.array(ids)])
+    for block in blocks:
+        for segment in block.segments:
+            activations.advance(segment)
+    rows = activations.load(0, graph.outputs)[graph.outputs[0]][0]
+    torch.testing.assert_close(rows, logits_of(graph, ids), rtol=1e-5, atol=1e-5)
+    assert len(list((tmp_path / "values").iterdir())) == len(graph.outputs)  # nothing dead was kept
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_losses_in_pieces_of_the_vocabulary(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against float64 softmax over whole logits; gemma2 caps its logits after the head."""
+    monkeypatch.setattr(head_module, "CHUNK", 37)
+    graph = fused(name)
+    head = find_head(graph)
+    rng = torch.Generator().manual_seed(1)
+    width = head.x.shape[-1]
+    assert isinstance(width, int)
+    source = torch.randn(9, width, generator=rng)
+    other = source + 0.3 * torch.randn(9, width, generator=rng)
+    targets = torch.arange(9) * 3
+    p, q = (torch.cat(list(head.logits(x, {"T": 9})), -1).double().log_softmax(-1) for x in (source, other))
+    losses = token_losses((head, source), (head, other), targets, {"T": 9})
+    torch.testing.assert_close(losses.kl.double(), (p.exp() * (p - q)).sum(-1), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(losses.nll.double(), -q[range(9), targets], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(losses.nll_source.double(), -p[range(9), targets], rtol=1e-5, atol=1e-6)
+    assert losses.agree.tolist() == (p.argmax(-1) == q.argmax(-1)).tolist()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gptq_loses_less_than_round_to_nearest(name: str) -> None:
+    graph = fused(name)
+    if graph.facts["kind"] != "causal_lm":
+        pytest.skip("no logits to compare")
+    nearest, better = graph.clone(), graph.clone()
+    QuantizeRtn(bits=3, group=16).run(nearest, PassContext())
+    context = PassContext(calibration=calibration(12))
+    result = QuantizeGptq(bits=3, group=16).run(better, context)
+    assert result.changed
+    assert kl_to(graph, better) < kl_to(graph, nearest)
+
+
+def walked(graph: Graph, work: WorkFolder, data: Calibration, counter: list[str]) -> Walked:
+    def method(w: torch.Tensor, inputs: Inputs, grid: Grid, name: str) -> Any:
+        counter.append(name)
+        return quantize_layer(w, inputs, grid, name, sweeps=1)
+
+    def grid_of(weight: Value) -> Grid:
+        return Grid(4, 16, False)
+
+    return walk(graph, PassContext(), work, grid_of, method, sequences=data.sequences, others=data.held)
+
+
+def test_a_walk_goes_on_where_it_was_killed(tmp_path: Path) -> None:
+    graph, data = fused("llama"), calibration(4)
+    work = WorkFolder.open(tmp_path / "work", {}, resume=False)
+    whole: list[str] = []
+    first = walked(graph, work, data, whole)
+    pieces = work.names()
+    assert len(pieces) > 1
+    work.remove(pieces[-1])
+    again = WorkFolder.open(tmp_path / "work", {}, resume=True)
+    rest: list[str] = []
+    second = walked(graph, again, data, rest)
+    assert 0 < len(rest) < len(whole) and rest == whole[-len(rest) :]
+    for weight, parts in first.coded.items():
+        for part, array in parts.items():
+            np.testing.assert_array_equal(array, second.coded[weight][part])
+
+
+def tuning_of(tmp_path: Path, name: str = "llama") -> tuple[Tuning, Calibration]:
+    graph, data = fused(name), calibration(4, held=2 * BATCH)
+    work = WorkFolder.open(tmp_path / "work", {}, resume=False)
+    return Tuning.start(graph, walked(graph, work, data, [])), data
+
+
+def source_of(tuning: Tuning, number: int) -> torch.Tensor:
+    return tuning.found.exact.load(number, [tuning.head.x])[tuning.head.x][0]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen2"])
+def test_gradients_by_blocks_are_those_of_the_whole_model(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head_module, "CHUNK", 29)
+    tuning, data = tuning_of(tmp_path, name)
+    ids, source = data.held[0], source_of(tuning, 4)
+    leaves = {v: torch.zeros_like(p.value).requires_grad_(True) for v, p in tuning.parameters.items()}
+    found = tuning.found
+
+    def fetch(v: Value) -> torch.Tensor:
+        if v not in leaves:
+            return read_weight(v)
+        if v in found.coded:
+            return scaled(found.coded[v], found.grids[v], leaves[v])
+        return read_weight(v) * leaves[v].exp()
+
+    tokens = tuning.graph.inputs[0]
+    ops = [op for b in tuning.blocks for op in b.ops]
+    dims = {"T": len(ids)}
+    hidden = run_ops(ops, {tokens: torch.tensor(ids)[None]}, [tuning.head.x], dims, fetch)[tuning.head.x][0]
+    p, q = (torch.cat(list(tuning.head.logits(x, dims)), -1).log_softmax(-1) for x in (source, hidden))
+    loss = (p.exp() * (p - q)).sum(-1).mean()
+    loss.backward()
+    monkeypatch.setattr("llmc.passes.quantize.tune.BATCH", 1)
+    gradients: dict[Value, torch.Tensor] = {}
+    for value, parameter in tuning.parameters.items():
+        monkeypatch.setattr(
+            parameter,
+            "step",
+            lambda rate, count, v=value, p=parameter: gradients.__setitem__(v, p.gradient.clone()),
+        )
+    told: list[float] = []
+    tune(tuning, [ids], lambda i: source, after=told.append)
+    assert told[0] == pytest.approx(float(loss), rel=1e-3)
+    assert len(gradients) == len(leaves)
+    for value, leaf in leaves.items():
+        expected = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(gradients[value], expected, rtol=1e-3, atol=1e-3 * scale + 1e-9)
+
+
+def test_tuning_lowers_the_loss_and_goes_on_from_its_arrays(tmp_path: Path) -> None:
+    tuning, data = tuning_of(tmp_path)
+    before = divergence(tuning, data.held[0], source_of(tuning, 4))
+    saved: list[dict[str, Any]] = []
+
+    def after(loss: float) -> None:
+        if tuning.seen == BATCH + 1:
+            saved.append({name: array.copy() for name, array in tuning.arrays().items()})
+
+    rows = [data.held[0]] * (2 * BATCH)
+    tune(tuning, rows, lambda i: source_of(tuning, 4), rate=3e-3, after=after)
+    assert divergence(tuning, data.held[0], source_of(tuning, 4)) < before
+    other = Tuning.start(tuning.graph, tuning.found)
+    other.restore(saved[0])
+    assert other.seen == BATCH + 1
+    tune(other, rows, lambda i: source_of(tuning, 4), rate=3e-3)
+    for value, parameter in tuning.parameters.items():
+        torch.testing.assert_close(other.parameters[value].value, parameter.value, rtol=0, atol=0)
+
+
+def test_finishing_applies_the_share_that_was_chosen(tmp_path: Path) -> None:
+    tuning, data = tuning_of(tmp_path)
+    tune(tuning, data.held, lambda i: source_of(tuning, 4 + i), rate=1e-2)
+    tuning.share = 0.5
+    chosen = divergence(tuning, data.held[1], source_of(tuning, 5))
+    tuning.finish()
+    plain = Tuning.start(tuning.graph, tuning.found)
+    # Scales are rounded to float16 when they are stored.
+    assert divergence(plain, data.held[1], source_of(tuning, 5)) == pytest.approx(chosen, rel=2e-2)
+    for weight, parts in tuning.found.coded.items():
+        assert parts["scale"].dtype == np.float16
+        assert bool(torch.isfinite(as_coded(parts).weight(tuning.found.grids[weight])).all())
+
+
+def test_best_is_no_worse_on_held_text_than_its_first_step() -> None:
+    graph = fused("llama")
+    data = calibration(4 * BATCH, held=3)
+    plain, best = graph.clone(), graph.clone()
+    QuantizeBest(bits=3, group=16, tune=False).run(plain, PassContext(calibration=data))
+    result = QuantizeBest(bits=3, group=16).run(best, PassContext(calibration=data))
+    (note,) = [n for n in result.notes if "held text" in n]
+    losses = [float(part.split(": ")[1]) for part in note.split(";")[0].split("tuning: ")[1].split(", ")]
+    assert len(losses) == 3 and min(losses) <= losses[0]
+    assert kl_to(graph, best) < 1.1 * kl_to(graph, plain)
+
+
+def test_sequences_to_tune_on_are_other_ones() -> None:
+    data = calibration(20, held=2)
+    first, rest = split_sequences(data.sequences, data.held)
+    assert len(rest) == BATCH and len(first) == 20 - BATCH
+    assert not {id(one) for one in first} & {id(one) for one in rest}
+    assert split_sequences(data.sequences, ()) == (list(data.sequences), [])
+    assert split_sequences(data.sequences[:7], data.held) == (list(data.sequences[:7]), [])
+
+
+def test_non_finite_weights_are_refused_by_name() -> None:
+    from llmc.ir.errors import InputError
+    from llmc.ir.weights import ArrayTensor
+
+    graph = fused("llama")
+    name = next(n for n in graph.weights if "down_proj" in n)
+    weight = graph.weights[name]
+    assert weight.weight is not None
+    damaged = weight.weight.read().copy()
+    damaged[1, 2] = np.nan
+    weight.weight = ArrayTensor(damaged, f"model.safetensors:{name}")
+    with pytest.raises(InputError, match=f"model.safetensors:{name} holds NaN or infinite values"):
+        QuantizeGptq().run(graph, PassContext(calibration=calibration(2)))
+
+
+def test_without_text_there_is_no_calibrated_quantization() -> None:
+    from llmc.ir.errors import InputError
+
+    with pytest.raises(InputError, match="quantize-gptq needs text to calibrate on"):
+        QuantizeGptq().run(fused("llama"), PassContext())
