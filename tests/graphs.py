@@ -54,9 +54,11 @@ def traced(model: Any, **options: Any) -> Graph:
     return trace_source(ModelInMemory(model, **options))  # type: ignore[arg-type]
 
 
-def passes_to(stage: str, quantize: Sequence[Pass] = (), *, page_size: int = PAGE_SIZE) -> list[Pass]:
+def passes_to(
+    stage: str, quantize: Sequence[Pass] = (), *, page_size: int = PAGE_SIZE, kv_dtype: str = "float32"
+) -> list[Pass]:
     """The passes of the language model pipeline up to a stage ("canonical", "fused", "paged")."""
-    passes = language_model(list(quantize), page_size=page_size, kv_dtype="float32")
+    passes = language_model(list(quantize), page_size=page_size, kv_dtype=kv_dtype)
     if stage == "paged":
         return passes
     end = next(i for i, p in enumerate(passes) if p.ensures == "paged")
@@ -104,10 +106,11 @@ class PagedRun:
         self.page_size = int(self.graph.facts["page_size"])
         self.free = list(range(self.num_pages))
         random.Random(self.seed).shuffle(self.free)
-        self.pages = [
-            torch.full((2, self.num_pages, self.page_size, kv["heads"], kv["head_dim"]), 7.0)
-            for kv in self.graph.facts["kv"]
-        ]
+        self.pages: list[torch.Tensor] = []
+        for layer in range(len(self.graph.facts["kv"])):
+            held = self.graph.input(f"kv_pages.{layer}").type
+            shape = (2, self.num_pages, *(d for d in held.shape[2:] if isinstance(d, int)))
+            self.pages.append(torch.full(shape, 7, dtype=getattr(torch, held.dtype)))
 
     def step(
         self, batch: Sequence[tuple[str, Sequence[int]]], *, last_only: bool = False

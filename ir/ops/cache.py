@@ -45,7 +45,7 @@ def quantize_heads(x: Any) -> Any:
     codes = (x * inverse).clamp(-127.0, 127.0).round().nan_to_num(0.0).to(torch.int8)
     scale = torch.where(scaled, largest / 127.0, 0.0)
     scale = torch.where(largest.isfinite(), scale, torch.nan)
-    return torch.cat((codes, scale.contiguous().view(torch.int8)), -1)
+    return torch.cat((codes, scale.view(torch.int8)), -1)
 
 
 def dequantize_heads(stored: Any) -> Any:
@@ -53,7 +53,8 @@ def dequantize_heads(stored: Any) -> Any:
     import torch
 
     codes, scale = stored[..., :-KV_SCALE_BYTES], stored[..., -KV_SCALE_BYTES:]
-    return codes.float() * scale.contiguous().view(torch.float32)
+    # A copy: one that is contiguous where it stands may begin between two floats.
+    return codes.float() * scale.clone(memory_format=torch.contiguous_format).view(torch.float32)
 
 
 @op("append_kv")
