@@ -112,16 +112,28 @@ class Head:
 
 def find_head(graph: Graph) -> Head:
     """The head of a causal language model. CompileError where the graph's output is none."""
-    after: list[Op] = []
-    op = graph.outputs[0].producer
-    while op is not None and not isinstance(op, LinearOp):
-        after.append(op)
-        op = next((v.producer for v in op.operands if v.type.rank and not v.is_weight), None)
-    if op is None or any(o.results[0].shape != op.result.shape for o in after):
+    layer = graph.outputs[0].producer
+    while layer is not None and not isinstance(layer, LinearOp):
+        layer = next((v.producer for v in layer.operands if v.type.rank and not v.is_weight), None)
+    needed = set() if layer is None else _between(graph.outputs[0], layer.result)
+    if layer is None or any(op.result.type.rank and op.result.shape != layer.result.shape for op in needed):
         raise CompileError(
             f"{graph.name} does not end with logits of a linear layer", remedy="it has no perplexity"
         )
-    return Head(op, tuple(reversed(after)))
+    return Head(layer, tuple(op for op in graph if op in needed))
+
+
+def _between(output: Value, start: Value) -> set[Op]:
+    """The ops that `output` is made by, up to and without the one that makes `start`; constants too."""
+    found: set[Op] = set()
+    open_ = [output]
+    while open_:
+        value = open_.pop()
+        op = value.producer
+        if value is not start and op is not None and op not in found:
+            found.add(op)
+            open_ += op.operands
+    return found
 
 
 @dataclass
