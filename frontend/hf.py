@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, TypeGuard
 
-from ..ir.errors import InputError, UnsupportedError
+from ..ir.errors import InputError
 from ..ir.weights import LazyTensor
+from .quantized import quantization_method
 from .safetensors import open_safetensors
 
 MAX_JSON_BYTES: Final = 64 << 20
@@ -108,22 +109,22 @@ def read_config(folder: Path) -> Any:
             f"unknown architecture {model_type} ({names}) in {folder.name}/config.json{code}",
             remedy="give a model whose architecture transformers implements",
         )
-    if "quantization_config" in raw:
-        method = (
-            raw["quantization_config"].get("quant_method")
-            if isinstance(raw["quantization_config"], dict)
-            else "?"
-        )
-        raise UnsupportedError(
-            f"{folder.name} is already quantized ({method})",
-            remedy="give the unquantized model or a GGUF file",
-        )
+    if raw.get("quantization_config") is not None:
+        quantization_method(raw["quantization_config"], folder.name)  # a method that is not read is refused
     try:
-        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        # The module that is traced is the unquantized one: its weights are what the codes stand for.
+        vars(config).pop("quantization_config", None)
+        return config
     except Exception as error:  # transformers validates each field in its own way
         raise InputError(
             f"{path} is refused by transformers: {_line(error)}", remedy="correct the file"
         ) from error
+
+
+def quantization_config(folder: Path) -> dict[str, Any] | None:
+    """`quantization_config` of a folder whose configuration `read_config` has taken; None: plain floats."""
+    return read_json(folder / "config.json").get("quantization_config")
 
 
 def _line(error: Exception) -> str:

@@ -19,6 +19,7 @@ from ..ir.weights import ArrayTensor, LazyTensor, num_elements
 from . import gguf_model, hf
 from .conversions import apply_conversions, complete, to_numpy_array
 from .gguf import GGUFFile, read_gguf
+from .quantized import describe_quantization, open_quantized
 from .skeleton import Task, instantiate, model_class
 from .weights import open_gguf_tensors
 
@@ -49,6 +50,7 @@ class ModelSource:
         generation: end-of-sequence ids and sampling defaults.
         gguf: the checked header of a GGUF file.
         config_only: opened without its weights.
+        quantization: `quantization_config` of a folder that holds quantized weights.
         unused_tensors: checkpoint tensors that the model does not take; known once `weights` was asked for.
     """
 
@@ -62,11 +64,14 @@ class ModelSource:
     gguf: GGUFFile | None = None
     module: torch.nn.Module | None = None
     config_only: bool = False
+    quantization: dict[str, Any] | None = None
     unused_tensors: list[str] = field(default_factory=list[str])
 
     @cached_property
     def stored(self) -> Mapping[str, LazyTensor]:
-        """The checkpoint's tensors by their own names, mapped but not read."""
+        """The checkpoint's tensors by their own names, mapped but not read. The parts of a quantized module
+        are one tensor, under the name that the weight has in the unquantized checkpoint.
+        """
         if self.gguf is not None:
             return open_gguf_tensors(self.gguf)
         if self.module is not None:
@@ -75,7 +80,10 @@ class ModelSource:
                 name: ArrayTensor(to_numpy_array(one), f"{self.name}:{name}") for name, one in state.items()
             }
         assert self.path is not None
-        return hf.open_weights(self.path)
+        tensors = hf.open_weights(self.path)
+        if self.quantization is not None:
+            return open_quantized(tensors, self.quantization, self.name)
+        return tensors
 
     @cached_property
     def weights(self) -> Mapping[str, LazyTensor]:
@@ -98,9 +106,11 @@ class ModelSource:
 
     @property
     def quantization_of_source(self) -> str | None:
-        """The block type that holds most of a GGUF file's elements ("Q4_1"); None where weights are plain
-        floats.
+        """The block type that holds most of a GGUF file's elements ("Q4_1"), or the method of a folder ("gptq
+        4-bit g128"); None where weights are plain floats.
         """
+        if self.quantization is not None:
+            return describe_quantization(self.quantization, self.name)
         if self.gguf is None:
             return None
         held: Counter[str] = Counter()
@@ -178,6 +188,7 @@ def _open_folder(folder: Path, name: str, config_only: bool) -> ModelSource:
     files = [] if config_only else hf.weight_files(folder)
     size = sum(path.stat().st_size for path in files)
     source = ModelSource("hf", name, folder, config, task, size, facts, config_only=config_only)
+    source.quantization = hf.quantization_config(folder)
     if not config_only:
         _ = source.stored  # headers are checked now: a truncated shard is refused before anything is traced
     return source

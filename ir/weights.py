@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from .codebooks import codebook
 from .dtypes import from_numpy, itemsize, to_numpy
 from .errors import CompileError
 from .types import Quantization
@@ -186,3 +187,47 @@ def concat_quantized(
         scale=concat([q.scale for q in held]),
         zero_point=concat(zeros) if zeros else None,
     )
+
+
+def dequantize_rows(parts: QuantizedTensors, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
+    """Rows [start:stop) of the values, float32 [rows, K] in the weight's own order of columns, by
+    `Quantization`'s table.
+    """
+    codes, quant = parts.codes.read(start, stop), parts.quant
+    k = codes.shape[1]
+
+    def spread(groups: LazyTensor) -> np.ndarray[Any, Any]:
+        rows = groups.read(start, stop).astype(np.float32)
+        return np.repeat(rows, quant.group_size, axis=1)[:, :k]
+
+    scale = spread(parts.scale)
+    if quant.codebook is not None:
+        values = codebook(quant.codebook)[codes] * scale
+    elif parts.zero_point is None:
+        values = (codes.astype(np.float32) - np.float32(1 << (quant.bits - 1))) * scale
+    elif parts.zero_point.dtype == "uint8":
+        values = (codes.astype(np.float32) - spread(parts.zero_point)) * scale
+    else:
+        values = codes.astype(np.float32) * scale + spread(parts.zero_point)
+    if parts.columns is None:
+        return values
+    ordered = np.empty_like(values)
+    ordered[:, parts.columns] = values
+    return ordered
+
+
+class DequantizedTensor:
+    """A weight that is stored in codes: float32 [N, K] when read, its parts as `quantized`."""
+
+    dtype: str = "float32"
+
+    def __init__(self, parts: QuantizedTensors, source: str) -> None:
+        self.quantized = parts
+        self.shape: tuple[int, ...] = parts.codes.shape
+        self.source = source
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
+        return dequantize_rows(self.quantized, start, stop)
+
+    def __repr__(self) -> str:
+        return f"DequantizedTensor({self.quantized.quant}, {list(self.shape)}, {self.source!r})"

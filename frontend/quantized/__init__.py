@@ -1,0 +1,76 @@
+"""Published quantized checkpoints, opened as the unquantized architecture.
+
+    model.layers.0.mlp.up_proj.{qweight, qzeros, scales, g_idx}   →   model.layers.0.mlp.up_proj.weight
+
+Each importer replaces the tensors of a quantized module by one lazy weight, whose `read` dequantizes and
+whose `quantized` are the stored codes (`ir.weights.QuantizedTensors`). Everything in such a file is a
+stranger's claim: shapes, dtypes and ranges are checked against each other before anything is compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from ...ir.errors import InputError, UnsupportedError
+from ...ir.weights import LazyTensor, quantized_of
+from .awq import open_awq
+from .bnb import open_bitsandbytes
+from .checks import Config
+from .compressed import open_compressed
+from .gptq import open_gptq
+
+IMPORTERS: Final[dict[str, Callable[[Mapping[str, LazyTensor], Config], dict[str, LazyTensor]]]] = {
+    "gptq": open_gptq,
+    "awq": open_awq,
+    "compressed-tensors": open_compressed,
+    "bitsandbytes": open_bitsandbytes,
+}
+
+
+def quantization_method(config: Any, origin: str) -> str:
+    """The method that `quantization_config` names, one of `IMPORTERS`.
+
+    Raises UnsupportedError for any other method, InputError for a configuration that names none.
+    """
+    method = config.get("quant_method") if isinstance(config, Mapping) else None
+    if method is None and isinstance(config, Mapping) and {"load_in_4bit", "load_in_8bit"} & config.keys():
+        method = "bitsandbytes"  # before transformers 4.33 nothing else was there
+    if not isinstance(method, str):
+        raise InputError(
+            f"{origin}: quantization_config names no quant_method", remedy="download config.json again"
+        )
+    if method not in IMPORTERS:
+        raise UnsupportedError(
+            f"{origin} is quantized with {method[:40]!r}, which llmc does not read",
+            remedy=f"give the unquantized model, a GGUF file, or one of {', '.join(IMPORTERS)}",
+        )
+    return method
+
+
+def open_quantized(
+    tensors: Mapping[str, LazyTensor], config: Mapping[str, Any], origin: str
+) -> dict[str, LazyTensor]:
+    """The checkpoint's tensors as those of the unquantized model.
+
+    Raises InputError naming the tensor that does not fit the configuration, or where none is quantized.
+    """
+    found = IMPORTERS[quantization_method(config, origin)](tensors, config)
+    if not any(quantized_of(tensor) for tensor in found.values()):
+        raise InputError(
+            f"{origin}: quantization_config is there, but no tensor is quantized by it",
+            remedy="remove quantization_config from config.json, or download the checkpoint again",
+        )
+    return found
+
+
+def describe_quantization(config: Mapping[str, Any], origin: str) -> str:
+    """The method and, where the configuration says them in one place, bits and group: "gptq 4-bit g128"."""
+    bits, group = (
+        config.get("bits", config.get("w_bit")),
+        config.get("group_size", config.get("q_group_size")),
+    )
+    words = [quantization_method(config, origin)]
+    words += [f"{bits}-bit"] if isinstance(bits, int) else []
+    words += [f"g{group}"] if isinstance(group, int) and group > 0 else []
+    return " ".join(words)

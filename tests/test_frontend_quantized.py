@@ -1,0 +1,188 @@
+"""Published quantized checkpoints: every value, the codes themselves, logits of the kept model, refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from llmc.frontend.quantized.packing import unpack_stream, words_for
+from llmc.frontend.source import ModelSource, describe, open_source
+from llmc.frontend.trace import trace_source
+from llmc.ir.ops.quant import QuantizedLinear
+from llmc.ir.weights import quantized_of
+from llmc.passes.registry import quantization_passes
+
+from .graphs import PagedRun, lowered, worst
+from .models import ids_of, reference_logits, save_tiny
+from .quantized_files import (
+    Values,
+    change_tensors,
+    pack_rows,
+    save_awq,
+    save_bnb,
+    save_compressed,
+    save_gptq,
+)
+
+MADE: dict[str, Callable[[Path], Values]] = {
+    "gptq 4 bits": lambda f: save_gptq(f),
+    "gptq 4 bits, symmetric": lambda f: save_gptq(f, sym=True, group=32),
+    "gptq 2 bits, v2": lambda f: save_gptq(f, bits=2, version="gptq_v2"),
+    "gptq 3 bits": lambda f: save_gptq(f, bits=3, group=32),
+    "gptq 3 bits, act-order, v2": lambda f: save_gptq(f, bits=3, desc_act=True, version="gptq_v2"),
+    "gptq 8 bits, rows": lambda f: save_gptq(f, bits=8, group=-1),
+    "gptq act-order": lambda f: save_gptq(f, desc_act=True),
+    "gptq act-order, orders differ": lambda f: save_gptq(f, desc_act=True, sym=True, keep_order=False),
+    "gptq larger groups than rows": lambda f: save_gptq(f, group=128, sym=True),
+    "awq": lambda f: save_awq(f),
+    "awq rows": lambda f: save_awq(f, group=-1),
+    "awq gemv": lambda f: save_awq(f, group=32, version="gemv"),
+    "compressed int4": lambda f: save_compressed(f),
+    "compressed int4, zero points": lambda f: save_compressed(f, symmetric=False),
+    "compressed int3, a row": lambda f: save_compressed(f, bits=3, group=None, strategy="channel"),
+    "compressed int8 packed": lambda f: save_compressed(f, bits=8, group=32),
+    "compressed act-order": lambda f: save_compressed(f, g_idx=True),
+    "compressed int8": lambda f: save_compressed(f, bits=8, strategy="channel", group=None, packed=False),
+    "compressed int8, zero points": lambda f: save_compressed(f, bits=8, packed=False, symmetric=False),
+    "compressed int8, a tensor": lambda f: save_compressed(
+        f, bits=8, group=None, strategy="tensor", packed=False, symmetric=False
+    ),
+    "bnb": lambda f: save_bnb(f),
+    "bnb, one level": lambda f: save_bnb(f, nested=False),
+    "bnb in floats": lambda f: save_bnb(f, storage="float32"),
+    "bnb int8": lambda f: save_bnb(f, int8=True),
+}
+
+
+def made(name: str, folder: Path) -> tuple[ModelSource, Values]:
+    if name.startswith("bnb"):
+        pytest.importorskip("bitsandbytes")
+    values = MADE[name](save_tiny("llama", folder))
+    return open_source(folder), values
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_every_value(name: str, tmp_path: Path) -> None:
+    source, values = made(name, tmp_path)
+    assert len(values) in (12, 14)
+    for label, wanted in values.items():
+        got = source.weights[label]
+        parts = quantized_of(got)
+        assert got.dtype == "float32" and got.shape == wanted.shape and parts is not None
+        # One rounding of a product of small integers and a scale (and of NF4's absmax) to float32.
+        np.testing.assert_allclose(got.read(), wanted, rtol=3e-7, atol=1e-9)
+        rows = np.concatenate([got.read(0, 5), got.read(5, 6), got.read(6, 6), got.read(6)])
+        np.testing.assert_array_equal(rows, got.read())
+        assert parts.codes.read().max() < 1 << parts.quant.bits
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_kept_model_says_what_the_dequantized_one_says(name: str, tmp_path: Path) -> None:
+    source, values = made(name, tmp_path)
+    model = source.build_model()
+    weights: Any = {label: torch.from_numpy(source.weights[label].read()) for label in model.state_dict()}
+    for label, value in values.items():
+        weights[label] = torch.from_numpy(value.astype(np.float32))
+    model.load_state_dict(weights, assign=True)
+    ids = ids_of(23)
+    graph, _ = lowered(trace_source(source), "paged", quantization_passes("keep"))
+    (got,) = PagedRun(graph).step([("a", ids)])
+    assert worst(got, reference_logits(model, ids)) < 2e-5
+    kept = [op.q.type.quant for op in graph if isinstance(op, QuantizedLinear)]
+    assert len(kept) >= 2 * (3 if "compressed" in name else 4)
+    assert {quant.codebook for quant in kept if quant} == ({"nf4"} if name in NF4 else {None})
+
+
+NF4 = ("bnb", "bnb, one level", "bnb in floats")
+
+
+def test_codes_are_those_of_the_file(tmp_path: Path) -> None:
+    save_gptq(save_tiny("llama", tmp_path), bits=3, desc_act=True, version="gptq_v2")
+    source = open_source(tmp_path)
+    label = "model.layers.1.mlp.up_proj"
+    stored: dict[str, np.ndarray] = {}
+    change_tensors(tmp_path, lambda tensors: stored.update(tensors))
+    parts = quantized_of(source.weights[f"{label}.weight"])
+    assert parts is not None and parts.columns is not None and parts.zero_point is not None
+    in_file = np.empty((96, 64), np.int64)
+    in_file[:, parts.columns] = parts.codes.read()
+    np.testing.assert_array_equal(pack_rows(in_file, 3), stored[f"{label}.qweight"].T)
+    np.testing.assert_array_equal(
+        pack_rows(parts.zero_point.read().T.astype(int), 3), stored[f"{label}.qzeros"]
+    )
+    np.testing.assert_array_equal(parts.scale.read().T, stored[f"{label}.scales"])
+    assert (np.diff(stored[f"{label}.g_idx"][parts.columns]) >= 0).all()
+
+
+def test_layers_of_one_order_stay_merged(tmp_path: Path) -> None:
+    source, _ = made("gptq act-order", tmp_path)
+    graph, _ = lowered(trace_source(source), "paged", quantization_passes("keep"))
+    assert sum(isinstance(op, QuantizedLinear) for op in graph) == 2 * 4  # qkv, o, gate and up, down
+
+
+def test_requantizing_reads_dequantized_values(tmp_path: Path) -> None:
+    source, values = made("gptq 3 bits", tmp_path)
+    graph, _ = lowered(trace_source(source), "paged", quantization_passes("int8"))
+    (down,) = [v for n, v in graph.weights.items() if n == "model.layers.0.mlp.down_proj.weight.q"]
+    assert down.type.quant is not None and down.type.quant.bits == 8 and down.weight is not None
+    wanted = values["model.layers.0.mlp.down_proj.weight"]
+    scale = graph.weights["model.layers.0.mlp.down_proj.weight.scale"].weight
+    assert scale is not None
+    step = np.repeat(scale.read().astype(np.float64), 64, 1)[:, :96]
+    assert (abs((down.weight.read().astype(int) - 128) * step - wanted) <= 0.51 * step).all()
+
+
+def test_what_is_said_of_it(tmp_path: Path) -> None:
+    source, _ = made("gptq 3 bits", tmp_path)
+    assert source.quantization_of_source == "gptq 3-bit g32"
+    assert describe(source)["parameters"] == sum(p.numel() for p in source.build_model().parameters())
+    assert not source.unused_tensors
+
+
+def test_bfloat16_scales_that_float16_cannot_hold_are_float32(tmp_path: Path) -> None:
+    import ml_dtypes
+
+    save_compressed(save_tiny("llama", tmp_path))
+    label = "model.layers.0.mlp.up_proj.weight"
+
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        tensors[f"{label}_scale"] = np.full_like(tensors[f"{label}_scale"], 1e-7).astype(ml_dtypes.bfloat16)
+
+    change_tensors(tmp_path, change)
+    weights = open_source(tmp_path).weights
+    parts, other = quantized_of(weights[label]), quantized_of(weights[label.replace("up", "gate")])
+    assert parts is not None and parts.quant.scale_dtype == parts.scale.dtype == "float32"
+    assert other is not None and other.quant.scale_dtype == other.scale.dtype == "float16"
+    assert (parts.scale.read() == np.float32(ml_dtypes.bfloat16(1e-7))).all()
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(2, 8), st.integers(1, 3), st.integers(1, 70), st.integers(0, 2**32 - 1))
+def test_streams_round_trip(bits: int, rows: int, count: int, seed: int) -> None:
+    codes = np.random.default_rng(seed).integers(0, 1 << bits, (rows, count))
+    words = pack_rows(codes, bits)
+    assert words.shape == (rows, words_for(count, bits))
+    np.testing.assert_array_equal(unpack_stream(words, bits, count), codes)
+
+
+def test_zero_points_that_gptqmodel_wrote_come_back(tmp_path: Path) -> None:
+    """It subtracts from whole words, so that a zero point of 0 borrows from its neighbour."""
+    rng = np.random.default_rng(0)
+    wanted = rng.integers(0, 16, (4, 96))
+    save_gptq(save_tiny("llama", tmp_path), version="gptq", meta={"quantizer": "gptqmodel:2.2.0"})
+    label = "model.layers.0.mlp.up_proj"
+
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        words = pack_rows(wanted, 4).view(np.uint32) - np.uint32(0x11111111)
+        tensors[f"{label}.qzeros"] = words.view(np.int32)
+
+    change_tensors(tmp_path, change)
+    parts = quantized_of(open_source(tmp_path).weights[f"{label}.weight"])
+    assert parts is not None and parts.zero_point is not None
+    np.testing.assert_array_equal(parts.zero_point.read().T, wanted)
