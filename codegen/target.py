@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ..ir.errors import InputError, LlmcError
 
 if TYPE_CHECKING:
+    from ..frontend.source import ModelSource
     from ..ir.core import Graph
     from .artifact import ArtifactWriter
 
@@ -58,6 +59,14 @@ class Target(ABC):
         whatever its executor needs. Raises UnsupportedError for an op that it can neither emit nor decompose,
         and CompileError where the backend fails.
         """
+
+    def compile_source(
+        self, source: ModelSource, graph: Graph, writer: ArtifactWriter, *, progress: Progress
+    ) -> dict[str, Any]:
+        """`compile`, for targets that need more of the model than its graph (its configuration, its
+        tokenizer); what the driver calls.
+        """
+        return self.compile(graph, writer, progress=progress)
 
     def options(self) -> dict[str, Any]:
         """Option name → value, for the manifest."""

@@ -81,6 +81,11 @@ def known_pre_tokenizers() -> frozenset[str]:
     return frozenset({*_SPLITS, *_SAME})
 
 
+def pre_tokenizer_rules(pre: str) -> tuple[tuple[str, ...], bool]:
+    """Of a name of `tokenizer.ggml.pre`: its expressions, and whether whole pieces are taken before merging."""
+    return _SPLITS[_SAME.get(pre, pre)], pre in _WHOLE_PIECES
+
+
 @dataclass(frozen=True)
 class GGUFTokenizer:
     """A GGUF file's tokenizer, checked.

@@ -124,7 +124,7 @@ class ReorderedTensor:
     """A tensor with its rows (axis 0) in another order; raw blocks stay available, reordered alike."""
 
     def __init__(self, base: LazyTensor, order: np.ndarray[Any, Any]) -> None:
-        self._base = base
+        self.base = base
         self.order = order
         self.shape = base.shape
         self.dtype = base.dtype
@@ -137,17 +137,17 @@ class ReorderedTensor:
     @property
     def quantized(self) -> QuantizedTensors | None:
         """The base's quantized parts, reordered alike."""
-        whole = quantized_of(self._base)
+        whole = quantized_of(self.base)
         return whole and whole.map_rows(lambda part: ReorderedTensor(part, self.order))
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
-        return self._pick(self._base.read, start, stop)
+        return self._pick(self.base.read, start, stop)
 
     def blocks(self, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
         """As `GGUFTensor.blocks`; only over a GGUF tensor of two or more axes."""
-        if not isinstance(self._base, GGUFTensor):
+        if not isinstance(self.base, GGUFTensor):
             raise CompileError(f"{self.source} is not stored in GGUF blocks")
-        return self._pick(self._base.blocks, start, stop)
+        return self._pick(self.base.blocks, start, stop)
 
     def _pick(
         self, read: Callable[[int, int], np.ndarray[Any, Any]], start: int, stop: int | None

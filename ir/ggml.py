@@ -1,12 +1,13 @@
 """GGML's quantized block types: raw bytes ↔ codes, scales and minimums. Arrays in, arrays out.
 
-A row of a matrix is stored as blocks of 32 values (Q4_0 …) or of 256 (the K types and IQ4_XS, with a scale for every
-16 or 32 values inside). The layouts are those of ggml-common.h (`block_q4_0` … `block_iq4_xs`) in
+A row of a matrix is stored as blocks of 32 values (Q4_0 …) or of 256 (the K types and IQ4_XS, with a scale
+for every 16 or 32 values inside). The layouts are those of ggml-common.h (`block_q4_0` … `block_iq4_xs`) in
 https://github.com/ggml-org/ggml; the meaning of the numbers is `dequantize_row_*` in ggml-quants.c.
 
-`unpack` gives the parts of `types.Quantization`, and scale · code + minimum (or scale · (code - 2^(bits-1)), or
-scale · codebook[code]) of these parts in float32 equals ggml's own float32 values bit for bit: the same products are
-rounded in the same order. A type whose effective scale is itself a product (d · sc) has float32 scales.
+Unpacking gives the parts of `types.Quantization`, and scale · code + minimum (or scale · (code - 2^(bits-1)),
+or scale · codebook[code]) of these parts in float32 equals ggml's own float32 values bit for bit: the same
+products are rounded in the same order. A type whose effective scale is a product itself (d · sc) has float32
+scales.
 """
 
 from __future__ import annotations
@@ -68,7 +69,9 @@ class BlockType:
 
 
 def _shifted(packed: Array, chunk: int, shifts: tuple[int, ...], mask: int) -> Array:
-    """[n, bytes] in chunks of `chunk` bytes; of each chunk first all lowest fields, then the next ones → [n, values]."""
+    """[n, bytes] in chunks of `chunk` bytes; of each chunk first all lowest fields, then the next ones:
+    [n, values].
+    """
     n = len(packed)
     by = np.array(shifts, np.uint8).reshape(1, 1, -1, 1)
     return ((packed.reshape(n, -1, 1, chunk) >> by) & np.uint8(mask)).reshape(n, -1)
@@ -167,15 +170,20 @@ def _iq4_xs_scales(b: Array) -> Scales:
 
 
 def _symmetric(bits: int, group: int, scale: str = "float16") -> Quantization:
-    return Quantization(bits, group, True, scale)
+    return Quantization(bits, group, True, scale, super_group=_super(scale))
 
 
 def _affine(bits: int, group: int, scale: str = "float16") -> Quantization:
-    return Quantization(bits, group, False, scale)
+    return Quantization(bits, group, False, scale, super_group=_super(scale))
 
 
 def _codebook(group: int, scale: str) -> Quantization:
-    return Quantization(4, group, True, scale, codebook="iq4_nl")
+    return Quantization(4, group, True, scale, codebook="iq4_nl", super_group=_super(scale))
+
+
+def _super(scale: str) -> int:
+    """Columns that share a factor of their scales: those of a K block, whose scales are products."""
+    return SUPER if scale == "float32" else 0
 
 
 def _table() -> dict[str, BlockType]:
@@ -227,7 +235,7 @@ class BlockRows(Protocol):
 
 
 class BlockPart:
-    """Codes, scales or minimums of a block-stored matrix as a lazy tensor; each read unpacks the rows asked for.
+    """Codes, scales or minimums of a matrix in blocks as a lazy tensor; a read unpacks the rows asked for.
 
     Attributes:
         tensor: the matrix with its blocks.

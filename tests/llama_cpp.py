@@ -1,7 +1,7 @@
 """llama.cpp as an oracle: its C functions, in the shared object of the wheel `xllamacpp`, through ctypes.
 
-Structures are passed as opaque bytes, larger than llama.cpp's own: only the leading fields that `include/llama.h`
-has had in every version are written.
+Structures are passed as opaque bytes, larger than llama.cpp's own: only the leading fields that
+`include/llama.h` has had in every version are written.
 """
 
 from __future__ import annotations
