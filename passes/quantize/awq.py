@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     import torch
 
 STEPS = 20  # of α, as in the paper
-ROWS = 768  # of a layer that the search looks at; the choice is confirmed on all
+WORK = 1 << 28  # rows · K² that the search spends on a layer and scale; the choice is confirmed on all rows
+FEW = 128  # rows that it looks at, at least
 FLOOR = 1e-4  # of means, in units of their mean: a channel that never occurs is no reason to divide by zero
 
 Constraint = Callable[["torch.Tensor"], "torch.Tensor"]
@@ -136,7 +137,8 @@ def search_scale(
 
 
 def _some_rows(layer: Layer) -> Layer:
-    step = -(-layer.w.shape[0] // ROWS)
+    n, k = layer.w.shape
+    step = -(-n // max(FEW, WORK // (k * k)))
     return Layer(layer.w[::step].contiguous(), layer.importance[::step])
 
 

@@ -29,6 +29,7 @@ from .absorb import Absorption, absorb, find_absorption, give_norms_weights
 from .attach import attach_quantized, is_quantizable
 from .awq import Choice, Layer, Rounded, clip, search_scale
 from .blocks import Activations, Block, Segment, read_weight, run_ops, segment_weights, split_blocks
+from .calibrated import need_calibration
 from .grid import Grid
 from .walk import is_head
 
@@ -105,8 +106,7 @@ class QuantizeAwq(Pass):
             raise InputError(f"pass {self.name}: group={self.group}", remedy="use 1 or more")
 
     def run(self, graph: Graph, context: PassContext) -> PassResult:
-        if context.calibration is None:
-            raise CompileError(f"pass {self.name} needs text to calibrate on", remedy="give --calib FILE")
+        calibration = need_calibration(context, self.name)
         give_norms_weights(graph)
         walk = _Walk(graph, self._grids(graph, context))
         if not walk.bits:
@@ -114,7 +114,7 @@ class QuantizeAwq(Pass):
         with tempfile.TemporaryDirectory() as spare:
             folder = Path(spare) if context.work is None else context.work.scratch("awq")
             activations = Activations(folder)
-            activations.begin(graph, context.calibration.sequences)
+            activations.begin(graph, calibration.sequences)
             blocks = split_blocks(graph)
             for i, block in enumerate(blocks):
                 context.progress(f"awq {block.name}", i / len(blocks))
@@ -205,6 +205,9 @@ def _segment(
 
     known, made, name = record
     x = layers[0].x
+    if known is None:
+        for op in layers:
+            _check_finite(op.weight)
     absorption = _absorption(walk, x, segment)
     if known is not None:
         scale = known.get(f"{name}.scale")
@@ -228,6 +231,17 @@ def _segment(
         walk.found[op.weight] = rounded
         made[f"{name}.{i}.scale"] = rounded.scale.half().numpy()
         made[f"{name}.{i}.zero"] = rounded.zero.to(torch.uint8).numpy()
+
+
+def _check_finite(weight: Value) -> None:
+    import torch
+
+    assert weight.weight is not None
+    if not bool(torch.isfinite(read_weight(weight)).all()):
+        raise InputError(
+            f"{weight.weight.source} holds NaN or infinite values",
+            remedy="the checkpoint is damaged or must not be quantized (--quant none)",
+        )
 
 
 def _absorption(walk: _Walk, x: Value, segment: Segment) -> Absorption | None:
@@ -296,6 +310,11 @@ def _statistics(activations: Activations, x: Value) -> tuple[torch.Tensor, torch
         hessian.addmm_(rows.T, rows)
         total += rows.abs().sum(0)
         count += len(rows)
+    if not bool(torch.isfinite(hessian).all()):
+        raise CompileError(
+            f"the inputs of {x.users[0].loc or x.name} overflow while calibrating",
+            remedy="calibrate on another text",
+        )
     return hessian, total / max(1, count)
 
 
