@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from .compile import context_option, quant_option, target_option
+from .compile import bits_option, context_option, quant_head_option, quant_option, target_option
 from .output import emit, facts, json_option, size
 
 
@@ -16,6 +16,8 @@ from .output import emit, facts, json_option, size
 @click.argument("model")
 @target_option
 @quant_option
+@quant_head_option
+@bits_option
 @context_option
 @json_option
 def command(model: str, as_json: bool, **options: Any) -> None:
