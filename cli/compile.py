@@ -27,7 +27,9 @@ quant_option = click.option(
     default="none",
     show_default=True,
     metavar="SCHEME",
-    help="none, int8, int4-gN (N weights share a scale: int4-g64), int4-gN-sym (symmetric).",
+    help="none; keep (as the checkpoint is); int8; int4 (= best-int4-g32, minutes); int4-gN (rounded to "
+    "nearest, seconds; N weights share a scale; -sym: no zero points); gptq-, awq-, best-int4-gN[-sym]; nf4; "
+    "gguf-q4_k_m and others. See docs/quantization.md.",
 )
 quant_head_option = click.option(
     "--quant-head",
@@ -83,7 +85,7 @@ context_option = click.option(
     "--calib-tokens",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Tokens to calibrate on.  [default: 16384]",
+    help="Tokens to calibrate on.  [default: what the scheme does well with, 16384 or 32768]",
 )
 @click.option(
     "--max-ram",
