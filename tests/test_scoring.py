@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
-from llmc.cli.scoring import cut, log_softmax, score
+from llmc.cli.scoring import cut, lengths, log_softmax, roll, score
 
 VOCAB = 11
 
@@ -57,6 +57,43 @@ def test_score_equals_the_sums_written_out(length: int) -> None:
     assert found["ppl"] == pytest.approx(math.exp(nll / count), rel=1e-5)
     assert found["kl"] == pytest.approx(kl / count, rel=1e-4)
     assert found["top1_agreement"] == pytest.approx(agree / count)
+
+
+@pytest.mark.parametrize(("length", "window"), [(3, 8), (8, 8), (9, 8), (16, 8), (21, 8), (5, 1)])
+def test_rolling_windows_predict_every_token_once(length: int, window: int) -> None:
+    ids = list(range(10, 10 + length))
+    windows, firsts = roll(ids, window=window, prefix=1)
+    whole = [1, *ids]
+    predicted = [token for one, first in zip(windows, firsts, strict=True) for token in one[first:].tolist()]
+    assert predicted == ids
+    for one, first in zip(windows, firsts, strict=True):
+        assert first >= 1
+        assert len(one) <= window + 1
+        start = whole.index(int(one[0]))
+        assert one.tolist() == whole[start : start + len(one)], "a piece of the text"
+    if length > window:
+        assert len(windows[-1]) == window + 1, "the last one reaches back as far as the others"
+
+
+def test_rolling_perplexities_spread_the_whole_likelihood() -> None:
+    text = "Wide river, slow  boats.\n"
+    ids = np.random.default_rng(4).integers(0, VOCAB, 21).tolist()
+    model = Markov(5)
+    windows, firsts = roll(ids, window=8, prefix=0)
+    total = score(windows, model, Markov(6), vocab_size=VOCAB, firsts=firsts)
+    assert sum(model.chunks) == 8 * 3, "the last token of a window is not computed"
+    nll = 0.0
+    for now, following in itertools.pairwise([0, *ids]):
+        row = model.table[now].astype(np.float64)
+        nll += math.log(np.exp(row).sum()) - row[following]
+    assert total.predictions == 21
+    assert total.nll == pytest.approx(nll, rel=1e-5)
+    assert total.kl > 0
+    words, octets = lengths(text)
+    assert (words, octets) == (5, 25), "white space at the end makes an empty word, as re.split counts"
+    found = total.by_length(words, octets)
+    assert found["word_perplexity"] == pytest.approx(math.exp(nll / 5), rel=1e-5)
+    assert found["byte_perplexity"] == pytest.approx(2 ** found["bits_per_byte"], rel=1e-9)
 
 
 def test_an_artifact_against_itself_is_no_distance() -> None:
