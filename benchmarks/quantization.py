@@ -105,6 +105,7 @@ class Row:
         self.bench, self.model, self.calib = bench, model, calib
         self.tool, self.scheme = tool, scheme
         name = f"{tool}--{scheme}--{calib.path.stem.removeprefix('calibration-')}"
+        name += f"--{bench.options.autoround_iters}" if tool == "autoround" else ""
         self.path = bench.cache / model.name / "rows" / f"{name}.json"
         self.folder = bench.cache / model.name / "weights" / name
         self.record: dict[str, Any] = {
