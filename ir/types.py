@@ -162,7 +162,9 @@ class Quantization:
     float16 or float32       scale[n, g] · q + zero_point[n, g]         GGML's minimum: Q4_1, Q4_K, ...
     none, with a codebook    scale[n, g] · CODEBOOK[q]                  `codebooks.py`; counts as symmetric
 
-    `scale_dtype` is float16 or float32.
+    `scale_dtype` is float16 or float32. `super_group` > 0 promises that float32 scales (and minima) are
+    products of a float16, one for each `super_group` columns, and an integer of 8 bits, as in GGML's K types;
+    a target may store the factors.
     """
 
     bits: int
@@ -171,17 +173,27 @@ class Quantization:
     scale_dtype: str = "float16"
     layout: str = "row_major"
     codebook: str | None = None
+    super_group: int = 0
 
     def __str__(self) -> str:
         kind = "sym" if self.symmetric else "asym"
         text = f"q{self.bits}:g{self.group_size}:{kind}:{self.scale_dtype}:{self.layout}"
-        return text if self.codebook is None else f"{text}:{self.codebook}"
+        text += f":{self.codebook}" if self.codebook else ""
+        return text + (f":super{self.super_group}" if self.super_group else "")
 
     @staticmethod
     def parse(text: str) -> Quantization:
-        bits, group, kind, scale, layout, *codebook = text.split(":")
+        bits, group, kind, scale, layout, *more = text.split(":")
+        supers = [int(part[5:]) for part in more if part.startswith("super")]
+        books = [part for part in more if not part.startswith("super")]
         return Quantization(
-            int(bits[1:]), int(group[1:]), kind == "sym", scale, layout, codebook[0] if codebook else None
+            int(bits[1:]),
+            int(group[1:]),
+            kind == "sym",
+            scale,
+            layout,
+            books[0] if books else None,
+            supers[0] if supers else 0,
         )
 
 

@@ -152,6 +152,7 @@ def test_graph_refuses_to_erase_what_is_used() -> None:
         Quantization(4, 32, False),
         Quantization(6, 16, True, "float32"),
         Quantization(4, 64, True, codebook="nf4"),
+        Quantization(4, 32, True, "float32", codebook="iq4_nl", super_group=256),
     ],
 )
 def test_quantization_text(q: Quantization) -> None:

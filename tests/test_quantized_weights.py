@@ -107,6 +107,8 @@ def test_every_form_verifies_and_survives_its_text(q: Quantization, options: dic
         (Quantization(4, 8, False), {"zero": "int32"}, "for a minimum"),
         (Quantization(4, 8, True), {"zero": "uint8"}, "groups a row"),
         (Quantization(4, 4, True), {}, "4 groups a row"),
+        (Quantization(4, 8, True, super_group=16), {}, "two levels"),
+        (Quantization(4, 8, True, "float32", super_group=12), {"scale": "float32"}, "two levels"),
     ],
 )
 def test_what_no_kernel_could_read_is_refused(

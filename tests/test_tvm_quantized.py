@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llmc.codegen.tvm.kernels import super_scales
 from llmc.codegen.tvm.kernels.activation import make_quantize_activation, reference_quantize_activation
 from llmc.codegen.tvm.kernels.codebook import make_codebook_linear, reference_codebook_linear
 from llmc.codegen.tvm.kernels.gather import make_quantized_embedding
@@ -35,10 +36,12 @@ class Case:
     zero: str | None = None
     scale: str = "float16"
     codebook: str | None = None
+    super_group: int = 0
 
     def __str__(self) -> str:
         form = self.codebook or self.zero or "sym"
-        return f"{self.n}x{self.k}-{self.bits}bit-g{self.group}-{form}-{self.scale}"
+        scale = f"{self.scale}-super{self.super_group}" if self.super_group else self.scale
+        return f"{self.n}x{self.k}-{self.bits}bit-g{self.group}-{form}-{scale}"
 
     @property
     def form(self) -> dict[str, Any]:
@@ -49,15 +52,23 @@ class Case:
             "zero_point": self.zero,
             "codebook": self.codebook,
             "scale_dtype": self.scale,
+            "super_group": self.super_group,
         }
 
     @property
     def layout(self) -> QuantLayout:
-        return QuantLayout(self.n, self.k, self.bits, self.group, self.codebook, self.scale, self.zero)
+        return QuantLayout(n=self.n, k=self.k, **self.form)
 
     @property
     def quantization(self) -> Quantization:
-        return Quantization(self.bits, self.group, self.zero is None, self.scale, codebook=self.codebook)
+        return Quantization(
+            self.bits,
+            self.group,
+            self.zero is None,
+            self.scale,
+            codebook=self.codebook,
+            super_group=self.super_group,
+        )
 
     def parts(self) -> tuple[Any, Any, Any]:
         """q, scale and zero point."""
@@ -66,17 +77,28 @@ class Case:
         q = rng.integers(0, 1 << self.bits, (self.n, self.k), dtype=np.uint8)
         q[0], q[-1] = 0, (1 << self.bits) - 1
         scale = (0.001 + 0.01 * rng.random((self.n, groups))).astype(self.scale)
+        if self.super_group:
+            scale = self._two_levels(rng, groups, 64)
         if self.zero is None:
             return q, scale, None
         if self.zero == "uint8":
             return q, scale, rng.integers(0, 1 << self.bits, (self.n, groups), dtype=np.uint8)
+        if self.super_group:
+            return q, scale, self._two_levels(rng, groups, -64)
         low = -0.01 * rng.random((self.n, groups)) * (1 << self.bits)
         return q, scale, low.astype(self.zero)
+
+    def _two_levels(self, rng: Any, groups: int, stop: int) -> np.ndarray:
+        """A float16 a super-group times integers between 0 and `stop`."""
+        per = self.super_group // self.group
+        base = (0.0001 * rng.random((self.n, -(-groups // per)))).astype(np.float16).repeat(per, 1)
+        whole = np.sign(stop) * rng.integers(0, abs(stop), (self.n, groups))
+        return base[:, :groups].astype(np.float32) * whole.astype(np.float32)
 
     def packed(self) -> list[np.ndarray]:
         q, scale, zero = self.parts()
         lay = self.layout
-        return [lay.pack(q), lay.pack_groups(scale), *([] if zero is None else [lay.pack_zero_points(zero)])]
+        return [lay.pack(q), lay.pack_scales(scale), *([] if zero is None else [lay.pack_zero_points(zero)])]
 
 
 CASES = [
@@ -92,11 +114,11 @@ CASES = [
     Case(5, 9, 8, 128),  # a group longer than the row
     Case(64, 512, 4, 512),
     # The K types of GGUF
-    Case(20, 64, 2, 16, "float32", "float32"),  # Q2_K
-    Case(33, 96, 3, 16, None, "float32"),  # Q3_K
-    Case(40, 64, 4, 32, "float32", "float32"),  # Q4_K
-    Case(24, 64, 5, 32, "float32", "float32"),  # Q5_K
-    Case(33, 64, 6, 16, None, "float32"),  # Q6_K
+    Case(20, 256, 2, 16, "float32", "float32", None, 256),  # Q2_K
+    Case(33, 512, 3, 16, None, "float32", None, 256),  # Q3_K
+    Case(40, 256, 4, 32, "float32", "float32", None, 256),  # Q4_K
+    Case(24, 64, 5, 32, "float32", "float32"),  # Q5_K with scales of one level
+    Case(33, 320, 6, 16, None, "float32", None, 256),  # Q6_K, a short last super-group
     Case(40, 96, 4, 32, codebook="iq4_nl"),
     # Other widths and groups
     Case(20, 64, 2, 32, "uint8"),
@@ -152,6 +174,22 @@ def test_zero_points_of_four_bits_stand_two_a_byte() -> None:
     minimum = QuantLayout(20, 64, 4, 32, zero_point="float16")
     assert minimum.pack_zero_points(zero.astype(np.float16)).shape == minimum.zero_shape == (2, 2, 16)
     assert minimum.pack_groups(zero)[0, 0, 1] == zero[1, 0]
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=st.integers(0, 9999), low=st.integers(-128, 0), high=st.integers(1, 127))
+def test_factors_of_two_level_scales_are_found_again(seed: int, low: int, high: int) -> None:
+    rng = np.random.default_rng(seed)
+    base = (rng.standard_normal((9, 1)) * 2.0 ** rng.integers(-22, 4, (9, 1))).astype(np.float16)
+    products = base.astype(np.float32) * rng.integers(low, high + 1, (9, 8)).astype(np.float32)
+    products[0] = 0
+    found, whole = super_scales.factors(products)
+    assert np.array_equal(found[:, None].astype(np.float32) * whole, products)
+
+
+def test_scales_that_have_no_two_levels_are_refused() -> None:
+    with pytest.raises(CompileError, match="are no float16 times integers of 8 bits"):
+        super_scales.factors(np.array([[1.0, 0.3]], np.float32))
 
 
 @pytest.mark.parametrize("align", [8, 16])

@@ -146,7 +146,7 @@ def add_layers(o: Ops) -> None:
 FORMS = [
     (Quantization(4, 8, False), "uint8"),
     (Quantization(8, 24, True), None),
-    (Quantization(6, 16, True, "float32"), None),
+    (Quantization(6, 8, True, "float32", super_group=16), None),
     (Quantization(5, 8, False, "float32"), "float32"),
     (Quantization(4, 8, True, codebook="iq4_nl"), None),
     (Quantization(4, 12, True, codebook="nf4"), None),
@@ -160,6 +160,8 @@ def add_quantized(o: Ops) -> None:
         codes = ArrayTensor(RNG.integers(0, 1 << bits, (9, 24), np.uint8))
         q = o.graph.add_weight(f"q{i}", codes, TensorType("uint8", (9, 24), form))
         step = RNG.random((9, groups)) * (0.002 if form.codebook == "iq4_nl" else 0.32 / (1 << bits))
+        if form.super_group:
+            step = np.float16(0.0001) * RNG.integers(1, 63, (9, groups))
         scale = o.graph.add_weight(f"s{i}", ArrayTensor(step.astype(form.scale_dtype)))
         zero = None
         if zero_dtype == "uint8":

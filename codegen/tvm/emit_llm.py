@@ -163,6 +163,7 @@ def _form(layout: QuantLayout) -> dict[str, Any]:
         "zero_point": layout.zero_point,
         "codebook": layout.codebook,
         "scale_dtype": layout.scale_dtype,
+        "super_group": layout.super_group,
     }
 
 

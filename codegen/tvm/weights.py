@@ -87,7 +87,9 @@ def quant_layout(op: QuantizedLinear | QuantizedEmbedding) -> QuantLayout:
     n, k = op.q.shape
     assert quant is not None and isinstance(n, int) and isinstance(k, int)
     zero = None if op.zero_point is None else op.zero_point.dtype
-    return QuantLayout(n, k, quant.bits, quant.group_size, quant.codebook, quant.scale_dtype, zero)
+    return QuantLayout(
+        n, k, quant.bits, quant.group_size, quant.codebook, quant.scale_dtype, zero, quant.super_group
+    )
 
 
 def stored_shape(value: Value, role: Role) -> tuple[tuple[int, ...], str]:
@@ -98,7 +100,8 @@ def stored_shape(value: Value, role: Role) -> tuple[tuple[int, ...], str]:
     if role.layout is not None:
         lay = role.layout
         shapes = {"codes": lay.weight_shape, "scale": lay.scale_shape, "zero_point": lay.zero_shape}
-        return shapes[role.kind], value.dtype
+        dtypes = {"codes": "uint8", "scale": lay.scale_storage, "zero_point": lay.zero_storage or "uint8"}
+        return shapes[role.kind], dtypes[role.kind]
     return shape, value.dtype
 
 
@@ -149,7 +152,7 @@ def _chunks(value: Value, role: Role) -> Iterator[np.ndarray]:
         pack = pack_rows
     elif role.layout is not None:
         lay = role.layout
-        packers = {"codes": lay.pack, "scale": lay.pack_groups, "zero_point": lay.pack_zero_points}
+        packers = {"codes": lay.pack, "scale": lay.pack_scales, "zero_point": lay.pack_zero_points}
         pack = packers[role.kind]
     else:
         pack = np.ascontiguousarray

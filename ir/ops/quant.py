@@ -59,6 +59,10 @@ def _check_form(opname: str, q: TensorType, quant: Quantization) -> None:
         raise VerifyError(
             f"{opname}: q {q}", remedy="codes are uint8 of 2 to 8 bits, in groups of 1 and more"
         )
+    if quant.super_group and (quant.scale_dtype != "float32" or quant.super_group % quant.group_size):
+        raise VerifyError(
+            f"{opname}: q {q}", remedy="float32 scales of whole groups can have two levels (super_group)"
+        )
     if quant.codebook is None:
         return
     if quant.codebook not in CODEBOOKS or quant.bits != 4 or not quant.symmetric:

@@ -8,15 +8,15 @@ depends on nothing but the row's own operands: not on T, not on the row's place 
 prompt is cut into chunks.
 
 Shapes of weights come from `layout`: `packed_shape(n, k)` and `QuantLayout(n, k, bits, group_size, codebook,
-scale_dtype, zero_point)`, here L; FORM stands for the last five parameters.
+scale_dtype, zero_point, super_group)`, here L; FORM stands for the last six parameters.
 
     make_linear(n, k, bias, residual, weight_dtype)
         x [T, K], weight packed_shape(n, k), (bias [N]), (residual [T, N]) → out [T, N]
     make_quantize_activation(k, group_size, align)
         x [T, K] → a int8 [T, L.k_padded], sums int32 [T, L.groups], a_scale [T, L.groups]
     make_quantized_linear(n, k, FORM, bias, residual)
-        a, sums, a_scale, weight uint8 L.weight_shape, scale scale_dtype L.scale_shape,
-        (zero_point of that dtype L.zero_shape), (bias [N]), (residual [T, N]) → out [T, N]
+        a, sums, a_scale, weight uint8 L.weight_shape, scale L.scale_storage L.scale_shape,
+        (zero_point L.zero_storage L.zero_shape), (bias [N]), (residual [T, N]) → out [T, N]
     make_codebook_linear(n, k, FORM, bias, residual)
         x [T, K], weight, scale as of quantized_linear, (bias [N]), (residual [T, N]) → out [T, N]
     make_embedding(rows, width, packed, weight_dtype)

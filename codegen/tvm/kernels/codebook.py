@@ -86,18 +86,19 @@ def make_codebook_linear(
     codebook: str,
     zero_point: str | None = None,
     scale_dtype: str = "float16",
+    super_group: int = 0,
     bias: bool = False,
     residual: bool = False,
     isa: str,
 ) -> Any:
     """out = Σ_g scale · Σ_k x · TABLE[q] (+ bias) (+ residual).
 
-    With L = QuantLayout(n, k, 4, group_size, codebook, scale_dtype): x float32 [T, k]; weight uint8
-    L.weight_shape; scale `scale_dtype` L.scale_shape; bias float32 [n]; residual and out float32 [T, n].
+    With L the QuantLayout of these: x float32 [T, k]; weight uint8 L.weight_shape; scale L.scale_storage
+    L.scale_shape; bias float32 [n]; residual and out float32 [T, n].
     """
     assert zero_point is None and bits == 4, "a codebook has 4 bits and no zero points"
     kernel = Kernel("codebook_linear", isa)
-    lay = QuantLayout(n, k, bits, group_size, codebook, scale_dtype)
+    lay = QuantLayout(n, k, bits, group_size, codebook, scale_dtype, None, super_group)
     sizes, width = _tile_sizes(kernel.isa)
     short = lay.k % lay.real_group
     with kernel:

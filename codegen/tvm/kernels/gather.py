@@ -98,15 +98,15 @@ def make_quantized_embedding(
     zero_point: str | None = None,
     codebook: str | None = None,
     scale_dtype: str = "float16",
+    super_group: int = 0,
     isa: str,
 ) -> Any:
     """out[t] = row ids[t] dequantized, from the layout that `quantized_linear` multiplies by.
 
-    ids int32 [T]; with L = QuantLayout(rows, width, bits, group_size, codebook, scale_dtype, zero_point):
-    weight uint8 L.weight_shape, scale `scale_dtype` L.scale_shape, zero_point of that dtype L.zero_shape or
-    absent; out float32 [T, width].
+    ids int32 [T]; with L the QuantLayout of these: weight uint8 L.weight_shape, scale L.scale_storage
+    L.scale_shape, zero_point L.zero_storage L.zero_shape or absent; out float32 [T, width].
     """
-    lay = QuantLayout(rows, width, bits, group_size, codebook, scale_dtype, zero_point)
+    lay = QuantLayout(rows, width, bits, group_size, codebook, scale_dtype, zero_point, super_group)
     whole = width % lay.real_group == 0 and lay.group == lay.real_group
     kernel = Kernel("quantized_embedding", isa)
     with kernel:
@@ -119,7 +119,7 @@ def make_quantized_embedding(
             source = _held(ids[t], rows)
             block, lane = let(source // ROWS), let(source % ROWS)
             with T.serial(0, lay.groups) as g:
-                factor = let(load_one(scale, scale_dtype, block, g, lane))
+                factor = let(_group_float(lay, scale, scale_dtype, (block, g), lane))
                 offset = _offset(lay, zero, block, g, lane)
                 count = let(T.min(T.int32(lay.real_group), T.int32(width) - g * lay.real_group))
 
@@ -141,12 +141,25 @@ def make_quantized_embedding(
     return kernel.function
 
 
+def _group_float(lay: QuantLayout, buffer: Buffer, dtype: str, at: tuple[Expr, Expr], lane: Expr) -> Expr:
+    """A scale or minimum of one row's group, at = (block, group)."""
+    block, group = at
+    if not lay.super_group:
+        return load_one(buffer, dtype, block, group, lane)
+    place, part = T.floordiv(group, lay.per_super), T.floormod(group, lay.per_super)
+    low, high = (T.Cast("uint16", buffer[block, place, 2 * lane + i]) for i in (0, 1))
+    bits = T.bitwise_or(low, T.shift_left(high, T.uint16(8)))
+    base = call("float32", "llmc_max", call("float32x16", "llmc_from_half", splat(bits)))
+    whole = T.reinterpret(buffer[block, place, (2 + part) * ROWS + lane], dtype="int8")
+    return base * T.Cast("float32", T.Cast("int32", whole))
+
+
 def _offset(lay: QuantLayout, zero: Buffer, block: Expr, group: Expr, lane: Expr) -> Expr:
     """The zero point of one row's group: int32, or a minimum as float32."""
     if lay.zero_point is None:
         return T.int32(1 << (lay.bits - 1))
     if lay.zero_point != "uint8":
-        return let(load_one(zero, lay.zero_point, block, group, lane))
+        return let(_group_float(lay, zero, lay.zero_point, (block, group), lane))
     if lay.packs_zero_points:
         both = T.Cast("int32", zero[block, group, lane % 8])
         return let(T.bitwise_and(T.shift_right(both, lane // 8 * 4), T.int32(15)))

@@ -24,6 +24,7 @@ import numpy as np
 
 from ....ir.codebooks import CODEBOOKS
 from ....ir.errors import CompileError
+from . import super_scales
 
 ROWS = 16
 """Output rows in a block."""
@@ -106,6 +107,7 @@ class QuantLayout:
     Each group is padded to `group` = a multiple of 8 (16 for widths of several planes and of 2 bits), so that
     the activations have `k_padded` columns: with the usual groups that is k.
 
+    `super_group`: columns that share a float16 factor of their scales and minima (`super_scales`), or 0.
     `zero_point`: None, "uint8", or the float dtype of a minimum. `codebook`: what codes of 4 bits stand for.
     """
 
@@ -116,6 +118,7 @@ class QuantLayout:
     codebook: str | None = None
     scale_dtype: str = "float16"
     zero_point: str | None = None
+    super_group: int = 0
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8 or self.group_size < 1:
@@ -185,12 +188,31 @@ class QuantLayout:
 
     @property
     def scale_shape(self) -> tuple[int, int, int]:
-        """Shape of the packed scales."""
+        """Shape of the packed scales, of `scale_storage`."""
+        if self.super_group:
+            return (self.blocks, -(-self.groups // self.per_super), ROWS * (2 + self.per_super))
         return (self.blocks, self.groups, ROWS)
 
     @property
+    def per_super(self) -> int:
+        """Groups that share a factor of their scales."""
+        return self.super_group // self.group_size
+
+    @property
+    def scale_storage(self) -> str:
+        """Element type of the stored scales."""
+        return "uint8" if self.super_group else self.scale_dtype
+
+    @property
+    def zero_storage(self) -> str | None:
+        """Element type of the stored zero points."""
+        return "uint8" if self.super_group and self.zero_point is not None else self.zero_point
+
+    @property
     def zero_shape(self) -> tuple[int, int, int]:
-        """Shape of the packed zero points."""
+        """Shape of the packed zero points, of `zero_storage`."""
+        if self.super_group and self.zero_point != "uint8":
+            return self.scale_shape
         return (self.blocks, self.groups, ROWS // 2 if self.packs_zero_points else ROWS)
 
     @property
@@ -230,9 +252,14 @@ class QuantLayout:
         x = x[:, :, :, : self.real_group]
         return np.ascontiguousarray(x.reshape(blocks * ROWS, -1)[: self.n, : self.k])
 
+    def pack_scales(self, values: np.ndarray) -> np.ndarray:
+        """Scales or minima [rows, groups] → [rows/16, …] of `scale_shape`, in chunks like `pack`."""
+        rows = self.pack_groups(values)
+        return super_scales.pack(rows, self.per_super) if self.super_group else rows
+
     def pack_groups(self, values: np.ndarray) -> np.ndarray:
-        """Scales or minima [rows, groups] → [rows/16, groups, 16], of the same dtype, in chunks like
-        `pack`.
+        """What there is one of a group: [rows, groups] → [rows/16, groups, 16], of the same dtype, in chunks
+        like `pack`.
         """
         n = values.shape[0]
         padded = np.zeros((round_up(n, ROWS), self.groups), values.dtype)
@@ -244,6 +271,8 @@ class QuantLayout:
 
         Raises CompileError for a zero point beyond 4 bits where two of them share a byte.
         """
+        if self.zero_point != "uint8":
+            return self.pack_scales(values)
         rows = self.pack_groups(values)
         if not self.packs_zero_points:
             return rows

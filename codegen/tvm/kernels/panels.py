@@ -61,13 +61,24 @@ class Operands:
         return T.reinterpret(vec(self.a, row, index * 4, lanes=4), dtype="int32")
 
     def scales(self, block: Expr, group: Expr) -> Expr:
-        return load_float(self.scale, self.layout.scale_dtype, block, group, 0)
+        return self._floats(self.scale, self.layout.scale_dtype, block, group)
+
+    def _floats(self, buffer: Buffer, dtype: str, block: Expr, group: Expr) -> Expr:
+        """Scales or minima of 16 outputs."""
+        lay = self.layout
+        if not lay.super_group:
+            return load_float(buffer, dtype, block, group, 0)
+        at, part = T.floordiv(group, lay.per_super), T.floormod(group, lay.per_super)
+        bits = T.reinterpret(vec(buffer, block, at, 0, lanes=2 * LANES), dtype="uint16x16")
+        whole = T.reinterpret(vec(buffer, block, at, (2 + part) * LANES), dtype="int8x16")
+        factor = T.Cast("float32x16", T.Cast("int32x16", whole))
+        return let(call("float32x16", "llmc_from_half", bits)) * factor
 
     def zeros(self, block: Expr, group: Expr) -> Expr:
         """Minima; or negative zero points of 16 outputs, float32 or int32 as the correction wants them."""
         lay = self.layout
         if self.minimum:
-            return load_float(self.zero_point, str(lay.zero_point), block, group, 0)
+            return self._floats(self.zero_point, str(lay.zero_point), block, group)
         if lay.packs_zero_points:
             found = call("int32x16", "llmc_halves", vec(self.zero_point, block, group, 0, lanes=8))
         else:
@@ -80,8 +91,8 @@ def weight_arguments(kernel: Kernel, lay: QuantLayout) -> tuple[Buffer, Buffer, 
     """The parameters weight, scale and zero_point of a kernel."""
     return (
         kernel.argument("weight", lay.weight_shape, "uint8"),
-        kernel.argument("scale", lay.scale_shape, lay.scale_dtype),
-        None if lay.zero_point is None else kernel.argument("zero_point", lay.zero_shape, lay.zero_point),
+        kernel.argument("scale", lay.scale_shape, lay.scale_storage),
+        None if lay.zero_storage is None else kernel.argument("zero_point", lay.zero_shape, lay.zero_storage),
     )
 
 

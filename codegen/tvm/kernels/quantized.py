@@ -160,6 +160,7 @@ def make_quantized_linear(
     zero_point: str | None = None,
     codebook: str | None = None,
     scale_dtype: str = "float16",
+    super_group: int = 0,
     bias: bool = False,
     residual: bool = False,
     isa: str,
@@ -167,13 +168,13 @@ def make_quantized_linear(
     """out = Σ_g a_scale · scale · (a · q - zero_point · sums) (+ bias) (+ residual), or with a minimum Σ_g
     a_scale · (scale · a · q + minimum · sums).
 
-    With L = QuantLayout(n, k, bits, group_size, codebook, scale_dtype, zero_point): a int8 [T, L.k_padded],
-    sums int32 [T, L.groups] and a_scale float32 [T, L.groups] from `quantize_activation`; weight uint8
-    L.weight_shape; scale `scale_dtype` L.scale_shape; zero_point of that dtype L.zero_shape, or absent and
-    2^(bits-1); bias float32 [n]; residual and out float32 [T, n]. A codebook is one of integers.
+    With L the QuantLayout of these: a int8 [T, L.k_padded], sums int32 [T, L.groups] and a_scale float32 [T,
+    L.groups] from `quantize_activation`; weight uint8 L.weight_shape; scale L.scale_storage L.scale_shape;
+    zero_point L.zero_storage L.zero_shape, or absent and 2^(bits-1); bias float32 [n]; residual and out
+    float32 [T, n]. A codebook is one of integers.
     """
     kernel = Kernel("quantized_linear", isa)
-    lay = QuantLayout(n, k, bits, group_size, codebook, scale_dtype, zero_point)
+    lay = QuantLayout(n, k, bits, group_size, codebook, scale_dtype, zero_point, super_group)
     narrow = kernel.isa.dot == "maddubs"
     unpacked_sizes, packed_sizes, width = _tile_sizes(kernel.isa, bits)
     with kernel:
