@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ from ..ir.errors import InputError
 from ..ir.ops.attention import Attention
 from ..ir.ops.quant import Dequantize, QuantizedEmbedding, QuantizedLinear
 from ..ir.printer import print_graph
-from ..ir.types import DimExpr, Quantization
+from ..ir.types import DimExpr
 from ..ir.weights import num_bytes, num_elements
 from ..passes.base import Pass, PassContext, Progress, no_progress
 from ..passes.manager import PassRecord, run_passes
@@ -392,14 +393,22 @@ class CheckReport:
     notes: tuple[str, ...]
 
 
-def _packed_zero_points(graph: Graph) -> set[Value]:
-    """Zero points that targets store two a byte: integers beside codes of at most 4 bits."""
-    found: set[Value] = set()
+def _stored_bits(graph: Graph) -> dict[Value, float]:
+    """Bits an element of what targets store narrower than its dtype: codes, zero points beside codes of at
+    most 4 bits (two a byte), and scales and minima of two levels.
+    """
+    found: dict[Value, float] = {}
     for op in graph:
-        if isinstance(op, (Dequantize, QuantizedLinear, QuantizedEmbedding)) and op.zero_point is not None:
-            quant = op.q.type.quant
-            if quant is not None and quant.bits <= 4 and op.zero_point.dtype == "uint8":
-                found.add(op.zero_point)
+        if not isinstance(op, (Dequantize, QuantizedLinear, QuantizedEmbedding)):
+            continue
+        quant, zero = op.q.type.quant, op.zero_point
+        assert quant is not None
+        found[op.q] = quant.bits
+        if zero is not None and zero.dtype == "uint8" and quant.bits <= 4:
+            found[zero] = 4
+        if quant.super_group:
+            two_levels = 8 + 16 * quant.group_size / quant.super_group
+            found |= {v: two_levels for v in (op.scale, zero) if v is not None and v.dtype == "float32"}
     return found
 
 
@@ -426,15 +435,13 @@ def check_model(
     for target in plan.targets:
         legalize(graph, target.operations)  # for the op that the target can neither emit nor decompose
     total, largest = 0, 0
-    packed = _packed_zero_points(graph)
+    narrow = _stored_bits(graph)
     for value in graph.weights.values():
         assert value.weight is not None
-        quantized = Quantization(4, 1, True) if value in packed else value.type.quant
-        total += (
-            num_elements(value.weight) * quantized.bits // 8
-            if quantized is not None
-            else num_bytes(value.weight)
-        )
+        if value in narrow:
+            total += math.ceil(num_elements(value.weight) * narrow[value] / 8)
+        else:
+            total += num_bytes(value.weight)
         largest = max(largest, num_bytes(value.weight))
     facts = describe(source)
     tokenizer = TOKEN_BYTES * int(facts["vocab_size"] or 0)
