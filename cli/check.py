@@ -8,7 +8,14 @@ from typing import Any
 
 import click
 
-from .compile import bits_option, context_option, quant_head_option, quant_option, target_option
+from .compile import (
+    bits_option,
+    context_option,
+    kv_dtype_option,
+    quant_head_option,
+    quant_option,
+    target_option,
+)
 from .output import emit, facts, json_option, size
 
 
@@ -19,6 +26,7 @@ from .output import emit, facts, json_option, size
 @quant_head_option
 @bits_option
 @context_option
+@kv_dtype_option
 @json_option
 def command(model: str, as_json: bool, **options: Any) -> None:
     """Trace MODEL without its weights and run every pass: what would be compiled, how large the artifact
@@ -47,6 +55,7 @@ def _text(result: dict[str, Any]) -> str:
             ("layers", model.get("num_layers")),
             ("context", model.get("context")),
             ("graph", f"{result['ops']} ops, {result['attention_layers']} attention layers"),
+            ("cache a token", size(result["kv_bytes_per_token"])),
             ("weights", f"{size(result['weight_bytes'])} in the artifact"),
             ("peak memory", f"{size(result['peak_bytes'])} while compiling"),
             ("supported", f"yes (checked in {result['seconds']:.1f} s)"),

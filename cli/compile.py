@@ -46,6 +46,12 @@ bits_option = click.option(
 context_option = click.option(
     "--context", type=click.IntRange(min=1), help="Longest sequence, in tokens.  [default: the model's]"
 )
+kv_dtype_option = click.option(
+    "--kv-dtype",
+    type=click.Choice(["float32", "float16", "int8"]),
+    help="Element type of the cache; int8 has a scale for each head and token.  "
+    "[default: float32 with --quant none, else float16]",
+)
 
 
 @click.command("compile", short_help="Compile a model into an artifact.")
@@ -58,12 +64,7 @@ context_option = click.option(
 @quant_head_option
 @bits_option
 @context_option
-@click.option(
-    "--kv-dtype",
-    type=click.Choice(["float32", "float16", "int8"]),
-    help="Element type of the cache; int8 has a scale for each head and token.  "
-    "[default: float32 with --quant none, else float16]",
-)
+@kv_dtype_option
 @click.option(
     "--pass",
     "passes",

@@ -14,6 +14,7 @@ from ..frontend.source import ModelSource, context_length, describe, open_source
 from ..frontend.tokenizer import TokenizerFacts, export_tokenizer
 from ..frontend.trace import trace_module, trace_source
 from ..ir.core import Graph, Value
+from ..ir.dtypes import kv_bytes
 from ..ir.errors import InputError
 from ..ir.ops.attention import Attention
 from ..ir.ops.quant import Dequantize, QuantizedEmbedding, QuantizedLinear
@@ -388,6 +389,7 @@ class CheckReport:
     facts: dict[str, Any]
     ops: int
     attention_layers: int
+    kv_bytes_per_token: int
     weight_bytes: int
     peak_bytes: int
     notes: tuple[str, ...]
@@ -420,12 +422,13 @@ def check_model(
     quant_head: str | None = None,
     bits_per_weight: float | None = None,
     context: int | None = None,
+    kv_dtype: str | None = None,
 ) -> CheckReport:
     """Trace and lower a model without its weights; predict sizes.
 
     Raises what `compile_model` would raise first.
     """
-    plan = Plan.make(targets, quant, None, (), quant_head, bits_per_weight)
+    plan = Plan.make(targets, quant, kv_dtype, (), quant_head, bits_per_weight)
     plan = replace(plan, quantize=tuple(without_calibration(plan.quantize)))
     source = open_source(model, config_only=not str(model).endswith(".gguf"))
     length = _context(source, context)
@@ -447,10 +450,13 @@ def check_model(
     tokenizer = TOKEN_BYTES * int(facts["vocab_size"] or 0)
     peak = IMPORTS_BYTES + max(tokenizer, min(largest, CHUNK_BYTES))
     notes = tuple(dict.fromkeys(n for r in records for n in r.notes))
+    caches = graph.facts.get("kv", [])
+    a_token = sum(2 * kv["heads"] * kv_bytes(plan.kv_dtype, kv["head_dim"]) for kv in caches)
     return CheckReport(
         {**facts, "context": length},
         len(graph.ops),
-        attentions or len(graph.facts.get("kv", [])),
+        attentions or len(caches),
+        a_token,
         total,
         peak,
         notes,
