@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from llmc.cli.main import main
+from llmc.codegen.driver import check_model
 from llmc.ir.core import Graph
 from llmc.ir.errors import CompileError, InputError, VerifyError
 from llmc.ir.ops.cache import PagedAttention, dequantize_heads, quantize_heads
@@ -199,6 +200,13 @@ def test_sizes_follow_everywhere(artifacts: Any, capsys: pytest.CaptureFixture[s
         page_size=16, bytes_per_page=16 * a_token, context=256, max_sequences=99, kv_bytes=10_000
     )
     assert plan.pages == 10_000 // (16 * a_token)
+
+
+def test_check_predicts_them(tiny_folder: Any) -> None:
+    sizes = {kind: check_model(tiny_folder("llama"), kv_dtype=kind) for kind in ("float16", "int8")}
+    assert sizes["float16"].kv_bytes_per_token == 2 * 2 * 2 * 16 * 2
+    assert sizes["int8"].kv_bytes_per_token == 2 * 2 * 2 * (16 + 4)
+    assert sizes["int8"].weight_bytes == sizes["float16"].weight_bytes
 
 
 def test_other_types_are_refused_by_name(tmp_path: Path) -> None:
