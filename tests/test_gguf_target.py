@@ -47,7 +47,7 @@ def test_llama_cpp_computes_what_transformers_does(name: str, tmp_path: Path) ->
         assert model.vocab_size == wanted.shape[1]
         found = model.logits(ids)
         text = "The river was wide: 3.14159, Fluß and 河."
-        assert model.tokenize(text) == open_tokenizer(folder).encode(text).ids
+        assert model.tokenize(text) == open_tokenizer(tmp_path / "out.llmc").encode(text).ids
     # llama.cpp keeps its cache in float16.
     assert np.abs(found - wanted).max() <= 0.02
 

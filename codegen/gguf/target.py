@@ -8,7 +8,7 @@ does not run this target.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -93,24 +93,27 @@ def gguf_tensors(source: ModelSource, graph: Graph, arch: Architecture, floats: 
     out: dict[str, Rows] = {}
     for parameter in known:
         rows = found.get(parameter)
+        same = [found[p] for p in known if p in found and p != parameter and known[p] is known[parameter]]
+        if parameter.startswith("lm_head") and _tied(known, parameter, rows, same):
+            continue  # llama.cpp takes the embedding
+        rows = rows or next(iter(same), None)
         if rows is None:
-            others = [p for p in found if known[p] is known[parameter]]
-            if others and parameter.startswith("lm_head"):
-                continue  # tied: llama.cpp takes the embedding
-            if not others:
-                raise CompileError(
-                    f"gguf: the graph has no weight for {parameter}", remedy="report this with the scheme"
-                )
-            rows = found[others[0]]
+            raise CompileError(
+                f"gguf: the graph has no weight for {parameter}", remedy="report this with the scheme"
+            )
         name = names(parameter)
         if name is None:
             raise UnsupportedError(
                 f"gguf: architecture {arch.name} has no name for {parameter}", remedy="use another target"
             )
         out[name] = _stored(parameter, name, rows, source, arch)
-    if "output.weight" in out and out["output.weight"].value_name == out["token_embd.weight"].value_name:
-        del out["output.weight"]
     return out | _rope_factors(source)
+
+
+def _tied(known: Mapping[str, LazyTensor], head: str, rows: Rows | None, same: Sequence[Rows]) -> bool:
+    """Whether the head is the embedding, and no pass has given it a weight of its own."""
+    shared = any(p != head and tensor is known[head] for p, tensor in known.items())
+    return shared and (rows is None or all(one.value_name == rows.value_name for one in same))
 
 
 def _name_map(source: ModelSource, arch: Architecture) -> Any:

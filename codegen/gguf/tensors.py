@@ -189,7 +189,7 @@ def _beside(graph: Graph) -> set[Value]:
 
 
 def _parameter(name: str, known: Mapping[str, LazyTensor]) -> str | None:
-    """The parameter that a graph's weight of this name was made of: passes append what they did after a dot."""
+    """The parameter that a graph's weight was made of: passes append what they did to it after a dot."""
     while name and name not in known:
         name = name.rpartition(".")[0]
     return name or None
