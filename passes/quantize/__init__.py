@@ -1,4 +1,4 @@
-"""Quantizers. The maths takes and returns arrays or tensors and knows no graph; the walk over the graph is apart.
+"""Quantizers. The maths takes and returns arrays and knows no graph; the walk over the graph is apart.
 
     maths       rtn  grid  gptq  awq  nf4  gguf/{fit,encode,k_quants}
     graph       attach (a weight becomes codes)   blocks, head (run a graph in pieces)   absorb (fold scales)

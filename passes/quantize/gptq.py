@@ -55,20 +55,19 @@ def damped(hessian: torch.Tensor, damping: float = DAMPING) -> tuple[torch.Tenso
     if not mean > 0:
         return torch.eye(h.shape[0], dtype=h.dtype), damping
     diagonal[diagonal <= 0] = mean
-    while True:
-        trial = h.clone()
-        trial.diagonal().add_(damping * mean)
-        if int(torch.linalg.cholesky_ex(trial)[1]) == 0:
-            return trial, damping
+    diagonal.add_(damping * mean)
+    while int(torch.linalg.cholesky_ex(h)[1]):
+        diagonal.add_(9 * damping * mean)
         damping *= 10
+    return h, damping
 
 
 def inverse_factor(h: torch.Tensor) -> torch.Tensor:
     """Upper U with UᵀU = H⁻¹, for a positive definite H."""
     import torch
 
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
-    return torch.linalg.cholesky(inverse, upper=True)
+    h = torch.cholesky_inverse(torch.linalg.cholesky(h))
+    return torch.linalg.cholesky(h, upper=True)
 
 
 def corrected_target(
@@ -85,7 +84,8 @@ def corrected_target(
     import torch
 
     h, _ = damped(hessian, 0.03)
-    return w + share * torch.linalg.solve(h, cross.T @ w.T).T
+    h = torch.linalg.cholesky(h)
+    return w + share * torch.cholesky_solve(cross.T @ w.T, h).T
 
 
 def quantize_gptq(
