@@ -40,12 +40,44 @@ from .tvm_graphs import (
 HEADS, KV_HEADS, DIM, WIDTH, INNER, VOCAB = 4, 2, 16, 48, 40, 50
 
 
+FORMS = [
+    (Quantization(4, 8, False), "uint8"),
+    (Quantization(6, 16, True, "float32", super_group=64), None),  # Q6_K in kind
+    (Quantization(5, 32, False, "float32", super_group=64), "float32"),  # Q5_K in kind
+    (Quantization(4, 32, True, codebook="iq4_nl"), None),
+    (Quantization(4, 16, True, "float32", codebook="nf4"), None),
+    (Quantization(3, 16, True), None),
+    (Quantization(8, 24, False), "float16"),
+    (Quantization(2, 8, False), "uint8"),
+]
+"""(quantization, dtype of its zero points), one for each linear op of `Model`."""
+
+
+def quantized_parts(form: Quantization, zero: str | None, n: int, k: int) -> list[np.ndarray | None]:
+    """Random codes, scales and zero points of a weight with a standard deviation of about k^-0.5."""
+    groups, half = -(-k // form.group_size), 1 << (form.bits - 1)
+    spread = {"iq4_nl": 70.0, "nf4": 0.6}.get(form.codebook or "", 2 * half / 12**0.5)
+    codes = RNG.integers(0, 2 * half, (n, k), np.uint8)
+    scale = np.full((n, groups), k**-0.5 / spread).astype(form.scale_dtype)
+    if form.super_group:
+        base = np.float32(np.float16(k**-0.5 / spread / 50))
+        scale = base * RNG.integers(40, 60, (n, groups)).astype(np.float32)
+    if zero is None:
+        return [codes, scale, None]
+    if zero == "uint8":
+        low, high = half - half // 4 - 1, half + half // 4 + 1
+        return [codes, scale, RNG.integers(low, high, (n, groups), np.uint8)]
+    factor = np.float32(0.5 - half) if not form.super_group else np.float32(-half)
+    return [codes, scale, (factor * scale.astype(np.float32)).astype(zero)]
+
+
 class Model:
-    """Two layers like Llama's, by hand, with float or quantized weights."""
+    """Two layers like Llama's, by hand, with float weights or each linear op's quantized in its own way."""
 
     def __init__(self, quantized: bool = False, kv_dtype: str = "float32", **attributes: Any) -> None:
         self.graph = Graph(stage="paged")
         self.quantized = quantized
+        self.linears = 0
         g, i32 = self.graph, "int32"
         ids, positions, slots = (
             g.add_input(n, TensorType(i32, (T,))) for n in ("token_ids", "positions", "slot_mapping")
@@ -78,13 +110,18 @@ class Model:
             return self.add(
                 nn.Linear(x, self.graph.add_weight(name, ArrayTensor(random(n, k, scale=k**-0.5))), None)
             )
-        type_ = TensorType("uint8", (n, k), Quantization(4, 8, False))
-        q = self.graph.add_weight(f"{name}.q", ArrayTensor(RNG.integers(0, 16, (n, k), np.uint8)), type_)
-        scale = self.graph.add_weight(
-            f"{name}.s", ArrayTensor(np.full((n, k // 8), 0.2 * k**-0.5, np.float16))
+        form, zero_dtype = FORMS[self.linears % len(FORMS)]
+        self.linears += 1
+        codes, scale, zero = (
+            None if a is None else ArrayTensor(a) for a in quantized_parts(form, zero_dtype, n, k)
         )
-        zero = self.graph.add_weight(f"{name}.z", ArrayTensor(RNG.integers(6, 10, (n, k // 8), np.uint8)))
-        return self.add(quant.QuantizedLinear(x, q, scale, zero, None))
+        assert codes is not None and scale is not None
+        parts = [
+            self.graph.add_weight(f"{name}.q", codes, TensorType("uint8", (n, k), form)),
+            self.graph.add_weight(f"{name}.s", scale),
+        ]
+        point = None if zero is None else self.graph.add_weight(f"{name}.z", zero)
+        return self.add(quant.QuantizedLinear(x, *parts, point, None))
 
     def angles(self, positions: Value) -> tuple[Value, Value]:
         frequency = self.graph.add_weight(
