@@ -66,6 +66,12 @@ kv_dtype_option = click.option(
 @context_option
 @kv_dtype_option
 @click.option(
+    "--lora",
+    multiple=True,
+    metavar="PATH[:scale]",
+    help="An adapter's folder (PEFT: LoRA, DoRA), merged into the weights; repeatable.",
+)
+@click.option(
     "--pass",
     "passes",
     multiple=True,

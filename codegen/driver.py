@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,10 +23,12 @@ from ..ir.printer import print_graph
 from ..ir.types import DimExpr
 from ..ir.weights import num_bytes, num_elements
 from ..passes.base import Pass, PassContext, Progress, no_progress
+from ..passes.calibration import LENGTH
 from ..passes.manager import PassRecord, run_passes
 from ..passes.pipelines import function, language_model
 from ..passes.quantize.scheme import weight_passes, without_calibration
 from ..passes.registry import make_pass
+from .adapters import LoraOption, adapter_passes
 from .artifact import Artifact, ArtifactWriter
 from .calibrate import (
     CalibrationOptions,
@@ -37,6 +40,7 @@ from .calibrate import (
     say_resumed,
 )
 from .legalize import legalize
+from .memory import Peak, check_peak, predict_peak, watched
 from .target import Target, get_target
 from .verdict import VerdictOptions, is_measured, prepare_held, with_verdict
 
@@ -48,12 +52,6 @@ DEFAULT_CALIBRATION = CalibrationOptions()
 DEFAULT_VERDICT = VerdictOptions()
 NO_VERDICT = VerdictOptions(measure=False)
 KV_DTYPES = ("float32", "float16", "int8")
-# What a compilation keeps in memory, measured on Linux: torch and transformers; an entry of the vocabulary in
-# the tokenizer and in its reference; rows in flight while weights are quantized and packed. Mapped weights
-# are given back once they were read (frontend/mapped.py).
-IMPORTS_BYTES = 400 << 20
-TOKEN_BYTES = 1700
-CHUNK_BYTES = 96 << 20
 
 
 @dataclass
@@ -82,6 +80,7 @@ class Plan:
     quantize: tuple[Pass, ...]
     extra: tuple[Pass, ...]
     kv_dtype: str
+    adapt: tuple[Pass, ...] = ()
 
     @property
     def calibrated(self) -> bool:
@@ -155,10 +154,14 @@ def lower(
 ) -> tuple[Graph, list[PassRecord]]:
     """Run the pipeline; the final graph, and a record of each pass."""
     if graph.facts["kind"] == "function":
-        passes = function(list(plan.quantize), extra=list(plan.extra))
+        passes = function(list(plan.quantize), extra=list(plan.extra), adapt=list(plan.adapt))
     else:
         passes = language_model(
-            list(plan.quantize), page_size=PAGE_SIZE, kv_dtype=plan.kv_dtype, extra=list(plan.extra)
+            list(plan.quantize),
+            page_size=PAGE_SIZE,
+            kv_dtype=plan.kv_dtype,
+            extra=list(plan.extra),
+            adapt=list(plan.adapt),
         )
     return run_passes(graph, passes, context, dump_ir)
 
@@ -266,6 +269,7 @@ def compile_model(
     context: int | None = None,
     kv_dtype: str | None = None,
     passes: Sequence[str] = (),
+    lora: Sequence[str] = (),
     dump_ir: str | os.PathLike[str] | None = None,
     example_inputs: Mapping[str, torch.Tensor] | None = None,
     render: Renderer | None = None,
@@ -283,14 +287,19 @@ def compile_model(
     until then.
     """
     plan = Plan.make(targets, quant, kv_dtype, passes, quant_head, bits_per_weight, verdict)
+    adapters = [LoraOption.parse(text) for text in lora]
+    plan = replace(plan, adapt=adapter_passes(adapters))
     pass_context = PassContext(max_ram=max_ram)
     # The writer first: a name that cannot be written costs no tracing.
-    with ArtifactWriter(output) as writer, finishing(pass_context, say):
+    with ArtifactWriter(output) as writer, ExitStack() as stack, finishing(pass_context, say):
         progress("open", 0.0)
         source = open_source(model)
         length = _context(source, context)
         progress("trace", 0.02)
         graph = trace(source, example_inputs)
+        if max_ram is not None or plan.calibrated:
+            check_peak(_peak(source, graph, plan, length), max_ram, say)
+        stack.enter_context(watched(max_ram))
         facts: TokenizerFacts | None = None
         if graph.facts["kind"] != "function":
             progress("tokenizer", 0.08)
@@ -304,7 +313,7 @@ def compile_model(
             pass_context.calibration = found
             pass_context.notes += notes
             key = {"scheme": quant, "head": quant_head, "bits": bits_per_weight, "passes": list(passes)}
-            key |= {"context": length}
+            key |= {"context": length, "lora": [one.key() for one in adapters]}
             pass_context.work = open_work(Path(output), source, found, key, resume=calibration.resume)
             say_resumed(pass_context.work, calibration.resume, say)
         elif is_measured(plan.quantize):
@@ -334,6 +343,7 @@ def compile_model(
             },
             "command": [
                 *_command(source, targets, (quant, quant_head, bits_per_weight), context, kv_dtype, passes),
+                *(word for one in adapters for word in one.command()),
                 *(calibration.command() if plan.calibrated else []),
                 *verdict.command(),
             ],
@@ -344,6 +354,19 @@ def compile_model(
     progress("done", 1.0)
     said = list(dict.fromkeys(pass_context.notes))
     return CompileReport(artifact, weight_bytes, bits, records, said, pass_context.quality)
+
+
+def _peak(source: ModelSource, graph: Graph, plan: Plan, context: int | None) -> Peak:
+    """What compiling the traced graph will take."""
+    vocabulary = describe(source)["vocab_size"] if source.config is not None else None
+    return predict_peak(
+        graph,
+        vocabulary=int(vocabulary or 0),
+        length=min(LENGTH, context or LENGTH),
+        calibrated=plan.calibrated,
+        measured=is_measured(plan.quantize),
+        kernels=any(t.name == "tvm-cpu" for t in plan.targets),
+    )
 
 
 def _emit(
@@ -428,16 +451,20 @@ def check_model(
 
     Raises what `compile_model` would raise first.
     """
-    plan = Plan.make(targets, quant, kv_dtype, (), quant_head, bits_per_weight)
-    plan = replace(plan, quantize=tuple(without_calibration(plan.quantize)))
-    source = open_source(model, config_only=not str(model).endswith(".gguf"))
+    asked = Plan.make(targets, quant, kv_dtype, (), quant_head, bits_per_weight)
+    plan = replace(asked, quantize=tuple(without_calibration(asked.quantize)))
+    files = str(model).endswith(".gguf") or (
+        quant == "keep" and Path(model).is_dir()
+    )  # whose grids are asked
+    source = open_source(model, config_only=not files)
     length = _context(source, context)
     graph = trace(source, None)
+    peak = _peak(source, graph, asked, length).bytes
     attentions = sum(isinstance(op, Attention) for op in graph)
     graph, records = lower(graph, plan, PassContext(context_length=length))
     for target in plan.targets:
         legalize(graph, target.operations)  # for the op that the target can neither emit nor decompose
-    total, largest = 0, 0
+    total = 0
     narrow = _stored_bits(graph)
     for value in graph.weights.values():
         assert value.weight is not None
@@ -445,10 +472,7 @@ def check_model(
             total += math.ceil(num_elements(value.weight) * narrow[value] / 8)
         else:
             total += num_bytes(value.weight)
-        largest = max(largest, num_bytes(value.weight))
     facts = describe(source)
-    tokenizer = TOKEN_BYTES * int(facts["vocab_size"] or 0)
-    peak = IMPORTS_BYTES + max(tokenizer, min(largest, CHUNK_BYTES))
     notes = tuple(dict.fromkeys(n for r in records for n in r.notes))
     caches = graph.facts.get("kv", [])
     a_token = sum(2 * kv["heads"] * kv_bytes(plan.kv_dtype, kv["head_dim"]) for kv in caches)

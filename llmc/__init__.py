@@ -60,6 +60,7 @@ def compile(
     context: int | None = None,
     kv_dtype: str | None = None,
     passes: Sequence[str] = (),
+    lora: Sequence[str] = (),
     dump_ir: str | os.PathLike[str] | None = None,
     example_inputs: Mapping[str, Any] | None = None,
     calib: str | os.PathLike[str] | None = None,
@@ -85,6 +86,7 @@ def compile(
         kv_dtype: element type of the cache, "float32", "float16" or "int8" (a scale for each head and token);
             where None, "float32" with quant "none" and else "float16".
         passes: further passes on the fused graph, `NAME{option=value,…}` (`llmc passes` lists them).
+        lora: adapters that PEFT saved, `FOLDER` or `FOLDER:scale`, merged into the weights in this order.
         dump_ir: a folder that receives the graph's text after every pass, numbered.
         example_inputs: argument name → tensor, for an `nn.Module` only.
         calib: a text or JSONL file that calibrated schemes calibrate on; the text that ships with llmc where
@@ -116,6 +118,7 @@ def compile(
         context=context,
         kv_dtype=kv_dtype,
         passes=passes,
+        lora=lora,
         dump_ir=dump_ir,
         render=importlib.import_module(".runtime.chat_template", __name__).render_once,
         example_inputs=example_inputs,

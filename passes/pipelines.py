@@ -47,16 +47,23 @@ def page(page_size: int, kv_dtype: str) -> list[Pass]:
 
 
 def language_model(
-    quantize: list[Pass], *, page_size: int, kv_dtype: str, extra: list[Pass] | None = None
+    quantize: list[Pass],
+    *,
+    page_size: int,
+    kv_dtype: str,
+    extra: list[Pass] | None = None,
+    adapt: list[Pass] | None = None,
 ) -> list[Pass]:
     """Traced model → paged step. `extra` passes (the user's) run on the fused graph, before quantization."""
     return [
+        # 0. adapt the weights, which have the checkpoint's names here
+        *(adapt or []),
         # 1. canonicalise
         *canonicalize(),
         MarkStage(stage="canonical"),
         # 2. fuse
         *fuse(),
-        # 3. adapt (the user's passes)
+        # 3. the user's passes
         *(extra or []),
         # 4. quantize
         *quantize,
@@ -66,6 +73,8 @@ def language_model(
     ]
 
 
-def function(quantize: list[Pass], *, extra: list[Pass] | None = None) -> list[Pass]:
+def function(
+    quantize: list[Pass], *, extra: list[Pass] | None = None, adapt: list[Pass] | None = None
+) -> list[Pass]:
     """Any traced module → a function on tensors: no cache, no ragged batch."""
-    return [*canonicalize(), MarkStage(stage="canonical"), *fuse(), *(extra or []), *quantize]
+    return [*(adapt or []), *canonicalize(), MarkStage(stage="canonical"), *fuse(), *(extra or []), *quantize]

@@ -220,7 +220,7 @@ def save_bnb(folder: Path, *, nested: bool = True, int8: bool = False, storage: 
         out[f"{module}.weight"] = codes.numpy()
         for part, tensor in state.as_dict(packed=True).items():
             out[f"{module}.weight.{part}"] = tensor.numpy()
-        # From the definition: bitsandbytes' own CPU kernel mixes blocks up where rows are an odd multiple of 32.
+        # From the definition: bitsandbytes' own CPU kernel mixes blocks up where K is an odd multiple of 32.
         absmax = state.absmax
         if nested:
             absmax = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset

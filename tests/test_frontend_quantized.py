@@ -11,12 +11,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llmc.frontend.quantized import open_quantized
 from llmc.frontend.quantized.packing import unpack_stream, words_for
 from llmc.frontend.source import ModelSource, describe, open_source
 from llmc.frontend.trace import trace_source
 from llmc.ir.ops.quant import QuantizedLinear
-from llmc.ir.weights import quantized_of
+from llmc.ir.weights import ArrayTensor, quantized_of
 from llmc.passes.registry import quantization_passes
+from llmc.runtime.executor import Executor, StepInputs, open_executor
 
 from .graphs import PagedRun, lowered, worst
 from .models import ids_of, reference_logits, save_tiny
@@ -186,3 +188,97 @@ def test_zero_points_that_gptqmodel_wrote_come_back(tmp_path: Path) -> None:
     parts = quantized_of(open_source(tmp_path).weights[f"{label}.weight"])
     assert parts is not None and parts.zero_point is not None
     np.testing.assert_array_equal(parts.zero_point.read().T, wanted)
+
+
+@pytest.mark.parametrize("strategy", ["group", "channel"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_compressed_tensors_own_compressor(bits: int, symmetric: bool, strategy: str) -> None:
+    """Packed by the package, opened here: what its decompressor says, to the last bit in float32."""
+    pack_quantized = pytest.importorskip("compressed_tensors.compressors.pack_quantized")
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    weights = {
+        "num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": strategy,
+        "group_size": 16 if strategy == "group" else None,
+    }  # fmt: skip
+    scheme = quantization.QuantizationScheme(
+        targets=["Linear"], weights=quantization.QuantizationArgs(**weights)
+    )
+    rng = np.random.default_rng(bits)
+    shape = (24, 4 if strategy == "group" else 1)
+    low, high = -(1 << (bits - 1)), 1 << (bits - 1)
+    zero = np.zeros(shape) if symmetric else rng.integers(low, high, shape)
+    state = {
+        "weight": torch.from_numpy(rng.normal(0, 0.5, (24, 64)).astype(np.float32)),
+        "weight_scale": torch.from_numpy(rng.uniform(0.01, 0.2, shape).astype(np.float32)),
+        "weight_zero_point": torch.from_numpy(zero.astype(np.int8)),
+    }
+    compressor = pack_quantized.PackedQuantizationCompressor
+    packed = compressor.compress(state, scheme)
+    wanted = compressor.decompress(packed, scheme)["weight"].numpy()
+    tensors = {f"m.{name}": ArrayTensor(tensor.numpy(), name) for name, tensor in packed.items()}
+    config = {
+        "quant_method": "compressed-tensors", "format": "pack-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+    }  # fmt: skip
+    got = open_quantized(tensors, config, "folder")
+    assert list(got) == ["m.weight"]
+    np.testing.assert_array_equal(got["m.weight"].read(), wanted)
+
+
+def first_step(executor: Executor, ids: list[int]) -> np.ndarray:
+    """Logits of every row of one sequence, computed in one step."""
+    executor.allocate_kv(4)
+    rows = np.arange(len(ids), dtype=np.int32)
+    count = np.array([0, len(ids)], np.int32)
+    pages = np.arange(-(-len(ids) // executor.page_size), dtype=np.int32)[None]
+    tokens = np.array(ids, np.int32)
+    return executor.step(StepInputs(tokens, rows, rows, count, count[1:], pages, rows))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["tvm-cpu", "onnx-cpu"])
+@pytest.mark.parametrize(
+    "name", ["gptq 3 bits, act-order, v2", "gptq 8 bits, rows", "bnb", "compressed int8"]
+)
+def test_kept_checkpoint_from_end_to_end(name: str, target: str, tmp_path: Path) -> None:
+    """Compiled and run. onnx-cpu is exact; tvm-cpu also quantizes activations to 8 bits."""
+    import llmc
+
+    source, _ = made(name, tmp_path / "model")
+    model = source.build_model()
+    weights: Any = {label: torch.from_numpy(source.weights[label].read()) for label in model.state_dict()}
+    model.load_state_dict(weights, assign=True)
+    artifact = llmc.compile(
+        tmp_path / "model", tmp_path / "out.llmc", targets=[target], quant="keep", kv_dtype="float32"
+    )
+    assert artifact.manifest["quantization"]["source"] == source.quantization_of_source
+    ids = ids_of(23)
+    assert worst(first_step(open_executor(artifact), ids), reference_logits(model, ids)) < (
+        3e-2 if target == "tvm-cpu" else 2e-5
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of accelerate and bitsandbytes, on a machine without a GPU
+def test_nf4_that_transformers_saved(tmp_path: Path) -> None:
+    """Quantized and saved by transformers itself; the values are those of NF4 of the float weights."""
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("accelerate")
+    import transformers
+    from llmc.passes.quantize.nf4 import dequantize_nf4, quantize_nf4
+
+    plain = open_source(save_tiny("llama", tmp_path / "float")).weights
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        str(tmp_path / "float"), quantization_config=config, dtype=torch.float32, device_map="cpu"
+    )
+    model.save_pretrained(str(tmp_path / "four"))
+    source = open_source(tmp_path / "four")
+    assert source.quantization_of_source == "bitsandbytes"
+    stored = {name: data for name, data in source.weights.items() if quantized_of(data)}
+    assert len(stored) == 14
+    for name, data in stored.items():
+        np.testing.assert_array_equal(data.read(), dequantize_nf4(*quantize_nf4(plain[name].read())))

@@ -20,7 +20,7 @@ from ...ir.errors import InputError
 from ...ir.ops.nn import Linear
 from ...ir.ops.quant import QuantizedEmbedding, QuantizedLinear
 from ...ir.ops.shape import Concat, Gather, Slice
-from ...ir.weights import ArrayTensor, LazyTensor, QuantizedTensors, quantized_of
+from ...ir.weights import ArrayTensor, LazyTensor, QuantizedTensors, ShapeOnlyTensor, quantized_of
 from ..base import Pass, PassContext, PassResult
 from ..derived import ConcatRows, SliceRows
 from ..registry import Quantizer
@@ -50,6 +50,11 @@ class KeepQuantized(Pass):
                 attach_stored(graph, weight, parts)
                 kept += 1
         graph.drop_dead()
+        if not kept and any(isinstance(w.weight, ShapeOnlyTensor) for w in graph.weights.values()):
+            raise InputError(
+                f"--quant keep: only shapes of {graph.name} are known, not what is stored",
+                remedy="give a local folder or a GGUF file",
+            )
         if not kept:
             raise InputError(
                 f"--quant keep: {graph.name} is not quantized; none of its weights has codes to keep",

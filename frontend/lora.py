@@ -1,0 +1,163 @@
+"""Adapters as PEFT saves them: adapter_config.json and adapter_model.safetensors.
+
+    base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight   [r, K]
+                                                    .lora_B.weight   [N, r]
+                                                    .lora_B.bias     [N]      lora_bias
+                                                    .lora_magnitude_vector [N]  DoRA
+    base_model.model.model.embed_tokens.lora_embedding_A             [r, V],  lora_embedding_B [D, r]
+    base_model.model.lm_head.weight                                  modules_to_save
+
+Names without a base_model prefix are the model's own. https://github.com/huggingface/peft (tuners/lora)
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from ..ir.adapters import Adapter, LowRank
+from ..ir.errors import InputError, UnsupportedError
+from ..ir.weights import LazyTensor, read_chunks
+from .hf import read_json
+from .safetensors import open_safetensors
+
+_PREFIX: Final = "base_model.model."
+_PARTS: Final = re.compile(
+    r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B"
+    r"|lora_magnitude_vector(?:\.weight)?)"
+)
+# These start from a changed base weight, which the adapter alone does not hold.
+_CHANGED_BASE: Final = ("pissa", "olora", "loftq", "corda", "lora_ga")
+_DTYPES: Final = ("float32", "float16", "bfloat16")
+_AGAIN: Final = "download the adapter again"
+# A pattern from a stranger: a repeated group can take a regular expression for ever.
+_DANGEROUS: Final = re.compile(r"\)[*+{?]|\\[1-9]|\(\?P?[=<!]")
+
+
+def read_adapter(path: str | os.PathLike[str]) -> Adapter:
+    """Open an adapter folder; nothing of the weights is kept in memory.
+
+    Raises:
+        InputError: a file is missing or damaged, or tensors and configuration disagree.
+        UnsupportedError: an adapter of another kind than LoRA and DoRA.
+    """
+    folder = Path(path)
+    if not (folder / "adapter_config.json").is_file():
+        raise InputError(
+            f"--lora {folder}: no adapter_config.json there", remedy="give a folder saved by PEFT"
+        )
+    config = read_json(folder / "adapter_config.json")
+    _check_kind(folder.name, config)
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        pickled = (folder / "adapter_model.bin").is_file()
+        raise InputError(
+            f"--lora {folder.name} has no adapter_model.safetensors"
+            + (", only a pickle file, which could run code when opened" if pickled else ""),
+            remedy="save the adapter with safetensors (save_pretrained in PEFT)",
+        )
+    modules: dict[str, dict[str, LazyTensor]] = {}
+    replaced: dict[str, LazyTensor] = {}
+    for name, tensor in open_safetensors(file).items():
+        _check_values(tensor)
+        label = name.removeprefix(_PREFIX)
+        found = _PARTS.fullmatch(label)
+        if found is not None:
+            part = found["part"].removesuffix(".weight") if "magnitude" in found["part"] else found["part"]
+            modules.setdefault(found["module"], {})[part] = tensor
+        elif "lora_" in label:
+            raise UnsupportedError(
+                f"{tensor.source} is no tensor of LoRA or DoRA that llmc merges",
+                remedy="merge it with PEFT (merge_and_unload) and give the merged model",
+            )
+        else:
+            replaced[label.replace(".modules_to_save.", ".")] = tensor
+    changes = {module: _change(module, parts, config) for module, parts in modules.items()}
+    if not changes and not replaced:
+        raise InputError(f"--lora {folder.name} holds no tensors", remedy=_AGAIN)
+    return Adapter(folder.name, changes, replaced)
+
+
+def _check_kind(name: str, config: Mapping[str, Any]) -> None:
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise UnsupportedError(f"--lora {name} is an adapter of kind {kind!r}", remedy="give a LoRA adapter")
+    start = str(config.get("init_lora_weights", True)).lower()
+    if start.startswith(_CHANGED_BASE):
+        raise UnsupportedError(
+            f"--lora {name} was made with init_lora_weights={start!r}, which changes the base model",
+            remedy="convert it to plain LoRA in PEFT (path_initial_model_for_weight_conversion)",
+        )
+
+
+def _check_values(tensor: LazyTensor) -> None:
+    if tensor.dtype not in _DTYPES:
+        raise InputError(f"{tensor.source} is {tensor.dtype}, no float", remedy=_AGAIN)
+    for rows in read_chunks(tensor):
+        if not np.isfinite(rows.astype(np.float32)).all():
+            raise InputError(f"{tensor.source} holds NaN or infinite values", remedy=_AGAIN)
+
+
+def _change(module: str, parts: Mapping[str, LazyTensor], config: Mapping[str, Any]) -> LowRank:
+    embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
+    names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
+    for name in names:
+        if name not in parts:
+            other = next(iter(parts.values()))
+            raise InputError(f"{other.source} has no {name} beside it", remedy=_AGAIN)
+    a, b = parts[names[0]], parts[names[1]]
+    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or a.shape[0] < 1:
+        raise InputError(
+            f"{a.source} {list(a.shape)} and {b.source} {list(b.shape)} are no factors of a matrix",
+            remedy="llmc merges adapters of linear layers and embeddings",
+        )
+    rank = _by_pattern(module, config, "r", "rank_pattern")
+    if rank != a.shape[0]:
+        raise InputError(
+            f"{a.source} has the rank {a.shape[0]}, adapter_config.json says {rank:g}", remedy=_AGAIN
+        )
+    alpha = _by_pattern(module, config, "lora_alpha", "alpha_pattern")
+    scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    transposed = embedding or bool(config.get("fan_in_fan_out"))
+    magnitude = parts.get("lora_magnitude_vector")
+    if magnitude is not None and transposed:
+        raise UnsupportedError(
+            f"{magnitude.source}: DoRA of an embedding or a transposed weight is not merged",
+            remedy="merge it with PEFT (merge_and_unload) and give the merged model",
+        )
+    return LowRank(a, b, scaling, transposed, magnitude, parts.get("lora_B.bias"))
+
+
+def _by_pattern(module: str, config: Mapping[str, Any], key: str, patterns: str) -> float:
+    """A number of the configuration, by the first pattern that ends the module's name, as PEFT has it."""
+    rules = config.get(patterns) or {}
+    value = config.get(key)
+    if isinstance(rules, Mapping):
+        for pattern, special in rules.items():
+            if (
+                len(pattern) > 200
+                or _DANGEROUS.search(pattern)
+                or pattern.count("*") + pattern.count("+") > 4
+            ):
+                raise UnsupportedError(
+                    f"{patterns} of the adapter has the pattern {pattern[:60]!r}, which is not evaluated",
+                    remedy="write module names there",
+                )
+            try:
+                matches = re.match(rf"(.*\.)?({pattern})$", module)
+            except re.error:
+                raise InputError(f"{patterns} has the pattern {pattern!r}", remedy=_AGAIN) from None
+            if matches:
+                value = special
+                break
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise InputError(f"adapter_config.json: {key} is {value!r}, no number", remedy=_AGAIN)
+    if key == "r" and value < 1:
+        raise InputError(f"adapter_config.json: r is {value}, no rank", remedy=_AGAIN)
+    return float(value)

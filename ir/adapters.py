@@ -1,0 +1,48 @@
+"""Adapters: small changes of a model's weights, published apart from it. Only what they consist of; reading
+them is the frontend's, merging them a pass's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .weights import LazyTensor
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """A weight's change: scaling · B A (LoRA, Hu et al. 2021, section 4.1).
+
+    Attributes:
+        a: [r, K]. b: [N, r]. bias: [N], added to the layer's bias after scaling, or None.
+        scaling: alpha / r, or alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023).
+        transposed: the weight is [K, N] (fan_in_fan_out, and embeddings: [V, D] changed by (B A)ᵀ).
+        magnitude: [N] of DoRA (Liu et al. 2024, section 4): rows of weight + change are scaled to these
+            norms; None for LoRA.
+    """
+
+    a: LazyTensor
+    b: LazyTensor
+    scaling: float
+    transposed: bool = False
+    magnitude: LazyTensor | None = None
+    bias: LazyTensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """One adapter.
+
+    Attributes:
+        name: for people: its folder's name.
+        changes: by the name of the module that is changed ("model.layers.0.self_attn.q_proj").
+        replaced: whole tensors in the place of the model's, by parameter name.
+    """
+
+    name: str
+    changes: Mapping[str, LowRank]
+    replaced: Mapping[str, LazyTensor]
+
+    def __str__(self) -> str:
+        return self.name

@@ -1,0 +1,1 @@
+"""Passes that change what a model's weights are: adapters."""

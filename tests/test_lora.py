@@ -1,0 +1,220 @@
+"""--lora: adapters merged as PEFT merges them, over floats and NF4; what belongs to another model is named.
+
+PEFT's merge_and_unload is the oracle. Every adapter matrix is drawn at random: B starts at zero in PEFT, and
+would test nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from llmc.codegen.adapters import LoraOption
+from llmc.frontend.lora import read_adapter
+from llmc.frontend.source import open_source
+from llmc.frontend.trace import trace_source
+from llmc.ir.core import Graph
+from llmc.ir.errors import InputError, UnsupportedError
+from llmc.ir.weights import quantized_of
+from llmc.passes.adapt.lora import MergeLora
+from llmc.passes.base import PassContext
+from llmc.passes.manager import run_passes
+from safetensors.numpy import load_file, save_file
+
+from .graphs import logits_of, worst
+from .models import ids_of, reference_logits, save_tiny, tiny_model
+from .quantized_files import save_bnb, save_gptq
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT still calls what transformers deprecates
+peft = pytest.importorskip("peft")
+
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {"target_modules": ["q_proj", "v_proj", "down_proj"]},
+    "rslora": {"target_modules": ["o_proj"], "use_rslora": True},
+    "patterns": {
+        "target_modules": ["q_proj", "k_proj", "up_proj"],
+        "rank_pattern": {"k_proj": 2, "layers.0.mlp.up_proj": 5},
+        "alpha_pattern": {"up_proj": 3, r"layers\.1\.self_attn\.q_proj": 32},
+    },
+    "embedding": {"target_modules": ["embed_tokens", "gate_proj"]},
+    "dora": {"target_modules": ["q_proj", "down_proj"], "use_dora": True},
+    "saved modules": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]},
+}
+
+
+def adapter(model: Any, folder: Path, **options: Any) -> Any:
+    """PEFT's model over `model` with every adapter weight drawn, saved to a folder."""
+    config = peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **options)
+    adapted = peft.get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in sorted(adapted.named_parameters()):
+            if "lora_" in name:
+                drawn = torch.randn(parameter.shape, generator=generator) * 0.2
+                parameter.add_(drawn) if "magnitude" in name else parameter.copy_(drawn)
+            elif "modules_to_save" in name:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    adapted.save_pretrained(str(folder))
+    return adapted
+
+
+def merged(folder: Path, *options: str) -> Graph:
+    parsed = [LoraOption.parse(text) for text in options]
+    passes = [MergeLora(read_adapter(one.path), one.scale) for one in parsed]
+    return run_passes(trace_source(open_source(folder)), passes, PassContext())[0]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("qwen2", tmp_path_factory.mktemp("base"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merged_as_peft_merges(kind: str, base: Path, tmp_path: Path) -> None:
+    adapted = adapter(tiny_model("qwen2"), tmp_path, **KINDS[kind])
+    ids = ids_of(19)
+    wanted = reference_logits(adapted.merge_and_unload(), ids)
+    assert worst(wanted, reference_logits(tiny_model("qwen2"), ids)) > 1e-2
+    assert worst(logits_of(merged(base, str(tmp_path)), ids), wanted) < 2e-5
+
+
+def test_transposed_weights(tmp_path: Path) -> None:
+    """GPT-2's layers are [K, N], and c_proj is square in its attention."""
+    base = save_tiny("gpt2", tmp_path / "base")
+    adapted = adapter(
+        tiny_model("gpt2"), tmp_path / "a", target_modules=["c_attn", "c_proj"], fan_in_fan_out=True
+    )
+    wanted = reference_logits(adapted.merge_and_unload(), ids_of(9))
+    assert worst(logits_of(merged(base, str(tmp_path / "a")), ids_of(9)), wanted) < 2e-5
+
+
+def test_two_adapters_and_a_scale(base: Path, tmp_path: Path) -> None:
+    one = adapter(tiny_model("qwen2"), tmp_path / "one", target_modules=["q_proj"])
+    name = "model.layers.1.self_attn.q_proj.weight"
+    plain = dict(tiny_model("qwen2").named_parameters())[name].detach()
+    change = dict(one.merge_and_unload().named_parameters())[name].detach() - plain
+    graph = merged(base, f"{tmp_path / 'one'}:-0.5", f"{tmp_path / 'one'}:2")
+    data = graph.weights[name].weight
+    assert data is not None
+    np.testing.assert_allclose(data.read(), (plain + 1.5 * change).numpy(), atol=2e-6)
+    np.testing.assert_array_equal(np.concatenate([data.read(0, 7), data.read(7)]), data.read())
+
+
+def test_merged_before_quantizing_and_named_in_the_artifact(base: Path, tmp_path: Path) -> None:
+    from llmc.codegen.driver import compile_model
+
+    adapter(tiny_model("qwen2"), tmp_path / "one", target_modules=["q_proj"])
+    made = [
+        compile_model(base, tmp_path / f"{i}.llmc", targets=["null"], quant="int4-g32", lora=lora).artifact
+        for i, lora in enumerate([[], [f"{tmp_path / 'one'}:0.5"]])
+    ]
+    assert made[1].manifest["command"][-2:] == ["--lora", "one:0.5"]
+    assert "--lora" not in made[0].manifest["command"]
+
+
+def test_over_nf4_it_is_quantized_again(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    import bitsandbytes.functional as bnb
+
+    base = save_tiny("llama", tmp_path / "base")
+    values = save_bnb(base)
+    adapted = adapter(tiny_model("llama"), tmp_path / "one", target_modules=["q_proj"])
+    graph = merged(base, str(tmp_path / "one"))
+    name = "model.layers.0.self_attn.q_proj.weight"
+    layer = adapted.base_model.model.model.layers[0].self_attn.q_proj
+    wanted = values[name] + layer.get_delta_weight("default").detach().numpy()
+    data = graph.weights[name].weight
+    assert data is not None
+    np.testing.assert_allclose(data.read(), wanted, atol=2e-6)
+    parts = quantized_of(data)
+    assert parts is not None and parts.quant.codebook == "nf4"
+    codes, _ = bnb.quantize_4bit(torch.from_numpy(data.read()), quant_type="nf4", compress_statistics=True)
+    flat = parts.codes.read().reshape(-1)
+    np.testing.assert_array_equal(flat[::2] << 4 | flat[1::2], codes.numpy().reshape(-1))
+
+
+def test_over_another_grid_it_becomes_floats_and_that_is_said(tmp_path: Path) -> None:
+    base = save_tiny("llama", tmp_path / "base")
+    save_gptq(base)
+    adapter(tiny_model("llama"), tmp_path / "one", target_modules=["q_proj"])
+    source = trace_source(open_source(base))
+    result = MergeLora(read_adapter(tmp_path / "one")).run(source, PassContext())
+    assert result.notes == ["adapter one: 2 quantized weights became floats"]
+
+
+def edit(folder: Path, **config: Any) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+
+
+def test_bad_adapters(base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "one"
+    adapter(tiny_model("qwen2"), folder, target_modules=["q_proj"])
+    tensors = load_file(folder / "adapter_model.safetensors")
+    label = "base_model.model.model.layers.0.self_attn.q_proj"
+
+    def saved(**changes: Any) -> None:
+        new = {n.replace("q_proj", changes.pop("rename", "q_proj")): t for n, t in tensors.items()}
+        save_file(
+            {**new, **{f"{label}.{n}.weight": v for n, v in changes.items()}},
+            folder / "adapter_model.safetensors",
+        )
+
+    saved(rename="w_proj")
+    with pytest.raises(
+        InputError, match=r"adapter_model.safetensors:.*changes model.layers.0.self_attn.w_proj"
+    ):
+        merged(base, str(folder))
+    saved(lora_A=np.ones((4, 9), np.float32))
+    with pytest.raises(InputError, match=r"changes a weight of \[64, 9\], model.layers.0.self_attn.q_proj"):
+        merged(base, str(folder))
+    saved(lora_A=np.ones((3, 64), np.float32))
+    with pytest.raises(InputError, match="are no factors of a matrix"):
+        read_adapter(folder)
+    saved(lora_A=np.full((4, 64), np.nan, np.float32))
+    with pytest.raises(InputError, match=r"lora_A\.weight holds NaN"):
+        read_adapter(folder)
+    saved(lora_A=np.ones((4, 64), np.int64))
+    with pytest.raises(InputError, match="is int64, no float"):
+        read_adapter(folder)
+    saved()
+    for config, reason in (
+        ({"r": 7}, "has the rank 4, adapter_config.json says 7"),
+        ({"r": 0}, "r is 0, no rank"),
+        ({"lora_alpha": "x"}, "lora_alpha is 'x', no number"),
+        ({"alpha_pattern": {"(": 3}}, r"has the pattern '\('"),
+    ):
+        kept = (folder / "adapter_config.json").read_text()
+        edit(folder, **config)
+        with pytest.raises(InputError, match=reason):
+            read_adapter(folder)
+        (folder / "adapter_config.json").write_text(kept)
+    for config, reason in (
+        ({"peft_type": "IA3"}, "of kind 'IA3'"),
+        ({"init_lora_weights": "pissa_niter_4"}, "changes the base model"),
+        ({"rank_pattern": {"(a+)+": 3}}, "which is not evaluated"),
+    ):
+        kept = (folder / "adapter_config.json").read_text()
+        edit(folder, **config)
+        with pytest.raises(UnsupportedError, match=reason):
+            read_adapter(folder)
+        (folder / "adapter_config.json").write_text(kept)
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(InputError, match="only a pickle file"):
+        read_adapter(folder)
+    with pytest.raises(InputError, match=r"no adapter_config\.json there"):
+        read_adapter(tmp_path)
+
+
+def test_options(tmp_path: Path) -> None:
+    (tmp_path / "a:2").mkdir()
+    assert LoraOption.parse("a") == LoraOption(Path("a"))
+    assert LoraOption.parse("a:0.5") == LoraOption(Path("a"), 0.5)
+    assert LoraOption.parse("a:b") == LoraOption(Path("a:b"))
+    assert LoraOption.parse(str(tmp_path / "a:2")) == LoraOption(tmp_path / "a:2")
+    with pytest.raises(InputError, match="nan is no scale"):
+        LoraOption.parse("a:nan")
