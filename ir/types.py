@@ -158,7 +158,7 @@ class Quantization:
 
     zero_point               w[n, k], g = k // group_size
     none (symmetric)         scale[n, g] · (q - 2^(bits-1))
-    uint8                    scale[n, g] · (q - zero_point[n, g])
+    uint8, below 2^bits      scale[n, g] · (q - zero_point[n, g])
     float16 or float32       scale[n, g] · q + zero_point[n, g]         GGML's minimum: Q4_1, Q4_K, ...
     none, with a codebook    scale[n, g] · CODEBOOK[q]                  `codebooks.py`; counts as symmetric
 
