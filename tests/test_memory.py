@@ -1,0 +1,121 @@
+"""--max-ram: sizes, what is predicted, what is refused, and the watch over the process tree."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from llmc.codegen.driver import compile_model
+from llmc.codegen.memory import Peak, check_peak, parse_size, predict_peak, size_text, tree_bytes, watched
+from llmc.frontend.source import open_source
+from llmc.frontend.trace import trace_source
+from llmc.ir.errors import CompileError, InputError
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+HOLD = "import sys, time; held = bytearray({bytes}); print('held', flush=True); time.sleep(60)"
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("1.5GB", 1_500_000_000),
+        ("4GiB", 4 << 30),
+        ("4 gib", 4 << 30),
+        ("800M", 800_000_000),
+        ("512Ki", 512 << 10),
+        ("2t", 2 * 10**12),
+        ("900000000", 900_000_000),
+    ],
+)
+def test_sizes_are_decimal_and_with_an_i_binary(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "1.5.2GB", "1XB", "4iB", "1e9", "four"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match=r"is no size; write 1\.5GB"):
+        parse_size(text)
+
+
+def test_a_printed_size_is_no_smaller_than_the_size_and_is_read_back() -> None:
+    for size in (1, 999_999, 1_000_001, 1_499_999_999):
+        assert size <= parse_size(size_text(size)) < size + 10**6
+
+
+def predicted(folder: Path, **changes: Any) -> Peak:
+    options = {"vocabulary": 384, "length": 256, "calibrated": True, "measured": True, "kernels": True}
+    return predict_peak(trace_source(open_source(folder)), **{**options, **changes})
+
+
+def test_the_peak_grows_with_what_is_done(tiny_folder: Any) -> None:
+    folder = tiny_folder("llama")
+    all_ = predicted(folder)
+    assert set(all_.phases) == {"tokenizer", "kernels", "quantizing", "verdict"}
+    plain = predicted(folder, calibrated=False, measured=False)
+    assert set(plain.phases) == {"tokenizer", "kernels"}
+    assert predicted(folder, kernels=False).phases["kernels"] < all_.phases["kernels"]
+    assert predicted(folder, vocabulary=500_000).phase == "tokenizer"
+    assert predicted(folder, length=2048).phases["quantizing"] > all_.phases["quantizing"]
+    assert predicted(tiny_folder("gpt2")).phases["quantizing"] > 10**8  # weights as [K, N]
+
+
+def test_a_cap_below_the_peak_is_refused_with_the_smallest_that_fits() -> None:
+    peak = Peak({"tokenizer": 700_000_000, "quantizing": 1_200_000_001})
+    said: list[str] = []
+    check_peak(peak, 1_300_000_000, said.append)
+    check_peak(peak, None, said.append)
+    assert said == [
+        "predicted peak of memory: 1201MB of 1300MB (--max-ram), while: quantizing",
+        "predicted peak of memory: 1201MB, while: quantizing",
+    ]
+    with pytest.raises(InputError, match=r"--max-ram 1200MB is less than .* 1201MB .*give --max-ram 1201MB"):
+        check_peak(peak, 1_200_000_000, said.append)
+    assert len(said) == 3  # told before it is refused
+
+
+def test_a_compilation_that_cannot_fit_leaves_nothing(tiny_folder: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--max-ram 100MB is less than this compilation takes"):
+        compile_model(tiny_folder("llama"), tmp_path / "a.llmc", targets=["null"], max_ram=100_000_000)
+    assert list(tmp_path.iterdir()) == []
+
+
+@linux
+def test_the_memory_of_children_counts() -> None:
+    command = [sys.executable, "-c", HOLD.format(bytes=200 << 20)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "held\n"
+        alone = tree_bytes(child.pid)
+        import os
+
+        both = tree_bytes(os.getpid())
+        child.kill()
+    assert alone > 200 << 20
+    assert both > alone
+
+
+@linux
+def test_a_tree_that_outgrows_its_cap_is_stopped() -> None:
+    command = [sys.executable, "-c", HOLD.format(bytes=300 << 20)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
+        try:
+            with (
+                pytest.raises(CompileError, match=r"memory reached \d+MB, above --max-ram 150MB: stopped"),
+                watched(150_000_000, child.pid),
+            ):
+                time.sleep(50)
+        finally:
+            child.kill()
+
+
+@linux
+def test_a_tree_below_its_cap_is_left_alone_and_a_real_interrupt_stays_one() -> None:
+    with watched(1 << 50):
+        time.sleep(0.2)
+    with pytest.raises(KeyboardInterrupt), watched(1 << 50):
+        raise KeyboardInterrupt
