@@ -48,9 +48,9 @@ means x [T, width] → out [T, width]; heads > 0 normalises each head: x [T, hea
 heads, width].
 
 The physical order inside a page is pages[0, page, head] = keys as [head_dim, 16 tokens] and pages[1, page,
-head] = values as [16 tokens, head_dim]; `KV_LAYOUT` names it for the manifest. Where `kv_dtype` is int8, these
-are codes, the last axis is head_dim + 4, and 16 float32 scales follow. To copy a page is pages[:, dst] =
-pages[:, src].
+head] = values as [16 tokens, head_dim]; `KV_LAYOUT` names it for the manifest. Where `kv_dtype` is int8,
+these are codes, the last axis is head_dim + 4, and 16 float32 scales follow. To copy a page is pages[:, dst]
+= pages[:, src].
 """
 
 from __future__ import annotations
