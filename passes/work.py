@@ -28,6 +28,7 @@ import numpy as np
 
 from ..ir.dtypes import from_numpy, to_numpy
 from ..ir.errors import InputError
+from ..ir.weights import ArrayTensor
 
 Array = np.ndarray[Any, Any]
 
@@ -41,6 +42,7 @@ _CHUNK = 8 << 20
 _PIECE = ".piece"
 _PARTIAL = ".partial"
 _SCRATCH = "scratch"
+_ADVISE_DROP: int | None = getattr(mmap, "MADV_DONTNEED", None)
 
 
 class WorkFolder:
@@ -141,6 +143,26 @@ class WorkFolder:
 
     def _file(self, name: str) -> Path:
         return self.path / (_checked(name) + _PIECE)
+
+
+class PieceTensor(ArrayTensor):
+    """An array of a mapped piece as a lazy tensor: rows are copied, and their pages given back, so that a
+    weight file made of all pieces takes the memory of one chunk.
+    """
+
+    def __init__(self, view: Array, source: str) -> None:
+        super().__init__(view, source)
+        self._view = view
+        base: Any = view
+        while isinstance(base, np.ndarray):
+            base = base.base
+        self._map: Any = base.obj if isinstance(base, memoryview) else None
+
+    def read(self, start: int = 0, stop: int | None = None) -> Array:
+        rows = np.array(self._view if not self.shape else self._view[start:stop], order="C")
+        if isinstance(self._map, mmap.mmap) and _ADVISE_DROP is not None:
+            self._map.madvise(_ADVISE_DROP)
+        return rows
 
 
 def _checked(name: str) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 from llmc.ir.errors import InputError
-from llmc.passes.work import KEY, MARKER, WorkFolder
+from llmc.passes.work import KEY, MARKER, PieceTensor, WorkFolder
 
 KEY_A = {"scheme": "gptq-int4-g32", "model": "aa", "calibration": "cc"}
 
@@ -135,3 +136,21 @@ def test_an_empty_folder_is_not_kept(tmp_path: Path) -> None:
     assert work.done("layer.0")
     work.close(keep=False)
     assert not work.path.exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_rows_of_a_mapped_piece_take_no_memory_once_read(tmp_path: Path) -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    rows = np.arange(64 << 20, dtype=np.uint8).reshape(1024, -1)
+    work = WorkFolder.open(tmp_path / "w", KEY_A, resume=False)
+    work.save("layer.0", {"q": rows, "scalar": np.array(2.5, np.float32)})
+    views = work.load("layer.0", mapped=True)
+    lazy = PieceTensor(views["q"], "q(w)")
+    before = resident()
+    assert all(np.array_equal(lazy.read(i, i + 8), rows[i : i + 8]) for i in range(0, 1024, 8))
+    assert resident() - before < 16 << 20
+    assert lazy.shape == (1024, 65536) and lazy.dtype == "uint8" and lazy.read().flags.owndata
+    assert PieceTensor(views["scalar"], "s").read() == 2.5
+    assert np.array_equal(PieceTensor(rows, "plain").read(3, 5), rows[3:5])

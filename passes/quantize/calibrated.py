@@ -22,10 +22,9 @@ import numpy as np
 from ...ir.core import Graph, Value
 from ...ir.errors import CompileError, InputError
 from ...ir.types import Quantization
-from ...ir.weights import ArrayTensor
 from ..base import PassContext
 from ..calibration import Calibration, too_few_tokens
-from ..work import WorkFolder
+from ..work import PieceTensor, WorkFolder
 from .attach import attach_quantized, is_quantizable
 from .blocks import Activations, Segment, read_weight, segment_weights, split_blocks
 from .gptq import Coded
@@ -232,8 +231,8 @@ def attach_walked(graph: Graph, found: Walked) -> None:
             graph,
             weight,
             quant,
-            ArrayTensor(parts["q"], f"q({weight.name})"),
-            ArrayTensor(parts["scale"], f"scale({weight.name})"),
-            None if grid.symmetric else ArrayTensor(parts["zero"], f"zero_point({weight.name})"),
+            PieceTensor(parts["q"], f"q({weight.name})"),
+            PieceTensor(parts["scale"], f"scale({weight.name})"),
+            None if grid.symmetric else PieceTensor(parts["zero"], f"zero_point({weight.name})"),
         )
     graph.drop_dead()
