@@ -26,8 +26,8 @@ from llmc.ir.weights import ArrayTensor
 from llmc.passes.base import Pass, PassContext
 from llmc.passes.quantize import walk
 from llmc.passes.quantize.rtn import dequantize, quantize_rtn
+from llmc.passes.quantize.scheme import weight_passes
 from llmc.passes.quantize.walk import QuantizedPart, QuantizedWeight, QuantizeRtn
-from llmc.passes.registry import quantization_passes
 
 from .graphs import PagedRun, lowered, opnames, traced
 from .models import ids_of, tiny_model
@@ -181,26 +181,31 @@ def tied_model(head_first: bool = False) -> Graph:
 
 
 def scheme(name: str) -> list[Pass]:
-    return quantization_passes(name)
+    """Linear layers by the scheme, embeddings and head at 8 bits."""
+    return weight_passes(name)
+
+
+def quantize(graph: Graph, name: str) -> None:
+    for step in scheme(name):
+        step.run(graph, PassContext())
+        graph.stage = "quantized"
 
 
 def test_a_tied_embedding_is_quantized_once_at_eight_bits() -> None:
     g = tied_model()
-    result = scheme("int4-g16")[0].run(g, PassContext())
-    assert result.changed
-    g.stage = "quantized"
+    quantize(g, "int4-g16")
     verify(g)
     tables = [op for op in g if isinstance(op, QuantizedEmbedding | QuantizedLinear)]
     embedding, inner, head = tables
     assert isinstance(embedding, QuantizedEmbedding) and embedding.q is head.q
-    assert head.q.type.quant == Quantization(8, 16, True)
+    assert head.q.type.quant == Quantization(8, 48, True)
     assert inner.q.type.quant == Quantization(4, 16, False)
     assert sorted(g.weights) == ["embed.q", "embed.scale", "inner.q", "inner.scale", "inner.zero_point"]
 
 
 def test_a_head_behind_a_soft_cap_is_found() -> None:
     g = tied_model(head_first=True)
-    QuantizeRtn(bits=4, group=16).run(g, PassContext())
+    quantize(g, "int4-g16")
     bits = {op.q.name: op.q.type.quant.bits for op in g if isinstance(op, QuantizedLinear) if op.q.type.quant}
     assert bits == {"inner.q": 4, "head.q": 8}
 
@@ -220,7 +225,7 @@ def test_nothing_to_quantize_is_said() -> None:
     g.outputs, g.output_names = [g.append(Tanh(x)).result], ["y"]
     result = QuantizeRtn().run(g, PassContext())
     assert not result.changed
-    assert result.notes == ["no linear layer or embedding was found to quantize"]
+    assert result.notes == ["no linear layer was found to quantize"]
 
 
 @pytest.mark.parametrize("name", ["int8", "int4", "int4-g8", "int4-g32-sym", "int4-g1024"])
@@ -228,15 +233,15 @@ def test_quantized_graph_means_its_dequantized_weights(name: str) -> None:
     """The interpreter on quantized weights equals the plain graph on the weights they stand for."""
     g = tied_model()
     plain = g.clone()
-    (step,) = scheme(name)
-    step.run(g, PassContext())
+    step = scheme(name)[0]
+    quantize(g, name)
     assert equal(parse(print_graph(g)), g)
     assert isinstance(step, QuantizeRtn)
     for label, value in plain.weights.items():
         assert value.weight is not None
         w = value.weight.read()
         bits, symmetric = (8, True) if label == "embed" else (step.bits, step.symmetric)
-        group = min(step.group or w.shape[1], w.shape[1])
+        group = min(64 if label == "embed" else step.group or w.shape[1], w.shape[1])
         q = quantize_rtn(w, bits=bits, group_size=group, symmetric=symmetric)
         value.weight = ArrayTensor(dequantize(q, bits=bits, group_size=group), label)
     ids = torch.arange(50, dtype=torch.int32)
@@ -259,7 +264,7 @@ def test_unknown_schemes(name: str, sentence: str) -> None:
     assert scheme("none") == []
 
 
-@pytest.mark.parametrize("options", [{"bits": 9}, {"bits": 1}, {"head_bits": 16}, {"group": -1}])
+@pytest.mark.parametrize("options", [{"bits": 9}, {"bits": 1}, {"group": -1}])
 def test_impossible_options(options: dict[str, int]) -> None:
     with pytest.raises(LlmcError, match=next(iter(options))):
         QuantizeRtn(**options)

@@ -32,7 +32,7 @@ from llmc.passes.quantize.awq import (
     scaled_error,
     search_scale,
 )
-from llmc.passes.quantize.awq_pass import ActivationAware, QuantizeAwq
+from llmc.passes.quantize.awq_pass import ActivationAware, QuantizeAwq, ScaleChannels
 from llmc.passes.quantize.grid import Grid
 from llmc.passes.quantize.rtn import dequantize, quantize_rtn
 from llmc.passes.quantize.walk import QuantizeRtn
@@ -221,6 +221,16 @@ def test_the_pass_beats_round_to_nearest_where_channels_differ() -> None:
     assert relative_error(awq, source) < 0.8 * relative_error(rtn, source)
 
 
+def test_scales_alone_keep_the_function_and_help_rounding() -> None:
+    source = outlier_graph()
+    scaled, rtn = source.clone(), source.clone()
+    assert ScaleChannels(4, 16).run(scaled, PassContext(calibration=calibration())).changed
+    assert scaled.stage == "fused" and relative_error(scaled, source) < 1e-4
+    for graph in (scaled, rtn):
+        QuantizeRtn(4, 16).run(graph, PassContext())
+    assert relative_error(scaled, source) < 0.9 * relative_error(rtn, source)
+
+
 def weights_of(graph: Graph) -> dict[str, Array]:
     return {name: v.weight.read() for name, v in graph.weights.items() if v.weight is not None}
 
@@ -284,7 +294,7 @@ def test_schemes(scheme: str, expected: QuantizeAwq) -> None:
 def test_bad_options() -> None:
     with pytest.raises(InputError, match="group size 12"):
         ActivationAware().passes("awq-int4-g12")
-    for options in ({"bits": 1}, {"group": 0}):
+    for options in ({"bits": 1}, {"group": -1}):
         with pytest.raises(InputError, match=next(iter(options))):
             QuantizeAwq(**options)
     with pytest.raises(InputError, match="needs text to calibrate on"):

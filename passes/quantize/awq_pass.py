@@ -87,8 +87,7 @@ class _Walk:
 class QuantizeAwq(Pass):
     """AWQ: activation-aware scales of input channels, absorbed by the op before, then clipped rounding.
 
-    Options: `bits` of linear layers; `group` along K; `symmetric`; `scale`: whether to search scales; `clip`:
-    whether to shrink ranges.
+    Options: `bits` of linear layers; `group` along K, 0 for whole rows; `symmetric`.
     """
 
     name = "quantize-awq"
@@ -102,15 +101,24 @@ class QuantizeAwq(Pass):
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
             raise InputError(f"pass {self.name}: bits={self.bits}", remedy="use 2 to 8 bits")
-        if self.group < 1:
-            raise InputError(f"pass {self.name}: group={self.group}", remedy="use 1 or more")
+        if self.group < 0:
+            raise InputError(f"pass {self.name}: group={self.group}", remedy="use 0 (whole rows) or more")
 
     def run(self, graph: Graph, context: PassContext) -> PassResult:
+        walk = self._walk(graph, context)
+        for weight, rounded in walk.found.items():
+            _attach(walk, weight, rounded)
+        graph.drop_dead()
+        return PassResult(graph, bool(walk.found), list(walk.refusals))
+
+    def _walk(self, graph: Graph, context: PassContext) -> _Walk:
+        """Scales found and absorbed, grids chosen, nothing attached yet."""
         calibration = need_calibration(context, self.name)
         give_norms_weights(graph)
         walk = _Walk(graph, self._grids(graph, context))
         if not walk.bits:
-            return PassResult(graph, False, ["no linear layer was found to quantize"])
+            walk.refusals["no linear layer was found to quantize"] = None
+            return walk
         with tempfile.TemporaryDirectory() as spare:
             folder = Path(spare) if context.work is None else context.work.scratch("awq")
             activations = Activations(folder)
@@ -120,10 +128,7 @@ class QuantizeAwq(Pass):
                 context.progress(f"awq {block.name}", i / len(blocks))
                 _block(walk, block, activations, context.work, f"awq.{i}")
             activations.close()
-        for weight, rounded in walk.found.items():
-            _attach(walk, weight, rounded)
-        graph.drop_dead()
-        return PassResult(graph, True, list(walk.refusals))
+        return walk
 
     def _grids(self, graph: Graph, context: PassContext) -> dict[Value, Grid]:
         """The grid of each weight that is to be quantized: linear layers, not the head."""
@@ -134,8 +139,23 @@ class QuantizeAwq(Pass):
                 k = weight.shape[1]
                 assert isinstance(k, int)
                 bits = context.bits.get(weight.name, self.bits)
-                found[weight] = Grid(bits, min(self.group, k), self.symmetric)
+                found[weight] = Grid(bits, min(self.group or k, k), self.symmetric)
         return found
+
+
+@dataclass(frozen=True)
+class ScaleChannels(QuantizeAwq):
+    """AWQ's scales of input channels alone, absorbed; weights stay floats for the quantizer that follows.
+
+    Options: those of the grid that will follow.
+    """
+
+    name = "scale-channels"
+    ensures = None
+
+    def run(self, graph: Graph, context: PassContext) -> PassResult:
+        walk = self._walk(graph, context)
+        return PassResult(graph, bool(walk.found), list(walk.refusals))
 
 
 def _attach(walk: _Walk, weight: Value, rounded: Rounded) -> None:
