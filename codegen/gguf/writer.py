@@ -121,10 +121,10 @@ def _scalar(value: Any) -> tuple[int, bytes]:
 def _array(items: Any) -> bytes:
     if isinstance(items, np.ndarray):
         return struct.pack("<IQ", _ELEMENTS[items.dtype.name], items.size) + items.tobytes()
-    if items and isinstance(items[0], str):
+    if not items or isinstance(items[0], str):  # an empty list is one of strings: numbers are numpy arrays
         return struct.pack("<IQ", _STRING, len(items)) + b"".join(_text(one) for one in items)
-    kind = "bool" if items and isinstance(items[0], bool) else "int32"
-    if items and any(isinstance(one, float) for one in items):
+    kind = "bool" if isinstance(items[0], bool) else "int32"
+    if any(isinstance(one, float) for one in items):
         kind = "float32"
     return _array(np.array(items, kind))
 
