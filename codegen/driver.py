@@ -453,9 +453,8 @@ def check_model(
     """
     asked = Plan.make(targets, quant, kv_dtype, (), quant_head, bits_per_weight)
     plan = replace(asked, quantize=tuple(without_calibration(asked.quantize)))
-    files = str(model).endswith(".gguf") or (
-        quant == "keep" and Path(model).is_dir()
-    )  # whose grids are asked
+    # "keep" asks for the grids of the weights, which stand in the files.
+    files = str(model).endswith(".gguf") or (quant == "keep" and Path(model).is_dir())
     source = open_source(model, config_only=not files)
     length = _context(source, context)
     graph = trace(source, None)
