@@ -247,9 +247,10 @@ def _twins(p: _Part, q: _Part) -> dict[Value, Value] | None:
 
 def _error(pairs: Iterable[tuple[list[torch.Tensor], list[torch.Tensor]]]) -> float | None:
     """Relative error over (source's values, quantized's values) of each sequence; tokens count alike, however
-    large they are (in many models the first one's values are a thousand times all others'). None of nothing.
+    large they are (in many models the first one's values are a thousand times all others'). Values that are
+    the same (tables of positions, masks) are not counted beside those that differ. None of nothing.
     """
-    total, count = 0.0, 0
+    total, differing, same = 0.0, 0, 0
     for source, quantized in pairs:
         for x, y in zip(source, quantized, strict=True):
             if not x.is_floating_point() or not x.ndim:
@@ -257,9 +258,11 @@ def _error(pairs: Iterable[tuple[list[torch.Tensor], list[torch.Tensor]]]) -> fl
             length = x.double().square().sum(-1)
             ratio = (y.double() - x.double()).square().sum(-1) / length.clamp(min=1e-30)
             ratio = ratio[length > 0]
-            total += float(ratio.sum())
-            count += ratio.numel()
-    return math.sqrt(total / count) if count else None
+            error = float(ratio.sum())
+            total += error
+            differing += ratio.numel() if error else 0
+            same += 0 if error else ratio.numel()
+    return math.sqrt(total / (differing or same)) if differing or same else None
 
 
 def _head_error(source: Head, quantized: Head, hidden: torch.Tensor, dims: Mapping[str, int]) -> float:
