@@ -1,0 +1,110 @@
+"""Published models beside llama.cpp: the same perplexity from the same file.
+
+llama.cpp multiplies quantized weights by activations that it rounds to 8 bits (Q8_0, Q8_K blocks), and keeps
+its cache in float16; ours here is float32 arithmetic on the dequantized values. `pytest -s -m slow
+tests/test_gguf_parity.py` prints the numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from llmc.codegen.calibrate import CalibrationOptions
+from llmc.codegen.driver import compile_model, trace
+from llmc.frontend.source import open_source
+from llmc.ir.interpreter import run
+from llmc.passes.base import Pass, PassContext
+from llmc.passes.manager import run_passes
+from llmc.passes.pipelines import canonicalize, fuse
+from llmc.passes.quantize.keep import KeepQuantized
+from llmc.passes.stage import MarkStage
+
+from .llama_cpp import LlamaCpp
+from .models import real_model
+
+WINDOW = 512
+
+
+def windows(path: Path, text: str, count: int) -> tuple[list[list[int]], list[np.ndarray]]:
+    """Windows of token ids, each beginning as llama.cpp begins a text, and llama.cpp's logits for them."""
+    with LlamaCpp(path, window=WINDOW) as model:
+        begin = model.tokenize("")
+        fresh = WINDOW - len(begin)
+        ids = model.tokenize(text[: count * WINDOW * 8])[len(begin) :]
+        cut = [begin + ids[i * fresh : (i + 1) * fresh] for i in range(count)]
+        assert len(cut[-1]) == WINDOW
+        return cut, [model.logits(one) for one in cut]
+
+
+def ours(path: Path, cut: Sequence[list[int]], *, keep: bool) -> list[np.ndarray]:
+    """Logits of the file through our graph; with `keep`, from the codes as the file stores them."""
+    steps: list[Pass] = [*canonicalize(), MarkStage(stage="canonical"), *fuse()]
+    graph, _ = run_passes(
+        trace(open_source(path), None), [*steps, *([KeepQuantized()] if keep else [])], PassContext()
+    )
+    found: list[np.ndarray] = []
+    weights: dict[str, Any] = {}
+    for ids in cut:
+        (logits,) = run(graph, {graph.inputs[0].name: torch.tensor([ids])}, keep_weights=weights)
+        found.append(logits[0].numpy())
+    return found
+
+
+def perplexity(logits: Sequence[np.ndarray], cut: Sequence[list[int]]) -> float:
+    total, count = 0.0, 0
+    for rows, ids in zip(logits, cut, strict=True):
+        scores = rows[:-1].astype(np.float64)
+        top = scores.max(1)
+        normaliser = top + np.log(np.exp(scores - top[:, None]).sum(1))
+        total += float((normaliser - scores[np.arange(len(scores)), ids[1:]]).sum())
+        count += len(scores)
+    return float(np.exp(total / count))
+
+
+def compare(name: str, path: Path, text: str, count: int, *, keep: bool) -> float:
+    """|llama.cpp's perplexity / ours - 1|"""
+    cut, theirs = windows(path, text, count)
+    a, b = perplexity(theirs, cut), perplexity(ours(path, cut, keep=keep), cut)
+    print(
+        f"\n{name}: llama.cpp {a:.4f}, ours {b:.4f}, {100 * (a / b - 1):+.3f} % ({count} x {WINDOW} tokens)"
+    )
+    return abs(a / b - 1)
+
+
+@pytest.fixture(scope="module")
+def text(shared_data: Path) -> str:
+    return (shared_data / "wikitext2_raw" / "wiki.test.raw").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["smollm2", "gemma3"])
+def test_a_kept_file_scores_as_in_llama_cpp(name: str, text: str) -> None:
+    assert compare(f"{name}, kept", real_model(name), text, 2, keep=True) <= 0.005
+
+
+@pytest.mark.slow
+def test_a_file_of_ours_scores_as_in_llama_cpp(text: str, tmp_path: Path) -> None:
+    artifact = compile_model(
+        real_model("smollm2"),
+        tmp_path / "out.llmc",
+        targets=["gguf"],
+        quant="gguf-q4_k_m",
+        calibration=CalibrationOptions(tokens=4096),
+    ).artifact
+    path = artifact.path(artifact.target("gguf")["model"])
+    assert compare("smollm2, gguf-q4_k_m", path, text, 4, keep=False) <= 0.002
+
+
+@pytest.mark.slow
+def test_floats_of_ours_score_as_in_llama_cpp(text: str, tmp_path: Path) -> None:
+    """Without quantization nothing but the cache's float16 differs."""
+    artifact = compile_model(
+        real_model("smollm2"), tmp_path / "out.llmc", targets=["gguf:floats=f32"]
+    ).artifact
+    path = artifact.path(artifact.target("gguf")["model"])
+    assert compare("smollm2, f32", path, text, 2, keep=False) <= 0.0005
