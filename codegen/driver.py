@@ -366,6 +366,7 @@ def _peak(source: ModelSource, graph: Graph, plan: Plan, context: int | None) ->
         calibrated=plan.calibrated,
         measured=is_measured(plan.quantize),
         kernels=any(t.name == "tvm-cpu" for t in plan.targets),
+        group=min((getattr(p, "group", 0) or 0 for p in plan.quantize if p.needs_calibration), default=0),
     )
 
 

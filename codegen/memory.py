@@ -35,8 +35,9 @@ IMPORTS_BYTES = 430_000_000
 TOKEN_BYTES = 1700
 CHUNK_BYTES = 96 << 20
 WORKER_BYTES = 400_000_000
-_MOMENTS = 8  # float32 [K, K] at once: two of the inputs, damped and permuted ones, factor and inverse
-_COPIES = 10  # float32 [N, K] at once: weight, target, codes, scales and zero points by column, …
+_MOMENTS = 9  # float32 [K, K] while one is factored: two of the inputs, damped and permuted ones, inverse
+_KEPT = 4  # of them while codes are made and scales refitted
+_COPIES = 18  # float32 [N, K] then: weight, target, codes, scales and zero points by column, candidates
 _HEAD_ROWS = 16384  # of the head at a time, with as many logits for each token of a sequence
 _EVERY = 0.05  # seconds between two looks
 
@@ -75,7 +76,14 @@ class Peak:
 
 
 def predict_peak(
-    graph: Graph, *, vocabulary: int, length: int, calibrated: bool, measured: bool, kernels: bool
+    graph: Graph,
+    *,
+    vocabulary: int,
+    length: int,
+    calibrated: bool,
+    measured: bool,
+    kernels: bool,
+    group: int = 0,
 ) -> Peak:
     """The peak of compiling a traced (or fused) graph.
 
@@ -84,6 +92,7 @@ def predict_peak(
         length: tokens of a calibration sequence.
         calibrated, measured: whether a pass calibrates, whether the verdict runs.
         kernels: whether a kernel compiler runs in a process of its own.
+        group: weights that share a scale, 0 for whole rows.
     """
     matrices = [w for w in graph.weights.values() if len(w.shape) == 2]
     largest = max((_bytes(w) for w in graph.weights.values()), default=0)
@@ -92,7 +101,7 @@ def predict_peak(
         "kernels": IMPORTS_BYTES + min(largest, CHUNK_BYTES) + (WORKER_BYTES if kernels else 0),
     }
     inner = [w for w in matrices if max(_sides(w)) < max(vocabulary, 1)]
-    layer = max((_layer_bytes(w, length) for w in inner), default=0)
+    layer = max((_layer_bytes(w, length, group) for w in inner), default=0)
     head = max((4 * _HEAD_ROWS * (min(_sides(w)) + 4 * length) for w in matrices), default=0)
     if calibrated:
         phases["quantizing"] = IMPORTS_BYTES + max(layer, head)
@@ -122,11 +131,14 @@ def _values(weight: Value, length: int) -> int:
     return 4 * (2 * n * k + 6 * length * (n + k))
 
 
-def _layer_bytes(weight: Value, length: int) -> int:
+def _layer_bytes(weight: Value, length: int, group: int) -> int:
     n, k = _sides(weight)
-    known = any(isinstance(u, Linear) for u in weight.users)
-    moments = k if known else max(n, k)  # before fusion a transposed weight does not tell which is K
-    return 4 * (_MOMENTS * moments * moments + _COPIES * n * k + 6 * length * (n + k))
+    if not any(isinstance(u, Linear) for u in weight.users):
+        k, n = max(n, k), min(n, k)  # before fusion a transposed weight does not tell which is K
+    groups = -(-k // group) if group else 1
+    factoring = _MOMENTS * k * k + 4 * n * k
+    refitting = _KEPT * k * k + _COPIES * n * k + 3 * n * groups * groups
+    return 4 * (max(factoring, refitting) + 6 * length * (n + k))
 
 
 def check_peak(peak: Peak, cap: int | None, say: Callable[[str], None]) -> None:

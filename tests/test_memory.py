@@ -60,6 +60,7 @@ def test_the_peak_grows_with_what_is_done(tiny_folder: Any) -> None:
     assert set(plain.phases) == {"tokenizer", "kernels"}
     assert predicted(folder, kernels=False).phases["kernels"] < all_.phases["kernels"]
     assert predicted(folder, vocabulary=500_000).phase == "tokenizer"
+    assert predicted(folder, group=1).phases["quantizing"] > predicted(folder).phases["quantizing"]
     assert predicted(folder, length=2048).phases["quantizing"] > all_.phases["quantizing"]
     assert predicted(tiny_folder("gpt2")).phases["quantizing"] > 10**8  # weights as [K, N]
 
@@ -119,3 +120,26 @@ def test_a_tree_below_its_cap_is_left_alone_and_a_real_interrupt_stays_one() -> 
         time.sleep(0.2)
     with pytest.raises(KeyboardInterrupt), watched(1 << 50):
         raise KeyboardInterrupt
+
+
+@linux
+@pytest.mark.slow
+def test_qwen_stays_below_a_cap_and_its_codes_do_not_depend_on_it(tmp_path: Path) -> None:
+    from llmc.codegen.artifact import Artifact
+
+    from .models import real_model
+    from .process_tree import run_measured
+
+    cap = 1_500_000_000
+    made: dict[str, Artifact] = {}
+    for name, more in (("capped", ["--max-ram", "1.5GB"]), ("free", [])):
+        out = tmp_path / name / "m.llmc"
+        command = [sys.executable, "-m", "llmc.cli.main", "compile", str(real_model("qwen2.5-coder"))]
+        command += ["-o", str(out), "--target", "tvm-cpu:isa=avx2", "--quant", "int4-g32", *more]
+        status, peak, said = run_measured(command)
+        assert status == 0, said
+        if more:
+            assert 400_000_000 < peak < cap
+            assert "of 1500MB (--max-ram)" in said
+        made[name] = Artifact.open(out)
+    assert made["capped"].manifest["files"] == made["free"].manifest["files"]
