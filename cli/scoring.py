@@ -41,8 +41,8 @@ def roll(ids: Sequence[int], *, window: int, prefix: int) -> tuple[list[np.ndarr
     first token that is. Those before it are context.
 
     A window has at most `window` + 1 tokens: its last one is predicted, and predicts nothing. The first
-    window begins with `prefix`, a further one with the last token before it; the last one reaches back as far as the
-    others, and predicts only what is left.
+    window begins with `prefix`, a further one with the last token before it; the last one reaches back as
+    far as the others, and predicts only what is left.
     """
     whole = np.array([prefix, *ids], np.int32)
     windows, firsts = [whole[: window + 1]], [1]
