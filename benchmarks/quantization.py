@@ -76,6 +76,13 @@ class Bench:
         self.pythons = dict(_python(text) for text in options.peer_python)
         self.machine = machine()
 
+    def cached(self, name: str) -> list[dict[str, Any]]:
+        """The rows of a model that were measured on as many windows as are asked for."""
+        count = self.options.windows
+        files = sorted((self.cache / name / "rows").glob("*.json"))
+        found = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+        return [{**r, "windows": r["windows"][:count]} for r in found if len(r["windows"]) >= count]
+
     def rows(self, name: str) -> list[dict[str, Any]]:
         """All rows of a model, measured or taken from the cache; one that fails is named and left out."""
         model = shared_model(name, self.cache)
@@ -240,6 +247,7 @@ def _arguments() -> argparse.Namespace:
         metavar="NAME=PATH",
         help="environment of a peer; repeatable",
     )
+    add("--cached", action="store_true", help="measure nothing: report every row that the cache has")
     add("--again", action="store_true", help="measure our rows anew")
     add("--markdown", type=Path, help="write the table there; between its marks where there are some")
     add("--plot", type=Path, help="write the plot there (.svg or .png; needs matplotlib)")
@@ -257,7 +265,8 @@ def main() -> None:
 
     torch.set_num_threads(options.threads)
     bench = Bench(options)
-    rows = [row for name in options.models.split(",") for row in bench.rows(name)]
+    measured = bench.cached if options.cached else bench.rows
+    rows = [row for name in options.models.split(",") for row in measured(name)]
     table = report.tables(rows)
     print(table)
     if options.markdown:

@@ -110,7 +110,9 @@ def test_table_sorts_by_bits_and_kl_and_warns_of_the_sources_grid() -> None:
     )
     lines = [line for line in text.splitlines() if line.startswith("| ") and "tool" not in line]
     assert [line.split("|")[1].strip() for line in lines] == ["small", "peer", "**llmc**"]
-    assert "`int4-g32` | 4.625 | wikitext | +10.5 ±0.0% | 0.1500 ±0.0500 | 0.850 | 12 | 1,500 |" in lines[2]
+    assert (
+        "`int4-g32` | 4.625 | wikitext, 1 K | +10.5 ±0.0% | 0.1500 ±0.0500 | 0.850 | 12 | 1,500 |" in lines[2]
+    )
     assert "50% of the weights lay on this grid before" in lines[1]
     assert "grid" not in lines[2]
     assert "Float perplexity 20.09" in text and "Machine: a machine." in text

@@ -36,7 +36,7 @@ def _line(row: Record) -> str:
         tool,
         f"`{row['scheme']}`",
         f"{row['bits']:.3f}",
-        row["calibration"],
+        f"{row['calibration']}, {row['calibration_tokens'] / 1024:.0f} K",
         f"{row['ppl_increase']:+.1f} ±{row['ppl_increase_se']:.1f}%",
         f"{row['kl']:.4f} ±{row['kl_se']:.4f}",
         f"{row['top1']:.3f}",
@@ -67,8 +67,8 @@ def tables(rows: Sequence[Record]) -> str:
         one = summary(found[0])
         windows = "/".join(map(str, sorted({len(row["windows"]) for row in found})))
         parts.append(
-            f"### {model}\n\nFloat perplexity {one['float_ppl']:.2f}; {windows} windows of 1,024 tokens; "
-            f"{found[0]['calibration_tokens']:,} calibration tokens.\n\n{table(found)}"
+            f"### {model}\n\nFloat perplexity {one['float_ppl']:.2f}; {windows} windows of 1,024 tokens.\n\n"
+            f"{table(found)}"
         )
     machines = sorted({row["machine"] for row in rows})
     return "\n".join([*parts, *(f"Machine: {one}.\n" for one in machines)])
