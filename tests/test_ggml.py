@@ -26,7 +26,7 @@ HALVES = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_
 
 
 def random_blocks(name: str, rows: int, k: int, seed: int = 0) -> np.ndarray[Any, Any]:
-    """Rows of random blocks of a type, uint8 [rows, bytes]: any bits but in the float16 numbers, which are finite."""
+    """Rows of random blocks of a type, uint8 [rows, bytes]: any bits, but finite float16 numbers."""
     kind = BLOCK_TYPES[name]
     rng = np.random.default_rng(seed)
     raw = rng.integers(0, 256, (rows * (k // kind.block_size), kind.type_size), dtype=np.uint8)
