@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..frontend.chat_shapes import Renderer
+from ..frontend.memory import release_freed_memory
 from ..frontend.source import ModelSource, context_length, describe, open_source
 from ..frontend.tokenizer import TokenizerFacts, export_tokenizer
 from ..frontend.trace import trace_module, trace_source
@@ -323,6 +324,7 @@ def compile_model(
         pass_context.progress = share.between(0.10, share.passes_end)
         folder = Path(dump_ir) if dump_ir is not None else None
         graph, records = lower(graph, plan, pass_context, folder)
+        release_freed_memory()  # before a kernel compiler stands beside this process
         manifest = _manifest(source, graph, plan, length)
         if graph.facts["kind"] != "function":
             manifest["tokenizer"] = _tokenizer_entry(facts)

@@ -107,7 +107,7 @@ def predict_peak(
         phases["quantizing"] = IMPORTS_BYTES + max(layer, head)
     if measured:
         values = max((_values(w, length) for w in inner), default=0)
-        phases["verdict"] = IMPORTS_BYTES + max(head, values)
+        phases["verdict"] = IMPORTS_BYTES + 2 * head + 4 * values  # of the model and of its source
     return Peak(phases)
 
 

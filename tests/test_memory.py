@@ -60,7 +60,8 @@ def test_the_peak_grows_with_what_is_done(tiny_folder: Any) -> None:
     assert set(plain.phases) == {"tokenizer", "kernels"}
     assert predicted(folder, kernels=False).phases["kernels"] < all_.phases["kernels"]
     assert predicted(folder, vocabulary=500_000).phase == "tokenizer"
-    assert predicted(folder, group=1).phases["quantizing"] > predicted(folder).phases["quantizing"]
+    fine = predicted(folder, group=1, length=1)
+    assert fine.phases["quantizing"] > predicted(folder, length=1).phases["quantizing"]
     assert predicted(folder, length=2048).phases["quantizing"] > all_.phases["quantizing"]
     assert predicted(tiny_folder("gpt2")).phases["quantizing"] > 10**8  # weights as [K, N]
 
