@@ -174,7 +174,8 @@ class Row:
         print(f"$ {python} {environments.program(self.tool).name} {path}", file=sys.stderr, flush=True)
         with (self.folder / "log.txt").open("w", encoding="utf-8") as log:
             command = [str(python), str(environments.program(self.tool)), str(path)]
-            done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
+            # In its folder: some leave files of their own where they stand.
+            done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, cwd=self.folder, check=False)
         if done.returncode:
             last = (self.folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip()[-400:]
             raise RuntimeError(f"{self.tool} ended with {done.returncode}: …{last}")
@@ -223,7 +224,7 @@ def _python(text: str) -> tuple[str, Path]:
     tool, _, path = text.partition("=")
     if tool not in environments.PROGRAMS or not path:
         sys.exit(f"error: --peer-python {text}: use NAME=PATH with {', '.join(environments.PROGRAMS)}")
-    return tool, Path(path)
+    return tool, Path(path).absolute()  # not resolved: a venv's interpreter is a link
 
 
 def _arguments() -> argparse.Namespace:
