@@ -77,11 +77,14 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
                 remedy="merge it with PEFT (merge_and_unload) and give the merged model",
             )
         else:
-            replaced[label.replace(".modules_to_save.", ".")] = tensor
+            replaced[label.replace(".modules_to_save.", ".").replace(".base_layer.", ".")] = tensor
     changes = {module: _change(module, parts, config) for module, parts in modules.items()}
     if not changes and not replaced:
         raise InputError(f"--lora {folder.name} holds no tensors", remedy=_AGAIN)
-    return Adapter(folder.name, changes, replaced)
+    asked = config.get("modules_to_save") or []
+    names = asked if isinstance(asked, list) else []
+    unasked = {n for n in replaced if not any(str(m) in n.split(".") for m in names)}
+    return Adapter(folder.name, changes, replaced, frozenset(unasked))
 
 
 def _check_kind(name: str, config: Mapping[str, Any]) -> None:

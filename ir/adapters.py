@@ -38,11 +38,14 @@ class Adapter:
         name: for people: its folder's name.
         changes: by the name of the module that is changed ("model.layers.0.self_attn.q_proj").
         replaced: whole tensors in the place of the model's, by parameter name.
+        optional: those of `replaced` that PEFT saved unasked (embeddings beside their adapter): where the
+            model has none of that name, because it is tied, nothing is lost.
     """
 
     name: str
     changes: Mapping[str, LowRank]
     replaced: Mapping[str, LazyTensor]
+    optional: frozenset[str] = frozenset()
 
     def __str__(self) -> str:
         return self.name

@@ -73,6 +73,17 @@ class _AddedBias:
         return (self._base.read(start, stop).astype(np.float32) + added).astype(to_numpy(self.dtype))
 
 
+class _Cast:
+    """A tensor in the element type of the weight that it replaces."""
+
+    def __init__(self, base: LazyTensor, dtype: str) -> None:
+        self._base, self.dtype = base, dtype
+        self.shape, self.source = base.shape, base.source
+
+    def read(self, start: int = 0, stop: int | None = None) -> Array:
+        return self._base.read(start, stop).astype(to_numpy(self.dtype))
+
+
 @dataclass(frozen=True)
 class MergeLora(Pass):
     """Merge an adapter into the weights. `scale` multiplies its change."""
@@ -84,6 +95,12 @@ class MergeLora(Pass):
 
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         floats = 0
+        for name, data in self.adapter.replaced.items():
+            if name in self.adapter.optional and name not in graph.weights:
+                continue
+            weight = self._weight(graph, name, data)
+            _check(weight, data.shape, data)
+            weight.weight = data if data.dtype == weight.dtype else _Cast(data, weight.dtype)
         for module, change in self.adapter.changes.items():
             weight = self._weight(graph, f"{module}.weight", change.b)
             assert weight.weight is not None
@@ -95,10 +112,6 @@ class MergeLora(Pass):
                 assert bias.weight is not None
                 _check(bias, change.bias.shape, change.bias)
                 bias.weight = _AddedBias(bias.weight, change.bias, change.scaling * self.scale)
-        for name, data in self.adapter.replaced.items():
-            weight = self._weight(graph, name, data)
-            _check(weight, data.shape, data)
-            self._replace(graph, weight, data)
         notes = [f"adapter {self.adapter}: {floats} quantized weights became floats"] if floats else []
         return PassResult(graph, True, notes)
 
@@ -129,13 +142,6 @@ class MergeLora(Pass):
         assert weight.weight is not None
         if not isinstance(weight.weight, ShapeOnlyTensor):
             weight.weight = MergedLora(weight.weight, change, self.scale)
-
-    @staticmethod
-    def _replace(graph: Graph, weight: Value, data: LazyTensor) -> None:
-        new = graph.add_weight(f"{weight.name}.saved", data)
-        graph.replace_uses(weight, new)
-        graph.drop_dead()
-        graph.retype_all()
 
 
 def _check(weight: Value, shape: tuple[int, ...], tensor: LazyTensor) -> None:
