@@ -6,9 +6,9 @@ A JSONL file has one question a line: `choices` (texts), `gold` (number of the r
 `query`, which becomes the context `query + "\\nAnswer:"` (the prompt of the tasks arc_easy, arc_challenge and
 piqa), or `context`, which is taken as it is.
 
-An MMLU folder has test/SUBJECT_test.csv and dev/SUBJECT_dev.csv with the columns question, four choices, answer
-(0 to 3, or A to D); its prompt is that of the task mmlu: a line that names the subject, examples, the question
-with its lettered choices, and the letters are what is scored.
+An MMLU folder has test/SUBJECT_test.csv and dev/SUBJECT_dev.csv with the columns question, four choices,
+answer (0 to 3, or A to D); its prompt is that of the task mmlu: a line that names the subject, examples, the
+question with its lettered choices, and the letters are what is scored.
 
 Tokens of a choice are those of context and choice together, after as many as the context has alone; spaces at
 the context's end belong to the choice. A text too long for the model loses its beginning.
