@@ -77,6 +77,26 @@ def _add_group(
             put(cell, fma(scale[c], vec(sums[c], 0), vec(cell, 0)), 0)
 
 
+def _panel(ops: Operands, x: Buffer, blocks: tuple[Expr, int], sizes: tuple[int, ...]) -> None:
+    """All rows by blocks = (first, count) of the weight, in tiles of `sizes` rows."""
+    first, count = blocks
+    lay = ops.layout
+    short = lay.k % lay.real_group
+
+    def tile(row: Expr, rows: int) -> None:
+        acc = [[register(f32s(0)) for _ in range(count)] for _ in range(rows)]
+        with T.serial(0, lay.groups - (short > 0)) as g:
+            _add_group(ops, x, row, first, g, lay.real_group, acc)
+        if short:
+            _add_group(ops, x, row, first, T.int32(lay.groups - 1), short, acc)
+        for t in range(rows):
+            for c in range(count):
+                value = vec(acc[t][c], 0)
+                store_block(value, ops.out, row + t, first + c, lay.n, ops.bias, ops.residual)
+
+    row_tiles(x.shape[0], sizes, tile)
+
+
 def make_codebook_linear(
     *,
     n: int,
@@ -100,7 +120,6 @@ def make_codebook_linear(
     kernel = Kernel("codebook_linear", isa)
     lay = QuantLayout(n, k, bits, group_size, codebook, scale_dtype, None, super_group)
     sizes, width = _tile_sizes(kernel.isa)
-    short = lay.k % lay.real_group
     with kernel:
         tokens = kernel.symbol("T")
         x = kernel.argument("x", (tokens, k), "float32")
@@ -114,23 +133,8 @@ def make_codebook_linear(
             kernel.argument("residual", (tokens, n), "float32") if residual else None,
             kernel.argument("out", (tokens, n), "float32"),
         )
-
-        def panel(first: Expr, count: int) -> None:
-            def tile(row: Expr, rows: int) -> None:
-                acc = [[register(f32s(0)) for _ in range(count)] for _ in range(rows)]
-                with T.serial(0, lay.groups - (short > 0)) as g:
-                    _add_group(ops, x, row, first, g, lay.real_group, acc)
-                if short:
-                    _add_group(ops, x, row, first, T.int32(lay.groups - 1), short, acc)
-                for t in range(rows):
-                    for c in range(count):
-                        value = vec(acc[t][c], 0)
-                        store_block(value, ops.out, row + t, first + c, n, ops.bias, ops.residual)
-
-            row_tiles(tokens, sizes, tile)
-
         with kernel.body():
-            for_each_panel(lay.blocks, width, panel)
+            for_each_panel(lay.blocks, width, lambda first, count: _panel(ops, x, (first, count), sizes))
     return kernel.function
 
 

@@ -151,6 +151,29 @@ def _finish_group(
             put(acc[t][c], fma(both, value, vec(acc[t][c], 0)), 0)
 
 
+def _products(ops: Operands, tokens: Expr, isa: Isa) -> None:
+    """All panels of the weight; from `UNPACK_ROWS` rows on each is unpacked first."""
+    lay, narrow = ops.layout, isa.dot == "maddubs"
+    unpacked_sizes, packed_sizes, width = _tile_sizes(isa, lay.bits)
+
+    def direct(first: Expr, count: int) -> None:
+        panel = Packed(ops, first, count)
+        row_tiles(tokens, packed_sizes, lambda row, rows: _multiply(ops, row, rows, panel, narrow))
+
+    def unpacked(first: Expr, count: int) -> None:
+        panel = Unpacked(ops, first, count)
+        row_tiles(tokens, unpacked_sizes, lambda row, rows: _multiply(ops, row, rows, panel, narrow))
+
+    if lay.bits == 8:
+        for_each_panel(lay.blocks, width, direct)
+        return
+    with T.If(tokens < UNPACK_ROWS):
+        with T.Then():
+            for_each_panel(lay.blocks, width, direct)
+        with T.Else():
+            for_each_panel(lay.blocks, width, unpacked)
+
+
 def make_quantized_linear(
     *,
     n: int,
@@ -175,8 +198,6 @@ def make_quantized_linear(
     """
     kernel = Kernel("quantized_linear", isa)
     lay = QuantLayout(n, k, bits, group_size, codebook, scale_dtype, zero_point, super_group)
-    narrow = kernel.isa.dot == "maddubs"
-    unpacked_sizes, packed_sizes, width = _tile_sizes(kernel.isa, bits)
     with kernel:
         tokens = kernel.symbol("T")
         ops = Operands(
@@ -189,24 +210,8 @@ def make_quantized_linear(
             kernel.argument("residual", (tokens, n), "float32") if residual else None,
             kernel.argument("out", (tokens, n), "float32"),
         )
-
-        def direct(first: Expr, count: int) -> None:
-            panel = Packed(ops, first, count)
-            row_tiles(tokens, packed_sizes, lambda row, rows: _multiply(ops, row, rows, panel, narrow))
-
-        def unpacked(first: Expr, count: int) -> None:
-            panel = Unpacked(ops, first, count)
-            row_tiles(tokens, unpacked_sizes, lambda row, rows: _multiply(ops, row, rows, panel, narrow))
-
         with kernel.body():
-            if bits == 8:
-                for_each_panel(lay.blocks, width, direct)
-            else:
-                with T.If(tokens < UNPACK_ROWS):
-                    with T.Then():
-                        for_each_panel(lay.blocks, width, direct)
-                    with T.Else():
-                        for_each_panel(lay.blocks, width, unpacked)
+            _products(ops, tokens, kernel.isa)
     return kernel.function
 
 
