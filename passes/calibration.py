@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..ir.errors import CompileError
+from . import data as data_files
 
 Array = np.ndarray[Any, Any]
 
@@ -56,7 +57,7 @@ def default_text() -> bytes:
     Raises CompileError where the file is not the one that this version was made with.
     """
     try:
-        data = (files(__package__) / "data" / DEFAULT_FILE).read_bytes()
+        data = (files(data_files) / DEFAULT_FILE).read_bytes()
     except OSError as error:
         raise CompileError(
             f"llmc's calibration text cannot be read: {error.strerror}", remedy="install llmc again"
