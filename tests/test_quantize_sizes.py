@@ -22,6 +22,7 @@ from llmc.ir.ops.nn import Embedding, Linear
 from llmc.ir.ops.quant import QuantizedEmbedding, QuantizedLinear
 from llmc.passes.base import Pass, PassContext
 from llmc.passes.calibration import Calibration
+from llmc.passes.quantize.awq_pass import ScaleChannels
 from llmc.passes.quantize.blocks import Activations
 from llmc.passes.quantize.calibrated import open_work
 from llmc.passes.quantize.gguf.walk import GgufSchemes
@@ -230,6 +231,7 @@ def test_calibrated_passes_have_stand_ins_that_read_nothing() -> None:
     passes = without_calibration(weight_passes("gptq-int3-g64", None, 4.5))
     assert [type(p) for p in passes] == [SupposeBits, QuantizeRtn, QuantizeHead]
     assert not any(p.needs_calibration for p in passes)
+    assert without_calibration([ScaleChannels(4, 16), QuantizeGptq(4, 16)]) == [QuantizeRtn(4, 16)]
     chooser = weight_passes("gptq-int3-g64", "none", 4.5)[0]
     assert chooser == ChooseBits(target=4.5, group=64, head=False, head_bits=0)
 

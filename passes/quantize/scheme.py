@@ -44,6 +44,8 @@ def without_calibration(passes: Sequence[Pass]) -> list[Pass]:
         options = {f.name: getattr(one, f.name) for f in fields(one)}
         if isinstance(one, ChooseBits):
             found.append(SupposeBits(**options))
+        elif one.needs_calibration and one.ensures != "quantized":
+            continue  # it changes values, not shapes
         elif one.needs_calibration and _has_grid(one):
             found.append(QuantizeRtn(options["bits"], options["group"], options["symmetric"]))
         else:
@@ -62,12 +64,12 @@ def _chooser(
     if not 1 <= bits_per_weight <= 9:
         raise InputError(f"--bits-per-weight {bits_per_weight:g}", remedy="ask for a number from 2 to 9")
     options: list[Any] = [p for p in linear if _has_grid(p)]
-    if len(options) != 1:
+    if not options:
         raise InputError(
             f"--bits-per-weight goes with no scheme of fixed grids, such as {scheme}",
             remedy="use --quant int4-gN, gptq-int4-gN, awq-int4-gN or best-int4-gN",
         )
-    (one,) = options
+    one = options[-1]
     chosen = next((p for p in heads if isinstance(p, QuantizeHead)), None)
     return ChooseBits(
         target=bits_per_weight,
