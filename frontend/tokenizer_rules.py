@@ -82,7 +82,7 @@ def known_pre_tokenizers() -> frozenset[str]:
 
 
 def pre_tokenizer_rules(pre: str) -> tuple[tuple[str, ...], bool]:
-    """Of a name of `tokenizer.ggml.pre`: its expressions, and whether whole pieces are taken before merging."""
+    """Of a name of `tokenizer.ggml.pre`: its expressions, and whether pieces in the vocabulary stay whole."""
     return _SPLITS[_SAME.get(pre, pre)], pre in _WHOLE_PIECES
 
 
