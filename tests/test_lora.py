@@ -159,7 +159,8 @@ def test_bad_adapters(base: Path, tmp_path: Path) -> None:
     label = "base_model.model.model.layers.0.self_attn.q_proj"
 
     def saved(**changes: Any) -> None:
-        new = {n.replace("q_proj", changes.pop("rename", "q_proj")): t for n, t in tensors.items()}
+        module = changes.pop("rename", "q_proj")
+        new = {n.replace("q_proj", module): t for n, t in tensors.items()}
         save_file(
             {**new, **{f"{label}.{n}.weight": v for n, v in changes.items()}},
             folder / "adapter_model.safetensors",
