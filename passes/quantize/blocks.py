@@ -205,6 +205,7 @@ class Activations:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self._names: dict[Value, int] = {}
+        self._kinds: dict[tuple[Value, int], tuple[Any, tuple[int, ...]]] = {}
         self.dims: list[dict[str, int]] = []
 
     def begin(self, graph: Graph, sequences: Sequence[np.ndarray[Any, Any]]) -> None:
@@ -219,16 +220,26 @@ class Activations:
 
     def _path(self, value: Value, sequence: int) -> Path:
         name = self._names.setdefault(value, len(self._names))
-        return self.folder / f"{name}.{sequence}.npy"
+        return self.folder / f"{name}.{sequence}"
 
     def save(self, sequence: int, values: Mapping[Value, Any]) -> None:
         for value, tensor in values.items():
-            np.save(self._path(value, sequence), tensor.detach().contiguous().numpy())
+            array = tensor.detach().contiguous().numpy()
+            self._kinds[value, sequence] = (tensor.dtype, tuple(tensor.shape))
+            with open(self._path(value, sequence), "wb") as file:
+                file.write(array.reshape(-1).view(np.uint8).data)
 
     def load(self, sequence: int, values: Iterable[Value]) -> dict[Value, Any]:
+        """In memory that torch allocated, which is aligned (see `read_weight`)."""
         import torch
 
-        return {v: torch.from_numpy(np.load(self._path(v, sequence))).clone() for v in values}
+        found: dict[Value, Any] = {}
+        for value in values:
+            dtype, shape = self._kinds[value, sequence]
+            found[value] = torch.empty(shape, dtype=dtype)
+            with open(self._path(value, sequence), "rb", buffering=0) as file:
+                file.readinto(found[value].numpy().reshape(-1).view(np.uint8).data)
+        return found
 
     def advance(self, segment: Segment, weight: Fetch = read_weight) -> None:
         """Run a segment on every sequence; what is dead after it is deleted."""
@@ -237,10 +248,11 @@ class Activations:
         kept = {v: weight(v) for v in segment_weights(segment)} if weight is read_weight else {}
         fetch = (lambda v: kept[v] if v in kept else read_weight(v)) if kept else weight
         made = [v for v in segment.outputs if v not in segment.inputs]
+        read = {v for op in segment.ops for v in op.operands}
+        needed = [v for v in segment.inputs if v in read]
         with torch.no_grad():
             for i, dims in enumerate(self.dims):
-                inputs = self.load(i, segment.inputs)
-                self.save(i, run_ops(segment.ops, inputs, made, dims, fetch))
+                self.save(i, run_ops(segment.ops, self.load(i, needed), made, dims, fetch))
         self.drop(v for v in segment.inputs if v not in segment.outputs)
 
     def drop(self, values: Iterable[Value]) -> None:
