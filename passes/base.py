@@ -73,8 +73,8 @@ class Pass(ABC):
     """Base of all passes.
 
     `requires` is the stage that a graph must have, `ensures` the stage it has afterwards (None: unchanged).
-    `needs_calibration`: whether `run` wants `context.calibration`; `calibration_tokens`: how many tokens of it
-    it does well with, where the user does not say.
+    `needs_calibration`: whether `run` wants `context.calibration`; `calibration_tokens`: how many tokens
+    of it it does well with, where the user does not say.
     """
 
     name: ClassVar[str] = ""

@@ -132,8 +132,14 @@ def test_auto_map_of_a_known_architecture_is_ignored(tmp_path: Path) -> None:
         ({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}, "encoder-decoder"),
         ({"model_type": "vit", "architectures": ["ViTModel"]}, "unknown architecture vit"),
         ({"quantization_config": {"quant_method": "gptq"}}, "but no tensor is quantized by it"),
-        ({"quantization_config": {"quant_method": "mxfp4"}}, "is quantized with 'mxfp4', which llmc does not"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "is quantized with 'fp8', which llmc does not read"),
+        (
+            {"quantization_config": {"quant_method": "mxfp4"}},
+            "is quantized with 'mxfp4', which llmc does not",
+        ),
+        (
+            {"quantization_config": {"quant_method": "fp8"}},
+            "is quantized with 'fp8', which llmc does not read",
+        ),
         ({"quantization_config": {"bits": 4}}, "quantization_config names no quant_method"),
         ({"quantization_config": "gptq"}, "quantization_config names no quant_method"),
         ({"num_attention_heads": 7}, "not a multiple of the number of attention heads"),

@@ -53,7 +53,7 @@ def test_append_quantizes_as_the_reference_does_and_touches_nothing_else(dim: in
 
 
 class Batch:
-    """Sequences of (context length, new tokens) over shuffled pages; the scales of unwritten slots are NaN."""
+    """Sequences of (context length, new tokens) over shuffled pages; unwritten scales are NaN."""
 
     def __init__(self, lengths: list[tuple[int, int]], heads: int, kv_heads: int, dim: int) -> None:
         rng = np.random.default_rng(1)
@@ -84,7 +84,7 @@ class Batch:
 def attend(
     isa: str, batch: Batch, options: dict[str, Any], pick: tuple[int, int, int] | None = None
 ) -> np.ndarray:
-    """The kernel on a whole batch, or on new rows [start, stop) of sequence b alone, as a chunk of a prompt."""
+    """The kernel on a whole batch, or on new rows [start, stop) of sequence b alone, a chunk of a prompt."""
     heads, dim = batch.q.shape[1:]
     parameters = {"heads": heads, "kv_heads": batch.logical.shape[3], "head_dim": dim, "scale": 0.3}
     parameters |= {"kv_dtype": "int8"} | options
