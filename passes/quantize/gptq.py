@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 DAMPING = 0.01  # of the mean diagonal; section 3.3 of the paper
 BLOCK = 128  # columns whose errors are passed on at once
+SYSTEMS = 1 << 23  # elements of the systems that are solved at a time
 PROPAGATION = 0.5  # how much of the earlier layers' error a layer makes up for
 
 
@@ -174,10 +175,22 @@ def refit_scales(w: torch.Tensor, found: Coded, hessian: torch.Tensor, grid: Gri
     import torch
 
     n, k = w.shape
+    step = max(1, SYSTEMS // grid.groups(k) ** 2)
+    scale = torch.empty_like(found.scale)
+    for a in range(0, n, step):
+        part = Coded(*(t[a : a + step] for t in (found.codes, found.scale, found.zero)))
+        scale[a : a + step] = _refit_rows(w[a : a + step], part, hessian, grid)
+    good = (scale > 0.5 * found.scale) & (scale < 2 * found.scale)  # a group that flips its sign is kept
+    return storable(torch.where(good, scale, found.scale))
+
+
+def _refit_rows(w: torch.Tensor, found: Coded, hessian: torch.Tensor, grid: Grid) -> torch.Tensor:
+    import torch
+
+    n, k = w.shape
     groups = grid.groups(k)
     whole = found.codes - grid.spread(found.zero, k)
-    target = w @ hessian
-    right = grid.pad(whole * target).sum(-1)
+    right = grid.pad(whole * (w @ hessian)).sum(-1)
     system = torch.empty(n, groups, groups)
     for g in range(groups):
         first, last = g * grid.group, min((g + 1) * grid.group, k)
@@ -186,10 +199,7 @@ def refit_scales(w: torch.Tensor, found: Coded, hessian: torch.Tensor, grid: Gri
         system[:, g:, g] = system[:, g, g:]
     diagonal = system.diagonal(dim1=1, dim2=2)
     diagonal.add_(1e-4 * diagonal.mean(1, keepdim=True) + 1e-12)
-    change = torch.linalg.solve(system, right - (system @ found.scale[..., None])[..., 0])
-    scale = found.scale + change
-    good = (scale > 0.5 * found.scale) & (scale < 2 * found.scale)  # a group that flips its sign is kept
-    return storable(torch.where(good, scale, found.scale))
+    return found.scale + torch.linalg.solve(system, right - (system @ found.scale[..., None])[..., 0])
 
 
 def descend(w: torch.Tensor, found: Coded, hessian: torch.Tensor, grid: Grid) -> torch.Tensor:
