@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _QUESTION_TOKENS = 8192
 
 
-@click.command("eval", short_help="Measure perplexity, multiple choice, distance from another artifact.")
+@click.command("eval", short_help="Measure perplexity, multiple choice, distance.")
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--ppl", "text", type=click.Path(path_type=Path), metavar="FILE", help="UTF-8 text to score.")
 @click.option(

@@ -92,7 +92,7 @@ class SamplingParams:
         _check_integer("top_k", self.top_k, 0, 2**31, "a whole number from 0 (0 keeps all tokens)")
         _check_number("top_p", self.top_p, 0, 1, "above 0, up to 1", above=True)
         _check_number("min_p", self.min_p, 0, 1, "0 to 1")
-        _check_number("repetition_penalty", self.repetition_penalty, 0, 100, "above 0, up to 100", above=True)
+        _check_number("repetition_penalty", self.repetition_penalty, 0.01, 100, "from 0.01 to 100")
         _check_number("presence_penalty", self.presence_penalty, -2, 2, "-2 to 2")
         _check_number("frequency_penalty", self.frequency_penalty, -2, 2, "-2 to 2")
         if self.seed is not None:

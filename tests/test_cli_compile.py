@@ -49,7 +49,7 @@ def test_compile_reports_what_it_made(capsys: Capture, tmp_path: Path, tiny_fold
         (["--target", "null", "--context", "100000"], "--context 100000"),
         (["--target", "null", "--context", "0"], "--context"),
         (["--target", "null", "--pass", "nonsense"], "no pass is named 'nonsense'"),
-        (["--target", "null", "--kv-dtype", "int8"], "--kv-dtype"),
+        (["--target", "null", "--kv-dtype", "int4"], "--kv-dtype"),
     ],
 )
 def test_compile_refuses_impossible_options(

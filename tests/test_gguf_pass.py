@@ -108,7 +108,8 @@ def test_eight_bits_change_little() -> None:
     (only,) = quantization_passes("gguf-q8_0")
     assert not only.needs_calibration
     only.run(graph, PassContext())
-    assert (logits_of(graph, ids_of(24)) - before).abs().max() < 0.05
+    after = logits_of(graph, ids_of(24))
+    assert 0 < (after - before).std() < 0.05 * before.std()
 
 
 def test_importance_is_the_mean_square_of_inputs() -> None:

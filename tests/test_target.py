@@ -73,7 +73,7 @@ def test_malformed_specs_are_refused(spec: str, message: str) -> None:
 
 
 def test_unknown_names_list_what_exists() -> None:
-    with pytest.raises(InputError, match=r"no target is named 'gpu'; targets: null, .*tvm-cpu"):
+    with pytest.raises(InputError, match=r"no target is named 'gpu'; targets: gguf, null, .*tvm-cpu"):
         get_target("gpu")
     with pytest.raises(InputError, match="target toy has no option 'lanes'; options: width, fast, isa"):
         make_target(Toy, {"lanes": "4"})
