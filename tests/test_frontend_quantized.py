@@ -20,7 +20,7 @@ from llmc.ir.weights import ArrayTensor, quantized_of
 from llmc.passes.registry import quantization_passes
 from llmc.runtime.executor import Executor, StepInputs, open_executor
 
-from .graphs import PagedRun, lowered, worst
+from .graphs import PagedRun, logits_of, lowered, worst
 from .models import ids_of, reference_logits, save_tiny
 from .quantized_files import (
     Values,
@@ -237,26 +237,51 @@ def first_step(executor: Executor, ids: list[int]) -> np.ndarray:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["tvm-cpu", "onnx-cpu"])
+@pytest.mark.parametrize("target", ["tvm-cpu", "onnx-cpu:accuracy_level=1"])
 @pytest.mark.parametrize(
     "name", ["gptq 3 bits, act-order, v2", "gptq 8 bits, rows", "bnb", "compressed int8"]
 )
-def test_kept_checkpoint_from_end_to_end(name: str, target: str, tmp_path: Path) -> None:
-    """Compiled and run. onnx-cpu is exact; tvm-cpu also quantizes activations to 8 bits."""
+def test_kept_checkpoint_from_end_to_end(
+    name: str, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled and run. onnx-cpu computes in float32 when asked; tvm-cpu rounds activations to 8 bits, which
+    is what the reference does here too (random weights amplify it to several percent).
+    """
     import llmc
 
     source, _ = made(name, tmp_path / "model")
-    model = source.build_model()
-    weights: Any = {label: torch.from_numpy(source.weights[label].read()) for label in model.state_dict()}
-    model.load_state_dict(weights, assign=True)
     artifact = llmc.compile(
         tmp_path / "model", tmp_path / "out.llmc", targets=[target], quant="keep", kv_dtype="float32"
     )
     assert artifact.manifest["quantization"]["source"] == source.quantization_of_source
     ids = ids_of(23)
-    assert worst(first_step(open_executor(artifact), ids), reference_logits(model, ids)) < (
-        3e-2 if target == "tvm-cpu" else 2e-5
-    )
+    got = first_step(open_executor(artifact), ids)
+    if target == "tvm-cpu":
+        kept = lowered(trace_source(source), "fused", quantization_passes("keep"))[0]
+        monkeypatch.setattr(QuantizedLinear, "reference", eight_bit_activations(QuantizedLinear.reference))
+        assert worst(got, logits_of(kept, ids)) < 1e-3
+        return
+    model = source.build_model()
+    weights: Any = {label: torch.from_numpy(source.weights[label].read()) for label in model.state_dict()}
+    model.load_state_dict(weights, assign=True)
+    assert worst(got, reference_logits(model, ids)) < 2e-5
+
+
+def eight_bit_activations(exact: Any) -> Any:
+    """The meaning of quantized_linear with x in int8 per token and group, unless a codebook decodes."""
+
+    def reference(self: Any, dims: Any, x: Any, *rest: Any) -> Any:
+        quant = self.q.type.quant
+        if quant.codebook == "nf4":
+            return exact(self, dims, x, *rest)
+        k = x.shape[-1]
+        group = min(quant.group_size, k)
+        padded = torch.nn.functional.pad(x, (0, -k % group)).reshape(*x.shape[:-1], -1, group)
+        scale = padded.abs().amax(-1, keepdim=True) / 127
+        rounded = torch.where(scale > 0, (padded / scale).round() * scale, padded)
+        return exact(self, dims, rounded.reshape(*x.shape[:-1], -1)[..., :k], *rest)
+
+    return reference
 
 
 @pytest.mark.slow
