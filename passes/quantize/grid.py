@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 SHRINK = tuple(0.72 + 0.03 * i for i in range(13))
 """Factors of the range that are tried: 0.72 … 1.08."""
 SMALLEST = float(np.finfo(np.float16).smallest_normal)
-ELEMENTS = 1 << 22  # weights searched at a time
+ELEMENTS = 1 << 18  # weights searched at a time: what is computed of them stays in the cache
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def storable(scale: torch.Tensor) -> torch.Tensor:
 
 def encode(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, top: int) -> torch.Tensor:
     """Nearest codes as floats; all shapes broadcast."""
-    return (w / scale + zero).round().clamp(0, top)
+    return (w / scale).add_(zero).round_().clamp_(0, top)
 
 
 def search_scales(w: torch.Tensor, weight: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,8 +88,9 @@ def _search_rows(w: torch.Tensor, weight: torch.Tensor, grid: Grid) -> tuple[tor
     best = torch.full(low.shape, float("inf"))
     best_scale, best_zero = torch.ones_like(low), torch.full_like(low, float(grid.middle))
     for scale, zero in _candidates(low, high, grid):
-        codes = encode(x, scale[..., None], zero[..., None], grid.top)
-        error = ((codes - zero[..., None]) * scale[..., None] - x).square_().mul_(importance).sum(-1)
+        step, point = scale[..., None], zero[..., None]
+        error = encode(x, step, point, grid.top).sub_(point).mul_(step).sub_(x).square_()
+        error = error.mul_(importance).sum(-1)
         better = error < best
         best = torch.where(better, error, best)
         best_scale = torch.where(better, scale, best_scale)
