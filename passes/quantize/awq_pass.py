@@ -9,7 +9,6 @@ are s, the scales and the zero points, and codes are made when a target reads th
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,6 +30,7 @@ from .awq import Choice, Layer, Rounded, clip, search_scale
 from .blocks import Activations, Block, Segment, read_weight, run_ops, segment_weights, split_blocks
 from .calibrated import need_calibration
 from .grid import Grid
+from .options import check_grid, parse_scheme
 from .walk import is_head
 
 if TYPE_CHECKING:
@@ -99,10 +99,7 @@ class QuantizeAwq(Pass):
     symmetric: bool = False
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise InputError(f"pass {self.name}: bits={self.bits}", remedy="use 2 to 8 bits")
-        if self.group < 0:
-            raise InputError(f"pass {self.name}: group={self.group}", remedy="use 0 (whole rows) or more")
+        check_grid(self.name, self.bits, self.group)
 
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         walk = self._walk(graph, context)
@@ -387,13 +384,5 @@ class ActivationAware(Quantizer):
     forms = ("awq-int4-gN[-sym]",)
 
     def passes(self, scheme: str) -> list[Pass] | None:
-        m = re.fullmatch(r"awq-int([2-8])(?:-g(\d+))?(-sym)?", scheme)
-        if m is None:
-            return None
-        group = int(m.group(2) or 32)
-        if group < 8 or group % 8 or group > 1024:
-            raise InputError(
-                f"--quant {scheme}: group size {group}",
-                remedy="use a multiple of 8 from 8 to 1024, such as 32, 64 or 128",
-            )
-        return [QuantizeAwq(int(m.group(1)), group, m.group(3) is not None)]
+        found = parse_scheme(scheme, "awq", "2345678")
+        return None if found is None else [QuantizeAwq(*found)]

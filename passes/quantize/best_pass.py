@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ...ir.core import Graph, Value
-from ...ir.errors import InputError
 from ..base import Pass, PassContext, PassResult
 from ..registry import Quantizer
 from ..work import WorkFolder
 from .calibrated import Array, Inputs, Walked, attach_walked, need_calibration, open_work, walk
 from .gptq import Coded
-from .gptq_pass import grid_for, parse_scheme, quantize_layer
+from .gptq_pass import grid_for, quantize_layer
 from .grid import Grid
+from .options import check_grid, parse_scheme
 from .tune import BATCH, Tuning, divergence, tune
 
 if TYPE_CHECKING:
@@ -55,10 +55,7 @@ class QuantizeBest(Pass):
     tune: bool = True
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise InputError(f"pass {self.name}: bits={self.bits}", remedy="use 2 to 8 bits")
-        if self.group < 0:
-            raise InputError(f"pass {self.name}: group={self.group}", remedy="use 0 (whole rows) or more")
+        check_grid(self.name, self.bits, self.group)
 
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         def grid_of(weight: Value) -> Grid:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ...ir.core import Graph, Value
-from ...ir.errors import InputError
 from ..base import Pass, PassContext, PassResult
 from ..registry import Quantizer
 from .calibrated import Inputs, attach_walked, need_calibration, open_work, walk
 from .gptq import DAMPING, PROPAGATION, Coded, corrected_target, gptq
 from .grid import Grid
+from .options import check_grid, parse_scheme
 
 if TYPE_CHECKING:
     import torch
@@ -58,10 +57,7 @@ class QuantizeGptq(Pass):
     sweeps: int = 1
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise InputError(f"pass {self.name}: bits={self.bits}", remedy="use 2 to 8 bits")
-        if self.group < 0:
-            raise InputError(f"pass {self.name}: group={self.group}", remedy="use 0 (whole rows) or more")
+        check_grid(self.name, self.bits, self.group)
 
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         def grid_of(weight: Value) -> Grid:
@@ -76,23 +72,6 @@ class QuantizeGptq(Pass):
             found = walk(graph, context, work, grid_of, method, sequences=sequences)
         attach_walked(graph, found)
         return PassResult(graph, bool(found.coded), found.notes)
-
-
-def parse_scheme(scheme: str, method: str, bits: str) -> tuple[int, int, bool] | None:
-    """(bits, group, symmetric) of `METHOD-intB-gN[-sym]`, None for other schemes; the group defaults to 32.
-
-    Raises InputError for a group size that no kernel takes.
-    """
-    m = re.fullmatch(rf"{method}-int([{bits}])(?:-g(\d+))?(-sym)?", scheme)
-    if m is None:
-        return None
-    group = int(m.group(2) or 32)
-    if group < 8 or group % 8 or group > 1024:
-        raise InputError(
-            f"--quant {scheme}: group size {group}",
-            remedy="use a multiple of 8 from 8 to 1024, such as 32, 64 or 128",
-        )
-    return int(m.group(1)), group, m.group(3) is not None
 
 
 class Gptq(Quantizer):

@@ -17,6 +17,7 @@ from ...ir.core import Graph
 from ...ir.errors import InputError
 from ..base import Pass, PassContext, PassResult
 from .attach import is_quantizable
+from .options import check_grid, check_group
 from .walk import attach_nearest, is_head
 
 DEFAULT = "int8"
@@ -37,10 +38,7 @@ class QuantizeHead(Pass):
     symmetric: bool = True
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise InputError(f"pass {self.name}: bits={self.bits}", remedy="use 2 to 8 bits")
-        if self.group < 0:
-            raise InputError(f"pass {self.name}: group={self.group}", remedy="use 0 (whole rows) or more")
+        check_grid(self.name, self.bits, self.group)
 
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         if graph.stage not in ("fused", "quantized"):
@@ -64,10 +62,6 @@ def head_passes(scheme: str | None) -> list[Pass]:
     if m is None:
         raise InputError(f"--quant-head {scheme}: no such scheme", remedy=f"known: {FORMS}")
     bits, group = int(m.group(1)), int(m.group(2) or (64 if m.group(1) == "8" else 32))
-    if group < 8 or group % 8 or group > 1024:
-        raise InputError(
-            f"--quant-head {scheme}: group size {group}",
-            remedy="use a multiple of 8 from 8 to 1024, such as 32, 64 or 128",
-        )
+    check_group(f"--quant-head {scheme}", group)
     # At 8 bits a zero point buys nothing.
     return [QuantizeHead(bits, group, m.group(3) is not None or bits == 8)]

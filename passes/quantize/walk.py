@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from ...ir.core import Graph, Value
-from ...ir.errors import InputError
 from ...ir.ops.nn import Embedding, Linear
 from ...ir.ops.quant import QuantizedLinear
 from ...ir.types import Quantization
@@ -19,6 +18,7 @@ from ...ir.weights import LazyTensor
 from ..base import Pass, PassContext, PassResult
 from ..registry import Quantizer
 from .attach import attach_quantized, is_quantizable
+from .options import check_grid, check_group
 from .rtn import quantize_rtn
 
 Array = np.ndarray[Any, Any]
@@ -108,10 +108,7 @@ class QuantizeRtn(Pass):
     symmetric: bool = False
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise InputError(f"pass {self.name}: bits={self.bits}", remedy="use 2 to 8 bits")
-        if self.group < 0:
-            raise InputError(f"pass {self.name}: group={self.group}", remedy="use 0 (whole rows) or more")
+        check_grid(self.name, self.bits, self.group)
 
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         weights = [w for w in graph.weights.values() if is_quantizable(w) and not is_head(graph, w)]
@@ -165,9 +162,5 @@ class RoundToNearest(Quantizer):
         if m is None:
             return None
         group = int(m.group(1))
-        if group < 8 or group % 8 or group > 1024:
-            raise InputError(
-                f"--quant {scheme}: group size {group}",
-                remedy="use a multiple of 8 from 8 to 1024, such as 32, 64 or 128",
-            )
+        check_group(f"--quant {scheme}", group)
         return [QuantizeRtn(bits=4, group=group, symmetric=m.group(2) is not None)]
