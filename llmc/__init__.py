@@ -77,7 +77,8 @@ def compile(
     Args:
         model: a Hugging Face folder, a hub id, a GGUF file, or a `torch.nn.Module` with `example_inputs`.
         targets: kernel families, `NAME[:option=value,…]` (`llmc targets` lists them).
-        quant: `none`, `int8`, `int4-g64`, `int4-g64-sym`, … (weights of linear layers, round to nearest).
+        quant: `none`, `keep` (as the checkpoint is), `int8`, `int4-g64` (round to nearest), `gptq-int4-g64`,
+            `awq-…`, `best-…` (`int4` is `best-int4-g32`), `nf4`, `gguf-q4_k_m`, …: docs/quantization.md.
         quant_head: scheme of embeddings and output head: `none`, `int8`, `int4-g32`, …; the quantizer's own
             (int8) where None.
         bits_per_weight: size of all weights together, in bits a weight: each layer gets the bits that lose
@@ -91,7 +92,7 @@ def compile(
         example_inputs: argument name → tensor, for an `nn.Module` only.
         calib: a text or JSONL file that calibrated schemes calibrate on; the text that ships with llmc where
             None.
-        calib_tokens: how many tokens of it; 16384 where None.
+        calib_tokens: how many tokens of it; what the scheme does well with where None.
         max_ram: cap of memory for all processes together, in bytes or as "1.5GB", "4GiB".
         resume: go on with the work that an interrupted calibrated compilation of `output` left.
         max_kl: the largest KL divergence from the source that is accepted, in nats a token.

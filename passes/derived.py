@@ -122,14 +122,8 @@ class ScaledRows:
         return np.ascontiguousarray((rows * factors).astype(to_numpy(self.dtype)))
 
 
-class ScaledColumns:
+class ScaledColumns(ScaledRows):
     """Element i of the last axis times factors[i], in float32, then as `dtype`."""
-
-    def __init__(self, base: LazyTensor, factors: Array, dtype: str) -> None:
-        self.base, self.factors = base, np.asarray(factors, np.float32)
-        self.shape: tuple[int, ...] = base.shape
-        self.dtype = dtype
-        self.source = base.source
 
     def read(self, start: int = 0, stop: int | None = None) -> Array:
         rows = self.base.read(start, stop).astype(np.float32)

@@ -15,15 +15,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ...ir.core import Graph, Value
+from ...ir.core import Graph
 from ..base import Pass, PassContext, PassResult
 from ..registry import Quantizer
 from ..work import WorkFolder
-from .calibrated import Array, Inputs, Walked, attach_walked, need_calibration, open_work, walk
-from .gptq import Coded
-from .gptq_pass import grid_for, quantize_layer
-from .grid import Grid
-from .options import check_grid, parse_scheme
+from .calibrated import Array, Walked, attach_walked, need_calibration, open_work
+from .gptq_pass import QuantizeGptq
+from .options import parse_scheme
 from .tune import BATCH, Tuning, divergence, tune
 
 if TYPE_CHECKING:
@@ -36,7 +34,7 @@ _WALK, _TUNE = 0.6, 0.95  # shares of the progress bar where these steps end
 
 
 @dataclass(frozen=True)
-class QuantizeBest(Pass):
+class QuantizeBest(QuantizeGptq):
     """GPTQ, then scales and norms tuned against the float model, as far as held text confirms it.
 
     Options: `bits`; `group` along K, 0 for whole rows; `symmetric`; `sweeps` of scale refits and coordinate
@@ -44,35 +42,18 @@ class QuantizeBest(Pass):
     """
 
     name = "quantize-best"
-    requires = "fused"
-    ensures = "quantized"
-    needs_calibration = True
     calibration_tokens = 64 * 512
-    bits: int = 4
-    group: int = 32
-    symmetric: bool = False
     sweeps: int = 2
     tune: bool = True
 
-    def __post_init__(self) -> None:
-        check_grid(self.name, self.bits, self.group)
-
     def run(self, graph: Graph, context: PassContext) -> PassResult:
-        def grid_of(weight: Value) -> Grid:
-            return grid_for(weight, context, self.bits, self.group, self.symmetric)
-
-        def method(w: torch.Tensor, inputs: Inputs, grid: Grid, name: str) -> tuple[Coded, list[str]]:
-            return quantize_layer(w, inputs, grid, name, sweeps=self.sweeps)
-
         calibration = need_calibration(context, self.name)
         tuned = self.tune and graph.facts.get("kind") == "causal_lm"
         first, rest = split_sequences(calibration.sequences, calibration.held if tuned else ())
         held = list(calibration.held) if tuned else []
         with ExitStack() as stack:
             work = open_work(context, stack)
-            found = walk(
-                graph, context, work, grid_of, method, sequences=first, others=[*rest, *held], share=_WALK
-            )
+            found = self.walk(graph, context, work, first, [*rest, *held], _WALK)
             if tuned and found.coded and rest and held:
                 found.notes.append(_tune(graph, context, work, found, first, rest, held))
         attach_walked(graph, found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -9,7 +10,8 @@ from typing import TYPE_CHECKING
 from ...ir.core import Graph, Value
 from ..base import Pass, PassContext, PassResult
 from ..registry import Quantizer
-from .calibrated import Inputs, attach_walked, need_calibration, open_work, walk
+from ..work import WorkFolder
+from .calibrated import Array, Inputs, Walked, attach_walked, need_calibration, open_work, walk
 from .gptq import DAMPING, PROPAGATION, Coded, corrected_target, gptq
 from .grid import Grid
 from .options import check_grid, parse_scheme
@@ -60,18 +62,30 @@ class QuantizeGptq(Pass):
         check_grid(self.name, self.bits, self.group)
 
     def run(self, graph: Graph, context: PassContext) -> PassResult:
+        with ExitStack() as stack:
+            work = open_work(context, stack)
+            found = self.walk(graph, context, work, need_calibration(context, self.name).sequences)
+        attach_walked(graph, found)
+        return PassResult(graph, bool(found.coded), found.notes)
+
+    def walk(
+        self,
+        graph: Graph,
+        context: PassContext,
+        work: WorkFolder,
+        sequences: Sequence[Array],
+        others: Sequence[Array] = (),
+        share: float = 1.0,
+    ) -> Walked:
+        """The codes of every layer; arguments as `calibrated.walk` takes them."""
+
         def grid_of(weight: Value) -> Grid:
             return grid_for(weight, context, self.bits, self.group, self.symmetric)
 
         def method(w: torch.Tensor, inputs: Inputs, grid: Grid, name: str) -> tuple[Coded, list[str]]:
             return quantize_layer(w, inputs, grid, name, sweeps=self.sweeps)
 
-        with ExitStack() as stack:
-            work = open_work(context, stack)
-            sequences = need_calibration(context, self.name).sequences
-            found = walk(graph, context, work, grid_of, method, sequences=sequences)
-        attach_walked(graph, found)
-        return PassResult(graph, bool(found.coded), found.notes)
+        return walk(graph, context, work, grid_of, method, sequences=sequences, others=others, share=share)
 
 
 class Gptq(Quantizer):
