@@ -6,7 +6,8 @@ rows are off by e_n costs, in nats a token,
 
     ½ Σ_n E[g_n²] · e_n E[x xᵀ] e_nᵀ        and a table of embeddings    ½ Σ_k E[g_k²] · E[e_k(token)²]
 
-One run forwards and one back, block by block: memory is one block plus activations.
+One run forwards and one back, block by block: memory is one block plus one sequence's values; the rest, the
+head's logits among it (`fisher.py`), lies on disk.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ from ...ir.weights import num_bytes, num_elements
 from ..base import Pass, PassContext, PassResult
 from .attach import is_quantizable
 from .awq import nearest
-from .blocks import Activations, Block, read_weight, run_ops, segment_weights, split_blocks
+from .blocks import Activations, Block, read_weight, run_ops, split_blocks
 from .calibrated import need_calibration, open_work
+from .fisher import head_gradient
 from .grid import Grid
+from .head import LARGE, Cache, DiskCache, Head, find_head
 from .mixed import HEADER, WIDTHS, Option, allocate, smallest, stored_bits
 from .walk import is_head
 
@@ -36,7 +39,7 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 SEQUENCES = 8
-ROWS = 4096  # of a weight that are rounded at a time
+ELEMENTS = 1 << 22  # of a weight that are rounded at a time
 
 
 @dataclass
@@ -53,9 +56,15 @@ class _Reader:
 
 @dataclass
 class _Sweep:
+    """`grads` are, by sequence, those of values between blocks; `head` of a model that has logits, and its
+    rows.
+    """
+
     graph: Graph
     activations: Activations
     grids: Mapping[Value, Sequence[Grid]]
+    head: Head | None
+    cache: Cache = field(default_factory=dict[Any, Any])
     losses: dict[Value, list[float]] = field(default_factory=dict[Value, list[float]])
     grads: list[dict[Value, torch.Tensor]] = field(default_factory=list[dict[Value, Any]])
 
@@ -63,69 +72,97 @@ class _Sweep:
 def measure(
     graph: Graph, sequences: Sequence[Array], activations: Activations, grids: Mapping[Value, Sequence[Grid]]
 ) -> dict[Value, list[float]]:
-    """By weight, the loss in nats a token on each of its grids."""
+    """By weight, the loss in nats a token on each of its grids. Works in the folder of `activations`, too."""
     activations.begin(graph, sequences)
     blocks = split_blocks(graph)
-    sweep = _Sweep(graph, activations, grids, grads=[{} for _ in sequences])
+    head = find_head(graph) if graph.facts.get("kind") == "causal_lm" else None
+    sweep = _Sweep(graph, activations, grids, head, grads=[{} for _ in sequences])
+    if head is not None and head.nbytes > LARGE:
+        sweep.cache = DiskCache(activations.folder / "head")
     for block in blocks[:-1]:
         _forward(sweep, block)
     for block in reversed(blocks):
         _backward(sweep, block)
+        sweep.cache = {}  # the head was in the first one
     return sweep.losses
 
 
-def _weights(block: Block) -> Any:
-    kept = {v: read_weight(v) for segment in block.segments for v in segment_weights(segment)}
-    return lambda v: kept[v] if v in kept else read_weight(v)
+def _run(
+    ops: Sequence[Op],
+    values: Mapping[Value, Any],
+    wanted: Sequence[Value],
+    dims: Mapping[str, int],
+    kept: Mapping[Value, Any],
+) -> dict[Value, Any]:
+    """`run_ops` with weights that were read before; tables of embeddings are read by their rows."""
+    known = dict(values)
+    for op in ops:
+        table = isinstance(op, Embedding)
+        known |= run_ops([op], known, op.results, dims, read_weight if table else kept.__getitem__)
+    return {v: known[v] for v in wanted}
+
+
+def _weights(ops: Sequence[Op]) -> dict[Value, Any]:
+    """The weights that ops read as a whole."""
+    found = dict.fromkeys(v for op in ops if not isinstance(op, Embedding) for v in op.operands)
+    return {v: read_weight(v) for v in found if v.is_weight}
 
 
 def _forward(sweep: _Sweep, block: Block) -> None:
     import torch
 
-    fetch = _weights(block)
+    kept = _weights(block.ops)
     made = [v for v in block.outputs if v not in block.inputs]
     with torch.no_grad():
         for i, dims in enumerate(sweep.activations.dims):
             inputs = sweep.activations.load(i, block.inputs)
-            sweep.activations.save(i, run_ops(block.ops, inputs, made, dims, fetch))
+            sweep.activations.save(i, _run(block.ops, inputs, made, dims, kept))
 
 
 def _backward(sweep: _Sweep, block: Block) -> None:
     """A block again, with gradients: those of its inputs are kept, its weights' losses follow."""
     import torch
 
+    head = sweep.head if sweep.head is not None and sweep.head.layer in block.ops else None
+    ops = block.ops if head is None else block.ops[: block.ops.index(head.layer)]
     readers = {
-        op: _Reader() for op in block.ops if isinstance(op, (Linear, Embedding)) and op.weight in sweep.grids
+        op: _Reader() for op in ops if isinstance(op, (Linear, Embedding)) and op.weight in sweep.grids
     }
-    fetch = _weights(block)
+    of_head = _Reader()
+    kept = _weights(ops)
     generator = torch.Generator().manual_seed(0)
-    made = [v for v in block.outputs if v not in block.inputs]
+    made = [v for v in block.outputs if v not in block.inputs] if head is None else [head.x]
     for i, dims in enumerate(sweep.activations.dims):
         known = sweep.activations.load(i, block.inputs)
-        known |= _embedded(block, readers, known, dims)
+        known |= _embedded(ops, readers, known, dims)
         floats = [v for v, t in known.items() if t.is_floating_point()]
         for v in floats:
             known[v].requires_grad_()
-        ops = [op for op in block.ops if op.result not in known]
         read = [v for op in readers for v in (op.result, op.operands[0])]
-        found = run_ops(ops, known, [*made, *read], dims, fetch)
+        found = _run([op for op in ops if op.result not in known], known, [*made, *read], dims, kept)
+        if head is not None:
+            _through_head(sweep, head, i, found[head.x].detach(), generator, of_head)
         target = _target(sweep, found, made, i, generator)
         wanted = [*(known[v] for v in floats), *(found[op.result] for op in readers)]
         if target is None or not wanted:
             continue
         grads = torch.autograd.grad(target, wanted, allow_unused=True, materialize_grads=True)
+        for v in made:
+            sweep.grads[i].pop(v, None)
         for v, grad in zip(floats, grads, strict=False):
             before = sweep.grads[i].get(v)
             sweep.grads[i][v] = grad if before is None else before + grad
         for op, grad in zip(readers, grads[len(floats) :], strict=True):
-            _take(readers[op], op, found[op.operands[0]].detach(), grad)
-        for v in made:
-            sweep.grads[i].pop(v, None)
-    _losses(sweep, readers)
+            rows = grad.float().reshape(-1, grad.shape[-1])
+            _take(readers[op], op, found[op.operands[0]].detach(), rows.square().sum(0), len(rows))
+    if head is not None and head.layer.operands[1] in sweep.grids:
+        _losses(sweep, head.layer, of_head)
+    for op, reader in readers.items():
+        _losses(sweep, op, reader)
 
 
 def _embedded(
-    block: Block, readers: Mapping[Any, _Reader], known: Mapping[Value, Any], dims: Mapping[str, int]
+    ops: Sequence[Op], readers: Mapping[Any, _Reader], known: Mapping[Value, Any], dims: Mapping[str, int]
 ) -> dict[Value, Any]:
     """Results of a block's embeddings, and their ids: a gradient goes no further back."""
     import torch
@@ -135,14 +172,25 @@ def _embedded(
         return {}
     with torch.no_grad():
         wanted = [v for op in tables for v in (op.ids, op.result)]
-        return run_ops(block.ops, known, wanted, dims)
+        return run_ops(ops, known, wanted, dims)
+
+
+def _through_head(
+    sweep: _Sweep, head: Head, i: int, hidden: torch.Tensor, generator: torch.Generator, reader: _Reader
+) -> None:
+    """Gradients of the hidden states [1, T, D] before the head, and what the head's weight is read with."""
+    rows = hidden.flatten(0, -2)
+    folder = sweep.activations.folder / "logits"
+    found = head_gradient(head, rows, sweep.activations.dims[i], generator, sweep.cache, folder)
+    sweep.grads[i][head.x] = found.hidden.reshape(hidden.shape)
+    _take(reader, head.layer, hidden, found.squares, len(rows))
 
 
 def _target(
     sweep: _Sweep, found: Mapping[Value, Any], made: Sequence[Value], i: int, generator: torch.Generator
 ) -> torch.Tensor | None:
-    """What a block's gradients are of: its outputs against the gradients of what follows, or the
-    log-likelihood of tokens drawn from the model's own logits.
+    """What a block's gradients are of: its outputs against the gradients of what follows, or, where a model
+    ends without a head, the log-likelihood of places drawn from its own output.
     """
     import torch
 
@@ -161,18 +209,17 @@ def _target(
     return total
 
 
-def _take(reader: _Reader, op: Op, x: torch.Tensor, grad: torch.Tensor) -> None:
-    """Add one sequence to a reader's sums."""
+def _take(reader: _Reader, op: Op, x: torch.Tensor, squares: torch.Tensor, tokens: int) -> None:
+    """Add one sequence to a reader's sums: its op's inputs, and Σ g² of its results."""
     import torch
 
-    rows = grad.float().reshape(-1, grad.shape[-1])
-    squares = rows.square().sum(0)
     reader.gradient = squares if reader.gradient is None else reader.gradient + squares
-    reader.tokens += len(rows)
+    reader.tokens += tokens
     if isinstance(op, Linear):
         inputs = x.float().reshape(-1, x.shape[-1])
-        product = inputs.T @ inputs
-        reader.hessian = product if reader.hessian is None else reader.hessian + product
+        if reader.hessian is None:
+            reader.hessian = torch.zeros(inputs.shape[1], inputs.shape[1])
+        reader.hessian.addmm_(inputs.T, inputs)
     elif isinstance(op, Embedding):
         size = op.weight.shape[0]
         assert isinstance(size, int)
@@ -180,20 +227,22 @@ def _take(reader: _Reader, op: Op, x: torch.Tensor, grad: torch.Tensor) -> None:
         reader.counts = counts if reader.counts is None else reader.counts + counts
 
 
-def _losses(sweep: _Sweep, readers: Mapping[Any, _Reader]) -> None:
-    """Round the weights of finished readers in every way, a few rows at a time."""
+def _losses(sweep: _Sweep, op: Op, reader: _Reader) -> None:
+    """Round the weight of a finished reader in every way, a few rows at a time."""
     import torch
 
-    for op, reader in readers.items():
-        weight = op.operands[1]
-        if reader.gradient is None or weight.weight is None:
-            continue
-        losses = sweep.losses.setdefault(weight, [0.0] * len(sweep.grids[weight]))
-        n = weight.weight.shape[0]
-        for a in range(0, n, ROWS):
-            w = torch.from_numpy(weight.weight.read(a, min(a + ROWS, n)).astype(np.float32))
-            for i, grid in enumerate(sweep.grids[weight]):
-                losses[i] += _loss(reader, nearest(w, grid) - w, a)
+    weight = op.operands[1]
+    if reader.gradient is None or weight.weight is None:
+        return
+    if reader.hessian is not None:
+        reader.hessian /= max(1, reader.tokens)
+    losses = sweep.losses.setdefault(weight, [0.0] * len(sweep.grids[weight]))
+    n, k = weight.weight.shape
+    step = max(1, ELEMENTS // k)
+    for a in range(0, n, step):
+        w = torch.from_numpy(weight.weight.read(a, min(a + step, n)).astype(np.float32))
+        for i, grid in enumerate(sweep.grids[weight]):
+            losses[i] += _loss(reader, nearest(w, grid) - w, a)
 
 
 def _loss(reader: _Reader, error: torch.Tensor, start: int) -> float:
@@ -202,7 +251,7 @@ def _loss(reader: _Reader, error: torch.Tensor, start: int) -> float:
     count = max(1, reader.tokens)
     stop = start + len(error)
     if reader.hessian is not None:
-        rows = ((error @ (reader.hessian / count)) * error).sum(1)
+        rows = ((error @ reader.hessian) * error).sum(1)
         return 0.5 * float((rows * reader.gradient[start:stop] / count).sum())
     assert reader.counts is not None
     columns = (reader.counts[start:stop, None] / count * error.square()).sum(0)
