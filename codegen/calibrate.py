@@ -47,55 +47,81 @@ def say_nothing(text: str) -> None:
     """For those who do not listen."""
 
 
-def say_resumed(work: WorkFolder, asked: bool, say: Callable[[str], None]) -> None:
-    """Tell what --resume found."""
-    if work.resumed:
-        say(f"resumed: {work.resumed} finished parts of an earlier run are in {work.path.name}")
-    elif asked:
-        say("nothing to resume: starting from the beginning")
-
-
 def describe_calibration(calibration: Calibration) -> dict[str, Any]:
     """The manifest's entry."""
     return {"name": calibration.name, "sha256": calibration.sha256, "tokens": calibration.tokens}
 
 
+@dataclass(frozen=True)
+class TextSource:
+    """Where a compilation's text comes from, and what makes token ids of it: the tokenizer that was exported
+    into `folder`, None where the model has none; `render` writes chats.
+    """
+
+    source: ModelSource
+    folder: Path
+    tokenizer: TokenizerFacts | None
+    options: CalibrationOptions
+    render: Renderer | None
+
+
 def prepare_calibration(
-    source: ModelSource,
-    folder: Path,
-    facts: TokenizerFacts | None,
-    options: CalibrationOptions,
-    context: int | None,
-    render: Renderer | None,
-    tokens: int = TOKENS,
+    text: TextSource, context: int | None, tokens: int = TOKENS
 ) -> tuple[Calibration, list[str]]:
-    """The sequences for a model whose tokenizer was exported into `folder`, and notes for the user; `tokens`
-    of them where the options do not say.
+    """The sequences, none longer than `context`, and notes for the user; `tokens` of them where the options
+    do not say.
 
     Raises InputError where the model reads no text, or where the file will not do (frontend/calibration.py).
     """
+    source, facts, options = text.source, text.tokenizer, text.options
     if facts is None:
         raise InputError(
             f"{source.name} has no tokenizer, and calibration is on text",
             remedy="use a scheme without calibration, such as int4-g32 or int8",
         )
-    text = (
+    content = (
         parse_text(default_text(), DEFAULT_FILE)
         if options.calib is None
         else read_text_file(Path(options.calib))
     )
-    template = (folder / TEMPLATE_FILE).read_text(encoding="utf-8") if facts.chat_template else None
-    encoder = TextEncoder(folder / facts.path, template, facts.special_tokens, render)
+    template = (text.folder / TEMPLATE_FILE).read_text(encoding="utf-8") if facts.chat_template else None
+    encoder = TextEncoder(text.folder / facts.path, template, facts.special_tokens, text.render)
     made = make_sequences(
-        text,
+        content,
         encoder,
         tokens=tokens if options.tokens is None else options.tokens,
         held_tokens=HELD_TOKENS,
         length=min(LENGTH, context or LENGTH),
     )
-    _check_ids(source, text.name, max(int(one.max()) for one in (*made.sequences, *made.held)))
-    name = "built-in" if options.calib is None else text.name
-    return Calibration(made.sequences, made.held, name, text.sha256), list(made.notes)
+    _check_ids(source, content.name, max(int(one.max()) for one in (*made.sequences, *made.held)))
+    name = "built-in" if options.calib is None else content.name
+    return Calibration(made.sequences, made.held, name, content.sha256), list(made.notes)
+
+
+def begin_calibration(
+    context: PassContext,
+    text: TextSource,
+    output: Path,
+    key: Mapping[str, Any],
+    tokens: int,
+    say: Callable[[str], None],
+) -> None:
+    """Give a compilation that calibrates its sequences and its work folder, and say what --resume found.
+
+    Args:
+        output: the artifact's path, beside which the folder lies.
+        key: what the work depends on besides model and text.
+        tokens: of the sequences where the options do not say.
+    """
+    context.calibration, notes = prepare_calibration(text, context.context_length, tokens)
+    context.notes += notes
+    resume = text.options.resume
+    context.work = open_work(output, text.source, context.calibration, key, resume=resume)
+    if context.work.resumed:
+        found = f"{context.work.resumed} finished parts of an earlier run are in {context.work.path.name}"
+        say(f"resumed: {found}")
+    elif resume:
+        say("nothing to resume: starting from the beginning")
 
 
 def _check_ids(source: ModelSource, name: str, largest: int) -> None:

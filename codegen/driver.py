@@ -23,36 +23,30 @@ from ..ir.ops.quant import Dequantize, QuantizedEmbedding, QuantizedLinear
 from ..ir.printer import print_graph
 from ..ir.types import DimExpr
 from ..ir.weights import num_bytes, num_elements
-from ..passes.base import Pass, PassContext, Progress, no_progress
+from ..passes.base import PassContext, Progress, no_progress
 from ..passes.calibration import LENGTH
 from ..passes.manager import PassRecord, run_passes
 from ..passes.pipelines import function, language_model
-from ..passes.quantize.scheme import weight_passes, without_calibration
-from ..passes.registry import make_pass
-from .adapters import LoraOption, adapter_passes
+from ..passes.quantize.scheme import without_calibration
+from .adapters import LoraOption
 from .artifact import Artifact, ArtifactWriter
 from .calibrate import (
     CalibrationOptions,
+    TextSource,
+    begin_calibration,
     describe_calibration,
     finishing,
-    open_work,
-    prepare_calibration,
     say_nothing,
-    say_resumed,
 )
 from .legalize import legalize
 from .memory import Peak, check_peak, predict_peak, watched
-from .target import Target, get_target
-from .verdict import VerdictOptions, is_measured, prepare_held, with_verdict
+from .request import DEFAULT_CALIBRATION, DEFAULT_VERDICT, Plan, Request
+from .verdict import VerdictOptions, prepare_held
 
 if TYPE_CHECKING:
     import torch
 
 PAGE_SIZE = 16
-DEFAULT_CALIBRATION = CalibrationOptions()
-DEFAULT_VERDICT = VerdictOptions()
-NO_VERDICT = VerdictOptions(measure=False)
-KV_DTYPES = ("float32", "float16", "int8")
 
 
 @dataclass
@@ -70,58 +64,6 @@ class CompileReport:
     """What passes and calibration had to say, each once."""
     quality: dict[str, Any] | None = None
     """The content of quality.json; None where nothing was lost, or nothing measured."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The options of one compilation, checked before the model is opened."""
-
-    targets: tuple[Target, ...]
-    scheme: str
-    quantize: tuple[Pass, ...]
-    extra: tuple[Pass, ...]
-    kv_dtype: str
-    adapt: tuple[Pass, ...] = ()
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether a pass needs calibration."""
-        return any(p.needs_calibration for p in (*self.quantize, *self.extra))
-
-    @property
-    def calibration_tokens(self) -> int:
-        """How many the passes do well with."""
-        return max(p.calibration_tokens for p in (*self.quantize, *self.extra) if p.needs_calibration)
-
-    @staticmethod
-    def make(
-        targets: Sequence[str],
-        quant: str,
-        kv_dtype: str | None,
-        passes: Sequence[str],
-        quant_head: str | None = None,
-        bits_per_weight: float | None = None,
-        verdict: VerdictOptions = NO_VERDICT,
-    ) -> Plan:
-        if not targets:
-            raise InputError("no target was given", remedy="pass --target tvm-cpu")
-        chosen = tuple(get_target(t) for t in targets)
-        names = [t.name for t in chosen]
-        if len(set(names)) != len(names):
-            raise InputError(
-                f"target {max(names, key=names.count)} was given twice",
-                remedy="join its options in one --target",
-            )
-        if kv_dtype not in (None, *KV_DTYPES):
-            raise InputError(
-                f"kv_dtype {kv_dtype!r} is no element type of the cache",
-                remedy=f"one of {', '.join(KV_DTYPES)}",
-            )
-        # A model in float32 keeps its cache in float32; a quantized one has given up more than float16 rounds
-        # away.
-        cache = kv_dtype or ("float32" if quant == "none" else "float16")
-        quantize = tuple(with_verdict(quant, weight_passes(quant, quant_head, bits_per_weight), verdict))
-        return Plan(chosen, quant, quantize, tuple(make_pass(p) for p in passes), cache)
 
 
 def _context(source: ModelSource, asked: int | None) -> int | None:
@@ -199,39 +141,11 @@ def _model_facts(source: ModelSource, graph: Graph, context: int | None) -> dict
     }
 
 
-def _command(
-    source: ModelSource,
-    targets: Sequence[str],
-    quant: tuple[str, str | None, float | None],
-    context: int | None,
-    kv_dtype: str | None,
-    passes: Sequence[str],
-) -> list[str]:
-    """The command without output path and folders, so that the same inputs give the same bytes."""
-    local = (
-        source.path is not None and source.name.count("/") == 0
-    )  # a hub id says more than its snapshot's folder
-    model = source.path.name if local and source.path is not None else source.name
-    command = ["llmc", "compile", model]
-    for t in targets:
-        command += ["--target", t]
-    command += ["--quant", quant[0]]
-    for flag, value in (
-        ("--quant-head", quant[1]),
-        ("--bits-per-weight", quant[2]),
-        ("--context", context),
-        ("--kv-dtype", kv_dtype),
-    ):
-        command += [flag, str(value)] if value is not None else []
-    for p in passes:
-        command += ["--pass", p]
-    return command
-
-
-def _manifest(source: ModelSource, graph: Graph, plan: Plan, context: int | None) -> dict[str, Any]:
+def _manifest(job: _Job, graph: Graph) -> dict[str, Any]:
+    """What is known before targets have written."""
     manifest: dict[str, Any] = {
         "kind": graph.facts["kind"],
-        "model": _model_facts(source, graph, context),
+        "model": _model_facts(job.source, graph, job.context.context_length),
         "inputs": [{"name": v.name, "dtype": v.dtype, "shape": _shape_text(v.shape)} for v in graph.inputs],
         "outputs": [
             {"name": n, "dtype": v.dtype, "shape": _shape_text(v.shape)}
@@ -239,7 +153,8 @@ def _manifest(source: ModelSource, graph: Graph, plan: Plan, context: int | None
         ],
     }
     if graph.facts["kind"] != "function":
-        manifest |= {"page_size": PAGE_SIZE, "kv_dtype": plan.kv_dtype}
+        manifest |= {"page_size": PAGE_SIZE, "kv_dtype": job.plan.kv_dtype}
+        manifest["tokenizer"] = _tokenizer_entry(job.tokenizer)
     return manifest
 
 
@@ -287,75 +202,92 @@ def compile_model(
     Nothing stands under the name `output` before everything is written; an artifact that was there stays
     until then.
     """
-    plan = Plan.make(targets, quant, kv_dtype, passes, quant_head, bits_per_weight, verdict)
-    adapters = [LoraOption.parse(text) for text in lora]
-    plan = replace(plan, adapt=adapter_passes(adapters))
-    pass_context = PassContext(max_ram=max_ram)
+    adapters = tuple(LoraOption.parse(text) for text in lora)
+    options = (quant, quant_head, bits_per_weight, context, kv_dtype, tuple(passes), adapters)
+    asked = Request(tuple(targets), *options, calibration, verdict)
+    plan = asked.plan()
+    passing = PassContext(max_ram=max_ram)
     # The writer first: a name that cannot be written costs no tracing.
-    with ArtifactWriter(output) as writer, ExitStack() as stack, finishing(pass_context, say):
+    with ArtifactWriter(output) as writer, ExitStack() as stack, finishing(passing, say):
         progress("open", 0.0)
         source = open_source(model)
-        length = _context(source, context)
+        passing.context_length = _context(source, context)
         progress("trace", 0.02)
         graph = trace(source, example_inputs)
         if max_ram is not None or plan.calibrated:
-            check_peak(_peak(source, graph, plan, length), max_ram, say)
+            check_peak(_peak(source, graph, plan, passing.context_length), max_ram, say)
         stack.enter_context(watched(max_ram))
-        facts: TokenizerFacts | None = None
-        if graph.facts["kind"] != "function":
-            progress("tokenizer", 0.08)
-            facts = export_tokenizer(source, writer.path("tokenizer.json").parent, render)
-        pass_context.context_length = length
-        if plan.calibrated:
-            progress("calibration text", 0.10)
-            found, notes = prepare_calibration(
-                source, writer.partial, facts, calibration, length, render, plan.calibration_tokens
-            )
-            pass_context.calibration = found
-            pass_context.notes += notes
-            key = {"scheme": quant, "head": quant_head, "bits": bits_per_weight, "passes": list(passes)}
-            key |= {"context": length, "lora": [one.key() for one in adapters]}
-            pass_context.work = open_work(Path(output), source, found, key, resume=calibration.resume)
-            say_resumed(pass_context.work, calibration.resume, say)
-        elif is_measured(plan.quantize):
-            progress("held-out text", 0.10)
-            prepare_held(pass_context, source, writer.partial, facts, calibration, render)
-        share = _Share(progress, 0.80 if plan.calibrated else 0.50 if is_measured(plan.quantize) else 0.20)
-        pass_context.progress = share.between(0.10, share.passes_end)
-        folder = Path(dump_ir) if dump_ir is not None else None
-        graph, records = lower(graph, plan, pass_context, folder)
+        job = _Job(asked, plan, source, passing, writer)
+        _read_text(job, graph, Path(output), render, progress, say)
+        share = _Share(progress, 0.80 if plan.calibrated else 0.50 if plan.measured else 0.20)
+        passing.progress = share.between(0.10, share.passes_end)
+        graph, records = lower(graph, plan, passing, Path(dump_ir) if dump_ir is not None else None)
         release_freed_memory()  # before a kernel compiler stands beside this process
-        manifest = _manifest(source, graph, plan, length)
-        if graph.facts["kind"] != "function":
-            manifest["tokenizer"] = _tokenizer_entry(facts)
-        writer.path("ir.txt").write_text(print_graph(graph), encoding="utf-8", newline="\n")
-        if pass_context.quality is not None:
-            writer.write_quality(pass_context.quality)
-        entries = _emit(source, graph, plan, writer, share)
-        progress("write", 0.98)
-        weight_bytes = _weight_bytes(writer, entries)
-        bits = 8 * weight_bytes / max(1, count_weights(graph))
-        manifest |= {
-            "targets": entries,
-            "quantization": {
-                "scheme": quant,
-                "bits_per_weight": round(bits, 4),
-                "weight_bytes": weight_bytes,
-                "source": source.quantization_of_source,
-            },
-            "command": [
-                *_command(source, targets, (quant, quant_head, bits_per_weight), context, kv_dtype, passes),
-                *(word for one in adapters for word in one.command()),
-                *(calibration.command() if plan.calibrated else []),
-                *verdict.command(),
-            ],
-        }
-        if plan.calibrated and pass_context.calibration is not None:
-            manifest["quantization"]["calibration"] = describe_calibration(pass_context.calibration)
-        artifact = writer.finish(manifest)
+        artifact, weight_bytes, bits = _write(job, graph, share)
     progress("done", 1.0)
-    said = list(dict.fromkeys(pass_context.notes))
-    return CompileReport(artifact, weight_bytes, bits, records, said, pass_context.quality)
+    notes = list(dict.fromkeys(passing.notes))
+    return CompileReport(artifact, weight_bytes, bits, records, notes, passing.quality)
+
+
+@dataclass
+class _Job:
+    """A compilation on its way."""
+
+    asked: Request
+    plan: Plan
+    source: ModelSource
+    context: PassContext
+    writer: ArtifactWriter
+    tokenizer: TokenizerFacts | None = None
+
+
+def _read_text(
+    job: _Job,
+    graph: Graph,
+    output: Path,
+    render: Renderer | None,
+    progress: Progress,
+    say: Callable[[str], None],
+) -> None:
+    """The tokenizer, and what passes calibrate on or are measured on."""
+    if graph.facts["kind"] != "function":
+        progress("tokenizer", 0.08)
+        job.tokenizer = export_tokenizer(job.source, job.writer.path("tokenizer.json").parent, render)
+    text = TextSource(job.source, job.writer.partial, job.tokenizer, job.asked.calibration, render)
+    if job.plan.calibrated:
+        progress("calibration text", 0.10)
+        key = job.asked.key(job.context.context_length)
+        begin_calibration(job.context, text, output, key, job.plan.calibration_tokens, say)
+    elif job.plan.measured:
+        progress("held-out text", 0.10)
+        prepare_held(job.context, text)
+
+
+def _write(job: _Job, graph: Graph, share: _Share) -> tuple[Artifact, int, float]:
+    """The artifact; bytes of its weights, and bits of each."""
+    writer = job.writer
+    manifest = _manifest(job, graph)
+    writer.path("ir.txt").write_text(print_graph(graph), encoding="utf-8", newline="\n")
+    if job.context.quality is not None:
+        writer.write_quality(job.context.quality)
+    entries = _emit(job, graph, share)
+    share.progress("write", 0.98)
+    weight_bytes = _weight_bytes(writer, entries)
+    bits = 8 * weight_bytes / max(1, count_weights(graph))
+    quantization: dict[str, Any] = {
+        "scheme": job.asked.quant,
+        "bits_per_weight": round(bits, 4),
+        "weight_bytes": weight_bytes,
+        "source": job.source.quantization_of_source,
+    }
+    if job.plan.calibrated and job.context.calibration is not None:
+        quantization["calibration"] = describe_calibration(job.context.calibration)
+    manifest |= {
+        "targets": entries,
+        "quantization": quantization,
+        "command": job.asked.command(job.source, calibrated=job.plan.calibrated),
+    }
+    return writer.finish(manifest), weight_bytes, bits
 
 
 def _peak(source: ModelSource, graph: Graph, plan: Plan, context: int | None) -> Peak:
@@ -366,22 +298,20 @@ def _peak(source: ModelSource, graph: Graph, plan: Plan, context: int | None) ->
         vocabulary=int(vocabulary or 0),
         length=min(LENGTH, context or LENGTH),
         calibrated=plan.calibrated,
-        measured=is_measured(plan.quantize),
+        measured=plan.measured,
         kernels=any(t.name == "tvm-cpu" for t in plan.targets),
         group=min((getattr(p, "group", 0) or 0 for p in plan.quantize if p.needs_calibration), default=0),
     )
 
 
-def _emit(
-    source: ModelSource, graph: Graph, plan: Plan, writer: ArtifactWriter, share: _Share
-) -> dict[str, Any]:
+def _emit(job: _Job, graph: Graph, share: _Share) -> dict[str, Any]:
     """Every target's files; their manifest entries by name."""
     entries: dict[str, Any] = {}
     begin = share.passes_end + 0.02
-    step = (0.97 - begin) / len(plan.targets)
-    for i, target in enumerate(plan.targets):
+    step = (0.97 - begin) / len(job.plan.targets)
+    for i, target in enumerate(job.plan.targets):
         part = share.between(begin + i * step, begin + (i + 1) * step)
-        entries[target.name] = target.compile_source(source, graph, writer, progress=part)
+        entries[target.name] = target.compile_source(job.source, graph, job.writer, progress=part)
     return entries
 
 

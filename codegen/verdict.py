@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from ..frontend.chat_shapes import Renderer
-from ..frontend.source import ModelSource
-from ..frontend.tokenizer import TokenizerFacts
 from ..ir.errors import InputError
 from ..passes.base import Pass, PassContext
 from ..passes.quantize.quality import (
@@ -19,7 +15,7 @@ from ..passes.quantize.quality import (
     TakeReference,
     parse_percent,
 )
-from .calibrate import CalibrationOptions, prepare_calibration
+from .calibrate import TextSource, prepare_calibration
 
 LOSSLESS = frozenset({"keep-quantized", "encode-gguf"})
 """Passes that store a weight in another way and change no value."""
@@ -79,21 +75,14 @@ def is_measured(passes: Sequence[Pass]) -> bool:
     return any(isinstance(p, MeasureQuality) for p in passes)
 
 
-def prepare_held(
-    context: PassContext,
-    source: ModelSource,
-    folder: Path,
-    facts: TokenizerFacts | None,
-    options: CalibrationOptions,
-    render: Renderer | None,
-) -> None:
+def prepare_held(context: PassContext, text: TextSource) -> None:
     """Give a compilation that needs no calibration the text to be judged on, or a note why there is none."""
-    if facts is None:
+    if text.tokenizer is None:
         return
     try:
-        found, _ = prepare_calibration(source, folder, facts, options, context.context_length, render)
+        found, _ = prepare_calibration(text, context.context_length)
     except InputError as error:
-        if options.calib is not None:
+        if text.options.calib is not None:
             raise
         context.notes.append(f"no held-out text: {error.message}")
         return

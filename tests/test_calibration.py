@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from llmc.codegen.calibrate import (
     CalibrationOptions,
+    TextSource,
     open_work,
     prepare_calibration,
     source_digest,
@@ -245,14 +246,14 @@ def test_a_model_gets_the_shipped_text_by_its_own_tokenizer(tiny_folder: Any, tm
     source = open_source(tiny_folder("llama"))
     facts = export_tokenizer(source, tmp_path, render_once)
     options = CalibrationOptions()
-    found, notes = prepare_calibration(source, tmp_path, facts, options, 256, render_once)
+    found, notes = prepare_calibration(TextSource(source, tmp_path, facts, options, render_once), 256)
     assert found.name == "built-in" and found.sha256 == shipped.DEFAULT_SHA256 and notes == []
     assert found.tokens == 16384 and {len(one) for one in found.sequences} == {256}
     assert sum(len(one) for one in found.held) == 4096
     firsts = {tuple(one[1:40].tolist()) for one in found.sequences}
     assert firsts.isdisjoint({tuple(one[1:40].tolist()) for one in found.held})
     with pytest.raises(InputError, match=r"has no tokenizer.*without calibration"):
-        prepare_calibration(source, tmp_path, None, options, 256, render_once)
+        prepare_calibration(TextSource(source, tmp_path, None, options, render_once), 256)
 
 
 def test_work_of_another_model_or_text_is_told_apart(tiny_folder: Any, tmp_path: Path) -> None:
@@ -263,7 +264,7 @@ def test_work_of_another_model_or_text_is_told_apart(tiny_folder: Any, tmp_path:
     (tmp_path / "a.txt").write_text(prose(9000))
     made = {
         calib: prepare_calibration(
-            sources["llama"], tmp_path, facts, CalibrationOptions(calib), 256, render_once
+            TextSource(sources["llama"], tmp_path, facts, CalibrationOptions(calib), render_once), 256
         )[0]
         for calib in (None, tmp_path / "a.txt")
     }

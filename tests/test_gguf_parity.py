@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 from llmc.codegen.calibrate import CalibrationOptions
-from llmc.codegen.driver import NO_VERDICT, compile_model, trace
+from llmc.codegen.driver import compile_model, trace
+from llmc.codegen.request import NO_VERDICT
 from llmc.frontend.source import open_source
 from llmc.ir.interpreter import run
 from llmc.ir.ops.nn import Linear

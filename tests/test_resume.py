@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from llmc.codegen.artifact import Artifact
 from llmc.codegen.calibrate import CalibrationOptions, work_path
-from llmc.codegen.driver import NO_VERDICT, compile_model
+from llmc.codegen.driver import compile_model
+from llmc.codegen.request import NO_VERDICT
 from llmc.ir.errors import InputError
 from llmc.passes.work import WorkFolder
 
@@ -26,7 +27,8 @@ SCHEME = "gptq-int4-g32"
 RUN = """
 import sys
 from llmc.codegen.calibrate import CalibrationOptions
-from llmc.codegen.driver import NO_VERDICT, compile_model
+from llmc.codegen.driver import compile_model
+from llmc.codegen.request import NO_VERDICT
 model, out, resume = sys.argv[1:]
 options = CalibrationOptions(tokens=2048, resume=resume == "True")
 compile_model(model, out, targets=["null"], quant="gptq-int4-g32", calibration=options, verdict=NO_VERDICT,
