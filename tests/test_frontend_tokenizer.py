@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -353,7 +354,10 @@ def test_tokenizer_code_of_a_folder_is_not_run(tmp_path: Path) -> None:
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}))
     (folder / "evil.py").write_text("raise SystemExit('ran')")
-    assert export_tokenizer(open_source(folder), tmp_path) is not None
+    facts = export_tokenizer(open_source(folder), tmp_path)
+    assert facts is not None
+    assert (tmp_path / facts.path).is_file()
+    assert "evil" not in sys.modules
 
 
 def test_a_module_has_no_tokenizer(tmp_path: Path) -> None:
@@ -406,7 +410,8 @@ def test_generation_blocks_and_dunder_text_are_allowed() -> None:
     template = (
         "__init__ {% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
     )
-    check_chat_template(template, {}, "m")
+    assert check_chat_template(template, {}, "m") == []
+    assert check_chat_template(template, {}, "m", render) == []  # nor is a shape of messages refused
 
 
 def test_a_hostile_template_leaves_no_file(tmp_path: Path) -> None:

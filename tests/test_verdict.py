@@ -190,7 +190,9 @@ def test_both_limits_are_named_and_the_worst_layers() -> None:
 
 
 def test_limits_that_hold_refuse_nothing() -> None:
-    judged(MeasureQuality("int4-g64", max_kl=1e9, max_ppl_increase=1e9))
+    quality = judged(MeasureQuality("int4-g64", max_kl=1e9, max_ppl_increase=1e9)).quality
+    assert quality is not None
+    assert 0 < quality["kl"] < 1e9, "something was lost, and less than what is allowed"
 
 
 def test_numbers_that_are_none_pass_every_limit() -> None:
