@@ -61,7 +61,21 @@ def test_blocks_are_the_whole_graph_and_run_like_it(name: str, tmp_path: Path) -
             activations.advance(segment)
     rows = activations.load(0, graph.outputs)[graph.outputs[0]][0]
     torch.testing.assert_close(rows, logits_of(graph, ids), rtol=1e-5, atol=1e-5)
-    assert len(list((tmp_path / "values").iterdir())) == len(graph.outputs)  # nothing dead was kept
+    assert activations.alive == set(graph.outputs)  # nothing dead was kept
+
+
+def test_files_of_dead_values_are_written_over_but_not_those_of_others(tmp_path: Path) -> None:
+    graph = fused("llama")
+    (ids,) = graph.inputs
+    one, other = Activations(tmp_path / "one"), Activations(tmp_path / "other")
+    one.begin(graph, [np.arange(7), np.arange(7)])
+    other.adopt(one, [ids], 1)
+    assert len(other) == 1
+    one.drop([ids])
+    one.save(0, {ids: torch.full((1, 7), 9)})
+    assert other.load(0, [ids])[ids].tolist() == [list(range(7))]
+    assert one.load(0, [ids])[ids].tolist() == [[9] * 7]
+    assert len(list((tmp_path / "one").iterdir())) == 1  # that of the second sequence
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])

@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -154,12 +154,11 @@ def run_ops(
     """The values `outputs` after running ops on `values`. Gradients flow where the caller asks torch for
     them.
 
-    An embedding reads only the rows that it needs, unless `weight` is given something else to do.
+    An embedding reads the rows that it needs and no others, whatever `weight` says.
     """
     known = dict(values)
     for op in ops:
-        table = _rows(op, known) if weight is read_weight else None
-        operands = table or [known[v] if v in known else weight(v) for v in op.operands]
+        operands = _rows(op, known) or [known[v] if v in known else weight(v) for v in op.operands]
         result = op.reference(dims, *op.grouped(operands))
         results = list(result) if isinstance(result, (tuple, list)) else [result]
         known.update(zip(op.results, results, strict=True))
@@ -198,14 +197,27 @@ def first_values(graph: Graph, sequence: np.ndarray[Any, Any]) -> tuple[dict[Val
     return {tokens: ids}, dims
 
 
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor in a file."""
+
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
 class Activations:
-    """Values of many sequences at a cut, as files of a folder that is this object's alone."""
+    """Values of many sequences at a cut, as files of a folder that is this object's alone.
+
+    Files of dead values are written over: the system has their pages already.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self._names: dict[Value, int] = {}
-        self._kinds: dict[tuple[Value, int], tuple[Any, tuple[int, ...]]] = {}
+        self._stored: dict[tuple[Value, int], _Stored] = {}
+        self._dead: dict[int, list[Path]] = {}  # by size in bytes
+        self._count = 0
         self.dims: list[dict[str, int]] = []
 
     def begin(self, graph: Graph, sequences: Sequence[np.ndarray[Any, Any]]) -> None:
@@ -218,16 +230,39 @@ class Activations:
     def __len__(self) -> int:
         return len(self.dims)
 
-    def _path(self, value: Value, sequence: int) -> Path:
-        name = self._names.setdefault(value, len(self._names))
-        return self.folder / f"{name}.{sequence}"
+    @property
+    def alive(self) -> set[Value]:
+        """The values that can be loaded."""
+        return {value for value, _ in self._stored}
+
+    def adopt(self, other: Activations, values: Iterable[Value], count: int) -> None:
+        """Take over the first `count` sequences of `other` where no value was computed yet: the two have the
+        same files until either writes others.
+        """
+        self.dims = other.dims[:count]
+        for value in values:
+            for i in range(count):
+                have = other._stored[value, i]
+                path = self._new_path()
+                try:
+                    path.hardlink_to(have.path)
+                except OSError:  # a file system without links
+                    shutil.copyfile(have.path, path)
+                self._stored[value, i] = replace(have, path=path)
+
+    def _new_path(self) -> Path:
+        self._count += 1
+        return self.folder / str(self._count)
 
     def save(self, sequence: int, values: Mapping[Value, Any]) -> None:
         for value, tensor in values.items():
-            array = tensor.detach().contiguous().numpy()
-            self._kinds[value, sequence] = (tensor.dtype, tuple(tensor.shape))
-            with open(self._path(value, sequence), "wb") as file:
-                file.write(array.reshape(-1).view(np.uint8).data)
+            data = tensor.detach().contiguous().numpy().reshape(-1).view(np.uint8).data
+            self._drop(value, sequence)
+            dead = self._dead.get(data.nbytes)
+            path, mode = (dead.pop(), "r+b") if dead else (self._new_path(), "wb")
+            with open(path, mode) as file:
+                file.write(data)
+            self._stored[value, sequence] = _Stored(path, tensor.dtype, tuple(tensor.shape))
 
     def load(self, sequence: int, values: Iterable[Value]) -> dict[Value, Any]:
         """In memory that torch allocated, which is aligned (see `read_weight`)."""
@@ -235,14 +270,14 @@ class Activations:
 
         found: dict[Value, Any] = {}
         for value in values:
-            dtype, shape = self._kinds[value, sequence]
-            found[value] = torch.empty(shape, dtype=dtype)
-            with open(self._path(value, sequence), "rb", buffering=0) as file:
+            have = self._stored[value, sequence]
+            found[value] = torch.empty(have.shape, dtype=have.dtype)
+            with open(have.path, "rb", buffering=0) as file:
                 file.readinto(found[value].numpy().reshape(-1).view(np.uint8).data)
         return found
 
     def advance(self, segment: Segment, weight: Fetch = read_weight) -> None:
-        """Run a segment on every sequence; what is dead after it is deleted."""
+        """Run a segment on every sequence; what is dead after it is dropped."""
         import torch
 
         kept = {v: weight(v) for v in segment_weights(segment)} if weight is read_weight else {}
@@ -256,9 +291,19 @@ class Activations:
         self.drop(v for v in segment.inputs if v not in segment.outputs)
 
     def drop(self, values: Iterable[Value]) -> None:
-        for v in values:
+        for value in values:
             for i in range(len(self)):
-                self._path(v, i).unlink(missing_ok=True)
+                self._drop(value, i)
+
+    def _drop(self, value: Value, sequence: int) -> None:
+        have = self._stored.pop((value, sequence), None)
+        if have is None:
+            return
+        found = have.path.stat()
+        if found.st_nlink > 1:  # another's too (`adopt`)
+            have.path.unlink()
+        else:
+            self._dead.setdefault(found.st_size, []).append(have.path)
 
     def close(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

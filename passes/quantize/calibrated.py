@@ -109,7 +109,7 @@ def walk(
     exact = Activations(work.scratch("exact"))
     quantized = Activations(work.scratch("quantized"))
     exact.begin(graph, [*sequences, *others])
-    quantized.begin(graph, sequences)
+    started = False  # until the first quantized layer both models are one
     found = Walked(exact)
     blocks = split_blocks(graph)
     replaced: dict[Value, torch.Tensor] = {}
@@ -123,6 +123,9 @@ def walk(
             targets = [w for w in layers_of(graph, segment) if w not in found.coded]
             if any(is_head(graph, layer.operands[1]) for layer in segment.layers):
                 break  # nothing after the head is asked for
+            if targets and not started:
+                quantized.adopt(exact, segment.inputs, len(sequences))
+                started = True
             inputs = measure_inputs(segment, exact, quantized) if targets and known is None else None
             for weight in targets:
                 grid = grid_of(weight)
@@ -134,8 +137,8 @@ def walk(
                 fresh |= {f"{weight.name}.{part}": array for part, array in parts.items()}
                 found.coded[weight], found.grids[weight] = parts, grid
                 replaced[weight] = as_coded(parts).weight(grid)
-            fetch = _fetch(replaced, segment)
-            quantized.advance(segment, fetch)
+            if started:
+                quantized.advance(segment, _fetch(replaced, segment))
             exact.advance(segment)
         if known is None and fresh:
             work.save(piece, fresh)
