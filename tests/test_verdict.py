@@ -16,9 +16,11 @@ from llmc.codegen.verdict import VerdictOptions, is_measured, with_verdict
 from llmc.ir.core import Graph
 from llmc.ir.errors import ArtifactError, InputError, LlmcError
 from llmc.ir.types import Quantization
+from llmc.ir.weights import LazyTensor
 from llmc.passes.base import PassContext
 from llmc.passes.calibration import Calibration
 from llmc.passes.quantize.attach import attach_quantized, is_quantizable
+from llmc.passes.quantize.head import HeadRows, find_head
 from llmc.passes.quantize.quality import (
     MeasureQuality,
     TakeReference,
@@ -122,6 +124,54 @@ def test_a_model_against_itself_loses_nothing(tmp_path: Path) -> None:
     assert (found.kl, found.agreement, found.output_error) == (0, 1, 0)
     assert found.ppl == found.ppl_source
     assert {one.error for one in found.layers} == {0.0}
+
+
+def test_what_is_rounded_is_read_once(tmp_path: Path) -> None:
+    """Both models' matrices come of one read of a block's weight, and so do rows of the head."""
+    graph = fused("llama")
+    read: dict[str, int] = {}
+    for name, value in graph.weights.items():
+        base = value.weight
+        assert base is not None
+        if is_quantizable(value) and "embed_tokens" not in name:
+            value.weight = CountingTensor(base, name, read)
+    source = graph.clone()
+    quantize(graph)
+    measure(source, graph, sequences(), tmp_path)
+    assert len(read) > 4
+    assert read == {name: source.weights[name].shape[0] for name in read}
+
+
+class CountingTensor:
+    """Counts the rows that are read."""
+
+    def __init__(self, base: LazyTensor, name: str, read: dict[str, int]) -> None:
+        self.base, self.name, self.rows_read = base, name, read
+        self.shape, self.dtype, self.source = base.shape, base.dtype, base.source
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        rows = self.base.read(start, stop)
+        self.rows_read[self.name] = self.rows_read.get(self.name, 0) + len(rows)
+        return rows
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_rows_of_a_head_are_those_of_the_whole(name: str) -> None:
+    """Rounded from the source's rows, or read: the same bits."""
+    graph = fused(name)
+    source = find_head(graph.clone())
+    quantize(graph)
+    head = find_head(graph)
+    width = head.x.shape[-1]
+    assert isinstance(width, int)
+    hidden = torch.randn(5, width, generator=torch.Generator().manual_seed(3))
+    read, dims = HeadRows(head, 10, 90), {"T": 5}
+    taken = HeadRows(head, 10, 90, HeadRows(source, 10, 90))
+    assert torch.equal(read.matrix, taken.matrix)
+    for rows, whole in ((read, head), (taken, head), (HeadRows(source, 10, 90), source)):
+        wanted = torch.cat(list(whole.logits(hidden, dims)), -1)[:, 10:90]
+        torch.testing.assert_close(rows.logits(hidden, dims), wanted, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(read.matrix, HeadRows(source, 10, 90).matrix)
 
 
 def test_an_encoder_has_an_output_error_alone(tmp_path: Path) -> None:

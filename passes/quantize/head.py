@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,10 @@ import numpy as np
 from ...ir.core import Graph, Op, Value
 from ...ir.errors import CompileError
 from ...ir.interpreter import to_torch
-from .blocks import LinearOp, run_ops
+from ...ir.ops.nn import Linear
+from ...ir.ops.quant import dequantized
+from .blocks import Fetch, LinearOp, run_ops
+from .walk import QuantizedPart, QuantizedWeight
 
 if TYPE_CHECKING:
     import torch
@@ -102,12 +106,10 @@ class Head:
             stop = min(start + CHUNK, self.vocab_size)
 
             def fetch(v: Value, start: int = start, stop: int = stop) -> Any:
-                rows = start if v.shape and v.shape[0] == self.vocab_size else None
-                key = (v, rows)
+                key = (v, start if self._by_row(v) else None)
                 if cache is not None and key in cache:
                     return cache[key]
-                assert v.weight is not None
-                tensor = to_torch(v.weight.read() if rows is None else v.weight.read(start, stop))
+                tensor = self.read(v, start, stop)
                 if cache is not None:
                     cache[key] = tensor
                 return tensor
@@ -116,6 +118,78 @@ class Head:
             wanted = [self.layer.result, out]
             found = run_ops((self.layer, *self.after), {self.x: hidden}, wanted, dims, fetch)
             yield found[self.layer.result], found[out]
+
+    def _by_row(self, value: Value) -> bool:
+        """Whether a weight has a row for each entry of the vocabulary."""
+        return bool(value.shape) and value.shape[0] == self.vocab_size
+
+    def read(self, value: Value, start: int, stop: int) -> torch.Tensor:
+        """What rows [start:stop) of the vocabulary need of a weight."""
+        assert value.weight is not None
+        return to_torch(value.weight.read(start, stop) if self._by_row(value) else value.weight.read())
+
+
+class HeadRows:
+    """Rows [start:stop) of a head, which are read once, and dequantized once, for any number of hidden
+    states. A head that rounds the weight of another, `source`, takes the rows from there.
+    """
+
+    def __init__(self, head: Head, start: int, stop: int, source: HeadRows | None = None) -> None:
+        self.head, self.start, self.stop = head, start, stop
+        self._source = source
+        self._kept: dict[Value, torch.Tensor] = {}
+
+    def _weight(self, value: Value) -> torch.Tensor:
+        if value not in self._kept:
+            self._kept[value] = self.head.read(value, self.start, self.stop)
+        return self._kept[value]
+
+    @cached_property
+    def matrix(self) -> torch.Tensor:
+        """Float [stop − start, D]."""
+        layer, source = self.head.layer, self._source
+        rounding = rounding_of(layer)
+        if source is not None and rounding is not None:
+            weight = source.head.layer.operands[1].weight
+            if weight is rounding.base:
+                return rounded(rounding, source.matrix.clone())
+        return dense(layer, partial(self.head.read, start=self.start, stop=self.stop))
+
+    def logits(self, hidden: torch.Tensor, dims: Mapping[str, int]) -> torch.Tensor:
+        """Logits [..., stop − start] of hidden states [..., D]."""
+        import torch
+
+        layer, after = self.head.layer, self.head.after
+        bias = None if layer.bias is None else self._weight(layer.bias).to(hidden.dtype)
+        made = torch.nn.functional.linear(hidden, self.matrix.to(hidden.dtype), bias)
+        if not after:
+            return made
+        out = after[-1].result
+        return run_ops(after, {layer.result: made}, [out], dims, self._weight)[out]
+
+
+def dense(layer: LinearOp, read: Fetch) -> torch.Tensor:
+    """The matrix [N, K] of a linear layer by what `read` gives of its parts, which are not kept."""
+    if isinstance(layer, Linear):
+        return read(layer.weight)
+    assert layer.q.type.quant is not None
+    codes = read(layer.q)  # first: round to nearest keeps what else it found for the next reads
+    scale = read(layer.scale)
+    zero = None if layer.zero_point is None else read(layer.zero_point)
+    return dequantized(layer.q.type.quant, codes, scale, zero)
+
+
+def rounding_of(layer: LinearOp) -> QuantizedWeight | None:
+    """What rounds a layer's weight to nearest as it is read; None for other layers."""
+    part = layer.operands[1].weight
+    return part.weight if isinstance(part, QuantizedPart) else None
+
+
+def rounded(rounding: QuantizedWeight, rows: torch.Tensor) -> torch.Tensor:
+    """Rows [n, K] of what `rounding` rounds, rounded; float32 ones are written over."""
+    rows = rows.float()
+    rounding.round(rows.numpy())
+    return rows
 
 
 def find_head(graph: Graph) -> Head:
@@ -159,7 +233,7 @@ class TokenLoss:
 
 
 class _Sums:
-    """log Σ exp over chunks, the largest logit and its place, and the target's logit."""
+    """log Σ exp over pieces of the vocabulary, the largest logit and its place, and the target's logit."""
 
     def __init__(self, targets: torch.Tensor) -> None:
         import torch
@@ -171,8 +245,8 @@ class _Sums:
         self.best = torch.zeros(n, dtype=torch.int64)
         self.hit = torch.zeros(n)
 
-    def add(self, logits: torch.Tensor, start: int) -> torch.Tensor:
-        """Take in logits [T, rows]; the factor by which earlier sums shrink, [T]."""
+    def add(self, logits: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take in logits [T, rows]; the factor by which earlier sums shrink, [T], and exp(logits − max)."""
         import torch
 
         top, place = logits.max(-1)
@@ -180,16 +254,42 @@ class _Sums:
         self.best = torch.where(better, place + start, self.best)
         largest = torch.maximum(self.max, top)
         shrink = torch.exp(self.max - largest)
-        self.sum = self.sum * shrink + torch.exp(logits - largest[:, None]).sum(-1)
+        powers = torch.sub(logits, largest[:, None]).exp_()
+        self.sum = self.sum * shrink + powers.sum(-1)
         self.max = largest
         here = (self.targets >= start) & (self.targets < start + logits.shape[-1])
         index = (self.targets - start).clamp(0, logits.shape[-1] - 1)
         self.hit = torch.where(here, logits.gather(1, index[:, None])[:, 0], self.hit)
-        return shrink
+        return shrink, powers
 
     @property
     def lse(self) -> torch.Tensor:
         return self.max + self.sum.log()
+
+
+class LossSums:
+    """The losses of tokens, from pieces of their logits; `targets` int64 [T] are the tokens that came."""
+
+    def __init__(self, targets: torch.Tensor) -> None:
+        import torch
+
+        self._source, self._quantized = _Sums(targets), _Sums(targets)
+        self._cross = torch.zeros(len(targets))
+
+    def add(self, source: torch.Tensor, quantized: torch.Tensor, start: int) -> None:
+        """Take in both models' logits [T, rows] of the vocabulary from row `start` on, in order."""
+        import torch
+
+        shrink, powers = self._source.add(source, start)
+        _, spare = self._quantized.add(quantized, start)
+        gap = torch.sub(source, quantized, out=spare)
+        self._cross = self._cross * shrink + powers.mul_(gap).sum(-1)
+
+    def losses(self) -> TokenLoss:
+        """Once all of the vocabulary was taken in."""
+        p, q = self._source, self._quantized
+        kl = self._cross / p.sum - p.lse + q.lse
+        return TokenLoss(q.lse - q.hit, p.lse - p.hit, kl.clamp(min=0), q.best == p.best, q.lse, p.lse)
 
 
 def token_losses(
@@ -202,9 +302,7 @@ def token_losses(
     """Losses of hidden states [T, D] by their heads; `targets` int64 [T] are the tokens that came."""
     import torch
 
-    p_sums, q_sums = _Sums(targets), _Sums(targets)
-    cross = torch.zeros(len(targets))
-    start = 0
+    sums, start = LossSums(targets), 0
     kept = caches or (None, None)
     with torch.no_grad():
         for p, q in zip(
@@ -212,16 +310,6 @@ def token_losses(
             quantized[0].logits(quantized[1], dims, kept[1]),
             strict=True,
         ):
-            shrink = p_sums.add(p, start)
-            q_sums.add(q, start)
-            cross = cross * shrink + (torch.exp(p - p_sums.max[:, None]) * (p - q)).sum(-1)
+            sums.add(p, q, start)
             start += p.shape[-1]
-    kl = cross / p_sums.sum - p_sums.lse + q_sums.lse
-    return TokenLoss(
-        q_sums.lse - q_sums.hit,
-        p_sums.lse - p_sums.hit,
-        kl.clamp(min=0),
-        q_sums.best == p_sums.best,
-        q_sums.lse,
-        p_sums.lse,
-    )
+    return sums.losses()

@@ -13,7 +13,7 @@ the target does.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -24,19 +24,17 @@ import numpy as np
 
 from ...ir.core import Graph, Op, Value
 from ...ir.ops.nn import Embedding
-from ...ir.ops.quant import QuantizedEmbedding, QuantizedLinear, dequantized
+from ...ir.ops.quant import QuantizedEmbedding
 from ..base import Progress, no_progress
-from .blocks import Activations, Block, read_weight, run_ops, split_blocks
-from .head import Head, TokenLoss, find_head, token_losses
+from .blocks import Activations, Block, LinearOp, read_weight, run_ops, split_blocks
+from .head import Head, HeadRows, LossSums, TokenLoss, dense, find_head, rounded, rounding_of
 
 if TYPE_CHECKING:
     import torch
 
 Array = np.ndarray[Any, Any]
 
-# The output head stays in memory between sequences where it is no larger than this, and is read again for
-# each of them where it is.
-_HEAD_BYTES = 256 << 20
+_HEAD_BYTES = 16 << 20  # rows of a head that are in memory at a time, and logits of one sequence by them
 _LAYER_SEQUENCES = 2  # that layers are compared on: their errors vary little between texts
 _HEAD_ROWS = 64  # tokens that the head's own error is measured on
 _NO_LOGITS = (math.nan, math.nan, math.nan, math.nan)
@@ -69,29 +67,41 @@ class Measured:
 
 
 class _Part:
-    """A block of one of the two models, its linear layers' weights as float32 once they were needed."""
+    """A block of one of the two models, its linear layers' weights in memory once they were needed."""
 
     def __init__(
         self, name: str, ops: Sequence[Op], inputs: Sequence[Value], outputs: Sequence[Value]
     ) -> None:
         self.name, self.ops, self.inputs = name, ops, inputs
         self.made = [v for v in outputs if v not in inputs]
+        self._last = {v: i for i, op in enumerate(ops) for v in op.operands}
         self._dense: dict[Value, torch.Tensor] = {}
+        self._bases: dict[int, torch.Tensor] = {}  # by the id of what is rounded
 
     def _weight(self, value: Value) -> torch.Tensor:
         if value not in self._dense:
             self._dense[value] = read_weight(value)
         return self._dense[value]
 
-    def _matrix(self, op: QuantizedLinear) -> torch.Tensor:
-        """The layer's matrix [N, K]; the three parts that it is stored in are not kept."""
-        if op.q not in self._dense:
-            assert op.q.type.quant is not None
-            codes = read_weight(op.q)  # first: round to nearest keeps what else it found for the next reads
-            scale = read_weight(op.scale)
-            zero = None if op.zero_point is None else read_weight(op.zero_point)
-            self._dense[op.q] = dequantized(op.q.type.quant, codes, scale, zero)
-        return self._dense[op.q]
+    def _matrix(self, layer: LinearOp) -> torch.Tensor:
+        """The layer's matrix [N, K]; the parts that it is stored in are not kept."""
+        weight = layer.operands[1]
+        if weight not in self._dense:
+            rounding = rounding_of(layer)
+            if rounding is not None and id(rounding.base) in self._bases:
+                self._dense[weight] = rounded(rounding, self._bases.pop(id(rounding.base)))
+            else:
+                self._dense[weight] = dense(layer, read_weight)
+        return self._dense[weight]
+
+    def take_weights(self, source: _Part) -> None:
+        """Take from the block that this one was made from what is rounded here, which is then not read again;
+        all its weights are forgotten there.
+        """
+        rounds = [rounding_of(op) for op in self.ops if isinstance(op, LinearOp)]
+        bases = {id(one.base) for one in rounds if one is not None}
+        self._bases = {id(v.weight): x for v, x in source._dense.items() if id(v.weight) in bases}
+        source._dense.clear()
 
     def run(self, values: Mapping[Value, Any], dims: Mapping[str, int]) -> dict[Value, torch.Tensor]:
         """What the block makes of its inputs."""
@@ -99,17 +109,21 @@ class _Part:
 
         known = dict(values)
         with torch.no_grad():
-            for op in self.ops:
-                if isinstance(op, QuantizedLinear) and op.x in known:
-                    bias = None if op.bias is None else self._weight(op.bias)
-                    x = known[op.x]
-                    known[op.result] = torch.nn.functional.linear(x, self._matrix(op).to(x.dtype), bias)
-                else:
-                    table = isinstance(op, (Embedding, QuantizedEmbedding))
-                    known.update(
-                        run_ops([op], known, op.results, dims, read_weight if table else self._weight)
-                    )
+            for i, op in enumerate(self.ops):
+                known |= self._run(op, known, dims)
+                for v in op.operands:
+                    if self._last[v] == i and v not in self.made:
+                        known.pop(v, None)
         return {v: known[v] for v in self.made}
+
+    def _run(self, op: Op, known: Mapping[Value, Any], dims: Mapping[str, int]) -> dict[Value, torch.Tensor]:
+        import torch
+
+        if isinstance(op, LinearOp) and op.x in known:
+            x = known[op.x]
+            bias = None if op.bias is None else self._weight(op.bias).to(x.dtype)
+            return {op.result: torch.nn.functional.linear(x, self._matrix(op).to(x.dtype), bias)}
+        return run_ops([op], known, op.results, dims, self._weight)
 
 
 class _Model:
@@ -120,6 +134,7 @@ class _Model:
         self.head = find_head(graph) if graph.facts.get("kind") == "causal_lm" else None
         self.parts = [self._part(block) for block in split_blocks(graph)]
         self.parts = [part for part in self.parts if part.ops]
+        self.first = self.parts[0]
         self.values = Activations(folder)
         self.values.begin(graph, sequences)
 
@@ -182,9 +197,8 @@ def measure(
         return Measured(0, *_NO_LOGITS, output if output is not None else math.nan, tuple(layers))
     progress("measuring: logits", 0.8)
     hidden = [(p[source.head.x][0], q[quantized.head.x][0]) for p, q in finals]
-    dims = source.values.dims[0]
-    layers.append(LayerError("head", _head_error(source.head, quantized.head, hidden[0][0], dims)))
-    losses = _losses((source.head, quantized.head), hidden, sequences, dims)
+    error, losses = _through_heads((source.head, quantized.head), hidden, sequences, source.values.dims[0])
+    layers.append(LayerError("head", error))
     count = sum(len(one.kl) for one in losses)
 
     def mean(name: str) -> float:
@@ -202,28 +216,41 @@ def _walk(source: _Model, quantized: _Model, progress: Progress) -> list[LayerEr
     count = max(len(source.parts), len(quantized.parts))
     for number, (p, q) in enumerate(zip_longest(source.parts, quantized.parts)):
         progress(f"measuring: {(p or q).name}", 0.8 * number / count)
-        errors: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = []
-        twins = _twins(p, q) if alike else None
-        for i in range(len(source.values)):
-            made = source.advance(p, i) if p is not None else {}
-            if q is None:
-                continue
-            own = quantized.advance(q, i)
-            if p is not None and twins is not None and i < _LAYER_SEQUENCES:
-                if number:  # the first block's inputs are the token ids, the same for both
-                    inputs = source.values.load(i, p.inputs)
-                    own = q.run(
-                        {v: inputs[twin] for v, twin in twins.items() if twin in inputs},
-                        quantized.values.dims[i],
-                    )
-                errors.append(([made[twins[v]] for v in q.made], [own[v] for v in q.made]))
+        # One model after the other: weights of one block of one of them are in memory.
+        if p is not None:
+            for i in range(len(source.values)):
+                source.advance(p, i)
+        error = None
+        if q is not None:
+            if p is not None:
+                q.take_weights(p)
+            twins = _twins(p, q) if alike and p is not None else None
+            error = _error(_outputs(source, quantized, (p, q), twins))
         for model, part, rest in ((source, p, source.parts), (quantized, q, quantized.parts)):
             if part is not None:
                 model.drop(part, [v for later in rest[number + 1 :] for v in later.inputs])
                 rest[number] = _Part(part.name, (), (), ())  # its weights are no longer needed
         if q is not None and not _is_head(quantized, number):
-            layers.append(LayerError(q.name, _error(errors)))
+            layers.append(LayerError(q.name, error))
     return layers
+
+
+def _outputs(
+    source: _Model, quantized: _Model, parts: tuple[_Part | None, _Part], twins: Mapping[Value, Value] | None
+) -> Iterator[tuple[list[torch.Tensor], list[torch.Tensor]]]:
+    """Advance the quantized model by a block; of some sequences, what the block of either model makes of the
+    source's inputs, where the two can be compared.
+    """
+    p, q = parts
+    for i, dims in enumerate(quantized.values.dims):
+        own = quantized.advance(q, i)
+        if p is None or twins is None or i >= _LAYER_SEQUENCES:
+            continue
+        if p is not source.first:  # whose inputs are the token ids, the same for both
+            inputs = source.values.load(i, p.inputs)
+            own = q.run({v: inputs[twin] for v, twin in twins.items() if twin in inputs}, dims)
+        made = source.values.load(i, p.made)
+        yield [made[twins[v]] for v in q.made], [own[v] for v in q.made]
 
 
 def _is_head(model: _Model, number: int) -> bool:
@@ -265,39 +292,30 @@ def _error(pairs: Iterable[tuple[list[torch.Tensor], list[torch.Tensor]]]) -> fl
     return math.sqrt(total / (differing or same)) if differing or same else None
 
 
-def _head_error(source: Head, quantized: Head, hidden: torch.Tensor, dims: Mapping[str, int]) -> float:
-    """The head's own error: its logits of the float model's hidden states."""
-    import torch
-
-    step = max(1, len(hidden) // _HEAD_ROWS)
-    rows = hidden[::step]
-    length = torch.zeros(len(rows), dtype=torch.float64)
-    error = torch.zeros(len(rows), dtype=torch.float64)
-    with torch.no_grad():
-        for p, q in zip(source.logits(rows, dims), quantized.logits(rows, dims), strict=True):
-            length += p.double().square().sum(-1)
-            error += (q.double() - p.double()).square().sum(-1)
-    return float((error / length.clamp(min=1e-30)).mean().sqrt())
-
-
-def _losses(
+def _through_heads(
     heads: tuple[Head, Head],
     hidden: Sequence[tuple[torch.Tensor, torch.Tensor]],
     sequences: Sequence[Array],
     dims: Mapping[str, int],
-) -> list[TokenLoss]:
-    """Losses of every prediction: a token's hidden state predicts the next token."""
+) -> tuple[float, list[TokenLoss]]:
+    """The head's own error, on some of the float model's hidden states, and the losses of every prediction:
+    a token's hidden state predicts the next token. Both heads are read once, some rows at a time.
+    """
     import torch
 
-    small = heads[0].vocab_size * hidden[0][0].shape[-1] * 5 <= _HEAD_BYTES
-    caches: tuple[dict[Any, Any], dict[Any, Any]] | None = ({}, {}) if small else None
-    return [
-        token_losses(
-            (heads[0], p[:-1]),
-            (heads[1], q[:-1]),
-            torch.from_numpy(np.ascontiguousarray(ids[1:], np.int64)),
-            dims,
-            caches,
-        )
-        for (p, q), ids in zip(hidden, sequences, strict=True)
-    ]
+    targets = [torch.from_numpy(np.ascontiguousarray(ids[1:], np.int64)) for ids in sequences]
+    sums = [LossSums(one) for one in targets]
+    few = hidden[0][0][:: max(1, len(hidden[0][0]) // _HEAD_ROWS)]
+    length, error = torch.zeros(2, len(few), dtype=torch.float64)
+    wide = max(max(p.shape) for p, _ in hidden)
+    step, stop = max(1, _HEAD_BYTES // (4 * wide)), heads[0].vocab_size
+    with torch.no_grad():
+        for start in range(0, stop, step):
+            source = HeadRows(heads[0], start, min(start + step, stop))
+            quantized = HeadRows(heads[1], source.start, source.stop, source)
+            for one, (p, q) in zip(sums, hidden, strict=True):
+                one.add(source.logits(p[:-1], dims), quantized.logits(q[:-1], dims), start)
+            p, q = source.logits(few, dims).double(), quantized.logits(few, dims).double()
+            length += p.square().sum(-1)
+            error += (q - p).square().sum(-1)
+    return float((error / length.clamp(min=1e-30)).mean().sqrt()), [one.losses() for one in sums]

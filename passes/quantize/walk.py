@@ -19,7 +19,7 @@ from ..base import Pass, PassContext, PassResult
 from ..registry import Quantizer
 from .attach import attach_quantized, is_quantizable
 from .options import check_grid, check_group
-from .rtn import quantize_rtn
+from .rtn import Quantized, dequantize, quantize_rtn
 
 Array = np.ndarray[Any, Any]
 CHUNK_BYTES = 2 << 20  # float32 rows that are quantized at a time: rounding makes several copies of them
@@ -56,6 +56,16 @@ class QuantizedWeight:
             pieces.append(parts[part])
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
+    def round(self, rows: Array) -> None:
+        """Write over rows of the base, float32 [n, K], what their codes stand for: for those who have read
+        the base anyway.
+        """
+        bits, size = self.quant.bits, self.quant.group_size
+        step = max(1, CHUNK_BYTES // (4 * max(1, self.k)))
+        for first in range(0, len(rows), step):
+            few = rows[first : first + step]
+            few[:] = dequantize(self._codes(few), bits=bits, group_size=size)
+
     def _keep(self, first: int, parts: dict[str, Array]) -> None:
         if not self._kept:
             self._known = np.zeros(self.rows, dtype=bool)
@@ -68,15 +78,18 @@ class QuantizedWeight:
         self._known[first : first + len(parts["codes"])] = True
 
     def _quantized(self, start: int, stop: int) -> dict[str, Array]:
-        q = quantize_rtn(
-            self.base.read(start, stop),
+        q = self._codes(self.base.read(start, stop))
+        found: dict[str, Array] = {"codes": q.codes, "scale": q.scale}
+        return found if q.zero_point is None else {**found, "zero_point": q.zero_point}
+
+    def _codes(self, rows: Array) -> Quantized:
+        return quantize_rtn(
+            rows,
             bits=self.quant.bits,
             group_size=self.quant.group_size,
             symmetric=self.quant.symmetric,
             what=self.base.source,
         )
-        found: dict[str, Array] = {"codes": q.codes, "scale": q.scale}
-        return found if q.zero_point is None else {**found, "zero_point": q.zero_point}
 
 
 class QuantizedPart:
