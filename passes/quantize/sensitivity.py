@@ -23,7 +23,7 @@ from ...ir.core import Graph, Op, Value
 from ...ir.errors import InputError
 from ...ir.ops.nn import Embedding, Linear
 from ...ir.weights import num_bytes, num_elements
-from ..base import Pass, PassContext, PassResult
+from ..base import Pass, PassContext, PassResult, Progress, no_progress
 from .attach import is_quantizable
 from .awq import nearest
 from .blocks import Activations, Block, read_weight, run_ops, split_blocks
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 SEQUENCES = 8
-ELEMENTS = 1 << 22  # of a weight that are rounded at a time
+ELEMENTS = 1 << 20  # of a weight that are rounded at a time
 
 
 @dataclass
@@ -70,7 +70,11 @@ class _Sweep:
 
 
 def measure(
-    graph: Graph, sequences: Sequence[Array], activations: Activations, grids: Mapping[Value, Sequence[Grid]]
+    graph: Graph,
+    sequences: Sequence[Array],
+    activations: Activations,
+    grids: Mapping[Value, Sequence[Grid]],
+    progress: Progress = no_progress,
 ) -> dict[Value, list[float]]:
     """By weight, the loss in nats a token on each of its grids. Works in the folder of `activations`, too."""
     activations.begin(graph, sequences)
@@ -79,27 +83,14 @@ def measure(
     sweep = _Sweep(graph, activations, grids, head, grads=[{} for _ in sequences])
     if head is not None and head.nbytes > LARGE:
         sweep.cache = DiskCache(activations.folder / "head")
-    for block in blocks[:-1]:
+    for number, block in enumerate(blocks[:-1]):
+        progress("what rounding costs", 0.2 * number / len(blocks))
         _forward(sweep, block)
-    for block in reversed(blocks):
+    for number, block in enumerate(reversed(blocks)):
+        progress(f"what rounding costs: {block.name}", 0.2 + 0.8 * number / len(blocks))
         _backward(sweep, block)
         sweep.cache = {}  # the head was in the first one
     return sweep.losses
-
-
-def _run(
-    ops: Sequence[Op],
-    values: Mapping[Value, Any],
-    wanted: Sequence[Value],
-    dims: Mapping[str, int],
-    kept: Mapping[Value, Any],
-) -> dict[Value, Any]:
-    """`run_ops` with weights that were read before; tables of embeddings are read by their rows."""
-    known = dict(values)
-    for op in ops:
-        table = isinstance(op, Embedding)
-        known |= run_ops([op], known, op.results, dims, read_weight if table else kept.__getitem__)
-    return {v: known[v] for v in wanted}
 
 
 def _weights(ops: Sequence[Op]) -> dict[Value, Any]:
@@ -116,7 +107,7 @@ def _forward(sweep: _Sweep, block: Block) -> None:
     with torch.no_grad():
         for i, dims in enumerate(sweep.activations.dims):
             inputs = sweep.activations.load(i, block.inputs)
-            sweep.activations.save(i, _run(block.ops, inputs, made, dims, kept))
+            sweep.activations.save(i, run_ops(block.ops, inputs, made, dims, kept.__getitem__))
 
 
 def _backward(sweep: _Sweep, block: Block) -> None:
@@ -139,7 +130,8 @@ def _backward(sweep: _Sweep, block: Block) -> None:
         for v in floats:
             known[v].requires_grad_()
         read = [v for op in readers for v in (op.result, op.operands[0])]
-        found = _run([op for op in ops if op.result not in known], known, [*made, *read], dims, kept)
+        rest = [op for op in ops if op.result not in known]
+        found = run_ops(rest, known, [*made, *read], dims, kept.__getitem__)
         if head is not None:
             _through_head(sweep, head, i, found[head.x].detach(), generator, of_head)
         target = _target(sweep, found, made, i, generator)
@@ -325,7 +317,7 @@ class ChooseBits(Pass):
             if work.done("sensitivity"):
                 return {names[n]: a.tolist() for n, a in work.load("sensitivity").items()}
             activations = Activations(work.scratch("sensitivity"))
-            found = measure(graph, sequences, activations, grids)
+            found = measure(graph, sequences, activations, grids, context.progress)
             activations.close()
             losses = {w: found.get(w, [0.0] * len(grids[w])) for w in grids}
             work.save("sensitivity", {w.name: np.asarray(x) for w, x in losses.items()})
