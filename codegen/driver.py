@@ -39,7 +39,8 @@ from .calibrate import (
     say_nothing,
 )
 from .legalize import legalize
-from .memory import Peak, check_peak, predict_peak, watched
+from .memory import check_peak, watched
+from .peak import Peak, predict_peak
 from .request import DEFAULT_CALIBRATION, DEFAULT_VERDICT, Plan, Request
 from .verdict import VerdictOptions, prepare_held
 
@@ -293,15 +294,10 @@ def _write(job: _Job, graph: Graph, share: _Share) -> tuple[Artifact, int, float
 def _peak(source: ModelSource, graph: Graph, plan: Plan, context: int | None) -> Peak:
     """What compiling the traced graph will take."""
     vocabulary = describe(source)["vocab_size"] if source.config is not None else None
-    return predict_peak(
-        graph,
-        vocabulary=int(vocabulary or 0),
-        length=min(LENGTH, context or LENGTH),
-        calibrated=plan.calibrated,
-        measured=plan.measured,
-        kernels=any(t.name == "tvm-cpu" for t in plan.targets),
-        group=min((getattr(p, "group", 0) or 0 for p in plan.quantize if p.needs_calibration), default=0),
-    )
+    kernels = any(target.name == "tvm-cpu" for target in plan.targets)
+    length = min(LENGTH, context or LENGTH)
+    passes = (*plan.extra, *plan.quantize)
+    return predict_peak(graph, passes, vocabulary=int(vocabulary or 0), length=length, kernels=kernels)
 
 
 def _emit(job: _Job, graph: Graph, share: _Share) -> dict[str, Any]:

@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 from llmc.codegen.driver import compile_model
-from llmc.codegen.memory import Peak, check_peak, parse_size, predict_peak, size_text, tree_bytes, watched
+from llmc.codegen.memory import check_peak, parse_size, size_text, tree_bytes, watched
+from llmc.codegen.peak import Peak, predict_peak
+from llmc.codegen.verdict import VerdictOptions, with_verdict
 from llmc.frontend.source import open_source
 from llmc.frontend.trace import trace_source
 from llmc.ir.errors import CompileError, InputError
+from llmc.passes.quantize.scheme import weight_passes
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -47,23 +50,39 @@ def test_a_printed_size_is_no_smaller_than_the_size_and_is_read_back() -> None:
         assert size <= parse_size(size_text(size)) < size + 10**6
 
 
-def predicted(folder: Path, **changes: Any) -> Peak:
-    options = {"vocabulary": 384, "length": 256, "calibrated": True, "measured": True, "kernels": True}
-    return predict_peak(trace_source(open_source(folder)), **{**options, **changes})
+def predicted(folder: Path, scheme: str = "gptq-int4-g32", bits: float | None = None, **changes: Any) -> Peak:
+    options = {"vocabulary": 384, "length": 256, "kernels": True, **changes}
+    passes = with_verdict(scheme, weight_passes(scheme, None, bits), VerdictOptions())
+    return predict_peak(trace_source(open_source(folder)), passes, **options)
+
+
+def test_the_peak_has_the_phases_of_what_is_done(tiny_folder: Any) -> None:
+    folder = tiny_folder("llama")
+    phases = {
+        "none": {"tokenizer", "kernels"},
+        "int4-g32": {"tokenizer", "kernels", "verdict"},
+        "gguf-q4_k_m": {"tokenizer", "kernels", "verdict", "calibrating"},
+        "gptq-int4-g32": {"tokenizer", "kernels", "verdict", "quantizing"},
+        "awq-int4-g32": {"tokenizer", "kernels", "verdict", "quantizing"},
+        "best-int4-g32": {"tokenizer", "kernels", "verdict", "quantizing", "tuning"},
+    }
+    for scheme, expected in phases.items():
+        assert set(predicted(folder, scheme).phases) == expected, scheme
+    assert set(predicted(folder, "best-int4-g32", 5.0).phases) == {*phases["best-int4-g32"], "sensitivity"}
 
 
 def test_the_peak_grows_with_what_is_done(tiny_folder: Any) -> None:
     folder = tiny_folder("llama")
-    all_ = predicted(folder)
-    assert set(all_.phases) == {"tokenizer", "kernels", "quantizing", "verdict"}
-    plain = predicted(folder, calibrated=False, measured=False)
-    assert set(plain.phases) == {"tokenizer", "kernels"}
-    assert predicted(folder, kernels=False).phases["kernels"] < all_.phases["kernels"]
-    assert predicted(folder, vocabulary=500_000).phase == "tokenizer"
-    fine = predicted(folder, group=1, length=1)
+    all_ = predicted(folder, "best-int4-g32", 5.0).phases
+    assert predicted(folder, kernels=False).phases["kernels"] < all_["kernels"]
+    assert predicted(folder, "int4-g32", vocabulary=500_000, kernels=False).phase == "tokenizer"
+    fine = predicted(folder, "gptq-int4-g8", length=1)
     assert fine.phases["quantizing"] > predicted(folder, length=1).phases["quantizing"]
-    assert predicted(folder, length=2048).phases["quantizing"] > all_.phases["quantizing"]
-    assert predicted(tiny_folder("gpt2")).phases["quantizing"] > 10**8  # weights as [K, N]
+    longer = predicted(folder, "best-int4-g32", 5.0, length=2048).phases
+    assert all(longer[name] > all_[name] for name in ("quantizing", "tuning", "sensitivity"))
+    # Weights as [K, N]: the widest layer of tiny GPT-2 is [256, 64], with a moment of 256 x 256.
+    wide = predicted(tiny_folder("gpt2"), length=1).phases["quantizing"]
+    assert wide - predicted(folder, length=1).phases["quantizing"] > 4 * (256 * 256 - 96 * 96)
 
 
 def test_a_cap_below_the_peak_is_refused_with_the_smallest_that_fits() -> None:
