@@ -158,7 +158,7 @@ def _tuning(shapes: _Shapes, one: Pass) -> int:
 
 
 def _verdict(shapes: _Shapes, one: Pass) -> int:
-    return max(4 * (2 * shapes.weights + 2 * shapes.values), 8 << 24)
+    return max(4 * (2 * shapes.weights + 2 * shapes.values), 10 << 24)  # heads: 16 MiB, ten times
 
 
 _PHASES: tuple[tuple[type[Pass], str, Callable[[_Shapes, Pass], int]], ...] = (
