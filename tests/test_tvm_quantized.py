@@ -210,7 +210,7 @@ def test_quantize_activation_rounds_to_even_exactly(
     layout = QuantLayout(1, k, 8 if align == 8 else 6, group)
     outputs = (
         np.full((rows, layout.k_padded), 99, np.int8),
-        np.full((rows, layout.groups), 99, np.int32),
+        blank(rows, layout.groups),
         blank(rows, layout.groups),
     )
     parameters = {"k": k, "group_size": group, "align": align}
@@ -223,7 +223,7 @@ def test_quantize_activation_rounds_to_even_exactly(
 def test_quantize_activation_survives_what_is_no_number(isa: str) -> None:
     x = normal(4, 40)
     x[1, 35], x[2, 3], x[3] = np.nan, np.inf, 1e-42
-    outputs = (np.zeros((4, 48), np.int8), np.zeros((4, 3), np.int32), blank(4, 3))
+    outputs = (np.zeros((4, 48), np.int8), blank(4, 3), blank(4, 3))
     a, sums, scale = call(make_quantize_activation, isa, {"k": 40, "group_size": 16}, x, *outputs, outputs=3)
     assert np.isnan(scale[1, 2]) and np.isinf(scale[2, 0]) and np.isfinite(scale[[0, 3]]).all()
     assert np.isfinite(scale[1, :2]).all() and np.isfinite(scale[2, 1:]).all()
@@ -292,7 +292,7 @@ def test_the_largest_products_saturate_nowhere(bits: int, isa: str) -> None:
     parameters = {"n": n, "k": k, "bits": bits, "group_size": 64}
     for sign in (1, -1):
         a = np.full((1, k), sign * 127, np.int8)
-        sums, one = np.full((1, 2), sign * 127 * 64, np.int32), np.ones((1, 2), np.float32)
+        sums, one = np.full((1, 2), sign * 127 * 64, np.float32), np.ones((1, 2), np.float32)
         out = call(make_quantized_linear, isa, parameters, a, sums, one, weight, scale, blank(1, n))
         assert np.array_equal(out, np.full((1, n), sign * 127 * k * (top - (1 << (bits - 1))), np.float32))
 

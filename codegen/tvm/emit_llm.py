@@ -177,7 +177,7 @@ def _quantized_activation(low: Lowering, x: Value, layout: QuantLayout) -> list[
         t = low.dim(rows)
         out = [
             low.tensor([t, layout.k_padded], "int8"),
-            low.tensor([t, layout.groups], "int32"),
+            low.tensor([t, layout.groups], "float32"),
             low.tensor([t, layout.groups], "float32"),
         ]
         # All widths that pad groups alike share one kernel.

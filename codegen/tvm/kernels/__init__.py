@@ -13,7 +13,7 @@ scale_dtype, zero_point, super_group)`, here L; FORM stands for the last six par
     make_linear(n, k, bias, residual, weight_dtype)
         x [T, K], weight packed_shape(n, k), (bias [N]), (residual [T, N]) → out [T, N]
     make_quantize_activation(k, group_size, align)
-        x [T, K] → a int8 [T, L.k_padded], sums int32 [T, L.groups], a_scale [T, L.groups]
+        x [T, K] → a int8 [T, L.k_padded], sums [T, L.groups], a_scale [T, L.groups]
     make_quantized_linear(n, k, FORM, bias, residual)
         a, sums, a_scale, weight uint8 L.weight_shape, scale L.scale_storage L.scale_shape,
         (zero_point L.zero_storage L.zero_shape), (bias [N]), (residual [T, N]) → out [T, N]

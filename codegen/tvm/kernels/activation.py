@@ -74,7 +74,7 @@ def quantize_row(lay: QuantLayout, x: Buffer, row: Expr, a: Buffer, sums: Buffer
                 value = let(_to_int(vec(x, row, at), splat(inverse)))
                 put(a, T.Cast("int8x16", value), row, at)
                 put(total, vec(total, 0) + value, 0)
-            put1(sums, call("int32", "llmc_sum_i32", vec(total, 0)), row, g)
+            put1(sums, T.Cast("float32", call("int32", "llmc_sum_i32", vec(total, 0))), row, g)
         else:
             _ragged_group(lay, x, row, g, a, sums, scale)
 
@@ -100,15 +100,15 @@ def _ragged_group(
             put1(total, total[0] + one, 0)
         with T.Else():
             put1(a, T.int8(0), row, g * lay.group + i)
-    put1(sums, total[0], row, g)
+    put1(sums, T.Cast("float32", total[0]), row, g)
 
 
 def make_quantize_activation(*, k: int, group_size: int, align: int = 8, isa: str) -> Any:
     """a = round(x · 127 / max|x|), a_scale = max|x| / 127, sums = Σ a, each over a group.
 
     x float32 [T, k]; with L the `QuantLayout` of any weights that pad groups to `align`: a int8 [T,
-    L.k_padded], sums int32 [T, L.groups], a_scale float32 [T, L.groups]. A group of zeros gives zeros; a NaN
-    or an infinity makes the group's scale NaN or infinite.
+    L.k_padded], sums and a_scale float32 [T, L.groups], the sums whole numbers: they are factors of floats. A
+    group of zeros gives zeros; a NaN or an infinity makes the group's scale NaN or infinite.
     """
     lay = QuantLayout(1, k, 8 if align == 8 else 2, group_size)
     kernel = Kernel("quantize_activation", isa)
@@ -116,7 +116,7 @@ def make_quantize_activation(*, k: int, group_size: int, align: int = 8, isa: st
         tokens = kernel.symbol("T")
         x = kernel.argument("x", (tokens, k), "float32")
         a = kernel.argument("a", (tokens, lay.k_padded), "int8")
-        sums = kernel.argument("sums", (tokens, lay.groups), "int32")
+        sums = kernel.argument("sums", (tokens, lay.groups), "float32")
         scale = kernel.argument("a_scale", (tokens, lay.groups), "float32")
         with kernel.body():
             for_each_row(tokens, 2 * k, lambda row: quantize_row(lay, x, row, a, sums, scale))
@@ -136,5 +136,5 @@ def reference_quantize_activation(
         inverse = np.where(largest > 0, np.float32(127) / largest, np.float32(0)).astype(np.float32)
     grouped = np.rint(grouped * inverse[:, :, None])
     padded = np.pad(grouped, ((0, 0), (0, 0), (0, lay.group - lay.real_group)))
-    sums = grouped.sum(2).astype(np.int32)
+    sums = grouped.sum(2)
     return padded.reshape(x.shape[0], -1).astype(np.int8), sums, largest / np.float32(127)

@@ -125,6 +125,7 @@ def make_codebook_linear(
         x = kernel.argument("x", (tokens, k), "float32")
         ops = Operands(
             lay,
+            kernel.isa,
             None,
             None,
             None,

@@ -6,8 +6,14 @@ from dataclasses import dataclass
 
 from tvm.script.ir_builder import tirx as T
 
-from .builder import LANES, Buffer, Expr, Kernel, Shape, call, i32s, let, load_float, put, vec
+from .builder import LANES, Buffer, Expr, Kernel, Shape, call, f32s, i32s, let, load_float, put, vec
+from .isa import Isa
 from .layout import Plane, QuantLayout
+
+LIFT = float(3 << 22)
+"""1.5 · 2^23. Floats between 2^23 and 2^24 are whole numbers, and neighbours differ by 1 as integers too: the
+bits of LIFT plus a total below 2^22 are the bits of the float LIFT + total.
+"""
 
 
 @dataclass(frozen=True)
@@ -18,6 +24,7 @@ class Operands:
     """
 
     layout: QuantLayout
+    isa: Isa
     a: Buffer
     sums: Buffer
     a_scale: Buffer
@@ -45,6 +52,20 @@ class Operands:
     def float_correction(self) -> bool:
         """Whether sums and products of a group are exact in float32 (below 2^24)."""
         return self.layout.real_group * 127 * ((1 << self.layout.bits) - 1) < 1 << 24
+
+    @property
+    def lifted(self) -> bool:
+        """Whether totals are counted from LIFT, which saves their conversion to float.
+
+        They must stay below 2^22, and scale · LIFT must be exact, for which the 11 bits of a scale (19 of one
+        of two levels) are few enough. Where a product of bytes takes eight instructions, registers are short.
+        """
+        lay = self.layout
+        top = 15 if lay.bits <= 4 and lay.codebook is None else 255
+        exact = lay.scale_dtype != "float32" or lay.super_group > 0
+        pays = self.isa.dot != "maddubs" or self.dot == "llmc_dot4"
+        fits = exact and lay.real_group * 127 * top < 1 << 22
+        return self.isa.fma and not self.minimum and fits and pays
 
     @property
     def dot(self) -> str:
@@ -151,6 +172,10 @@ class Packed:
     def scale(self, group: Expr, c: int) -> Expr:
         return self.ops.scales(self.first + c, group)
 
+    def lift(self, group: Expr, c: int) -> Expr:
+        """-scale · LIFT, exactly."""
+        return self.ops.scales(self.first + c, group) * f32s(-LIFT)
+
     def zero(self, group: Expr, c: int) -> Expr:
         return self.ops.zeros(self.first + c, group)
 
@@ -164,6 +189,7 @@ class Unpacked(Packed):
         shape: Shape = (lay.groups, lay.steps, lay.words, count, 64)
         self.bytes = T.alloc_buffer(shape, "uint8")
         self.wide = T.alloc_buffer((lay.groups, count, LANES), "float32")
+        self.lifts: Buffer = T.alloc_buffer((lay.groups, count, LANES), "float32") if ops.lifted else None
         self.offset: Buffer = None
         if ops.zero_point is not None:
             kind = "float32" if ops.float_correction or ops.minimum else "int32"
@@ -171,6 +197,8 @@ class Unpacked(Packed):
         with T.serial(0, lay.groups) as g:
             for c in range(count):
                 put(self.wide, super().scale(g, c), g, c, 0)
+                if self.lifts is not None:
+                    put(self.lifts, super().lift(g, c), g, c, 0)
                 if self.offset is not None:
                     put(self.offset, super().zero(g, c), g, c, 0)
             with T.serial(0, lay.steps) as s:
@@ -186,6 +214,9 @@ class Unpacked(Packed):
 
     def scale(self, group: Expr, c: int) -> Expr:
         return vec(self.wide, group, c, 0)
+
+    def lift(self, group: Expr, c: int) -> Expr:
+        return vec(self.lifts, group, c, 0)
 
     def zero(self, group: Expr, c: int) -> Expr:
         return vec(self.offset, group, c, 0)

@@ -4,8 +4,12 @@ codebook of integers, integer dot products by groups.
 A row's result is, for each output n and with groups g in order:
 
     acc = 0
-    acc = fma(scale[n, g] · a_scale[g], float(Σ_k a[k] · q[n, k] - zero_point[n, g] · Σ_k a[k]), acc)
+    acc = fma(a_scale[g], scale[n, g] · float(Σ_k a[k] · q[n, k] - zero_point[n, g] · Σ_k a[k]), acc)
     acc = fma(a_scale[g], fma(scale[n, g], float(Σ_k a[k] · q[n, k]), minimum[n, g] · Σ_k a[k]), acc)
+
+Where `Operands.lifted`, the product with the scale is fma(scale, LIFT + total, -scale · LIFT): rounded once,
+it is the same. A group of 32 is 8 `vpdpbusd` an output, so each further instruction counts: here there are
+two, and one for a zero point.
 
 The sums are exact integers, so that the bits of a row depend neither on the number of rows nor on the level
 (but for the rounding of the multiply-add where a level has no fused one).
@@ -39,10 +43,7 @@ from .builder import (
 from .isa import Isa
 from .layout import QuantLayout
 from .linear import for_each_panel, store_block
-from .panels import Operands, Packed, Unpacked, weight_arguments
-
-UNPACK_ROWS = 8
-"""Rows from which on it pays to unpack a panel of packed weights once instead of in every tile."""
+from .panels import LIFT, Operands, Packed, Unpacked, weight_arguments
 
 
 def _tile_sizes(isa: Isa, bits: int) -> tuple[Sequence[int], Sequence[int], int]:
@@ -52,6 +53,14 @@ def _tile_sizes(isa: Isa, bits: int) -> tuple[Sequence[int], Sequence[int], int]
     if isa.live_vectors >= 8:
         return (3, 1), (2, 1), 1
     return (2, 1), (1,), 1
+
+
+def _unpack_rows(isa: Isa, bits: int) -> int:
+    """Rows from which on it pays to unpack a panel of packed weights once instead of in every tile; measured.
+
+    Halves of bytes are unpacked by a shift and a mask, which vectors of 512 bits do beside the products.
+    """
+    return 20 if bits == 4 and isa.live_vectors >= 32 else 8
 
 
 def _add_steps(
@@ -112,12 +121,18 @@ def _multiply(ops: Operands, row: Expr, rows: int, panel: Packed, narrow: bool) 
 
 
 def _start(ops: Operands, row: Expr, rows: int, count: int, group: Expr) -> list[list[Buffer]]:
-    """Integer accumulators; a constant zero point's correction is where they start."""
+    """Integer accumulators; LIFT and a constant zero point's correction are where they start."""
     total: list[list[Buffer]] = []
     for t in range(rows):
         initial = i32s(0)
-        if ops.constant:
-            initial = let(splat(ops.sums[row + t, group] * T.int32(-ops.constant)))
+        sum_ = ops.sums[row + t, group]
+        if ops.lifted:
+            lift = f32s(LIFT)
+            if ops.constant:
+                lift = fma(splat(sum_), f32s(-ops.constant), lift)
+            initial = let(T.reinterpret(lift, dtype="int32x16"))
+        elif ops.constant:
+            initial = let(splat(T.Cast("int32", sum_) * T.int32(-ops.constant)))
         total.append([register_i32(initial) for _ in range(count)])
     return total
 
@@ -128,31 +143,38 @@ def _finish_group(
     """acc += a_scale · (scale · float(total - zero_point · sum)), or a_scale · (scale · total + minimum ·
     sum).
     """
-    scale = [let(panel.scale(group, c)) for c in range(panel.count)]
-    zero = [let(panel.zero(group, c)) for c in range(panel.count)] if ops.zero_point is not None else None
+    columns = range(panel.count)
+    scale = [let(panel.scale(group, c)) for c in columns]
+    lift = [let(panel.lift(group, c)) if ops.lifted else f32s(0) for c in columns]
+    zero = [let(panel.zero(group, c)) for c in columns] if ops.zero_point is not None else None
     for t, row_total in enumerate(total):
-        sum_ = splat(ops.sums[row + t, group])
         factor = let(splat(ops.a_scale[row + t, group]))
-        if zero is not None and (ops.float_correction or ops.minimum):
-            sum_ = let(T.Cast("float32x16", sum_))
+        sum_ = let(splat(ops.sums[row + t, group])) if zero is not None else None
         for c, cell in enumerate(row_total):
-            value: Expr = T.Cast("float32x16", vec(cell, 0))
             # A fused multiply-add with 0 is a rounded product that nothing fuses with: LLVM might fuse
             # `a * b` in one tile and not in another.
             if zero is not None and ops.minimum:
-                value = fma(scale[c], value, fma(zero[c], sum_, f32s(0)))
-                put(acc[t][c], fma(factor, value, vec(acc[t][c], 0)), 0)
-                continue
-            if zero is not None and ops.float_correction:
-                value = fma(zero[c], sum_, value)
-            elif zero is not None:
-                value = T.Cast("float32x16", vec(cell, 0) + zero[c] * sum_)
-            both = let(fma(scale[c], factor, f32s(0)))
-            put(acc[t][c], fma(both, value, vec(acc[t][c], 0)), 0)
+                whole = T.Cast("float32x16", vec(cell, 0))
+                scaled = fma(scale[c], whole, fma(zero[c], sum_, f32s(0)))
+            else:
+                whole = _corrected(ops, vec(cell, 0), None if zero is None else zero[c], sum_)
+                scaled = fma(scale[c], whole, lift[c])
+            put(acc[t][c], fma(factor, scaled, vec(acc[t][c], 0)), 0)
+
+
+def _corrected(ops: Operands, total: Expr, zero: Expr | None, sum_: Expr | None) -> Expr:
+    """total - zero_point · sum as a float, plus LIFT where totals are counted from there.
+
+    `zero` is the negative zero point.
+    """
+    if zero is not None and not ops.float_correction:
+        return T.Cast("float32x16", total + zero * T.Cast("int32x16", sum_))
+    value = T.reinterpret(total, dtype="float32x16") if ops.lifted else T.Cast("float32x16", total)
+    return value if zero is None else fma(zero, sum_, value)
 
 
 def _products(ops: Operands, tokens: Expr, isa: Isa) -> None:
-    """All panels of the weight; from `UNPACK_ROWS` rows on each is unpacked first."""
+    """All panels of the weight; from `_unpack_rows` rows on each is unpacked first."""
     lay, narrow = ops.layout, isa.dot == "maddubs"
     unpacked_sizes, packed_sizes, width = _tile_sizes(isa, lay.bits)
 
@@ -167,7 +189,7 @@ def _products(ops: Operands, tokens: Expr, isa: Isa) -> None:
     if lay.bits == 8:
         for_each_panel(lay.blocks, width, direct)
         return
-    with T.If(tokens < UNPACK_ROWS):
+    with T.If(tokens < _unpack_rows(isa, lay.bits)):
         with T.Then():
             for_each_panel(lay.blocks, width, direct)
         with T.Else():
@@ -191,8 +213,8 @@ def make_quantized_linear(
     """out = Σ_g a_scale · scale · (a · q - zero_point · sums) (+ bias) (+ residual), or with a minimum Σ_g
     a_scale · (scale · a · q + minimum · sums).
 
-    With L the QuantLayout of these: a int8 [T, L.k_padded], sums int32 [T, L.groups] and a_scale float32 [T,
-    L.groups] from `quantize_activation`; weight uint8 L.weight_shape; scale L.scale_storage L.scale_shape;
+    With L the QuantLayout of these: a int8 [T, L.k_padded], sums and a_scale float32 [T, L.groups]
+    from `quantize_activation`; weight uint8 L.weight_shape; scale L.scale_storage L.scale_shape;
     zero_point L.zero_storage L.zero_shape, or absent and 2^(bits-1); bias float32 [n]; residual and out
     float32 [T, n]. A codebook is one of integers.
     """
@@ -202,8 +224,9 @@ def make_quantized_linear(
         tokens = kernel.symbol("T")
         ops = Operands(
             lay,
+            kernel.isa,
             kernel.argument("a", (tokens, lay.k_padded), "int8"),
-            kernel.argument("sums", (tokens, lay.groups), "int32"),
+            kernel.argument("sums", (tokens, lay.groups), "float32"),
             kernel.argument("a_scale", (tokens, lay.groups), "float32"),
             *weight_arguments(kernel, lay),
             kernel.argument("bias", (n,), "float32") if bias else None,
