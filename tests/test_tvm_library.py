@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -201,6 +202,18 @@ def test_tasks_run_on_several_threads(library: ctypes.CDLL) -> None:
     for _ in range(5):
         library.llmc_set_threads(3)  # forgets that a region stalled, as Python's callbacks make them
         assert library.llmc_launch(task, None, 3) == 0
+
+
+def test_after_a_region_that_stalled_the_others_come_back(library: ctypes.CDLL) -> None:
+    library.llmc_set_threads(2)
+    caller = threading.get_ident()
+    meet = threading.Barrier(2, timeout=30)
+    late = Task(lambda i, region, closure: 0 if threading.get_ident() == caller else time.sleep(0.05) or 0)
+    both = Task(lambda i, region, closure: meet.wait() * 0)
+    for _ in range(3):
+        assert library.llmc_launch(late, None, 2) == 0
+    time.sleep(0.5)  # longer than the caller ever goes on alone (2^28 cycles)
+    assert library.llmc_launch(both, None, 2) == 0
 
 
 def test_a_failing_task_fails_the_region_and_the_next_one_is_fine(library: ctypes.CDLL) -> None:

@@ -10,9 +10,10 @@
 ; Workers spin for some microseconds between regions, then give way, then sleep on a futex; none is pinned to a core.
 ;
 ; A worker that loses its core in the middle of a task makes the caller wait for milliseconds, where a region takes
-; microseconds. Where the caller waited far longer than it worked, it computes the next regions alone: 128, and twice as
-; many each time that this happens again soon, up to 8192 (some tens of tokens). A busy machine costs the second thread
-; then, and not more than that.
+; microseconds. Where the caller waited far longer than it worked, it computes alone for as long as it waited, and twice
+; as long each time that this happens before it has worked in parallel for as long again, up to 2^28 cycles (some 0.1 s).
+; A busy machine costs the second thread then, and not more than that; one that is busy now and then costs about twice
+; what was waited. Time is what counts and not regions: those of a long prompt take a hundred times those of a token.
 ;
 ; After a fork the child has no workers, and computes alone.
 
@@ -25,8 +26,8 @@ target triple = "x86_64-unknown-linux-gnu"
 @left = internal global i32 0, align 64              ; tasks that are not finished
 @region = internal global i32 0, align 64            ; the futex that idle workers sleep on
 @sleepers = internal global i32 0, align 64
-@alone = internal global i32 0, align 64             ; regions that the caller will still compute alone
-@caution = internal global i32 0                     ; how many it was the last time, less with every good region
+@alone = internal global i64 0, align 64             ; the cycle counter until which the caller computes alone
+@caution = internal global i64 0                     ; for how long it was the last time, less what went well since
 @function = internal global ptr null, align 64       ; the region: function, its closure, number of tasks
 @closure = internal global ptr null
 @tasks = internal global i32 0
@@ -47,8 +48,8 @@ declare i32 @pthread_detach(i64)
 declare i32 @pthread_sigmask(i32, ptr, ptr)
 declare void @llvm.x86.sse2.pause()
 declare i64 @llvm.readcyclecounter()
-declare i32 @llvm.smax.i32(i32, i32)
-declare i32 @llvm.smin.i32(i32, i32)
+declare i64 @llvm.smax.i64(i64, i64)
+declare i64 @llvm.smin.i64(i64, i64)
 
 ; ---- entry points: int f(int64_t *dims, uint64_t *pointers), 0 where all went well; llmc_step is made by build.py -----
 
@@ -144,8 +145,8 @@ done:
   %can = add i32 %now, 1
   %fewer = icmp slt i32 %can, %wanted
   %count = select i1 %fewer, i32 %can, i32 %wanted
-  store i32 0, ptr @alone
-  store i32 0, ptr @caution
+  store i64 0, ptr @alone
+  store i64 0, ptr @caution
   store atomic i32 %count, ptr @threads release, align 4
   ret i32 %count
 }
@@ -170,13 +171,13 @@ lock:                                                ; a second thread of the pr
   br i1 %mine, label %weigh, label %serial
 
 weigh:
-  %more = load i32, ptr @alone
-  %careful = icmp sgt i32 %more, 0
+  %t0 = call i64 @llvm.readcyclecounter()
+  %until = load i64, ptr @alone
+  %more = sub i64 %until, %t0                        ; beyond what there can be where it is over, or the counter was set
+  %careful = icmp ult i64 %more, 268435457
   br i1 %careful, label %careful_one, label %publish
 
 careful_one:
-  %fewer = sub i32 %more, 1
-  store i32 %fewer, ptr @alone
   store atomic i32 0, ptr @busy release, align 4
   br label %serial
 
@@ -201,7 +202,6 @@ serial_done:
   ret i32 %bad32
 
 publish:
-  %t0 = call i64 @llvm.readcyclecounter()
   store atomic ptr %f, ptr @function monotonic, align 8
   store atomic ptr %data, ptr @closure monotonic, align 8
   store atomic i32 %count, ptr @tasks monotonic, align 4
@@ -252,16 +252,17 @@ done:
   %twice = shl i64 %worked, 1
   %patience = add i64 %twice, 200000                 ; some 80 µs
   %stalled = icmp sgt i64 %waited, %patience
-  %caution = load i32, ptr @caution
-  %eased = ashr i32 %caution, 6
-  %calmer = sub i32 %caution, %eased
-  %doubled = shl i32 %caution, 1
-  %least = call i32 @llvm.smax.i32(i32 %doubled, i32 128)
-  %most = call i32 @llvm.smin.i32(i32 %least, i32 8192)
-  %next = select i1 %stalled, i32 %most, i32 %calmer
-  store i32 %next, ptr @caution
-  %penalty = select i1 %stalled, i32 %most, i32 0
-  store i32 %penalty, ptr @alone
+  %caution = load i64, ptr @caution
+  %eased = sub i64 %caution, %worked
+  %calmer = call i64 @llvm.smax.i64(i64 %eased, i64 0)
+  %doubled = shl i64 %caution, 1
+  %least = call i64 @llvm.smax.i64(i64 %doubled, i64 %waited)
+  %most = call i64 @llvm.smin.i64(i64 %least, i64 268435456)
+  %next = select i1 %stalled, i64 %most, i64 %calmer
+  store i64 %next, ptr @caution
+  %resume = add i64 %t2, %most
+  %penalty = select i1 %stalled, i64 %resume, i64 0
+  store i64 %penalty, ptr @alone
   %result = load atomic i32, ptr @failed monotonic, align 4
   store atomic i32 0, ptr @busy release, align 4
   ret i32 %result
