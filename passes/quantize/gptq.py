@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     import torch
 
 DAMPING = 0.01  # of the mean diagonal; section 3.3 of the paper
-BLOCK = 128  # columns whose errors are passed on at once
+BLOCK = 128  # columns whose errors are passed on to all others at once
+PANEL = 16  # columns of a block whose errors are passed on to the block at once
 SYSTEMS = 1 << 23  # elements of the systems that are solved at a time
 PROPAGATION = 0.5  # how much of the earlier layers' error a layer makes up for
 
@@ -89,6 +90,11 @@ def corrected_target(
     return w + share * torch.cholesky_solve(cross.T @ w.T, h).T
 
 
+def _rows(values: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Columns of values [N, _] by number as rows [len(order), N]: what is worked on at once lies together."""
+    return values.T.contiguous()[order]
+
+
 def quantize_gptq(
     w: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid
 ) -> torch.Tensor:
@@ -102,27 +108,28 @@ def quantize_gptq(
     k = w.shape[1]
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     factor = inverse_factor(hessian[order][:, order])
-    open_ = w[:, order].T.contiguous()  # [K, N]: columns are rows, which lie together
-    scales = grid.spread(scale, k)[:, order].T.contiguous()
-    zeros = grid.spread(zero, k)[:, order].T.contiguous()
+    scales = _rows(scale, order // grid.group)
+    inverse = scales.reciprocal()
+    # With zero · scale added on both sides, a code is w / scale.
+    open_ = _rows(w, order).addcmul_(_rows(zero, order // grid.group), scales)
     codes = torch.empty_like(open_)
+    pivots = factor.diagonal().tolist()
     for start in range(0, k, BLOCK):
         stop = min(start + BLOCK, k)
-        block = open_[start:stop]
-        errors = torch.empty_like(block)
-        u = factor[start:stop, start:stop]
-        for i in range(stop - start):
-            s, z = scales[start + i], zeros[start + i]
-            q = encode(block[i], s, z, grid.top)
-            codes[start + i] = q
-            errors[i] = (block[i] - (q - z) * s) / u[i, i]
-            if i + 1 < stop - start:
-                block[i + 1 :].addr_(u[i, i + 1 :], errors[i], alpha=-1)
+        errors = torch.empty_like(open_[start:stop])
+        for first in range(start, stop, PANEL):
+            last = min(first + PANEL, stop)
+            for i in range(first, last):
+                q = torch.mul(open_[i], inverse[i], out=codes[i]).round_().clamp_(0, grid.top)
+                error = torch.mul(q, scales[i], out=errors[i - start]).sub_(open_[i]).mul_(1 / pivots[i])
+                if i + 1 < last:
+                    open_[i + 1 : last].addr_(factor[i, i + 1 : last], error)
+            if last < stop:
+                done = slice(first - start, last - start)
+                open_[last:stop].addmm_(factor[first:last, last:stop].T, errors[done])
         if stop < k:
-            open_[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-    result = torch.empty_like(w)
-    result[:, order] = codes.T
-    return result
+            open_[stop:].addmm_(factor[start:stop, stop:].T, errors)
+    return codes[torch.argsort(order)].T.contiguous()
 
 
 def loss(w: torch.Tensor, approximation: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
@@ -209,23 +216,25 @@ def descend(w: torch.Tensor, found: Coded, hessian: torch.Tensor, grid: Grid) ->
     k = w.shape[1]
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     h = hessian[order][:, order]
-    scales = grid.spread(found.scale, k)[:, order].T.contiguous()
-    zeros = grid.spread(found.zero, k)[:, order].T.contiguous()
-    codes = found.codes[:, order].T.contiguous()
-    error = (codes - zeros) * scales - w[:, order].T  # ŵ − w, [K, N]
+    scales = _rows(found.scale, order // grid.group)
+    codes = _rows(found.codes, order)
+    error = (codes - _rows(found.zero, order // grid.group)).mul_(scales).sub_(_rows(w, order))  # ŵ − w
+    steps = (scales * h.diagonal()[:, None]).reciprocal_()
     for start in range(0, k, BLOCK):
         stop = min(start + BLOCK, k)
         gradient = h[start:stop] @ error  # of the block's columns
-        within = h[start:stop, start:stop]
-        for i in range(stop - start):
-            at = start + i
-            wanted = codes[at] - gradient[i] / (within[i, i] * scales[at])
-            new = wanted.round().clamp(0, grid.top)
-            change = (new - codes[at]) * scales[at]
-            codes[at] = new
-            error[at] += change
-            if i + 1 < stop - start:
-                gradient[i + 1 :].addr_(within[i + 1 :, i], change)
-    result = torch.empty_like(w)
-    result[:, order] = codes.T
-    return result
+        changes = torch.empty_like(gradient)
+        for first in range(start, stop, PANEL):
+            last = min(first + PANEL, stop)
+            for i in range(first, last):
+                at = i - start
+                new = torch.addcmul(codes[i], gradient[at], steps[i], value=-1).round_().clamp_(0, grid.top)
+                change = torch.sub(new, codes[i], out=changes[at]).mul_(scales[i])
+                codes[i] = new
+                if i + 1 < last:
+                    gradient[at + 1 : last - start].addr_(h[i + 1 : last, i], change)
+            if last < stop:
+                done = slice(first - start, last - start)
+                gradient[last - start :].addmm_(h[last:stop, first:last], changes[done])
+        error[start:stop] += changes
+    return codes[torch.argsort(order)].T.contiguous()
