@@ -42,7 +42,7 @@ WORKER_BYTES = 400_000_000
 _MOMENTS = 7  # float32 [K, K] while one is factored: two of the inputs, damped and permuted ones, inverse
 _KEPT = 4  # of them while codes are made and scales refitted
 _COPIES = 16  # float32 [N, K] then: weight, target, codes, scales and zero points by column, candidates
-_VALUES = 4  # numbers that a value between layers takes with its gradient and what the way back needs
+_VALUES = 7  # numbers that a value between layers takes with its gradient and what the way back needs
 _PIECES = 7  # float32 [T, rows of the vocabulary] while logits are compared, or derived
 
 
