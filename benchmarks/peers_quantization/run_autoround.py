@@ -30,6 +30,8 @@ def quantize(order: Order) -> Done:
         iters=iters,
         device_map="cpu",
         enable_torch_compile=False,
+        # In float32: processors that have bfloat16 but no units for its products take twice as long in it.
+        amp=False,
     )
     tuned, _ = tuner.quantize()
     return Done(_dequantized(tuned, order), grid_bits(order), f"{iters} iterations, {size} sequences each")
@@ -38,8 +40,7 @@ def quantize(order: Order) -> Done:
 def _dequantized(model: Any, order: Order) -> dict[str, Any]:
     """Linear weights from the scales and zero points that it left on the layers.
 
-    It works in bfloat16 where the processor has it, and rounds the weights to that: the codes are exact, the
-    values are not, so they are made again.
+    It may round the weights to bfloat16: the codes are exact, the values are not, so they are made again.
     """
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
