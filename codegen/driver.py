@@ -216,7 +216,8 @@ def compile_model(
         progress("trace", 0.02)
         graph = trace(source, example_inputs)
         if max_ram is not None or plan.calibrated:
-            check_peak(_peak(source, graph, plan, passing.context_length), max_ram, say)
+            peak = _peak(source, graph, plan, passing.context_length, capped=max_ram is not None)
+            check_peak(peak, max_ram, say)
         stack.enter_context(watched(max_ram))
         job = _Job(asked, plan, source, passing, writer)
         _read_text(job, graph, Path(output), render, progress, say)
@@ -291,13 +292,16 @@ def _write(job: _Job, graph: Graph, share: _Share) -> tuple[Artifact, int, float
     return writer.finish(manifest), weight_bytes, bits
 
 
-def _peak(source: ModelSource, graph: Graph, plan: Plan, context: int | None) -> Peak:
+def _peak(
+    source: ModelSource, graph: Graph, plan: Plan, context: int | None, *, capped: bool = False
+) -> Peak:
     """What compiling the traced graph will take."""
     vocabulary = describe(source)["vocab_size"] if source.config is not None else None
     kernels = any(target.name == "tvm-cpu" for target in plan.targets)
     length = min(LENGTH, context or LENGTH)
     passes = (*plan.extra, *plan.quantize)
-    return predict_peak(graph, passes, vocabulary=int(vocabulary or 0), length=length, kernels=kernels)
+    vocabulary = int(vocabulary or 0)
+    return predict_peak(graph, passes, vocabulary=vocabulary, length=length, kernels=kernels, capped=capped)
 
 
 def _emit(job: _Job, graph: Graph, share: _Share) -> dict[str, Any]:

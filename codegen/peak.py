@@ -30,6 +30,7 @@ from ..passes.quantize import fisher, gptq, head, sensitivity
 from ..passes.quantize.awq_pass import QuantizeAwq
 from ..passes.quantize.best_pass import QuantizeBest
 from ..passes.quantize.blocks import layer_name
+from ..passes.quantize.calibrated import KEPT
 from ..passes.quantize.gptq_pass import QuantizeGptq
 from ..passes.quantize.quality import MeasureQuality
 from ..passes.quantize.sensitivity import ChooseBits
@@ -105,7 +106,7 @@ class _Shapes:
 
 
 def predict_peak(
-    graph: Graph, passes: Sequence[Pass], *, vocabulary: int, length: int, kernels: bool
+    graph: Graph, passes: Sequence[Pass], *, vocabulary: int, length: int, kernels: bool, capped: bool = True
 ) -> Peak:
     """The peak of compiling a traced (or fused) graph.
 
@@ -114,6 +115,7 @@ def predict_peak(
         vocabulary: entries of the tokenizer.
         length: tokens of a calibration sequence.
         kernels: whether a kernel compiler runs in a process of its own.
+        capped: whether values between layers all go to disk.
     """
     shapes = _shapes(graph, length)
     base = IMPORTS_BYTES + KEPT_BYTES * vocabulary
@@ -126,7 +128,9 @@ def predict_peak(
         taken = [(name, take(shapes, one)) for kind, name, take in _PHASES if isinstance(one, kind)]
         if one.needs_calibration and not taken:
             taken = [("calibrating", 4 * (shapes.weights + 2 * shapes.values))]
+        kept = 2 * KEPT if isinstance(one, QuantizeGptq) and not capped else 0
         for name, size in taken:
+            size += kept
             phases[name] = max(phases.get(name, 0), base + size)
     return Peak(phases)
 

@@ -64,6 +64,23 @@ def test_blocks_are_the_whole_graph_and_run_like_it(name: str, tmp_path: Path) -
     assert activations.alive == set(graph.outputs)  # nothing dead was kept
 
 
+def test_values_stay_in_memory_as_far_as_it_goes(tmp_path: Path) -> None:
+    graph = fused("llama")
+    (ids,) = graph.inputs
+    one = Activations(tmp_path / "one", memory=2 * 7 * 8)
+    one.begin(graph, [np.arange(7) + i for i in range(3)])
+    assert len(list((tmp_path / "one").iterdir())) == 1
+    other = Activations(tmp_path / "other", memory=7 * 8)
+    other.adopt(one, [ids], 3)
+    one.drop([ids])
+    one.save(2, {ids: torch.zeros(1, 14, dtype=torch.int64)[:, 7:]})
+    for i in range(3):
+        assert other.load(i, [ids])[ids].tolist() == [list(range(i, 7 + i))]
+    kept = one.load(2, [ids])[ids]
+    assert kept.tolist() == [[0] * 7]
+    assert kept.untyped_storage().nbytes() == 7 * 8  # not the whole that it was a part of
+
+
 def test_files_of_dead_values_are_written_over_but_not_those_of_others(tmp_path: Path) -> None:
     graph = fused("llama")
     (ids,) = graph.inputs

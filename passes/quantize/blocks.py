@@ -207,15 +207,16 @@ class _Stored:
 
 
 class Activations:
-    """Values of many sequences at a cut, as files of a folder that is this object's alone.
+    """Values of many sequences at a cut: up to `memory` bytes of them as tensors, the others as files of a
+    folder that is this object's alone.
 
     Files of dead values are written over: the system has their pages already.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, memory: int = 0) -> None:
+        self.folder, self._room = folder, memory
         folder.mkdir(parents=True, exist_ok=True)
-        self._stored: dict[tuple[Value, int], _Stored] = {}
+        self._stored: dict[tuple[Value, int], _Stored | torch.Tensor] = {}
         self._dead: dict[int, list[Path]] = {}  # by size in bytes
         self._count = 0
         self.dims: list[dict[str, int]] = []
@@ -243,6 +244,9 @@ class Activations:
         for value in values:
             for i in range(count):
                 have = other._stored[value, i]
+                if not isinstance(have, _Stored):
+                    self.save(i, {value: have})
+                    continue
                 path = self._new_path()
                 try:
                     path.hardlink_to(have.path)
@@ -255,9 +259,15 @@ class Activations:
         return self.folder / str(self._count)
 
     def save(self, sequence: int, values: Mapping[Value, Any]) -> None:
-        for value, tensor in values.items():
-            data = tensor.detach().contiguous().numpy().reshape(-1).view(np.uint8).data
+        for value, given in values.items():
+            tensor = given.detach().contiguous()
             self._drop(value, sequence)
+            if tensor.nbytes <= self._room:
+                self._room -= tensor.nbytes
+                alone = tensor.untyped_storage().nbytes() == tensor.nbytes
+                self._stored[value, sequence] = tensor if alone else tensor.clone()
+                continue
+            data = tensor.numpy().reshape(-1).view(np.uint8).data
             dead = self._dead.get(data.nbytes)
             path, mode = (dead.pop(), "r+b") if dead else (self._new_path(), "wb")
             with open(path, mode) as file:
@@ -265,12 +275,15 @@ class Activations:
             self._stored[value, sequence] = _Stored(path, tensor.dtype, tuple(tensor.shape))
 
     def load(self, sequence: int, values: Iterable[Value]) -> dict[Value, Any]:
-        """In memory that torch allocated, which is aligned (see `read_weight`)."""
+        """In memory that torch allocated, which is aligned (see `read_weight`); not to be written to."""
         import torch
 
         found: dict[Value, Any] = {}
         for value in values:
             have = self._stored[value, sequence]
+            if not isinstance(have, _Stored):
+                found[value] = have
+                continue
             found[value] = torch.empty(have.shape, dtype=have.dtype)
             with open(have.path, "rb", buffering=0) as file:
                 file.readinto(found[value].numpy().reshape(-1).view(np.uint8).data)
@@ -299,6 +312,9 @@ class Activations:
         have = self._stored.pop((value, sequence), None)
         if have is None:
             return
+        if not isinstance(have, _Stored):
+            self._room += have.nbytes
+            return
         found = have.path.stat()
         if found.st_nlink > 1:  # another's too (`adopt`)
             have.path.unlink()
@@ -306,6 +322,7 @@ class Activations:
             self._dead.setdefault(found.st_size, []).append(have.path)
 
     def close(self) -> None:
+        self._stored.clear()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
