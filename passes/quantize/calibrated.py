@@ -42,11 +42,23 @@ KEPT = 192 << 20
 
 @dataclass
 class Inputs:
-    """What a layer's input was like: hessian = E[x_q x_qᵀ], cross = E[(x_f − x_q) x_qᵀ], float32 [K, K]."""
+    """What a layer's input was like: hessian = E[x_q x_qᵀ], cross = E[(x_f − x_q) x_qᵀ], float32 [K, K].
+
+    `layers` that are still to be quantized for it: with the last one `cross` can go.
+    """
 
     hessian: torch.Tensor
     cross: torch.Tensor
     tokens: int
+    layers: int = 1
+
+    def take_cross(self) -> torch.Tensor:
+        """`cross`, once for each layer: a wide layer's weighs more than all else that it needs."""
+        cross = self.cross
+        self.layers -= 1
+        if not self.layers:
+            del self.cross
+        return cross
 
 
 Method = Callable[["torch.Tensor", Inputs, Grid, str], tuple[Coded, list[str]]]
@@ -131,6 +143,8 @@ def walk(
                 quantized.adopt(exact, segment.inputs, len(sequences))
                 started = True
             inputs = measure_inputs(segment, exact, quantized) if targets and known is None else None
+            if inputs is not None:
+                inputs.layers = len(targets)
             for weight in targets:
                 grid = grid_of(weight)
                 if inputs is None:
@@ -181,8 +195,9 @@ def measure_inputs(segment: Segment, exact: Activations, quantized: Activations)
         _add_upper(hessian, x_q)
         cross.addmm_((x_f - x_q).T, x_q)
         tokens += len(x_q)
-    hessian = hessian.triu() + hessian.triu(1).T
-    return Inputs(hessian / max(1, tokens), cross / max(1, tokens), tokens)
+    upper = hessian.triu(1)
+    hessian.triu_().add_(upper.T)
+    return Inputs(hessian.div_(max(1, tokens)), cross.div_(max(1, tokens)), tokens)
 
 
 def _add_upper(hessian: torch.Tensor, x: torch.Tensor) -> None:

@@ -26,6 +26,8 @@ DAMPING = 0.01  # of the mean diagonal; section 3.3 of the paper
 BLOCK = 128  # columns whose errors are passed on to all others at once
 PANEL = 16  # columns of a block whose errors are passed on to the block at once
 SYSTEMS = 1 << 23  # elements of the systems that are solved at a time
+GRADIENTS = 24  # steps towards the scales
+TINY = 1e-30
 PROPAGATION = 0.5  # how much of the earlier layers' error a layer makes up for
 
 
@@ -206,7 +208,32 @@ def _refit_rows(w: torch.Tensor, found: Coded, hessian: torch.Tensor, grid: Grid
         system[:, g:, g] = system[:, g, g:]
     diagonal = system.diagonal(dim1=1, dim2=2)
     diagonal.add_(1e-4 * diagonal.mean(1, keepdim=True) + 1e-12)
-    return found.scale + torch.linalg.solve(system, right - (system @ found.scale[..., None])[..., 0])
+    return found.scale + _solve(system, right - (system @ found.scale[..., None])[..., 0])
+
+
+def _solve(system: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """About system⁻¹ right [N, G] for positive definite systems [N, G, G]: conjugate gradients with the
+    diagonal as preconditioner (Golub & Van Loan, section 11.5). Each step loses less, so few are enough.
+
+    Not LAPACK: MKL's batches of LU hang where a program has set torch's threads.
+    """
+    import torch
+
+    inverse = system.diagonal(dim1=1, dim2=2).reciprocal()
+    x = torch.zeros_like(right)
+    rest = right
+    ahead = inverse * rest
+    step = ahead
+    size = (rest * ahead).sum(1, keepdim=True)
+    for _ in range(min(GRADIENTS, right.shape[1])):
+        image = (system @ step[..., None])[..., 0]
+        share = size / (step * image).sum(1, keepdim=True).clamp(min=TINY)
+        x = x + share * step
+        rest = rest - share * image
+        ahead = inverse * rest
+        before, size = size, (rest * ahead).sum(1, keepdim=True)
+        step = ahead + size / before.clamp(min=TINY) * step
+    return x
 
 
 def descend(w: torch.Tensor, found: Coded, hessian: torch.Tensor, grid: Grid) -> torch.Tensor:

@@ -33,7 +33,7 @@ def quantize_layer(
     w: torch.Tensor, inputs: Inputs, grid: Grid, name: str, *, sweeps: int
 ) -> tuple[Coded, list[str]]:
     """GPTQ of one layer, with its target corrected for the error of the layers before it."""
-    target = corrected_target(w, inputs.cross, inputs.hessian, PROPAGATION)
+    target = corrected_target(w, inputs.take_cross(), inputs.hessian, PROPAGATION)
     coded, damping = gptq(target, inputs.hessian, grid, sweeps=sweeps)
     notes: list[str] = []
     if damping > DAMPING:
