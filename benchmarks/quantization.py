@@ -77,10 +77,10 @@ class Bench:
         self.machine = machine()
 
     def cached(self, name: str) -> list[dict[str, Any]]:
-        """The rows of a model that were measured on as many windows as are asked for."""
-        count = self.options.windows
+        """A model's rows that were measured on as many windows as are asked for, or as any of them was."""
         files = sorted((self.cache / name / "rows").glob("*.json"))
         found = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+        count = min(self.options.windows, max((len(r["windows"]) for r in found), default=0))
         return [{**r, "windows": r["windows"][:count]} for r in found if len(r["windows"]) >= count]
 
     def rows(self, name: str) -> list[dict[str, Any]]:
