@@ -7,9 +7,9 @@ share for each of them.
 
 from __future__ import annotations
 
-import _thread
 import os
 import re
+import signal
 import sys
 import threading
 from collections.abc import Callable, Generator
@@ -56,6 +56,8 @@ def watched(cap: int | None, root: int | None = None) -> Generator[None]:
     """Raise CompileError in the main thread once the process tree takes more than `cap` bytes.
 
     Looks every 50 ms at /proc; where there is none, and outside of the main thread, nothing is watched.
+    SIGUSR1 carries it to the main thread: it ends waits too, and unlike SIGINT no shell has it ignored for
+    jobs in the background.
     """
     main = threading.current_thread() is threading.main_thread()
     if cap is None or not main or sys.platform != "linux":
@@ -69,9 +71,13 @@ def watched(cap: int | None, root: int | None = None) -> Generator[None]:
             taken = tree_bytes(pid)
             if taken > cap:
                 over.append(taken)
-                _thread.interrupt_main()
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
                 return
 
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
     thread = threading.Thread(target=look, name="max-ram", daemon=True)
     thread.start()
     try:
@@ -89,6 +95,8 @@ def watched(cap: int | None, root: int | None = None) -> Generator[None]:
         ) from None
     finally:
         stop.set()
+        thread.join()
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL if before is None else before)
 
 
 def tree_bytes(root: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -121,7 +122,11 @@ def test_the_memory_of_children_counts() -> None:
 
 
 @linux
-def test_a_tree_that_outgrows_its_cap_is_stopped() -> None:
+@pytest.mark.parametrize("background", [False, True])
+def test_a_tree_that_outgrows_its_cap_is_stopped(background: bool) -> None:
+    """Also where SIGINT is ignored, as shells have it for what they run in the background."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN if background else signal.default_int_handler)
+    usual = signal.getsignal(signal.SIGUSR1)
     command = [sys.executable, "-c", HOLD.format(bytes=300 << 20)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
         try:
@@ -132,6 +137,8 @@ def test_a_tree_that_outgrows_its_cap_is_stopped() -> None:
                 time.sleep(50)
         finally:
             child.kill()
+            signal.signal(signal.SIGINT, handler)
+    assert signal.getsignal(signal.SIGUSR1) == usual
 
 
 @linux
