@@ -142,9 +142,8 @@ def walk(
             if targets and not started:
                 quantized.adopt(exact, segment.inputs, len(sequences))
                 started = True
-            inputs = measure_inputs(segment, exact, quantized) if targets and known is None else None
-            if inputs is not None:
-                inputs.layers = len(targets)
+            fresh_inputs = targets and known is None
+            inputs = measure_inputs(segment, exact, quantized, len(targets)) if fresh_inputs else None
             for weight in targets:
                 grid = grid_of(weight)
                 if inputs is None:
@@ -181,8 +180,8 @@ def _fetch(replaced: Mapping[Value, Any], segment: Segment) -> Any:
     return lambda v: replaced[v] if v in replaced else kept[v] if v in kept else read_weight(v)
 
 
-def measure_inputs(segment: Segment, exact: Activations, quantized: Activations) -> Inputs:
-    """The second moments of a segment's input, over all sequences in order."""
+def measure_inputs(segment: Segment, exact: Activations, quantized: Activations, layers: int = 1) -> Inputs:
+    """The second moments of a segment's input, over all sequences in order, for so many of its layers."""
     import torch
 
     x = segment.layers[0].x
@@ -197,7 +196,7 @@ def measure_inputs(segment: Segment, exact: Activations, quantized: Activations)
         tokens += len(x_q)
     upper = hessian.triu(1)
     hessian.triu_().add_(upper.T)
-    return Inputs(hessian.div_(max(1, tokens)), cross.div_(max(1, tokens)), tokens)
+    return Inputs(hessian.div_(max(1, tokens)), cross.div_(max(1, tokens)), tokens, layers)
 
 
 def _add_upper(hessian: torch.Tensor, x: torch.Tensor) -> None:
