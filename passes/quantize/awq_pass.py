@@ -27,7 +27,7 @@ from ..registry import Quantizer
 from .absorb import Absorption, absorb, find_absorption, give_norms_weights
 from .attach import attach_quantized, is_quantizable
 from .awq import Choice, Layer, Rounded, clip, search_scale
-from .blocks import Activations, Block, Segment, read_weight, run_ops, segment_weights, split_blocks
+from .blocks import Activations, Block, Segment, read_weight, run_ops, split_blocks, whole_weights
 from .calibrated import need_calibration
 from .grid import Grid
 from .options import check_grid, parse_scheme
@@ -200,7 +200,7 @@ class _Fetch:
 
     def __init__(self, walk: _Walk, segment: Segment) -> None:
         self._walk = walk
-        self._kept = {v: walk.weight(v) for v in segment_weights(segment)}
+        self._kept = {v: walk.weight(v) for v in whole_weights(segment.ops)}
 
     def __call__(self, value: Value) -> torch.Tensor:
         return self._kept[value] if value in self._kept else self._walk.weight(value)
@@ -349,7 +349,7 @@ def _importance(walk: _Walk, block: Block, activations: Activations) -> dict[Lin
         return {}
     generator = torch.Generator().manual_seed(0)
     total: dict[Linear, torch.Tensor] = {}
-    kept = {v: walk.weight(v) for v in block_weights(block)}
+    kept = {v: walk.weight(v) for v in whole_weights(block.ops)}
     for i in range(min(PROBES, len(activations))):
         inputs = activations.load(i, block.inputs)
         values = {v: t.requires_grad_() if t.is_floating_point() else t for v, t in inputs.items()}
@@ -371,11 +371,6 @@ class _Kept:
 
     def __call__(self, value: Value) -> torch.Tensor:
         return self._kept[value] if value in self._kept else read_weight(value)
-
-
-def block_weights(block: Block) -> list[Value]:
-    """The weights that a block reads whole."""
-    return list(dict.fromkeys(v for segment in block.segments for v in segment_weights(segment)))
 
 
 class ActivationAware(Quantizer):

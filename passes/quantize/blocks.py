@@ -293,7 +293,7 @@ class Activations:
         """Run a segment on every sequence; what is dead after it is dropped."""
         import torch
 
-        kept = {v: weight(v) for v in segment_weights(segment)} if weight is read_weight else {}
+        kept = {v: weight(v) for v in whole_weights(segment.ops)} if weight is read_weight else {}
         fetch = (lambda v: kept[v] if v in kept else read_weight(v)) if kept else weight
         made = [v for v in segment.outputs if v not in segment.inputs]
         read = {v for op in segment.ops for v in op.operands}
@@ -326,10 +326,10 @@ class Activations:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def segment_weights(segment: Segment) -> list[Value]:
-    """The weights that a segment reads whole (embedding tables are read by rows)."""
+def whole_weights(ops: Iterable[Op]) -> list[Value]:
+    """The weights that ops read whole (embedding tables are read by rows)."""
     found: dict[Value, None] = {}
-    for op in segment.ops:
+    for op in ops:
         if not isinstance(op, (Embedding, QuantizedEmbedding)):
             found |= dict.fromkeys(v for v in op.operands if v.is_weight)
     return list(found)

@@ -26,7 +26,7 @@ from ..base import PassContext
 from ..calibration import Calibration, too_few_tokens
 from ..work import PieceTensor, WorkFolder
 from .attach import attach_quantized, is_quantizable
-from .blocks import Activations, Segment, read_weight, segment_weights, split_blocks
+from .blocks import Activations, Segment, read_weight, split_blocks, whole_weights
 from .gptq import Coded
 from .grid import Grid
 from .walk import is_head
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 
 KEPT = 192 << 20
-"""Bytes of each model's values that stay in memory where it has no cap: files cost a tenth of the time."""
+"""Bytes of each model's values that stay in memory where it has no cap."""
 
 
 @dataclass
@@ -142,8 +142,8 @@ def walk(
             if targets and not started:
                 quantized.adopt(exact, segment.inputs, len(sequences))
                 started = True
-            fresh_inputs = targets and known is None
-            inputs = measure_inputs(segment, exact, quantized, len(targets)) if fresh_inputs else None
+            missing = bool(targets) and known is None
+            inputs = measure_inputs(segment, exact, quantized, len(targets)) if missing else None
             for weight in targets:
                 grid = grid_of(weight)
                 if inputs is None:
@@ -176,7 +176,7 @@ def _keep_on_disk(mapped: Mapping[str, Array], found: Walked) -> None:
 def _fetch(replaced: Mapping[Value, Any], segment: Segment) -> Any:
     if not any(layer.operands[1] in replaced for layer in segment.layers):
         return read_weight
-    kept = {v: read_weight(v) for v in segment_weights(segment) if v not in replaced}
+    kept = {v: read_weight(v) for v in whole_weights(segment.ops) if v not in replaced}
     return lambda v: replaced[v] if v in replaced else kept[v] if v in kept else read_weight(v)
 
 

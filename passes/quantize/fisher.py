@@ -8,7 +8,7 @@ information (`sensitivity.py`), over logits that never are in memory as a whole.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,7 +49,8 @@ def head_gradient(
     """
     import torch
 
-    drawn, lse = _draw(head, hidden, dims, generator, cache, folder)
+    with torch.no_grad():
+        drawn, lse = _draw(head.logits(hidden, dims, cache), generator, folder)
     leaf = hidden.detach().requires_grad_()
     gradient, squares, start = torch.zeros_like(hidden), list[torch.Tensor](), 0
     with torch.enable_grad():
@@ -65,30 +66,28 @@ def head_gradient(
 
 
 def _draw(
-    head: Head,
-    hidden: torch.Tensor,
-    dims: Mapping[str, int],
-    generator: torch.Generator,
-    cache: Cache,
-    folder: Path,
+    pieces: Iterable[torch.Tensor], generator: torch.Generator, folder: Path
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens int64 [T] by the model's own probabilities, and the logits' log Σ exp, float32 [T]."""
+    """Tokens int64 [T] by the probabilities of logits [T, rows] of the vocabulary's pieces, and the logits'
+    log Σ exp, float32 [T].
+    """
     import torch
 
     folder.mkdir(parents=True, exist_ok=True)
     files: list[tuple[Path, int]] = []
-    with torch.no_grad():
-        for logits in head.logits(hidden, dims, cache):
-            files.append((folder / f"logits.{len(files)}", logits.shape[1]))
-            logits.contiguous().numpy().tofile(files[-1][0])
+    tokens = 0
+    for logits in pieces:
+        tokens, rows = logits.shape
+        files.append((folder / f"logits.{len(files)}", rows))
+        logits.contiguous().numpy().tofile(files[-1][0])
     drawn: list[torch.Tensor] = []
     lse: list[torch.Tensor] = []
-    step = max(1, DRAWN // head.vocab_size)
-    for start in range(0, len(hidden), step):
-        count = min(step, len(hidden) - start)
-        rows = torch.cat([_read(file, start, count, width) for file, width in files], 1)
-        lse.append(rows.logsumexp(1))
-        drawn.append(torch.multinomial(rows.softmax(1), 1, generator=generator)[:, 0])
+    step = max(1, DRAWN // sum(rows for _, rows in files))
+    for start in range(0, tokens, step):
+        count = min(step, tokens - start)
+        logits = torch.cat([_read(file, start, count, width) for file, width in files], 1)
+        lse.append(logits.logsumexp(1))
+        drawn.append(torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0])
     for file, _ in files:
         file.unlink()
     return torch.cat(drawn), torch.cat(lse)

@@ -87,9 +87,8 @@ def corrected_target(
     """
     import torch
 
-    h, _ = damped(hessian, 0.03)
-    h = torch.linalg.cholesky(h)
-    return w + share * torch.cholesky_solve(cross.T @ w.T, h).T
+    factor = torch.linalg.cholesky(damped(hessian, 0.03)[0])
+    return w + share * torch.cholesky_solve(cross.T @ w.T, factor).T
 
 
 def _rows(values: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

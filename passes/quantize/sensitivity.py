@@ -26,7 +26,7 @@ from ...ir.weights import num_bytes, num_elements
 from ..base import Pass, PassContext, PassResult, Progress, no_progress
 from .attach import is_quantizable
 from .awq import nearest
-from .blocks import Activations, Block, read_weight, run_ops, split_blocks
+from .blocks import Activations, Block, read_weight, run_ops, split_blocks, whole_weights
 from .calibrated import need_calibration, open_work
 from .fisher import head_gradient
 from .grid import Grid
@@ -95,8 +95,7 @@ def measure(
 
 def _weights(ops: Sequence[Op]) -> dict[Value, Any]:
     """The weights that ops read as a whole."""
-    found = dict.fromkeys(v for op in ops if not isinstance(op, Embedding) for v in op.operands)
-    return {v: read_weight(v) for v in found if v.is_weight}
+    return {v: read_weight(v) for v in whole_weights(ops)}
 
 
 def _forward(sweep: _Sweep, block: Block) -> None:

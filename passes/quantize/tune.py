@@ -28,7 +28,7 @@ import numpy as np
 from ...ir.core import Graph, Value
 from ...ir.ops.nn import LayerNorm, RmsNorm
 from ...ir.weights import ArrayTensor
-from .blocks import Block, first_values, read_weight, run_ops, segment_weights, split_blocks
+from .blocks import Block, first_values, read_weight, run_ops, split_blocks, whole_weights
 from .calibrated import Array, Walked, as_coded
 from .grid import Grid, storable
 from .head import LARGE, Cache, DiskCache, Head, find_head, token_losses
@@ -145,7 +145,7 @@ class _Weights:
     def __init__(self, tuning: Tuning, block: Block, *, gradients: bool) -> None:
         self.leaves: dict[Value, torch.Tensor] = {}
         self._tensors: dict[Value, torch.Tensor] = {}
-        for value in dict.fromkeys(v for s in block.segments for v in segment_weights(s)):
+        for value in whole_weights(block.ops):
             if value not in tuning.parameters:
                 self._tensors[value] = read_weight(value)
                 continue
