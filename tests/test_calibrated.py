@@ -13,8 +13,14 @@ from llmc.passes.base import PassContext
 from llmc.passes.calibration import Calibration
 from llmc.passes.quantize import head as head_module
 from llmc.passes.quantize.best_pass import QuantizeBest, split_sequences
-from llmc.passes.quantize.blocks import Activations, read_weight, run_ops, split_blocks
-from llmc.passes.quantize.calibrated import Inputs, Walked, as_coded, walk
+from llmc.passes.quantize.blocks import (
+    Activations,
+    read_weight,
+    run_ops,
+    split_blocks,
+    whole_weights,
+)
+from llmc.passes.quantize.calibrated import Inputs, Walked, as_coded, layers_of, measure_inputs, walk
 from llmc.passes.quantize.gptq_pass import QuantizeGptq, quantize_layer
 from llmc.passes.quantize.grid import Grid
 from llmc.passes.quantize.head import find_head, token_losses
@@ -129,14 +135,54 @@ def test_gptq_loses_less_than_round_to_nearest(name: str) -> None:
 
 
 def walked(graph: Graph, work: WorkFolder, data: Calibration, counter: list[str]) -> Walked:
-    def method(w: torch.Tensor, inputs: Inputs, grid: Grid, name: str) -> Any:
+    def method(inputs: Inputs, grid: Grid, name: str) -> Any:
         counter.append(name)
-        return quantize_layer(w, inputs, grid, name, sweeps=1)
+        return quantize_layer(inputs, grid, name, sweeps=1)
 
     def grid_of(weight: Value) -> Grid:
         return Grid(4, 16, False)
 
     return walk(graph, PassContext(), work, grid_of, method, sequences=data.sequences, others=data.held)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_inputs_are_what_the_definition_says(tmp_path: Path, name: str) -> None:
+    """Against float64 over all tokens, for layers whose outputs are fewer than half of their inputs, and for
+    the others: what they lack is summed in two ways.
+    """
+    graph, data = fused(name, intermediate_size=160), calibration(3)
+    exact, quantized = Activations(tmp_path / "a"), Activations(tmp_path / "b")
+    exact.begin(graph, data.sequences)
+    quantized.begin(graph, data.sequences)
+    rng = torch.Generator().manual_seed(0)
+    shapes: set[bool] = set()
+    for block in split_blocks(graph):
+        for segment in block.segments:
+            for weight, inputs in measure_inputs(
+                segment, exact, quantized, layers_of(graph, segment)
+            ).items():
+                x = segment.layers[0].x
+                x_f, x_q = (
+                    torch.cat([a.load(i, [x])[x].reshape(-1, x.shape[-1]) for i in range(3)]).double()
+                    for a in (exact, quantized)
+                )
+                w = read_weight(weight).double()
+                missing = w @ (x_f - x_q).T @ x_q / len(x_q)
+                assert inputs.tokens == len(x_q)
+                torch.testing.assert_close(
+                    inputs.hessian.double(), x_q.T @ x_q / len(x_q), rtol=1e-4, atol=1e-5
+                )
+                scale = float(missing.abs().max())
+                torch.testing.assert_close(inputs.missing.double(), missing, rtol=0, atol=1e-4 * scale + 1e-7)
+                if scale:
+                    shapes.add(2 * len(w) < w.shape[1])
+            exact.advance(segment)
+            noise = {v: read_weight(v) for v in whole_weights(segment.ops)}
+            for v, w in noise.items():
+                if w.ndim == 2:
+                    noise[v] = w + 0.1 * w.std() * torch.randn(w.shape, generator=rng)
+            quantized.advance(segment, lambda v, noise=noise: noise[v] if v in noise else read_weight(v))
+    assert shapes == {False, True}
 
 
 def test_a_walk_goes_on_where_it_was_killed(tmp_path: Path) -> None:

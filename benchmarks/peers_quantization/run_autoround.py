@@ -29,9 +29,8 @@ def quantize(order: Order) -> Done:
         batch_size=size,
         iters=iters,
         device_map="cpu",
+        # Compiling each block takes longer than 50 steps of it gain.
         enable_torch_compile=False,
-        # In float32: processors that have bfloat16 but no units for its products take twice as long in it.
-        amp=False,
     )
     tuned, _ = tuner.quantize()
     return Done(_dequantized(tuned, order), grid_bits(order), f"{iters} iterations, {size} sequences each")

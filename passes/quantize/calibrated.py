@@ -40,29 +40,24 @@ KEPT = 192 << 20
 """Bytes of each model's values that stay in memory where it has no cap."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Inputs:
-    """What a layer's input was like: hessian = E[x_q x_qᵀ], cross = E[(x_f − x_q) x_qᵀ], float32 [K, K].
+    """What the input of a layer W [N, K] was like, over so many tokens.
 
-    `layers` that are still to be quantized for it: with the last one `cross` can go.
+    weight = W float32; hessian = E[x_q x_qᵀ] float32 [K, K]; missing = E[W (x_f − x_q) x_qᵀ] float32 [N, K]:
+    what its output lacks because of the layers before it.
     """
 
+    weight: torch.Tensor
     hessian: torch.Tensor
-    cross: torch.Tensor
+    missing: torch.Tensor
     tokens: int
-    layers: int = 1
-
-    def take_cross(self) -> torch.Tensor:
-        """`cross`, once for each layer: a wide layer's weighs more than all else that it needs."""
-        cross = self.cross
-        self.layers -= 1
-        if not self.layers:
-            del self.cross
-        return cross
 
 
-Method = Callable[["torch.Tensor", Inputs, Grid, str], tuple[Coded, list[str]]]
-"""(weight float32 [N, K], its inputs, grid, name) → codes, and notes for the user."""
+Method = Callable[[Inputs, Grid, str], tuple[Coded, list[str]]]
+"""(a weight and its inputs, grid, name) → codes, and notes for the user."""
+
+PARTS = ("q", "scale", "zero")
 
 
 @dataclass
@@ -142,18 +137,15 @@ def walk(
             if targets and not started:
                 quantized.adopt(exact, segment.inputs, len(sequences))
                 started = True
-            missing = bool(targets) and known is None
-            inputs = measure_inputs(segment, exact, quantized, len(targets)) if missing else None
-            for weight in targets:
-                grid = grid_of(weight)
-                if inputs is None:
-                    assert known is not None
-                    parts = {part: known[f"{weight.name}.{part}"] for part in ("q", "scale", "zero")}
-                else:
-                    parts = _quantize(weight, inputs, grid, method, found)
+            if known is not None:
+                codes = {w: {part: known[f"{w.name}.{part}"] for part in PARTS} for w in targets}
+            else:
+                inputs = measure_inputs(segment, exact, quantized, targets)
+                codes = {w: _quantize(w, inputs.pop(w), grid_of(w), method, found.notes) for w in targets}
+            for weight, parts in codes.items():
                 fresh |= {f"{weight.name}.{part}": array for part, array in parts.items()}
-                found.coded[weight], found.grids[weight] = parts, grid
-                replaced[weight] = as_coded(parts).weight(grid)
+                found.coded[weight], found.grids[weight] = parts, grid_of(weight)
+                replaced[weight] = as_coded(parts).weight(grid_of(weight))
             if started:
                 quantized.advance(segment, _fetch(replaced, segment))
             exact.advance(segment)
@@ -170,7 +162,7 @@ def _keep_on_disk(mapped: Mapping[str, Array], found: Walked) -> None:
     names = {name.rpartition(".")[0] for name in mapped}
     for weight in found.coded:
         if weight.name in names:
-            found.coded[weight] = {part: mapped[f"{weight.name}.{part}"] for part in ("q", "scale", "zero")}
+            found.coded[weight] = {part: mapped[f"{weight.name}.{part}"] for part in PARTS}
 
 
 def _fetch(replaced: Mapping[Value, Any], segment: Segment) -> Any:
@@ -180,23 +172,38 @@ def _fetch(replaced: Mapping[Value, Any], segment: Segment) -> Any:
     return lambda v: replaced[v] if v in replaced else kept[v] if v in kept else read_weight(v)
 
 
-def measure_inputs(segment: Segment, exact: Activations, quantized: Activations, layers: int = 1) -> Inputs:
-    """The second moments of a segment's input, over all sequences in order, for so many of its layers."""
+def measure_inputs(
+    segment: Segment, exact: Activations, quantized: Activations, targets: Sequence[Value]
+) -> dict[Value, Inputs]:
+    """What a segment's input is like for those weights of its layers, over all sequences in order."""
     import torch
 
+    if not targets:
+        return {}
+    weights = {v: _finite_weight(v) for v in targets}
     x = segment.layers[0].x
     k = x.shape[-1]
     assert isinstance(k, int)
-    hessian, cross, tokens = torch.zeros(k, k), torch.zeros(k, k), 0
+    # E[(x_f − x_q) x_qᵀ] is K × K; where a layer is much wider than high (a down projection), its outputs'
+    # errors are fewer numbers and fewer products.
+    wide = 2 * sum(len(w) for w in weights.values()) < k
+    hessian, cross, tokens = torch.zeros(k, k), torch.zeros(0 if wide else k, k), 0
+    missing = {v: torch.zeros(w.shape) for v, w in weights.items()} if wide else {}
     for i in range(len(quantized)):
         x_q = quantized.load(i, [x])[x].reshape(-1, k)
-        x_f = exact.load(i, [x])[x].reshape(-1, k)
+        error = exact.load(i, [x])[x].reshape(-1, k) - x_q
         _add_upper(hessian, x_q)
-        cross.addmm_((x_f - x_q).T, x_q)
         tokens += len(x_q)
+        if not wide:
+            cross.addmm_(error.T, x_q)
+        for v, sum_ in missing.items():
+            sum_.addmm_((error @ weights[v].T).T, x_q)
+    missing = missing or {v: w @ cross for v, w in weights.items()}
     upper = hessian.triu(1)
     hessian.triu_().add_(upper.T)
-    return Inputs(hessian.div_(max(1, tokens)), cross.div_(max(1, tokens)), tokens, layers)
+    count = max(1, tokens)
+    hessian.div_(count)
+    return {v: Inputs(w, hessian, missing[v].div_(count), tokens) for v, w in weights.items()}
 
 
 def _add_upper(hessian: torch.Tensor, x: torch.Tensor) -> None:
@@ -210,10 +217,9 @@ def _add_upper(hessian: torch.Tensor, x: torch.Tensor) -> None:
         hessian[strip, first:].addmm_(x[:, strip].T, x[:, first:])
 
 
-def _quantize(weight: Value, inputs: Inputs, grid: Grid, method: Method, found: Walked) -> dict[str, Array]:
+def _finite_weight(weight: Value) -> torch.Tensor:
+    """float32 [N, K]; InputError where it holds NaN or infinite values."""
     import torch
-
-    from .grid import encode, search_scales
 
     w = read_weight(weight).float()
     if not bool(torch.isfinite(w).all()):
@@ -222,18 +228,27 @@ def _quantize(weight: Value, inputs: Inputs, grid: Grid, method: Method, found: 
             f"{weight.weight.source} holds NaN or infinite values",
             remedy="the checkpoint is damaged or must not be quantized (--quant none)",
         )
+    return w
+
+
+def _quantize(value: Value, inputs: Inputs, grid: Grid, method: Method, notes: list[str]) -> dict[str, Array]:
+    import torch
+
+    from .grid import encode, search_scales
+
     if not bool(torch.isfinite(inputs.hessian).all()):
         raise CompileError(
-            f"the inputs of {weight.name} overflow while calibrating", remedy="calibrate on another text"
+            f"the inputs of {value.name} overflow while calibrating", remedy="calibrate on another text"
         )
-    refusal = too_few_tokens(weight.name, inputs.tokens, w.shape[1])
+    w = inputs.weight
+    k = w.shape[1]
+    refusal = too_few_tokens(value.name, inputs.tokens, k)
     if refusal is not None:
-        found.notes.append(refusal)
-        scale, zero = search_scales(w, torch.ones(w.shape[1]), grid)
-        k = w.shape[1]
+        notes.append(refusal)
+        scale, zero = search_scales(w, torch.ones(k), grid)
         return as_arrays(Coded(encode(w, grid.spread(scale, k), grid.spread(zero, k), grid.top), scale, zero))
-    coded, notes = method(w, inputs, grid, weight.name)
-    found.notes += notes
+    coded, said = method(inputs, grid, value.name)
+    notes += said
     return as_arrays(coded)
 
 
@@ -250,7 +265,7 @@ def as_coded(parts: Mapping[str, Array]) -> Coded:
     """The inverse of `as_arrays`."""
     import torch
 
-    return Coded(*(torch.from_numpy(parts[name].astype(np.float32)) for name in ("q", "scale", "zero")))
+    return Coded(*(torch.from_numpy(parts[name].astype(np.float32)) for name in PARTS))
 
 
 def attach_walked(graph: Graph, found: Walked) -> None:

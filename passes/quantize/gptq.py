@@ -75,20 +75,20 @@ def inverse_factor(h: torch.Tensor) -> torch.Tensor:
 
 
 def corrected_target(
-    w: torch.Tensor, cross: torch.Tensor, hessian: torch.Tensor, share: float = PROPAGATION
+    w: torch.Tensor, missing: torch.Tensor, hessian: torch.Tensor, share: float = PROPAGATION
 ) -> torch.Tensor:
-    """W + share · W · E[(x_f − x_q) x_qᵀ] · (H + λI)⁻¹.
+    """W + share · E[W (x_f − x_q) x_qᵀ] · (H + λI)⁻¹.
 
     With share 1 that is the weight which makes of the quantized prefix's x_q what W makes of the float
     model's x_f, by least squares.
 
     Args:
-        cross: Σ (x_f − x_q) x_qᵀ [K, K]; hessian: Σ x_q x_qᵀ [K, K].
+        missing: Σ W (x_f − x_q) x_qᵀ [N, K]; hessian: Σ x_q x_qᵀ [K, K].
     """
     import torch
 
     factor = torch.linalg.cholesky(damped(hessian, 0.03)[0])
-    return w + share * torch.cholesky_solve(cross.T @ w.T, factor).T
+    return w + share * torch.cholesky_solve(missing.T, factor).T
 
 
 def _rows(values: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
@@ -153,15 +153,19 @@ def gptq(w: torch.Tensor, hessian: torch.Tensor, grid: Grid, *, sweeps: int = 2)
     nearest = Coded(
         encode(w, grid.spread(scale, w.shape[1]), grid.spread(zero, w.shape[1]), grid.top), scale, zero
     )
-    worse = loss(w, found.weight(grid), h) > loss(w, nearest.weight(grid), h)
-    found.codes = torch.where(worse[:, None], nearest.codes, found.codes)
+    lost, simply = loss(w, found.weight(grid), h), loss(w, nearest.weight(grid), h)
+    found.codes = torch.where((lost > simply)[:, None], nearest.codes, found.codes)
+    lost = torch.minimum(lost, simply)
     for _ in range(sweeps):
-        found = refine(w, found, h, grid)
+        found, lost = refine(w, found, lost, h, grid)
     return found, damping
 
 
-def refine(w: torch.Tensor, found: Coded, hessian: torch.Tensor, grid: Grid) -> Coded:
-    """Scales by least squares under H given the codes, then a sweep of coordinate descent over the codes.
+def refine(
+    w: torch.Tensor, found: Coded, lost: torch.Tensor, hessian: torch.Tensor, grid: Grid
+) -> tuple[Coded, torch.Tensor]:
+    """Scales by least squares under H given the codes, then a sweep of coordinate descent over the codes; and
+    the `loss` by row [N] before → after.
 
     Rows that do not gain keep what they had.
     """
@@ -170,12 +174,14 @@ def refine(w: torch.Tensor, found: Coded, hessian: torch.Tensor, grid: Grid) -> 
     scale = refit_scales(w, found, hessian, grid)
     moved = Coded(found.codes, scale, found.zero)
     moved.codes = descend(w, moved, hessian, grid)
-    better = loss(w, moved.weight(grid), hessian) < loss(w, found.weight(grid), hessian)
-    return Coded(
-        torch.where(better[:, None], moved.codes, found.codes),
-        torch.where(better[:, None], moved.scale, found.scale),
+    now = loss(w, moved.weight(grid), hessian)
+    better = (now < lost)[:, None]
+    kept = Coded(
+        torch.where(better, moved.codes, found.codes),
+        torch.where(better, moved.scale, found.scale),
         found.zero,
     )
+    return kept, torch.minimum(now, lost)
 
 
 def refit_scales(w: torch.Tensor, found: Coded, hessian: torch.Tensor, grid: Grid) -> torch.Tensor:

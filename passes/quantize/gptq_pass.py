@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ...ir.core import Graph, Value
 from ..base import Pass, PassContext, PassResult
@@ -15,9 +14,6 @@ from .calibrated import Array, Inputs, Walked, attach_walked, need_calibration, 
 from .gptq import DAMPING, PROPAGATION, Coded, corrected_target, gptq
 from .grid import Grid
 from .options import check_grid, parse_scheme
-
-if TYPE_CHECKING:
-    import torch
 
 
 def grid_for(weight: Value, context: PassContext, bits: int, group: int, symmetric: bool) -> Grid:
@@ -29,11 +25,9 @@ def grid_for(weight: Value, context: PassContext, bits: int, group: int, symmetr
     return Grid(context.bits.get(weight.name, bits), min(group or k, k), symmetric)
 
 
-def quantize_layer(
-    w: torch.Tensor, inputs: Inputs, grid: Grid, name: str, *, sweeps: int
-) -> tuple[Coded, list[str]]:
+def quantize_layer(inputs: Inputs, grid: Grid, name: str, *, sweeps: int) -> tuple[Coded, list[str]]:
     """GPTQ of one layer, with its target corrected for the error of the layers before it."""
-    target = corrected_target(w, inputs.take_cross(), inputs.hessian, PROPAGATION)
+    target = corrected_target(inputs.weight, inputs.missing, inputs.hessian, PROPAGATION)
     coded, damping = gptq(target, inputs.hessian, grid, sweeps=sweeps)
     notes: list[str] = []
     if damping > DAMPING:
@@ -82,8 +76,8 @@ class QuantizeGptq(Pass):
         def grid_of(weight: Value) -> Grid:
             return grid_for(weight, context, self.bits, self.group, self.symmetric)
 
-        def method(w: torch.Tensor, inputs: Inputs, grid: Grid, name: str) -> tuple[Coded, list[str]]:
-            return quantize_layer(w, inputs, grid, name, sweeps=self.sweeps)
+        def method(inputs: Inputs, grid: Grid, name: str) -> tuple[Coded, list[str]]:
+            return quantize_layer(inputs, grid, name, sweeps=self.sweeps)
 
         return walk(graph, context, work, grid_of, method, sequences=sequences, others=others, share=share)
 
