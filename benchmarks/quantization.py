@@ -249,6 +249,7 @@ def _arguments() -> argparse.Namespace:
         help="environment of a peer; repeatable",
     )
     add("--cached", action="store_true", help="measure nothing: report every row that the cache has")
+    add("--merge", type=Path, help="an earlier -o: report its rows too, where no row of ours is the same")
     add("--again", action="store_true", help="measure our rows anew")
     add("--markdown", type=Path, help="write the table there; between its marks where there are some")
     add("--plot", type=Path, help="write the plot there (.svg or .png; needs matplotlib)")
@@ -268,6 +269,8 @@ def main() -> None:
     bench = Bench(options)
     measured = bench.cached if options.cached else bench.rows
     rows = [row for name in options.models.split(",") for row in measured(name)]
+    if options.merge:
+        rows = report.merged(rows, json.loads(options.merge.read_text(encoding="utf-8"))["rows"])
     table = report.tables(rows)
     print(table)
     if options.markdown:

@@ -118,6 +118,23 @@ def test_table_sorts_by_bits_and_kl_and_warns_of_the_sources_grid() -> None:
     assert "Float perplexity 20.09" in text and "Machine: a machine." in text
 
 
+def test_rows_of_an_earlier_record_join_with_their_machine() -> None:
+    new = [row(), row(scheme="int4-g64", bits=4.3125)]
+    earlier = [report.summary(row(machine="another")), report.summary(row(tool="peer", machine="another"))]
+    rows = report.merged(new, earlier)
+    assert [(r["tool"], r["scheme"]) for r in rows] == [
+        ("llmc", "int4-g32"),
+        ("llmc", "int4-g64"),
+        ("peer", "int4-g32"),
+    ]
+    assert report.summary(rows[2]) is rows[2]
+    text = report.tables(rows)
+    peer = next(line for line in text.splitlines() if line.startswith("| peer"))
+    assert "+10.5 ±0.0% | 0.1500" in peer and peer.endswith("machine 2 |")
+    assert text.count("machine 1 |") == 2
+    assert "Machine 1: a machine." in text and "Machine 2: another." in text
+
+
 def test_table_goes_between_the_marks_of_a_page(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(f"above\n{report.BEGIN}\nold\n{report.END}\nbelow\n", encoding="utf-8")

@@ -63,8 +63,10 @@ def test_codes_are_those_of_the_paper(grid: Grid, seed: int) -> None:
     scale, zero = search_scales(w, h.diagonal(), grid)
     wide = [grid.spread(part, w.shape[1]).double().numpy() for part in (scale, zero)]
     expected = paper(w.numpy(), h.double().numpy(), *wide, grid.top)
-    found = quantize_gptq(w.double(), h.double(), scale.double(), zero.double(), grid)
+    found, lost = quantize_gptq(w.double(), h.double(), scale.double(), zero.double(), grid)
     np.testing.assert_array_equal(found.numpy(), expected)
+    back = Coded(found, scale.double(), zero.double()).weight(grid)
+    torch.testing.assert_close(lost, loss(w.double(), back, h.double()))
 
 
 @settings(max_examples=60, deadline=None)
@@ -110,10 +112,16 @@ def test_refitting_solves_the_normal_equations(grid: Grid) -> None:
     w, h = problem(3, n=4)
     h, _ = damped(h)
     scale, zero = search_scales(w, h.diagonal(), grid)
-    found = Coded(quantize_gptq(w, h, scale, zero, grid), scale, zero)
+    found = Coded(quantize_gptq(w, h, scale, zero, grid)[0], scale, zero)
     k, groups = w.shape[1], scale.shape[1]
     root = np.linalg.cholesky(h.double().numpy())
-    refit = refit_scales(w, found, h, grid).double().numpy()
+    scales, gain = refit_scales(w, found, h, grid)
+    before, after = (
+        loss(w.double(), Coded(found.codes, s, zero).weight(grid).double(), h.double())
+        for s in (scale, scales)
+    )
+    torch.testing.assert_close(gain.double(), before - after, rtol=1e-3, atol=1e-5 * float(before.max()))
+    refit = scales.double().numpy()
     whole = (found.codes - grid.spread(zero, k)).double().numpy()
     for row in range(len(w)):
         columns = np.zeros((k, groups))
@@ -130,10 +138,12 @@ def test_a_sweep_changes_codes_only_for_less_loss(grid: Grid) -> None:
     w, h = problem(11, n=8)
     h, _ = damped(h)
     start = nearest(w, *search_scales(w, h.diagonal(), grid), grid)
-    moved = Coded(descend(w, start, h, grid), start.scale, start.zero)
+    codes, gain = descend(w, start, h, grid)
+    moved = Coded(codes, start.scale, start.zero)
     before, after = loss(w, start.weight(grid), h), loss(w, moved.weight(grid), h)
     assert bool((after <= before * (1 + 1e-5)).all())
     assert float(after.sum()) < 0.9 * float(before.sum())
+    torch.testing.assert_close(gain, before - after, rtol=1e-3, atol=1e-5 * float(before.max()))
     refined, now = refine(w, start, before, h, grid)
     assert bool((now <= before).all())
     torch.testing.assert_close(loss(w, refined.weight(grid), h), now)

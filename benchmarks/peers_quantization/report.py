@@ -19,19 +19,31 @@ HEAD = (
 
 
 def summary(row: Record) -> Record:
-    """A row's JSON with its windows' means in place of the windows."""
+    """A row's JSON with its windows' means in place of the windows; what has them already stays as it is."""
+    if isinstance(row["windows"], int):
+        return row
     scores = [WindowScore(**one) for one in row["windows"]]
     return {**row, "windows": len(scores), **vars(summarize(scores))}
 
 
-def table(rows: Sequence[Record]) -> str:
-    """One model's rows, in the order of bits and then of KL."""
+def merged(rows: Sequence[Record], earlier: Sequence[Record]) -> list[Record]:
+    """The rows, and those of an earlier record that are none of theirs."""
+    facts = ("model", "tool", "scheme", "calibration", "calibration_tokens")
+    known = {tuple(row[fact] for fact in facts) for row in rows}
+    return [*rows, *(row for row in earlier if tuple(row[fact] for fact in facts) not in known)]
+
+
+def table(rows: Sequence[Record], machines: Sequence[str] = ()) -> str:
+    """One model's rows, in the order of bits and then of KL; with the number of each one's machine where
+    there are several.
+    """
     found = sorted((summary(row) for row in rows), key=lambda r: (round(r["bits"], 2), r["kl"]))
-    return HEAD + "".join(_line(row) for row in found)
+    return HEAD + "".join(_line(row, machines) for row in found)
 
 
-def _line(row: Record) -> str:
+def _line(row: Record, machines: Sequence[str]) -> str:
     tool = f"**{row['tool']}**" if row["tool"] == "llmc" else row["tool"]
+    machine = f"machine {machines.index(row['machine']) + 1}" if len(machines) > 1 else ""
     cells = [
         tool,
         f"`{row['scheme']}`",
@@ -42,7 +54,7 @@ def _line(row: Record) -> str:
         f"{row['top1']:.3f}",
         f"{row['cpu_seconds']:.0f}",
         f"{row['peak_rss_bytes'] / 1e6:,.0f}",
-        "; ".join(part for part in (flattered(row), row.get("note")) if part),
+        "; ".join(part for part in (flattered(row), row.get("note"), machine) if part),
     ]
     return "| " + " | ".join(cells) + " |\n"
 
@@ -63,15 +75,16 @@ def by_model(rows: Sequence[Record]) -> dict[str, list[Record]]:
 def tables(rows: Sequence[Record]) -> str:
     """A heading, the float model's perplexity and a table for each model."""
     parts: list[str] = []
+    machines = sorted({row["machine"] for row in rows})
     for model, found in by_model(rows).items():
         one = summary(found[0])
-        windows = "/".join(map(str, sorted({len(row["windows"]) for row in found})))
+        windows = "/".join(map(str, sorted({summary(row)["windows"] for row in found})))
         parts.append(
             f"### {model}\n\nFloat perplexity {one['float_ppl']:.2f}; {windows} windows of 1,024 tokens.\n\n"
-            f"{table(found)}"
+            f"{table(found, machines)}"
         )
-    machines = sorted({row["machine"] for row in rows})
-    return "\n".join([*parts, *(f"Machine: {one}.\n" for one in machines)])
+    numbers = [f" {n}" for n in range(1, len(machines) + 1)] if len(machines) > 1 else [""]
+    return "\n".join([*parts, *(f"Machine{n}: {one}.\n" for n, one in zip(numbers, machines, strict=True))])
 
 
 def write(text: str, path: Path) -> None:

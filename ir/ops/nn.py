@@ -21,6 +21,24 @@ def _functional() -> Any:
     return torch.nn.functional
 
 
+def linear(x: Any, weight: Any, bias: Any = None) -> Any:
+    """x [..., K] · weight [N, K]ᵀ + bias [N] in torch, in the dtype of x.
+
+    In float32 through oneDNN, where torch would take MKL: a tenth to a fourth faster on AMD's processors,
+    where MKL leaves AVX-512 unused, and calibration is made of this product. Gradients need torch's own.
+    """
+    import torch
+
+    weight = weight.to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    fast = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    graded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    plain = x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0
+    if fast is not None and torch.backends.mkldnn.is_available() and plain and not graded:
+        return fast(x.contiguous(), weight.contiguous(), bias, "none", [], "")
+    return torch.nn.functional.linear(x, weight, bias)
+
+
 def activate(name: str, x: Any) -> Any:
     """The activation function `name` of `ACTIVATIONS` in torch."""
     f = _functional()
@@ -65,7 +83,7 @@ class Linear(Op):
 
     def reference(self, dims: Dims, *args: Any) -> Any:
         x, weight, bias = args
-        return _functional().linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return linear(x, weight, bias)
 
 
 @op("rms_norm")

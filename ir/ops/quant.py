@@ -13,6 +13,7 @@ from ..core import Op
 from ..define import Operand, OptionalOperand, op
 from ..errors import VerifyError
 from ..types import Quantization, TensorType
+from .nn import linear
 
 Dims = Mapping[str, int]
 SCALE_DTYPES = ("float16", "float32")
@@ -145,11 +146,9 @@ class QuantizedLinear(Op):
             raise VerifyError(f"quantized_linear: {self.x.type} by {self.q.type}", remedy="K must agree")
 
     def reference(self, dims: Dims, *args: Any) -> Any:
-        import torch
-
         x, q, scale, zero_point, bias = args
         weight = dequantized(quantization(self.q.type, self.opname), q, scale, zero_point)
-        return torch.nn.functional.linear(x, weight.to(x.dtype), bias)
+        return linear(x, weight, bias)
 
 
 @op("quantized_embedding")

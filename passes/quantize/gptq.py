@@ -98,8 +98,9 @@ def _rows(values: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
 
 def quantize_gptq(
     w: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid
-) -> torch.Tensor:
-    """Codes float32 [N, K] for w [N, K] on given scales and zero points [N, G].
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes float32 [N, K] for w [N, K] on given scales and zero points [N, G], and their `loss` [N]: the
+    sum of what each column could not pass on.
 
     Args:
         hessian: damped, [K, K].
@@ -114,6 +115,7 @@ def quantize_gptq(
     # With zero · scale added on both sides, a code is w / scale.
     open_ = _rows(w, order).addcmul_(_rows(zero, order // grid.group), scales)
     codes = torch.empty_like(open_)
+    lost = torch.zeros(len(w), dtype=w.dtype)
     pivots = factor.diagonal().tolist()
     for start in range(0, k, BLOCK):
         stop = min(start + BLOCK, k)
@@ -130,7 +132,8 @@ def quantize_gptq(
                 open_[last:stop].addmm_(factor[first:last, last:stop].T, errors[done])
         if stop < k:
             open_[stop:].addmm_(factor[start:stop, stop:].T, errors)
-    return codes[torch.argsort(order)].T.contiguous()
+        lost += errors.square_().sum(0)
+    return codes[torch.argsort(order)].T.contiguous(), lost
 
 
 def loss(w: torch.Tensor, approximation: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
@@ -148,12 +151,12 @@ def gptq(w: torch.Tensor, hessian: torch.Tensor, grid: Grid, *, sweeps: int = 2)
 
     h, damping = damped(hessian)
     scale, zero = search_scales(w, h.diagonal(), grid)
-    codes = quantize_gptq(w, h, scale, zero, grid)
+    codes, lost = quantize_gptq(w, h, scale, zero, grid)
     found = Coded(codes, scale, zero)
     nearest = Coded(
         encode(w, grid.spread(scale, w.shape[1]), grid.spread(zero, w.shape[1]), grid.top), scale, zero
     )
-    lost, simply = loss(w, found.weight(grid), h), loss(w, nearest.weight(grid), h)
+    simply = loss(w, nearest.weight(grid), h)
     found.codes = torch.where((lost > simply)[:, None], nearest.codes, found.codes)
     lost = torch.minimum(lost, simply)
     for _ in range(sweeps):
@@ -165,40 +168,39 @@ def refine(
     w: torch.Tensor, found: Coded, lost: torch.Tensor, hessian: torch.Tensor, grid: Grid
 ) -> tuple[Coded, torch.Tensor]:
     """Scales by least squares under H given the codes, then a sweep of coordinate descent over the codes; and
-    the `loss` by row [N] before → after.
+    the `loss` by row [N], `lost` before.
 
-    Rows that do not gain keep what they had.
+    Rows whose scales do not gain keep them.
     """
     import torch
 
-    scale = refit_scales(w, found, hessian, grid)
-    moved = Coded(found.codes, scale, found.zero)
-    moved.codes = descend(w, moved, hessian, grid)
-    now = loss(w, moved.weight(grid), hessian)
-    better = (now < lost)[:, None]
-    kept = Coded(
-        torch.where(better, moved.codes, found.codes),
-        torch.where(better, moved.scale, found.scale),
-        found.zero,
-    )
-    return kept, torch.minimum(now, lost)
+    scale, gain = refit_scales(w, found, hessian, grid)
+    better = gain > 0
+    moved = Coded(found.codes, torch.where(better[:, None], scale, found.scale), found.zero)
+    moved.codes, more = descend(w, moved, hessian, grid)
+    return moved, lost - gain.clamp(min=0) - more
 
 
-def refit_scales(w: torch.Tensor, found: Coded, hessian: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Scales [N, G] with least loss for fixed codes and zero points: a G × G system for every row."""
+def refit_scales(
+    w: torch.Tensor, found: Coded, hessian: torch.Tensor, grid: Grid
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales [N, G] with least loss for fixed codes and zero points: a G × G system for every row; and how
+    much less the `loss` [N] is with them.
+    """
     import torch
 
     n, k = w.shape
     step = max(1, SYSTEMS // grid.groups(k) ** 2)
-    scale = torch.empty_like(found.scale)
+    scale, gain = torch.empty_like(found.scale), torch.empty(n)
     for a in range(0, n, step):
         part = Coded(*(t[a : a + step] for t in (found.codes, found.scale, found.zero)))
-        scale[a : a + step] = _refit_rows(w[a : a + step], part, hessian, grid)
-    good = (scale > 0.5 * found.scale) & (scale < 2 * found.scale)  # a group that flips its sign is kept
-    return storable(torch.where(good, scale, found.scale))
+        scale[a : a + step], gain[a : a + step] = _refit_rows(w[a : a + step], part, hessian, grid)
+    return scale, gain
 
 
-def _refit_rows(w: torch.Tensor, found: Coded, hessian: torch.Tensor, grid: Grid) -> torch.Tensor:
+def _refit_rows(
+    w: torch.Tensor, found: Coded, hessian: torch.Tensor, grid: Grid
+) -> tuple[torch.Tensor, torch.Tensor]:
     import torch
 
     n, k = w.shape
@@ -211,9 +213,16 @@ def _refit_rows(w: torch.Tensor, found: Coded, hessian: torch.Tensor, grid: Grid
         products = (whole[:, first:last] @ hessian[first:last, first:]) * whole[:, first:]
         system[:, g, g:] = grid.pad(products).sum(-1)
         system[:, g:, g] = system[:, g, g:]
+    right -= (system @ found.scale[..., None])[..., 0]
     diagonal = system.diagonal(dim1=1, dim2=2)
-    diagonal.add_(1e-4 * diagonal.mean(1, keepdim=True) + 1e-12)
-    return found.scale + _solve(system, right - (system @ found.scale[..., None])[..., 0])
+    ridge = 1e-4 * diagonal.mean(1, keepdim=True) + 1e-12
+    diagonal.add_(ridge)
+    scale = found.scale + _solve(system, right)
+    good = (scale > 0.5 * found.scale) & (scale < 2 * found.scale)  # a group that flips its sign is kept
+    scale = storable(torch.where(good, scale, found.scale))
+    diagonal.sub_(ridge)
+    change = scale - found.scale
+    return scale, 2 * (change * right).sum(1) - (change * (system @ change[..., None])[..., 0]).sum(1)
 
 
 def _solve(system: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -241,17 +250,22 @@ def _solve(system: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def descend(w: torch.Tensor, found: Coded, hessian: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """One sweep: each column's code is set to the best one given all others (CDQuant, cyclic)."""
+def descend(
+    w: torch.Tensor, found: Coded, hessian: torch.Tensor, grid: Grid
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One sweep: each column's code is set to the best one given all others (CDQuant, cyclic). Codes [N, K],
+    and how much less the `loss` [N] is with them.
+    """
     import torch
 
-    k = w.shape[1]
+    n, k = w.shape
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     h = hessian[order][:, order]
     scales = _rows(found.scale, order // grid.group)
     codes = _rows(found.codes, order)
     error = (codes - _rows(found.zero, order // grid.group)).mul_(scales).sub_(_rows(w, order))  # ŵ − w
     steps = (scales * h.diagonal()[:, None]).reciprocal_()
+    gain = torch.zeros(n, dtype=w.dtype)
     for start in range(0, k, BLOCK):
         stop = min(start + BLOCK, k)
         gradient = h[start:stop] @ error  # of the block's columns
@@ -269,4 +283,6 @@ def descend(w: torch.Tensor, found: Coded, hessian: torch.Tensor, grid: Grid) ->
                 done = slice(first - start, last - start)
                 gradient[last - start :].addmm_(h[last:stop, first:last], changes[done])
         error[start:stop] += changes
-    return codes[torch.argsort(order)].T.contiguous()
+        # By a change d of one column the loss falls by −d (2 g + d h), g being its gradient just before.
+        gain -= gradient.mul_(2).addcmul_(changes, h.diagonal()[start:stop, None]).mul_(changes).sum(0)
+    return codes[torch.argsort(order)].T.contiguous(), gain

@@ -21,7 +21,7 @@ import numpy as np
 from ...ir.core import Graph, Op, Value
 from ...ir.errors import CompileError
 from ...ir.interpreter import to_torch
-from ...ir.ops.nn import Linear
+from ...ir.ops.nn import Linear, linear
 from ...ir.ops.quant import dequantized
 from .blocks import Fetch, LinearOp, run_ops
 from .walk import QuantizedPart, QuantizedWeight
@@ -157,11 +157,8 @@ class HeadRows:
 
     def logits(self, hidden: torch.Tensor, dims: Mapping[str, int]) -> torch.Tensor:
         """Logits [..., stop − start] of hidden states [..., D]."""
-        import torch
-
         layer, after = self.head.layer, self.head.after
-        bias = None if layer.bias is None else self._weight(layer.bias).to(hidden.dtype)
-        made = torch.nn.functional.linear(hidden, self.matrix.to(hidden.dtype), bias)
+        made = linear(hidden, self.matrix, None if layer.bias is None else self._weight(layer.bias))
         if not after:
             return made
         out = after[-1].result

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...ir.core import Graph, Op, Value
-from ...ir.ops.nn import Embedding
+from ...ir.ops.nn import Embedding, linear
 from ...ir.ops.quant import QuantizedEmbedding
 from ..base import Progress, no_progress
 from .blocks import Activations, Block, LinearOp, read_weight, run_ops, split_blocks
@@ -117,12 +117,9 @@ class _Part:
         return {v: known[v] for v in self.made}
 
     def _run(self, op: Op, known: Mapping[Value, Any], dims: Mapping[str, int]) -> dict[Value, torch.Tensor]:
-        import torch
-
         if isinstance(op, LinearOp) and op.x in known:
-            x = known[op.x]
-            bias = None if op.bias is None else self._weight(op.bias).to(x.dtype)
-            return {op.result: torch.nn.functional.linear(x, self._matrix(op).to(x.dtype), bias)}
+            bias = None if op.bias is None else self._weight(op.bias)
+            return {op.result: linear(known[op.x], self._matrix(op), bias)}
         return run_ops([op], known, op.results, dims, self._weight)
 
 
