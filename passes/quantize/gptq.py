@@ -115,6 +115,8 @@ def quantize_gptq(
     # With zero · scale added on both sides, a code is w / scale.
     open_ = _rows(w, order).addcmul_(_rows(zero, order // grid.group), scales)
     codes = torch.empty_like(open_)
+    # Rows apart once: slicing a tensor for each costs as much as the arithmetic.
+    opens, inverses, steps, coded = (t.unbind() for t in (open_, inverse, scales, codes))
     lost = torch.zeros(len(w), dtype=w.dtype)
     pivots = factor.diagonal().tolist()
     for start in range(0, k, BLOCK):
@@ -123,8 +125,8 @@ def quantize_gptq(
         for first in range(start, stop, PANEL):
             last = min(first + PANEL, stop)
             for i in range(first, last):
-                q = torch.mul(open_[i], inverse[i], out=codes[i]).round_().clamp_(0, grid.top)
-                error = torch.mul(q, scales[i], out=errors[i - start]).sub_(open_[i]).mul_(1 / pivots[i])
+                q = torch.mul(opens[i], inverses[i], out=coded[i]).round_().clamp_(0, grid.top)
+                error = torch.mul(q, steps[i], out=errors[i - start]).sub_(opens[i]).mul_(1 / pivots[i])
                 if i + 1 < last:
                     open_[i + 1 : last].addr_(factor[i, i + 1 : last], error)
             if last < stop:
@@ -266,6 +268,7 @@ def descend(
     error = (codes - _rows(found.zero, order // grid.group)).mul_(scales).sub_(_rows(w, order))  # ŵ − w
     steps = (scales * h.diagonal()[:, None]).reciprocal_()
     gain = torch.zeros(n, dtype=w.dtype)
+    sizes, rates, coded = (t.unbind() for t in (scales, steps, codes))
     for start in range(0, k, BLOCK):
         stop = min(start + BLOCK, k)
         gradient = h[start:stop] @ error  # of the block's columns
@@ -274,9 +277,9 @@ def descend(
             last = min(first + PANEL, stop)
             for i in range(first, last):
                 at = i - start
-                new = torch.addcmul(codes[i], gradient[at], steps[i], value=-1).round_().clamp_(0, grid.top)
-                change = torch.sub(new, codes[i], out=changes[at]).mul_(scales[i])
-                codes[i] = new
+                new = torch.addcmul(coded[i], gradient[at], rates[i], value=-1).round_().clamp_(0, grid.top)
+                change = torch.sub(new, coded[i], out=changes[at]).mul_(sizes[i])
+                coded[i].copy_(new)
                 if i + 1 < last:
                     gradient[at + 1 : last - start].addr_(h[i + 1 : last, i], change)
             if last < stop:
