@@ -287,7 +287,8 @@ def test_symbolic_lengths() -> None:
     assert str(graph.inputs[0].type) == "float32[T, 6]"
     for length in (1, 2, 17):
         x = torch.randn(length, 6)
-        torch.testing.assert_close(run(graph, {"x": x})[0], module(x).detach(), atol=1e-6, rtol=0)
+        # Products may be summed in another order than the module's: an ulp.
+        torch.testing.assert_close(run(graph, {"x": x})[0], module(x).detach(), atol=1e-6, rtol=2e-7)
 
 
 def test_the_attention_module_of_the_example() -> None:
