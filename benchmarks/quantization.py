@@ -34,8 +34,15 @@ from llmc.ir.errors import LlmcError
 
 from .commands import SCRATCH, machine
 from .peers_quantization import environments, ours, report
-from .peers_quantization.models import MODELS, CalibrationText, Shared, calibration, parameters, shared_model
-from .peers_quantization.models import test_windows as windows_of
+from .peers_quantization.models import (
+    MODELS,
+    CalibrationText,
+    Shared,
+    calibration,
+    parameters,
+    scored_windows,
+    shared_model,
+)
 from .peers_quantization.scoring import Reference, WindowScore, hidden_states, load, logits_of, relative_error
 
 SCHEMES = {
@@ -86,7 +93,7 @@ class Bench:
     def rows(self, name: str) -> list[dict[str, Any]]:
         """All rows of a model, measured or taken from the cache; one that fails is named and left out."""
         model = shared_model(name, self.cache)
-        windows = windows_of(model, self.options.windows)
+        windows = scored_windows(model, self.options.windows)
         reference = Reference(model, self.cache / name / "reference")
         schemes = _chosen(self.options.schemes, SCHEMES[name])
         peers = _chosen(self.options.peers, PEERS[name])

@@ -93,7 +93,7 @@ def cut(ids: list[int], length: int, count: int, bos: int | None) -> Array:
     return rows if bos is None else np.concatenate([np.full((count, 1), bos, np.int64), rows], axis=1)
 
 
-def test_windows(model: Shared, count: int) -> Array:
+def scored_windows(model: Shared, count: int) -> Array:
     """int64 [count, 1024] of WikiText-2's test part, as `llmc eval` cuts it."""
     text = (shared_data() / "wikitext2_raw" / "wiki.test.raw").read_text(encoding="utf-8")
     return cut(model.encode(text), WINDOW, count, model.bos)

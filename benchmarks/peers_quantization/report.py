@@ -28,7 +28,7 @@ def summary(row: Record) -> Record:
 
 def merged(rows: Sequence[Record], earlier: Sequence[Record]) -> list[Record]:
     """The rows, and those of an earlier record that are none of theirs."""
-    facts = ("model", "tool", "scheme", "calibration", "calibration_tokens")
+    facts = ("model", "tool", "scheme", "calibration", "calibration_tokens", "note")
     known = {tuple(row[fact] for fact in facts) for row in rows}
     return [*rows, *(row for row in earlier if tuple(row[fact] for fact in facts) not in known)]
 

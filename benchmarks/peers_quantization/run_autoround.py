@@ -29,7 +29,6 @@ def quantize(order: Order) -> Done:
         batch_size=size,
         iters=iters,
         device_map="cpu",
-        # Compiling each block takes longer than 50 steps of it gain.
         enable_torch_compile=False,
     )
     tuned, _ = tuner.quantize()

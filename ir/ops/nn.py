@@ -24,8 +24,8 @@ def _functional() -> Any:
 def linear(x: Any, weight: Any, bias: Any = None) -> Any:
     """x [..., K] · weight [N, K]ᵀ + bias [N] in torch, in the dtype of x.
 
-    In float32 through oneDNN, where torch would take MKL: a tenth to a fourth faster on AMD's processors,
-    where MKL leaves AVX-512 unused, and calibration is made of this product. Gradients need torch's own.
+    Calibration is made of this product: in float32 it goes through oneDNN, which was faster than the MKL that
+    torch would take on an AMD processor (benchmarks/README.md). Gradients need torch's own.
     """
     import torch
 

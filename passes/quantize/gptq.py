@@ -29,6 +29,7 @@ SYSTEMS = 1 << 23  # elements of the systems that are solved at a time
 GRADIENTS = 24  # steps towards the scales
 TINY = 1e-30
 PROPAGATION = 0.5  # how much of the earlier layers' error a layer makes up for
+RIDGE = 0.03  # of the mean diagonal, while that is estimated
 
 
 @dataclass
@@ -87,7 +88,7 @@ def corrected_target(
     """
     import torch
 
-    factor = torch.linalg.cholesky(damped(hessian, 0.03)[0])
+    factor = torch.linalg.cholesky(damped(hessian, RIDGE)[0])
     return w + share * torch.cholesky_solve(missing.T, factor).T
 
 
@@ -116,7 +117,7 @@ def quantize_gptq(
     open_ = _rows(w, order).addcmul_(_rows(zero, order // grid.group), scales)
     codes = torch.empty_like(open_)
     # Rows apart once: slicing a tensor for each costs as much as the arithmetic.
-    opens, inverses, steps, coded = (t.unbind() for t in (open_, inverse, scales, codes))
+    opens, inverses, sizes, coded = (t.unbind() for t in (open_, inverse, scales, codes))
     lost = torch.zeros(len(w), dtype=w.dtype)
     pivots = factor.diagonal().tolist()
     for start in range(0, k, BLOCK):
@@ -126,7 +127,7 @@ def quantize_gptq(
             last = min(first + PANEL, stop)
             for i in range(first, last):
                 q = torch.mul(opens[i], inverses[i], out=coded[i]).round_().clamp_(0, grid.top)
-                error = torch.mul(q, steps[i], out=errors[i - start]).sub_(opens[i]).mul_(1 / pivots[i])
+                error = torch.mul(q, sizes[i], out=errors[i - start]).sub_(opens[i]).mul_(1 / pivots[i])
                 if i + 1 < last:
                     open_[i + 1 : last].addr_(factor[i, i + 1 : last], error)
             if last < stop:
@@ -193,7 +194,7 @@ def refit_scales(
 
     n, k = w.shape
     step = max(1, SYSTEMS // grid.groups(k) ** 2)
-    scale, gain = torch.empty_like(found.scale), torch.empty(n)
+    scale, gain = torch.empty_like(found.scale), torch.empty(n, dtype=w.dtype)
     for a in range(0, n, step):
         part = Coded(*(t[a : a + step] for t in (found.codes, found.scale, found.zero)))
         scale[a : a + step], gain[a : a + step] = _refit_rows(w[a : a + step], part, hessian, grid)
