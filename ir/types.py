@@ -162,9 +162,10 @@ class Quantization:
     float16 or float32       scale[n, g] · q + zero_point[n, g]         GGML's minimum: Q4_1, Q4_K, ...
     none, with a codebook    scale[n, g] · CODEBOOK[q]                  `codebooks.py`; counts as symmetric
 
-    `scale_dtype` is float16 or float32. `super_group` > 0 promises that float32 scales (and minima) are
-    products of a float16, one for each `super_group` columns, and an integer of 8 bits, as in GGML's K types;
-    a target may store the factors.
+    `scale_dtype` is float16 or float32. A scale may be negative: a symmetric grid is one step longer on one
+    side, and the sign says on which (as in GGML's Q4_0). `super_group` > 0 promises that float32 scales (and
+    minima) are products of a float16, one for each `super_group` columns, and an integer of 8 bits, as in
+    GGML's K types; a target may store the factors.
     """
 
     bits: int

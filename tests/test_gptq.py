@@ -18,7 +18,7 @@ from llmc.passes.quantize.gptq import (
     refine,
     refit_scales,
 )
-from llmc.passes.quantize.grid import Grid, encode, search_scales
+from llmc.passes.quantize.grid import Grid, encode, search_scales, storable
 
 GRIDS = [Grid(4, 8, False), Grid(4, 16, True), Grid(3, 8, False), Grid(8, 24, True)]
 
@@ -106,6 +106,25 @@ def test_searched_scales_lose_no_more_than_the_ranges(seed: int, grid: Grid) -> 
     assert bool((error(scale, zero) <= error(plain_scale, plain_zero) * (1 + 1e-4) + 1e-9).all())
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_symmetric_grid_has_its_longer_side_where_the_largest_weight_is(bits: int) -> None:
+    """Multiples of a step from −(2^(bits−1) − 1) to 2^(bits−1), and their negatives, are on the grid."""
+    grid = Grid(bits, 1 << bits, True)
+    whole = torch.arange(1 - grid.middle, grid.middle + 1).float()
+    w = 0.25 * torch.stack([whole, -whole])
+    scale, zero = search_scales(w, torch.ones(w.shape[1]), grid)
+    assert scale.flatten().tolist() == [-0.25, 0.25]
+    assert torch.equal(nearest(w, scale, zero, grid).weight(grid), w)
+
+
+def test_storable_scales_keep_their_sign() -> None:
+    given = torch.tensor([0.1, -0.1, 1e-9, -1e-9, 1e9, -1e9, 0.0])
+    stored = storable(given)
+    assert torch.equal(stored, stored.half().float()) and bool((stored != 0).all())
+    assert stored.sign().tolist() == [1, -1, 1, -1, 1, -1, 1]
+    torch.testing.assert_close(stored[:2], given[:2], rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_refitting_solves_the_normal_equations(grid: Grid) -> None:
     """Against float64 least squares over the square root of H, before scales are rounded and bounded."""
@@ -129,7 +148,8 @@ def test_refitting_solves_the_normal_equations(grid: Grid) -> None:
             part = slice(g * grid.group, (g + 1) * grid.group)
             columns[part, g] = whole[row, part]
         best = np.linalg.lstsq(root.T @ columns, root.T @ w[row].double().numpy(), rcond=None)[0]
-        kept = (best <= 0.5 * scale[row].numpy()) | (best >= 2 * scale[row].numpy())
+        change = best / scale[row].numpy()
+        kept = (change <= 0.5) | (change >= 2)
         np.testing.assert_allclose(refit[row][~kept], best[~kept], rtol=5e-3)
 
 

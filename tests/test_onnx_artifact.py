@@ -29,6 +29,7 @@ def quantized(
     groups = -(-k // q.group_size)
     values = rng.integers(0, 1 << q.bits, (n, k), dtype=np.uint8)
     scale = ((rng.random((n, groups)) + 0.5) / (1 << q.bits)).astype(q.scale_dtype)
+    scale[1::3] *= -1
     parts = [weight(g, name, values, TensorType("uint8", (n, k), q)), weight(g, f"{name}.scale", scale)]
     zero = None
     if minimum:

@@ -77,6 +77,7 @@ class Case:
         q = rng.integers(0, 1 << self.bits, (self.n, self.k), dtype=np.uint8)
         q[0], q[-1] = 0, (1 << self.bits) - 1
         scale = (0.001 + 0.01 * rng.random((self.n, groups))).astype(self.scale)
+        scale[1::3] *= -1
         if self.super_group:
             scale = self._two_levels(rng, groups, 64)
         if self.zero is None:

@@ -55,9 +55,13 @@ class Grid:
 
 
 def storable(scale: torch.Tensor) -> torch.Tensor:
-    """Scales as the float16 numbers that will be stored, in float32, never 0 and never infinite."""
+    """Scales as the float16 numbers that will be stored, in float32, never 0 and never infinite; their sign
+    stays.
+    """
+    import torch
+
     largest = float(np.finfo(np.float16).max)
-    return scale.clamp(SMALLEST, largest).half().float()
+    return torch.where(scale < 0, -1.0, 1.0) * scale.abs().clamp(SMALLEST, largest).half().float()
 
 
 def encode(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, top: int) -> torch.Tensor:
@@ -104,9 +108,10 @@ def _candidates(low: torch.Tensor, high: torch.Tensor, grid: Grid) -> list[tuple
     found: list[tuple[torch.Tensor, torch.Tensor]] = []
     for factor in (1.0, *SHRINK):
         if grid.symmetric:
-            # The grid reaches one step further down than up: either end may carry the largest weight.
+            # The grid reaches one step further down than up. A negative scale turns it round, so that the
+            # largest weight lies on the longer side.
             middle = torch.full_like(low, float(grid.middle))
-            largest = torch.maximum(-low, high)
+            largest = torch.where(high > -low, -high, -low)
             found += [(storable(factor * largest / d), middle) for d in (grid.middle - 1, grid.middle)]
             continue
         scale = storable(factor * (high - low) / grid.top)
