@@ -289,19 +289,19 @@ class Activations:
                 file.readinto(found[value].numpy().reshape(-1).view(np.uint8).data)
         return found
 
-    def advance(self, segment: Segment, weight: Fetch = read_weight) -> None:
-        """Run a segment on every sequence; what is dead after it is dropped."""
+    def advance(self, segment: Segment, weight: Fetch = read_weight, also: Sequence[Value] = ()) -> None:
+        """Run a segment on every sequence; what is dead after it is dropped, but for the values `also`."""
         import torch
 
         kept = {v: weight(v) for v in whole_weights(segment.ops)} if weight is read_weight else {}
         fetch = (lambda v: kept[v] if v in kept else read_weight(v)) if kept else weight
-        made = [v for v in segment.outputs if v not in segment.inputs]
+        made = [v for v in dict.fromkeys([*segment.outputs, *also]) if v not in segment.inputs]
         read = {v for op in segment.ops for v in op.operands}
         needed = [v for v in segment.inputs if v in read]
         with torch.no_grad():
             for i, dims in enumerate(self.dims):
                 self.save(i, run_ops(segment.ops, self.load(i, needed), made, dims, fetch))
-        self.drop(v for v in segment.inputs if v not in segment.outputs)
+        self.drop(v for v in segment.inputs if v not in segment.outputs and v not in also)
 
     def drop(self, values: Iterable[Value]) -> None:
         for value in values:

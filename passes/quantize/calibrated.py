@@ -26,7 +26,7 @@ from ..base import PassContext
 from ..calibration import Calibration, too_few_tokens
 from ..work import PieceTensor, WorkFolder
 from .attach import attach_quantized, is_quantizable
-from .blocks import Activations, Segment, read_weight, split_blocks, whole_weights
+from .blocks import Activations, LinearOp, Segment, read_weight, split_blocks, whole_weights
 from .gptq import Coded
 from .grid import Grid
 from .walk import is_head
@@ -137,6 +137,8 @@ def walk(
             if targets and not started:
                 quantized.adopt(exact, segment.inputs, len(sequences))
                 started = True
+            reads = read_of_exact(segment, targets) if known is None else ()
+            exact.advance(segment, also=reads)
             if known is not None:
                 codes = {w: {part: known[f"{w.name}.{part}"] for part in PARTS} for w in targets}
             else:
@@ -148,7 +150,7 @@ def walk(
                 replaced[weight] = as_coded(parts).weight(grid_of(weight))
             if started:
                 quantized.advance(segment, _fetch(replaced, segment))
-            exact.advance(segment)
+            exact.drop(v for v in reads if v not in segment.outputs)
         if known is None and fresh:
             work.save(piece, fresh)
         if fresh:
@@ -172,38 +174,70 @@ def _fetch(replaced: Mapping[Value, Any], segment: Segment) -> Any:
     return lambda v: replaced[v] if v in replaced else kept[v] if v in kept else read_weight(v)
 
 
+def read_of_exact(segment: Segment, targets: Sequence[Value]) -> tuple[Value, ...]:
+    """What `measure_inputs` needs of the float model after the segment: the layers' input x, or, where they
+    are much wider than high (a down projection), their results W x, with which it has less to multiply.
+    """
+    layers = _first_layers(segment, targets)
+    if not layers:
+        return ()
+    x = segment.layers[0].x
+    k, n = x.shape[-1], sum(layer.result.shape[-1] for layer in layers.values())  # type: ignore[misc]
+    assert isinstance(k, int)
+    return tuple(layer.result for layer in layers.values()) if 2 * n < k else (x,)
+
+
+def _first_layers(segment: Segment, targets: Sequence[Value]) -> dict[Value, LinearOp]:
+    """A layer of the segment for each weight."""
+    return {w: next(layer for layer in segment.layers if layer.operands[1] is w) for w in targets}
+
+
 def measure_inputs(
     segment: Segment, exact: Activations, quantized: Activations, targets: Sequence[Value]
 ) -> dict[Value, Inputs]:
-    """What a segment's input is like for those weights of its layers, over all sequences in order."""
+    """What a segment's input is like for those weights of its layers, over all sequences in order.
+
+    Args:
+        exact: of the float model, after the segment, with what `read_of_exact` names.
+        quantized: of the other model, before the segment.
+    """
     import torch
 
     if not targets:
         return {}
     weights = {v: _finite_weight(v) for v in targets}
+    layers = _first_layers(segment, targets)
     x = segment.layers[0].x
     k = x.shape[-1]
     assert isinstance(k, int)
-    # E[(x_f − x_q) x_qᵀ] is K × K; where a layer is much wider than high (a down projection), its outputs'
-    # errors are fewer numbers and fewer products.
-    wide = 2 * sum(len(w) for w in weights.values()) < k
+    wide = x not in read_of_exact(segment, targets)
     hessian, cross, tokens = torch.zeros(k, k), torch.zeros(0 if wide else k, k), 0
     missing = {v: torch.zeros(w.shape) for v, w in weights.items()} if wide else {}
     for i in range(len(quantized)):
         x_q = quantized.load(i, [x])[x].reshape(-1, k)
-        error = exact.load(i, [x])[x].reshape(-1, k) - x_q
         _add_upper(hessian, x_q)
         tokens += len(x_q)
         if not wide:
-            cross.addmm_(error.T, x_q)
+            cross.addmm_(exact.load(i, [x])[x].reshape(-1, k).T, x_q)
         for v, sum_ in missing.items():
-            sum_.addmm_((error @ weights[v].T).T, x_q)
-    missing = missing or {v: w @ cross for v, w in weights.items()}
+            sum_.addmm_(_products(layers[v], exact, i).T, x_q)
     upper = hessian.triu(1)
     hessian.triu_().add_(upper.T)
+    for v, sum_ in missing.items():
+        sum_.addmm_(weights[v], hessian, alpha=-1)
+    if not wide:
+        cross.sub_(hessian)
+        missing = {v: w @ cross for v, w in weights.items()}
     count = max(1, tokens)
     hessian.div_(count)
     return {v: Inputs(w, hessian, missing[v].div_(count), tokens) for v, w in weights.items()}
+
+
+def _products(layer: LinearOp, exact: Activations, sequence: int) -> torch.Tensor:
+    """W x_f [T, N] by the layer's results."""
+    made = exact.load(sequence, [layer.result])[layer.result]
+    made = made.reshape(-1, made.shape[-1])
+    return made if layer.bias is None else made - read_weight(layer.bias)
 
 
 def _add_upper(hessian: torch.Tensor, x: torch.Tensor) -> None:

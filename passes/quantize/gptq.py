@@ -46,8 +46,19 @@ class Coded:
         return (self.codes - grid.spread(self.zero, k)) * grid.spread(self.scale, k)
 
 
-def damped(hessian: torch.Tensor, damping: float = DAMPING) -> tuple[torch.Tensor, float]:
-    """H + λI that has a Cholesky factor, and the λ (a share of the mean diagonal) that it took.
+@dataclass(frozen=True)
+class Damped:
+    """H + λI [K, K] that has a Cholesky factor (lower, LLᵀ), and the λ that it took, a share of the mean
+    diagonal.
+    """
+
+    hessian: torch.Tensor
+    factor: torch.Tensor
+    damping: float
+
+
+def damped(hessian: torch.Tensor, damping: float = DAMPING) -> Damped:
+    """H damped just enough.
 
     Inputs that never occur get a diagonal of the mean, so that their columns are rounded to nearest. A
     rank-deficient H is damped tenfold until it can be factored.
@@ -58,21 +69,30 @@ def damped(hessian: torch.Tensor, damping: float = DAMPING) -> tuple[torch.Tenso
     diagonal = h.diagonal()
     mean = float(diagonal.mean())
     if not mean > 0:
-        return torch.eye(h.shape[0], dtype=h.dtype), damping
+        one = torch.eye(h.shape[0], dtype=h.dtype)
+        return Damped(one, one, damping)
     diagonal[diagonal <= 0] = mean
     diagonal.add_(damping * mean)
-    while int(torch.linalg.cholesky_ex(h)[1]):
+    factor, failed = torch.linalg.cholesky_ex(h)
+    while int(failed):
         diagonal.add_(9 * damping * mean)
         damping *= 10
-    return h, damping
+        factor, failed = torch.linalg.cholesky_ex(h)
+    return Damped(h, factor, damping)
 
 
-def inverse_factor(h: torch.Tensor) -> torch.Tensor:
-    """Upper U with UᵀU = H⁻¹, for a positive definite H."""
+def by_importance(hessian: torch.Tensor) -> torch.Tensor:
+    """The order of columns int64 [K]: falling diag(H)."""
     import torch
 
-    h = torch.cholesky_inverse(torch.linalg.cholesky(h))
-    return torch.linalg.cholesky(h, upper=True)
+    return torch.argsort(hessian.diagonal(), descending=True, stable=True)
+
+
+def inverse_factor(factor: torch.Tensor) -> torch.Tensor:
+    """Upper U with UᵀU = H⁻¹, for H = LLᵀ by its lower factor L."""
+    import torch
+
+    return torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
 
 
 def corrected_target(
@@ -88,7 +108,7 @@ def corrected_target(
     """
     import torch
 
-    factor = torch.linalg.cholesky(damped(hessian, RIDGE)[0])
+    factor = damped(hessian, RIDGE).factor
     return w + share * torch.cholesky_solve(missing.T, factor).T
 
 
@@ -98,19 +118,22 @@ def _rows(values: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
 
 
 def quantize_gptq(
-    w: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid
+    w: torch.Tensor,
+    order: torch.Tensor,
+    factor: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    grid: Grid,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes float32 [N, K] for w [N, K] on given scales and zero points [N, G], and their `loss` [N]: the
     sum of what each column could not pass on.
 
     Args:
-        hessian: damped, [K, K].
+        order: int64 [K], in which columns are rounded; factor: `inverse_factor` of the damped H in it.
     """
     import torch
 
     k = w.shape[1]
-    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    factor = inverse_factor(hessian[order][:, order])
     scales = _rows(scale, order // grid.group)
     inverse = scales.reciprocal()
     # With zero · scale added on both sides, a code is w / scale.
@@ -152,9 +175,14 @@ def gptq(w: torch.Tensor, hessian: torch.Tensor, grid: Grid, *, sweeps: int = 2)
     """
     import torch
 
-    h, damping = damped(hessian)
+    order = by_importance(hessian)
+    ordered = damped(hessian[order][:, order])
+    factor, damping = inverse_factor(ordered.factor), ordered.damping
+    back = torch.argsort(order)
+    h = ordered.hessian[back][:, back]
+    del ordered  # its matrices, K × K
     scale, zero = search_scales(w, h.diagonal(), grid)
-    codes, lost = quantize_gptq(w, h, scale, zero, grid)
+    codes, lost = quantize_gptq(w, order, factor, scale, zero, grid)
     found = Coded(codes, scale, zero)
     nearest = Coded(
         encode(w, grid.spread(scale, w.shape[1]), grid.spread(zero, w.shape[1]), grid.top), scale, zero
@@ -263,7 +291,7 @@ def descend(
     import torch
 
     n, k = w.shape
-    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    order = by_importance(hessian)
     h = hessian[order][:, order]
     scales = _rows(found.scale, order // grid.group)
     codes = _rows(found.codes, order)
