@@ -182,7 +182,7 @@ def read_of_exact(segment: Segment, targets: Sequence[Value]) -> tuple[Value, ..
     if not layers:
         return ()
     x = segment.layers[0].x
-    k, n = x.shape[-1], sum(layer.result.shape[-1] for layer in layers.values())  # type: ignore[misc]
+    n, k = sum(w.weight.shape[0] for w in layers if w.weight), x.shape[-1]
     assert isinstance(k, int)
     return tuple(layer.result for layer in layers.values()) if 2 * n < k else (x,)
 
