@@ -192,8 +192,8 @@ class Row:
         exact = {n: w for n, w in parameters(self.model, weights).items() if w.ndim == 2}
         self.record |= stats
         if exact:
-            error, same = relative_error(exact, weights)
-            self.record |= {"weight_error": error, "weights_unchanged": same}
+            error, same, zero = relative_error(exact, weights)
+            self.record |= {"weight_error": error, "weights_unchanged": same, "weights_zero": zero}
         self._write()
 
     def _write(self) -> None:

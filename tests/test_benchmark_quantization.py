@@ -115,6 +115,7 @@ def test_table_sorts_by_bits_and_kl_and_warns_of_the_sources_grid() -> None:
     )
     assert "50% of the weights lay on this grid before" in lines[1]
     assert "grid" not in lines[2]
+    assert "grid" not in report.tables([row(weights_unchanged=0.5, weights_zero=0.49)])
     assert "Float perplexity 20.09" in text and "Machine: a machine." in text
 
 
@@ -187,7 +188,7 @@ def test_our_dequantized_graph_scores_as_transformers_with_the_same_weights(sche
     assert found.bits == 4 + (20 / 16 if scheme == "int4-g16" else 16 / 32)
     linears = {name for name in exact if "_proj" in name}
     assert set(found.weights) == linears
-    error, same = relative_error({name: exact[name] for name in linears}, found.weights)
+    error, same, _ = relative_error({name: exact[name] for name in linears}, found.weights)
     assert 0.02 < error < 0.2 and same < 0.1
 
     ids = torch.tensor([ids_of(24)])
@@ -199,7 +200,9 @@ def test_our_dequantized_graph_scores_as_transformers_with_the_same_weights(sche
 
 def test_error_of_untouched_weights_is_none() -> None:
     weights = {"a": torch.randn(3, 8, generator=torch.Generator().manual_seed(2))}
-    assert relative_error(weights, weights) == (0.0, 1.0)
+    assert relative_error(weights, weights) == (0.0, 1.0, 0.0)
+    weights["a"][0, :6] = 0
+    assert relative_error(weights, weights) == (0.0, 1.0, 0.25)
 
 
 def test_gptqmodels_checkpoint_is_read_as_its_format_says(

@@ -9,7 +9,7 @@ from typing import Any
 from .scoring import WindowScore, summarize
 
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
-UNCHANGED = 0.05  # share of weights that may be left as they were by chance; about 1 % is usual
+UNCHANGED = 0.05  # share of weights, zeros aside, that may stay as they were by chance; about 1 % is usual
 Record = dict[str, Any]
 
 HEAD = (
@@ -61,7 +61,7 @@ def _line(row: Record, machines: Sequence[str]) -> str:
 
 def flattered(row: Record) -> str:
     """A warning where the scheme's grid is close to the one that the source's weights lie on."""
-    same = row.get("weights_unchanged", 0.0)
+    same = row.get("weights_unchanged", 0.0) - row.get("weights_zero", 0.0)
     return f"⚠ {same:.0%} of the weights lay on this grid before" if same > UNCHANGED else ""
 
 
