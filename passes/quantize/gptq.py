@@ -249,8 +249,8 @@ def _refit_rows(
     ridge = 1e-4 * diagonal.mean(1, keepdim=True) + 1e-12
     diagonal.add_(ridge)
     scale = found.scale + _solve(system, right)
-    change = scale / found.scale
-    good = (change > 0.5) & (change < 2)  # a group that flips its sign is kept
+    ratio = scale / found.scale
+    good = (ratio > 0.5) & (ratio < 2)  # a group that flips its sign is kept
     scale = storable(torch.where(good, scale, found.scale))
     diagonal.sub_(ridge)
     change = scale - found.scale
