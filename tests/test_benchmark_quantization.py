@@ -5,6 +5,7 @@ pins, our dequantized graph against transformers, and what a peer's checkpoint s
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from llmc.passes.stage import MarkStage
 
 from benchmarks.peers_quantization import environments, ours, report
 from benchmarks.peers_quantization.models import cut
+from benchmarks.peers_quantization.protocol import forget_peak, peak_bytes
 from benchmarks.peers_quantization.scoring import (
     WindowScore,
     compare,
@@ -95,7 +97,7 @@ def row(**changes: Any) -> dict[str, Any]:
         "machine": "a machine",
         "bits": 4.625,
         "cpu_seconds": 12.4,
-        "peak_rss_bytes": 1_500_000_000,
+        "peak_bytes": 1_500_000_000,
         "note": "",
         "weights_unchanged": 0.01,
         "windows": [vars(WindowScore(3.0, 3.1, 0.1, 0.9)), vars(WindowScore(3.0, 3.1, 0.2, 0.8))],
@@ -196,6 +198,20 @@ def test_our_dequantized_graph_scores_as_transformers_with_the_same_weights(sche
     with torch.no_grad():
         expected = model(input_ids=ids, use_cache=False).logits[0]
     torch.testing.assert_close(logits_of(found.graph)(ids), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak cannot be forgotten elsewhere")
+def test_the_peak_of_memory_is_that_since_it_was_forgotten() -> None:
+    size = 256 << 20
+    large = np.ones(size, np.uint8)
+    reached = peak_bytes()
+    del large
+    forget_peak()
+    start = peak_bytes()
+    assert start < reached - size // 2
+    large = np.ones(size // 2, np.uint8)
+    assert size // 4 < peak_bytes() - start < size
+    assert large.all()
 
 
 def test_error_of_untouched_weights_is_none() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import resource
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .models import CalibrationText, Shared
+from .protocol import forget_peak, peak_bytes
 
 if TYPE_CHECKING:
     from llmc.ir.core import Graph, Value
@@ -141,6 +141,7 @@ def quantize(model: Shared, scheme: str, text: CalibrationText) -> tuple[Quantiz
     """Quantize, and what it took. Codes that are computed when they are read count: the weights are read."""
     from .models import parameters
 
+    forget_peak()
     began, cpu = time.perf_counter(), _cpu_seconds()
     graph = quantized_graph(model, scheme, text)
     # Read once: lazily quantized codes cost nothing before.
@@ -148,8 +149,7 @@ def quantize(model: Shared, scheme: str, text: CalibrationText) -> tuple[Quantiz
     stats: dict[str, Any] = {
         "seconds": round(time.perf_counter() - began, 1),
         "cpu_seconds": round(_cpu_seconds() - cpu, 1),
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        * (1 if sys.platform == "darwin" else 1024),
+        "peak_bytes": peak_bytes(),
         "bits": found.bits,
         "note": "",
         "versions": _versions(),

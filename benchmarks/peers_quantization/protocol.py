@@ -9,6 +9,7 @@ head by the names that transformers gives them, and `stats.json`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -102,7 +103,7 @@ def main(quantize: Callable[[Order], Done], packages: tuple[str, ...]) -> None:
     stats: dict[str, Any] = {
         "seconds": round(time.perf_counter() - began, 1),
         "cpu_seconds": round(_cpu_seconds() - cpu, 1),
-        "peak_rss_bytes": _peak_bytes(),
+        "peak_bytes": max(peak_bytes(), _largest_child()),
         "bits": done.bits,
         "note": done.note,
         "versions": {name: _version(name) for name in (*packages, "torch", "transformers")},
@@ -122,11 +123,28 @@ def _cpu_seconds() -> float:
     return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
-def _peak_bytes() -> int:
-    """Of this process or its largest child; Linux counts in KiB, macOS in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    return unit * max(resource.getrusage(kind).ru_maxrss for kind in kinds)
+def forget_peak() -> None:
+    """Let `peak_bytes` begin anew, where the system can (Linux)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def peak_bytes() -> int:
+    """The largest memory of this process.
+
+    Linux's VmHWM begins with the program; ru_maxrss begins with what the process had that started it, so that
+    a small program started by a large one seems large. It counts in KiB there, in bytes on macOS.
+    """
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
+    return (1 if sys.platform == "darwin" else 1024) * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _largest_child() -> int:
+    """Bytes; what a child began with is part of this process's own peak."""
+    return (1 if sys.platform == "darwin" else 1024) * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
 
 
 def _version(name: str) -> str | None:

@@ -53,7 +53,7 @@ def _line(row: Record, machines: Sequence[str]) -> str:
         f"{row['kl']:.4f} ±{row['kl_se']:.4f}",
         f"{row['top1']:.3f}",
         f"{row['cpu_seconds']:.0f}",
-        f"{row['peak_rss_bytes'] / 1e6:,.0f}",
+        f"{row['peak_bytes'] / 1e6:,.0f}" if "peak_bytes" in row else "",
         "; ".join(part for part in (flattered(row), row.get("note"), machine) if part),
     ]
     return "| " + " | ".join(cells) + " |\n"
