@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from llmc.cli.main import main
 
@@ -18,6 +21,15 @@ def run(capsys: Capture, *words: str | Path) -> tuple[int, str, str]:
     code = main([str(word) for word in words])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a program begins with the peak of its parent")
+def test_the_peak_is_the_programs_own_however_large_what_started_it() -> None:
+    large = np.ones(512 << 20, np.uint8)
+    code = "from llmc.cli.resources import peak_rss_bytes; print(peak_rss_bytes())"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert 5 << 20 < int(done.stdout) < 256 << 20
+    assert large.all()
 
 
 def test_compile_reports_what_it_made(capsys: Capture, tmp_path: Path, tiny_folder: Any) -> None:
