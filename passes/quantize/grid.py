@@ -74,7 +74,8 @@ def search_scales(w: torch.Tensor, weight: torch.Tensor, grid: Grid) -> tuple[to
 
     Args:
         weight: importance of each input float32 [K], such as the Hessian's diagonal.
-    Round to nearest's own scale is among the candidates, so that the error is never above its.
+    Round to nearest's own scale, or on a symmetric grid its negative where that reaches further, is among the
+    candidates, so that the error is never above its.
     """
     import torch
 
