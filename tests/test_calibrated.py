@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from llmc.ir.core import Graph, Value
 from llmc.passes.base import PassContext
 from llmc.passes.calibration import Calibration
+from llmc.passes.quantize import calibrated as calibrated_module
 from llmc.passes.quantize import head as head_module
 from llmc.passes.quantize.best_pass import QuantizeBest, split_sequences
 from llmc.passes.quantize.blocks import (
@@ -32,6 +34,7 @@ from llmc.passes.quantize.calibrated import (
 from llmc.passes.quantize.gptq_pass import QuantizeGptq, quantize_layer
 from llmc.passes.quantize.grid import Grid
 from llmc.passes.quantize.head import find_head, token_losses
+from llmc.passes.quantize.products import short_factors
 from llmc.passes.quantize.tune import BATCH, Tuning, divergence, scaled, tune
 from llmc.passes.quantize.walk import QuantizeRtn
 from llmc.passes.work import WorkFolder
@@ -161,10 +164,14 @@ def inputs_of(activations: Activations, segment: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_neox"])
-def test_inputs_are_what_the_definition_says(tmp_path: Path, name: str) -> None:
+def test_inputs_are_what_the_definition_says(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Against float64 over all tokens, for layers whose outputs are fewer than half of their inputs, and for
-    the others: what they lack is summed in two ways.
+    the others: what they lack is summed in two ways. In float32 throughout: `short_factors` has a test of its
+    own.
     """
+    monkeypatch.setattr(calibrated_module, "short_factors", nullcontext)
     graph, data = fused(name, intermediate_size=160), calibration(3)
     exact, quantized = Activations(tmp_path / "a"), Activations(tmp_path / "b")
     exact.begin(graph, data.sequences)
@@ -200,6 +207,23 @@ def test_inputs_are_what_the_definition_says(tmp_path: Path, name: str) -> None:
                     noise[v] = w + 0.1 * w.std() * torch.randn(w.shape, generator=rng)
             quantized.advance(segment, lambda v, noise=noise: noise[v] if v in noise else read_weight(v))
     assert shapes == {False, True}
+
+
+def test_short_factors_round_factors_alone_and_leave_nothing_behind() -> None:
+    """Each product of two is off by at most 2⁻⁸ of itself and a little, their sum by no more than that of
+    all; afterwards float32 is float32, after an error too.
+    """
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(512, 96, generator=rng) * torch.logspace(-1, 1, 96)
+    plain = x.T @ x
+    with short_factors():
+        short = x.T @ x
+    wide = x.double()
+    assert bool(((short - wide.T @ wide).abs() <= 1.01 * 2**-8 * (wide.abs().T @ wide.abs())).all())
+    assert float(torch.linalg.eigvalsh(short.double()).min()) > 0
+    with pytest.raises(KeyError), short_factors():
+        raise KeyError
+    assert torch.equal(x.T @ x, plain)
 
 
 def test_a_walk_goes_on_where_it_was_killed(tmp_path: Path) -> None:

@@ -8,13 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llmc.passes.quantize.gptq import (
+    DAMPING,
     Coded,
+    Damped,
+    better_rows,
     by_importance,
     corrected_target,
     damped,
     descend,
     gptq,
-    inverse_factor,
     loss,
     quantize_gptq,
     refine,
@@ -39,10 +41,9 @@ def nearest(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid
     return Coded(encode(w, grid.spread(scale, k), grid.spread(zero, k), grid.top), scale, zero)
 
 
-def ordered(h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Their order, and the inverse's factor in it."""
-    order = by_importance(h)
-    return order, inverse_factor(torch.linalg.cholesky(h[order][:, order]))
+def undamped(h: torch.Tensor) -> Damped:
+    order = by_importance(h).flip(0)
+    return Damped(h, order, torch.linalg.cholesky(h[order][:, order]), 0)
 
 
 def paper(w: np.ndarray, h: np.ndarray, scale: np.ndarray, zero: np.ndarray, top: int) -> np.ndarray:
@@ -71,7 +72,7 @@ def test_codes_are_those_of_the_paper(grid: Grid, seed: int) -> None:
     scale, zero = search_scales(w, h.diagonal(), grid)
     wide = [grid.spread(part, w.shape[1]).double().numpy() for part in (scale, zero)]
     expected = paper(w.numpy(), h.double().numpy(), *wide, grid.top)
-    found, lost = quantize_gptq(w.double(), *ordered(h.double()), scale.double(), zero.double(), grid)
+    found, lost = quantize_gptq(w.double(), undamped(h.double()), scale.double(), zero.double(), grid)
     np.testing.assert_array_equal(found.numpy(), expected)
     back = Coded(found, scale.double(), zero.double()).weight(grid)
     torch.testing.assert_close(lost, loss(w.double(), back, h.double()))
@@ -81,8 +82,9 @@ def test_codes_are_those_of_the_paper(grid: Grid, seed: int) -> None:
 @given(st.integers(0, 10**6), st.sampled_from(GRIDS), st.integers(1, 30))
 def test_the_loss_is_never_above_round_to_nearests(seed: int, grid: Grid, rank: int) -> None:
     w, h = problem(seed, rank=min(rank, 24))
-    full = damped(h).hessian
-    found, _ = gptq(w, h, grid, sweeps=1)
+    fixed = damped(h)
+    full = fixed.hessian
+    found = gptq(w, fixed, grid, sweeps=1)
     plain = nearest(
         w, *search_scales(w, torch.ones(w.shape[1]), Grid(grid.bits, grid.group, grid.symmetric)), grid
     )
@@ -139,7 +141,7 @@ def test_refitting_solves_the_normal_equations(grid: Grid) -> None:
     w, h = problem(3, n=4)
     h = damped(h).hessian
     scale, zero = search_scales(w, h.diagonal(), grid)
-    found = Coded(quantize_gptq(w, *ordered(h), scale, zero, grid)[0], scale, zero)
+    found = Coded(quantize_gptq(w, undamped(h), scale, zero, grid)[0], scale, zero)
     k, groups = w.shape[1], scale.shape[1]
     root = np.linalg.cholesky(h.double().numpy())
     scales, gain = refit_scales(w, found, h, grid)
@@ -184,7 +186,7 @@ def test_the_corrected_target_undoes_a_linear_error() -> None:
     mixed = x @ (torch.eye(6, dtype=torch.float64) + 0.1 * torch.tensor(rng.standard_normal((6, 6))))
     w = torch.tensor(rng.standard_normal((3, 6)))
     missing, hessian = w @ (x - mixed).T @ mixed / 4000, mixed.T @ mixed / 4000
-    target = corrected_target(w, missing, hessian, share=1.0)
+    target = corrected_target(w, missing, undamped(hessian), share=1.0)
     left = ((mixed @ target.T - x @ w.T) ** 2).mean() / ((mixed @ w.T - x @ w.T) ** 2).mean()
     assert float(left) < 0.02
 
@@ -195,7 +197,7 @@ def test_zero_constant_and_dead_parts(grid: Grid) -> None:
     w[0] = 0
     w[1] = 0.25
     h[:, 7] = h[7, :] = 0
-    found, _ = gptq(w, h, grid, sweeps=1)
+    found = gptq(w, damped(h), grid, sweeps=1)
     back = found.weight(grid)
     assert bool(torch.isfinite(back).all())
     assert bool((back[0] == 0).all())
@@ -209,6 +211,20 @@ def test_damping_rises_until_a_rank_deficient_hessian_can_be_factored() -> None:
     h[0, 1] = h[1, 0] = 1.7  # not even semidefinite
     h[1, 1] = 1.0
     fixed = damped(h)
-    assert fixed.damping > 0.01
-    torch.testing.assert_close(fixed.factor @ fixed.factor.T, fixed.hessian)
-    assert damped(torch.eye(6)).damping == 0.01
+    assert fixed.damping > DAMPING
+    product = fixed.factor @ fixed.factor.T
+    torch.testing.assert_close(product, fixed.hessian[fixed.order][:, fixed.order])
+    assert damped(torch.eye(6)).damping == DAMPING
+
+
+@pytest.mark.parametrize("columns", [24, 700])
+def test_better_rows_are_those_with_less_loss(columns: int) -> None:
+    """Below and above what is looked at in one step."""
+    w, h = problem(2, n=16, k=columns)
+    fixed = undamped(damped(h).hessian.double())
+    error = 0.01 * w.double()
+    exact = loss(error, torch.zeros_like(error), fixed.hessian)
+    given = exact * torch.linspace(0.5, 1.5, 16)
+    rows, sums = better_rows(error, given, fixed)
+    assert rows.tolist() == list(range(8, 16))
+    torch.testing.assert_close(sums, exact[8:])

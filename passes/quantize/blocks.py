@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -26,6 +27,7 @@ from ...ir.core import Graph, Op, Value
 from ...ir.interpreter import bind, to_torch
 from ...ir.ops.nn import Embedding, Linear
 from ...ir.ops.quant import QuantizedEmbedding, QuantizedLinear
+from .products import short_factors
 
 if TYPE_CHECKING:
     import torch
@@ -150,16 +152,20 @@ def run_ops(
     outputs: Sequence[Value],
     dims: Mapping[str, int],
     weight: Fetch = read_weight,
+    *,
+    short: bool = False,
 ) -> dict[Value, Any]:
     """The values `outputs` after running ops on `values`. Gradients flow where the caller asks torch for
     them.
 
-    An embedding reads the rows that it needs and no others, whatever `weight` says.
+    An embedding reads the rows that it needs and no others, whatever `weight` says. With `short`, linear
+    layers multiply `short_factors`.
     """
     known = dict(values)
     for op in ops:
         operands = _rows(op, known) or [known[v] if v in known else weight(v) for v in op.operands]
-        result = op.reference(dims, *op.grouped(operands))
+        with short_factors() if short and isinstance(op, LinearOp) else nullcontext():
+            result = op.reference(dims, *op.grouped(operands))
         results = list(result) if isinstance(result, (tuple, list)) else [result]
         known.update(zip(op.results, results, strict=True))
     return {v: known[v] for v in outputs}
@@ -289,8 +295,17 @@ class Activations:
                 file.readinto(found[value].numpy().reshape(-1).view(np.uint8).data)
         return found
 
-    def advance(self, segment: Segment, weight: Fetch = read_weight, also: Sequence[Value] = ()) -> None:
-        """Run a segment on every sequence; what is dead after it is dropped, but for the values `also`."""
+    def advance(
+        self,
+        segment: Segment,
+        weight: Fetch = read_weight,
+        also: Sequence[Value] = (),
+        *,
+        short: bool = False,
+    ) -> None:
+        """Run a segment on every sequence (`run_ops`); what is dead after it is dropped, but for the values
+        `also`.
+        """
         import torch
 
         kept = {v: weight(v) for v in whole_weights(segment.ops)} if weight is read_weight else {}
@@ -300,7 +315,8 @@ class Activations:
         needed = [v for v in segment.inputs if v in read]
         with torch.no_grad():
             for i, dims in enumerate(self.dims):
-                self.save(i, run_ops(segment.ops, self.load(i, needed), made, dims, fetch))
+                values = self.load(i, needed)
+                self.save(i, run_ops(segment.ops, values, made, dims, fetch, short=short))
         self.drop(v for v in segment.inputs if v not in segment.outputs and v not in also)
 
     def drop(self, values: Iterable[Value]) -> None:

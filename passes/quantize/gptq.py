@@ -2,8 +2,7 @@
 tensors out; nothing here knows a graph.
 
 A linear layer with inputs x loses tr(E H Eᵀ), E = W − Ŵ, H = Σ x xᵀ. GPTQ rounds one input column after the
-other and moves each column's error onto the columns that are still open (section 3.3, Cholesky form). Beyond
-the paper:
+other and moves each column's error onto the columns that are still open. Beyond the paper:
 
 - static groups: scales are chosen before (by error, `grid.search_scales`), so that columns can be taken in
   the order of falling diag(H) while groups stay in place;
@@ -22,14 +21,13 @@ from .grid import Grid, encode, search_scales, storable
 if TYPE_CHECKING:
     import torch
 
-DAMPING = 0.01  # of the mean diagonal; section 3.3 of the paper
+DAMPING = 0.03  # of the mean diagonal (0.01 in section 3.3 of the paper; tried in benchmarks/README.md)
 BLOCK = 128  # columns whose errors are passed on to all others at once
 PANEL = 16  # columns of a block whose errors are passed on to the block at once
 SYSTEMS = 1 << 23  # elements of the systems that are solved at a time
 GRADIENTS = 24  # steps towards the scales
 TINY = 1e-30
 PROPAGATION = 0.5  # how much of the earlier layers' error a layer makes up for
-RIDGE = 0.03  # of the mean diagonal, while that is estimated
 
 
 @dataclass
@@ -48,11 +46,14 @@ class Coded:
 
 @dataclass(frozen=True)
 class Damped:
-    """H + λI [K, K] that has a Cholesky factor (lower, LLᵀ), and the λ that it took, a share of the mean
-    diagonal.
+    """H + λI [K, K], its Cholesky factor, and the λ that it took, a share of the mean diagonal.
+
+    order int64 [K] is the order of columns by rising importance, factor the lower L with
+    LLᵀ = (H + λI)[order][:, order].
     """
 
     hessian: torch.Tensor
+    order: torch.Tensor
     factor: torch.Tensor
     damping: float
 
@@ -65,20 +66,21 @@ def damped(hessian: torch.Tensor, damping: float = DAMPING) -> Damped:
     """
     import torch
 
+    order = by_importance(hessian).flip(0)
+    mean = float(hessian.diagonal().mean())
+    if not mean > 0:
+        one = torch.eye(hessian.shape[0], dtype=hessian.dtype)
+        return Damped(one, order, one, damping)
     h = hessian.clone()
     diagonal = h.diagonal()
-    mean = float(diagonal.mean())
-    if not mean > 0:
-        one = torch.eye(h.shape[0], dtype=h.dtype)
-        return Damped(one, one, damping)
     diagonal[diagonal <= 0] = mean
     diagonal.add_(damping * mean)
-    factor, failed = torch.linalg.cholesky_ex(h)
+    factor, failed = torch.linalg.cholesky_ex(h[order][:, order])
     while int(failed):
         diagonal.add_(9 * damping * mean)
         damping *= 10
-        factor, failed = torch.linalg.cholesky_ex(h)
-    return Damped(h, factor, damping)
+        factor, failed = torch.linalg.cholesky_ex(h[order][:, order])
+    return Damped(h, order, factor, damping)
 
 
 def by_importance(hessian: torch.Tensor) -> torch.Tensor:
@@ -88,15 +90,8 @@ def by_importance(hessian: torch.Tensor) -> torch.Tensor:
     return torch.argsort(hessian.diagonal(), descending=True, stable=True)
 
 
-def inverse_factor(factor: torch.Tensor) -> torch.Tensor:
-    """Upper U with UᵀU = H⁻¹, for H = LLᵀ by its lower factor L."""
-    import torch
-
-    return torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
-
-
 def corrected_target(
-    w: torch.Tensor, missing: torch.Tensor, hessian: torch.Tensor, share: float = PROPAGATION
+    w: torch.Tensor, missing: torch.Tensor, h: Damped, share: float = PROPAGATION
 ) -> torch.Tensor:
     """W + share · E[W (x_f − x_q) x_qᵀ] · (H + λI)⁻¹.
 
@@ -104,12 +99,12 @@ def corrected_target(
     model's x_f, by least squares.
 
     Args:
-        missing: Σ W (x_f − x_q) x_qᵀ [N, K]; hessian: Σ x_q x_qᵀ [K, K].
+        missing: Σ W (x_f − x_q) x_qᵀ [N, K]; h: of Σ x_q x_qᵀ [K, K].
     """
     import torch
 
-    factor = damped(hessian, RIDGE).factor
-    return w + share * torch.cholesky_solve(missing.T, factor).T
+    change = torch.cholesky_solve(_rows(missing, h.order), h.factor)
+    return w + share * change[torch.argsort(h.order)].T
 
 
 def _rows(values: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
@@ -118,48 +113,70 @@ def _rows(values: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
 
 
 def quantize_gptq(
-    w: torch.Tensor,
-    order: torch.Tensor,
-    factor: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor,
-    grid: Grid,
+    w: torch.Tensor, h: Damped, scale: torch.Tensor, zero: torch.Tensor, grid: Grid
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes float32 [N, K] for w [N, K] on given scales and zero points [N, G], and their `loss` [N]: the
-    sum of what each column could not pass on.
+    """Codes float32 [N, K] for w [N, K] on given scales and zero points [N, G], and their `loss` [N].
 
-    Args:
-        order: int64 [K], in which columns are rounded; factor: `inverse_factor` of the damped H in it.
+    With A = L / diag(L) the loss is Σ_j L_jj² ((E A)_j)², and a column of E A knows its own error and those
+    of the columns behind it. Taken from the last to the first, each column is rounded so that its term is as
+    small as it can be. The codes are the paper's (proved in section 4 of Chee et al. 2023,
+    https://arxiv.org/abs/2307.13304), for one factorization instead of two and an inverse.
     """
     import torch
 
     k = w.shape[1]
-    scales = _rows(scale, order // grid.group)
+    groups = h.order // grid.group
+    scales = _rows(scale, groups)
     inverse = scales.reciprocal()
     # With zero · scale added on both sides, a code is w / scale.
-    open_ = _rows(w, order).addcmul_(_rows(zero, order // grid.group), scales)
-    codes = torch.empty_like(open_)
+    given = _rows(w, h.order).addcmul_(_rows(zero, groups), scales)
+    wanted = given.clone()  # given, and what makes up for the errors so far
+    codes = torch.empty_like(given)
+    pivots = h.factor.diagonal()
+    unit = (h.factor / pivots).contiguous()
     # Rows apart once: slicing a tensor for each costs as much as the arithmetic.
-    opens, inverses, sizes, coded = (t.unbind() for t in (open_, inverse, scales, codes))
+    givens, wants, inverses, sizes, coded = (t.unbind() for t in (given, wanted, inverse, scales, codes))
     lost = torch.zeros(len(w), dtype=w.dtype)
-    pivots = factor.diagonal().tolist()
-    for start in range(0, k, BLOCK):
-        stop = min(start + BLOCK, k)
-        errors = torch.empty_like(open_[start:stop])
-        for first in range(start, stop, PANEL):
-            last = min(first + PANEL, stop)
-            for i in range(first, last):
-                q = torch.mul(opens[i], inverses[i], out=coded[i]).round_().clamp_(0, grid.top)
-                error = torch.mul(q, sizes[i], out=errors[i - start]).sub_(opens[i]).mul_(1 / pivots[i])
-                if i + 1 < last:
-                    open_[i + 1 : last].addr_(factor[i, i + 1 : last], error)
-            if last < stop:
+    for stop in range(k, 0, -BLOCK):
+        start = max(0, stop - BLOCK)
+        errors = torch.empty_like(given[start:stop])
+        for last in range(stop, start, -PANEL):
+            first = max(start, last - PANEL)
+            for i in reversed(range(first, last)):
+                q = torch.mul(wants[i], inverses[i], out=coded[i]).round_().clamp_(0, grid.top)
+                error = torch.sub(givens[i], q.mul(sizes[i]), out=errors[i - start])
+                if i > first:
+                    wanted[first:i].addr_(unit[i, first:i], error)
+            if first > start:
                 done = slice(first - start, last - start)
-                open_[last:stop].addmm_(factor[first:last, last:stop].T, errors[done])
-        if stop < k:
-            open_[stop:].addmm_(factor[start:stop, stop:].T, errors)
-        lost += errors.square_().sum(0)
-    return codes[torch.argsort(order)].T.contiguous(), lost
+                wanted[start:first].addmm_(unit[first:last, start:first].T, errors[done])
+        if start:
+            wanted[:start].addmm_(unit[start:stop, :start].T, errors)
+        block = slice(start, stop)
+        left = torch.addcmul(wanted[block], codes[block], scales[block], value=-1)
+        lost += left.mul_(pivots[block, None]).square_().sum(0)
+    return codes[torch.argsort(h.order)].T.contiguous(), lost
+
+
+def better_rows(error: torch.Tensor, lost: torch.Tensor, h: Damped) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows int64 of error = W − Ŵ [N, K] whose `loss` is below lost [N], and theirs.
+
+    A sum of squares, added up from the most important column on until it is above: that takes few columns
+    where the error is no good.
+    """
+    import torch
+
+    rows = torch.arange(len(error))
+    sums = torch.zeros_like(lost)
+    error = error[:, h.order]
+    for stop in range(error.shape[1], 0, -4 * BLOCK):
+        part = slice(max(0, stop - 4 * BLOCK), stop)
+        sums += (error[:, part.start :] @ h.factor[part.start :, part]).square_().sum(1)
+        open_ = sums < lost[rows]
+        error, sums, rows = error[open_], sums[open_], rows[open_]
+        if not len(rows):
+            break
+    return rows, sums
 
 
 def loss(w: torch.Tensor, approximation: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
@@ -168,31 +185,21 @@ def loss(w: torch.Tensor, approximation: torch.Tensor, hessian: torch.Tensor) ->
     return ((error @ hessian) * error).sum(1)
 
 
-def gptq(w: torch.Tensor, hessian: torch.Tensor, grid: Grid, *, sweeps: int = 2) -> tuple[Coded, float]:
-    """w float32 [N, K] on the grid, for inputs with H = Σ x xᵀ float32 [K, K]; and the damping it took.
+def gptq(w: torch.Tensor, h: Damped, grid: Grid, *, sweeps: int = 2) -> Coded:
+    """w float32 [N, K] on the grid, for inputs with H = Σ x xᵀ [K, K].
 
     Rows where round to nearest on the same scales loses less keep it: the loss is never above its.
     """
-    import torch
-
-    order = by_importance(hessian)
-    ordered = damped(hessian[order][:, order])
-    factor, damping = inverse_factor(ordered.factor), ordered.damping
-    back = torch.argsort(order)
-    h = ordered.hessian[back][:, back]
-    del ordered  # its matrices, K × K
-    scale, zero = search_scales(w, h.diagonal(), grid)
-    codes, lost = quantize_gptq(w, order, factor, scale, zero, grid)
+    k = w.shape[1]
+    scale, zero = search_scales(w, h.hessian.diagonal(), grid)
+    codes, lost = quantize_gptq(w, h, scale, zero, grid)
+    nearest = encode(w, grid.spread(scale, k), grid.spread(zero, k), grid.top)
+    rows, less = better_rows(w - Coded(nearest, scale, zero).weight(grid), lost, h)
+    codes[rows], lost[rows] = nearest[rows], less
     found = Coded(codes, scale, zero)
-    nearest = Coded(
-        encode(w, grid.spread(scale, w.shape[1]), grid.spread(zero, w.shape[1]), grid.top), scale, zero
-    )
-    simply = loss(w, nearest.weight(grid), h)
-    found.codes = torch.where((lost > simply)[:, None], nearest.codes, found.codes)
-    lost = torch.minimum(lost, simply)
     for _ in range(sweeps):
-        found, lost = refine(w, found, lost, h, grid)
-    return found, damping
+        found, lost = refine(w, found, lost, h.hessian, grid)
+    return found
 
 
 def refine(

@@ -11,7 +11,7 @@ from ..base import Pass, PassContext, PassResult
 from ..registry import Quantizer
 from ..work import WorkFolder
 from .calibrated import Array, Inputs, Walked, attach_walked, need_calibration, open_work, walk
-from .gptq import DAMPING, PROPAGATION, Coded, corrected_target, gptq
+from .gptq import DAMPING, Coded, corrected_target, damped, gptq
 from .grid import Grid
 from .options import check_grid, parse_scheme
 
@@ -27,11 +27,11 @@ def grid_for(weight: Value, context: PassContext, bits: int, group: int, symmetr
 
 def quantize_layer(inputs: Inputs, grid: Grid, name: str, *, sweeps: int) -> tuple[Coded, list[str]]:
     """GPTQ of one layer, with its target corrected for the error of the layers before it."""
-    target = corrected_target(inputs.weight, inputs.missing, inputs.hessian, PROPAGATION)
-    coded, damping = gptq(target, inputs.hessian, grid, sweeps=sweeps)
+    h = damped(inputs.hessian)
+    coded = gptq(corrected_target(inputs.weight, inputs.missing, h), h, grid, sweeps=sweeps)
     notes: list[str] = []
-    if damping > DAMPING:
-        notes.append(f"{name}: its inputs span too few directions; damped by {damping:g} of the mean")
+    if h.damping > DAMPING:
+        notes.append(f"{name}: its inputs span too few directions; damped by {h.damping:g} of the mean")
     return coded, notes
 
 
