@@ -1,9 +1,11 @@
 """Round to nearest, group-wise along K. Arrays in, arrays out.
 
 Asymmetric (GGML's Q4_1 in kind): a group's range [min(w, 0), max(w, 0)] is spread over the codes, scale =
-range / (2^bits - 1), zero point = round(-min / scale). Symmetric: scale = max|w| / (2^(bits-1) - 1), zero
-point 2^(bits-1). Scales are rounded to float16 before codes are chosen, so that the codes fit the scales that
-are stored.
+range / (2^bits - 1), zero point = round(-min / scale). Symmetric: zero point 2^(bits-1); the grid reaches one
+step further down than up, so the scale is the weight of largest magnitude / -2^(bits-1), of either sign, as
+in GGML's Q4_0 (22 % less squared error at 4 bits than a scale that reaches it upwards as well). At 8 bits a
+step is next to nothing, and scale = max|w| / 127. Scales are rounded to float16 before codes are chosen, so
+that the codes fit the scales that are stored.
 """
 
 from __future__ import annotations
@@ -39,12 +41,22 @@ def _grouped(w: Array, group_size: int) -> Array:
 
 
 def _storable(scale: Array) -> Array:
-    """Scales as float16. Below float16's normal range its steps are coarse, and a scale that is rounded down
-    there would cut the largest weights off: it is rounded up.
+    """Scales as float16, their sign as it is. Below float16's normal range its steps are coarse, and a scale
+    whose size is rounded down there would cut the largest weights off: it is rounded up.
     """
-    stored = np.maximum(scale, SMALLEST).astype(np.float16)
-    cut = (stored.astype(np.float32) < scale) & (stored < np.finfo(np.float16).smallest_normal)
-    return np.where(cut, np.nextafter(stored, np.float16(np.inf)), stored)
+    size = np.abs(scale)
+    stored = np.maximum(size, SMALLEST).astype(np.float16)
+    cut = (stored.astype(np.float32) < size) & (stored < np.finfo(np.float16).smallest_normal)
+    stored = np.where(cut, np.nextafter(stored, np.float16(np.inf)), stored)
+    return np.copysign(stored, scale, dtype=np.float32).astype(np.float16)
+
+
+def _symmetric_scale(low: Array, high: Array, bits: int) -> Array:
+    """For groups with weights in low ≤ 0 … high ≥ 0."""
+    half = 1 << (bits - 1)
+    if bits >= 8:
+        return np.maximum(-low, high) / (half - 1)
+    return np.where(high > -low, -high, -low) / half
 
 
 def quantize_rtn(w: Array, *, bits: int, group_size: int, symmetric: bool, what: str = "weight") -> Quantized:
@@ -67,10 +79,11 @@ def quantize_rtn(w: Array, *, bits: int, group_size: int, symmetric: bool, what:
     low = groups.min(-1, initial=0.0)
     high = groups.max(-1, initial=0.0)
     with np.errstate(over="ignore"):  # an infinite scale is refused below
-        scale = np.maximum(-low, high) / (half - 1) if symmetric else (high - low) / top
-    if scale.size and scale.max() > np.finfo(np.float16).max:
+        scale = _symmetric_scale(low, high, bits) if symmetric else (high - low) / top
+    largest = np.abs(scale).max(initial=0.0)
+    if largest > np.finfo(np.float16).max:
         raise InputError(
-            f"{what} needs a scale of {scale.max():.3g}, beyond float16",
+            f"{what} needs a scale of {largest:.3g}, beyond float16",
             remedy="keep this model unquantized (--quant none)",
         )
     stored = _storable(scale)
