@@ -48,13 +48,14 @@ class Choice:
 
 
 def nearest(w: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """w float32 [N, K] rounded to nearest on its group's whole range, back as float32."""
+    """w float32 [N, K] rounded to nearest as `rtn.quantize_rtn` does, back as float32."""
     import torch
 
     x = grid.pad(w)
     low, high = x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0)
     if grid.symmetric:
-        scale = storable(torch.maximum(-low, high) / (grid.middle - 1))
+        largest = torch.where(high > -low, -high, -low)
+        scale = storable(largest.abs() / (grid.middle - 1) if grid.bits >= 8 else largest / grid.middle)
         zero = torch.full_like(scale, float(grid.middle))
     else:
         scale = storable((high - low) / grid.top)

@@ -133,7 +133,7 @@ def quantize_gptq(
     wanted = given.clone()  # given, and what makes up for the errors so far
     codes = torch.empty_like(given)
     pivots = h.factor.diagonal()
-    unit = (h.factor / pivots).contiguous()
+    unit = torch.div(h.factor, pivots, out=torch.empty(k, k, dtype=w.dtype))  # by rows, as it is read
     # Rows apart once: slicing a tensor for each costs as much as the arithmetic.
     givens, wants, inverses, sizes, coded = (t.unbind() for t in (given, wanted, inverse, scales, codes))
     lost = torch.zeros(len(w), dtype=w.dtype)
