@@ -15,6 +15,10 @@ from types import TracebackType
 from ..ir.errors import InputError
 
 _ADVISE_DROP: int | None = getattr(mmap, "MADV_DONTNEED", None)
+_AROUND = 4 << 20
+"""Bytes before and behind a range that are given back with it. A page that is touched brings in its
+neighbours, as many as the page cache holds in one piece (2 MiB on some kernels), those given back before too.
+"""
 
 
 class MappedFile:
@@ -44,8 +48,8 @@ class MappedFile:
         """Give the pages of [start:stop) back; they are read from the file again when needed."""
         if _ADVISE_DROP is None:
             return
-        first = start // mmap.PAGESIZE * mmap.PAGESIZE
-        self._map.madvise(_ADVISE_DROP, first, min(stop, self.size) - first)
+        first = max(0, start - _AROUND) // mmap.PAGESIZE * mmap.PAGESIZE
+        self._map.madvise(_ADVISE_DROP, first, min(stop + _AROUND, self.size) - first)
 
     def close(self) -> None:
         self._map.close()

@@ -84,7 +84,7 @@ def test_the_loss_is_never_above_round_to_nearests(seed: int, grid: Grid, rank: 
     w, h = problem(seed, rank=min(rank, 24))
     fixed = damped(h)
     full = fixed.hessian
-    found = gptq(w, fixed, grid, sweeps=1)
+    found = refine(w, *gptq(w, fixed, grid), full, grid)[0]
     plain = nearest(
         w, *search_scales(w, torch.ones(w.shape[1]), Grid(grid.bits, grid.group, grid.symmetric)), grid
     )
@@ -197,7 +197,8 @@ def test_zero_constant_and_dead_parts(grid: Grid) -> None:
     w[0] = 0
     w[1] = 0.25
     h[:, 7] = h[7, :] = 0
-    found = gptq(w, damped(h), grid, sweeps=1)
+    fixed = damped(h)
+    found = refine(w, *gptq(w, fixed, grid), fixed.hessian, grid)[0]
     back = found.weight(grid)
     assert bool(torch.isfinite(back).all())
     assert bool((back[0] == 0).all())

@@ -75,11 +75,11 @@ def damped(hessian: torch.Tensor, damping: float = DAMPING) -> Damped:
     diagonal = h.diagonal()
     diagonal[diagonal <= 0] = mean
     diagonal.add_(damping * mean)
-    factor, failed = torch.linalg.cholesky_ex(h[order][:, order])
+    factor, failed = torch.linalg.cholesky_ex(_permuted(h, order))
     while int(failed):
         diagonal.add_(9 * damping * mean)
         damping *= 10
-        factor, failed = torch.linalg.cholesky_ex(h[order][:, order])
+        factor, failed = torch.linalg.cholesky_ex(_permuted(h, order))
     return Damped(h, order, factor, damping)
 
 
@@ -88,6 +88,16 @@ def by_importance(hessian: torch.Tensor) -> torch.Tensor:
     import torch
 
     return torch.argsort(hessian.diagonal(), descending=True, stable=True)
+
+
+def _permuted(hessian: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """hessian[order][:, order] without a second matrix of that size."""
+    import torch
+
+    made = torch.empty_like(hessian)
+    for rows, target in zip(order.split(BLOCK), made.split(BLOCK), strict=True):
+        torch.index_select(hessian[rows], 1, order, out=target)
+    return made
 
 
 def corrected_target(
@@ -185,8 +195,8 @@ def loss(w: torch.Tensor, approximation: torch.Tensor, hessian: torch.Tensor) ->
     return ((error @ hessian) * error).sum(1)
 
 
-def gptq(w: torch.Tensor, h: Damped, grid: Grid, *, sweeps: int = 2) -> Coded:
-    """w float32 [N, K] on the grid, for inputs with H = Σ x xᵀ [K, K].
+def gptq(w: torch.Tensor, h: Damped, grid: Grid) -> tuple[Coded, torch.Tensor]:
+    """w float32 [N, K] on the grid, for inputs with H = Σ x xᵀ [K, K]; and the `loss` [N].
 
     Rows where round to nearest on the same scales loses less keep it: the loss is never above its.
     """
@@ -196,10 +206,7 @@ def gptq(w: torch.Tensor, h: Damped, grid: Grid, *, sweeps: int = 2) -> Coded:
     nearest = encode(w, grid.spread(scale, k), grid.spread(zero, k), grid.top)
     rows, less = better_rows(w - Coded(nearest, scale, zero).weight(grid), lost, h)
     codes[rows], lost[rows] = nearest[rows], less
-    found = Coded(codes, scale, zero)
-    for _ in range(sweeps):
-        found, lost = refine(w, found, lost, h.hessian, grid)
-    return found
+    return Coded(codes, scale, zero), lost
 
 
 def refine(
@@ -299,7 +306,7 @@ def descend(
 
     n, k = w.shape
     order = by_importance(hessian)
-    h = hessian[order][:, order]
+    h = _permuted(hessian, order)
     scales = _rows(found.scale, order // grid.group)
     codes = _rows(found.codes, order)
     error = (codes - _rows(found.zero, order // grid.group)).mul_(scales).sub_(_rows(w, order))  # ŵ − w

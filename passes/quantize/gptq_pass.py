@@ -11,7 +11,7 @@ from ..base import Pass, PassContext, PassResult
 from ..registry import Quantizer
 from ..work import WorkFolder
 from .calibrated import Array, Inputs, Walked, attach_walked, need_calibration, open_work, walk
-from .gptq import DAMPING, Coded, corrected_target, damped, gptq
+from .gptq import DAMPING, Coded, corrected_target, damped, gptq, refine
 from .grid import Grid
 from .options import check_grid, parse_scheme
 
@@ -28,10 +28,15 @@ def grid_for(weight: Value, context: PassContext, bits: int, group: int, symmetr
 def quantize_layer(inputs: Inputs, grid: Grid, name: str, *, sweeps: int) -> tuple[Coded, list[str]]:
     """GPTQ of one layer, with its target corrected for the error of the layers before it."""
     h = damped(inputs.hessian)
-    coded = gptq(corrected_target(inputs.weight, inputs.missing, h), h, grid, sweeps=sweeps)
     notes: list[str] = []
     if h.damping > DAMPING:
         notes.append(f"{name}: its inputs span too few directions; damped by {h.damping:g} of the mean")
+    target = corrected_target(inputs.weight, inputs.missing, h)
+    coded, lost = gptq(target, h, grid)
+    hessian = h.hessian
+    del h  # its factor is as large
+    for _ in range(sweeps):
+        coded, lost = refine(target, coded, lost, hessian, grid)
     return coded, notes
 
 

@@ -8,18 +8,20 @@ less, where `gptq.DAMPING` adds far more.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Any
 
 
 @contextmanager
-def short_factors() -> Iterator[None]:
+def short_factors() -> Generator[None]:
     """While inside, torch multiplies float32 matrices that way where the CPU is the faster for it; elsewhere
     nothing changes.
     """
-    import torch
+    from torch.backends import mkldnn
 
-    matmul = torch.backends.mkldnn.matmul
+    backend: Any = mkldnn  # torch declares no type for its matmul
+    matmul = backend.matmul
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16"
     try:
