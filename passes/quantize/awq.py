@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .grid import Grid, encode, search_scales, storable
+from .grid import Grid, encode, search_scales, storable, turned
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +54,7 @@ def nearest(w: torch.Tensor, grid: Grid) -> torch.Tensor:
     x = grid.pad(w)
     low, high = x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0)
     if grid.symmetric:
-        largest = torch.where(high > -low, -high, -low)
+        largest = turned(low, high)
         scale = storable(largest.abs() / (grid.middle - 1) if grid.bits >= 8 else largest / grid.middle)
         zero = torch.full_like(scale, float(grid.middle))
     else:

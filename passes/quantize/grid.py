@@ -69,6 +69,16 @@ def encode(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, top: int) -
     return (w / scale).add_(zero).round_().clamp_(0, top)
 
 
+def turned(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+    """The negative of each group's weight of largest size, of weights in low ≤ 0 … high ≥ 0: what a symmetric
+    grid's scale is a share of. The grid reaches one step further down than up; a negative scale turns it
+    round, so that the largest weight lies on the longer side.
+    """
+    import torch
+
+    return torch.where(high > -low, -high, -low)
+
+
 def search_scales(w: torch.Tensor, weight: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and zero point float32 [N, G] of w float32 [N, K], least Σ_k weight[k] · (w − ŵ)².
 
@@ -109,10 +119,8 @@ def _candidates(low: torch.Tensor, high: torch.Tensor, grid: Grid) -> list[tuple
     found: list[tuple[torch.Tensor, torch.Tensor]] = []
     for factor in (1.0, *SHRINK):
         if grid.symmetric:
-            # The grid reaches one step further down than up. A negative scale turns it round, so that the
-            # largest weight lies on the longer side.
             middle = torch.full_like(low, float(grid.middle))
-            largest = torch.where(high > -low, -high, -low)
+            largest = turned(low, high)
             found += [(storable(factor * largest / d), middle) for d in (grid.middle - 1, grid.middle)]
             continue
         scale = storable(factor * (high - low) / grid.top)
