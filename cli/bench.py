@@ -47,6 +47,7 @@ POSITIVE = click.IntRange(min=1)
     "--repeat", type=click.IntRange(min=1), default=5, show_default=True, help="Runs to take medians of."
 )
 @click.option("--against-transformers", metavar="MODEL", help="Measure transformers in bfloat16 beside it.")
+@click.option("--profile", "profiled", is_flag=True, help="Say where the time goes, by kernel.")
 @runtime_options
 @json_option
 def command(
@@ -56,6 +57,7 @@ def command(
     concurrency: tuple[int, ...],
     repeat: int,
     against_transformers: str | None,
+    profiled: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -64,8 +66,12 @@ def command(
 
     With --against-transformers, MODEL (the folder, hub id or GGUF file that ARTIFACT was made from) runs in
     transformers in bfloat16, in a process of its own with as many threads, and is measured in turns with it.
+
+    With --profile, every kernel's share of the time of a prompt and of a token follows, and how fast it read
+    its weights.
     """
     from ..runtime.loader import load
+    from . import profile
     from .measure import speeds
 
     notes_from_logging()
@@ -77,10 +83,11 @@ def command(
         most = max(concurrency)
         tokens = prompt_tokens + 2 * output_tokens + 64 + most * (160 + output_tokens)
         llm = stack.enter_context(load(artifact, kv_tokens=tokens, max_sequences=max(64, most), **runtime))
-        weights = _weight_bytes_per_token(llm, runtime.get("target"))
+        weights, read = _weight_bytes(llm, runtime.get("target"))
         rival = _rival(against_transformers, runtime, stack, progress)
+        engine = stack.enter_context(llm.engine.paused())
         measured = speeds(
-            stack.enter_context(llm.engine.paused()),
+            engine,
             prompt_tokens=prompt_tokens,
             output_tokens=output_tokens,
             concurrency=concurrency,
@@ -88,17 +95,22 @@ def command(
             between=rival.turn if rival is not None else _nothing,
             progress=progress,
         )
-    result = {
+        if profiled:
+            measured["profile"] = profile.profile(
+                engine, weights, prompt_tokens=prompt_tokens, output_tokens=output_tokens
+            )
+    result: dict[str, Any] = {
         "artifact": str(artifact),
         **measured,
         **starts,
-        "weight_bytes_per_token": weights,
+        "weight_bytes_per_token": sum(weights[name] for name in read),
         "prompt_tokens": prompt_tokens,
         "output_tokens": output_tokens,
         "repeat": repeat,
         **(rival.result(measured) if rival is not None else {}),
     }
-    emit(result, as_json=as_json, text=_text(result))
+    report = _text(result) + (f"\n\n{profile.text(result['profile'])}" if profiled else "")
+    emit(result, as_json=as_json, text=report)
 
 
 class Rival:
@@ -164,8 +176,10 @@ def _rival(
     return Rival(stack.enter_context(Peer(model, runtime.get("threads") or cpu.default_threads())))
 
 
-def _weight_bytes_per_token(llm: LLM, wanted: str | None) -> int:
-    """Bytes of weights that one decoded token reads: all but the tables of which it takes a row."""
+def _weight_bytes(llm: LLM, wanted: str | None) -> tuple[dict[str, int], list[str]]:
+    """Bytes of each weight, and the names of those that one decoded token reads: all but the tables of which
+    it takes a row.
+    """
     from ..runtime.executor import choose_target
 
     artifact = llm.artifact
@@ -174,8 +188,8 @@ def _weight_bytes_per_token(llm: LLM, wanted: str | None) -> int:
     target = choose_target(artifact.targets, wanted)
     gathered = gathered_tables(artifact.read_text("ir.txt"))
     # A target that keeps several forms of a weight writes "name:form".
-    weights = artifact.weights(target).items()
-    return sum(array.nbytes for name, array in weights if name.partition(":")[0] not in gathered)
+    weights = {name: array.nbytes for name, array in artifact.weights(target).items()}
+    return weights, [name for name in weights if name.partition(":")[0] not in gathered]
 
 
 def gathered_tables(graph: str) -> set[str]:

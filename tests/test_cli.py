@@ -465,6 +465,7 @@ weight @"tied.q" : uint8[8, 4]
 @pytest.mark.slow
 def test_bench_has_every_key(capsys: Capture, artifact: Path) -> None:
     sizes = ["--prompt-tokens", "100", "--output-tokens", "8", "--concurrency", "2", "--repeat", "1"]
+    assert "can be profiled" in run(capsys, "bench", str(artifact), *sizes, "--profile")[2]
     found = run_json(capsys, "bench", str(artifact), *sizes)
     keys = {"prefill_tok_s", "decode_tok_s", "batch", "load_ms", "first_token_ms", "weight_bytes_per_token"}
     assert keys <= set(found)

@@ -7,6 +7,7 @@ whether its beginning came from the cache.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pytest
 from llmc.codegen.artifact import Artifact
 from llmc.runtime.engine import ModelFacts
 from llmc.runtime.executor import Executor, open_executor
-from llmc.runtime.executor.base import StepInputs
+from llmc.runtime.executor.base import Profiles, StepInputs
 
 from .models import CONTEXT, VOCAB_SIZE, save_tiny
 from .schedules import check_schedule, random_schedule
@@ -105,3 +106,25 @@ def test_a_prompt_is_the_same_with_as_many_threads_as_one_likes(tmp_path: Path) 
         executor.allocate_kv(8)
         found.append(_step(executor, ids, [20, 50], 0))
     assert np.array_equal(found[0], found[1]) and np.array_equal(found[0], found[2])
+
+
+def test_a_profile_accounts_for_the_steps_time(compiled: tuple[str, Executor]) -> None:
+    _, executor = compiled
+    assert isinstance(executor, Profiles)
+    executor.allocate_kv(8)
+    ids = np.arange(32, dtype=np.int32)
+    with executor.profile() as times:
+        began = time.perf_counter()
+        profiled = _step(executor, ids, [16, 32], 0)
+        passed = time.perf_counter() - began
+    kernels = Counter(kernel for kernel, _ in times.calls)
+    layers = kernels["paged_attention"]
+    assert layers == kernels["append_kv"] > 1
+    assert (times.cycles > 0).all()
+    assert 0 < times.seconds < passed
+    np.testing.assert_allclose(times.seconds_of_calls().sum(), times.seconds)
+    weights = {weight for kernel, weight in times.calls if kernel.endswith("linear")}
+    assert None not in weights and len(weights) == sum(k.endswith("linear") for k, _ in times.calls)
+    before = times.cycles.copy()
+    assert np.array_equal(_step(executor, ids, [16, 32], 0), profiled)
+    assert np.array_equal(times.cycles, before)  # nobody counts after the block

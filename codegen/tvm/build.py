@@ -26,6 +26,8 @@ class Built:
 
     symbols: tuple[str, ...]
     arguments: tuple[str, ...]
+    calls: tuple[tuple[str, str | None], ...]
+    """Kernel and, where it reads one, weight of each call of the step, in order."""
 
 
 def build(graph: Graph, isa: Isa, out: Path) -> Built:
@@ -39,14 +41,21 @@ def build(graph: Graph, isa: Isa, out: Path) -> Built:
         out.write_bytes(link([kernels.read_bytes(), assemble(_entry(step.parts), Path(folder)), threads]))
     arguments = [*lowered.inputs, *(f"weight:{name}" for name in lowered.weights)]
     arguments += [*(f"output:{name}" for name in lowered.outputs), "workspace"]
-    return Built(lowered.symbols, tuple(arguments))
+    calls = [(kernel, _weight_of(places, arguments)) for kernel, places in step.calls]
+    return Built(lowered.symbols, tuple(arguments), tuple(calls))
+
+
+def _weight_of(places: Sequence[int], arguments: Sequence[str]) -> str | None:
+    """The name of the first weight among a call's arguments."""
+    names = [arguments[place] for place in places]
+    return next((name.removeprefix("weight:") for name in names if name.startswith("weight:")), None)
 
 
 def _entry(parts: Sequence[str]) -> str:
     """LLVM IR of `llmc_step`, which runs the parts of the step in order."""
-    lines = ["declare i32 @call_packed(ptr, ptr, ptr)"]
+    lines = ["declare i32 @call_packed(ptr, ptr, ptr)", "declare i32 @llmc_mark(i32)"]
     lines += [f"declare i32 @__tvm_ffi_{part}(ptr, ptr, i32, ptr)" for part in parts]
-    lines += ["define i32 @llmc_step(ptr %dims, ptr %pointers) {", "  %s0 = or i32 0, 0"]
+    lines += ["define i32 @llmc_step(ptr %dims, ptr %pointers) {", "  %s0 = call i32 @llmc_mark(i32 -1)"]
     for i, part in enumerate(parts):
         lines.append(f"  %r{i} = call i32 @call_packed(ptr @__tvm_ffi_{part}, ptr %dims, ptr %pointers)")
         lines.append(f"  %s{i + 1} = or i32 %s{i}, %r{i}")

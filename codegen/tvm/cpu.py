@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -63,6 +64,7 @@ class TvmCpu(Target):
         paths = {level: f"targets/{self.name}/{level}.so" for level in levels}
         weights = f"weights/{self.name}.safetensors" if legal.weights else None
         built: dict[str, Any] = {}
+        kernels: list[dict[str, str]] = []
         for i, (level, rel) in enumerate(paths.items()):
             with Compilation(text, level, writer.path(rel)) as compilation:
                 if i == 0 and weights is not None:
@@ -70,12 +72,15 @@ class TvmCpu(Target):
                     writer.write_weights(weights, packing)
                 progress(f"tvm-cpu: kernels for {level}", 0.5 + 0.5 * i / len(levels))
                 built = compilation.result()
+            calls = f"targets/{self.name}/{level}.calls.json"
+            writer.path(calls).write_text(json.dumps(built["calls"], indent=0) + "\n", encoding="utf-8")
+            kernels.append({"isa": level, "path": rel, "calls": calls})
         progress("tvm-cpu", 1.0)
         entry: dict[str, Any] = {
             "options": self.options(),
             "batch_invariant": True,
             "entry": "llmc_step",
-            "kernels": [{"isa": level, "path": rel} for level, rel in paths.items()],
+            "kernels": kernels,
             "arguments": built["arguments"],
             "symbols": built["symbols"],
             "kv_layout": KV_LAYOUT,

@@ -55,10 +55,14 @@ class _Program:
 
 @dataclass(frozen=True)
 class Step:
-    """The functions of a kernel library, and the names of the step's parts in the order in which they run."""
+    """The functions of a kernel library, and what runs in a step, in order."""
 
     module: Module
     parts: tuple[str, ...]
+    calls: tuple[tuple[str, tuple[int, ...]], ...]
+    """Kernel and the numbers of its operands among the step's arguments. After a call `llmc_mark` is told its
+    place in this list (`threads.ll`, "Profile").
+    """
 
 
 def build_step(module: Module, symbols: Sequence[str]) -> Step:
@@ -77,7 +81,12 @@ def build_step(module: Module, symbols: Sequence[str]) -> Step:
     for name, function in parts.items():
         out[GlobalVar(name)] = function
     out[GlobalVar("workspace")] = writer.workspace_function()
-    return Step(out, tuple(parts))
+    return Step(out, tuple(parts), tuple(_site(call) for call in program.calls))
+
+
+def _site(call: _Call) -> tuple[str, tuple[int, ...]]:
+    arguments = tuple(m.index for m in call.operands if m.kind == "argument")
+    return call.function.name_hint.rstrip("0123456789"), arguments
 
 
 def _symbols_of(main: Any) -> list[Any]:
@@ -287,13 +296,17 @@ class _Writer:
         function.
         """
         calls = self.program.calls
-        groups = [calls[i : i + _CALLS] for i in range(0, len(calls), _CALLS)]
-        return {f"step_{i}": self._part(f"step_{i}", group, module) for i, group in enumerate(groups or [[]])}
+        starts = range(0, max(1, len(calls)), _CALLS)
+        return {
+            f"step_{i}": self._part(f"step_{i}", first, calls[first : first + _CALLS], module)
+            for i, first in enumerate(starts)
+        }
 
-    def _part(self, name: str, calls: Sequence[_Call], module: Module) -> Any:
+    def _part(self, name: str, first: int, calls: Sequence[_Call], module: Module) -> Any:
+        """A function of some calls, the number of the first among all calls being `first`."""
         raw, body, dims, pointers = self._prologue()
         status = [len(self.symbols)]
-        for call in calls:
+        for number, call in enumerate(calls, first):
             callee = self.callees.get(call.function)
             if callee is None:
                 callee = _Callee(module[call.function], call.function.name_hint)
@@ -306,6 +319,8 @@ class _Writer:
             # A kernel fails only where it gets no scratch memory; the calls after it are harmless then.
             failed = tirx.bitwise_or(tirx.BufferLoad(dims, status), tirx.Cast("int64", result))
             body.append(tirx.BufferStore(dims, failed, status))
+            mark = tirx.call_extern("int32", "llmc_mark", tirx.IntImm("int32", number))
+            body.append(tirx.Evaluate(mark))
         return _exported(name, raw, body)
 
     def _address(self, memory: _Memory, pointers: Any) -> Any:

@@ -16,6 +16,9 @@
 ; what was waited. Time is what counts and not regions: those of a long prompt take a hundred times those of a token.
 ;
 ; After a fork the child has no workers, and computes alone.
+;
+; Profile. The step calls `llmc_mark` after each kernel call; where somebody asked (`llmc_profile`), the cycles since the
+; mark before are added to that call's count.
 
 target triple = "x86_64-unknown-linux-gnu"
 
@@ -33,6 +36,8 @@ target triple = "x86_64-unknown-linux-gnu"
 @tasks = internal global i32 0
 @failed = internal global i32 0
 @error = internal global ptr null                    ; kind of the last error that a packed function set
+@cycles = internal global ptr null, align 64         ; int64 for each call of the step; null: nobody asks
+@mark = internal global i64 0
 
 @__TVMBackendParallelLaunch = global ptr @llmc_launch
 @__TVMBackendAllocWorkspace = global ptr @allocate
@@ -79,6 +84,40 @@ define i32 @call_packed(ptr %f, ptr %dims, ptr %pointers) {
 define void @TVMFFIErrorSetRaisedFromCStrParts(ptr %kind, ptr %parts, i32 %count) {
   store ptr %kind, ptr @error
   ret void
+}
+
+; ---- profile --------------------------------------------------------------------------------------------------------
+
+; Add each call's cycles to counts[call] from now on; null: no longer. Called between steps.
+define void @llmc_profile(ptr %counts) {
+  store ptr %counts, ptr @cycles
+  ret void
+}
+
+; The call of that number has ended; -1: the step begins. Returns 0: TIR calls functions that return a value.
+define i32 @llmc_mark(i32 %call) {
+  %counts = load ptr, ptr @cycles
+  %off = icmp eq ptr %counts, null
+  br i1 %off, label %done, label %look
+
+look:
+  %now = call i64 @llvm.readcyclecounter()
+  %then = load i64, ptr @mark
+  store i64 %now, ptr @mark
+  %begins = icmp slt i32 %call, 0
+  br i1 %begins, label %done, label %count
+
+count:
+  %index = zext i32 %call to i64
+  %place = getelementptr i64, ptr %counts, i64 %index
+  %before = load i64, ptr %place
+  %spent = sub i64 %now, %then
+  %after = add i64 %before, %spent
+  store i64 %after, ptr %place
+  br label %done
+
+done:
+  ret i32 0
 }
 
 ; ---- scratch memory -------------------------------------------------------------------------------------------------

@@ -12,8 +12,9 @@ list), and `threads` the number of threads to compute with (None: choose).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -128,4 +129,29 @@ class Executor(Protocol):
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Artifacts of kind "function": named inputs → named outputs. Others raise InputError."""
+        ...
+
+
+@dataclass(slots=True)
+class CallTimes:
+    """What an executor's steps spent their time on."""
+
+    calls: Sequence[tuple[str, str | None]]
+    """Kernel and, where it reads one, weight of each call of a step, in order."""
+    cycles: np.ndarray
+    """[calls] int64: cycles of each, over all steps."""
+    seconds: float = 0.0
+    """Of all steps, by the clock."""
+
+    def seconds_of_calls(self) -> np.ndarray:
+        """[calls] float64: the clock's seconds, shared out by cycles."""
+        return self.cycles * (self.seconds / max(1, int(self.cycles.sum())))
+
+
+@runtime_checkable
+class Profiles(Protocol):
+    """An executor that can tell where its time goes."""
+
+    def profile(self) -> AbstractContextManager[CallTimes]:
+        """Measures all steps inside of the `with` block; what it gives is complete when the block ends."""
         ...

@@ -9,10 +9,13 @@ here, where a mistake is an error.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import json
 import math
 import platform
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +24,7 @@ from ...codegen.artifact import Artifact
 from ...ir.dtypes import to_numpy
 from ...ir.errors import ArtifactError, InputError, LlmcError
 from .. import cpu
-from .base import STEP_INPUTS, StepInputs, check_step
+from .base import STEP_INPUTS, CallTimes, StepInputs, check_step
 
 _ALIGNMENT = 64
 _MOST = (1 << 31) - 1
@@ -63,7 +66,9 @@ class TvmExecutor:
 
     def __init__(self, artifact: Artifact, isa: str | None, threads: int | None) -> None:
         entry = artifact.target("tvm-cpu")
-        self._library = _load(artifact, entry, isa)
+        self._artifact, self._kernel = artifact, _kernel_entry(artifact, entry, isa)
+        self._library = _load(artifact, self._kernel["path"])
+        self._times: CallTimes | None = None
         self.threads = int(self._library.llmc_set_threads(ctypes.c_int(threads or cpu.default_threads())))
         self._arguments = {name: i for i, name in enumerate(entry["arguments"])}
         self._symbols = {name: i for i, name in enumerate(entry["symbols"])}
@@ -208,8 +213,33 @@ class TvmExecutor:
             self._workspace = aligned((max(needed, 2 * self._workspace.size),), np.dtype(np.uint8))
             self._pointers[-1] = self._workspace.ctypes.data
         self._dims[-1] = 0
+        if self._times is not None:
+            self._times.seconds -= time.perf_counter()
         if self._library.llmc_step(*self._call) != 0 or self._dims[-1] != 0:
             raise LlmcError("a kernel got no scratch memory", remedy="free memory or send shorter prompts")
+        if self._times is not None:
+            self._times.seconds += time.perf_counter()
+
+    @contextlib.contextmanager
+    def profile(self) -> Generator[CallTimes]:
+        """The time of each kernel call, over the steps inside of the `with` block.
+
+        Raises ArtifactError where the artifact is of a version that did not record its calls.
+        """
+        if "calls" not in self._kernel:
+            raise ArtifactError(
+                f"{self._artifact.root} does not say what its kernels are",
+                remedy="compile the model with this version",
+            )
+        calls = json.loads(self._artifact.read_text(self._kernel["calls"]))
+        times = CallTimes([(kernel, weight) for kernel, weight in calls], np.zeros(len(calls), np.int64))
+        self._library.llmc_profile(ctypes.c_void_p(times.cycles.ctypes.data))
+        self._times = times
+        try:
+            yield times
+        finally:
+            self._times = None
+            self._library.llmc_profile(None)
 
 
 def _evaluate(dim: int | str, sizes: Mapping[str, int]) -> int:
@@ -227,12 +257,16 @@ def _evaluate(dim: int | str, sizes: Mapping[str, int]) -> int:
     return total
 
 
-def _load(artifact: Artifact, entry: Mapping[str, Any], isa: str | None) -> ctypes.CDLL:
-    path = next((kernel["path"] for kernel in entry["kernels"] if kernel["isa"] == isa), None)
-    if path is None:
+def _kernel_entry(artifact: Artifact, entry: Mapping[str, Any], isa: str | None) -> Mapping[str, Any]:
+    found = next((kernel for kernel in entry["kernels"] if kernel["isa"] == isa), None)
+    if found is None:
         raise ArtifactError(
             f"{artifact.root} has no kernels for {isa}", remedy=f"compile with tvm-cpu:isa={isa}"
         )
+    return found
+
+
+def _load(artifact: Artifact, path: str) -> ctypes.CDLL:
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
         raise InputError(
             f"tvm-cpu kernels run on Linux x86-64, this is {platform.system()} {platform.machine()}",
