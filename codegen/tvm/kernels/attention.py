@@ -16,11 +16,14 @@ not see adds exactly 0 to it, so a row's bits do not depend on its block.
 from __future__ import annotations
 
 import math
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
+from ....ir.dtypes import itemsize
 from .builder import (
     LANES,
     Buffer,
@@ -33,6 +36,7 @@ from .builder import (
     lane_sums,
     let,
     loop,
+    prefetch,
     put,
     put1,
     register,
@@ -49,6 +53,8 @@ _NOTHING = -1e30
 """The maximum before any score; a number, since infinity minus infinity is none."""
 _SEGMENT = 32
 """Pages whose softmax is computed in one go."""
+_TILE = 4
+"""Pages whose maximum is taken at once. Tiles begin at multiples of it, whatever a row sees."""
 _MANY_ROWS = 16
 """Tokens in a step from which on rows are taken in blocks."""
 
@@ -71,10 +77,16 @@ class Attention:
         """Query heads that share a key/value head."""
         return self.heads // self.kv_heads
 
+    @staticmethod
+    def most(isa: Isa) -> int:
+        """Vectors that are accumulated at once, so that they stay in registers."""
+        most = 16 if isa.live_vectors >= 32 else 6 if isa.live_vectors >= 8 else 3
+        assert most <= LANES
+        return most
+
     def blocking(self, isa: Isa) -> tuple[int, int]:
         """(query heads, query rows) computed together: their scores and weights must fit the registers."""
-        most = 12 if isa.live_vectors >= 32 else 6 if isa.live_vectors >= 8 else 3
-        assert most <= LANES
+        most = self.most(isa)
         heads = max(h for h in range(1, min(self.group, most) + 1) if self.group % h == 0)
         return heads, max(1, min(8, most // heads))
 
@@ -100,9 +112,10 @@ class _Block:
     """`rows` consecutive query rows of one sequence, by `heads` query heads of one key/value head."""
 
     def __init__(
-        self, spec: Attention, at: _Buffers, first: tuple[Expr, Expr, Expr], size: tuple[int, int]
+        self, spec: Attention, at: _Buffers, first: tuple[Expr, Expr, Expr], size: tuple[int, int], isa: Isa
     ) -> None:
         self.spec, self.at = spec, at
+        most = spec.most(isa)
         self.row, self.sequence, self.head = first
         self.rows, self.heads = size
         self.kv_head = let(self.head // spec.group)
@@ -110,7 +123,12 @@ class _Block:
         self.cells = _cells(size)
         self.query = T.alloc_buffer((len(self.cells), spec.head_dim), "float32")
         self.acc = T.alloc_buffer((len(self.cells), spec.head_dim), "float32")
-        self.weights = T.alloc_buffer((len(self.cells), PAGE_SIZE), "float32")
+        self.weights = T.alloc_buffer((len(self.cells), _TILE * PAGE_SIZE), "float32")
+        # Enough independent chains of multiply-adds to hide their latency, with few cells too.
+        self.together = next(n for n in (4, 2, 1) if n * len(self.cells) <= most or n == 1)
+        self.parts = next(
+            n for n in (4, 2, 1) if (self.chunks % n == 0 and n * len(self.cells) <= most) or n == 1
+        )
         self.rescale = register()
         self.best = register()
         self.total = register()
@@ -157,12 +175,13 @@ class _Block:
         for i, _, _ in self.cells:
             with T.serial(0, self.spec.head_dim) as d:
                 put1(self.acc, T.float32(0), i, d)
-        start = T.max(self.first, segment * _SEGMENT)
-        stop = T.min(self.last, segment * _SEGMENT + _SEGMENT)
-        with loop(start, stop) as p:
-            page = let(self.at.block_table[self.sequence, p])
-            self._scores(page, let(p * PAGE_SIZE))
-            self._values(page, let(p * PAGE_SIZE))
+        start = let(T.max(self.first, segment * _SEGMENT))
+        stop = let(T.min(self.last, segment * _SEGMENT + _SEGMENT))
+        with loop(T.floordiv(start, _TILE), T.floordiv(stop + (_TILE - 1), _TILE)) as tile:
+            begin, end = let(T.max(start, tile * _TILE)), let(T.min(stop, tile * _TILE + _TILE))
+            self._scores(begin, end)
+            self._softmax(begin, end)
+            self._values(begin, end)
 
     def _visible(self) -> None:
         """Token range [low, high) that each row sees."""
@@ -182,79 +201,127 @@ class _Block:
             self.low.append(let(low))
             self.high.append(let(high))
 
-    def _scores(self, page: Expr, token: Expr) -> None:
-        """Scores of 16 tokens, then their weights and the new maximum and sum."""
-        spec = self.spec
-        score = [register(f32s(0)) for _ in self.cells]
-        with T.serial(0, spec.head_dim) as d:
-            key = let(load_page(self.at.pages, spec.kv_dtype, 0, page, self.kv_head, 0, d * PAGE_SIZE))
-            for i, _, _ in self.cells:
-                put(score[i], fma(splat(self.query[i, d]), key, vec(score[i], 0)), 0)
-        tokens = let(T.ramp(token, 1, LANES))
-        seen = [
+    def _scores(self, begin: Expr, end: Expr) -> None:
+        """weights = scores of the tokens of pages begin … end-1, and of what follows in turns of several."""
+        spec, together = self.spec, self.together
+        with T.serial(0, T.floordiv(end - begin + (together - 1), together)) as turn:
+            slots = [turn * together + u for u in range(together)]
+            # A page beyond the last is the last again; no row sees the tokens that it would hold.
+            pages = [let(self.at.block_table[self.sequence, T.min(begin + slot, end - 1)]) for slot in slots]
+            score = [[register(f32s(0)) for _ in pages] for _ in self.cells]
+            with T.serial(0, spec.head_dim) as d:
+                keys = [let(self._page(0, page, d * PAGE_SIZE)) for page in pages]
+                for page in pages:  # its values are next, and the processor foresees no jump to another page
+                    prefetch(self.at.pages, 1, page, self.kv_head, 0, d * PAGE_SIZE)
+                for i, _, _ in self.cells:
+                    query = let(splat(self.query[i, d]))
+                    for cell, key in zip(score[i], keys, strict=True):
+                        put(cell, fma(query, key, vec(cell, 0)), 0)
+            for u, (slot, page) in enumerate(zip(slots, pages, strict=True)):
+                seen = self._seen(begin + slot)
+                scale = self._scales(0, page)
+                for i, r, _ in self.cells:
+                    s = vec(score[i][u], 0)
+                    s = s if scale is None else let(s * scale)
+                    if spec.softcap:
+                        s = tanh(s) * f32s(spec.softcap * _LOG2E)
+                    put(self.weights, T.Select(seen[r], s, f32s(_NOTHING)), i, slot * PAGE_SIZE)
+
+    def _page(self, which: int, page: Expr, at: Expr) -> Expr:
+        """16 elements of the keys (0) or values (1) of a page."""
+        return load_page(self.at.pages, self.spec.kv_dtype, which, page, self.kv_head, 0, at)
+
+    def _seen(self, page: Expr) -> list[Expr]:
+        """For each row, which of the 16 tokens of page number `page` it sees."""
+        tokens = let(T.ramp(page * PAGE_SIZE, 1, LANES))
+        return [
             T.And(tokens < splat(high), tokens >= splat(low))
             for low, high in zip(self.low, self.high, strict=True)
         ]
-        of_keys, of_values = self._scales(page)
-        for i, r, _ in self.cells:
-            s = vec(score[i], 0)
-            if of_keys is not None:
-                s = let(s * of_keys)
-            if spec.softcap:
-                s = tanh(s) * f32s(spec.softcap * _LOG2E)
-            put(score[i], T.Select(seen[r], s, f32s(_NOTHING)), 0)
-        # From here on lane i of a vector belongs to cell i.
-        new = let(T.max(vec(self.best, 0), lane_maxima([vec(cell, 0) for cell in score])))
+
+    def _scales(self, which: int, page: Expr) -> Expr | None:
+        """Scales of the page's 16 keys (0) or values (1); None where it holds floats."""
+        if self.spec.kv_dtype != "int8":
+            return None
+        return let(page_scales(self.at.pages, which, page, self.kv_head, self.spec.head_dim))
+
+    def _softmax(self, begin: Expr, end: Expr) -> None:
+        """Scores to weights: the new maximum and sum. Lane i of a vector belongs to cell i in the end."""
+        top = [register(f32s(_NOTHING)) for _ in self.cells]
+        with T.serial(0, end - begin) as slot:
+            for i, _, _ in self.cells:
+                score = vec(self.weights, i, slot * PAGE_SIZE)
+                put(top[i], T.max(vec(top[i], 0), score), 0)
+        new = let(T.max(vec(self.best, 0), lane_maxima([vec(cell, 0) for cell in top])))
         rescale = exp2(vec(self.best, 0) - new)
         put(self.best, new, 0)
         put(self.rescale, rescale, 0)
-        for i, r, _ in self.cells:
-            weight = let(T.Select(seen[r], exp2(vec(score[i], 0) - splat(self.best[i])), f32s(0)))
-            put(score[i], weight, 0)
-            # The scale of a token that the row does not see may be NaN, and 0 · NaN is no 0.
-            scaled = weight if of_values is None else T.Select(seen[r], weight * of_values, f32s(0))
-            put(self.weights, scaled, i, 0)
-        put(self.total, fma(vec(self.total, 0), rescale, lane_sums([vec(cell, 0) for cell in score])), 0)
+        sums = [register(f32s(0)) for _ in self.cells]
+        with T.serial(0, end - begin) as slot:
+            seen = self._seen(begin + slot)
+            scale = None
+            if self.spec.kv_dtype == "int8":
+                scale = self._scales(1, self.at.block_table[self.sequence, begin + slot])
+            for i, r, _ in self.cells:
+                score = vec(self.weights, i, slot * PAGE_SIZE)
+                weight = let(T.Select(seen[r], exp2(score - splat(self.best[i])), f32s(0)))
+                put(sums[i], vec(sums[i], 0) + weight, 0)
+                # The scale of a token that the row does not see may be NaN, and 0 · NaN is no 0.
+                scaled = weight if scale is None else T.Select(seen[r], weight * scale, f32s(0))
+                put(self.weights, scaled, i, slot * PAGE_SIZE)
+        put(self.total, fma(vec(self.total, 0), rescale, lane_sums([vec(cell, 0) for cell in sums])), 0)
 
-    def _scales(self, page: Expr) -> tuple[Expr | None, Expr | None]:
-        """Scales of the page's 16 keys and values; None where it holds floats."""
-        if self.spec.kv_dtype != "int8":
-            return None, None
-        pages, width = self.at.pages, self.spec.head_dim
-        keys, values = (let(page_scales(pages, i, page, self.kv_head, width)) for i in (0, 1))
-        return keys, values
-
-    def _values(self, page: Expr, token: Expr) -> None:
-        """acc = acc · rescale + Σ_j weight[j] · v[j], over the tokens of the page that any row of the block
-        sees.
-        """
-        spec = self.spec
-        first = let(T.max(self.low[0] - token, T.int32(0)))
-        last = let(T.min(self.high[self.rows - 1] - token, T.int32(PAGE_SIZE)))
-
-        def value_at(j: Expr, d: Expr) -> tuple[Expr, ...]:
-            return (1, page, self.kv_head, 0, j * spec.head_dim + d)
-
+    def _values(self, begin: Expr, end: Expr) -> None:
+        """acc = acc · rescale + Σ_j weight[j] · v[j], over the tokens that any row of the block sees."""
+        width, parts = self.spec.head_dim, self.parts
         if self.chunks:
             # A number of turns that LLVM does not know: unrolled, it would keep all accumulators of the block
-            # in registers from page to page, of which there are too few.
-            with T.serial(0, T.min(T.int32(self.chunks), last * self.chunks)) as c:
+            # in registers from tile to tile, of which there are too few.
+            with T.serial(0, T.min(T.int32(self.chunks // parts), end * self.chunks)) as c:
+                places = [(c * parts + u) * LANES for u in range(parts)]
                 acc = [
-                    register(vec(self.acc, i, c * LANES) * splat(self.rescale[i])) for i, _, _ in self.cells
+                    [register(vec(self.acc, i, place) * splat(self.rescale[i])) for place in places]
+                    for i, _, _ in self.cells
                 ]
-                with loop(first, last) as j:
-                    value = let(load_page(self.at.pages, spec.kv_dtype, *value_at(j, c * LANES)))
+                with self._tokens(begin, end) as (page, j, column):
+                    if parts == self.chunks:
+                        self._prefetch_keys(begin + T.floordiv(column, PAGE_SIZE), j)
+                    values = [let(self._page(1, page, j * width + place)) for place in places]
                     for i, _, _ in self.cells:
-                        put(acc[i], fma(splat(self.weights[i, j]), value, vec(acc[i], 0)), 0)
+                        weight = let(splat(self.weights[i, column]))
+                        for cell, value in zip(acc[i], values, strict=True):
+                            put(cell, fma(weight, value, vec(cell, 0)), 0)
                 for i, _, _ in self.cells:
-                    put(self.acc, vec(acc[i], 0), i, c * LANES)
-        with loop(self.chunks * LANES, spec.head_dim) as d:
+                    for cell, place in zip(acc[i], places, strict=True):
+                        put(self.acc, vec(cell, 0), i, place)
+        with loop(self.chunks * LANES, width) as d:
             for i, _, _ in self.cells:
                 one = scalar(self.acc[i, d] * self.rescale[i])
-                with loop(first, last) as j:
-                    value = load_page_one(self.at.pages, spec.kv_dtype, *value_at(j, d))
-                    put1(one, fma1(self.weights[i, j], value, one[0]), 0)
+                with self._tokens(begin, end) as (page, j, column):
+                    at = (1, page, self.kv_head, 0, j * width + d)
+                    value = load_page_one(self.at.pages, self.spec.kv_dtype, *at)
+                    put1(one, fma1(self.weights[i, column], value, one[0]), 0)
                 put1(self.acc, one[0], i, d)
+
+    def _prefetch_keys(self, page: Expr, j: Expr) -> None:
+        """A sixteenth of the keys of the page that stands a tile behind page number `page`."""
+        width, elements = self.spec.head_dim, 64 // itemsize(self.spec.kv_dtype)
+        ahead = self.at.block_table[self.sequence, T.min(page + _TILE, self.last - 1)]
+        for start in range(0, width, elements):
+            prefetch(self.at.pages, 0, ahead, self.kv_head, 0, j * width + start)
+
+    @contextmanager
+    def _tokens(self, begin: Expr, end: Expr) -> Generator[tuple[Expr, Expr, Expr]]:
+        """Loops over the tokens of pages begin … end-1 that any row sees: page, token in it, column of
+        `weights`.
+        """
+        with T.serial(0, end - begin) as slot:
+            page = let(self.at.block_table[self.sequence, begin + slot])
+            token = let((begin + slot) * PAGE_SIZE)
+            first = let(T.max(self.low[0] - token, T.int32(0)))
+            last = let(T.min(self.high[self.rows - 1] - token, T.int32(PAGE_SIZE)))
+            with loop(first, last) as j:
+                yield page, j, slot * PAGE_SIZE + j
 
 
 class _Merged:
@@ -330,7 +397,7 @@ def _by_rows(spec: Attention, at: _Buffers, tokens: Expr, isa: Isa) -> None:
             start = let(row[0])
 
             def take(count: int, start: Expr = start, here: Expr = here) -> None:
-                _Block(spec, at, (start, here, head), (count, heads)).run()
+                _Block(spec, at, (start, here, head), (count, heads), isa).run()
                 put1(row, start + count, 0)
 
             if rows == 1:
@@ -355,7 +422,7 @@ def _by_segments(spec: Attention, at: _Buffers, tokens: Expr, segments: Expr, is
         row, head = let(item // columns), let(item % columns * heads)
         sequence = scalar(T.int32(0), "int32")
         _advance(at, sequence, row)
-        block = _Block(spec, at, (row, let(sequence[0]), head), (1, heads))
+        block = _Block(spec, at, (row, let(sequence[0]), head), (1, heads), isa)
         block.prepare()
         block.segment(segment)
         put(state, vec(block.best, 0), w, 0, 0)

@@ -268,6 +268,16 @@ def padded(width: int, read: Callable[[Any], Any]) -> Expr:
     return let(vec(held, 0))
 
 
+def prefetch(buffer: Buffer, *index: Expr) -> None:
+    """Fetch the cache line of an element that will be read, while something else is computed."""
+    T.evaluate(T.call_extern("int32", "llmc_prefetch", T.address_of(buffer[index])))
+
+
+def prefetch_to_write(buffer: Buffer, *index: Expr) -> None:
+    """Fetch the cache line of an element that will be written, while something else is computed."""
+    T.evaluate(T.call_extern("int32", "llmc_prefetch_to_write", T.address_of(buffer[index])))
+
+
 def put_part(buffer: Buffer, value: Expr, width: int, *index: Expr) -> None:
     """Store the first `width` < 16 lanes."""
     held = register(value)

@@ -138,6 +138,20 @@ def _round() -> str:
 }}"""
 
 
+def _prefetch(name: str, write: int) -> str:
+    """To the nearest cache."""
+    return f"""{_DEFINE} i32 @{name}(ptr %p) alwaysinline {{
+  call void @llvm.prefetch.p0(ptr %p, i32 {write}, i32 3, i32 1)
+  ret i32 0
+}}"""
+
+
+_PREFETCHES = [
+    "declare void @llvm.prefetch.p0(ptr, i32, i32, i32)",
+    _prefetch("llmc_prefetch", 0),
+    _prefetch("llmc_prefetch_to_write", 1),
+]
+
 _HALF_HARDWARE = f"""{_DEFINE} {_V} @llmc_from_half(<16 x i16> %h) alwaysinline {{
   %x = bitcast <16 x i16> %h to <16 x half>
   %r = fpext <16 x half> %x to {_V}
@@ -224,6 +238,9 @@ _VNNI512 = f"""declare {_I} @llvm.x86.avx512.vpdpbusd.512({_I}, <64 x i8>, <64 x
   ret {_I} %r
 }}"""
 
+# The same of bytes with a sign, w, and bytes without, x.
+_SIGNED = {"%w, <64 x i8> %a": "%a, <64 x i8> %w", "%w{h}, <32 x i8> %a": "%a, <32 x i8> %w{h}"}
+
 _VNNI256 = [
     "%r{h} = call <8 x i32> @llvm.x86.avx512.vpdpbusd.256(<8 x i32> %acc{h}, <32 x i8> %w{h}, <32 x i8> %a)"
 ]
@@ -265,6 +282,12 @@ _MADD8 = [
 ]
 
 
+def _signed(text: str) -> str:
+    for old, new in _SIGNED.items():
+        text = text.replace(old, new)
+    return text
+
+
 def _plain_dot(name: str) -> str:
     lines = [
         f"{_DEFINE} {_I} @{name}({_I} %acc, <64 x i8> %w, i32 %x) alwaysinline {{",
@@ -292,10 +315,12 @@ def _dots(isa: Isa) -> list[str]:
     match isa.dot:
         case "vnni512":
             declaration, _, body = _VNNI512.partition("\n")
-            return [declaration, *(body.replace("NAME", name) for name in names)]
+            signed = _signed(body.replace("NAME", "llmc_dot_signed"))
+            return [declaration, *(body.replace("NAME", name) for name in names), signed]
         case "vnni256":
             declaration = "declare <8 x i32> @llvm.x86.avx512.vpdpbusd.256(<8 x i32>, <32 x i8>, <32 x i8>)"
-            return [declaration, *(_split_dot(name, _VNNI256) for name in names)]
+            signed = _split_dot("llmc_dot_signed", [_signed(line) for line in _VNNI256])
+            return [declaration, *(_split_dot(name, _VNNI256) for name in names), signed]
         case "maddubs":
             functions = {
                 names[0]: _MADD4,
@@ -314,4 +339,5 @@ def library(isa_name: str) -> str:
     isa = get_isa(isa_name)
     halves = _HALF_HARDWARE if isa.half else _HALF_PLAIN
     many = [_many(name, count) for name in ("sum", "max") for count in (4, 8, 12, 16)]
-    return "\n".join([*_fma(isa), *_reductions(), *many, _round(), halves, *_dots(isa), *codes(isa)])
+    others = (_round(), *_PREFETCHES, halves)
+    return "\n".join([*_fma(isa), *_reductions(), *many, *others, *_dots(isa), *codes(isa)])
