@@ -6,7 +6,21 @@ from dataclasses import dataclass
 
 from tvm.script.ir_builder import tirx as T
 
-from .builder import LANES, Buffer, Expr, Kernel, Shape, call, f32s, i32s, let, load_float, put, vec
+from .builder import (
+    LANES,
+    Buffer,
+    Expr,
+    Kernel,
+    Shape,
+    call,
+    f32s,
+    i32s,
+    let,
+    load_float,
+    put,
+    register_i32,
+    vec,
+)
 from .isa import Isa
 from .layout import Plane, QuantLayout
 
@@ -14,6 +28,9 @@ LIFT = float(3 << 22)
 """1.5 · 2^23. Floats between 2^23 and 2^24 are whole numbers, and neighbours differ by 1 as integers too: the
 bits of LIFT plus a total below 2^22 are the bits of the float LIFT + total.
 """
+
+_ALL_128 = T.int32(-0x7F7F7F80)
+"""Four bytes of 128."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +51,13 @@ class Operands:
     bias: Buffer | None
     residual: Buffer | None
     out: Buffer
+    signed: bool = False
+    """Whether weights are spread to bytes less their zero points, and a is uint8: 128 more."""
+
+    @property
+    def corrects(self) -> bool:
+        """Whether totals are corrected by a zero point that an operand gives, or minima are added."""
+        return self.zero_point is not None and (self.minimum or not self.signed)
 
     @property
     def minimum(self) -> bool:
@@ -70,6 +94,8 @@ class Operands:
     @property
     def dot(self) -> str:
         """The product of bytes: that of nibbles is exact up to 7 bits (2 · 127 · 127 < 2^15)."""
+        if self.signed:
+            return "llmc_dot_signed"
         return "llmc_dot8" if self.layout.bits == 8 or self.layout.codebook is not None else "llmc_dot4"
 
     @property
@@ -95,16 +121,23 @@ class Operands:
         factor = T.Cast("float32x16", T.Cast("int32x16", whole))
         return let(call("float32x16", "llmc_from_half", bits)) * factor
 
+    def byte_zeros(self, block: Expr, group: Expr) -> Expr:
+        """Zero points of 16 outputs, each 4 times, as they lie in a word; zeros where there are minima."""
+        if self.zero_point is None or self.minimum:
+            return T.broadcast(T.uint8(self.constant), 64)
+        return T.reinterpret(self._whole_zeros(block, group) * i32s(0x01010101), dtype="uint8x64")
+
+    def _whole_zeros(self, block: Expr, group: Expr) -> Expr:
+        if self.layout.packs_zero_points:
+            return call("int32x16", "llmc_halves", vec(self.zero_point, block, group, 0, lanes=8))
+        return T.Cast("int32x16", vec(self.zero_point, block, group, 0))
+
     def zeros(self, block: Expr, group: Expr) -> Expr:
         """Minima; or negative zero points of 16 outputs, float32 or int32 as the correction wants them."""
         lay = self.layout
         if self.minimum:
             return self._floats(self.zero_point, str(lay.zero_point), block, group)
-        if lay.packs_zero_points:
-            found = call("int32x16", "llmc_halves", vec(self.zero_point, block, group, 0, lanes=8))
-        else:
-            found = T.Cast("int32x16", vec(self.zero_point, block, group, 0))
-        negative = i32s(0) - found
+        negative = i32s(0) - self._whole_zeros(block, group)
         return T.Cast("float32x16", negative) if self.float_correction else negative
 
 
@@ -181,19 +214,25 @@ class Packed:
 
 
 class Unpacked(Packed):
-    """A panel of weights spread to bytes, scales and zero points widened, in memory of this thread."""
+    """A panel of weights spread to bytes, scales and zero points widened, in memory of this thread.
+
+    Where `Operands.signed`, the bytes are q - zero_point, and activations a + 128: then the totals need no
+    correction for each token, for they may start at -128 · Σ (q - zero_point).
+    """
 
     def __init__(self, ops: Operands, first: Expr, count: int) -> None:
         super().__init__(ops, first, count)
         lay = ops.layout
         shape: Shape = (lay.groups, lay.steps, lay.words, count, 64)
+        each = (lay.groups, count, LANES)
         self.bytes = T.alloc_buffer(shape, "uint8")
-        self.wide = T.alloc_buffer((lay.groups, count, LANES), "float32")
-        self.lifts: Buffer = T.alloc_buffer((lay.groups, count, LANES), "float32") if ops.lifted else None
+        self.wide = T.alloc_buffer(each, "float32")
+        self.lifts: Buffer = T.alloc_buffer(each, "float32") if ops.lifted else None
+        self.starts: Buffer = T.alloc_buffer(each, "int32") if ops.signed else None
         self.offset: Buffer = None
-        if ops.zero_point is not None:
+        if ops.corrects:
             kind = "float32" if ops.float_correction or ops.minimum else "int32"
-            self.offset = T.alloc_buffer((lay.groups, count, LANES), kind)
+            self.offset = T.alloc_buffer(each, kind)
         with T.serial(0, lay.groups) as g:
             for c in range(count):
                 put(self.wide, super().scale(g, c), g, c, 0)
@@ -201,16 +240,34 @@ class Unpacked(Packed):
                     put(self.lifts, super().lift(g, c), g, c, 0)
                 if self.offset is not None:
                     put(self.offset, super().zero(g, c), g, c, 0)
-            with T.serial(0, lay.steps) as s:
-                for word, blocks in enumerate(super().words(g, s)):
-                    for c, w in enumerate(blocks):
-                        put(self.bytes, w, g, s, word, c, 0, lanes=64)
+            self._spread(g)
+
+    def _spread(self, g: Expr) -> None:
+        """The bytes of a group, and where its totals start."""
+        lay, ops = self.ops.layout, self.ops
+        columns = range(self.count)
+        less = [let(ops.byte_zeros(self.first + c, g)) for c in columns] if ops.signed else []
+        sums = [register_i32(i32s(0)) for _ in less]
+        with T.serial(0, lay.steps) as s:
+            for word, blocks in enumerate(super().words(g, s)):
+                for c, w in enumerate(blocks):
+                    if ops.signed:
+                        w = let(w - less[c])
+                        put(sums[c], call("int32x16", ops.dot, vec(sums[c], 0), w, _ALL_128), 0)
+                    put(self.bytes, w, g, s, word, c, 0, lanes=64)
+        start = T.reinterpret(f32s(LIFT), dtype="int32x16") if ops.lifted else i32s(0)
+        for c, total in enumerate(sums):
+            put(self.starts, start - vec(total, 0), g, c, 0)
 
     def words(self, group: Expr, step: Expr) -> list[list[Expr]]:
         return [
             [let(vec(self.bytes, group, step, word, c, 0, lanes=64)) for c in range(self.count)]
             for word in range(self.ops.layout.words)
         ]
+
+    def start(self, group: Expr, c: int) -> Expr:
+        """Where the totals of 16 outputs start; for `Operands.signed`."""
+        return vec(self.starts, group, c, 0)
 
     def scale(self, group: Expr, c: int) -> Expr:
         return vec(self.wide, group, c, 0)

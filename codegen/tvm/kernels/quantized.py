@@ -18,6 +18,7 @@ The sums are exact integers, so that the bits of a row depend neither on the num
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,14 +26,17 @@ from tvm.script.ir_builder import tirx as T
 
 from ....ir.codebooks import codebook as table_of
 from .builder import (
+    LANES,
     Buffer,
     Expr,
     Kernel,
     call,
     f32s,
     fma,
+    for_each_row,
     i32s,
     let,
+    prefetch_to_write,
     put,
     register,
     register_i32,
@@ -98,9 +102,12 @@ def _add_narrow(
 def _multiply(ops: Operands, row: Expr, rows: int, panel: Packed, narrow: bool) -> None:
     """One tile: `rows` tokens by the panel's blocks. `narrow`: the level multiplies by `pmaddubsw`."""
     lay, count = ops.layout, panel.count
+    for t in range(rows):
+        for c in range(count):
+            prefetch_to_write(ops.out, row + t, (panel.first + c) * LANES)
     acc = [[register(f32s(0)) for _ in range(count)] for _ in range(rows)]
     with T.serial(0, lay.groups) as g:
-        total = _start(ops, row, rows, count, g)
+        total = _start(ops, row, rows, panel, g)
         add = _add_narrow if narrow and ops.narrow else _add_steps
         unit = (
             next(u for u in (4, 2, 1) if lay.steps % u == 0 and u * lay.words <= 8)
@@ -120,8 +127,11 @@ def _multiply(ops: Operands, row: Expr, rows: int, panel: Packed, narrow: bool) 
             store_block(value, ops.out, row + t, panel.first + c, lay.n, ops.bias, ops.residual)
 
 
-def _start(ops: Operands, row: Expr, rows: int, count: int, group: Expr) -> list[list[Buffer]]:
-    """Integer accumulators; LIFT and a constant zero point's correction are where they start."""
+def _start(ops: Operands, row: Expr, rows: int, panel: Packed, group: Expr) -> list[list[Buffer]]:
+    """Integer accumulators; LIFT and what zero points take off for all tokens alike are where they start."""
+    if isinstance(panel, Unpacked) and ops.signed:
+        starts = [let(panel.start(group, c)) for c in range(panel.count)]
+        return [[register_i32(start) for start in starts] for _ in range(rows)]
     total: list[list[Buffer]] = []
     for t in range(rows):
         initial = i32s(0)
@@ -133,7 +143,7 @@ def _start(ops: Operands, row: Expr, rows: int, count: int, group: Expr) -> list
             initial = let(T.reinterpret(lift, dtype="int32x16"))
         elif ops.constant:
             initial = let(splat(T.Cast("int32", sum_) * T.int32(-ops.constant)))
-        total.append([register_i32(initial) for _ in range(count)])
+        total.append([register_i32(initial) for _ in range(panel.count)])
     return total
 
 
@@ -146,7 +156,7 @@ def _finish_group(
     columns = range(panel.count)
     scale = [let(panel.scale(group, c)) for c in columns]
     lift = [let(panel.lift(group, c)) if ops.lifted else f32s(0) for c in columns]
-    zero = [let(panel.zero(group, c)) for c in columns] if ops.zero_point is not None else None
+    zero = [let(panel.zero(group, c)) for c in columns] if ops.corrects else None
     for t, row_total in enumerate(total):
         factor = let(splat(ops.a_scale[row + t, group]))
         sum_ = let(splat(ops.sums[row + t, group])) if zero is not None else None
@@ -182,18 +192,38 @@ def _products(ops: Operands, tokens: Expr, isa: Isa) -> None:
         panel = Packed(ops, first, count)
         row_tiles(tokens, packed_sizes, lambda row, rows: _multiply(ops, row, rows, panel, narrow))
 
-    def unpacked(first: Expr, count: int) -> None:
-        panel = Unpacked(ops, first, count)
-        row_tiles(tokens, unpacked_sizes, lambda row, rows: _multiply(ops, row, rows, panel, narrow))
-
     if lay.bits == 8:
         for_each_panel(lay.blocks, width, direct)
         return
+
+    def many() -> None:
+        given = _with_unsigned(ops, tokens) if isa.dot in ("vnni512", "vnni256") else ops
+
+        def unpacked(first: Expr, count: int) -> None:
+            panel = Unpacked(given, first, count)
+            row_tiles(tokens, unpacked_sizes, lambda row, rows: _multiply(given, row, rows, panel, narrow))
+
+        for_each_panel(lay.blocks, width, unpacked)
+
     with T.If(tokens < _unpack_rows(isa, lay.bits)):
         with T.Then():
             for_each_panel(lay.blocks, width, direct)
         with T.Else():
-            for_each_panel(lay.blocks, width, unpacked)
+            many()
+
+
+def _with_unsigned(ops: Operands, tokens: Expr) -> Operands:
+    """The operands with activations as a + 128 in memory of this call, for weights with a sign."""
+    width = ops.layout.k_padded
+    unsigned = T.alloc_buffer((tokens, width), "uint8")
+
+    def row(t: Expr) -> None:
+        with T.serial(0, width // 8) as i:
+            signed = T.reinterpret(vec(ops.a, t, i * 8, lanes=8), dtype="uint8x8")
+            put(unsigned, T.bitwise_xor(signed, T.broadcast(T.uint8(128), 8)), t, i * 8, lanes=8)
+
+    for_each_row(tokens, width, row)
+    return replace(ops, a=unsigned, signed=True)
 
 
 def make_quantized_linear(
