@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from llmc.codegen.tvm.kernels import super_scales
 from llmc.codegen.tvm.kernels.activation import make_quantize_activation, reference_quantize_activation
 from llmc.codegen.tvm.kernels.codebook import make_codebook_linear, reference_codebook_linear
+from llmc.codegen.tvm.kernels.elementwise import make_gated_mlp
 from llmc.codegen.tvm.kernels.gather import make_quantized_embedding
 from llmc.codegen.tvm.kernels.isa import get_isa
 from llmc.codegen.tvm.kernels.layout import QuantLayout, has_bytes
+from llmc.codegen.tvm.kernels.norms import make_rms_norm
 from llmc.codegen.tvm.kernels.quantized import make_quantized_linear, reference_quantized_linear
 from llmc.ir.errors import CompileError
 from llmc.ir.ops import quant
@@ -229,6 +231,37 @@ def test_quantize_activation_survives_what_is_no_number(isa: str) -> None:
     assert np.isnan(scale[1, 2]) and np.isinf(scale[2, 0]) and np.isfinite(scale[[0, 3]]).all()
     assert np.isfinite(scale[1, :2]).all() and np.isfinite(scale[2, 1:]).all()
     assert np.array_equal(a.reshape(4, 3, 16).sum(2, dtype=np.int32), sums)
+
+
+@pytest.mark.parametrize(
+    ("width", "group", "align"), [(576, 32, 8), (64, 64, 8), (96, 16, 16), (256, 256, 8)]
+)
+@pytest.mark.parametrize("kernel", ["rms_norm", "rms_norm without weight", "gated_mlp"])
+@levels
+def test_what_is_quantized_as_it_is_made_has_the_same_bits(
+    kernel: str, width: int, group: int, align: int, isa: str
+) -> None:
+    rows = 20
+    x = normal(rows, width * (2 if kernel == "gated_mlp" else 1)) * np.float32(2)
+    x[1], x[2, 5], x[3, -1] = 0, np.nan, np.inf
+    if kernel == "gated_mlp":
+        maker: Any = make_gated_mlp
+        parameters, inputs = {"width": width, "activation": "silu"}, [x]
+    else:
+        maker = make_rms_norm
+        parameters = {"width": width, "eps": 1e-5, "weight": kernel == "rms_norm"}
+        inputs = [x, normal(width, seed=1)] if parameters["weight"] else [x]
+    floats = call(maker, isa, parameters, *inputs, blank(rows, width))
+    outputs = (
+        np.full((rows, width), 99, np.int8),
+        blank(rows, width // group),
+        blank(rows, width // group),
+    )
+    sizes = {"k": width, "group_size": group, "align": align}
+    expected = call(make_quantize_activation, isa, sizes, floats, *outputs, outputs=3)
+    fused = call(maker, isa, {**parameters, "quantize": (group, align)}, *inputs, *outputs, outputs=3)
+    for a, b in zip(fused, expected, strict=True):
+        assert np.array_equal(a, b, equal_nan=a.dtype == np.float32)
 
 
 def run(isa: str, case: Case, x: np.ndarray, extras: tuple[np.ndarray, ...] = ()) -> np.ndarray:

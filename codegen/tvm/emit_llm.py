@@ -180,13 +180,52 @@ def _quantized_activation(low: Lowering, x: Value, layout: QuantLayout) -> list[
             low.tensor([t, layout.groups], "float32"),
             low.tensor([t, layout.groups], "float32"),
         ]
-        # All widths that pad groups alike share one kernel.
-        static = {"k": layout.k, "group_size": layout.group_size, "align": layout.align}
-        parts = low.kernel(
-            "quantize_activation", kernels.make_quantize_activation, static, [low.rows(x, layout.k)], out
+        name, make, static, args = _made_quantized(low, x, layout) or (
+            "quantize_activation",
+            kernels.make_quantize_activation,
+            # All widths that pad groups alike share one kernel.
+            {"k": layout.k, "group_size": layout.group_size, "align": layout.align},
+            [low.rows(x, layout.k)],
         )
+        parts = low.kernel(name, make, static, args, out)
         low.shared[key] = [low.emit(relax.TupleGetItem(parts, i)) for i in range(3)]
     return low.shared[key]
+
+
+def _made_quantized(low: Lowering, x: Value, layout: QuantLayout) -> tuple[Any, ...] | None:
+    """The kernel that makes x and quantizes it at once, where quantized weights alone read x, all by the
+    same groups: name, maker, static parameters and arguments. The kernel that makes x as floats is emitted
+    too, and has no use then.
+    """
+    from .kernels.activation import fits_producer
+
+    op: Any = x.producer
+    if op is None or op.opname not in ("rms_norm", "gated_mlp") or not fits_producer(layout):
+        return None
+    if low.graph.output_uses(x) or not all(_reads_alike(user, layout) for user in x.users):
+        return None
+    quantize = (layout.group_size, layout.align)
+    if op.opname == "gated_mlp":
+        static = {"width": layout.k, "activation": op.activation, "quantize": quantize}
+        return "gated_mlp", kernels.make_gated_mlp, static, [low.rows(op.gate_up, 2 * layout.k)]
+    if op.x.type.rank == 3 and isinstance(op.x.shape[1], int):
+        return None  # norms of heads
+    static = {"width": layout.k, "eps": op.eps, "weight": op.weight is not None, "quantize": quantize}
+    args = [low.rows(op.x, layout.k), *_present(low, op.weight)]
+    return "rms_norm", kernels.make_rms_norm, static, args
+
+
+def _reads_alike(op: Any, layout: QuantLayout) -> bool:
+    """Whether an op takes its x quantized as weights of `layout` do."""
+    if op.opname != "quantized_linear":
+        return False
+    other = quant_layout(op)
+    floats = other.codebook is not None and not has_bytes(other.codebook)
+    return not floats and (other.k, other.group_size, other.align) == (
+        layout.k,
+        layout.group_size,
+        layout.align,
+    )
 
 
 @emits("linear")

@@ -23,14 +23,14 @@ scale_dtype, zero_point, super_group)`, here L; FORM stands for the last six par
         ids int32 [T], table [rows, width] or packed_shape(rows, width) → out [T, width]
     make_quantized_embedding(rows, width, FORM)
         ids int32 [T], weight, scale, (zero_point) as of quantized_linear → out [T, width]
-    make_rms_norm(width, eps, weight, heads, source)
-        x, (weight [width]) → out
+    make_rms_norm(width, eps, weight, heads, source, quantize)
+        x, (weight [width]) → out; or a, sums, a_scale of quantize_activation
     make_layer_norm(width, eps, weight, bias)
         x [T, width], (weight [width]), (bias [width]) → out [T, width]
     make_rope(heads, head_dim, rotary_dim, interleaved, source)
         x, cos [T, rotary_dim], sin [T, rotary_dim] → out [T, heads, head_dim]
-    make_gated_mlp(width, activation)
-        gate_up [T, 2 · width] → out [T, width]
+    make_gated_mlp(width, activation, quantize)
+        gate_up [T, 2 · width] → out [T, width]; or a, sums, a_scale of quantize_activation
     make_activation(width, activation)
         x [T, width] → out [T, width]
     make_append_kv(kv_heads, head_dim, kv_dtype, k_source, v_source)

@@ -1,5 +1,6 @@
 """`quantize_activation`: a token's activations to int8, one scale a group of the weights, and the sums that
-zero points are corrected by.
+zero points are corrected by. Kernels whose results only quantized weights read (`rms_norm`, `gated_mlp`) do
+it as they go, with the same bits.
 
 One scale a token would cost SmolLM2 5% of perplexity: single activations are a hundred times the others, and
 what stands beside them rounds to nothing. A scale a group keeps the damage within the group.
@@ -7,6 +8,8 @@ what stands beside them rounds to nothing. A scale a group keeps the damage with
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,17 +35,55 @@ from .builder import (
 from .layout import QuantLayout
 
 _ABS = 0x7FFFFFFF
+Read = Callable[[Expr], Expr]
 
 
-def _largest(x: Buffer, row: Expr, start: Expr, count: int) -> Expr:
-    """max |x| of `count` elements of a row (a multiple of 16) as a float32; NaN where one of them is.
+@dataclass(frozen=True)
+class Quantized:
+    """Where quantized rows go: a int8 [T, L.k_padded], sums and scale float32 [T, L.groups]."""
+
+    layout: QuantLayout
+    a: Buffer
+    sums: Buffer
+    scale: Buffer
+
+
+def activation_layout(k: int, group_size: int, align: int) -> QuantLayout:
+    """The layout of any weights that pad groups of k columns to `align`."""
+    return QuantLayout(1, k, 8 if align == 8 else 2, group_size)
+
+
+def quantized_arguments(kernel: Kernel, lay: QuantLayout) -> Quantized:
+    """The parameters a, sums and a_scale of a kernel."""
+    tokens = kernel.symbol("T")
+    return Quantized(
+        lay,
+        kernel.argument("a", (tokens, lay.k_padded), "int8"),
+        kernel.argument("sums", (tokens, lay.groups), "float32"),
+        kernel.argument("a_scale", (tokens, lay.groups), "float32"),
+    )
+
+
+def fits_producer(lay: QuantLayout) -> bool:
+    """Whether a kernel can quantize its result as it makes it: groups of whole vectors that registers or a
+    few cache lines hold.
+    """
+    return _whole(lay) and lay.group <= 256
+
+
+def _whole(lay: QuantLayout) -> bool:
+    return lay.real_group % LANES == 0 and lay.k % lay.real_group == 0
+
+
+def _largest(read: Read, count: int) -> Expr:
+    """max |x| of `count` elements (a multiple of 16) as a float32; NaN where one of them is.
 
     Non-negative floats order as their bits do, and NaN's are above infinity's, which a comparison of floats
     would lose.
     """
     best = register_i32(i32s(0))
     with T.serial(0, count // LANES) as i:
-        bits = T.bitwise_and(T.reinterpret(vec(x, row, start + i * LANES), dtype="int32x16"), i32s(_ABS))
+        bits = T.bitwise_and(T.reinterpret(read(i * LANES), dtype="int32x16"), i32s(_ABS))
         put(best, T.max(vec(best, 0), bits), 0)
     return let(T.reinterpret(call("int32", "llmc_max_i32", vec(best, 0)), dtype="float32"))
 
@@ -60,23 +101,40 @@ def _to_int(x: Expr, inverse: Expr) -> Expr:
     return T.Cast("int32x16", call("float32x16", "llmc_round", clamped))
 
 
-def quantize_row(lay: QuantLayout, x: Buffer, row: Expr, a: Buffer, sums: Buffer, scale: Buffer) -> None:
-    """Quantize row `row` of x [T, k]."""
-    whole = lay.real_group % LANES == 0 and lay.k % lay.real_group == 0
+def _quantize_group(to: Quantized, row: Expr, g: Expr, read: Read) -> None:
+    """Quantize group g of a row, whose 16 elements from i on are `read(i)`."""
+    group = to.layout.group
+    largest = _largest(read, group)
+    put1(to.scale, largest / T.float32(127), row, g)
+    inverse = _inverse(largest)
+    total = register_i32(i32s(0))
+    with T.serial(0, group // LANES) as i:
+        value = let(_to_int(read(i * LANES), splat(inverse)))
+        put(to.a, T.Cast("int8x16", value), row, g * group + i * LANES)
+        put(total, vec(total, 0) + value, 0)
+    put1(to.sums, T.Cast("float32", call("int32", "llmc_sum_i32", vec(total, 0))), row, g)
+
+
+def quantize_as_made(to: Quantized, row: Expr, make: Read) -> None:
+    """Quantize a row whose 16 elements from i on are computed by `make(i)`; for `fits_producer`.
+
+    A group is made before its scale is known, and never leaves the nearest cache.
+    """
+    group = to.layout.group
+    with T.serial(0, to.layout.groups) as g:
+        held = T.alloc_buffer((group,), "float32")
+        with T.serial(0, group // LANES) as i:
+            put(held, make(g * group + i * LANES), i * LANES)
+        _quantize_group(to, row, g, lambda i: vec(held, i))
+
+
+def _quantize_row(x: Buffer, row: Expr, to: Quantized) -> None:
+    lay = to.layout
     with T.serial(0, lay.groups) as g:
-        if whole:
-            largest = _largest(x, row, g * lay.group, lay.group)
-            put1(scale, largest / T.float32(127), row, g)
-            inverse = _inverse(largest)
-            total = register_i32(i32s(0))
-            with T.serial(0, lay.group // LANES) as i:
-                at = g * lay.group + i * LANES
-                value = let(_to_int(vec(x, row, at), splat(inverse)))
-                put(a, T.Cast("int8x16", value), row, at)
-                put(total, vec(total, 0) + value, 0)
-            put1(sums, T.Cast("float32", call("int32", "llmc_sum_i32", vec(total, 0))), row, g)
+        if _whole(lay):
+            _quantize_group(to, row, g, lambda i: vec(x, row, g * lay.group + i))
         else:
-            _ragged_group(lay, x, row, g, a, sums, scale)
+            _ragged_group(lay, x, row, g, to.a, to.sums, to.scale)
 
 
 def _ragged_group(
@@ -110,16 +168,14 @@ def make_quantize_activation(*, k: int, group_size: int, align: int = 8, isa: st
     L.k_padded], sums and a_scale float32 [T, L.groups], the sums whole numbers: they are factors of floats. A
     group of zeros gives zeros; a NaN or an infinity makes the group's scale NaN or infinite.
     """
-    lay = QuantLayout(1, k, 8 if align == 8 else 2, group_size)
+    lay = activation_layout(k, group_size, align)
     kernel = Kernel("quantize_activation", isa)
     with kernel:
         tokens = kernel.symbol("T")
         x = kernel.argument("x", (tokens, k), "float32")
-        a = kernel.argument("a", (tokens, lay.k_padded), "int8")
-        sums = kernel.argument("sums", (tokens, lay.groups), "float32")
-        scale = kernel.argument("a_scale", (tokens, lay.groups), "float32")
+        to = quantized_arguments(kernel, lay)
         with kernel.body():
-            for_each_row(tokens, 2 * k, lambda row: quantize_row(lay, x, row, a, sums, scale))
+            for_each_row(tokens, 2 * k, lambda row: _quantize_row(x, row, to))
     return kernel.function
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from tvm.script.ir_builder import tirx as T
 
 from ....ir.errors import CompileError
+from .activation import activation_layout, quantize_as_made, quantized_arguments
 from .builder import (
     LANES,
     Buffer,
@@ -41,19 +42,27 @@ def _function(activation: str) -> Any:
     return ACTIVATIONS[activation]
 
 
-def make_gated_mlp(*, width: int, activation: str, isa: str) -> Any:
+def make_gated_mlp(*, width: int, activation: str, quantize: tuple[int, int] | None = None, isa: str) -> Any:
     """out = activation(gate) · up. gate_up float32 [T, 2 · width] = [gate, up]; out float32 [T, width].
 
-    activation: silu, gelu, gelu_tanh, relu or sigmoid.
+    activation: silu, gelu, gelu_tanh, relu or sigmoid. With quantize = (group_size, align) the outputs are a,
+    sums and a_scale of `quantize_activation`.
     """
     function = _function(activation)
     kernel = Kernel("gated_mlp", isa)
     with kernel:
         tokens = kernel.symbol("T")
         x = kernel.argument("gate_up", (tokens, 2 * width), "float32")
-        out = kernel.argument("out", (tokens, width), "float32")
+        if quantize is not None:
+            to = quantized_arguments(kernel, activation_layout(width, *quantize))
+            out = None
+        else:
+            to, out = None, kernel.argument("out", (tokens, width), "float32")
 
         def row(t: Expr) -> None:
+            if to is not None:
+                quantize_as_made(to, t, lambda i: function(vec(x, t, i)) * vec(x, t, width + i))
+                return
             if width < LANES:
                 gate = padded(width, lambda i: x[t, i])
                 put_part(out, function(gate) * padded(width, lambda i: x[t, width + i]), width, t, T.int32(0))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from tvm.script.ir_builder import tirx as T
 
+from .activation import activation_layout, quantize_as_made, quantized_arguments
 from .builder import (
     LANES,
     Buffer,
@@ -32,6 +33,7 @@ from .builder import (
     splat,
     vec,
 )
+from .layout import QuantLayout
 
 Source = tuple[int, int] | None
 """(row_width, offset) of an operand in a wider result, or None."""
@@ -109,15 +111,27 @@ def _inverse_root(total: Expr, width: int, eps: float) -> Expr:
 
 
 def make_rms_norm(
-    *, width: int, eps: float, weight: bool = True, heads: int = 0, source: Source = None, isa: str
+    *,
+    width: int,
+    eps: float,
+    weight: bool = True,
+    heads: int = 0,
+    source: Source = None,
+    quantize: tuple[int, int] | None = None,
+    isa: str,
 ) -> Any:
     """out = x / √(mean(x²) + eps) · weight over the last axis.
 
     heads = 0: x float32 [T, width] → out float32 [T, width]. heads > 0: each head by itself, x float32
     [T, heads, width] or, with source = (row_width, offset), columns of [T, row_width] → out [T, heads,
     width]. weight float32 [width].
+
+    With quantize = (group_size, align) the outputs are a, sums and a_scale of `quantize_activation`; heads
+    is 0 then.
     """
     kernel = Kernel("rms_norm", isa)
+    if quantize is not None:
+        return _rms_norm_quantized(kernel, width, eps, weight, activation_layout(width, *quantize))
     with kernel:
         tokens = kernel.symbol("T")
         if heads:
@@ -147,6 +161,28 @@ def make_rms_norm(
 
         with kernel.body():
             for_each_row(tokens, max(1, heads) * width, row)
+    return kernel.function
+
+
+def _rms_norm_quantized(kernel: Kernel, width: int, eps: float, weight: bool, lay: QuantLayout) -> Any:
+    """The kernel whose rows are quantized as they are made; bit for bit those of the other, quantized."""
+    with kernel:
+        tokens = kernel.symbol("T")
+        x = kernel.argument("x", (tokens, width), "float32")
+        w = kernel.argument("weight", (width,), "float32") if weight else None
+        to = quantized_arguments(kernel, lay)
+
+        def row(t: Expr) -> None:
+            root = _inverse_root(_sum(width, x, lambda i: (t, i), T.float32(0)), width, eps)
+
+            def make(i: Expr) -> Expr:
+                v = vec(x, t, i) * splat(root)
+                return v if w is None else v * vec(w, i)
+
+            quantize_as_made(to, t, make)
+
+        with kernel.body():
+            for_each_row(tokens, 3 * width, row)
     return kernel.function
 
 
