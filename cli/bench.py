@@ -67,8 +67,8 @@ def command(
     With --against-transformers, MODEL (the folder, hub id or GGUF file that ARTIFACT was made from) runs in
     transformers in bfloat16, in a process of its own with as many threads, and is measured in turns with it.
 
-    With --profile, every kernel's share of the time of a prompt and of a token follows, and how fast it read
-    its weights.
+    With --profile, every kernel's share of the time of a prompt, of a token and of a token of all requests
+    follows, and how fast it read its weights.
     """
     from ..runtime.loader import load
     from . import profile
@@ -97,7 +97,11 @@ def command(
         )
         if profiled:
             measured["profile"] = profile.profile(
-                engine, weights, prompt_tokens=prompt_tokens, output_tokens=output_tokens
+                engine,
+                weights,
+                prompt_tokens=prompt_tokens,
+                output_tokens=output_tokens,
+                concurrency=max(concurrency),
             )
     result: dict[str, Any] = {
         "artifact": str(artifact),

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +60,21 @@ def batch_seconds(engine: Engine, prompts: Sequence[Sequence[int]], tokens: int)
     while engine.has_work:
         engine.step()
     return time.perf_counter() - began
+
+
+@contextmanager
+def answering(engine: Engine, prompts: Sequence[Sequence[int]], steps: int) -> Generator[None]:
+    """All prompts are computed, and each answer goes on for `steps` steps at least."""
+    params = _params(steps + 1 + len(prompts))  # a step that computes prompts finishes one at least
+    ids = [engine.add_request(prompt, params) for prompt in prompts]
+    waiting = set(ids)
+    while waiting:
+        waiting -= {output.request_id for output in engine.step()}
+    try:
+        yield
+    finally:
+        for request in ids:
+            engine.cancel(request)
 
 
 def speeds(

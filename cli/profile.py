@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..ir.errors import InputError
 from ..runtime.executor.base import CallTimes, Profiles
-from .measure import Prompts, decode_seconds, prefill_seconds
+from .measure import Prompts, answering, prefill_seconds
 from .output import size, table
 
 if TYPE_CHECKING:
@@ -20,9 +21,10 @@ OUTSIDE = "(between steps)"
 
 
 def profile(
-    engine: Engine, weights: Mapping[str, int], *, prompt_tokens: int, output_tokens: int
+    engine: Engine, weights: Mapping[str, int], *, prompt_tokens: int, output_tokens: int, concurrency: int
 ) -> dict[str, Any]:
-    """`prefill` and `decode`: `seconds` of a prompt or a token, and `rows` of kernels by falling `seconds`.
+    """`prefill` of a prompt, a step of `decode`, and one of a `batch` of `concurrency` answers, each behind
+    128 tokens: `seconds`, `sequences`, and `rows` of kernels by falling `seconds`.
 
     weights: name → bytes, of the target that runs. Raises InputError where the target cannot tell.
     """
@@ -30,20 +32,26 @@ def profile(
     if not isinstance(executor, Profiles):
         raise InputError("only tvm-cpu can be profiled", remedy="--target tvm-cpu")
     prompts = Prompts(engine.facts.vocab_size, seed=1)  # none that the prefix cache knows from `speeds`
-    result: dict[str, Any] = {}
-    runs: list[tuple[str, int, Callable[[], float]]] = [
-        ("prefill", 1, lambda: prefill_seconds(engine, prompts.take(prompt_tokens))),
-        # A prompt of one token: its step is like those that follow.
-        ("decode", output_tokens + 1, lambda: decode_seconds(engine, prompts.take(1), output_tokens)),
-    ]
-    for what, steps, run in runs:
-        run()
+
+    def measured(steps: int, sequences: int, run: Callable[[], object]) -> dict[str, Any]:
         with executor.profile() as times:
             began = time.perf_counter()
             run()
             seconds = time.perf_counter() - began
-        result[what] = {"seconds": seconds / steps, "rows": _rows(times, weights, seconds, steps)}
+        rows = _rows(times, weights, seconds, steps)
+        return {"seconds": seconds / steps, "sequences": sequences, "rows": rows}
+
+    result = {"prefill": measured(1, 1, lambda: prefill_seconds(engine, prompts.take(prompt_tokens)))}
+    for what, count in (("decode", 1), ("batch", concurrency)):
+        with answering(engine, [prompts.take(128) for _ in range(count)], output_tokens):
+            run = partial(_steps, engine, output_tokens)
+            result[what] = measured(output_tokens, count, run)
     return result
+
+
+def _steps(engine: Engine, count: int) -> None:
+    for _ in range(count):
+        engine.step()
 
 
 def _rows(times: CallTimes, weights: Mapping[str, int], seconds: float, steps: int) -> list[dict[str, Any]]:
@@ -74,11 +82,11 @@ def _bytes(weights: Mapping[str, int], weight: str | None) -> int:
 
 
 def text(result: Mapping[str, Any]) -> str:
-    """Two tables for a person."""
+    """A table each, for a person."""
     blocks: list[str] = []
-    for what, unit in (("prefill", "prompt"), ("decode", "token")):
+    for what, unit in (("prefill", "a prompt"), ("decode", "a token"), ("batch", "a token of {} answers")):
         found = result[what]
-        heading = f"{what}: {1000 * found['seconds']:.2f} ms a {unit}"
+        heading = f"{what}: {1000 * found['seconds']:.2f} ms {unit.format(found['sequences'])}"
         blocks.append(f"{heading}\n{table(_HEADER, map(_cells, found['rows']))}")
     return "\n\n".join(blocks)
 
