@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
-from ..codegen.artifact import Artifact, Verify
-from ..ir.errors import ArtifactError
+from ..codegen.artifact import Artifact
+from ..ir.errors import ArtifactError, InputError
 from .chat_template import ChatTemplate
 from .engine import Engine, EngineOptions, ModelFacts
 from .executor import open_executor
 from .llm import LLM
 from .tokenizer import Tokenizer
+from .verified import verify_once
+
+Verify = Literal["once", "full", "size"]
 
 
 def load(
@@ -29,7 +32,7 @@ def load(
     max_sequences: int = 64,
     prefix_cache: bool = True,
     max_waiting: int | None = None,
-    verify: Verify = "full",
+    verify: Verify = "once",
 ) -> LLM:
     """Open an artifact, choose its target for this machine, and size the KV cache.
 
@@ -44,7 +47,8 @@ def load(
         max_sequences: sequences that run at the same time at most.
         prefix_cache: keep pages for prompts that begin in the same way.
         max_waiting: unfinished requests accepted at a time; None for any number.
-        verify: "full" checks the sha256 of every file, "size" only that they are there and complete.
+        verify: "once" checks the sha256 of every file where that was not done on this machine before, or a
+            file has changed since; "full" checks it anyway, "size" only that they are there and complete.
 
     Raises ArtifactError where the artifact is damaged or does not suit this machine, InputError where an
     option is impossible.
@@ -76,11 +80,13 @@ def _open(path: str | os.PathLike[str], verify: Verify) -> tuple[Artifact, Token
     """The artifact and its tokenizer, which is parsed while the hashes are computed; kernels wait for the
     hashes.
     """
-    artifact = Artifact.open(path, "size" if verify == "full" else verify)
+    if verify not in ("once", "full", "size"):
+        raise InputError(f"verify is {verify!r}", remedy='use "once", "full" or "size"')
+    artifact = Artifact.open(path, "size")
     if verify == "size":
         return artifact, _tokenizer(artifact)
     with ThreadPoolExecutor(max_workers=1) as pool:
-        verified = pool.submit(artifact.verify)
+        verified = pool.submit(verify_once, artifact) if verify == "once" else pool.submit(artifact.verify)
         try:
             tokenizer = _tokenizer(artifact)
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # torch reads this when it is imported: tiny models lose time to more threads, and two exist nearly
 # everywhere.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Records of what was verified (runtime/verified.py) are a user's; the tests' own go with the tests.
+_caches = tempfile.TemporaryDirectory(prefix="llmc-tests-")
+os.environ["XDG_CACHE_HOME"] = _caches.name
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"
