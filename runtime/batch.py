@@ -16,20 +16,18 @@ def build_inputs(chunks: Seq[Chunk[S]], page_size: int, *, all_rows: bool = Fals
     Logits are asked for at the last token of each chunk that ends its sequence, or at every token with
     `all_rows`. The work in Python is a few calls a sequence, whatever the number of tokens.
     """
+    if not all_rows and all(chunk.count == 1 and chunk.is_last for chunk in chunks):
+        return _decoding(chunks, page_size)
     batch = len(chunks)
     query_start = np.zeros(batch + 1, np.int32)
     np.cumsum([chunk.count for chunk in chunks], out=query_start[1:])
     context_len = np.array([chunk.start + chunk.count for chunk in chunks], np.int32)
     block_table = _block_table(chunks)
     starts = np.array([chunk.start for chunk in chunks], np.int32)
-    if query_start[-1] == batch:  # decoding: one token each
-        token_ids = np.array([chunk.sequence.tokens[chunk.start] for chunk in chunks], np.int32)
-        positions, row = starts, np.arange(batch)
-    else:
-        token_ids = np.concatenate([_tokens(chunk) for chunk in chunks])
-        counts = np.diff(query_start)
-        row = np.repeat(np.arange(batch), counts)
-        positions = np.arange(len(token_ids), dtype=np.int32) + np.repeat(starts - query_start[:-1], counts)
+    token_ids = np.concatenate([_tokens(chunk) for chunk in chunks])
+    counts = np.diff(query_start)
+    row = np.repeat(np.arange(batch), counts)
+    positions = np.arange(len(token_ids), dtype=np.int32) + np.repeat(starts - query_start[:-1], counts)
     slot_mapping = block_table[row, positions // page_size] * np.int32(page_size) + positions % page_size
     if all_rows:
         output_index = np.arange(len(token_ids), dtype=np.int32)
@@ -37,6 +35,28 @@ def build_inputs(chunks: Seq[Chunk[S]], page_size: int, *, all_rows: bool = Fals
         ends = [chunk.is_last for chunk in chunks]
         output_index = query_start[1:][ends] - np.int32(1)
     return StepInputs(token_ids, positions, slot_mapping, query_start, context_len, block_table, output_index)
+
+
+def _decoding(chunks: Seq[Chunk[S]], page_size: int) -> StepInputs:
+    """The same where each sequence computes its last token: every step but a prompt's, and so short that
+    numbers in Python are faster than calls of numpy.
+    """
+    batch = len(chunks)
+    starts = [chunk.start for chunk in chunks]
+    slots: list[int] = []
+    for chunk, start in zip(chunks, starts, strict=True):
+        page, offset = divmod(start, page_size)
+        slots.append(chunk.sequence.block_table[page] * page_size + offset)
+    steps = np.arange(batch + 1, dtype=np.int32)
+    return StepInputs(
+        token_ids=np.array([chunk.sequence.tokens[chunk.start] for chunk in chunks], np.int32),
+        positions=np.array(starts, np.int32),
+        slot_mapping=np.array(slots, np.int32),
+        query_start=steps,
+        context_len=np.array([start + 1 for start in starts], np.int32),
+        block_table=_block_table(chunks),
+        output_index=steps[:-1],
+    )
 
 
 def _tokens(chunk: Chunk[S]) -> np.ndarray:

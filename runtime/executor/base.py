@@ -87,10 +87,20 @@ def check_step(inputs: StepInputs, *, num_pages: int, page_size: int, vocabulary
         ("output_index", inputs.output_index, tokens),
     )
     for name, array, limit in bounds:
-        if (
-            array.size and array.view(np.uint32).max() >= limit
-        ):  # as unsigned, a negative one is too large too
+        if not _within(array, limit):
             raise InputError(f"{name} holds a value outside of 0 .. {limit - 1}", remedy="check the request")
+
+
+_SHORT = 32
+"""Elements up to which Python's own numbers are faster than a call of numpy."""
+
+
+def _within(array: np.ndarray, limit: int) -> bool:
+    """Whether all elements of an int32 array lie in 0 .. limit - 1."""
+    if array.ndim == 1 and len(array) <= _SHORT:
+        return all(0 <= value < limit for value in array.tolist())
+    # As unsigned, a negative one is too large too.
+    return not array.size or bool(array.view(np.uint32).max() < limit)
 
 
 class Executor(Protocol):
