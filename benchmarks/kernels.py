@@ -1,0 +1,247 @@
+"""Speed of single kernels on one thread, beside what the machine gives in the same minute.
+
+python -m benchmarks.kernels [--only attention] [--repeat 12] [-o FILE]
+
+A kernel is called on one set of arrays after the other, more in all than caches hold, as in a step, where
+each layer has weights and pages of its own. All kernels are measured in turns; best and median of the turns.
+`gb_s`: weights, or pages of the cache. `gop_s`: additions and multiplications. The limits are a loop that
+only reads, and loops that only multiply what is in registers: bytes (int32 sums), and floats.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from .commands import machine, report
+
+os.environ["TVM_NUM_THREADS"] = "1"  # read when TVM is imported
+
+SET_BYTES = 128 << 20
+"""Of all sets of a kernel's arrays together."""
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass
+class Measured:
+    """A compiled kernel with its sets of arrays."""
+
+    name: str
+    function: Any
+    sets: Sequence[Sequence[Any]]
+    read: int
+    """Bytes of weights or pages a call."""
+    ops: int
+    seconds: list[float] = field(default_factory=list)
+
+    def turn(self) -> None:
+        began = time.perf_counter()
+        for arrays in self.sets:
+            self.function(*arrays)
+        self.seconds.append((time.perf_counter() - began) / len(self.sets))
+
+    def row(self) -> dict[str, Any]:
+        best, middle = min(self.seconds), median(self.seconds)
+        return {
+            "kernel": self.name,
+            "us": round(1e6 * middle, 1),
+            "best_us": round(1e6 * best, 1),
+            "gb_s": round(self.read / middle / 1e9, 2),
+            "gop_s": round(self.ops / middle / 1e9, 1),
+        }
+
+
+def _compiled(function: Any, isa: str) -> Any:
+    import tvm
+    from llmc.codegen.tvm.kernels.isa import get_isa
+
+    module = tvm.IRModule({"f": function.with_attr("global_symbol", "f")})
+    # As in `llmc.codegen.tvm.build`: these take most of the time and change nothing.
+    slow = ["s_tir.CompactBufferAllocation", "s_tir.HoistIfThenElse"]
+    with tvm.transform.PassContext(disabled_pass=slow):
+        return tvm.compile(module, target=tvm.target.Target(get_isa(isa).target))["f"]
+
+
+def _tensor(array: Array) -> Any:
+    import tvm
+
+    return tvm.runtime.tensor(np.ascontiguousarray(array))
+
+
+def read_limit(isa: str) -> Measured:
+    """A loop that reads memory, 256 bytes a turn."""
+    from llmc.codegen.tvm.kernels.builder import Kernel, i32s, put, register_i32, vec
+    from tvm.script.ir_builder import tirx as T
+
+    turns, width = SET_BYTES // 256, 4
+    kernel = Kernel("read", isa)
+    with kernel:
+        x = kernel.argument("x", (turns, width, 16), "int32")
+        out = kernel.argument("out", (width, 16), "int32")
+        with kernel.body():
+            sums = [register_i32(i32s(0)) for _ in range(width)]
+            with T.serial(0, turns) as i:
+                for j, cell in enumerate(sums):
+                    put(cell, vec(cell, 0) + vec(x, i, j, 0), 0)
+            for j, cell in enumerate(sums):
+                put(out, vec(cell, 0), j, 0)
+    arrays = [_tensor(np.ones((turns, width, 16), np.int32)), _tensor(np.zeros((width, 16), np.int32))]
+    return Measured("limit: reading", _compiled(kernel.function, isa), [arrays], SET_BYTES, 0)
+
+
+def multiply_limit(isa: str, dtype: str) -> Measured:
+    """A loop over registers: products of bytes, or multiply-adds of floats."""
+    from llmc.codegen.tvm.kernels.builder import (
+        Kernel,
+        call,
+        f32s,
+        fma,
+        i32s,
+        put,
+        register,
+        register_i32,
+        vec,
+    )
+    from llmc.codegen.tvm.kernels.isa import get_isa
+    from tvm.script.ir_builder import tirx as T
+
+    turns = 1 << 18
+    cells = 16 if get_isa(isa).live_vectors >= 32 else 4
+    kernel = Kernel("multiply", isa)
+    floats = dtype == "float32"
+    with kernel:
+        w = kernel.argument("w", (16,) if floats else (64,), "float32" if floats else "uint8")
+        out = kernel.argument("out", (cells, 16), dtype)
+        with kernel.body():
+            sums = [register(f32s(0)) if floats else register_i32(i32s(0)) for _ in range(cells)]
+            with T.serial(0, turns):
+                for cell in sums:
+                    if floats:
+                        put(cell, fma(vec(w, 0), f32s(1.0), vec(cell, 0)), 0)
+                    else:
+                        one = T.int32(0x01010101)
+                        put(cell, call("int32x16", "llmc_dot4", vec(cell, 0), vec(w, 0, lanes=64), one), 0)
+            for j, cell in enumerate(sums):
+                put(out, vec(cell, 0), j, 0)
+    operand = np.ones(16, np.float32) if floats else np.ones(64, np.uint8)
+    arrays = [_tensor(operand), _tensor(np.zeros((cells, 16), dtype))]
+    ops = turns * cells * (32 if floats else 128)
+    return Measured(f"limit: multiplying {dtype}", _compiled(kernel.function, isa), [arrays], 0, ops)
+
+
+def linear(isa: str, n: int, k: int, rows: int, group: int, zero: str | None) -> Measured:
+    """`quantized_linear` of 4 bits."""
+    from llmc.codegen.tvm.kernels.layout import QuantLayout
+    from llmc.codegen.tvm.kernels.quantized import make_quantized_linear
+
+    lay = QuantLayout(n, k, 4, group, None, "float16", zero, 0)
+    form = {"bits": 4, "group_size": group, "zero_point": zero, "scale_dtype": "float16"}
+    function = _compiled(make_quantized_linear(n=n, k=k, **form, isa=isa), isa)
+    rng = np.random.default_rng(0)
+    weights = [
+        rng.integers(0, 256, lay.weight_shape, dtype=np.uint8),
+        np.full(lay.scale_shape, 0.01, lay.scale_storage),
+    ]
+    if lay.zero_storage is not None:
+        weights.append(np.full(lay.zero_shape, 0x88, lay.zero_storage))
+    read = sum(array.nbytes for array in weights)
+    a = rng.integers(-127, 128, (rows, lay.k_padded), dtype=np.int8)
+    sums = a.reshape(rows, lay.groups, -1).sum(2).astype(np.float32)
+    given = [_tensor(a), _tensor(sums), _tensor(np.ones((rows, lay.groups), np.float32))]
+    out = _tensor(np.zeros((rows, n), np.float32))
+    sets = [[*given, *map(_tensor, weights), out] for _ in range(max(1, SET_BYTES // read))]
+    if rows > 64:
+        sets = sets[:2]  # weights are read once and used often
+    kind = "sym" if zero is None else "asym"
+    name = f"quantized_linear {n}x{k} int4-g{group} {kind}, {rows} rows"
+    return Measured(name, function, sets, read, 2 * rows * n * k)
+
+
+def attention(
+    isa: str, heads: tuple[int, int, int], kv_dtype: str, sequences: Sequence[tuple[int, int]]
+) -> Measured:
+    """`paged_attention`: heads = (query heads, key/value heads, their size); sequences = [(new tokens, tokens
+    of context with them)].
+    """
+    from llmc.codegen.tvm.kernels.attention import make_paged_attention
+    from llmc.codegen.tvm.kernels.cache import PAGE_SIZE, page_width
+
+    queries, shared, width = heads
+    maker = {"heads": queries, "kv_heads": shared, "head_dim": width, "kv_dtype": kv_dtype}
+    function = _compiled(make_paged_attention(**maker, scale=width**-0.5, isa=isa), isa)
+    rng = np.random.default_rng(0)
+    counts = [-(-context // PAGE_SIZE) for _, context in sequences]
+    shape = (2, sum(counts), shared, PAGE_SIZE, page_width(kv_dtype, width))
+    pages = rng.standard_normal(shape).astype(np.float32)
+    order = iter(rng.permutation(sum(counts)))
+    table = np.zeros((len(counts), max(counts)), np.int32)
+    for row, count in zip(table, counts, strict=True):
+        row[:count] = [next(order) for _ in range(count)]
+    tokens = sum(new for new, _ in sequences)
+    arrays = [
+        rng.standard_normal((tokens, queries, width)).astype(np.float32),
+        np.zeros(shape, np.int8) if kv_dtype == "int8" else pages.astype(kv_dtype),
+        np.cumsum([0, *(new for new, _ in sequences)]).astype(np.int32),
+        np.array([context for _, context in sequences], np.int32),
+        table,
+        np.zeros((tokens, queries, width), np.float32),
+    ]
+    read = arrays[1].nbytes
+    sets = [[_tensor(array) for array in arrays] for _ in range(max(1, SET_BYTES // read))]
+    if tokens > 64:
+        sets = sets[:2]
+    pairs = sum(sum(range(context - new + 1, context + 1)) for new, context in sequences)
+    name = f"paged_attention {queries}/{shared}x{width} {kv_dtype}, {len(sequences)} of {sequences[0]}"
+    return Measured(name, function, sets, read, 4 * queries * width * pairs)
+
+
+def cases(isa: str, only: str) -> list[Measured]:
+    """The limits, then kernels of SmolLM2-135M and Qwen2.5-0.5B whose name contains `only`."""
+    found = [read_limit(isa), multiply_limit(isa, "int32"), multiply_limit(isa, "float32")]
+    if only in "quantized_linear":
+        for n, k in ((3072, 576), (576, 1536), (9728, 896)):
+            found += [linear(isa, n, k, rows, 32, "uint8") for rows in (1, 8, 32, 512)]
+        found += [linear(isa, 3072, 576, rows, 64, None) for rows in (1, 512)]
+    if only in "paged_attention":
+        smollm2, qwen = (9, 3, 64), (14, 2, 64)
+        for heads, dtype in ((smollm2, "float16"), (smollm2, "int8"), (qwen, "float16")):
+            found += [
+                attention(isa, heads, dtype, sequences)
+                for sequences in ([(1, 4096)], [(1, 170)] * 32, [(512, 512)])
+            ]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", default="", help="kernels whose name contains this")
+    parser.add_argument("--isa", help="instruction-set level [default: the best that runs here]")
+    parser.add_argument("--repeat", type=int, default=12, help="turns [default: 12]")
+    parser.add_argument("-o", "--output", type=Path, help="write the record as JSON")
+    arguments = parser.parse_args()
+    from llmc.runtime.cpu import supported_isas
+
+    isa = arguments.isa or supported_isas()[-1]
+    measured = cases(isa, arguments.only)
+    for turn in range(arguments.repeat + 1):
+        for kernel in measured:
+            kernel.turn()
+            if turn == 0:
+                kernel.seconds.clear()  # touches memory for the first time
+    rows = [kernel.row() for kernel in measured]
+    report({"machine": machine(), "isa": isa, "threads": 1, "rows": rows}, arguments.output)
+
+
+if __name__ == "__main__":
+    main()
