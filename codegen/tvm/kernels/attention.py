@@ -1,7 +1,7 @@
 """`paged_attention`: attention of a ragged batch over the paged cache, with softmax computed on the way.
 
-For a query row and head, pages of its context are taken in order (Milakov & Gimelshein 2018; Dao et al.
-2022):
+For a query row and head, tiles of four pages of its context are taken in order (Milakov & Gimelshein 2018;
+Dao et al. 2022):
 
     s[j] = Σ_d q[d] · scale · k[j, d]            one chain of multiply-adds over d, 16 tokens j at once
     m' = max(m, max_j s[j]);  p[j] = 2^(s[j] - m');  c = 2^(m - m')
