@@ -139,23 +139,18 @@ class _Block:
         first = let(self.first // _SEGMENT)
         stop = let(T.floordiv(self.last + (_SEGMENT - 1), _SEGMENT))
 
-        def merge() -> None:
-            merged = _Merged(self.spec, self.at, self.row, self.head, (self.rows, self.heads))
-            with loop(first, stop) as segment:
-                self.segment(segment)
+        merged = _Merged(self.spec, self.at, self.row, self.head, (self.rows, self.heads))
+        # To merge one segment with nothing would multiply it by 1. A sink is something.
+        several = stop - first > (0 if self.at.sinks is not None else 1)
+        with loop(first, stop) as segment:
+            self.segment(segment)
+            with T.If(several), T.Then():
                 merged.add(vec(self.best, 0), vec(self.total, 0), self.acc, T.int32(0))
-            _finish(merged)
-
-        if self.at.sinks is not None:
-            merge()
-            return
-        # To merge one segment with nothing would multiply it by 1.
-        with T.If(stop - first == 1):
+        with T.If(several):
             with T.Then():
-                self.segment(first)
-                _finish(self)
+                _finish(merged)
             with T.Else():
-                merge()
+                _finish(merged if self.at.sinks is not None else self)
 
     def prepare(self) -> None:
         """What all segments need: the pages seen, [first, last), and the scaled query."""
