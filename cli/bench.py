@@ -76,6 +76,7 @@ def command(
 
     notes_from_logging()
     runtime, _ = split(options)
+    sizes = {"prompt_tokens": prompt_tokens, "output_tokens": output_tokens}
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(Progress())
         progress("starting processes")
@@ -88,28 +89,20 @@ def command(
         engine = stack.enter_context(llm.engine.paused())
         measured = speeds(
             engine,
-            prompt_tokens=prompt_tokens,
-            output_tokens=output_tokens,
+            **sizes,
             concurrency=concurrency,
             repeat=repeat,
             between=rival.turn if rival is not None else _nothing,
             progress=progress,
         )
         if profiled:
-            measured["profile"] = profile.profile(
-                engine,
-                weights,
-                prompt_tokens=prompt_tokens,
-                output_tokens=output_tokens,
-                concurrency=max(concurrency),
-            )
+            measured["profile"] = profile.profile(engine, weights, **sizes, concurrency=most)
     result: dict[str, Any] = {
         "artifact": str(artifact),
         **measured,
         **starts,
         "weight_bytes_per_token": sum(weights[name] for name in read),
-        "prompt_tokens": prompt_tokens,
-        "output_tokens": output_tokens,
+        **sizes,
         "repeat": repeat,
         **(rival.result(measured) if rival is not None else {}),
     }
