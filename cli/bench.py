@@ -62,7 +62,8 @@ def command(
     **options: Any,
 ) -> None:
     """Measure ARTIFACT: tokens a second of one long prompt (prefill), of one answer (decode), and of many
-    requests at once; the time to load, and from the start of the process to the first token.
+    requests at once; the time to load what was verified before, and from the start of the process to the
+    first token.
 
     With --against-transformers, MODEL (the folder, hub id or GGUF file that ARTIFACT was made from) runs in
     transformers in bfloat16, in a process of its own with as many threads, and is measured in turns with it.
