@@ -1,10 +1,10 @@
 """Artifacts whose hashes were found right on this machine, so that they are not computed at every start.
 
 Where a processor has no instructions for SHA-256, hashing takes longer than everything else that a start
-does (benchmarks/README.md). So what was verified is written down: for each file its device, inode, size and times. A file that changes gets a new time
-of change from the kernel, which no program can set back. A record that is missing, old or unreadable costs
-the hashing and nothing else; one that cannot be written is left out. What rots on the disk while no file is
-written is found by `llmc inspect`, which always hashes.
+does (benchmarks/README.md). So what was verified is written down: for each file its device, inode, size and
+times. A file that changes gets a new time of change from the kernel, which no program can set back. A record
+that is missing, old or unreadable costs the hashing and nothing else; one that cannot be written is left out.
+What rots on the disk while no file is written is found by `llmc inspect`, which always hashes.
 """
 
 from __future__ import annotations
