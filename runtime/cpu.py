@@ -8,13 +8,15 @@ arch/x86/include/asm/cpufeatures.h), which leaves out what the kernel or a hyper
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import subprocess
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
-ISA_LEVELS = ("generic", "avx2", "avxvnni", "avx512vnni")
+ISA_LEVELS = ("generic", "avx2", "avxvnni", "avx512vnni", "amx")
 """All levels, the best last."""
 
 _AVX2 = frozenset({"avx", "avx2", "fma", "f16c", "bmi1", "bmi2", "movbe", "abm"})
@@ -25,12 +27,13 @@ ISA_FLAGS: Mapping[str, frozenset[str]] = {
     "avx2": _AVX2,
     "avxvnni": _AVX2 | {"avx_vnni"},
     "avx512vnni": _AVX2 | _AVX512,
+    "amx": _AVX2 | _AVX512 | {"amx_tile", "amx_int8"},
 }
 """Level → flags of /proc/cpuinfo that it requires. "generic" is the baseline of the architecture (x86-64,
 armv8-a).
 
 In LLVM's names: avx2 = x86-64-v3 (abm is lzcnt); avxvnni adds +avxvnni; avx512vnni is x86-64-v4 with
-+avx512vnni.
++avx512vnni; amx adds +amx-tile and +amx-int8.
 """
 
 # macOS (sysctl machdep.cpu) writes the same features differently; the VNNI names are the ones it has used.
@@ -71,10 +74,34 @@ def cpu_features() -> frozenset[str]:
         return frozenset()
 
 
+_ARCH_PRCTL = 158
+_ARCH_REQ_XCOMP_PERM = 0x1023
+_XFEATURE_XTILEDATA = 18
+
+
+@cache
+def may_use_tiles() -> bool:
+    """Ask Linux for AMX's tile registers, which a process may not touch before; whether it has them then.
+
+    They are for all threads of the process. The kernel refuses where it is older than 5.16, under some
+    sandboxes, and where a thread's alternative signal stack is too small for them (Linux:
+    Documentation/arch/x86/xstate.rst).
+    """
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        return False
+    return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA) == 0
+
+
 def supported_isas(features: frozenset[str] | None = None) -> list[str]:
-    """The levels whose features are all present, the best last. "generic" is always among them."""
+    """The levels whose features are all present, the best last. "generic" is always among them.
+
+    `features`: of another CPU than this one, for which nothing is asked of its operating system.
+    """
     have = cpu_features() if features is None else features
-    return [level for level in ISA_LEVELS if ISA_FLAGS[level] <= have]
+    levels = [level for level in ISA_LEVELS if ISA_FLAGS[level] <= have]
+    if features is None and "amx" in levels and not may_use_tiles():
+        levels.remove("amx")
+    return levels
 
 
 def best_isa() -> str:

@@ -11,6 +11,7 @@ from llmc.runtime.memory import plan_kv_cache
 
 HASWELL = "fpu sse4_2 avx avx2 fma f16c bmi1 bmi2 movbe abm"
 CASCADE_LAKE = HASWELL + " avx512f avx512bw avx512cd avx512dq avx512vl avx512_vnni"
+SAPPHIRE_RAPIDS = CASCADE_LAKE + " avx_vnni amx_bf16 amx_tile amx_int8"
 
 
 @pytest.mark.parametrize(
@@ -23,7 +24,8 @@ CASCADE_LAKE = HASWELL + " avx512f avx512bw avx512cd avx512dq avx512vl avx512_vn
         (HASWELL + " avx_vnni", ["generic", "avx2", "avxvnni"]),
         (CASCADE_LAKE, ["generic", "avx2", "avx512vnni"]),
         (CASCADE_LAKE.replace("avx512vl ", ""), ["generic", "avx2"]),
-        (CASCADE_LAKE + " avx_vnni", ["generic", "avx2", "avxvnni", "avx512vnni"]),
+        (SAPPHIRE_RAPIDS.replace(" amx_int8", ""), ["generic", "avx2", "avxvnni", "avx512vnni"]),
+        (SAPPHIRE_RAPIDS, ["generic", "avx2", "avxvnni", "avx512vnni", "amx"]),
     ],
 )
 def test_levels_of_known_processors(flags: str, levels: list[str]):
@@ -34,6 +36,13 @@ def test_levels_of_known_processors(flags: str, levels: list[str]):
 def test_processors_that_differ_have_what_all_of_them_have():
     text = f"processor: 0\nflags: {CASCADE_LAKE}\n\nprocessor: 1\nflags: {HASWELL}\n"
     assert cpu.supported_isas(cpu.parse_cpuinfo(text)) == ["generic", "avx2"]
+
+
+def test_tiles_that_the_operating_system_refuses_are_no_level(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cpu, "cpu_features", lambda: cpu.parse_cpuinfo(f"flags : {SAPPHIRE_RAPIDS}\n"))
+    for allowed, best in ((True, "amx"), (False, "avx512vnni")):
+        monkeypatch.setattr(cpu, "may_use_tiles", lambda allowed=allowed: allowed)
+        assert cpu.supported_isas()[-1] == best
 
 
 def test_arm_and_nothing_at_all_are_generic():

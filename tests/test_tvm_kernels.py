@@ -98,6 +98,7 @@ def test_embedding_of_a_bad_id_stays_inside_the_table(isa: str) -> None:
 @pytest.mark.parametrize(
     ("isa", "pattern"),
     [
+        ("amx", r"tdpbssd\s.*%tmm"),
         ("avx512vnni", r"vpdpbusd\s.*%zmm"),
         ("avxvnni", r"\{vex\}\s+vpdpbusd\s.*%ymm"),
         ("avx2", r"vpmaddubsw\s.*%ymm"),
@@ -106,11 +107,13 @@ def test_embedding_of_a_bad_id_stays_inside_the_table(isa: str) -> None:
 )
 def test_a_level_multiplies_with_its_own_instruction(isa: str, pattern: str) -> None:
     """Assembled for levels that this machine lacks, too."""
-    function = make_quantized_linear(n=32, k=64, bits=4, group_size=32, isa=isa)
+    function = make_quantized_linear(n=32, k=64, bits=4, group_size=64, isa=isa)
     module = compiled(function, isa)
     assembly = module.mod.inspect_source("asm")
     assert re.search(pattern, assembly)
-    if isa != "avx512vnni":
+    if isa != "amx":
+        assert "tmm" not in assembly
+    if isa not in ("amx", "avx512vnni"):
         assert "zmm" not in assembly
     if isa == "generic":
         assert "ymm" not in assembly and "fmaf" not in assembly

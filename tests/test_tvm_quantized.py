@@ -130,6 +130,11 @@ CASES = [
     Case(7, 50, 6, 24, "float16"),  # the same, and a short last group
     Case(33, 64, 7, 32, "uint8"),
     Case(17, 400, 7, 400, "float16"),
+    # Wide enough for tile registers: minima, a depth below 64, tables of integers, a group of several tiles
+    Case(33, 192, 4, 64, "float16"),
+    Case(20, 96, 5, 48, "uint8"),
+    Case(40, 128, 4, 64, codebook="iq4_nl"),
+    Case(50, 256, 6, 128, "uint8"),
 ]
 GENERAL = [  # products in floats
     Case(40, 128, 4, 64, codebook="nf4"),
@@ -137,7 +142,7 @@ GENERAL = [  # products in floats
     Case(5, 9, 4, 64, codebook="nf4"),
 ]
 cases = pytest.mark.parametrize("case", CASES, ids=str)
-WITH_EXTRAS = {CASES[0], CASES[1], CASES[6], CASES[13], GENERAL[0], GENERAL[2]}
+WITH_EXTRAS = {CASES[0], CASES[1], CASES[6], CASES[13], CASES[-1], GENERAL[0], GENERAL[2]}
 """Cases that are tried with bias and residual too; adding them is the same code for all."""
 
 

@@ -38,7 +38,7 @@ class TvmCpu(Target):
     # Not the compiling machine's own level: an artifact runs elsewhere too, and its bytes are the same
     # everywhere.
     isa: str = field(
-        default="avx2+avx512vnni",
+        default="avx2+avx512vnni+amx",
         metadata={"help": f"instruction-set levels, joined by +: {', '.join(LEVELS)}"},
     )
 

@@ -34,6 +34,8 @@ class Isa:
     """Conversion between float16 and float32 in hardware."""
     dot: str
     """How 4 uint8 × int8 products are added to an int32: "vnni512", "vnni256", "maddubs" or "plain"."""
+    tiles: bool = False
+    """AMX: products of 16 rows by 16 columns of bytes in tile registers."""
 
     @property
     def target(self) -> dict[str, Any]:
@@ -53,6 +55,17 @@ LEVELS = {
         Isa("avx2", "x86-64-v3", (), 256, 16, True, True, "maddubs"),
         Isa("avxvnni", "x86-64-v3", ("+avxvnni",), 256, 16, True, True, "vnni256"),
         Isa("avx512vnni", "x86-64-v4", ("+avx512vnni",), 512, 32, True, True, "vnni512"),
+        Isa(
+            "amx",
+            "x86-64-v4",
+            ("+avx512vnni", "+amx-tile", "+amx-int8"),
+            512,
+            32,
+            True,
+            True,
+            "vnni512",
+            tiles=True,
+        ),
     )
 }
 

@@ -52,7 +52,9 @@ class Operands:
     residual: Buffer | None
     out: Buffer
     signed: bool = False
-    """Whether weights are spread to bytes less their zero points, and a is uint8: 128 more."""
+    """Whether weights are spread to bytes less their zero points."""
+    shifted: bool = False
+    """Whether a is uint8: 128 more than the activations; only where `signed`."""
 
     @property
     def corrects(self) -> bool:
@@ -82,14 +84,16 @@ class Operands:
         """Whether totals are counted from LIFT, which saves their conversion to float.
 
         They must stay below 2^22, and scale · LIFT must be exact, for which the 11 bits of a scale (19 of one
-        of two levels) are few enough. Where a product of bytes takes eight instructions, registers are short.
+        of two levels) are few enough. Where a product of bytes takes eight instructions, registers are short;
+        totals from tile registers (`signed`, not `shifted`) start at zero.
         """
         lay = self.layout
         top = 15 if lay.bits <= 4 and lay.codebook is None else 255
         exact = lay.scale_dtype != "float32" or lay.super_group > 0
         pays = self.isa.dot != "maddubs" or self.dot == "llmc_dot4"
         fits = exact and lay.real_group * 127 * top < 1 << 22
-        return self.isa.fma and not self.minimum and fits and pays
+        in_tiles = self.signed and not self.shifted
+        return self.isa.fma and not self.minimum and not in_tiles and fits and pays
 
     @property
     def dot(self) -> str:
@@ -216,8 +220,8 @@ class Packed:
 class Unpacked(Packed):
     """A panel of weights spread to bytes, scales and zero points widened, in memory of this thread.
 
-    Where `Operands.signed`, the bytes are q - zero_point, and activations a + 128: then the totals need no
-    correction for each token, for they may start at -128 · Σ (q - zero_point).
+    Where `Operands.signed`, the bytes are q - zero_point, and the totals need no correction for each token;
+    where activations are a + 128 (`Operands.shifted`), they start at -128 · Σ (q - zero_point).
     """
 
     def __init__(self, ops: Operands, first: Expr, count: int) -> None:
@@ -228,7 +232,7 @@ class Unpacked(Packed):
         self.bytes = T.alloc_buffer(shape, "uint8")
         self.wide = T.alloc_buffer(each, "float32")
         self.lifts: Buffer = T.alloc_buffer(each, "float32") if ops.lifted else None
-        self.starts: Buffer = T.alloc_buffer(each, "int32") if ops.signed else None
+        self.starts: Buffer = T.alloc_buffer(each, "int32") if ops.shifted else None
         self.offset: Buffer = None
         if ops.corrects:
             kind = "float32" if ops.float_correction or ops.minimum else "int32"
@@ -247,12 +251,13 @@ class Unpacked(Packed):
         lay, ops = self.ops.layout, self.ops
         columns = range(self.count)
         less = [let(ops.byte_zeros(self.first + c, g)) for c in columns] if ops.signed else []
-        sums = [register_i32(i32s(0)) for _ in less]
+        sums = [register_i32(i32s(0)) for _ in columns] if ops.shifted else []
         with T.serial(0, lay.steps) as s:
             for word, blocks in enumerate(super().words(g, s)):
                 for c, w in enumerate(blocks):
                     if ops.signed:
                         w = let(w - less[c])
+                    if ops.shifted:
                         put(sums[c], call("int32x16", ops.dot, vec(sums[c], 0), w, _ALL_128), 0)
                     put(self.bytes, w, g, s, word, c, 0, lanes=64)
         start = T.reinterpret(f32s(LIFT), dtype="int32x16") if ops.lifted else i32s(0)
@@ -266,7 +271,7 @@ class Unpacked(Packed):
         ]
 
     def start(self, group: Expr, c: int) -> Expr:
-        """Where the totals of 16 outputs start; for `Operands.signed`."""
+        """Where the totals of 16 outputs start; for `Operands.shifted`."""
         return vec(self.starts, group, c, 0)
 
     def scale(self, group: Expr, c: int) -> Expr:

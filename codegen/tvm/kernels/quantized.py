@@ -48,6 +48,7 @@ from .isa import Isa
 from .layout import QuantLayout
 from .linear import for_each_panel, store_block
 from .panels import LIFT, Operands, Packed, Unpacked, weight_arguments
+from .tiles import LEAST_ROWS, FinishGroup, multiply_tiles, tile_depth
 
 
 def _tile_sizes(isa: Isa, bits: int) -> tuple[Sequence[int], Sequence[int], int]:
@@ -120,7 +121,7 @@ def _multiply(ops: Operands, row: Expr, rows: int, panel: Packed, narrow: bool) 
         else:
             with T.serial(0, lay.steps // unit) as s:
                 add(ops, row, panel, (g, s * unit), unit, total)
-        _finish_group(ops, row, panel, g, total, acc)
+        _finish_group(ops, row, panel, g, total, acc, range(count))
     for t in range(rows):
         for c in range(count):
             value = let(vec(acc[t][c], 0))
@@ -129,7 +130,7 @@ def _multiply(ops: Operands, row: Expr, rows: int, panel: Packed, narrow: bool) 
 
 def _start(ops: Operands, row: Expr, rows: int, panel: Packed, group: Expr) -> list[list[Buffer]]:
     """Integer accumulators; LIFT and what zero points take off for all tokens alike are where they start."""
-    if isinstance(panel, Unpacked) and ops.signed:
+    if isinstance(panel, Unpacked) and ops.shifted:
         starts = [let(panel.start(group, c)) for c in range(panel.count)]
         return [[register_i32(start) for start in starts] for _ in range(rows)]
     total: list[list[Buffer]] = []
@@ -148,12 +149,17 @@ def _start(ops: Operands, row: Expr, rows: int, panel: Packed, group: Expr) -> l
 
 
 def _finish_group(
-    ops: Operands, row: Expr, panel: Packed, group: Expr, total: list[list[Buffer]], acc: list[list[Buffer]]
+    ops: Operands,
+    row: Expr,
+    panel: Packed,
+    group: Expr,
+    total: list[list[Buffer]],
+    acc: list[list[Buffer]],
+    columns: Sequence[Expr],
 ) -> None:
-    """acc += a_scale · (scale · float(total - zero_point · sum)), or a_scale · (scale · total + minimum ·
-    sum).
+    """For those blocks of the panel: acc += a_scale · (scale · float(total - zero_point · sum)), or
+    a_scale · (scale · total + minimum · sum).
     """
-    columns = range(panel.count)
     scale = [let(panel.scale(group, c)) for c in columns]
     lift = [let(panel.lift(group, c)) if ops.lifted else f32s(0) for c in columns]
     zero = [let(panel.zero(group, c)) for c in columns] if ops.corrects else None
@@ -184,19 +190,21 @@ def _corrected(ops: Operands, total: Expr, zero: Expr | None, sum_: Expr | None)
 
 
 def _products(ops: Operands, tokens: Expr, isa: Isa) -> None:
-    """All panels of the weight; from `_unpack_rows` rows on each is unpacked first."""
+    """All panels of the weight: read as they lie for few rows; for many, unpacked first and multiplied by
+    vectors or in tiles.
+    """
     lay, narrow = ops.layout, isa.dot == "maddubs"
     unpacked_sizes, packed_sizes, width = _tile_sizes(isa, lay.bits)
+    tiles = isa.tiles and tile_depth(lay) > 0
 
     def direct(first: Expr, count: int) -> None:
         panel = Packed(ops, first, count)
         row_tiles(tokens, packed_sizes, lambda row, rows: _multiply(ops, row, rows, panel, narrow))
 
-    if lay.bits == 8:
-        for_each_panel(lay.blocks, width, direct)
-        return
-
     def many() -> None:
+        if tiles:
+            for_each_panel(lay.blocks, width, lambda first, count: _in_tiles(ops, tokens, first, count))
+            return
         given = _with_unsigned(ops, tokens) if isa.dot in ("vnni512", "vnni256") else ops
 
         def unpacked(first: Expr, count: int) -> None:
@@ -205,11 +213,25 @@ def _products(ops: Operands, tokens: Expr, isa: Isa) -> None:
 
         for_each_panel(lay.blocks, width, unpacked)
 
-    with T.If(tokens < _unpack_rows(isa, lay.bits)):
+    if lay.bits == 8 and not tiles:
+        for_each_panel(lay.blocks, width, direct)
+        return
+    with T.If(tokens < (LEAST_ROWS if tiles else _unpack_rows(isa, lay.bits))):
         with T.Then():
             for_each_panel(lay.blocks, width, direct)
         with T.Else():
             many()
+
+
+def _in_tiles(ops: Operands, tokens: Expr, first: Expr, count: int) -> None:
+    """All rows by a panel, in tile registers."""
+    given = replace(ops, signed=True)
+    panel = Unpacked(given, first, count)
+
+    def finish(row: Expr, c: Expr) -> FinishGroup:
+        return lambda g, totals, acc: _finish_group(given, row, panel, g, totals, acc, [c])
+
+    multiply_tiles(given, tokens, panel, finish)
 
 
 def _with_unsigned(ops: Operands, tokens: Expr) -> Operands:
@@ -223,7 +245,7 @@ def _with_unsigned(ops: Operands, tokens: Expr) -> Operands:
             put(unsigned, T.bitwise_xor(signed, T.broadcast(T.uint8(128), 8)), t, i * 8, lanes=8)
 
     for_each_row(tokens, width, row)
-    return replace(ops, a=unsigned, signed=True)
+    return replace(ops, a=unsigned, signed=True, shifted=True)
 
 
 def make_quantized_linear(
