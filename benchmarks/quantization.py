@@ -33,7 +33,8 @@ import numpy as np
 from llmc.ir.errors import LlmcError
 
 from .commands import SCRATCH, machine
-from .peers_quantization import environments, ours, report
+from .environments import QUANTIZATION
+from .peers_quantization import ours, report
 from .peers_quantization.models import (
     MODELS,
     CalibrationText,
@@ -80,7 +81,7 @@ class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.cache: Path = options.cache.resolve()
-        self.pythons = dict(_python(text) for text in options.peer_python)
+        self.pythons = dict(QUANTIZATION.named(text) for text in options.peer_python)
         self.machine = machine()
 
     def cached(self, name: str) -> list[dict[str, Any]]:
@@ -177,10 +178,10 @@ class Row:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "order.json"
         path.write_text(json.dumps(order, indent=1) + "\n", encoding="utf-8")
-        python = environments.python_of(self.tool, self.bench.pythons, self.bench.cache)
-        print(f"$ {python} {environments.program(self.tool).name} {path}", file=sys.stderr, flush=True)
+        python = QUANTIZATION.python_of(self.tool, self.bench.pythons, self.bench.cache)
+        print(f"$ {python} {QUANTIZATION.program(self.tool).name} {path}", file=sys.stderr, flush=True)
         with (self.folder / "log.txt").open("w", encoding="utf-8") as log:
-            command = [str(python), str(environments.program(self.tool)), str(path)]
+            command = [str(python), str(QUANTIZATION.program(self.tool)), str(path)]
             # In its folder: some leave files of their own where they stand.
             done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, cwd=self.folder, check=False)
         if done.returncode:
@@ -222,16 +223,9 @@ def _chosen(text: str | None, default: tuple[str, ...]) -> tuple[str, ...]:
 
 def _peer(text: str) -> tuple[str, str]:
     tool, _, scheme = text.partition(":")
-    if tool not in environments.PROGRAMS or not scheme:
-        sys.exit(f"error: --peers {text}: use TOOL:METHOD with a tool of {', '.join(environments.PROGRAMS)}")
+    if tool not in QUANTIZATION.programs or not scheme:
+        sys.exit(f"error: --peers {text}: use TOOL:METHOD with a tool of {', '.join(QUANTIZATION.programs)}")
     return tool, scheme
-
-
-def _python(text: str) -> tuple[str, Path]:
-    tool, _, path = text.partition("=")
-    if tool not in environments.PROGRAMS or not path:
-        sys.exit(f"error: --peer-python {text}: use NAME=PATH with {', '.join(environments.PROGRAMS)}")
-    return tool, Path(path).absolute()  # not resolved: a venv's interpreter is a link
 
 
 def _arguments() -> argparse.Namespace:

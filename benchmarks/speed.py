@@ -1,86 +1,224 @@
-"""Compile time, memory and speed of SmolLM2-135M int4, beside transformers in bfloat16 (`make bench`).
+"""Speed of our artifacts beside the peers: one prompt, one answer, many streams, long contexts.
 
-python -m benchmarks.speed [--model smollm2] [--quant int4-g32] [--repeat 5] [-o FILE]
+python -m benchmarks.speed [--model smollm2] [--ours keep,int4-g64] [--peers llama.cpp,vllm,transformers]
+    [--repeat 5] [--curves] [-o FILE] [--merge FILE…] [--markdown FILE] [--plot FILE]
+
+Each system runs in a process of its own, with as many threads, and stands still while another is measured;
+in every round all are measured in turns on the same prompts of random ids. `make bench` is this with the
+peers that our own environment has; `make bench-peers` makes the others' environments first (they are kept).
+
+llama.cpp loads the published GGUF file, vLLM and transformers the same weights in bfloat16; transformers
+computes one prompt after the other. Ours: a scheme of `llmc compile --quant`, "keep" being that file's codes.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import random
 import resource
 import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .commands import SCRATCH, llmc, machine, report
-from .published_models import MODELS, fetch
+from .environments import SPEED
+from .peers_quantization.models import MODELS, Shared, shared_model
+from .peers_speed import report as tables
+from .peers_speed.protocol import Order
+from .peers_speed.systems import Measure, System
 
 NOISE = 0.03
-"""Share of the processors that others may use while we measure; a region that
-two threads share waits for the one that lost its core.
-"""
+"""Share of the processors that others may use while we measure."""
+READ_BYTES = 256 << 20
+
+BARS = [
+    Measure("prefill 512", "prefill", 1, 512, 1),
+    Measure("decode", "decode", 1, 16, 64),
+    Measure("decode at 4,096", "decode", 1, 4064, 32),
+    Measure("8 × (128 + 64)", "answers", 8, 128, 64),
+    Measure("32 × (128 + 64)", "answers", 32, 128, 64),
+]
+CURVES = [
+    *(Measure(f"decode at {n:,}", "decode", 1, n, 32) for n in (128, 512, 1024, 2048, 8000)),
+    *(Measure(f"{n} × (128 + 64)", "answers", n, 128, 64) for n in (1, 2, 4, 16, 64)),
+]
 
 
-def _seconds() -> tuple[float, float, float] | None:
-    """Processor seconds so far of this program with its finished children, of all processes, and of all and
-    idle together; None where the system does not tell.
+def _processors() -> tuple[float, float] | None:
+    """Processor seconds so far: of all processes, and of all and idle together; None where the system does
+    not tell.
     """
     try:
         words = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]
     except OSError:
         return None
-    user, nice, system, idle, wait, interrupts, soft, stolen = (int(word) for word in words)
-    busy = user + nice + system + interrupts + soft + stolen
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    tick = os.sysconf("SC_CLK_TCK")
-    return sum(u.ru_utime + u.ru_stime for u in used), busy / tick, (busy + idle + wait) / tick
+    user, nice, system, idle, wait, interrupts, soft, _ = (int(word) for word in words)
+    busy, tick = user + nice + system + interrupts + soft, os.sysconf("SC_CLK_TCK")
+    return busy / tick, (busy + idle + wait) / tick
 
 
-def speeds(artifact: Path, source: Path, repeat: int) -> dict[str, Any]:
-    """The JSON of `llmc bench`, and `others_cpu`: the share of the processors that was not ours meanwhile.
-
-    Says so where that is enough to make the numbers worthless.
-    """
-    concurrency = [word for n in (1, 8, 32) for word in ("--concurrency", str(n))]
-    before = _seconds()
-    found = llmc("bench", artifact, *concurrency, "--repeat", str(repeat), "--against-transformers", source)
-    after = _seconds()
-    if before is None or after is None:
-        return found
-    ours, busy, whole = (new - old for new, old in zip(after, before, strict=True))
-    others = max(0.0, busy - ours) / max(whole, 1e-9)
-    if others > NOISE:
-        print(
-            f"warning: other processes took {others:.0%} of the processors meanwhile, so these speeds are "
-            "too low, prefill most of all: measure again when the machine is idle",
-            file=sys.stderr,
-        )
-    return {**found, "others_cpu": round(others, 4)}
+def _of_groups(systems: Sequence[System]) -> float:
+    """Processor seconds so far of the systems and of this program."""
+    tick, total = os.sysconf("SC_CLK_TCK"), 0.0
+    for system in systems:
+        words = Path(f"/proc/{system.pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+        total += sum(int(word) for word in words[11:15]) / tick
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return total + used.ru_utime + used.ru_stime
 
 
-def measure(model: str, quant: str, repeat: int) -> dict[str, Any]:
-    """Compiles a model and measures the artifact; the JSON of both commands, and the ratios to
-    transformers.
-    """
-    source = fetch(model)
-    artifact = SCRATCH / f"{model}-{quant}.llmc"
+def read_gb_s(threads: int) -> float:
+    """What the memory gives: the maximum of 256 MB by each thread at once."""
+    arrays = [np.ones(READ_BYTES // 4, np.int32) for _ in range(threads)]
+    workers = [threading.Thread(target=array.max) for array in arrays]
+    began = time.perf_counter()
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return threads * READ_BYTES / (time.perf_counter() - began) / 1e9
+
+
+def _ours(model: Shared, scheme: str) -> tuple[System, dict[str, Any]]:
+    """An artifact, compiled anew, and what compiling and starting it took."""
+    artifact = (SCRATCH / f"{model.name}-{scheme}.llmc").absolute()
+    compiled = llmc("compile", model.gguf, "-o", artifact, "--quant", scheme)
+    sizes = ("--prompt-tokens", "16", "--output-tokens", "4", "--concurrency", "1", "--repeat", "3")
+    started = llmc("bench", artifact, *sizes)
+    program, bits = SPEED.folder / "run_llmc.py", compiled["bits_per_weight"]
+    system = System(f"llmc {scheme}", Path(sys.executable), program, artifact, bits=bits)
+    kept = ("load_ms", "first_token_ms", "weight_bytes_per_token")
+    return system, {"compile": compiled, **{name: started[name] for name in kept}}
+
+
+def _peer(tool: str, model: Shared, options: argparse.Namespace) -> System:
+    if tool == "transformers":  # in our own environment
+        program = SPEED.folder / "run_transformers.py"
+        return System(tool, Path(sys.executable), program, model.folder, alone=True, bits=16)
+    if tool not in SPEED.programs:
+        sys.exit(f"error: --peers {tool}: use some of {', '.join(SPEED.programs)}, transformers")
+    python = SPEED.python_of(tool, dict(map(SPEED.named, options.peer_python)), options.cache)
+    if tool == "llama.cpp":
+        return System(tool, python, SPEED.program(tool), model.gguf)
+    return System(tool, python, SPEED.program(tool), model.folder, bits=16)
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """All rounds; rates by system and measure."""
     SCRATCH.mkdir(exist_ok=True)
-    compiled = llmc("compile", source, "-o", artifact, "--quant", quant)
-    compiled["source_bytes"] = source.stat().st_size
-    found = speeds(artifact, source, repeat)
-    return {"machine": machine(), "model": source.name, "quant": quant, "compile": compiled, "bench": found}
+    model = shared_model(options.model, options.cache)
+    vocabulary = int(json.loads((model.folder / "config.json").read_text(encoding="utf-8"))["vocab_size"])
+    facts: dict[str, dict[str, Any]] = {}
+    systems: list[System] = []
+    for scheme in filter(None, options.ours.split(",")):
+        system, facts[f"llmc {scheme}"] = _ours(model, scheme)
+        systems.append(system)
+    systems += [_peer(tool, model, options) for tool in filter(None, options.peers.split(","))]
+    measures = BARS + (CURVES if options.curves else [])
+    largest = max(m.streams * (m.prompt + m.tokens + m.streams + 16) for m in measures)
+    longest = max(m.prompt + m.tokens for m in measures) + 16
+    order = {"threads": options.threads, "context": longest, "sequences": max(m.streams for m in measures)}
+    try:
+        for system in systems:
+            system.start(Order(model=str(system.model), tokens=largest, **order), SCRATCH)
+        before, mine = _processors(), _of_groups(systems)
+        limits = _rounds(systems, measures, vocabulary, options)
+        after, used = _processors(), _of_groups(systems) - mine
+    finally:
+        for system in systems:
+            system.stop()
+    others = 0.0
+    if before is not None and after is not None:
+        others = max(0.0, after[0] - before[0] - used) / (after[1] - before[1])
+        if others > NOISE:
+            print(f"warning: other processes took {others:.0%} of the processors meanwhile", file=sys.stderr)
+    return {
+        "machine": machine(),
+        "model": model.gguf.name,
+        "threads": options.threads,
+        "repeat": options.repeat,
+        "others_cpu": round(others, 4),
+        "read_gb_s": limits,
+        "measures": [asdict(m) for m in measures],
+        "systems": {
+            system.name: {
+                "ours": system.name in facts,
+                "alone": system.alone,
+                "bits": system.bits,
+                "versions": system.versions,
+                "rates": system.rates,
+                **facts.get(system.name, {}),
+            }
+            for system in systems
+        },
+    }
+
+
+def _rounds(
+    systems: Sequence[System], measures: Sequence[Measure], vocabulary: int, options: argparse.Namespace
+) -> list[float]:
+    """Measure all in turns; what the memory gave in each round. The first round touches what was never
+    touched, and counts for nothing.
+    """
+    generator, limits = random.Random(0), []
+    for number in range(options.repeat + 1):
+        limits.append(round(read_gb_s(options.threads), 2))
+        for m in measures if number else BARS[:2]:
+            prompts = [generator.choices(range(vocabulary), k=m.prompt) for _ in range(m.streams)]
+            for system in systems:
+                rate = system.measure(m, prompts)
+                print(f"{number}: {m.name}: {system.name}: {rate:,.1f}", file=sys.stderr, flush=True)
+                if number:
+                    system.rates.setdefault(m.name, []).append(round(rate, 2))
+    return limits[1:]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="smollm2", choices=[name for name in MODELS if name != "minilm"])
-    parser.add_argument("--quant", default="int4-g32")
-    parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("-o", "--output", type=Path, help="write the record as JSON")
-    arguments = parser.parse_args()
-    report(measure(arguments.model, arguments.quant, arguments.repeat), arguments.output)
+    add = parser.add_argument
+    add("--model", default="smollm2", choices=list(MODELS))
+    add("--ours", default="keep,int4-g64", help="schemes, with commas  [default: %(default)s]")
+    peers = ", ".join([*SPEED.programs, "transformers"])
+    add("--peers", default="transformers", help=f"of {peers}, with commas  [default: %(default)s]")
+    add("--repeat", type=int, default=5, help="rounds  [default: %(default)s]")
+    add("--curves", action="store_true", help="more contexts and streams")
+    add("--threads", type=int, default=os.cpu_count() or 1, help="of every system  [default: %(default)s]")
+    add("--cache", type=Path, default=SCRATCH / "speed", help="folder  [default: %(default)s]")
+    add(
+        "--peer-python",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="environment of a peer; repeatable",
+    )
+    add("--environments", action="store_true", help="make the peers' environments, and measure nothing")
+    add("-o", "--output", type=Path, help="write the record as JSON")
+    add("--merge", type=Path, nargs="*", default=[], help="earlier records: report them too")
+    add("--markdown", type=Path, help="write the tables there, between its marks")
+    add("--plot", type=Path, help="write the curves there (.svg or .png)")
+    options = parser.parse_args()
+    options.cache = options.cache.absolute()
+    if options.environments:
+        for tool in SPEED.programs:
+            print(SPEED.python_of(tool, {}, options.cache))
+        return
+    record = measure(options)
+    report(record, options.output)
+    records = [record, *(json.loads(path.read_text(encoding="utf-8")) for path in options.merge)]
+    if options.markdown is not None:
+        tables.write(tables.text(records), options.markdown)
+    if options.plot is not None:
+        tables.plot(records, options.plot)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ from llmc.passes.pipelines import canonicalize, fuse
 from llmc.passes.registry import quantization_passes
 from llmc.passes.stage import MarkStage
 
-from benchmarks.peers_quantization import environments, ours, report
+from benchmarks.environments import QUANTIZATION, SPEED, Tools
+from benchmarks.peers_quantization import ours, report
 from benchmarks.peers_quantization.models import cut
 from benchmarks.peers_quantization.protocol import forget_peak, peak_bytes
 from benchmarks.peers_quantization.scoring import (
@@ -165,12 +166,14 @@ def test_schemes_of_peers() -> None:
     assert method("iq4_nl")["method"] == "iq4_nl"
 
 
-def test_each_peer_has_a_program_and_pins() -> None:
-    for tool in environments.PROGRAMS:
-        assert environments.program(tool).is_file()
-        assert all("==" in pin for pin in environments.pins(tool))
+@pytest.mark.parametrize("tools", [QUANTIZATION, SPEED], ids=["quantization", "speed"])
+def test_each_peer_has_a_program_and_pins(tools: Tools) -> None:
+    for tool in tools.programs:
+        assert tools.program(tool).is_file()
+        pins = [pin for pin in tools.pins(tool) if not pin.startswith("--")]
+        assert pins and all("==" in pin for pin in pins)
     with pytest.raises(ValueError, match="no section for nobody"):
-        environments.pins("nobody")
+        tools.pins("nobody")
 
 
 def test_windows_begin_with_bos_and_take_one_token_less() -> None:
@@ -226,7 +229,7 @@ def test_gptqmodels_checkpoint_is_read_as_its_format_says(
 ) -> None:
     from safetensors.torch import save_file
 
-    monkeypatch.syspath_prepend(environments.program("gptqmodel").parent)
+    monkeypatch.syspath_prepend(QUANTIZATION.program("gptqmodel").parent)
     import run_gptqmodel  # pyright: ignore[reportMissingImports]  # a program beside which it is found
 
     random = np.random.default_rng(3)
