@@ -14,8 +14,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # torch reads this when it is imported: tiny models lose time to more threads, and two exist nearly
-# everywhere.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# everywhere. Where files are tested side by side, the cores have work.
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 # Records of what was verified (runtime/verified.py) are a user's; the tests' own go with the tests.
 _caches = tempfile.TemporaryDirectory(prefix="llmc-tests-")
 os.environ["XDG_CACHE_HOME"] = _caches.name
