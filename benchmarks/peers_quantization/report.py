@@ -77,11 +77,11 @@ def tables(rows: Sequence[Record]) -> str:
     parts: list[str] = []
     machines = sorted({row["machine"] for row in rows})
     for model, found in by_model(rows).items():
-        one = summary(found[0])
-        windows = "/".join(map(str, sorted({summary(row)["windows"] for row in found})))
+        float_ppl = {row["windows"]: row["float_ppl"] for row in map(summary, found)}
+        windows, values = zip(*sorted(float_ppl.items()), strict=True)
         parts.append(
-            f"### {model}\n\nFloat perplexity {one['float_ppl']:.2f}; {windows} windows of 1,024 tokens.\n\n"
-            f"{table(found, machines)}"
+            f"### {model}\n\nFloat perplexity {'/'.join(f'{value:.2f}' for value in values)}; "
+            f"{'/'.join(map(str, windows))} windows of 1,024 tokens.\n\n{table(found, machines)}"
         )
     numbers = [f" {n}" for n in range(1, len(machines) + 1)] if len(machines) > 1 else [""]
     return "\n".join([*parts, *(f"Machine{n}: {one}.\n" for n, one in zip(numbers, machines, strict=True))])
