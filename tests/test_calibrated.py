@@ -81,6 +81,17 @@ def test_blocks_are_the_whole_graph_and_run_like_it(name: str, tmp_path: Path) -
     assert activations.alive == set(graph.outputs)  # nothing dead was kept
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.int64])
+def test_values_of_any_dtype_are_kept_in_files(dtype: torch.dtype, tmp_path: Path) -> None:
+    (ids,) = fused("llama").inputs
+    activations = Activations(tmp_path / "values")
+    given = torch.arange(42).reshape(2, 3, 7).to(dtype).transpose(0, 1)  # not contiguous
+    activations.save(0, {ids: given})
+    assert len(list((tmp_path / "values").iterdir())) == 1
+    found = activations.load(0, [ids])[ids]
+    assert found.dtype == dtype and torch.equal(found, given)
+
+
 def test_values_stay_in_memory_as_far_as_it_goes(tmp_path: Path) -> None:
     graph = fused("llama")
     (ids,) = graph.inputs

@@ -203,6 +203,13 @@ def first_values(graph: Graph, sequence: np.ndarray[Any, Any]) -> tuple[dict[Val
     return {tokens: ids}, dims
 
 
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor of any dtype; numpy has no bfloat16."""
+    import torch
+
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
 @dataclass(frozen=True)
 class _Stored:
     """A tensor in a file."""
@@ -273,7 +280,7 @@ class Activations:
                 alone = tensor.untyped_storage().nbytes() == tensor.nbytes
                 self._stored[value, sequence] = tensor if alone else tensor.clone()
                 continue
-            data = tensor.numpy().reshape(-1).view(np.uint8).data
+            data = _bytes_of(tensor)
             dead = self._dead.get(data.nbytes)
             path, mode = (dead.pop(), "r+b") if dead else (self._new_path(), "wb")
             with open(path, mode) as file:
@@ -292,7 +299,7 @@ class Activations:
                 continue
             found[value] = torch.empty(have.shape, dtype=have.dtype)
             with open(have.path, "rb", buffering=0) as file:
-                file.readinto(found[value].numpy().reshape(-1).view(np.uint8).data)
+                file.readinto(_bytes_of(found[value]))
         return found
 
     def advance(
