@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -21,15 +21,23 @@ _SLOW_PASSES = ["s_tir.CompactBufferAllocation", "s_tir.HoistIfThenElse"]
 HERE = cpu.supported_isas()
 
 
-def _marks(name: str) -> list[Any]:
-    """Levels between the least and the best that this CPU runs are left to the slow tests: compiling takes
-    the time.
+def _levels(names: Sequence[str]) -> Any:
+    """Levels between the least and the best of them that this CPU runs are left to the slow tests: compiling
+    takes the time.
     """
-    absent = pytest.mark.skipif(name not in HERE, reason=f"this CPU does not run {name}")
-    return [absent] if name in (HERE[0], HERE[-1]) else [absent, pytest.mark.slow]
+    here = [name for name in names if name in HERE]
+    params: list[Any] = []
+    for name in names:
+        marks = [pytest.mark.skipif(name not in HERE, reason=f"this CPU does not run {name}")]
+        if name not in (here[0], here[-1]):
+            marks.append(pytest.mark.slow)
+        params.append(pytest.param(name, marks=marks))
+    return pytest.mark.parametrize("isa", params)
 
 
-levels = pytest.mark.parametrize("isa", [pytest.param(name, marks=_marks(name)) for name in LEVELS])
+levels = _levels(list(LEVELS))
+# One level for each width of vectors: the others differ in how bytes are multiplied, and in nothing else.
+vector_levels = _levels([n for n in LEVELS if n in ("generic", "avx2", "avx512vnni")])
 
 
 def compiled(function: Any, isa: str) -> Any:

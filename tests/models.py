@@ -41,6 +41,24 @@ def real_model(name: str) -> Path:
         pytest.skip(f"real model {name}: {error}")
 
 
+def first_layers(source: Path, count: int, folder: Path) -> Path:
+    """The first layers of a published model as a Hugging Face folder: real weights of its real sizes, in less
+    time.
+    """
+    from llmc.cli.peer import load_transformers
+    from llmc.frontend.source import open_source
+    from llmc.frontend.tokenizer import export_tokenizer
+
+    model: Any = load_transformers(str(source), "bfloat16")
+    model.model.layers = model.model.layers[:count]
+    model.config.num_hidden_layers = count
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = model.config.layer_types[:count]
+    model.save_pretrained(folder)
+    assert export_tokenizer(open_source(source), folder) is not None
+    return folder
+
+
 @dataclass(frozen=True)
 class Tiny:
     """A family's smallest interesting configuration: `config` and `model` name classes in transformers."""

@@ -31,6 +31,7 @@ from .quantized_files import (
     save_compressed,
     save_gptq,
 )
+from .tvm_graphs import ISA
 
 MADE: dict[str, Callable[[Path], Values]] = {
     "gptq 4 bits": lambda f: save_gptq(f),
@@ -237,7 +238,7 @@ def first_step(executor: Executor, ids: list[int]) -> np.ndarray:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["tvm-cpu", "onnx-cpu:accuracy_level=1"])
+@pytest.mark.parametrize("target", [f"tvm-cpu:isa={ISA}", "onnx-cpu:accuracy_level=1"])
 @pytest.mark.parametrize(
     "name", ["gptq 3 bits, act-order, v2", "gptq 8 bits, rows", "bnb", "compressed int8"]
 )
@@ -256,7 +257,7 @@ def test_kept_checkpoint_from_end_to_end(
     assert artifact.manifest["quantization"]["source"] == source.quantization_of_source
     ids = ids_of(23)
     got = first_step(open_executor(artifact), ids)
-    if target == "tvm-cpu":
+    if target.startswith("tvm-cpu"):
         kept = lowered(trace_source(source), "fused", quantization_passes("keep"))[0]
         monkeypatch.setattr(QuantizedLinear, "reference", eight_bit_activations(QuantizedLinear.reference))
         assert worst(got, logits_of(kept, ids)) < 1e-3

@@ -36,7 +36,7 @@ from llmc.passes.quantize.walk import QuantizeRtn, attach_nearest
 
 from .families import FAMILIES, token_ids
 from .graphs import lowered, traced
-from .models import real_model
+from .models import first_layers, real_model
 from .test_passes_quantize import tied_model
 
 TARGET = "tvm-cpu:isa=avx2"
@@ -254,8 +254,8 @@ def test_the_artifact_has_the_bits_that_were_asked_for(tiny_folder: Any, tmp_pat
 
 
 @pytest.mark.slow
-def test_smollm2_mixed_bits_lose_less_than_uniform_ones(tmp_path: Path) -> None:
-    model = real_model("smollm2")
+def test_eight_layers_of_smollm2_with_mixed_bits_lose_less_than_uniform_ones(tmp_path: Path) -> None:
+    model = first_layers(real_model("smollm2"), 8, tmp_path / "model")
     uniform = compile_model(
         model, tmp_path / "u.llmc", targets=["null"], quant="int4-g64", quant_head="int4-g64"
     )

@@ -19,14 +19,14 @@ from llmc.ir.ops import cache as cache_ops
 from llmc.ir.ops import nn
 from llmc.runtime import cpu
 
-from .kernel_harness import blank, call, close, compiled, levels, meaning, normal, value
+from .kernel_harness import blank, call, close, compiled, meaning, normal, value, vector_levels
 
 # Weights: float
 
 
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (7, 5), (16, 33), (40, 24), (48, 16), (96, 70)])
 @pytest.mark.parametrize("extras", [False, True])
-@levels
+@vector_levels
 def test_linear_equals_its_reference_and_rows_do_not_depend_on_their_number(
     n: int, k: int, extras: bool, isa: str
 ) -> None:
@@ -46,7 +46,7 @@ def test_linear_equals_its_reference_and_rows_do_not_depend_on_their_number(
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@levels
+@vector_levels
 def test_linear_widens_half_precision_weights_exactly(dtype: str, isa: str) -> None:
     import ml_dtypes
 
@@ -70,7 +70,7 @@ def test_float_layout_is_undone_and_may_be_packed_in_chunks() -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@levels
+@vector_levels
 def test_embedding_and_gather_copy_rows(packed: bool, dtype: str, isa: str) -> None:
     table = normal(37, 41).astype(dtype)
     ids = np.array([36, 0, 5, 5, 17], np.int32)
@@ -85,7 +85,7 @@ def test_embedding_and_gather_copy_rows(packed: bool, dtype: str, isa: str) -> N
     )
 
 
-@levels
+@vector_levels
 def test_embedding_of_a_bad_id_stays_inside_the_table(isa: str) -> None:
     table, ids = normal(20, 16), np.array([-5, 20, 2**31 - 1], np.int32)
     out = call(make_embedding, isa, {"rows": 20, "width": 16}, ids, table, blank(3, 16))

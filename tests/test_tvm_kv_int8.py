@@ -11,7 +11,7 @@ from llmc.codegen.tvm.kernels.attention import make_paged_attention
 from llmc.codegen.tvm.kernels.cache import make_append_kv, to_logical, to_physical
 from llmc.ir.ops import cache as ops
 
-from .kernel_harness import blank, call, close, levels, meaning, normal, value
+from .kernel_harness import blank, call, close, meaning, normal, value, vector_levels
 from .test_tvm_attention_kernels import ATTENTION, LENGTHS
 
 
@@ -25,7 +25,7 @@ def any_bytes(*shape: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("dim", [16, 24])
-@levels
+@vector_levels
 def test_append_quantizes_as_the_reference_does_and_touches_nothing_else(dim: int, isa: str) -> None:
     merged = normal(9, 2 * 2 * dim + 3) * np.logspace(-6, 6, 9, dtype=np.float32)[:, None]
     merged[0, : 2 * dim] = 0
@@ -120,19 +120,19 @@ def check(
 
 
 @pytest.mark.parametrize("case", ATTENTION[::2] + ATTENTION[-1:], ids=str)
-@levels
+@vector_levels
 def test_attention_over_int8_alone_in_a_batch_and_in_chunks(case: Any, isa: str) -> None:
     check(isa, LENGTHS, case, ((5, 0, 1), (5, 29, 30), (5, 3, 20), (5, 7, 30)))
 
 
 @pytest.mark.parametrize("case", [(6, 2, 16, {}), (2, 1, 24, {"window": 520, "sinks": True})], ids=str)
-@levels
+@vector_levels
 def test_long_contexts_over_int8_by_rows_and_by_segments(case: Any, isa: str) -> None:
     lengths = [(512, 1), (513, 2), (1100, 30), (3, 3), (1030, 9)]
     check(isa, lengths, case, ((2, 0, 1), (2, 5, 20), (2, 4, 30), (4, 8, 9)))
 
 
-@levels
+@vector_levels
 def test_a_step_over_int8_may_hold_no_tokens(isa: str) -> None:
     assert attend(isa, Batch([(20, 0), (40, 0)], 4, 2, 16), {}).shape == (0, 4, 16)
     none = np.zeros((0, 2, 16), np.float32)
@@ -142,7 +142,7 @@ def test_a_step_over_int8_may_hold_no_tokens(isa: str) -> None:
     assert np.array_equal(after, pages)
 
 
-@levels
+@vector_levels
 def test_a_token_that_is_nan_spoils_only_the_rows_that_see_it(isa: str) -> None:
     lengths = [(40, 30), (20, 5)]
     batch, clean = Batch(lengths, 4, 2, 16), Batch(lengths, 4, 2, 16)

@@ -24,7 +24,7 @@ from llmc.ir.errors import CompileError
 from llmc.ir.ops import quant
 from llmc.ir.types import Quantization
 
-from .kernel_harness import HERE, blank, call, close, levels, meaning, normal, value
+from .kernel_harness import HERE, blank, call, close, levels, meaning, normal, value, vector_levels
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ def test_scales_that_have_no_two_levels_are_refused() -> None:
     ("k", "group"), [(64, 32), (576, 576), (50, 16), (20, 12), (9, 128), (1, 8), (48, 16)]
 )
 @pytest.mark.parametrize("rows", [1, 300])
-@levels
+@vector_levels
 def test_quantize_activation_rounds_to_even_exactly(
     k: int, group: int, rows: int, align: int, isa: str
 ) -> None:
@@ -227,7 +227,7 @@ def test_quantize_activation_rounds_to_even_exactly(
         assert np.array_equal(actual, expected)
 
 
-@levels
+@vector_levels
 def test_quantize_activation_survives_what_is_no_number(isa: str) -> None:
     x = normal(4, 40)
     x[1, 35], x[2, 3], x[3] = np.nan, np.inf, 1e-42
@@ -242,7 +242,7 @@ def test_quantize_activation_survives_what_is_no_number(isa: str) -> None:
     ("width", "group", "align"), [(576, 32, 8), (64, 64, 8), (96, 16, 16), (256, 256, 8)]
 )
 @pytest.mark.parametrize("kernel", ["rms_norm", "rms_norm without weight", "gated_mlp"])
-@levels
+@vector_levels
 def test_what_is_quantized_as_it_is_made_has_the_same_bits(
     kernel: str, width: int, group: int, align: int, isa: str
 ) -> None:
@@ -312,7 +312,7 @@ def test_quantized_linear_is_exact_in_integers_and_rows_do_not_depend_on_their_n
 
 
 @pytest.mark.parametrize("case", GENERAL, ids=str)
-@levels
+@vector_levels
 def test_codebook_linear_multiplies_in_floats(case: Case, isa: str) -> None:
     x = normal(27, case.k)
     whole = run(isa, case, x)
