@@ -39,8 +39,8 @@ from .calibrate import (
     say_nothing,
 )
 from .legalize import legalize
-from .memory import check_peak, watched
-from .peak import Peak, predict_peak
+from .memory import check_peak, processes_at_once, watched
+from .peak import WORKER_BYTES, Peak, predict_peak
 from .request import DEFAULT_CALIBRATION, DEFAULT_VERDICT, Plan, Request
 from .verdict import VerdictOptions, prepare_held
 
@@ -297,7 +297,9 @@ def _peak(
 ) -> Peak:
     """What compiling the traced graph will take."""
     vocabulary = describe(source)["vocab_size"] if source.config is not None else None
-    kernels = any(target.name == "tvm-cpu" for target in plan.targets)
+    levels = [str(t.options()["isa"]).count("+") + 1 for t in plan.targets if t.name == "tvm-cpu"]
+    at_once = 1 if capped else processes_at_once(max(levels, default=0), WORKER_BYTES)
+    kernels = at_once if levels else 0
     length = min(LENGTH, context or LENGTH)
     passes = (*plan.extra, *plan.quantize)
     vocabulary = int(vocabulary or 0)

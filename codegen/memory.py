@@ -14,12 +14,14 @@ import sys
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 from ..ir.errors import CompileError, InputError
 from .peak import Peak
 
 _EVERY = 0.05  # seconds between two looks
+_capped: ContextVar[bool] = ContextVar("capped", default=False)
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
@@ -51,8 +53,40 @@ def check_peak(peak: Peak, cap: int | None, say: Callable[[str], None]) -> None:
         )
 
 
+def processes_at_once(most: int, each: int) -> int:
+    """Processes of `each` bytes to run beside this one, `most` at most: one a core, in a quarter of the
+    machine's memory; and one where a cap is kept.
+    """
+    if _capped.get():
+        return 1
+    return max(1, min(most, _cores(), _memory() // (4 * each)))
+
+
+def _cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _memory() -> int:
+    """Bytes that the machine has."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 @contextmanager
 def watched(cap: int | None, root: int | None = None) -> Generator[None]:
+    """Keep a cap: `processes_at_once` knows of it, and CompileError is raised in the main thread once the
+    process tree takes more than `cap` bytes.
+    """
+    before = _capped.set(cap is not None)
+    try:
+        with _watched(cap, root):
+            yield
+    finally:
+        _capped.reset(before)
+
+
+@contextmanager
+def _watched(cap: int | None, root: int | None) -> Generator[None]:
     """Raise CompileError in the main thread once the process tree takes more than `cap` bytes.
 
     Looks every 50 ms at /proc; where there is none, and outside of the main thread, nothing is watched.

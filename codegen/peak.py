@@ -11,7 +11,7 @@ transformers, the tokenizer's remains):
     tuning        of a block: weights twice, their gradients, one sequence's values with gradients; of the
                   whole model: four numbers for every scale
     verdict       of a block: both models' weights, one sequence's values; or the heads by pieces
-    kernels       packing of weights, and the kernel compiler's process beside it
+    kernels       packing of weights, and the kernel compilers' processes beside it
 
 The whole process tree counts, pages that processes share for each of them. Constants were measured on Linux,
 x86-64, with torch 2.13 for the CPU; tests compare them with real compilations.
@@ -106,7 +106,7 @@ class _Shapes:
 
 
 def predict_peak(
-    graph: Graph, passes: Sequence[Pass], *, vocabulary: int, length: int, kernels: bool, capped: bool = True
+    graph: Graph, passes: Sequence[Pass], *, vocabulary: int, length: int, kernels: int, capped: bool = True
 ) -> Peak:
     """The peak of compiling a traced (or fused) graph.
 
@@ -114,7 +114,7 @@ def predict_peak(
         passes: that quantize and measure.
         vocabulary: entries of the tokenizer.
         length: tokens of a calibration sequence.
-        kernels: whether a kernel compiler runs in a process of its own.
+        kernels: kernel compilers that run at once, each in a process of its own.
         capped: whether values between layers all go to disk.
     """
     shapes = _shapes(graph, length)
@@ -122,7 +122,7 @@ def predict_peak(
     largest = max((_bytes(w) for w in graph.weights.values()), default=0)
     phases = {
         "tokenizer": IMPORTS_BYTES + TOKEN_BYTES * vocabulary,
-        "kernels": base + min(largest, CHUNK_BYTES) + (WORKER_BYTES if kernels else 0),
+        "kernels": base + min(largest, CHUNK_BYTES) + kernels * WORKER_BYTES,
     }
     for one in passes:
         taken = [(name, take(shapes, one)) for kind, name, take in _PHASES if isinstance(one, kind)]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from llmc.codegen import memory
 from llmc.codegen.driver import compile_model
 from llmc.codegen.memory import check_peak, parse_size, size_text, tree_bytes, watched
 from llmc.codegen.peak import Peak, predict_peak
@@ -147,6 +148,20 @@ def test_a_tree_below_its_cap_is_left_alone_and_a_real_interrupt_stays_one() -> 
         time.sleep(0.2)
     with pytest.raises(KeyboardInterrupt), watched(1 << 50):
         raise KeyboardInterrupt
+
+
+def test_processes_run_side_by_side_as_cores_and_memory_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_cores", lambda: 4)
+    monkeypatch.setattr(memory, "_memory", lambda: 14 << 30)
+    assert memory.processes_at_once(3, 1 << 30) == 3
+    assert memory.processes_at_once(9, 1 << 30) == 3  # a quarter of the memory
+    assert memory.processes_at_once(9, 1 << 20) == 4  # the cores
+    assert memory.processes_at_once(9, 1 << 40) == 1
+    with watched(1 << 50):
+        assert memory.processes_at_once(3, 1 << 30) == 1
+        with watched(None):
+            assert memory.processes_at_once(3, 1 << 30) == 3
+    assert memory.processes_at_once(3, 1 << 30) == 3
 
 
 @linux

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,6 +14,8 @@ from ...ir.define import OPS
 from ...ir.errors import InputError
 from ...ir.printer import print_graph
 from ..legalize import legalize
+from ..memory import processes_at_once
+from ..peak import WORKER_BYTES
 from ..target import Progress, Target
 from .kernels import KV_LAYOUT
 from .kernels.isa import LEVELS
@@ -57,7 +60,7 @@ class TvmCpu(Target):
         return tuple(level for level in LEVELS if level in asked)
 
     def compile(self, graph: Graph, writer: ArtifactWriter, *, progress: Progress) -> dict[str, Any]:
-        """Kernels in other processes, one after the other; the first while this one packs the weights."""
+        """Kernels in other processes, a level each, several at once; this one packs the weights meanwhile."""
         levels = self.levels()
         legal = legalize(graph, self.operations, supports)
         text = print_graph(legal)
@@ -65,16 +68,26 @@ class TvmCpu(Target):
         weights = f"weights/{self.name}.safetensors" if legal.weights else None
         built: dict[str, Any] = {}
         kernels: list[dict[str, str]] = []
-        for i, (level, rel) in enumerate(paths.items()):
-            with Compilation(text, level, writer.path(rel)) as compilation:
-                if i == 0 and weights is not None:
-                    packing = weight_specs(legal, lambda share: progress("tvm-cpu: weights", 0.5 * share))
-                    writer.write_weights(weights, packing)
+        started: list[Compilation] = []
+        with ExitStack() as stack:
+
+            def start(count: int) -> None:
+                for level in levels[len(started) : count]:
+                    one = Compilation(text, level, writer.path(paths[level]))
+                    started.append(stack.enter_context(one))
+
+            at_once = processes_at_once(len(levels), WORKER_BYTES)
+            start(at_once)
+            if weights is not None:
+                packing = weight_specs(legal, lambda share: progress("tvm-cpu: weights", 0.5 * share))
+                writer.write_weights(weights, packing)
+            for i, (level, rel) in enumerate(paths.items()):
                 progress(f"tvm-cpu: kernels for {level}", 0.5 + 0.5 * i / len(levels))
-                built = compilation.result()
-            calls = f"targets/{self.name}/{level}.calls.json"
-            writer.path(calls).write_text(json.dumps(built["calls"], indent=0) + "\n", encoding="utf-8")
-            kernels.append({"isa": level, "path": rel, "calls": calls})
+                built = started[i].result()
+                start(i + 1 + at_once)
+                calls = f"targets/{self.name}/{level}.calls.json"
+                writer.path(calls).write_text(json.dumps(built["calls"], indent=0) + "\n", encoding="utf-8")
+                kernels.append({"isa": level, "path": rel, "calls": calls})
         progress("tvm-cpu", 1.0)
         entry: dict[str, Any] = {
             "options": self.options(),
