@@ -10,7 +10,7 @@ PYTHON ?= $(shell for p in python3 python python3.13 python3.12 python3.11; do "
 BIN := .venv/bin
 STAMP := .venv/.installed
 # Files of tests side by side, since fixtures are made once a file; PARALLEL= for one after the other.
-PARALLEL ?= -n auto --maxprocesses 4 --dist loadfile
+PARALLEL ?= -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 QUESTION ?= What is the capital of France?
 
 $(STAMP): pyproject.toml setup.py

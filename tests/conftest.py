@@ -28,6 +28,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="rewrite the files in tests/golden/")
 
 
+LONGEST = (
+    "resume",
+    "families",
+    "tvm_quantized",
+    "tvm_attention_kernels",
+    "quantize_absorb",
+    "memory",
+    "engine_tvm",
+)
+"""Files to begin with: where files are tested side by side, no long one should be left for the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        name = item.path.stem.removeprefix("test_")
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+    items.sort(key=place)  # stable: within a file, and among the others, the order stays
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of public data that lies beside the checkout; the test is skipped where there is none."""

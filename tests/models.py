@@ -10,6 +10,7 @@ chat template).
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,8 +44,10 @@ def real_model(name: str) -> Path:
 
 def first_layers(source: Path, count: int, folder: Path) -> Path:
     """The first layers of a published model as a Hugging Face folder: real weights of its real sizes, in less
-    time.
+    time. The whole model where LLMC_WHOLE_MODELS is set.
     """
+    if os.environ.get("LLMC_WHOLE_MODELS"):
+        return source
     from llmc.cli.peer import load_transformers
     from llmc.frontend.source import open_source
     from llmc.frontend.tokenizer import export_tokenizer
