@@ -128,7 +128,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     order = {"threads": options.threads, "context": longest, "sequences": max(m.streams for m in measures)}
     try:
         for system in systems:
-            system.start(Order(model=str(system.model), tokens=largest, **order), SCRATCH)
+            system.start(Order(model=str(system.model), tokens=largest, **order), SCRATCH.absolute())
         before, mine = _processors(), _of_groups(systems)
         limits = _rounds(systems, measures, vocabulary, options)
         after, used = _processors(), _of_groups(systems) - mine
