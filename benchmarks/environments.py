@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import sys
@@ -62,6 +63,16 @@ class Tools:
             subprocess.run([str(python), "-m", "pip", "install", "--quiet", *self.pins(tool)], check=True)
             ready.write_text(wanted, encoding="utf-8")
         return python
+
+    def add_option(self, parser: argparse.ArgumentParser) -> None:
+        """--peer-python NAME=PATH, as `named` reads it."""
+        parser.add_argument(
+            "--peer-python",
+            action="append",
+            default=[],
+            metavar="NAME=PATH",
+            help="environment of a peer; repeatable",
+        )
 
     def named(self, text: str) -> tuple[str, Path]:
         """NAME=PATH of a command line; ends this program where that is none of the tools."""

@@ -242,13 +242,7 @@ def _arguments() -> argparse.Namespace:
     add("--autoround-iters", type=int, default=200, help="steps a block  [default: its own, %(default)s]")
     add("--threads", type=int, default=2, help="of every tool  [default: %(default)s]")
     add("--cache", type=Path, default=SCRATCH / "quantization", help="folder  [default: %(default)s]")
-    add(
-        "--peer-python",
-        action="append",
-        default=[],
-        metavar="NAME=PATH",
-        help="environment of a peer; repeatable",
-    )
+    QUANTIZATION.add_option(parser)
     add("--cached", action="store_true", help="measure nothing: report every row that the cache has")
     add("--merge", type=Path, help="an earlier -o: report its rows too, where no row of ours is the same")
     add("--again", action="store_true", help="measure our rows anew")

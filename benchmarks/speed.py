@@ -93,6 +93,7 @@ def _ours(model: Shared, scheme: str) -> tuple[System, dict[str, Any]]:
     compiled = llmc("compile", model.gguf, "-o", artifact, "--quant", scheme)
     sizes = ("--prompt-tokens", "16", "--output-tokens", "4", "--concurrency", "1", "--repeat", "3")
     started = llmc("bench", artifact, *sizes)
+    del compiled["artifact"]  # a path of this machine
     program, bits = SPEED.folder / "run_llmc.py", compiled["bits_per_weight"]
     system = System(f"llmc {scheme}", Path(sys.executable), program, artifact, bits=bits)
     kept = ("load_ms", "first_token_ms", "weight_bytes_per_token")
@@ -194,13 +195,7 @@ def main() -> None:
     add("--curves", action="store_true", help="more contexts and streams")
     add("--threads", type=int, default=os.cpu_count() or 1, help="of every system  [default: %(default)s]")
     add("--cache", type=Path, default=SCRATCH / "speed", help="folder  [default: %(default)s]")
-    add(
-        "--peer-python",
-        action="append",
-        default=[],
-        metavar="NAME=PATH",
-        help="environment of a peer; repeatable",
-    )
+    SPEED.add_option(parser)
     add("--environments", action="store_true", help="make the peers' environments, and measure nothing")
     add("-o", "--output", type=Path, help="write the record as JSON")
     add("--merge", type=Path, nargs="*", default=[], help="earlier records: report them too")
