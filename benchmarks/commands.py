@@ -31,6 +31,19 @@ def report(record: dict[str, Any], output: Path | None) -> None:
         output.write_text(text + "\n", encoding="utf-8")
 
 
+def write_between(text: str, path: Path, begin: str, end: str) -> None:
+    """Write text between the lines `begin` and `end` of a file, or alone to a new one; ends this program
+    where a file has no such lines.
+    """
+    before, after = "", ""
+    if path.is_file():
+        page = path.read_text(encoding="utf-8")
+        if begin not in page or end not in page:
+            sys.exit(f"error: {path} has no lines {begin} and {end}; add them where the tables belong")
+        before, after = page[: page.index(begin) + len(begin)] + "\n", page[page.index(end) :]
+    path.write_text(before + text + after, encoding="utf-8")
+
+
 def shared_data() -> Path:
     """The folder of public texts and traces; ends this program where there is none."""
     root = Path(__file__).resolve().parent.parent

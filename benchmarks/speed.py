@@ -52,27 +52,22 @@ CURVES = [
 ]
 
 
-def _processors() -> tuple[float, float] | None:
-    """Processor seconds so far: of all processes, and of all and idle together; None where the system does
-    not tell.
+def _others(systems: Sequence[System]) -> tuple[float, float] | None:
+    """Processor seconds so far: of processes that are neither the systems nor this program, and of all and
+    idle together; None where the operating system does not tell.
     """
     try:
         words = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]
+        groups = [Path(f"/proc/{system.pid}/stat").read_text(encoding="ascii") for system in systems]
     except OSError:
         return None
-    user, nice, system, idle, wait, interrupts, soft, _ = (int(word) for word in words)
-    busy, tick = user + nice + system + interrupts + soft, os.sysconf("SC_CLK_TCK")
-    return busy / tick, (busy + idle + wait) / tick
-
-
-def _of_groups(systems: Sequence[System]) -> float:
-    """Processor seconds so far of the systems and of this program."""
-    tick, total = os.sysconf("SC_CLK_TCK"), 0.0
-    for system in systems:
-        words = Path(f"/proc/{system.pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
-        total += sum(int(word) for word in words[11:15]) / tick
+    tick = os.sysconf("SC_CLK_TCK")
+    user, nice, system_, idle, wait, interrupts, soft, _ = (int(word) / tick for word in words)
+    busy = user + nice + system_ + interrupts + soft
     used = resource.getrusage(resource.RUSAGE_SELF)
-    return total + used.ru_utime + used.ru_stime
+    known = used.ru_utime + used.ru_stime
+    known += sum(int(w) / tick for text in groups for w in text.rpartition(")")[2].split()[11:15])
+    return busy - known, busy + idle + wait
 
 
 def read_gb_s(threads: int) -> float:
@@ -130,15 +125,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     try:
         for system in systems:
             system.start(Order(model=str(system.model), tokens=largest, **order), SCRATCH.absolute())
-        before, mine = _processors(), _of_groups(systems)
+        before = _others(systems)
         limits = _rounds(systems, measures, vocabulary, options)
-        after, used = _processors(), _of_groups(systems) - mine
+        after = _others(systems)
     finally:
         for system in systems:
             system.stop()
     others = 0.0
     if before is not None and after is not None:
-        others = max(0.0, after[0] - before[0] - used) / (after[1] - before[1])
+        others = max(0.0, after[0] - before[0]) / (after[1] - before[1])
         if others > NOISE:
             print(f"warning: other processes took {others:.0%} of the processors meanwhile", file=sys.stderr)
     return {

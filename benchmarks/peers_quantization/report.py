@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..commands import write_between
 from .scoring import WindowScore, summarize
 
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
@@ -88,13 +89,8 @@ def tables(rows: Sequence[Record]) -> str:
 
 
 def write(text: str, path: Path) -> None:
-    """Write the tables; where the file has the two marks, between them only."""
-    before, after = "", ""
-    if path.is_file():
-        page = path.read_text(encoding="utf-8")
-        if BEGIN in page and END in page:
-            before, after = page[: page.index(BEGIN) + len(BEGIN)] + "\n", page[page.index(END) :]
-    path.write_text(before + text + after, encoding="utf-8")
+    """Write the tables; into a file that there is, between its two marks."""
+    write_between(text, path, BEGIN, END)
 
 
 def plot(rows: Sequence[Record], path: Path) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from ..commands import write_between
+
 Record = dict[str, Any]
 BEGIN, END = "<!-- speed: begin -->", "<!-- speed: end -->"
 
@@ -24,7 +26,7 @@ def _number(value: float) -> str:
 
 
 def table(record: Record) -> str:
-    """Tokens a second of each system and measure, and the best of ours as a multiple of each peer."""
+    """Tokens a second of each system and measure, and each of ours as a multiple of each peer."""
     systems: Mapping[str, Record] = record["systems"]
     names = [measure["name"] for measure in record["measures"]]
     ours = [name for name, system in systems.items() if system["ours"]]
@@ -78,16 +80,9 @@ def _weights(record: Record) -> str:
     return f"; decoding one stream, {', '.join(shares)} GB/s" if shares else ""
 
 
-def write(found: str, path: Path) -> None:
-    """Write the tables between the two marks of a file, or a file of them alone."""
-    if not path.is_file():
-        path.write_text(found, encoding="utf-8")
-        return
-    whole = path.read_text(encoding="utf-8")
-    if BEGIN not in whole or END not in whole:
-        raise SystemExit(f"error: {path} has no lines {BEGIN} and {END}; add them where the tables belong")
-    before, _, rest = whole.partition(BEGIN)
-    path.write_text(f"{before}{BEGIN}\n\n{found}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+def write(text: str, path: Path) -> None:
+    """Write the tables; into a file that there is, between its two marks."""
+    write_between(f"\n{text}\n", path, BEGIN, END)
 
 
 def plot(records: Sequence[Record], path: Path) -> None:

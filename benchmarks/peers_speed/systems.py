@@ -64,7 +64,7 @@ class System:
     _process: Any = None
 
     def start(self, order: Order, folder: Path) -> None:
-        """Load the model; ends this program where that fails, with the end of what the system said."""
+        """Load the model. Raises RuntimeError with the end of what the system said where that fails."""
         path = folder / f"{self.name.replace(' ', '-')}.json"
         path.write_text(json.dumps(asdict(order)), encoding="utf-8")
         self._log = path.with_suffix(".log")
@@ -87,7 +87,7 @@ class System:
         return int(self._process.pid)
 
     def measure(self, measure: Measure, prompts: Sequence[Sequence[int]]) -> float:
-        """Tokens a second."""
+        """Tokens a second. Raises RuntimeError where the system ends."""
         prompts = prompts[:1] if self.alone else prompts
         self._signal(signal.SIGCONT)
         time.sleep(_SETTLE_SECONDS)
