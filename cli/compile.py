@@ -48,9 +48,9 @@ context_option = click.option(
 )
 kv_dtype_option = click.option(
     "--kv-dtype",
-    type=click.Choice(["float32", "float16", "int8"]),
+    type=click.Choice(["float32", "bfloat16", "float16", "int8"]),
     help="Element type of the cache; int8 has a scale for each head and token.  "
-    "[default: float32 with --quant none, else float16]",
+    "[default: float32 with --quant none; else bfloat16 for tvm-cpu, float16 for others]",
 )
 
 

@@ -19,7 +19,7 @@ from .verdict import VerdictOptions, is_measured, with_verdict
 DEFAULT_CALIBRATION = CalibrationOptions()
 DEFAULT_VERDICT = VerdictOptions()
 NO_VERDICT = VerdictOptions(measure=False)
-KV_DTYPES = ("float32", "float16", "int8")
+KV_DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,11 @@ class Plan:
                 f"kv_dtype {kv_dtype!r} is no element type of the cache",
                 remedy=f"one of {', '.join(KV_DTYPES)}",
             )
-        # A model in float32 keeps its cache in float32; a quantized one has given up more than float16 rounds
+        # A model in float32 keeps its cache in float32; a quantized one has given up more than 16 bits round
         # away.
-        cache = kv_dtype or ("float32" if quant == "none" else "float16")
+        natural = {target.kv_dtype for target in chosen}
+        quantized = natural.pop() if len(natural) == 1 else "float16"
+        cache = kv_dtype or ("float32" if quant == "none" else quantized)
         quantize = tuple(with_verdict(quant, weight_passes(quant, quant_head, bits_per_weight), verdict))
         extra = tuple(make_pass(p) for p in passes)
         return Plan(chosen, quant, quantize, extra, cache, adapter_passes(lora))

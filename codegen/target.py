@@ -49,6 +49,8 @@ class Target(ABC):
     """The name on the command line and in the manifest; the entry point's name as well."""
     operations: ClassVar[frozenset[str]] = frozenset()
     """Names of the IR ops that it can emit; `legalize` decomposes the others."""
+    kv_dtype: ClassVar[str] = "float16"
+    """Element type of a quantized model's cache, where the user names none and the targets agree."""
 
     @abstractmethod
     def compile(self, graph: Graph, writer: ArtifactWriter, *, progress: Progress) -> dict[str, Any]:

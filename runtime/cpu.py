@@ -27,13 +27,13 @@ ISA_FLAGS: Mapping[str, frozenset[str]] = {
     "avx2": _AVX2,
     "avxvnni": _AVX2 | {"avx_vnni"},
     "avx512vnni": _AVX2 | _AVX512,
-    "amx": _AVX2 | _AVX512 | {"amx_tile", "amx_int8"},
+    "amx": _AVX2 | _AVX512 | {"amx_tile", "amx_int8", "amx_bf16"},
 }
 """Level → flags of /proc/cpuinfo that it requires. "generic" is the baseline of the architecture (x86-64,
 armv8-a).
 
 In LLVM's names: avx2 = x86-64-v3 (abm is lzcnt); avxvnni adds +avxvnni; avx512vnni is x86-64-v4 with
-+avx512vnni; amx adds +amx-tile and +amx-int8.
++avx512vnni; amx adds +amx-tile, +amx-int8 and +amx-bf16.
 """
 
 # macOS (sysctl machdep.cpu) writes the same features differently; the VNNI names are the ones it has used.

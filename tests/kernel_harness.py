@@ -11,6 +11,7 @@ import pytest
 import torch
 from llmc.codegen.tvm.kernels.isa import LEVELS, get_isa
 from llmc.ir.core import Value
+from llmc.ir.dtypes import to_numpy
 from llmc.ir.types import Quantization, TensorType
 from llmc.runtime import cpu
 
@@ -38,6 +39,8 @@ def _levels(names: Sequence[str]) -> Any:
 levels = _levels(list(LEVELS))
 # One level for each width of vectors: the others differ in how bytes are multiplied, and in nothing else.
 vector_levels = _levels([n for n in LEVELS if n in ("generic", "avx2", "avx512vnni")])
+# And tiles, where there are any.
+tile_levels = _levels([n for n in LEVELS if n in ("generic", "avx2", "avx512vnni", "amx")])
 
 
 def compiled(function: Any, isa: str) -> Any:
@@ -67,7 +70,16 @@ def value(array: np.ndarray, quantization: Quantization | None = None) -> Value:
 
 def meaning(op: Any, *arrays: np.ndarray | None) -> np.ndarray:
     """The op's reference on numpy arrays."""
-    return op.reference({}, *(None if a is None else torch.from_numpy(a) for a in arrays)).numpy()
+    result = op.reference({}, *(None if a is None else _tensor(a) for a in arrays))
+    if result.dtype == torch.bfloat16:
+        return result.view(torch.int16).numpy().view(to_numpy("bfloat16"))
+    return result.numpy()
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    if array.dtype == to_numpy("bfloat16"):
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:

@@ -83,7 +83,7 @@ def step_graph(h: Heads) -> Graph:
         parts = [g.append(shape.Slice(qkv, -1, a, b)).result for a, b in itertools.pairwise(bounds)]
         q = g.append(shape.Reshape(parts[0], (T, h.heads, h.dim))).result
         k, v = (g.append(shape.Reshape(p, (T, h.kv_heads, h.dim))).result for p in parts[1:])
-        if h.kv_dtype == "float16":
+        if h.kv_dtype in ("float16", "bfloat16"):
             k, v = (g.append(math.Cast(p, h.kv_dtype)).result for p in (k, v))
         new = g.append(cache.AppendKv(k, v, pages_in, ins["slot_mapping"])).result
         written.append(new)
@@ -227,6 +227,11 @@ def test_half_precision_cache(tmp_path: Path) -> None:
     way.
     """
     compare(Heads(kv_dtype="float16", layers=2), MIXED, tmp_path, tolerance=2e-3)
+
+
+def test_a_cache_of_bfloat16_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match=r"no cache of bfloat16.*--kv-dtype float16"):
+        compare(Heads(kv_dtype="bfloat16"), MIXED, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["grouped", "window", "everything"])

@@ -14,10 +14,11 @@ from llmc.codegen.tvm.kernels.elementwise import make_activation, make_gated_mlp
 from llmc.codegen.tvm.kernels.layout import pack_rows
 from llmc.codegen.tvm.kernels.linear import make_linear
 from llmc.codegen.tvm.kernels.norms import make_layer_norm, make_rms_norm
+from llmc.ir.dtypes import to_numpy
 from llmc.ir.ops import attention, nn
 from llmc.ir.ops import cache as cache_ops
 
-from .kernel_harness import blank, call, close, meaning, normal, value, vector_levels
+from .kernel_harness import blank, call, close, meaning, normal, tile_levels, value, vector_levels
 
 # Elementwise
 
@@ -99,7 +100,7 @@ def test_gated_mlp_equals_its_reference(width: int, activation: str, isa: str) -
 # Cache and attention
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("dim", [8, 16, 24, 64])
 @vector_levels
 def test_append_kv_writes_slots_and_nothing_else(dtype: str, dim: int, isa: str) -> None:
@@ -107,7 +108,7 @@ def test_append_kv_writes_slots_and_nothing_else(dtype: str, dim: int, isa: str)
     merged[0, :8] = [1e-8, 6e-8, 3e-5, -1e-6, 65519, 65520, np.inf, -np.nan]  # edges of float16
     k, v = (np.ascontiguousarray(merged[:, s : s + 2 * dim].reshape(6, 2, dim)) for s in (0, 2 * dim + 3))
     slots = np.array([0, 17, 31, 79, 64, 5], np.int32)
-    before = to_physical(normal(2, 5, 16, 2, dim, seed=1).astype(dtype))
+    before = to_physical(normal(2, 5, 16, 2, dim, seed=1).astype(to_numpy(dtype)))
     parameters = {"kv_heads": 2, "head_dim": dim, "kv_dtype": dtype}
     after = call(make_append_kv, isa, parameters, k, v, slots, before)
     logical = to_logical(before)
@@ -134,14 +135,15 @@ class Batch:
         pages = [-(-n // 16) for n, _ in lengths]
         order = rng.permutation(sum(pages)).astype(np.int32)
         self.table = np.zeros((len(lengths), max(pages) + 1), np.int32)
-        self.logical = np.full((2, sum(pages) + 1, 16, kv_heads, dim), np.nan, dtype)
+        kind = to_numpy(dtype)
+        self.logical = np.full((2, sum(pages) + 1, 16, kv_heads, dim), np.nan, kind)
         used = 0
         for b, (n, _) in enumerate(lengths):
             own = order[used : used + pages[b]]
             used += pages[b]
             self.table[b, : pages[b]] = own
-            flat = np.full((2, pages[b] * 16, kv_heads, dim), np.nan, dtype)
-            flat[:, :n] = rng.standard_normal((2, n, kv_heads, dim)).astype(dtype)
+            flat = np.full((2, pages[b] * 16, kv_heads, dim), np.nan, kind)
+            flat[:, :n] = rng.standard_normal((2, n, kv_heads, dim)).astype(kind)
             self.logical[:, own] = flat.reshape(2, pages[b], 16, kv_heads, dim)
         self.pages = to_physical(self.logical)
         self.start = np.cumsum([0] + [new for _, new in lengths]).astype(np.int32)
@@ -193,7 +195,10 @@ def attend(
 def check_attention(
     isa: str, lengths: list[tuple[int, int]], case: Any, dtype: str, chunks: tuple[tuple[int, int, int], ...]
 ) -> None:
-    """A batch against the reference; sequences alone, and chunks (sequence, start, stop), bit for bit."""
+    """A batch against the reference; sequences alone, and chunks (sequence, start, stop), bit for bit.
+
+    Queries and weights have 16 bits in tiles, and products less by 2^-16 of their factors are left out.
+    """
     heads, kv_heads, dim, options = case
     batch = Batch(lengths, heads, kv_heads, dim, dtype)
     whole = attend(isa, batch, options)
@@ -203,7 +208,7 @@ def check_attention(
     op = cache_ops.PagedAttention(
         *map(value, arrays), None if sinks is None else value(sinks), scale=0.3, **fields
     )
-    close(whole, meaning(op, *arrays, sinks), 5e-6)
+    close(whole, meaning(op, *arrays, sinks), 3e-5 if isa == "amx" else 5e-6)
     alone = [(b, 0, new) for b, (_, new) in enumerate(lengths) if new]
     for b, start, stop in (*alone, *(chunks if options.get("causal", True) else ())):
         first = batch.start[b]
@@ -222,6 +227,32 @@ def test_paged_attention_equals_its_reference_alone_in_a_batch_and_in_chunks(
     case: Any, dtype: str, isa: str
 ) -> None:
     check_attention(isa, LENGTHS, case, dtype, ((5, 0, 1), (5, 29, 30), (5, 3, 20), (5, 7, 30)))
+
+
+IN_TILES = [  # heads that fill tiles, and those that fall back to vectors
+    (9, 3, 64, {}),
+    (14, 2, 64, {"window": 7}),
+    (4, 2, 256, {"softcap": 30.0}),
+    (3, 3, 32, {"causal": False}),
+    (8, 1, 96, {"sinks": True, "window": 40}),
+    (34, 2, 64, {"causal": False, "window": 9, "sinks": True}),
+    (2, 1, 80, {}),
+    (4, 4, 18, {"softcap": 5.0}),
+]
+
+
+@pytest.mark.parametrize("case", IN_TILES, ids=str)
+@tile_levels
+def test_attention_over_pairs_of_bfloat16(case: Any, isa: str) -> None:
+    chunks = ((5, 0, 1), (5, 29, 30), (5, 3, 20), (5, 7, 30), (8, 0, 1), (8, 5, 100))
+    check_attention(isa, [*LENGTHS, (150, 101)], case, "bfloat16", chunks)
+
+
+@pytest.mark.parametrize("case", [(6, 2, 64, {}), (2, 1, 32, {"window": 520, "sinks": True})], ids=str)
+@tile_levels
+def test_long_contexts_of_bfloat16_by_rows_and_by_segments(case: Any, isa: str) -> None:
+    lengths = [(512, 1), (513, 2), (1100, 30), (3, 3), (1030, 9)]
+    check_attention(isa, lengths, case, "bfloat16", ((2, 0, 1), (2, 5, 20), (2, 4, 30), (4, 8, 9)))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 import pytest
+from llmc.codegen.tvm.kernels.attention import make_paged_attention
 from llmc.codegen.tvm.kernels.cache import make_append_kv
 from llmc.codegen.tvm.kernels.elementwise import make_gated_mlp
 from llmc.codegen.tvm.kernels.gather import make_embedding, make_gather_last
@@ -117,6 +118,14 @@ def test_a_level_multiplies_with_its_own_instruction(isa: str, pattern: str) -> 
         assert "zmm" not in assembly
     if isa == "generic":
         assert "ymm" not in assembly and "fmaf" not in assembly
+
+
+def test_attention_of_bfloat16_multiplies_in_tiles() -> None:
+    heads = {"heads": 2, "kv_heads": 1, "head_dim": 32, "scale": 1.0}
+    for kind, tiles in (("bfloat16", True), ("float16", False)):
+        function = make_paged_attention(**heads, kv_dtype=kind, isa="amx")
+        assembly = compiled(function, "amx").mod.inspect_source("asm")
+        assert bool(re.search(r"tdpbf16ps\s.*%tmm", assembly)) == tiles
 
 
 @pytest.mark.parametrize("isa", list(LEVELS))

@@ -208,7 +208,7 @@ def float_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Artifa
 
 @pytest.fixture(scope="module")
 def quantized_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Artifact]:
-    model = Model(quantized=True, kv_dtype="float16")
+    model = Model(quantized=True, kv_dtype="bfloat16")
     return model, model.compile(tmp_path_factory.mktemp("quantized") / "m.llmc")
 
 

@@ -40,6 +40,11 @@ def append_kv(c: Context, op: ir_cache.AppendKv) -> None:
             f"onnx-cpu: append_kv from {op.loc or 'the graph'} must write a cache input, each once",
             remedy="compile for tvm-cpu",
         )
+    if op.pages.dtype == "bfloat16":
+        raise UnsupportedError(
+            "onnx-cpu keeps no cache of bfloat16, which ONNX Runtime does not take from numpy",
+            remedy="pass --kv-dtype float16",
+        )
     dtype = "float32" if pages.quantized else op.pages.dtype
     k, v = (c.name(x) if x.dtype == dtype else c.scope.cast(c.name(x), dtype) for x in (op.k, op.v))
     if not pages.quantized:

@@ -17,7 +17,7 @@ from ..legalize import legalize
 from ..memory import processes_at_once
 from ..peak import WORKER_BYTES
 from ..target import Progress, Target
-from .kernels import KV_LAYOUT
+from .kernels import kv_layout
 from .kernels.isa import LEVELS
 from .weights import page_values, stored_type, weight_specs
 from .worker import Compilation
@@ -37,6 +37,7 @@ class TvmCpu(Target):
 
     name: ClassVar[str] = "tvm-cpu"
     operations: ClassVar[frozenset[str]] = OPERATIONS
+    kv_dtype: ClassVar[str] = "bfloat16"
 
     # Not the compiling machine's own level: an artifact runs elsewhere too, and its bytes are the same
     # everywhere.
@@ -96,7 +97,7 @@ class TvmCpu(Target):
             "kernels": kernels,
             "arguments": built["arguments"],
             "symbols": built["symbols"],
-            "kv_layout": KV_LAYOUT,
+            "kv_layout": kv_layout(str(graph.facts.get("kv_dtype"))),
             **_interface(legal),
         }
         return entry if weights is None else {**entry, "weights": weights}

@@ -31,6 +31,8 @@ scale_dtype, zero_point, super_group)`, here L; FORM stands for the last six par
         x, cos [T, rotary_dim], sin [T, rotary_dim] → out [T, heads, head_dim]
     make_gated_mlp(width, activation, quantize)
         gate_up [T, 2 · width] → out [T, width]; or a, sums, a_scale of quantize_activation
+    make_quantized_gated_mlp(width, k, FORM, bias, activation, quantize)
+        operands as of quantized_linear for N = 2 · width → a, sums, a_scale of quantize_activation
     make_activation(width, activation)
         x [T, width] → out [T, width]
     make_append_kv(kv_heads, head_dim, kv_dtype, k_source, v_source)
@@ -48,16 +50,15 @@ means x [T, width] → out [T, width]; heads > 0 normalises each head: x [T, hea
 heads, width].
 
 The physical order inside a page is pages[0, page, head] = keys as [head_dim, 16 tokens] and pages[1, page,
-head] = values as [16 tokens, head_dim]; `KV_LAYOUT` names it for the manifest. Where `kv_dtype` is int8,
-these are codes, the last axis is head_dim + 4, and 16 float32 scales follow. To copy a page is pages[:, dst]
-= pages[:, src].
+head] = values as [16 tokens, head_dim]; `kv_layout` names it for the manifest. Where `kv_dtype` is int8,
+these are codes, the last axis is head_dim + 4, and 16 float32 scales follow; where it is bfloat16, words of
+two neighbours stand together (see `cache`). To copy a page is pages[:, dst] = pages[:, src].
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-KV_LAYOUT = "2,pages,heads,k:dim.token,v:token.dim"
 PAGE_SIZE = 16
 
 # Maker → module. Resolved on first use: `isa` and `layout` are needed where TVM must not be imported (in the
@@ -74,10 +75,18 @@ _MAKERS = {
     "make_paged_attention": "attention",
     "make_quantize_activation": "activation",
     "make_quantized_embedding": "gather",
+    "make_quantized_gated_mlp": "gated",
     "make_quantized_linear": "quantized",
     "make_rms_norm": "norms",
     "make_rope": "elementwise",
 }
+
+
+def kv_layout(kv_dtype: str) -> str:
+    """The order of a page, for the manifest."""
+    if kv_dtype == "bfloat16":
+        return "2,pages,heads,k:dim/2.token.2,v:token/2.dim.2"
+    return "2,pages,heads,k:dim.token,v:token.dim"
 
 
 def __getattr__(name: str) -> Any:

@@ -35,6 +35,8 @@ from .builder import (
 from .layout import QuantLayout
 
 _ABS = 0x7FFFFFFF
+_HELD = 2048
+"""Elements of a row that are made before they are quantized."""
 Read = Callable[[Expr], Expr]
 
 
@@ -53,14 +55,14 @@ def activation_layout(k: int, group_size: int, align: int) -> QuantLayout:
     return QuantLayout(1, k, 8 if align == 8 else 2, group_size)
 
 
-def quantized_arguments(kernel: Kernel, lay: QuantLayout) -> Quantized:
-    """The parameters a, sums and a_scale of a kernel."""
+def quantized_arguments(kernel: Kernel, lay: QuantLayout, prefix: str = "") -> Quantized:
+    """The parameters a, sums and a_scale of a kernel, or others' with a prefix."""
     tokens = kernel.symbol("T")
     return Quantized(
         lay,
-        kernel.argument("a", (tokens, lay.k_padded), "int8"),
-        kernel.argument("sums", (tokens, lay.groups), "float32"),
-        kernel.argument("a_scale", (tokens, lay.groups), "float32"),
+        kernel.argument(f"{prefix}a", (tokens, lay.k_padded), "int8"),
+        kernel.argument(f"{prefix}sums", (tokens, lay.groups), "float32"),
+        kernel.argument(f"{prefix}a_scale", (tokens, lay.groups), "float32"),
     )
 
 
@@ -101,7 +103,7 @@ def _to_int(x: Expr, inverse: Expr) -> Expr:
     return T.Cast("int32x16", call("float32x16", "llmc_round", clamped))
 
 
-def _quantize_group(to: Quantized, row: Expr, g: Expr, read: Read) -> None:
+def quantize_group(to: Quantized, row: Expr, g: Expr, read: Read) -> None:
     """Quantize group g of a row, whose 16 elements from i on are `read(i)`."""
     group = to.layout.group
     largest = _largest(read, group)
@@ -118,21 +120,26 @@ def _quantize_group(to: Quantized, row: Expr, g: Expr, read: Read) -> None:
 def quantize_as_made(to: Quantized, row: Expr, make: Read) -> None:
     """Quantize a row whose 16 elements from i on are computed by `make(i)`; for `fits_producer`.
 
-    A group is made before its scale is known, and never leaves the nearest cache.
+    Groups are made before their scales are known, and never leave the nearest cache: several, so that the
+    processor has others to work at while it waits for a group's maximum.
     """
-    group = to.layout.group
-    with T.serial(0, to.layout.groups) as g:
-        held = T.alloc_buffer((group,), "float32")
-        with T.serial(0, group // LANES) as i:
-            put(held, make(g * group + i * LANES), i * LANES)
-        _quantize_group(to, row, g, lambda i: vec(held, i))
+    group, groups = to.layout.group, to.layout.groups
+    at_once = min(groups, max(1, _HELD // group))
+    held = T.alloc_buffer((at_once * group,), "float32")
+    with T.serial(0, -(-groups // at_once)) as turn:
+        first = let(turn * at_once)
+        count = let(T.min(T.int32(groups) - first, T.int32(at_once)))
+        with T.serial(0, count * (group // LANES)) as i:
+            put(held, make(first * group + i * LANES), i * LANES)
+        with T.serial(0, count) as g:
+            quantize_group(to, row, first + g, lambda i: vec(held, g * group + i))
 
 
 def _quantize_row(x: Buffer, row: Expr, to: Quantized) -> None:
     lay = to.layout
     with T.serial(0, lay.groups) as g:
         if _whole(lay):
-            _quantize_group(to, row, g, lambda i: vec(x, row, g * lay.group + i))
+            quantize_group(to, row, g, lambda i: vec(x, row, g * lay.group + i))
         else:
             _ragged_group(lay, x, row, g, to.a, to.sums, to.scale)
 

@@ -15,15 +15,15 @@ not see adds exactly 0 to it, so a row's bits do not depend on its block.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
 from ....ir.dtypes import itemsize
+from . import attention_tiles as in_tiles
+from .attention_spec import LOG2E, MANY_ROWS, NOTHING, SEGMENT, TILE, Attention, Buffers, advance
 from .builder import (
     LANES,
     Buffer,
@@ -44,62 +44,17 @@ from .builder import (
     splat,
     vec,
 )
-from .cache import PAGE_SIZE, load_page, load_page_one, page_scales, pages_argument
+from .cache import (
+    PAGE_SIZE,
+    in_pairs,
+    load_page,
+    load_page_one,
+    load_pairs,
+    page_scales,
+    pages_argument,
+)
 from .isa import Isa
 from .vector_math import exp2, tanh
-
-_LOG2E = math.log2(math.e)
-_NOTHING = -1e30
-"""The maximum before any score; a number, since infinity minus infinity is none."""
-_SEGMENT = 32
-"""Pages whose softmax is computed in one go."""
-_TILE = 4
-"""Pages whose maximum is taken at once. Tiles begin at multiples of it, whatever a row sees."""
-_MANY_ROWS = 16
-"""Tokens in a step from which on rows are taken in blocks."""
-
-
-@dataclass(frozen=True)
-class Attention:
-    """What is known when the kernel is made."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    kv_dtype: str
-    scale: float
-    causal: bool
-    window: int | None
-    softcap: float | None
-
-    @property
-    def group(self) -> int:
-        """Query heads that share a key/value head."""
-        return self.heads // self.kv_heads
-
-    @staticmethod
-    def most(isa: Isa) -> int:
-        """Vectors that are accumulated at once, so that they stay in registers."""
-        most = 16 if isa.live_vectors >= 32 else 6 if isa.live_vectors >= 8 else 3
-        assert most <= LANES
-        return most
-
-    def blocking(self, isa: Isa) -> tuple[int, int]:
-        """(query heads, query rows) computed together: their scores and weights must fit the registers."""
-        most = self.most(isa)
-        heads = max(h for h in range(1, min(self.group, most) + 1) if self.group % h == 0)
-        return heads, max(1, min(8, most // heads))
-
-
-@dataclass(frozen=True)
-class _Buffers:
-    q: Buffer
-    pages: Buffer
-    query_start: Buffer
-    context_len: Buffer
-    block_table: Buffer
-    sinks: Buffer | None
-    out: Buffer
 
 
 def _cells(size: tuple[int, int]) -> list[tuple[int, int, int]]:
@@ -112,7 +67,7 @@ class _Block:
     """`rows` consecutive query rows of one sequence, by `heads` query heads of one key/value head."""
 
     def __init__(
-        self, spec: Attention, at: _Buffers, first: tuple[Expr, Expr, Expr], size: tuple[int, int], isa: Isa
+        self, spec: Attention, at: Buffers, first: tuple[Expr, Expr, Expr], size: tuple[int, int], isa: Isa
     ) -> None:
         self.spec, self.at = spec, at
         most = spec.most(isa)
@@ -120,10 +75,11 @@ class _Block:
         self.rows, self.heads = size
         self.kv_head = let(self.head // spec.group)
         self.chunks = spec.head_dim // LANES
+        self.pairs = in_pairs(spec.kv_dtype, spec.head_dim)
         self.cells = _cells(size)
         self.query = T.alloc_buffer((len(self.cells), spec.head_dim), "float32")
         self.acc = T.alloc_buffer((len(self.cells), spec.head_dim), "float32")
-        self.weights = T.alloc_buffer((len(self.cells), _TILE * PAGE_SIZE), "float32")
+        self.weights = T.alloc_buffer((len(self.cells), TILE * PAGE_SIZE), "float32")
         # Enough independent chains of multiply-adds to hide their latency, with few cells too.
         self.together = next(n for n in (4, 2, 1) if n * len(self.cells) <= most or n == 1)
         self.parts = next(
@@ -136,8 +92,8 @@ class _Block:
     def run(self) -> None:
         """All segments, and the result."""
         self.prepare()
-        first = let(self.first // _SEGMENT)
-        stop = let(T.floordiv(self.last + (_SEGMENT - 1), _SEGMENT))
+        first = let(self.first // SEGMENT)
+        stop = let(T.floordiv(self.last + (SEGMENT - 1), SEGMENT))
 
         merged = _Merged(self.spec, self.at, self.row, self.head, (self.rows, self.heads))
         # To merge one segment with nothing would multiply it by 1. A sink is something.
@@ -158,22 +114,22 @@ class _Block:
         self.first = let(self.low[0] // PAGE_SIZE)
         self.last = let(T.floordiv(self.high[self.rows - 1] + (PAGE_SIZE - 1), PAGE_SIZE))
         spec = self.spec
-        factor = T.float32(spec.scale / spec.softcap if spec.softcap else spec.scale * _LOG2E)
+        factor = T.float32(spec.scale / spec.softcap if spec.softcap else spec.scale * LOG2E)
         for i, r, h in self.cells:
             with T.serial(0, spec.head_dim) as d:
                 put1(self.query, self.at.q[self.row + r, self.head + h, d] * factor, i, d)
 
     def segment(self, segment: Expr) -> None:
         """best, total and acc of one segment; it may hold no page that is seen."""
-        put(self.best, f32s(_NOTHING), 0)
+        put(self.best, f32s(NOTHING), 0)
         put(self.total, f32s(0), 0)
         for i, _, _ in self.cells:
             with T.serial(0, self.spec.head_dim) as d:
                 put1(self.acc, T.float32(0), i, d)
-        start = let(T.max(self.first, segment * _SEGMENT))
-        stop = let(T.min(self.last, segment * _SEGMENT + _SEGMENT))
-        with loop(T.floordiv(start, _TILE), T.floordiv(stop + (_TILE - 1), _TILE)) as tile:
-            begin, end = let(T.max(start, tile * _TILE)), let(T.min(stop, tile * _TILE + _TILE))
+        start = let(T.max(self.first, segment * SEGMENT))
+        stop = let(T.min(self.last, segment * SEGMENT + SEGMENT))
+        with loop(T.floordiv(start, TILE), T.floordiv(stop + (TILE - 1), TILE)) as tile:
+            begin, end = let(T.max(start, tile * TILE)), let(T.min(stop, tile * TILE + TILE))
             self._scores(begin, end)
             self._softmax(begin, end)
             self._values(begin, end)
@@ -204,14 +160,24 @@ class _Block:
             # A page beyond the last is the last again; no row sees the tokens that it would hold.
             pages = [let(self.at.block_table[self.sequence, T.min(begin + slot, end - 1)]) for slot in slots]
             score = [[register(f32s(0)) for _ in pages] for _ in self.cells]
-            with T.serial(0, spec.head_dim) as d:
-                keys = [let(self._page(0, page, d * PAGE_SIZE)) for page in pages]
-                for page in pages:  # its values are next, and the processor foresees no jump to another page
-                    prefetch(self.at.pages, 1, page, self.kv_head, 0, d * PAGE_SIZE)
+
+            def multiply(d: Expr, keys: list[Expr], score: list[list[Buffer]] = score) -> None:
                 for i, _, _ in self.cells:
                     query = let(splat(self.query[i, d]))
                     for cell, key in zip(score[i], keys, strict=True):
                         put(cell, fma(query, key, vec(cell, 0)), 0)
+
+            width = 2 if self.pairs else 1
+            with T.serial(0, spec.head_dim // width) as d:
+                place = d * width * PAGE_SIZE
+                if self.pairs:
+                    loaded = [load_pairs(self.at.pages, 0, page, self.kv_head, 0, place) for page in pages]
+                else:
+                    loaded = [(let(self._page(0, page, place)),) for page in pages]
+                for page in pages:  # its values are next, and the processor foresees no jump to another page
+                    prefetch(self.at.pages, 1, page, self.kv_head, 0, place)
+                for at, keys in enumerate(zip(*loaded, strict=True)):
+                    multiply(d * width + at, list(keys))
             for u, (slot, page) in enumerate(zip(slots, pages, strict=True)):
                 seen = self._seen(begin + slot)
                 scale = self._scales(0, page)
@@ -219,8 +185,8 @@ class _Block:
                     s = vec(score[i][u], 0)
                     s = s if scale is None else let(s * scale)
                     if spec.softcap:
-                        s = tanh(s) * f32s(spec.softcap * _LOG2E)
-                    put(self.weights, T.Select(seen[r], s, f32s(_NOTHING)), i, slot * PAGE_SIZE)
+                        s = tanh(s) * f32s(spec.softcap * LOG2E)
+                    put(self.weights, T.Select(seen[r], s, f32s(NOTHING)), i, slot * PAGE_SIZE)
 
     def _page(self, which: int, page: Expr, at: Expr) -> Expr:
         """16 elements of the keys (0) or values (1) of a page."""
@@ -242,7 +208,7 @@ class _Block:
 
     def _softmax(self, begin: Expr, end: Expr) -> None:
         """Scores to weights: the new maximum and sum. Lane i of a vector belongs to cell i in the end."""
-        top = [register(f32s(_NOTHING)) for _ in self.cells]
+        top = [register(f32s(NOTHING)) for _ in self.cells]
         with T.serial(0, end - begin) as slot:
             for i, _, _ in self.cells:
                 score = vec(self.weights, i, slot * PAGE_SIZE)
@@ -278,14 +244,14 @@ class _Block:
                     [register(vec(self.acc, i, place) * splat(self.rescale[i])) for place in places]
                     for i, _, _ in self.cells
                 ]
-                with self._tokens(begin, end) as (page, j, column):
-                    if parts == self.chunks:
-                        self._prefetch_keys(begin + T.floordiv(column, PAGE_SIZE), j)
-                    values = [let(self._page(1, page, j * width + place)) for place in places]
+
+                def add(column: Expr, values: list[Expr], acc: list[list[Buffer]] = acc) -> None:
                     for i, _, _ in self.cells:
                         weight = let(splat(self.weights[i, column]))
                         for cell, value in zip(acc[i], values, strict=True):
                             put(cell, fma(weight, value, vec(cell, 0)), 0)
+
+                self._each_value(begin, end, places, add)
                 for i, _, _ in self.cells:
                     for cell, place in zip(acc[i], places, strict=True):
                         put(self.acc, vec(cell, 0), i, place)
@@ -293,15 +259,50 @@ class _Block:
             for i, _, _ in self.cells:
                 one = scalar(self.acc[i, d] * self.rescale[i])
                 with self._tokens(begin, end) as (page, j, column):
-                    at = (1, page, self.kv_head, 0, j * width + d)
+                    at = (1, page, self.kv_head, 0, self._value_at(j, d))
                     value = load_page_one(self.at.pages, self.spec.kv_dtype, *at)
                     put1(one, fma1(self.weights[i, column], value, one[0]), 0)
                 put1(self.acc, one[0], i, d)
 
+    def _value_at(self, token: Expr, d: Expr) -> Expr:
+        """Where element d of a token's values stands in a page."""
+        width = self.spec.head_dim
+        if self.pairs:
+            return T.floordiv(token, 2) * (2 * width) + d * 2 + T.floormod(token, 2)
+        return token * width + d
+
+    def _each_value(
+        self, begin: Expr, end: Expr, places: list[Expr], add: Callable[[Expr, list[Expr]], None]
+    ) -> None:
+        """`add(column of weights, vectors from these places of its values)` for each token that any row sees.
+
+        Only those are touched: what stands beside them may be NaN, and 0 · NaN is no 0.
+        """
+        width, whole = self.spec.head_dim, len(places) == self.chunks
+
+        def ahead(column: Expr, j: Expr) -> None:
+            if whole:
+                self._prefetch_keys(begin + T.floordiv(column, PAGE_SIZE), j)
+
+        if not self.pairs:
+            with self._tokens(begin, end) as (page, j, column):
+                ahead(column, j)
+                add(column, [let(self._page(1, page, j * width + place)) for place in places])
+            return
+        with self._pairs(begin, end) as (page, pair, column, first, last):
+            ahead(column, 2 * pair)
+            ahead(column, 2 * pair + 1)
+            index = [(1, page, self.kv_head, 0, (pair * width + place) * 2) for place in places]
+            both = zip(*(load_pairs(self.at.pages, *at) for at in index), strict=True)
+            for at, values in enumerate(both):
+                token = 2 * pair + at
+                with T.If(T.And(token >= first, token < last)), T.Then():
+                    add(column + at, list(values))
+
     def _prefetch_keys(self, page: Expr, j: Expr) -> None:
         """A sixteenth of the keys of the page that stands a tile behind page number `page`."""
         width, elements = self.spec.head_dim, 64 // itemsize(self.spec.kv_dtype)
-        ahead = self.at.block_table[self.sequence, T.min(page + _TILE, self.last - 1)]
+        ahead = self.at.block_table[self.sequence, T.min(page + TILE, self.last - 1)]
         for start in range(0, width, elements):
             prefetch(self.at.pages, 0, ahead, self.kv_head, 0, j * width + start)
 
@@ -318,22 +319,35 @@ class _Block:
             with loop(first, last) as j:
                 yield page, j, slot * PAGE_SIZE + j
 
+    @contextmanager
+    def _pairs(self, begin: Expr, end: Expr) -> Generator[tuple[Expr, ...]]:
+        """Loops over pairs of tokens one of which any row sees: page, pair in it, column of `weights` of its
+        first token, and the tokens [first, last) of the page that are seen.
+        """
+        with T.serial(0, end - begin) as slot:
+            page = let(self.at.block_table[self.sequence, begin + slot])
+            token = let((begin + slot) * PAGE_SIZE)
+            first = let(T.max(self.low[0] - token, T.int32(0)))
+            last = let(T.min(self.high[self.rows - 1] - token, T.int32(PAGE_SIZE)))
+            with loop(T.floordiv(first, 2), T.floordiv(last + 1, 2)) as pair:
+                yield page, pair, slot * PAGE_SIZE + 2 * pair, first, last
+
 
 class _Merged:
     """Segments merged so far, of `rows` query rows by `heads` query heads, and what becomes of them."""
 
-    def __init__(self, spec: Attention, at: _Buffers, row: Expr, head: Expr, size: tuple[int, int]) -> None:
+    def __init__(self, spec: Attention, at: Buffers, row: Expr, head: Expr, size: tuple[int, int]) -> None:
         self.spec, self.at, self.row, self.head = spec, at, row, head
         self.cells = _cells(size)
         self.acc = T.alloc_buffer((len(self.cells), spec.head_dim), "float32")
         self.keep, self.take = register(), register()
-        self.best = register(f32s(_NOTHING))
+        self.best = register(f32s(NOTHING))
         self.total = register(f32s(0))
         for i, _, h in self.cells:
             with T.serial(0, spec.head_dim) as d:
                 put1(self.acc, T.float32(0), i, d)
             if at.sinks is not None:
-                put1(self.best, at.sinks[head + h] * T.float32(_LOG2E), i)
+                put1(self.best, at.sinks[head + h] * T.float32(LOG2E), i)
                 put1(self.total, T.float32(1), i)
 
     def add(self, best: Expr, total: Expr, acc: Buffer, first: Expr) -> None:
@@ -365,17 +379,11 @@ def _finish(done: _Block | _Merged) -> None:
             put1(done.at.out, done.acc[i, d] * inverse, done.row + r, done.head + h, d)
 
 
-def _advance(at: _Buffers, sequence: Buffer, row: Expr) -> None:
-    """Move `sequence` on to the one that owns a row."""
-    with T.While(at.query_start[sequence[0] + 1] <= row):
-        put1(sequence, sequence[0] + 1, 0)
-
-
-def _by_rows(spec: Attention, at: _Buffers, tokens: Expr, isa: Isa) -> None:
+def _by_rows(spec: Attention, at: Buffers, tokens: Expr, isa: Isa) -> None:
     """Parallel over (block of rows, block of heads)."""
     heads, rows = spec.blocking(isa)
     columns = spec.heads // heads
-    step = let(T.Select(tokens < T.int32(_MANY_ROWS), T.int32(1), T.int32(rows)))
+    step = let(T.Select(tokens < T.int32(MANY_ROWS), T.int32(1), T.int32(rows)))
     tiles = let(T.floordiv(tokens + step - 1, step))
     with T.parallel(0, tiles * columns) as w:
         # A thread gets consecutive w. Later rows see more: taking tiles from both ends gives each its share.
@@ -387,7 +395,7 @@ def _by_rows(spec: Attention, at: _Buffers, tokens: Expr, isa: Isa) -> None:
         sequence = scalar(T.int32(0), "int32")
         row = scalar(first, "int32")
         with T.While(row[0] < stop):
-            _advance(at, sequence, row[0])
+            advance(at, sequence, row[0])
             here = let(sequence[0])
             start = let(row[0])
 
@@ -406,7 +414,7 @@ def _by_rows(spec: Attention, at: _Buffers, tokens: Expr, isa: Isa) -> None:
                         take(1)
 
 
-def _by_segments(spec: Attention, at: _Buffers, tokens: Expr, segments: Expr, isa: Isa) -> None:
+def _by_segments(spec: Attention, at: Buffers, tokens: Expr, segments: Expr, isa: Isa) -> None:
     """Few rows with a long context: parallel over (row, block of heads, segment), then merged."""
     heads, _ = spec.blocking(isa)
     columns = spec.heads // heads
@@ -416,7 +424,7 @@ def _by_segments(spec: Attention, at: _Buffers, tokens: Expr, segments: Expr, is
         item, segment = let(T.floordiv(w, segments)), let(T.floormod(w, segments))
         row, head = let(item // columns), let(item % columns * heads)
         sequence = scalar(T.int32(0), "int32")
-        _advance(at, sequence, row)
+        advance(at, sequence, row)
         block = _Block(spec, at, (row, let(sequence[0]), head), (1, heads), isa)
         block.prepare()
         block.segment(segment)
@@ -459,7 +467,7 @@ def make_paged_attention(
     kernel = Kernel("paged_attention", isa)
     with kernel:
         tokens, sequences, width = kernel.symbol("T"), kernel.symbol("B"), kernel.symbol("P")
-        at = _Buffers(
+        at = Buffers(
             q=kernel.argument("q", (tokens, heads, head_dim), "float32"),
             pages=pages_argument(kernel, kv_heads, head_dim, kv_dtype),
             query_start=kernel.argument("query_start", (kernel.symbol("B1"),), "int32"),
@@ -469,10 +477,17 @@ def make_paged_attention(
             out=kernel.argument("out", (tokens, heads, head_dim), "float32"),
         )
         with kernel.body():
-            segments = let(T.floordiv(width + (_SEGMENT - 1), T.int32(_SEGMENT)))
-            with T.If(T.And(tokens < _MANY_ROWS, segments > 1)):
+            segments = let(T.floordiv(width + (SEGMENT - 1), T.int32(SEGMENT)))
+            tiles = kernel.isa.tiles and in_tiles.fits(spec)
+            with T.If(T.And(tokens < MANY_ROWS, segments > 1)):
                 with T.Then():
-                    _by_segments(spec, at, tokens, segments, kernel.isa)
+                    if tiles:
+                        in_tiles.by_segments(spec, at, tokens, segments)
+                    else:
+                        _by_segments(spec, at, tokens, segments, kernel.isa)
                 with T.Else():
-                    _by_rows(spec, at, tokens, kernel.isa)
+                    if tiles:
+                        in_tiles.by_rows(spec, at, tokens, sequences)
+                    else:
+                        _by_rows(spec, at, tokens, kernel.isa)
     return kernel.function

@@ -3,7 +3,9 @@
 A page holds, for each head, its keys as [head_dim, 16 tokens] and its values as [16 tokens, head_dim]:
 attention then multiplies 16 keys at once by one element of the query, and 16 elements of a value by one
 weight, and sums nothing across lanes. Where the cache is int8, the block of a head is its codes in that order
-and then 16 float32 scales, one a token: attention multiplies 16 scores by 16 scales.
+and then 16 float32 scales, one a token: attention multiplies 16 scores by 16 scales. Where it is bfloat16,
+keys stand as [head_dim / 2, 16 tokens, 2] and values as [8 pairs of tokens, head_dim, 2]: words of 32 bits,
+each half of which is a float32 less its lower half, and as AMX multiplies them.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from tvm.script.ir_builder import tirx as T
 
 from ....ir.dtypes import KV_SCALE_BYTES
 from ....ir.ops.cache import SMALLEST_SCALED
+from . import PAGE_SIZE
 from .builder import (
     LANES,
     Buffer,
@@ -38,8 +41,6 @@ from .builder import (
 from .gather import load_one
 from .norms import Source, head_argument, head_index
 
-PAGE_SIZE = 16
-KV_LAYOUT = "2,pages,heads,k:dim.token,v:token.dim"
 _ABS, _INFINITY = 0x7FFFFFFF, 0x7F800000
 
 
@@ -52,6 +53,19 @@ def pages_argument(kernel: Kernel, kv_heads: int, head_dim: int, kv_dtype: str) 
     """The parameter `pages`."""
     shape = (2, kernel.symbol("N"), kv_heads, PAGE_SIZE, page_width(kv_dtype, head_dim))
     return kernel.argument("pages", shape, kv_dtype)
+
+
+def in_pairs(kv_dtype: str, head_dim: int) -> bool:
+    """Whether pages hold words of two neighbours."""
+    return kv_dtype == "bfloat16" and head_dim % 2 == 0
+
+
+def load_pairs(pages: Buffer, *index: Expr) -> tuple[Expr, Expr]:
+    """16 words from an even element of a page on: their first and their second elements in float32."""
+    words = let(T.reinterpret(vec(pages, *index, lanes=2 * LANES), dtype="uint32x16"))
+    first = T.shift_left(words, T.broadcast(T.uint32(16), LANES))
+    second = T.bitwise_and(words, T.broadcast(T.uint32(0xFFFF0000), LANES))
+    return let(T.reinterpret(first, dtype="float32x16")), let(T.reinterpret(second, dtype="float32x16"))
 
 
 def load_page(pages: Buffer, kv_dtype: str, *index: Expr) -> Expr:
@@ -84,8 +98,9 @@ def _chunk(x: Buffer, at: Any, start: Expr, count: int) -> Expr:
 def _converted(value: Expr, dtype: str) -> Buffer:
     """16 elements in the cache's dtype, to be read one by one."""
     held = T.alloc_buffer((LANES,), dtype)
-    if dtype == "float16":
-        value = T.reinterpret(call("uint16x16", "llmc_to_half", value), dtype="float16x16")
+    if dtype in ("float16", "bfloat16"):
+        name = "llmc_to_half" if dtype == "float16" else "llmc_to_bfloat"
+        value = T.reinterpret(call("uint16x16", name, value), dtype=f"{dtype}x16")
     T.buffer_store(held, value, [T.ramp(0, 1, LANES)])
     return held
 
@@ -106,12 +121,15 @@ class _Head:
             body(start, _chunk(self.x, self.at, start, rest), rest)
 
     def put(self, value: Buffer, start: Expr, count: int, head_dim: int) -> None:
+        pairs = in_pairs(str(self.pages.dtype), head_dim)
         with T.serial(0, count) as i:
             # "row 0" with a running index is the head's whole block, whatever its inner order.
-            if self.which == 0:
-                inner = (start + i) * PAGE_SIZE + self.offset
+            row, column = (start + i, self.offset) if self.which == 0 else (self.offset, start + i)
+            width = PAGE_SIZE if self.which == 0 else head_dim
+            if pairs:
+                inner = T.floordiv(row, 2) * (2 * width) + column * 2 + T.floormod(row, 2)
             else:
-                inner = self.offset * head_dim + start + i
+                inner = row * width + column
             put1(self.pages, value[i], self.which, self.page, self.head, 0, inner)
 
     def write(self, head_dim: int, kv_dtype: str) -> None:
@@ -156,8 +174,8 @@ def make_append_kv(
     """pages[:, slot // 16, :, slot % 16] = k, v for each token (in the logical order), in place.
 
     k and v float32 [T, kv_heads, head_dim], or with a source = (row_width, offset) columns of [T, row_width];
-    slot_mapping int32 [T]; pages `kv_dtype` [2, N, kv_heads, 16, head_dim] in float32 or float16, [2, N,
-    kv_heads, 16, head_dim + 4] in int8, where each head gets a scale. A negative slot is skipped.
+    slot_mapping int32 [T]; pages `kv_dtype` [2, N, kv_heads, 16, head_dim] of floats, [2, N, kv_heads, 16,
+    head_dim + 4] in int8, where each head gets a scale. A negative slot is skipped.
     """
     kernel = Kernel("append_kv", isa)
     with kernel:
@@ -191,6 +209,12 @@ def to_physical(logical: np.ndarray) -> np.ndarray:
     """
     _, pages, size, heads, width = logical.shape
     dim = width - (KV_SCALE_BYTES if logical.dtype == np.int8 else 0)
+    if in_pairs(str(logical.dtype), dim):
+        words = np.empty((2, pages, heads, size * dim), logical.dtype)
+        keys, values = (np.moveaxis(part, 2, 1) for part in logical)  # [pages, heads, token, dim]
+        words[0] = keys.reshape(pages, heads, size, -1, 2).transpose(0, 1, 3, 2, 4).reshape(pages, heads, -1)
+        words[1] = values.reshape(pages, heads, -1, 2, dim).swapaxes(3, 4).reshape(pages, heads, -1)
+        return words.reshape(2, pages, heads, size, dim)
     codes, scales = logical[..., :dim], logical[..., dim:]
     out = np.empty((2, pages, heads, size * width), logical.dtype)
     out[0, ..., : size * dim] = codes[0].transpose(0, 2, 3, 1).reshape(pages, heads, -1)
@@ -204,6 +228,15 @@ def to_logical(physical: np.ndarray) -> np.ndarray:
     _, pages, heads, size, width = physical.shape
     dim = width - (KV_SCALE_BYTES if physical.dtype == np.int8 else 0)
     flat = physical.reshape(2, pages, heads, -1)
+    if in_pairs(str(physical.dtype), dim):
+        logical = np.empty((2, pages, size, heads, dim), physical.dtype)
+        keys, values = flat
+        keys = (
+            keys.reshape(pages, heads, -1, size, 2).transpose(0, 1, 3, 2, 4).reshape(pages, heads, size, dim)
+        )
+        values = values.reshape(pages, heads, -1, dim, 2).swapaxes(3, 4).reshape(pages, heads, size, dim)
+        logical[0], logical[1] = np.moveaxis(keys, 1, 2), np.moveaxis(values, 1, 2)
+        return logical
     keys, values = flat[..., : size * dim]
     out = np.empty((2, pages, size, heads, width), physical.dtype)
     out[0, ..., :dim] = keys.reshape(pages, heads, dim, size).transpose(0, 3, 1, 2)

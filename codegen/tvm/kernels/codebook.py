@@ -22,7 +22,7 @@ from ....ir.codebooks import codebook as table_of
 from .builder import Buffer, Expr, Kernel, call, f32s, fma, i32s, let, put, register, row_tiles, splat, vec
 from .isa import Isa
 from .layout import QuantLayout
-from .linear import for_each_panel, store_block
+from .linear import for_each_panel
 from .panels import Operands, weight_arguments
 
 STEP = 8
@@ -91,8 +91,7 @@ def _panel(ops: Operands, x: Buffer, blocks: tuple[Expr, int], sizes: tuple[int,
             _add_group(ops, x, row, first, T.int32(lay.groups - 1), short, acc)
         for t in range(rows):
             for c in range(count):
-                value = vec(acc[t][c], 0)
-                store_block(value, ops.out, row + t, first + c, lay.n, ops.bias, ops.residual)
+                ops.write(vec(acc[t][c], 0), row + t, first + c)
 
     row_tiles(x.shape[0], sizes, tile)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -30,11 +31,12 @@ from .builder import (
 from .norms import Source, head_argument, head_index
 from .vector_math import ACTIVATIONS
 
-_COST = 8
+COST = 8
 """An activation costs about as much as touching this many elements."""
 
 
-def _function(activation: str) -> Any:
+def activation_function(activation: str) -> Callable[[Expr], Expr]:
+    """Of 16 lanes. Raises CompileError for a name without one."""
     if activation not in ACTIVATIONS:
         raise CompileError(
             f"no kernel for the activation {activation!r}", remedy=f"one of {', '.join(ACTIVATIONS)}"
@@ -48,7 +50,7 @@ def make_gated_mlp(*, width: int, activation: str, quantize: tuple[int, int] | N
     activation: silu, gelu, gelu_tanh, relu or sigmoid. With quantize = (group_size, align) the outputs are a,
     sums and a_scale of `quantize_activation`.
     """
-    function = _function(activation)
+    function = activation_function(activation)
     kernel = Kernel("gated_mlp", isa)
     with kernel:
         tokens = kernel.symbol("T")
@@ -70,13 +72,13 @@ def make_gated_mlp(*, width: int, activation: str, quantize: tuple[int, int] | N
             for_each_vector(width, lambda i: put(out, function(vec(x, t, i)) * vec(x, t, width + i), t, i))
 
         with kernel.body():
-            for_each_row(tokens, _COST * width, row)
+            for_each_row(tokens, COST * width, row)
     return kernel.function
 
 
 def make_activation(*, width: int, activation: str, isa: str) -> Any:
     """out = activation(x): x float32 [T, width] → out float32 [T, width]; names as in `make_gated_mlp`."""
-    function = _function(activation)
+    function = activation_function(activation)
     kernel = Kernel("activation", isa)
     with kernel:
         tokens = kernel.symbol("T")
@@ -90,7 +92,7 @@ def make_activation(*, width: int, activation: str, isa: str) -> Any:
             for_each_vector(width, lambda i: put(out, function(vec(x, t, i)), t, i))
 
         with kernel.body():
-            for_each_row(tokens, _COST * width, row)
+            for_each_row(tokens, COST * width, row)
     return kernel.function
 
 

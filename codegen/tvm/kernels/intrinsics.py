@@ -11,6 +11,7 @@ from __future__ import annotations
 from functools import cache
 
 from .intrinsics_codes import codes
+from .intrinsics_tiles import tiles
 from .isa import Isa, get_isa
 
 _DEFINE = "define linkonce_odr hidden"
@@ -138,6 +139,13 @@ def _round() -> str:
 }}"""
 
 
+# TIR would simplify x + c - c.
+_ADD = f"""{_DEFINE} {_V} @llmc_add({_V} %x, {_V} %y) alwaysinline {{
+  %r = fadd {_V} %x, %y
+  ret {_V} %r
+}}"""
+
+
 def _prefetch(name: str, write: int) -> str:
     """To the nearest cache."""
     return f"""{_DEFINE} i32 @{name}(ptr %p) alwaysinline {{
@@ -205,6 +213,22 @@ _HALF_PLAIN = f"""{_DEFINE} {_V} @llmc_from_half(<16 x i16> %h) alwaysinline {{
   %sign = and {_I} %hs, splat (i32 32768)
   %o = or {_I} %v3, %sign
   %r = trunc {_I} %o to <16 x i16>
+  ret <16 x i16> %r
+}}"""
+
+
+# To the nearest, ties to even; a NaN stays one, its payload cut off.
+_TO_BFLOAT = f"""{_DEFINE} <16 x i16> @llmc_to_bfloat({_V} %x) alwaysinline {{
+  %w = bitcast {_V} %x to {_I}
+  %u = lshr {_I} %w, splat (i32 16)
+  %odd = and {_I} %u, splat (i32 1)
+  %c1 = add {_I} %w, splat (i32 32767)
+  %c2 = add {_I} %c1, %odd
+  %near = lshr {_I} %c2, splat (i32 16)
+  %quiet = or {_I} %u, splat (i32 64)
+  %nan = fcmp uno {_V} %x, %x
+  %v = select <16 x i1> %nan, {_I} %quiet, {_I} %near
+  %r = trunc {_I} %v to <16 x i16>
   ret <16 x i16> %r
 }}"""
 
@@ -333,56 +357,12 @@ def _dots(isa: Isa) -> list[str]:
             return [_plain_dot(name) for name in names]
 
 
-def _tiles() -> list[str]:
-    """AMX, for the tile registers 0 … 2: `llmc_tile_config(depth)` sets the shapes of this thread's tiles
-    (totals 16 × 16 int32, activations 16 × depth bytes, weights depth/4 words of 64 bytes) and `_release`
-    gives them up, so that the kernel need not save 8 KiB whenever it takes the core away; `_zero_0`,
-    `_load_R(from, bytes between rows)`, `_store_0(to, …)`, and `_multiply`: 0 += 1 · 2, of signed bytes.
-
-    LLVM takes the numbers of registers as they stand, and moves no access to memory across these calls.
-    """
-    calls = [
-        ("release", "", "tilerelease()"),
-        ("zero_0", "", "tilezero(i8 0)"),
-        ("load_1", "ptr %p, i64 %s", "tileloadd64(i8 1, ptr %p, i64 %s)"),
-        ("load_2", "ptr %p, i64 %s", "tileloadd64(i8 2, ptr %p, i64 %s)"),
-        ("store_0", "ptr %p, i64 %s", "tilestored64(i8 0, ptr %p, i64 %s)"),
-        ("multiply", "", "tdpbssd(i8 0, i8 1, i8 2)"),
-    ]
-    # Palette 1; from byte 16 on the tiles' bytes a row, in 16 bits, and from byte 48 on their rows.
-    shapes = {0: "i8 1", 16: "i8 64", 18: "i8 %depth", 20: "i8 64", 48: "i8 16", 49: "i8 16", 50: "i8 %words"}
-    config = [
-        f"{_DEFINE} i32 @llmc_tile_config(i32 %given) alwaysinline {{",
-        "  %depth = trunc i32 %given to i8",
-        "  %words = lshr i8 %depth, 2",
-        "  %c = alloca [64 x i8], align 64",
-        "  store [64 x i8] zeroinitializer, ptr %c, align 64",
-    ]
-    for place, value in shapes.items():
-        config.append(f"  %p{place} = getelementptr i8, ptr %c, i64 {place}")
-        config.append(f"  store {value}, ptr %p{place}")
-    return [
-        "declare void @llvm.x86.ldtilecfg(ptr)",
-        "declare void @llvm.x86.tilerelease()",
-        "declare void @llvm.x86.tdpbssd(i8 immarg, i8 immarg, i8 immarg)",
-        "declare void @llvm.x86.tilezero(i8 immarg)",
-        "declare void @llvm.x86.tileloadd64(i8 immarg, ptr, i64)",
-        "declare void @llvm.x86.tilestored64(i8 immarg, ptr, i64)",
-        "\n".join([*config, "  call void @llvm.x86.ldtilecfg(ptr %c)", "  ret i32 0", "}"]),
-        *(
-            f"{_DEFINE} i32 @llmc_tile_{name}({parameters}) alwaysinline {{\n"
-            f"  call void @llvm.x86.{intrinsic}\n  ret i32 0\n}}"
-            for name, parameters, intrinsic in calls
-        ),
-    ]
-
-
 @cache
 def library(isa_name: str) -> str:
     """LLVM IR text of all functions for a level."""
     isa = get_isa(isa_name)
     halves = _HALF_HARDWARE if isa.half else _HALF_PLAIN
     many = [_many(name, count) for name in ("sum", "max") for count in (4, 8, 12, 16)]
-    others = (_round(), *_PREFETCHES, halves)
-    tiles = _tiles() if isa.tiles else []
-    return "\n".join([*_fma(isa), *_reductions(), *many, *others, *_dots(isa), *codes(isa), *tiles])
+    others = (_round(), _ADD, *_PREFETCHES, halves, _TO_BFLOAT)
+    registers = tiles() if isa.tiles else []
+    return "\n".join([*_fma(isa), *_reductions(), *many, *others, *_dots(isa), *codes(isa), *registers])

@@ -35,7 +35,7 @@ class Isa:
     dot: str
     """How 4 uint8 × int8 products are added to an int32: "vnni512", "vnni256", "maddubs" or "plain"."""
     tiles: bool = False
-    """AMX: products of 16 rows by 16 columns of bytes in tile registers."""
+    """AMX: products of 16 rows by 16 columns, of bytes or of bfloat16, in tile registers."""
 
     @property
     def target(self) -> dict[str, Any]:
@@ -58,7 +58,7 @@ LEVELS = {
         Isa(
             "amx",
             "x86-64-v4",
-            ("+avx512vnni", "+amx-tile", "+amx-int8"),
+            ("+avx512vnni", "+amx-tile", "+amx-int8", "+amx-bf16"),
             512,
             32,
             True,

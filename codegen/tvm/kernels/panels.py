@@ -17,12 +17,14 @@ from .builder import (
     i32s,
     let,
     load_float,
+    prefetch_to_write,
     put,
     register_i32,
     vec,
 )
 from .isa import Isa
 from .layout import Plane, QuantLayout
+from .linear import store_block
 
 LIFT = float(3 << 22)
 """1.5 · 2^23. Floats between 2^23 and 2^24 are whole numbers, and neighbours differ by 1 as integers too: the
@@ -34,10 +36,25 @@ _ALL_128 = T.int32(-0x7F7F7F80)
 
 
 @dataclass(frozen=True)
+class Held:
+    """Where results stay that are not yet what a kernel gives: float32 [rows, columns] of this thread. Row t
+    is held in t modulo `rows`, and blocks of the weight from `block` on from `column` on.
+    """
+
+    buffer: Buffer
+    rows: int
+    block: Expr
+    column: int
+
+    def row(self, row: Expr) -> Expr:
+        return T.floormod(row, T.int32(self.rows))
+
+
+@dataclass(frozen=True)
 class Operands:
     """The buffers of one kernel.
 
-    a, sums and a_scale are None where activations are floats.
+    a, sums and a_scale are None where activations are floats, out where results are `held`.
     """
 
     layout: QuantLayout
@@ -55,6 +72,22 @@ class Operands:
     """Whether weights are spread to bytes less their zero points."""
     shifted: bool = False
     """Whether a is uint8: 128 more than the activations; only where `signed`."""
+    held: Held | None = None
+
+    def expect(self, row: Expr, block: Expr) -> None:
+        """16 outputs of a row will be written: fetch their cache line meanwhile."""
+        if self.held is None:
+            prefetch_to_write(self.out, row, block * LANES)
+
+    def write(self, value: Expr, row: Expr, block: Expr) -> None:
+        """16 outputs of a row, bias and residual added."""
+        if self.held is None:
+            store_block(value, self.out, row, block, self.layout.n, self.bias, self.residual)
+            return
+        if self.bias is not None:
+            value = value + vec(self.bias, block * LANES)
+        column = (block - self.held.block) * LANES + self.held.column
+        put(self.held.buffer, value, self.held.row(row), column)
 
     @property
     def corrects(self) -> bool:

@@ -18,7 +18,7 @@ The sums are exact integers, so that the bits of a row depend neither on the num
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,6 @@ from tvm.script.ir_builder import tirx as T
 
 from ....ir.codebooks import codebook as table_of
 from .builder import (
-    LANES,
     Buffer,
     Expr,
     Kernel,
@@ -36,7 +35,6 @@ from .builder import (
     for_each_row,
     i32s,
     let,
-    prefetch_to_write,
     put,
     register,
     register_i32,
@@ -46,7 +44,7 @@ from .builder import (
 )
 from .isa import Isa
 from .layout import QuantLayout
-from .linear import for_each_panel, store_block
+from .linear import for_each_panel
 from .panels import LIFT, Operands, Packed, Unpacked, weight_arguments
 from .tiles import LEAST_ROWS, FinishGroup, multiply_tiles, tile_depth
 
@@ -105,7 +103,7 @@ def _multiply(ops: Operands, row: Expr, rows: int, panel: Packed, narrow: bool) 
     lay, count = ops.layout, panel.count
     for t in range(rows):
         for c in range(count):
-            prefetch_to_write(ops.out, row + t, (panel.first + c) * LANES)
+            ops.expect(row + t, panel.first + c)
     acc = [[register(f32s(0)) for _ in range(count)] for _ in range(rows)]
     with T.serial(0, lay.groups) as g:
         total = _start(ops, row, rows, panel, g)
@@ -124,8 +122,7 @@ def _multiply(ops: Operands, row: Expr, rows: int, panel: Packed, narrow: bool) 
         _finish_group(ops, row, panel, g, total, acc, range(count))
     for t in range(rows):
         for c in range(count):
-            value = let(vec(acc[t][c], 0))
-            store_block(value, ops.out, row + t, panel.first + c, lay.n, ops.bias, ops.residual)
+            ops.write(let(vec(acc[t][c], 0)), row + t, panel.first + c)
 
 
 def _start(ops: Operands, row: Expr, rows: int, panel: Packed, group: Expr) -> list[list[Buffer]]:
@@ -189,49 +186,89 @@ def _corrected(ops: Operands, total: Expr, zero: Expr | None, sum_: Expr | None)
     return value if zero is None else fma(zero, sum_, value)
 
 
-def _products(ops: Operands, tokens: Expr, isa: Isa) -> None:
+@dataclass(frozen=True)
+class Plan:
+    """How a kernel goes about its products."""
+
+    ops: Operands
+    isa: Isa
+
+    @property
+    def tiles(self) -> bool:
+        """Whether many rows are multiplied in tile registers."""
+        return self.isa.tiles and tile_depth(self.ops.layout) > 0
+
+    @property
+    def many(self) -> int | None:
+        """Rows from which on panels are unpacked first; None where that never pays."""
+        bits = self.ops.layout.bits
+        if self.tiles:
+            return LEAST_ROWS
+        return None if bits == 8 else _unpack_rows(self.isa, bits)
+
+    @property
+    def width(self) -> int:
+        """Blocks of a panel."""
+        return _tile_sizes(self.isa, self.ops.layout.bits)[2]
+
+    def few(self, tokens: Expr) -> None:
+        """All panels as they lie in memory."""
+        _, sizes, width = _tile_sizes(self.isa, self.ops.layout.bits)
+
+        def direct(first: Expr, count: int) -> None:
+            panel = Packed(self.ops, first, count)
+            row_tiles(tokens, sizes, lambda row, rows: self._multiply(self.ops, row, rows, panel))
+
+        for_each_panel(self.ops.layout.blocks, width, direct)
+
+    def given(self, tokens: Expr) -> Operands:
+        """The operands as unpacked panels are multiplied by."""
+        if self.tiles:
+            return replace(self.ops, signed=True)
+        return _with_unsigned(self.ops, tokens) if self.isa.dot in ("vnni512", "vnni256") else self.ops
+
+    def multiply_unpacked(self, rows: tuple[Expr, Expr], panel: Unpacked) -> None:
+        """Rows [first, stop) by a panel, by vectors."""
+        sizes, _, _ = _tile_sizes(self.isa, self.ops.layout.bits)
+        first, stop = rows
+        row_tiles(
+            stop - first, sizes, lambda row, count: self._multiply(panel.ops, first + row, count, panel)
+        )
+
+    def _multiply(self, ops: Operands, row: Expr, rows: int, panel: Packed) -> None:
+        _multiply(ops, row, rows, panel, self.isa.dot == "maddubs")
+
+
+def _products(plan: Plan, tokens: Expr) -> None:
     """All panels of the weight: read as they lie for few rows; for many, unpacked first and multiplied by
     vectors or in tiles.
     """
-    lay, narrow = ops.layout, isa.dot == "maddubs"
-    unpacked_sizes, packed_sizes, width = _tile_sizes(isa, lay.bits)
-    tiles = isa.tiles and tile_depth(lay) > 0
-
-    def direct(first: Expr, count: int) -> None:
-        panel = Packed(ops, first, count)
-        row_tiles(tokens, packed_sizes, lambda row, rows: _multiply(ops, row, rows, panel, narrow))
 
     def many() -> None:
-        if tiles:
-            for_each_panel(lay.blocks, width, lambda first, count: _in_tiles(ops, tokens, first, count))
-            return
-        given = _with_unsigned(ops, tokens) if isa.dot in ("vnni512", "vnni256") else ops
+        given = plan.given(tokens)
 
-        def unpacked(first: Expr, count: int) -> None:
-            panel = Unpacked(given, first, count)
-            row_tiles(tokens, unpacked_sizes, lambda row, rows: _multiply(given, row, rows, panel, narrow))
+        def panel(first: Expr, count: int) -> None:
+            unpacked = Unpacked(given, first, count)
+            if plan.tiles:
+                multiply_tiles((T.int32(0), tokens), [unpacked], finish_groups)
+            else:
+                plan.multiply_unpacked((T.int32(0), tokens), unpacked)
 
-        for_each_panel(lay.blocks, width, unpacked)
+        for_each_panel(given.layout.blocks, plan.width, panel)
 
-    if lay.bits == 8 and not tiles:
-        for_each_panel(lay.blocks, width, direct)
+    if plan.many is None:
+        plan.few(tokens)
         return
-    with T.If(tokens < (LEAST_ROWS if tiles else _unpack_rows(isa, lay.bits))):
+    with T.If(tokens < plan.many):
         with T.Then():
-            for_each_panel(lay.blocks, width, direct)
+            plan.few(tokens)
         with T.Else():
             many()
 
 
-def _in_tiles(ops: Operands, tokens: Expr, first: Expr, count: int) -> None:
-    """All rows by a panel, in tile registers."""
-    given = replace(ops, signed=True)
-    panel = Unpacked(given, first, count)
-
-    def finish(row: Expr, c: Expr) -> FinishGroup:
-        return lambda g, totals, acc: _finish_group(given, row, panel, g, totals, acc, [c])
-
-    multiply_tiles(given, tokens, panel, finish)
+def finish_groups(panel: Unpacked, row: Expr, c: Expr) -> FinishGroup:
+    """For `multiply_tiles`."""
+    return lambda g, totals, acc: _finish_group(panel.ops, row, panel, g, totals, acc, [c])
 
 
 def _with_unsigned(ops: Operands, tokens: Expr) -> Operands:
@@ -286,7 +323,7 @@ def make_quantized_linear(
             kernel.argument("out", (tokens, n), "float32"),
         )
         with kernel.body():
-            _products(ops, tokens, kernel.isa)
+            _products(Plan(ops, kernel.isa), tokens)
     return kernel.function
 
 

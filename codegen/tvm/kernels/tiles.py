@@ -1,32 +1,33 @@
-"""Products of many rows in AMX's tile registers (Intel SDM vol. 1, chapter 18): a part of `quantized_linear`.
+"""Products of many rows in AMX's tile registers: a part of `quantized_linear`.
 
 A tile holds 16 rows of up to 64 bytes. The words of a panel are the second operand of `tdpbssd` as they lie
 there, and rows of activations the first; the result is a group's totals of 16 rows by 16 outputs. They go
 through memory, since vectors cannot read tiles, and are scaled there as everywhere: the bits of a result are
 those of the other levels.
 
-The last tile starts 16 rows before the end and computes some rows again, to the same bits.
+The last tile starts 16 rows before the end and computes some rows again, to the same bits (two threads may
+write the same there).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from tvm.script.ir_builder import tirx as T
 
-from .builder import LANES, Buffer, Expr, f32s, let, prefetch_to_write, register, register_i32, vec
+from .builder import LANES, Buffer, Expr, f32s, let, register, register_i32, vec
 from .layout import QuantLayout
-from .linear import store_block
 from .panels import Operands, Unpacked
+from .tile_registers import TILE_ROWS, configure_bytes, load, multiply_bytes, release, store, zero
 
-TILE_ROWS = 16
-"""Rows of activations in a tile."""
 LEAST_ROWS = 24
 """Rows from which on two tiles, some of whose rows are computed twice, take less time than `vpdpbusd`;
 measured.
 """
 FinishGroup = Callable[[Expr, list[list[Buffer]], list[list[Buffer]]], None]
 """(group, totals, sums): add the scaled totals, int32 [row][0], to the float32 sums [row][0]."""
+Finish = Callable[[Unpacked, Expr, Expr], FinishGroup]
+"""(panel, row, c): scales totals of 16 rows from `row` on by block c of the panel."""
 
 
 def tile_depth(lay: QuantLayout) -> int:
@@ -41,55 +42,60 @@ def tile_depth(lay: QuantLayout) -> int:
 
 
 def multiply_tiles(
-    ops: Operands, tokens: Expr, panel: Unpacked, finish: Callable[[Expr, Expr], FinishGroup]
+    rows: tuple[Expr, Expr],
+    panels: Sequence[Unpacked],
+    finish: Finish,
+    after: Callable[[Expr], None] = lambda row: None,
 ) -> None:
-    """All rows (16 at least) by the panel's blocks; `finish(row, c)` scales those from `row` on by block c.
+    """Rows [first, stop) by the blocks of panels; `after(row)` follows each 16 rows from `row` on.
 
-    A group's totals are scaled while the tiles of the next one are multiplied.
+    There are 16 rows at least. A group's totals are scaled while the tiles of the next one are multiplied.
     """
-    groups = ops.layout.groups
+    first, stop = rows
     totals = T.alloc_buffer((2, TILE_ROWS, LANES), "int32")
-    _tile("config", T.int32(tile_depth(ops.layout)))
-    with T.serial(0, T.floordiv(tokens + (TILE_ROWS - 1), T.int32(TILE_ROWS))) as i:
-        row = let(T.min(i * TILE_ROWS, tokens - TILE_ROWS))
-        with T.serial(0, panel.count) as c:
-            for t in range(TILE_ROWS):
-                prefetch_to_write(ops.out, row + t, (panel.first + c) * LANES)
-            acc = [[register(f32s(0))] for _ in range(TILE_ROWS)]
-            finish_group = finish(row, c)
+    configure_bytes(tile_depth(panels[0].ops.layout))
+    with T.serial(0, T.floordiv(stop - first + (TILE_ROWS - 1), T.int32(TILE_ROWS))) as i:
+        row = let(T.max(T.min(first + i * TILE_ROWS, stop - TILE_ROWS), T.int32(0)))
+        for panel in panels:
+            with T.serial(0, panel.count) as c:
+                _multiply_block(row, panel, c, totals, finish)
+        after(row)
+    release()
 
-            def scale(g: Expr) -> None:
-                turn = T.bitwise_and(g, T.int32(1))
-                finish_group(g, [[register_i32(vec(totals, turn, t, 0))] for t in range(TILE_ROWS)], acc)
 
-            _multiply_group(ops, row, panel, T.int32(0), c, totals)
-            with T.serial(0, groups - 1) as g:
-                _multiply_group(ops, row, panel, g + 1, c, totals)
-                scale(g)
-            scale(T.int32(groups - 1))
-            for t in range(TILE_ROWS):
-                value = let(vec(acc[t][0], 0))
-                store_block(value, ops.out, row + t, panel.first + c, ops.layout.n, ops.bias, ops.residual)
-    _tile("release")
+def _multiply_block(row: Expr, panel: Unpacked, c: Expr, totals: Buffer, finish: Finish) -> None:
+    """16 rows from `row` on by block c."""
+    ops, block = panel.ops, panel.first + c
+    for t in range(TILE_ROWS):
+        ops.expect(row + t, block)
+    acc = [[register(f32s(0))] for _ in range(TILE_ROWS)]
+    finish_group = finish(panel, row, c)
+
+    def scale(g: Expr) -> None:
+        turn = T.bitwise_and(g, T.int32(1))
+        finish_group(g, [[register_i32(vec(totals, turn, t, 0))] for t in range(TILE_ROWS)], acc)
+
+    _multiply_group(ops, row, panel, T.int32(0), c, totals)
+    with T.serial(0, ops.layout.groups - 1) as g:
+        _multiply_group(ops, row, panel, g + 1, c, totals)
+        scale(g)
+    scale(T.int32(ops.layout.groups - 1))
+    for t in range(TILE_ROWS):
+        ops.write(let(vec(acc[t][0], 0)), row + t, block)
 
 
 def _multiply_group(ops: Operands, row: Expr, panel: Unpacked, g: Expr, c: Expr, totals: Buffer) -> None:
     """Totals of a group: 16 rows from `row` on by block c of the panel, to totals[g % 2]."""
     lay = ops.layout
     depth = tile_depth(lay)
-    _tile("zero_0")
+    zero(0)
     steps = depth // 4 // lay.words
     for part in range(lay.group // depth):
-        _tile("load_1", _address(ops.a, row, g * lay.group + part * depth), T.int64(lay.k_padded))
-        _tile("load_2", _address(panel.bytes, g, part * steps, 0, c, 0), T.int64(64 * panel.count))
-        _tile("multiply")
-    _tile("store_0", _address(totals, T.bitwise_and(g, T.int32(1)), 0, 0), T.int64(4 * LANES))
+        load(1, _address(ops.a, row, g * lay.group + part * depth), lay.k_padded)
+        load(2, _address(panel.bytes, g, part * steps, 0, c, 0), 64 * panel.count)
+        multiply_bytes()
+    store(0, _address(totals, T.bitwise_and(g, T.int32(1)), 0, 0), 4 * LANES)
 
 
 def _address(buffer: Buffer, *index: Expr) -> Expr:
     return T.address_of(buffer[index])
-
-
-def _tile(name: str, *args: Expr) -> None:
-    """One of the functions `intrinsics.library` has for tile registers 0 (totals), 1 (activations) and 2."""
-    T.evaluate(T.call_extern("int32", f"llmc_tile_{name}", *args))

@@ -1,0 +1,70 @@
+"""What kernels of `paged_attention` share: its parameters, its buffers, and the order of its softmax."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from tvm.script.ir_builder import tirx as T
+
+from .builder import LANES, Buffer, Expr, put1
+from .isa import Isa
+
+LOG2E = math.log2(math.e)
+NOTHING = -1e30
+"""The maximum before any score; a number, since infinity minus infinity is none."""
+SEGMENT = 32
+"""Pages whose softmax is computed in one go."""
+TILE = 4
+"""Pages whose maximum is taken at once. Tiles begin at multiples of it, whatever a row sees."""
+MANY_ROWS = 16
+"""Tokens in a step from which on rows are taken in blocks."""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What is known when the kernel is made."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    kv_dtype: str
+    scale: float
+    causal: bool
+    window: int | None
+    softcap: float | None
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a key/value head."""
+        return self.heads // self.kv_heads
+
+    @staticmethod
+    def most(isa: Isa) -> int:
+        """Vectors that are accumulated at once, so that they stay in registers."""
+        most = 16 if isa.live_vectors >= 32 else 6 if isa.live_vectors >= 8 else 3
+        assert most <= LANES
+        return most
+
+    def blocking(self, isa: Isa) -> tuple[int, int]:
+        """(query heads, query rows) computed together: their scores and weights must fit the registers."""
+        most = self.most(isa)
+        heads = max(h for h in range(1, min(self.group, most) + 1) if self.group % h == 0)
+        return heads, max(1, min(8, most // heads))
+
+
+@dataclass(frozen=True)
+class Buffers:
+    q: Buffer
+    pages: Buffer
+    query_start: Buffer
+    context_len: Buffer
+    block_table: Buffer
+    sinks: Buffer | None
+    out: Buffer
+
+
+def advance(at: Buffers, sequence: Buffer, row: Expr) -> None:
+    """Move `sequence` on to the one that owns a row."""
+    with T.While(at.query_start[sequence[0] + 1] <= row):
+        put1(sequence, sequence[0] + 1, 0)

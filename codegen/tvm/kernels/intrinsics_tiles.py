@@ -1,0 +1,102 @@
+"""LLVM IR for AMX's tile registers (Intel SDM vol. 1, chapter 18), and for the words that they multiply;
+`tile_registers` is what kernels call.
+
+LLVM takes the numbers of registers as they stand, and moves no access to memory across these calls.
+"""
+
+from __future__ import annotations
+
+_DEFINE = "define linkonce_odr hidden"
+
+_V, _I, _W = "<16 x float>", "<16 x i32>", "<32 x i16>"
+
+_Shape = tuple[str, str]
+"""(bytes a row, rows) of a tile: i8 values."""
+
+
+def _configure(name: str, lines: list[str], shapes: dict[int, _Shape]) -> str:
+    """A function of an int32 that sets the shapes of this thread's tiles; `lines` compute what they name."""
+    text = [
+        f"{_DEFINE} i32 @llmc_tile_configure_{name}(i32 %given) alwaysinline {{",
+        *(f"  {line}" for line in lines),
+        "  %c = alloca [64 x i8], align 64",
+        "  store [64 x i8] zeroinitializer, ptr %c, align 64",
+    ]
+    # Palette 1; from byte 16 on the tiles' bytes a row, in 16 bits, and from byte 48 on their rows.
+    places = {0: "1"}
+    for tile, (width, rows) in shapes.items():
+        places |= {16 + 2 * tile: width, 48 + tile: rows}
+    for place, value in places.items():
+        text.append(f"  %p{place} = getelementptr i8, ptr %c, i64 {place}")
+        text.append(f"  store i8 {value}, ptr %p{place}")
+    return "\n".join([*text, "  call void @llvm.x86.ldtilecfg(ptr %c)", "  ret i32 0", "}"])
+
+
+def _mask(indices: list[int]) -> str:
+    return "<" + ", ".join(f"i32 {i}" for i in indices) + ">"
+
+
+_UPPER = _mask([2 * i + 1 for i in range(32)])
+
+# The upper half of a float32 is a bfloat16, cut off. `_rest` is what was cut off, to be cut off at its
+# nearest bfloat16 in turn; `_pairs` takes the upper halves of 32 lanes.
+_BFLOAT = f"""{_DEFINE} {_V} @llmc_bfloat_rest({_V} %x) alwaysinline {{
+  %b = bitcast {_V} %x to {_I}
+  %h = and {_I} %b, splat (i32 -65536)
+  %f = bitcast {_I} %h to {_V}
+  %r = fsub {_V} %x, %f
+  %i = bitcast {_V} %r to {_I}
+  %n = add {_I} %i, splat (i32 32768)
+  %o = bitcast {_I} %n to {_V}
+  ret {_V} %o
+}}
+{_DEFINE} {_V} @llmc_bfloat_pairs({_V} %a, {_V} %b) alwaysinline {{
+  %x = bitcast {_V} %a to {_W}
+  %y = bitcast {_V} %b to {_W}
+  %p = shufflevector {_W} %x, {_W} %y, <32 x i32> {_UPPER}
+  %r = bitcast {_W} %p to {_V}
+  ret {_V} %r
+}}"""
+
+
+def tiles() -> list[str]:
+    """`llmc_tile_configure_*`, `_release` (so that the operating system need not save 8 KiB whenever it takes
+    the core away), `_zero_R`, `_load_R(from, bytes between rows)`, `_store_R(to, …)`, and products
+    `_bytes_C_A_B` and `_floats_C_A_B`: C += A · B of signed bytes, and of pairs of bfloat16.
+    """
+    calls = [("release", "", "tilerelease()")]
+    for r in range(8):
+        calls += [
+            (f"zero_{r}", "", f"tilezero(i8 {r})"),
+            (f"load_{r}", "ptr %p, i64 %s", f"tileloadd64(i8 {r}, ptr %p, i64 %s)"),
+            (f"store_{r}", "ptr %p, i64 %s", f"tilestored64(i8 {r}, ptr %p, i64 %s)"),
+        ]
+    for c in range(4):
+        for a, b in ((4, 6), (5, 6), (4, 7), (5, 7)):
+            calls += [(f"floats_{c}_{a}_{b}", "", f"tdpbf16ps(i8 {c}, i8 {a}, i8 {b})")]
+    calls += [("bytes_0_1_2", "", "tdpbssd(i8 0, i8 1, i8 2)")]
+    multiply = "i8 immarg, i8 immarg, i8 immarg"
+    declared = {
+        "ldtilecfg": "ptr",
+        "tilerelease": "",
+        "tilezero": "i8 immarg",
+        "tileloadd64": "i8 immarg, ptr, i64",
+        "tilestored64": "i8 immarg, ptr, i64",
+        "tdpbssd": multiply,
+        "tdpbf16ps": multiply,
+    }
+    narrow = ["%depth = trunc i32 %given to i8", "%words = lshr i8 %depth, 2"]
+    bytes_: dict[int, _Shape] = {0: ("64", "16"), 1: ("%depth", "16"), 2: ("64", "%words")}
+    narrower, whole = ("64", "%rows"), ("64", "16")
+    floats: dict[int, _Shape] = {r: narrower if r < 6 else whole for r in range(8)}
+    return [
+        *(f"declare void @llvm.x86.{name}({types})" for name, types in declared.items()),
+        _BFLOAT,
+        _configure("bytes", narrow, bytes_),
+        _configure("floats", ["%rows = trunc i32 %given to i8"], floats),
+        *(
+            f"{_DEFINE} i32 @llmc_tile_{name}({parameters}) alwaysinline {{\n"
+            f"  call void @llvm.x86.{intrinsic}\n  ret i32 0\n}}"
+            for name, parameters, intrinsic in calls
+        ),
+    ]

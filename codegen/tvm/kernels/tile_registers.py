@@ -1,0 +1,59 @@
+"""AMX's eight tile registers: 16 rows of 64 bytes each, read from memory and written to it.
+
+A thread configures them, for products of bytes or of pairs of bfloat16, and releases them when it is done.
+`tdpbssd` and `tdpbf16ps` take rows of the first operand as they lie in memory, and of the second words: four
+bytes, or two bfloat16, of 16 columns.
+"""
+
+from __future__ import annotations
+
+from tvm.script.ir_builder import tirx as T
+
+from .builder import Expr
+
+TILE_ROWS = 16
+"""Rows of a tile."""
+
+
+def configure_bytes(depth: int) -> None:
+    """Register 0: totals, 16 rows of 16 int32; 1: 16 rows of `depth` bytes; 2: depth / 4 rows of words."""
+    _call("configure_bytes", T.int32(depth))
+
+
+def configure_floats(rows: int) -> None:
+    """0 … 3: totals, `rows` rows of 16 float32; 4, 5: `rows` rows of 32 bfloat16; 6, 7: 16 rows of words."""
+    _call("configure_floats", T.int32(rows))
+
+
+def release() -> None:
+    _call("release")
+
+
+def zero(register: int) -> None:
+    _call(f"zero_{register}")
+
+
+def load(register: int, address: Expr, stride: int) -> None:
+    """From rows that stand `stride` bytes apart."""
+    _call(f"load_{register}", address, T.int64(stride))
+
+
+def store(register: int, address: Expr, stride: int) -> None:
+    """To rows that stand `stride` bytes apart."""
+    _call(f"store_{register}", address, T.int64(stride))
+
+
+def multiply_bytes() -> None:
+    """0 += 1 · 2 of signed bytes, exactly."""
+    _call("bytes_0_1_2")
+
+
+def multiply_floats(total: int, first: int, second: int) -> None:
+    """total += first · second of bfloat16, in float32: sums of even and of odd elements of a row are added,
+    and denormals are zeros.
+    """
+    _call(f"floats_{total}_{first}_{second}")
+
+
+def _call(name: str, *args: Expr) -> None:
+    T.evaluate(T.call_extern("int32", f"llmc_tile_{name}", *args))
