@@ -206,6 +206,9 @@ def _made_quantized(low: Lowering, x: Value, layout: QuantLayout) -> tuple[Any, 
         return None
     quantize = (layout.group_size, layout.align)
     if op.opname == "gated_mlp":
+        whole = _whole_gated_mlp(low, op, layout)
+        if whole is not None:
+            return whole
         static = {"width": layout.k, "activation": op.activation, "quantize": quantize}
         return "gated_mlp", kernels.make_gated_mlp, static, [low.rows(op.gate_up, 2 * layout.k)]
     if op.x.type.rank == 3 and isinstance(op.x.shape[1], int):
@@ -213,6 +216,34 @@ def _made_quantized(low: Lowering, x: Value, layout: QuantLayout) -> tuple[Any, 
     static = {"width": layout.k, "eps": op.eps, "weight": op.weight is not None, "quantize": quantize}
     args = [low.rows(op.x, layout.k), *_present(low, op.weight)]
     return "rms_norm", kernels.make_rms_norm, static, args
+
+
+def _whole_gated_mlp(low: Lowering, op: Any, layout: QuantLayout) -> tuple[Any, ...] | None:
+    """The kernel that makes a quantized gated MLP's result from its operand, where nobody else reads what is
+    in between.
+    """
+    from .kernels.gated import fits_gated
+
+    product: Any = op.gate_up.producer
+    alone = len(op.gate_up.users) == 1 and not low.graph.output_uses(op.gate_up)
+    if product is None or product.opname != "quantized_linear" or not alone:
+        return None
+    weight = quant_layout(product)
+    if weight.codebook is not None and not has_bytes(weight.codebook):
+        return None
+    if not fits_gated(layout.k, layout):
+        return None
+    static = {
+        "width": layout.k,
+        "k": weight.k,
+        **_form(weight),
+        "bias": product.bias is not None,
+        "activation": op.activation,
+        "quantize": (layout.group_size, layout.align),
+    }
+    args = [*_quantized_activation(low, product.x, weight)]
+    args += _present(low, product.q, product.scale, product.zero_point, product.bias)
+    return "quantized_gated_mlp", kernels.make_quantized_gated_mlp, static, args
 
 
 def _reads_alike(op: Any, layout: QuantLayout) -> bool:
