@@ -15,7 +15,7 @@ from .vector_math import exp2
 DEPTH = 32
 """Elements of a row of a tile."""
 _ROW_TILES = 12
-"""Tiles of cells that share the conversion of a page's keys and values, about."""
+"""Tiles of cells that share the copy of a page's values, about."""
 
 
 def heads_a_tile(spec: Attention) -> int:

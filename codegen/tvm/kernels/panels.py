@@ -260,7 +260,7 @@ class Unpacked(Packed):
     def __init__(self, ops: Operands, first: Expr, count: int) -> None:
         super().__init__(ops, first, count)
         lay = ops.layout
-        shape: Shape = (lay.groups, lay.steps, lay.words, count, 64)
+        shape: Shape = (count, lay.groups, lay.steps, lay.words, 64)
         each = (lay.groups, count, LANES)
         self.bytes = T.alloc_buffer(shape, "uint8")
         self.wide = T.alloc_buffer(each, "float32")
@@ -292,14 +292,14 @@ class Unpacked(Packed):
                         w = let(w - less[c])
                     if ops.shifted:
                         put(sums[c], call("int32x16", ops.dot, vec(sums[c], 0), w, _ALL_128), 0)
-                    put(self.bytes, w, g, s, word, c, 0, lanes=64)
+                    put(self.bytes, w, c, g, s, word, 0, lanes=64)
         start = T.reinterpret(f32s(LIFT), dtype="int32x16") if ops.lifted else i32s(0)
         for c, total in enumerate(sums):
             put(self.starts, start - vec(total, 0), g, c, 0)
 
     def words(self, group: Expr, step: Expr) -> list[list[Expr]]:
         return [
-            [let(vec(self.bytes, group, step, word, c, 0, lanes=64)) for c in range(self.count)]
+            [let(vec(self.bytes, c, group, step, word, 0, lanes=64)) for c in range(self.count)]
             for word in range(self.ops.layout.words)
         ]
 

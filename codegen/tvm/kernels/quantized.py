@@ -58,6 +58,10 @@ def _tile_sizes(isa: Isa, bits: int) -> tuple[Sequence[int], Sequence[int], int]
     return (2, 1), (1,), 1
 
 
+_PANELS = 9
+"""Panels below which they are not made wider."""
+
+
 def _unpack_rows(isa: Isa, bits: int) -> int:
     """Rows from which on it pays to unpack a panel of packed weights once instead of in every tile; measured.
 
@@ -208,7 +212,12 @@ class Plan:
 
     @property
     def width(self) -> int:
-        """Blocks of a panel."""
+        """Blocks of a panel. Tiles take rows from the nearest cache and the panel from the next one: wide
+        panels spare the rows' way there, but all threads should have some.
+        """
+        blocks = self.ops.layout.blocks
+        if self.tiles:
+            return next((width for width in (8, 4) if blocks >= _PANELS * width), 2)
         return _tile_sizes(self.isa, self.ops.layout.bits)[2]
 
     def few(self, tokens: Expr) -> None:

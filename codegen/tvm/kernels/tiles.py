@@ -92,7 +92,7 @@ def _multiply_group(ops: Operands, row: Expr, panel: Unpacked, g: Expr, c: Expr,
     steps = depth // 4 // lay.words
     for part in range(lay.group // depth):
         load(1, _address(ops.a, row, g * lay.group + part * depth), lay.k_padded)
-        load(2, _address(panel.bytes, g, part * steps, 0, c, 0), 64 * panel.count)
+        load(2, _address(panel.bytes, c, g, part * steps, 0, 0), 64)
         multiply_bytes()
     store(0, _address(totals, T.bitwise_and(g, T.int32(1)), 0, 0), 4 * LANES)
 
