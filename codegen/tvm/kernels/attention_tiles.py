@@ -59,8 +59,8 @@ class _Steps:
     def __init__(self, operations: Sequence[_Operation], steps: int) -> None:
         self.operations, self.steps, self.taken, self.done = operations, steps, 0, 0
 
-    def step(self, count: int = 1) -> None:
-        self.taken += count
+    def step(self) -> None:
+        self.taken += 1
         due = len(self.operations) * self.taken // self.steps
         for operation in self.operations[self.done : due]:
             operation()

@@ -25,8 +25,8 @@ from .activation import (
 from .builder import LANES, Buffer, Expr, Kernel, for_each_row, let, put, vec
 from .elementwise import COST, activation_function
 from .layout import QuantLayout
-from .panels import Held, Operands, Unpacked, weight_arguments
-from .quantized import Plan, finish_groups
+from .panels import Held, Unpacked
+from .quantized import Plan, finish_groups, quantized_operands
 from .tile_registers import TILE_ROWS
 from .tiles import multiply_tiles
 
@@ -101,17 +101,7 @@ def make_quantized_gated_mlp(
     lay = QuantLayout(2 * width, k, bits, group_size, codebook, scale_dtype, zero_point, super_group)
     with kernel:
         tokens = kernel.symbol("T")
-        ops = Operands(
-            lay,
-            kernel.isa,
-            kernel.argument("a", (tokens, lay.k_padded), "int8"),
-            kernel.argument("sums", (tokens, lay.groups), "float32"),
-            kernel.argument("a_scale", (tokens, lay.groups), "float32"),
-            *weight_arguments(kernel, lay),
-            kernel.argument("bias", (2 * width,), "float32") if bias else None,
-            None,
-            None,
-        )
+        ops = quantized_operands(kernel, lay, bias)
         to = quantized_arguments(kernel, activation_layout(width, *quantize), "out_")
 
         def few() -> None:

@@ -294,6 +294,22 @@ def _with_unsigned(ops: Operands, tokens: Expr) -> Operands:
     return replace(ops, a=unsigned, signed=True, shifted=True)
 
 
+def quantized_operands(kernel: Kernel, lay: QuantLayout, bias: bool) -> Operands:
+    """The first parameters of a kernel that multiplies by a quantized weight; residual and out are None."""
+    tokens = kernel.symbol("T")
+    return Operands(
+        lay,
+        kernel.isa,
+        kernel.argument("a", (tokens, lay.k_padded), "int8"),
+        kernel.argument("sums", (tokens, lay.groups), "float32"),
+        kernel.argument("a_scale", (tokens, lay.groups), "float32"),
+        *weight_arguments(kernel, lay),
+        kernel.argument("bias", (lay.n,), "float32") if bias else None,
+        None,
+        None,
+    )
+
+
 def make_quantized_linear(
     *,
     n: int,
@@ -320,16 +336,11 @@ def make_quantized_linear(
     lay = QuantLayout(n, k, bits, group_size, codebook, scale_dtype, zero_point, super_group)
     with kernel:
         tokens = kernel.symbol("T")
-        ops = Operands(
-            lay,
-            kernel.isa,
-            kernel.argument("a", (tokens, lay.k_padded), "int8"),
-            kernel.argument("sums", (tokens, lay.groups), "float32"),
-            kernel.argument("a_scale", (tokens, lay.groups), "float32"),
-            *weight_arguments(kernel, lay),
-            kernel.argument("bias", (n,), "float32") if bias else None,
-            kernel.argument("residual", (tokens, n), "float32") if residual else None,
-            kernel.argument("out", (tokens, n), "float32"),
+        ops = quantized_operands(kernel, lay, bias)
+        ops = replace(
+            ops,
+            residual=kernel.argument("residual", (tokens, n), "float32") if residual else None,
+            out=kernel.argument("out", (tokens, n), "float32"),
         )
         with kernel.body():
             _products(Plan(ops, kernel.isa), tokens)

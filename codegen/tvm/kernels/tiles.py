@@ -45,9 +45,8 @@ def multiply_tiles(
     rows: tuple[Expr, Expr],
     panels: Sequence[Unpacked],
     finish: Finish,
-    after: Callable[[Expr], None] = lambda row: None,
 ) -> None:
-    """Rows [first, stop) by the blocks of panels; `after(row)` follows each 16 rows from `row` on.
+    """Rows [first, stop) by the blocks of panels.
 
     There are 16 rows at least. A group's totals are scaled while the tiles of the next one are multiplied.
     """
@@ -59,7 +58,6 @@ def multiply_tiles(
         for panel in panels:
             with T.serial(0, panel.count) as c:
                 _multiply_block(row, panel, c, totals, finish)
-        after(row)
     release()
 
 
