@@ -96,5 +96,10 @@ QUANTIZATION = Tools(
 SPEED = Tools(
     HERE / "requirements-speed.txt",
     HERE / "peers_speed",
-    {"llama.cpp": "run_llamacpp.py", "vllm": "run_vllm.py"},
+    {
+        "llama.cpp": "run_llamacpp.py",
+        "vllm": "run_vllm.py",
+        "onnxruntime-genai": "run_onnxruntime.py",
+        "openvino": "run_openvino.py",
+    },
 )

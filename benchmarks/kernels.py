@@ -119,20 +119,20 @@ def multiply_limit(isa: str, dtype: str) -> Measured:
     kernel = Kernel("multiply", isa)
     floats = dtype == "float32"
     with kernel:
-        w = kernel.argument("w", (16,) if floats else (64,), "float32" if floats else "uint8")
+        w = kernel.argument("w", (cells, 16 if floats else 64), "float32" if floats else "uint8")
         out = kernel.argument("out", (cells, 16), dtype)
         with kernel.body():
             sums = [register(f32s(0)) if floats else register_i32(i32s(0)) for _ in range(cells)]
-            with T.serial(0, turns):
-                for cell in sums:
+            # Operands that differ: of equal products LLVM would compute one.
+            with T.serial(0, turns) as i:
+                for j, cell in enumerate(sums):
                     if floats:
-                        put(cell, fma(vec(w, 0), f32s(1.0), vec(cell, 0)), 0)
+                        put(cell, fma(vec(w, j, 0), f32s(1.0), vec(cell, 0)), 0)
                     else:
-                        one = T.int32(0x01010101)
-                        put(cell, call("int32x16", "llmc_dot4", vec(cell, 0), vec(w, 0, lanes=64), one), 0)
+                        put(cell, call("int32x16", "llmc_dot4", vec(cell, 0), vec(w, j, 0, lanes=64), i), 0)
             for j, cell in enumerate(sums):
                 put(out, vec(cell, 0), j, 0)
-    operand = np.ones(16, np.float32) if floats else np.ones(64, np.uint8)
+    operand = np.ones((cells, 16), np.float32) if floats else np.ones((cells, 64), np.uint8)
     arrays = [_tensor(operand), _tensor(np.zeros((cells, 16), dtype))]
     ops = turns * cells * (32 if floats else 128)
     return Measured(f"limit: multiplying {dtype}", _compiled(kernel.function, isa), [arrays], 0, ops)

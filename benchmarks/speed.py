@@ -1,6 +1,6 @@
 """Speed of our artifacts beside the peers: one prompt, one answer, many streams, long contexts.
 
-python -m benchmarks.speed [--model smollm2] [--ours keep,int4-g64] [--peers llama.cpp,vllm,transformers]
+python -m benchmarks.speed [--model smollm2] [--ours keep,int4-g64] [--peers llama.cpp,vllm,openvino…]
     [--repeat 5] [--curves] [-o FILE] [--merge FILE…] [--markdown FILE] [--plot FILE]
 
 Each system runs in a process of its own, with as many threads, and stands still while another is measured;
@@ -8,7 +8,9 @@ in every round all are measured in turns on the same prompts of random ids. `mak
 peers that our own environment has; `make bench-peers` makes the others' environments first (they are kept).
 
 llama.cpp loads the published GGUF file, vLLM and transformers the same weights in bfloat16; transformers
-computes one prompt after the other. Ours: a scheme of `llmc compile --quant`, "keep" being that file's codes.
+computes one prompt after the other. onnxruntime-genai and OpenVINO load 4 bits that their own converters make
+of those weights. Ours: a scheme of `llmc compile --quant`, "keep" being that file's codes; SCHEME:float16 is
+one with that type of cache (`--kv-dtype`).
 """
 
 from __future__ import annotations
@@ -18,6 +20,9 @@ import json
 import os
 import random
 import resource
+import shutil
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -38,6 +43,8 @@ from .peers_speed.systems import Measure, System
 NOISE = 0.03
 """Share of the processors that others may use while we measure."""
 READ_BYTES = 256 << 20
+CONVERTED = ("onnxruntime-genai", "openvino")
+"""Peers that make a model of their own from the float weights."""
 
 BARS = [
     Measure("prefill 512", "prefill", 1, 512, 1),
@@ -82,17 +89,33 @@ def read_gb_s(threads: int) -> float:
     return threads * READ_BYTES / (time.perf_counter() - began) / 1e9
 
 
-def _ours(model: Shared, scheme: str) -> tuple[System, dict[str, Any]]:
+def _ours(model: Shared, name: str) -> tuple[System, dict[str, Any]]:
     """An artifact, compiled anew, and what compiling and starting it took."""
-    artifact = (SCRATCH / f"{model.name}-{scheme}.llmc").absolute()
-    compiled = llmc("compile", model.gguf, "-o", artifact, "--quant", scheme)
+    scheme, _, cache = name.partition(":")
+    artifact = (SCRATCH / f"{model.name}-{name.replace(':', '-')}.llmc").absolute()
+    kv_dtype = ("--kv-dtype", cache) if cache else ()
+    compiled = llmc("compile", model.gguf, "-o", artifact, "--quant", scheme, *kv_dtype)
     sizes = ("--prompt-tokens", "16", "--output-tokens", "4", "--concurrency", "1", "--repeat", "3")
     started = llmc("bench", artifact, *sizes)
     del compiled["artifact"]  # a path of this machine
     program, bits = SPEED.folder / "run_llmc.py", compiled["bits_per_weight"]
-    system = System(f"llmc {scheme}", Path(sys.executable), program, artifact, bits=bits)
+    system = System(f"llmc {name}", Path(sys.executable), program, artifact, bits=bits)
     kept = ("load_ms", "first_token_ms", "weight_bytes_per_token")
-    return system, {"compile": compiled, **{name: started[name] for name in kept}}
+    return system, {"compile": compiled, **{fact: started[fact] for fact in kept}}
+
+
+def _converted(tool: str, python: Path, model: Shared, cache: Path) -> Path:
+    """The model as the peer's own converter makes it, kept in `cache`."""
+    folder = cache / model.name / tool
+    if not folder.is_dir():
+        print(f"converting {model.name} for {tool}", file=sys.stderr, flush=True)
+        partial = folder.with_name(f"{tool}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        command = [python, SPEED.program(tool), "--prepare", model.folder, partial]
+        subprocess.run([str(part) for part in command], check=True)
+        partial.rename(folder)
+    return folder
 
 
 def _peer(tool: str, model: Shared, options: argparse.Namespace) -> System:
@@ -104,6 +127,11 @@ def _peer(tool: str, model: Shared, options: argparse.Namespace) -> System:
     python = SPEED.python_of(tool, dict(map(SPEED.named, options.peer_python)), options.cache)
     if tool == "llama.cpp":
         return System(tool, python, SPEED.program(tool), model.gguf)
+    if tool in CONVERTED:
+        folder = _converted(tool, python, model, options.cache)
+        weights = max(path.stat().st_size for path in folder.iterdir())
+        bits = 32 * weights / sum(path.stat().st_size for path in model.folder.glob("*.safetensors"))
+        return System(tool, python, SPEED.program(tool), folder, bits=round(bits, 2))
     return System(tool, python, SPEED.program(tool), model.folder, bits=16)
 
 
@@ -114,8 +142,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     vocabulary = int(json.loads((model.folder / "config.json").read_text(encoding="utf-8"))["vocab_size"])
     facts: dict[str, dict[str, Any]] = {}
     systems: list[System] = []
-    for scheme in filter(None, options.ours.split(",")):
-        system, facts[f"llmc {scheme}"] = _ours(model, scheme)
+    for name in filter(None, options.ours.split(",")):
+        system, facts[f"llmc {name}"] = _ours(model, name)
         systems.append(system)
     systems += [_peer(tool, model, options) for tool in filter(None, options.peers.split(","))]
     measures = BARS + (CURVES if options.curves else [])
@@ -183,7 +211,7 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--model", default="smollm2", choices=list(MODELS))
-    add("--ours", default="keep,int4-g64", help="schemes, with commas  [default: %(default)s]")
+    add("--ours", default="keep,int4-g64", help="SCHEME[:KV_DTYPE], with commas  [default: %(default)s]")
     peers = ", ".join([*SPEED.programs, "transformers"])
     add("--peers", default="transformers", help=f"of {peers}, with commas  [default: %(default)s]")
     add("--repeat", type=int, default=5, help="rounds  [default: %(default)s]")
@@ -198,6 +226,7 @@ def main() -> None:
     add("--plot", type=Path, help="write the curves there (.svg or .png)")
     options = parser.parse_args()
     options.cache = options.cache.absolute()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the systems are stopped then too
     if options.environments:
         for tool in SPEED.programs:
             print(SPEED.python_of(tool, {}, options.cache))

@@ -8,6 +8,8 @@ standard output, {"ready": true, "versions": …}; then it answers each line on 
     {"do": "generate", "prompts": [[ids]…], "tokens": N}   {"seconds": until all have N new tokens}
     {"do": "decode", "prompts": [[ids]…], "tokens": N}     {"seconds": a step that gives each a token, over N
                                                            steps after each has one}
+
+A program whose system has a format of its own also makes it: PYTHON run_<tool>.py --prepare FOLDER OUT.
 """
 
 from __future__ import annotations
@@ -51,8 +53,18 @@ class Runner(Protocol):
         ...
 
 
-def serve(load: Callable[[Order], Runner], packages: Sequence[str]) -> None:
-    """Carry out the orders. What libraries print goes to standard error."""
+def serve(
+    load: Callable[[Order], Runner],
+    packages: Sequence[str],
+    prepare: Callable[[Path, Path], None] | None = None,
+) -> None:
+    """Carry out the orders, or make what they load. What libraries print goes to standard error.
+
+    prepare: converts a Hugging Face folder (first) to what `load` takes (second, a folder).
+    """
+    if prepare is not None and sys.argv[1] == "--prepare":
+        prepare(Path(sys.argv[2]), Path(sys.argv[3]))
+        return
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     order = Order(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))

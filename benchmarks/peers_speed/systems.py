@@ -65,7 +65,7 @@ class System:
 
     def start(self, order: Order, folder: Path) -> None:
         """Load the model. Raises RuntimeError with the end of what the system said where that fails."""
-        path = folder / f"{self.name.replace(' ', '-')}.json"
+        path = folder / f"{self.name.replace(' ', '-').replace(':', '-')}.json"
         path.write_text(json.dumps(asdict(order)), encoding="utf-8")
         self._log = path.with_suffix(".log")
         print(f"$ {self.python} {self.program.name} {path}", file=sys.stderr, flush=True)

@@ -2,8 +2,8 @@
 
 All work on vectors of 16 lanes and are inlined. They are the only place where levels differ in
 meaning-bearing code: `llmc_fma` rounds once where the machine can, and `llmc_dot*` adds 4 products of bytes
-in the way that the level offers (the result is exact on each). Sums across lanes add in a fixed tree, so that
-they are the same on all levels.
+in the way that the level offers (exactly on each; `Operands.taken` says where `llmc_dot8` takes 128 off each
+weight). Sums across lanes add in a fixed tree, so that they are the same on all levels.
 """
 
 from __future__ import annotations
@@ -270,7 +270,9 @@ _VNNI256 = [
 ]
 
 _MADD_DECLARATIONS = """declare <16 x i16> @llvm.x86.avx2.pmadd.ub.sw(<32 x i8>, <32 x i8>)
-declare <8 x i32> @llvm.x86.avx2.pmadd.wd(<16 x i16>, <16 x i16>)"""
+declare <8 x i32> @llvm.x86.avx2.pmadd.wd(<16 x i16>, <16 x i16>)
+declare <32 x i8> @llvm.x86.avx2.psign.b(<32 x i8>, <32 x i8>)
+declare <32 x i8> @llvm.abs.v32i8(<32 x i8>, i1)"""
 
 # Two products of a 4-bit and an 8-bit number fit into int16, so the saturating pmaddubsw is exact.
 _MADD4 = [
@@ -293,17 +295,22 @@ _WIDEN = [
     "%r{h} = add <8 x i32> %acc{h}, %s{h}",
 ]
 
-# An 8-bit weight is multiplied as two 4-bit halves; the second pmaddwd weighs the upper one by 16.
+# The same of an 8-bit weight less 128: its magnitude by the activation, which is given the weight's sign, so
+# that 2 · 128 · 127 < 2^15 is the most.
 _MADD8 = [
-    "%lo{h} = and <32 x i8> %w{h}, splat (i8 15)",
-    "%hi{h} = lshr <32 x i8> %w{h}, splat (i8 4)",
-    "%p{h} = call <16 x i16> @llvm.x86.avx2.pmadd.ub.sw(<32 x i8> %lo{h}, <32 x i8> %a)",
-    "%q{h} = call <16 x i16> @llvm.x86.avx2.pmadd.ub.sw(<32 x i8> %hi{h}, <32 x i8> %a)",
+    "%u{h} = xor <32 x i8> %w{h}, splat (i8 -128)",
+    "%m{h} = call <32 x i8> @llvm.abs.v32i8(<32 x i8> %u{h}, i1 false)",
+    "%g{h} = call <32 x i8> @llvm.x86.avx2.psign.b(<32 x i8> %a, <32 x i8> %u{h})",
+    "%p{h} = call <16 x i16> @llvm.x86.avx2.pmadd.ub.sw(<32 x i8> %m{h}, <32 x i8> %g{h})",
     "%s{h} = call <8 x i32> @llvm.x86.avx2.pmadd.wd(<16 x i16> %p{h}, <16 x i16> splat (i16 1))",
-    "%t{h} = call <8 x i32> @llvm.x86.avx2.pmadd.wd(<16 x i16> %q{h}, <16 x i16> splat (i16 16))",
-    "%u{h} = add <8 x i32> %acc{h}, %s{h}",
-    "%r{h} = add <8 x i32> %u{h}, %t{h}",
+    "%r{h} = add <8 x i32> %acc{h}, %s{h}",
 ]
+
+# x, of which LLVM then knows nothing: a loop that ends there is not unrolled.
+_OPAQUE = f"""{_DEFINE} i32 @llmc_opaque(i32 %x) alwaysinline {{
+  %r = call i32 asm "", "=r,0"(i32 %x)
+  ret i32 %r
+}}"""
 
 
 def _signed(text: str) -> str:
@@ -352,7 +359,11 @@ def _dots(isa: Isa) -> list[str]:
                 "llmc_narrow4": _MADD4_NARROW,
                 "llmc_widen": _WIDEN,
             }
-            return [_MADD_DECLARATIONS, *(_split_dot(name, lines) for name, lines in functions.items())]
+            return [
+                _MADD_DECLARATIONS,
+                _OPAQUE,
+                *(_split_dot(name, lines) for name, lines in functions.items()),
+            ]
         case _:
             return [_plain_dot(name) for name in names]
 

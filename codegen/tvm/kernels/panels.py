@@ -17,6 +17,7 @@ from .builder import (
     i32s,
     let,
     load_float,
+    prefetch,
     prefetch_to_write,
     put,
     register_i32,
@@ -29,6 +30,11 @@ from .linear import store_block
 LIFT = float(3 << 22)
 """1.5 · 2^23. Floats between 2^23 and 2^24 are whole numbers, and neighbours differ by 1 as integers too: the
 bits of LIFT plus a total below 2^22 are the bits of the float LIFT + total.
+"""
+
+_AHEAD = 2048
+"""Bytes by which weights are fetched ahead: what a processor fetches by itself ends with a page of 4,096, and
+one token waits for nothing but weights.
 """
 
 _ALL_128 = T.int32(-0x7F7F7F80)
@@ -101,11 +107,16 @@ class Operands:
 
     @property
     def constant(self) -> int:
-        """The zero point of all groups where there is no operand of zero points."""
+        """What is to be taken off each code, beside zero points that an operand gives."""
         lay = self.layout
         if lay.codebook is not None:
-            return 128  # what `llmc_bytes_*` adds
-        return 1 << (lay.bits - 1) if lay.zero_point is None else 0
+            return 128 - self.taken  # what `llmc_bytes_*` adds
+        return (1 << (lay.bits - 1) if lay.zero_point is None else 0) - self.taken
+
+    @property
+    def taken(self) -> int:
+        """What `dot` itself takes off each byte."""
+        return 128 if self.dot == "llmc_dot8" and self.isa.dot == "maddubs" else 0
 
     @property
     def float_correction(self) -> bool:
@@ -117,8 +128,8 @@ class Operands:
         """Whether totals are counted from LIFT, which saves their conversion to float.
 
         They must stay below 2^22, and scale · LIFT must be exact, for which the 11 bits of a scale (19 of one
-        of two levels) are few enough. Where a product of bytes takes eight instructions, registers are short;
-        totals from tile registers (`signed`, not `shifted`) start at zero.
+        of two levels) are few enough. Where a product of 8-bit weights is several instructions, registers are
+        short; totals from tile registers (`signed`, not `shifted`) start at zero.
         """
         lay = self.layout
         top = 15 if lay.bits <= 4 and lay.codebook is None else 255
@@ -226,6 +237,9 @@ class Packed:
         lay = self.ops.layout
         size = 64 * lay.words * plane.width // 8  # bytes of a step
         start = plane.offset + step * size
+        later = group + max(1, _AHEAD // lay.weight_shape[-1])  # of the next block where this one has ended
+        for v in range(-(-size // 64)):
+            prefetch(self.ops.weight, block, later, start + 64 * v)
         if plane.width == 1:
             half = vec(self.ops.weight, block, group, start, lanes=32)
             vectors = [let(call("uint8x64", "llmc_spread_bits", half))]

@@ -53,6 +53,8 @@ def _tile_sizes(isa: Isa, bits: int) -> tuple[Sequence[int], Sequence[int], int]
     """Row-tile sizes for unpacked and for packed panels, and 16-column blocks of a panel."""
     if isa.live_vectors >= 32:
         return (6, 2, 1), ((6, 4, 2, 1) if bits == 8 else (4, 2, 1)), 2
+    if isa.dot == "maddubs":
+        return (4, 2, 1), (4, 2, 1), 1
     if isa.live_vectors >= 8:
         return (3, 1), (2, 1), 1
     return (2, 1), (1,), 1
@@ -90,20 +92,54 @@ def _add_steps(
                     put(cell, call("int32x16", dot or ops.dot, vec(cell, 0), w, a), 0)
 
 
+def _add_rolled(
+    ops: Operands,
+    row: Expr,
+    panel: Packed,
+    at: tuple[Expr, Expr],
+    steps: int,
+    total: list[list[Buffer]],
+    dot: str = "",
+) -> None:
+    """`_add_steps` as a loop that LLVM does not unroll. Where a product of bytes is several instructions, it
+    would sort the sums of several steps by rows, and keep all their weights on the stack meanwhile.
+    """
+    group, first = at
+    with T.serial(0, call("int32", "llmc_opaque", T.int32(steps))) as s:
+        _add_steps(ops, row, panel, (group, first + s), 1, total, dot)
+
+
 def _add_narrow(
     ops: Operands, row: Expr, panel: Packed, at: tuple[Expr, Expr], steps: int, total: list[list[Buffer]]
 ) -> None:
     """`_add_steps` of at most 8 words with sums in int16: fewer instructions where there is no `vpdpbusd`."""
     narrow = [[register_i32(i32s(0)) for _ in cells] for cells in total]
-    _add_steps(ops, row, panel, at, steps, narrow, "llmc_narrow4")
+    _add_rolled(ops, row, panel, at, steps, narrow, "llmc_narrow4")
     for cells, sums in zip(total, narrow, strict=True):
         for cell, sum_ in zip(cells, sums, strict=True):
             bits = T.reinterpret(vec(sum_, 0), dtype="uint8x64")
             put(cell, call("int32x16", "llmc_widen", vec(cell, 0), bits, T.int32(0)), 0)
 
 
-def _multiply(ops: Operands, row: Expr, rows: int, panel: Packed, narrow: bool) -> None:
-    """One tile: `rows` tokens by the panel's blocks. `narrow`: the level multiplies by `pmaddubsw`."""
+def _add_group(
+    ops: Operands, row: Expr, panel: Packed, group: Expr, total: list[list[Buffer]], dot: str
+) -> None:
+    """Add the products of a group. `dot`: how the level multiplies bytes (`Isa.dot`)."""
+    lay = ops.layout
+    add, unit = (_add_rolled, lay.steps) if dot == "maddubs" else (_add_steps, 1)
+    if dot == "maddubs" and ops.narrow:
+        add = _add_narrow
+        unit = next(u for u in (4, 2, 1) if lay.steps % u == 0 and u * lay.words <= 8)
+    if lay.steps // unit <= 8:
+        for s in range(0, lay.steps, unit):
+            add(ops, row, panel, (group, T.int32(s)), unit, total)
+    else:
+        with T.serial(0, lay.steps // unit) as s:
+            add(ops, row, panel, (group, s * unit), unit, total)
+
+
+def _multiply(ops: Operands, row: Expr, rows: int, panel: Packed, dot: str) -> None:
+    """One tile: `rows` tokens by the panel's blocks."""
     lay, count = ops.layout, panel.count
     for t in range(rows):
         for c in range(count):
@@ -111,18 +147,7 @@ def _multiply(ops: Operands, row: Expr, rows: int, panel: Packed, narrow: bool) 
     acc = [[register(f32s(0)) for _ in range(count)] for _ in range(rows)]
     with T.serial(0, lay.groups) as g:
         total = _start(ops, row, rows, panel, g)
-        add = _add_narrow if narrow and ops.narrow else _add_steps
-        unit = (
-            next(u for u in (4, 2, 1) if lay.steps % u == 0 and u * lay.words <= 8)
-            if add is _add_narrow
-            else 1
-        )
-        if lay.steps <= 8:
-            for s in range(0, lay.steps, unit):
-                add(ops, row, panel, (g, T.int32(s)), unit, total)
-        else:
-            with T.serial(0, lay.steps // unit) as s:
-                add(ops, row, panel, (g, s * unit), unit, total)
+        _add_group(ops, row, panel, g, total, dot)
         _finish_group(ops, row, panel, g, total, acc, range(count))
     for t in range(rows):
         for c in range(count):
@@ -245,7 +270,7 @@ class Plan:
         )
 
     def _multiply(self, ops: Operands, row: Expr, rows: int, panel: Packed) -> None:
-        _multiply(ops, row, rows, panel, self.isa.dot == "maddubs")
+        _multiply(ops, row, rows, panel, self.isa.dot)
 
 
 def _products(plan: Plan, tokens: Expr) -> None:
