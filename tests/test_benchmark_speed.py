@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 
 from benchmarks import speed
+from benchmarks.environments import Tools
+from benchmarks.peers_quantization.models import Shared
 from benchmarks.peers_speed import report
 from benchmarks.peers_speed.protocol import Order
 from benchmarks.peers_speed.systems import Measure, System
@@ -32,7 +35,12 @@ class Fake:
     def decode(self, prompts, tokens):
         return len(prompts[0]) / 1000
 
-serve(Fake, ("numpy", "no-such-package"))
+def prepare(folder, out):
+    if folder.name == "broken":
+        raise RuntimeError("no model")
+    (out / "made").write_text(folder.name)
+
+serve(Fake, ("numpy", "no-such-package"), prepare)
 """
 ORDER = Order(model="m", threads=2, context=64, sequences=4, tokens=256)
 
@@ -71,6 +79,22 @@ def test_a_system_runs_while_it_is_measured_only(program: Path, tmp_path: Path) 
     finally:
         for system in systems:
             system.stop()
+
+
+def test_a_model_is_converted_once_and_only_as_a_whole(
+    program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speed, "SPEED", Tools(tmp_path / "pins", tmp_path, {"fake": program.name}))
+    broken = Shared("m", tmp_path / "m.gguf", tmp_path / "broken", None)
+    with pytest.raises(subprocess.CalledProcessError):
+        speed._converted("fake", Path(sys.executable), broken, tmp_path)
+    assert not (tmp_path / "m" / "fake").exists()
+    model = Shared("m", tmp_path / "m.gguf", tmp_path / "float", None)
+    folder = speed._converted("fake", Path(sys.executable), model, tmp_path)
+    assert (folder / "made").read_text() == "float"
+    (folder / "made").write_text("kept")
+    assert speed._converted("fake", Path(sys.executable), model, tmp_path) == folder
+    assert (folder / "made").read_text() == "kept"
 
 
 def record() -> dict[str, Any]:
