@@ -174,6 +174,7 @@ def attention(
     """
     from llmc.codegen.tvm.kernels.attention import make_paged_attention
     from llmc.codegen.tvm.kernels.cache import PAGE_SIZE, page_width
+    from llmc.ir.dtypes import to_numpy
 
     queries, shared, width = heads
     maker = {"heads": queries, "kv_heads": shared, "head_dim": width, "kv_dtype": kv_dtype}
@@ -189,7 +190,7 @@ def attention(
     tokens = sum(new for new, _ in sequences)
     arrays = [
         rng.standard_normal((tokens, queries, width)).astype(np.float32),
-        np.zeros(shape, np.int8) if kv_dtype == "int8" else pages.astype(kv_dtype),
+        np.zeros(shape, np.int8) if kv_dtype == "int8" else pages.astype(to_numpy(kv_dtype)),
         np.cumsum([0, *(new for new, _ in sequences)]).astype(np.int32),
         np.array([context for _, context in sequences], np.int32),
         table,
@@ -213,7 +214,8 @@ def cases(isa: str, only: str) -> list[Measured]:
         found += [linear(isa, 3072, 576, rows, 64, None) for rows in (1, 512)]
     if only in "paged_attention":
         smollm2, qwen = (9, 3, 64), (14, 2, 64)
-        for heads, dtype in ((smollm2, "float16"), (smollm2, "int8"), (qwen, "float16")):
+        kinds = ("bfloat16", "float16", "int8")
+        for heads, dtype in (*((smollm2, kind) for kind in kinds), (qwen, "bfloat16")):
             found += [
                 attention(isa, heads, dtype, sequences)
                 for sequences in ([(1, 4096)], [(1, 170)] * 32, [(512, 512)])
