@@ -47,9 +47,9 @@ from .builder import (
 from .cache import (
     PAGE_SIZE,
     in_pairs,
+    load_half,
     load_page,
     load_page_one,
-    load_pairs,
     page_scales,
     pages_argument,
 )
@@ -71,6 +71,7 @@ class _Block:
     ) -> None:
         self.spec, self.at = spec, at
         most = spec.most(isa)
+        self.few_registers = isa.live_vectors < 32
         self.row, self.sequence, self.head = first
         self.rows, self.heads = size
         self.kv_head = let(self.head // spec.group)
@@ -80,11 +81,12 @@ class _Block:
         self.query = T.alloc_buffer((len(self.cells), spec.head_dim), "float32")
         self.acc = T.alloc_buffer((len(self.cells), spec.head_dim), "float32")
         self.weights = T.alloc_buffer((len(self.cells), TILE * PAGE_SIZE), "float32")
-        # Enough independent chains of multiply-adds to hide their latency, with few cells too.
-        self.together = next(n for n in (4, 2, 1) if n * len(self.cells) <= most or n == 1)
-        self.parts = next(
-            n for n in (4, 2, 1) if (self.chunks % n == 0 and n * len(self.cells) <= most) or n == 1
-        )
+        # Enough independent chains of multiply-adds to hide their latency, with few cells too; what they
+        # multiply by, a vector for each and one for all, must fit into the registers beside them.
+        count = len(self.cells)
+        fits = [n for n in (4, 2, 1) if n == 1 or (n * count <= most and n * (count + 1) < isa.live_vectors)]
+        self.together = fits[0]
+        self.parts = next(n for n in fits if self.chunks % n == 0)
         self.rescale = register()
         self.best = register()
         self.total = register()
@@ -161,23 +163,17 @@ class _Block:
             pages = [let(self.at.block_table[self.sequence, T.min(begin + slot, end - 1)]) for slot in slots]
             score = [[register(f32s(0)) for _ in pages] for _ in self.cells]
 
-            def multiply(d: Expr, keys: list[Expr], score: list[list[Buffer]] = score) -> None:
-                for i, _, _ in self.cells:
-                    query = let(splat(self.query[i, d]))
-                    for cell, key in zip(score[i], keys, strict=True):
-                        put(cell, fma(query, key, vec(cell, 0)), 0)
-
             width = 2 if self.pairs else 1
             with T.serial(0, spec.head_dim // width) as d:
                 place = d * width * PAGE_SIZE
-                if self.pairs:
-                    loaded = [load_pairs(self.at.pages, 0, page, self.kv_head, 0, place) for page in pages]
-                else:
-                    loaded = [(let(self._page(0, page, place)),) for page in pages]
                 for page in pages:  # its values are next, and the processor foresees no jump to another page
                     prefetch(self.at.pages, 1, page, self.kv_head, 0, place)
-                for at, keys in enumerate(zip(*loaded, strict=True)):
-                    multiply(d * width + at, list(keys))
+                for half in range(width):
+                    keys = [(u, self._element(0, page, place, half)) for u, page in enumerate(pages)]
+                    for u, key in keys:
+                        for i, _, _ in self.cells:
+                            query = let(splat(self.query[i, d * width + half]))
+                            put(score[i][u], fma(query, key, vec(score[i][u], 0)), 0)
             for u, (slot, page) in enumerate(zip(slots, pages, strict=True)):
                 seen = self._seen(begin + slot)
                 scale = self._scales(0, page)
@@ -188,9 +184,13 @@ class _Block:
                         s = tanh(s) * f32s(spec.softcap * LOG2E)
                     put(self.weights, T.Select(seen[r], s, f32s(NOTHING)), i, slot * PAGE_SIZE)
 
-    def _page(self, which: int, page: Expr, at: Expr) -> Expr:
-        """16 elements of the keys (0) or values (1) of a page."""
-        return load_page(self.at.pages, self.spec.kv_dtype, which, page, self.kv_head, 0, at)
+    def _element(self, which: int, page: Expr, at: Expr, half: int) -> Expr:
+        """16 elements of the keys (0) or values (1) of a page; in a page of pairs, the first (`half` = 0) or
+        the second (1) of 16 words.
+        """
+        if not self.pairs:
+            return let(load_page(self.at.pages, self.spec.kv_dtype, which, page, self.kv_head, 0, at))
+        return load_half(self.at.pages, half, which, page, self.kv_head, 0, at, again=self.few_registers)
 
     def _seen(self, page: Expr) -> list[Expr]:
         """For each row, which of the 16 tokens of page number `page` it sees."""
@@ -246,10 +246,10 @@ class _Block:
                 ]
 
                 def add(column: Expr, values: list[Expr], acc: list[list[Buffer]] = acc) -> None:
-                    for i, _, _ in self.cells:
-                        weight = let(splat(self.weights[i, column]))
-                        for cell, value in zip(acc[i], values, strict=True):
-                            put(cell, fma(weight, value, vec(cell, 0)), 0)
+                    for u, value in enumerate(values):
+                        for i, _, _ in self.cells:
+                            weight = let(splat(self.weights[i, column]))
+                            put(acc[i][u], fma(weight, value, vec(acc[i][u], 0)), 0)
 
                 self._each_value(begin, end, places, add)
                 for i, _, _ in self.cells:
@@ -287,17 +287,16 @@ class _Block:
         if not self.pairs:
             with self._tokens(begin, end) as (page, j, column):
                 ahead(column, j)
-                add(column, [let(self._page(1, page, j * width + place)) for place in places])
+                add(column, [self._element(1, page, j * width + place, 0) for place in places])
             return
         with self._pairs(begin, end) as (page, pair, column, first, last):
             ahead(column, 2 * pair)
             ahead(column, 2 * pair + 1)
-            index = [(1, page, self.kv_head, 0, (pair * width + place) * 2) for place in places]
-            both = zip(*(load_pairs(self.at.pages, *at) for at in index), strict=True)
-            for at, values in enumerate(both):
-                token = 2 * pair + at
+            for half in range(2):
+                token = 2 * pair + half
                 with T.If(T.And(token >= first, token < last)), T.Then():
-                    add(column + at, list(values))
+                    at = [(pair * width + place) * 2 for place in places]
+                    add(column + half, [self._element(1, page, one, half) for one in at])
 
     def _prefetch_keys(self, page: Expr, j: Expr) -> None:
         """A sixteenth of the keys of the page that stands a tile behind page number `page`."""

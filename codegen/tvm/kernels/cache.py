@@ -60,12 +60,19 @@ def in_pairs(kv_dtype: str, head_dim: int) -> bool:
     return kv_dtype == "bfloat16" and head_dim % 2 == 0
 
 
-def load_pairs(pages: Buffer, *index: Expr) -> tuple[Expr, Expr]:
-    """16 words from an even element of a page on: their first and their second elements in float32."""
-    words = let(T.reinterpret(vec(pages, *index, lanes=2 * LANES), dtype="uint32x16"))
-    first = T.shift_left(words, T.broadcast(T.uint32(16), LANES))
-    second = T.bitwise_and(words, T.broadcast(T.uint32(0xFFFF0000), LANES))
-    return let(T.reinterpret(first, dtype="float32x16")), let(T.reinterpret(second, dtype="float32x16"))
+def load_half(pages: Buffer, half: int, *index: Expr, again: bool = False) -> Expr:
+    """16 words from an even element of a page on: their first (half = 0) or second (1) elements in float32.
+
+    `again`: read the words for this half alone, where there is no register for what is not needed yet.
+    """
+    if again:
+        index = (*index[:-1], index[-1] + call("int32", "llmc_opaque", T.int32(0)))
+    words = T.reinterpret(vec(pages, *index, lanes=2 * LANES), dtype="uint32x16")
+    if half:
+        bits = T.bitwise_and(words, T.broadcast(T.uint32(0xFFFF0000), LANES))
+    else:
+        bits = T.shift_left(words, T.broadcast(T.uint32(16), LANES))
+    return let(T.reinterpret(bits, dtype="float32x16"))
 
 
 def load_page(pages: Buffer, kv_dtype: str, *index: Expr) -> Expr:

@@ -306,7 +306,7 @@ _MADD8 = [
     "%r{h} = add <8 x i32> %acc{h}, %s{h}",
 ]
 
-# x, of which LLVM then knows nothing: a loop that ends there is not unrolled.
+# x, of which LLVM then knows nothing: it unrolls no loop that ends there, and takes no two reads for one.
 _OPAQUE = f"""{_DEFINE} i32 @llmc_opaque(i32 %x) alwaysinline {{
   %r = call i32 asm "", "=r,0"(i32 %x)
   ret i32 %r
@@ -361,7 +361,6 @@ def _dots(isa: Isa) -> list[str]:
             }
             return [
                 _MADD_DECLARATIONS,
-                _OPAQUE,
                 *(_split_dot(name, lines) for name, lines in functions.items()),
             ]
         case _:
@@ -374,6 +373,6 @@ def library(isa_name: str) -> str:
     isa = get_isa(isa_name)
     halves = _HALF_HARDWARE if isa.half else _HALF_PLAIN
     many = [_many(name, count) for name in ("sum", "max") for count in (4, 8, 12, 16)]
-    others = (_round(), _ADD, *_PREFETCHES, halves, _TO_BFLOAT)
+    others = (_round(), _ADD, _OPAQUE, *_PREFETCHES, halves, _TO_BFLOAT)
     registers = tiles() if isa.tiles else []
     return "\n".join([*_fma(isa), *_reductions(), *many, *others, *_dots(isa), *codes(isa), *registers])
