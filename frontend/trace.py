@@ -8,11 +8,8 @@ count is the symbol "T". The traced function is the plain forward pass of one se
 from __future__ import annotations
 
 import contextlib
-import io
-import logging
 import operator
-import warnings
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..ir.core import Graph, Op, Value
@@ -22,6 +19,8 @@ from ..ir.ops.shape import DimValue, Full
 from ..ir.types import Dim, DimExpr, Shape, TensorType, sym
 from ..ir.weights import ArrayTensor, LazyTensor, ShapeOnlyTensor
 from . import aten
+from .export import export
+from .repeats import NAMESPACE, Bodies, CannotRepeat, Repeats
 
 if TYPE_CHECKING:
     import torch
@@ -36,9 +35,10 @@ def dtype_name(dtype: torch.dtype) -> str:
 class Importer:
     """Turns the nodes of an exported program into ops. Handlers of `aten.TABLE` see this object."""
 
-    def __init__(self, graph: Graph, symbols: dict[str, str]) -> None:
+    def __init__(self, graph: Graph, repeats: Repeats | None = None) -> None:
         self.graph = graph
-        self.symbols = symbols  # torch's symbol → ours
+        self.symbols: dict[str, str] = {}  # torch's symbol → ours
+        self.bodies = None if repeats is None else Bodies(graph, repeats)
         self.values: dict[Any, Any] = {}
         self.node: Any = None
 
@@ -174,6 +174,10 @@ class Importer:
         if isinstance(value, (torch.SymInt, torch.SymBool, torch.SymFloat, int, bool, float)):
             return  # sizes: read from their meta value where they are used
         name = str(node.target)
+        if self.bodies is not None and name.startswith(NAMESPACE):
+            values, place = node.args
+            self.values[node] = self.bodies.run(name.split(".")[1], self.argument(values), place)
+            return
         if not name.startswith("aten."):
             raise self.unsupported(f"operator {name}")
         name = name.removeprefix("aten.")
@@ -198,6 +202,8 @@ class Importer:
         where no other name shares the operand's memory.
         """
         changed = node.args[0]
+        if self.bodies is not None and self.bodies.is_given(self.values[changed]):
+            raise CannotRepeat
         if changed.op == "placeholder":
             raise UnsupportedError(
                 f"{self.graph.name} changes {self.values[changed].name} while it runs",
@@ -217,7 +223,12 @@ def _is_view(node: Any) -> bool:
 
 
 def _import_program(
-    program: Any, graph: Graph, inputs: Sequence[str], weights: Mapping[str, LazyTensor], prefix: str
+    program: Any,
+    graph: Graph,
+    inputs: Sequence[str],
+    weights: Mapping[str, LazyTensor],
+    prefix: str,
+    repeats: Repeats | None = None,
 ) -> None:
     """Fill `graph` from an ExportedProgram; `weights` by names of parameters and buffers. Tied parameters are
     one weight: the data object says which are.
@@ -231,9 +242,10 @@ def _import_program(
     weights = {**weights, **_constants(program, graph.name)}
     held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     held |= signature.inputs_to_lifted_tensor_constants
-    importer = Importer(graph, {})
+    importer = Importer(graph, repeats)
     known: dict[int, Value] = {}
     names = iter(inputs)
+    used = {held[n.name].removeprefix(prefix) for n in program.graph.nodes if n.name in held and n.users}
     for node in program.graph.nodes:
         importer.node = node
         if node.op == "call_function":
@@ -244,12 +256,16 @@ def _import_program(
             raise UnsupportedError(f"the exported program holds a {node.op} node", remedy="report the model")
         elif node.name not in held:
             importer.values[node] = _input(importer, node, next(names, ""))
-        elif node.users:
+        else:
             name = held[node.name].removeprefix(prefix)
+            if name not in used and (repeats is None or repeats.twin_of(name) not in used):
+                continue
             data = _fitting(weights, name, importer.result_shape())
             if id(data) not in known:
                 known[id(data)] = graph.add_weight(name, data)
             importer.values[node] = known[id(data)]
+            if importer.bodies is not None:
+                importer.bodies.weights[name] = known[id(data)]
 
 
 def _input(importer: Importer, node: Any, label: str) -> Value:
@@ -309,47 +325,6 @@ def array_tensor(tensor: torch.Tensor, source: str) -> ArrayTensor:
     return ArrayTensor(plain.numpy().copy(), source)
 
 
-@contextlib.contextmanager
-def _quiet() -> Generator[None]:
-    """torch.export logs and prints what it raises as well, over many lines; the error says it in one."""
-    before = logging.root.manager.disable
-    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
-        logging.disable(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            logging.disable(before)
-
-
-def _export(
-    module: torch.nn.Module,
-    args: tuple[Any, ...],
-    shapes: Any,
-    name: str,
-    kwargs: dict[str, Any] | None = None,
-) -> Any:
-    import torch
-
-    try:
-        with _quiet(), torch.no_grad():
-            return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
-    except Exception as e:  # torch.export raises many kinds; all mean that the module cannot be traced
-        raise UnsupportedError(
-            f"{name} cannot be traced: {_first_reason(e)}",
-            remedy="control flow and shapes must not depend on tensor values or on the number of tokens",
-        ) from e
-
-
-def _first_reason(error: Exception) -> str:
-    """One line of torch.export's message: the first listed violation, else the first line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    listed = next((line.removeprefix("- ") for line in lines if line.startswith("- ")), lines[0])
-    for advice in (" For more information", " If you're using mark_dynamic"):  # on torch's own interface
-        listed = listed.partition(advice)[0]
-    return listed[:300]
-
-
 def _buffers(module: torch.nn.Module) -> dict[str, LazyTensor]:
     """The real values of a model's buffers (rotary frequencies above all), taken before it moves to the meta
     device.
@@ -385,9 +360,18 @@ def trace_source(source: ModelSource) -> Graph:
     Result: input "input_ids" int64 [1, T]; output "logits" [1, T, V], or "hidden" [1, T, D] of an encoder.
     `facts["kind"]` says which.
     """
+    # A module from Python may do anything between its layers; transformers' models are known.
+    if source.kind != "module":
+        with contextlib.suppress(CannotRepeat, UnsupportedError):
+            return _trace_source(source, repeated=True)
+    return _trace_source(source, repeated=False)
+
+
+def _trace_source(source: ModelSource, *, repeated: bool) -> Graph:
     import torch
 
     model: Any = source.build_model().eval()
+    repeats = Repeats(model) if repeated else None
     stored = _shapes(model) if source.config_only else source.weights
     weights: dict[str, LazyTensor] = {**_buffers(model), **_aliases(model, stored)}
     device = (
@@ -408,11 +392,11 @@ def trace_source(source: ModelSource) -> Graph:
 
     limit = getattr(model.config, "max_position_embeddings", None)
     bound = torch.export.Dim("T", min=2, max=int(limit) if limit else 1 << 20)
-    program = _export(
-        Wrapper(), (torch.zeros(1, 6, dtype=torch.int64, device=device),), ({1: bound},), source.name
-    )
+    ids = torch.zeros(1, 6, dtype=torch.int64, device=device)
+    with repeats.installed() if repeats is not None else contextlib.nullcontext():
+        program = export(Wrapper(), (ids,), ({1: bound},), source.name)
     graph = Graph(source.name)
-    _import_program(program, graph, ["input_ids"], weights, "model_.")
+    _import_program(program, graph, ["input_ids"], weights, "model_.", repeats)
     graph.output_names = ["hidden" if encoder else "logits"]
     graph.facts["kind"] = "encoder" if encoder else "causal_lm"
     if len(graph.outputs) != 1:
@@ -480,9 +464,9 @@ def trace_module(
     module.eval()
     try:
         if isinstance(example_inputs, Mapping):
-            program = _export(module, (), dynamic_shapes, name, named)
+            program = export(module, (), dynamic_shapes, name, named)
         else:
-            program = _export(module, tuple(named.values()), dynamic_shapes, name)
+            program = export(module, tuple(named.values()), dynamic_shapes, name)
     finally:
         for m, training in modes.items():
             m.training = training

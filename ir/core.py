@@ -168,6 +168,14 @@ class Graph:
     def ops(self) -> list[Op]:
         return list(self)
 
+    @property
+    def first(self) -> Op | None:
+        return self._first
+
+    @property
+    def last(self) -> Op | None:
+        return self._last
+
     def input(self, name: str) -> Value:
         for v in self.inputs:
             if v.name == name:
