@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from .elf import link
 from .kernels.isa import Isa
 from .lower import lower
 from .optimize import optimize
-from .step import build_step
+from .step import Step, build_step
 from .untyped import Module, tirx, tvm
 
 _TRIPLE = 'target triple = "x86_64-unknown-linux-gnu"\n'
@@ -38,7 +39,7 @@ def build(graph: Graph, isa: Isa, out: Path) -> Built:
         kernels = Path(folder, "kernels.o")
         compile_object(step.module, isa, kernels)
         threads = assemble(Path(__file__).with_name("threads.ll").read_text(), Path(folder))
-        out.write_bytes(link([kernels.read_bytes(), assemble(_entry(step.parts), Path(folder)), threads]))
+        out.write_bytes(link([kernels.read_bytes(), assemble(_entry(step), Path(folder)), threads]))
     arguments = [*lowered.inputs, *(f"weight:{name}" for name in lowered.weights)]
     arguments += [*(f"output:{name}" for name in lowered.outputs), "workspace"]
     calls = [(kernel, _weight_of(places, arguments)) for kernel, places in step.calls]
@@ -51,15 +52,69 @@ def _weight_of(places: Sequence[int], arguments: Sequence[str]) -> str | None:
     return next((name.removeprefix("weight:") for name in names if name.startswith("weight:")), None)
 
 
-def _entry(parts: Sequence[str]) -> str:
-    """LLVM IR of `llmc_step`, which runs the parts of the step in order."""
-    lines = ["declare i32 @call_packed(ptr, ptr, ptr)", "declare i32 @llmc_mark(i32)"]
-    lines += [f"declare i32 @__tvm_ffi_{part}(ptr, ptr, i32, ptr)" for part in parts]
-    lines += ["define i32 @llmc_step(ptr %dims, ptr %pointers) {", "  %s0 = call i32 @llmc_mark(i32 -1)"]
-    for i, part in enumerate(parts):
-        lines.append(f"  %r{i} = call i32 @call_packed(ptr @__tvm_ffi_{part}, ptr %dims, ptr %pointers)")
-        lines.append(f"  %s{i + 1} = or i32 %s{i}, %r{i}")
-    return "\n".join([*lines, f"  ret i32 %s{len(parts)}", "}"]) + "\n"
+def _entry(step: Step) -> str:
+    """LLVM IR of `llmc_step`, which runs through the calls of the step (`step.py`)."""
+    functions = sorted({function for function, _ in step.rows})
+    starts = [0, *accumulate(len(row) for _, row in step.rows)]
+    rows = [f"i32 {place}" for _, row in step.rows for place in row]
+    called = ", ".join(f"ptr @__tvm_ffi_{function}" for function, _ in step.rows)
+    count, values, dims = len(step.rows), step.values, step.symbols
+    return f"""
+{"".join(f"declare i32 @__tvm_ffi_{name}(ptr, ptr, i32, ptr){chr(10)}" for name in (*functions, "begin"))}
+declare i32 @call_packed(ptr, ptr, ptr)
+declare i32 @llmc_mark(i32)
+declare void @llvm.memcpy.inline.p0.p0.i64(ptr, ptr, i64, i1)
+@functions = internal constant [{count} x ptr] [{called}]
+@rows = internal constant [{len(rows)} x i32] [{", ".join(rows)}]
+@starts = internal constant [{count} x i32] [{", ".join(f"i32 {start}" for start in starts[:count])}]
+
+define i32 @llmc_step(ptr %dims, ptr %pointers) {{
+entry:
+  %values = alloca [{values} x i64], align 64
+  store i64 0, ptr %values
+  %first = getelementptr i64, ptr %values, i64 1
+  call void @llvm.memcpy.inline.p0.p0.i64(ptr %first, ptr %dims, i64 {8 * dims}, i1 false)
+  %second = getelementptr i64, ptr %values, i64 {1 + dims}
+  br label %copy
+
+copy:
+  %c = phi i64 [ 0, %entry ], [ %c1, %copy ]
+  %from = getelementptr i64, ptr %pointers, i64 %c
+  %to = getelementptr i64, ptr %second, i64 %c
+  %pointer = load i64, ptr %from
+  store i64 %pointer, ptr %to
+  %c1 = add i64 %c, 1
+  %more = icmp ult i64 %c1, {step.arguments}
+  br i1 %more, label %copy, label %begin
+
+begin:
+  %r = call i32 @call_packed(ptr @__tvm_ffi_begin, ptr %values, ptr null)
+  %s = call i32 @llmc_mark(i32 -1)
+  br label %next
+
+next:
+  %i = phi i64 [ 0, %begin ], [ %i1, %next ]
+  %state = phi i32 [ %r, %begin ], [ %state1, %next ]
+  %pf = getelementptr [{count} x ptr], ptr @functions, i64 0, i64 %i
+  %f = load ptr, ptr %pf
+  %pstart = getelementptr [{count} x i32], ptr @starts, i64 0, i64 %i
+  %start = load i32, ptr %pstart
+  %row = getelementptr i32, ptr @rows, i32 %start
+  %r1 = call i32 @call_packed(ptr %f, ptr %values, ptr %row)
+  %state1 = or i32 %state, %r1
+  %number = trunc i64 %i to i32
+  %s1 = call i32 @llmc_mark(i32 %number)
+  %i1 = add i64 %i, 1
+  %again = icmp ult i64 %i1, {count}
+  br i1 %again, label %next, label %done
+
+done:
+  %failed = load i64, ptr %values
+  %status = getelementptr i64, ptr %dims, i64 {dims}
+  store i64 %failed, ptr %status
+  ret i32 %state1
+}}
+"""
 
 
 def assemble(text: str, folder: Path) -> bytes:

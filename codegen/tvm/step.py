@@ -1,11 +1,15 @@
-"""Relax `main` over TIR functions → TIR functions that run a step; no interpreter and no VM is left.
+"""Relax `main` over TIR functions → kernels, and a table of their calls that a step runs through.
 
-`step_0(dims, pointers)`, `step_1`, … run the calls of `main` one after the other. `dims` holds the symbolic
-dimensions as int64, in order, then a status that the caller sets to 0 and a failing kernel changes;
-`pointers` holds addresses: inputs, weights, outputs, workspace. Intermediate results lie in the workspace, at
-offsets computed from the dimensions (`plan.py`). `workspace(dims, pointers)` puts the bytes needed into the
-last entry of `dims`. Kernels take bare pointers and the symbols of their shapes; nothing is checked inside
-(the executor checks what comes from outside).
+A step has an array of 64-bit words, its *values*: a status (0, or what a failing kernel put there), the
+symbolic dimensions, the caller's addresses (inputs, weights, outputs, workspace), the addresses of
+intermediate results, and numbers computed from the dimensions. `begin(values)` fills in the last two.
+Intermediate results lie in the workspace, at offsets computed from the dimensions (`plan.py`).
+
+Each kernel has a function `run_KERNEL(values, row)`, where `row` says which values are its operands; the
+step itself is a list of (function, row), so that a model of many layers costs no more code than one of few.
+The loop over it is `llmc_step` (`build.py`). `workspace(dims, pointers)` puts the bytes needed into the last
+entry of `dims`, the dimensions and a status. Kernels take bare pointers and the symbols of their shapes;
+nothing is checked inside (the executor checks what comes from outside).
 """
 
 from __future__ import annotations
@@ -21,8 +25,6 @@ from ...ir.errors import CompileError
 from .plan import ALIGNMENT, Interval, plan
 from .untyped import Module, relax, tirx, tvm
 
-_CALLS = 48
-"""Calls in a part of the step."""
 _TYPICAL = {"T": 128, "B": 4, "R": 4, "P": 64, "N": 256}
 """Sizes by which values are sorted into slots; any others would be right too."""
 
@@ -58,7 +60,13 @@ class Step:
     """The functions of a kernel library, and what runs in a step, in order."""
 
     module: Module
-    parts: tuple[str, ...]
+    symbols: int
+    arguments: int
+    """Addresses of the caller, that of the workspace included."""
+    values: int
+    """Words of the step's array."""
+    rows: tuple[tuple[str, tuple[int, ...]], ...]
+    """Function and row of each call."""
     calls: tuple[tuple[str, tuple[int, ...]], ...]
     """Kernel and the numbers of its operands among the step's arguments. After a call `llmc_mark` is told its
     place in this list (`threads.ll`, "Profile").
@@ -66,7 +74,8 @@ class Step:
 
 
 def build_step(module: Module, symbols: Sequence[str]) -> Step:
-    """The module with the step's parts and `workspace` in place of Relax's `main`.
+    """The module with kernels, the functions that call them, `begin` and `workspace` in place of Relax's
+    `main`.
 
     Raises CompileError where `main` holds anything but calls, tuples and reshapes (a bug in the passes
     before).
@@ -74,14 +83,16 @@ def build_step(module: Module, symbols: Sequence[str]) -> Step:
     program, main = _Reader(module).read()
     variables = {name: tirx.Var(name, "int64") for name in symbols}
     rename = {v: variables[v.name] for v in _symbols_of(main)}
-    arguments = len(main.params) + len(_outputs(main))
+    arguments = len(main.params) + len(_outputs(main)) + 1
     writer = _Writer(program, [variables[name] for name in symbols], rename, arguments)
-    parts = writer.parts(module)
+    rows = writer.rows(module)
     out = tvm.IRModule({callee.name: callee.function for callee in writer.callees.values()})
-    for name, function in parts.items():
-        out[GlobalVar(name)] = function
+    for callee in writer.callees.values():
+        out[GlobalVar(callee.run_name)] = callee.run_function()
+    out[GlobalVar("begin")] = writer.begin_function()
     out[GlobalVar("workspace")] = writer.workspace_function()
-    return Step(out, tuple(parts), tuple(_site(call) for call in program.calls))
+    calls = tuple(_site(call) for call in program.calls)
+    return Step(out, len(symbols), arguments, writer.count, tuple(rows), calls)
 
 
 def _site(call: _Call) -> tuple[str, tuple[int, ...]]:
@@ -225,7 +236,7 @@ class _Reader:
 
 
 class _Writer:
-    """Emits the TIR of `step` and `workspace`."""
+    """Numbers the values of a step, and emits `begin` and `workspace`."""
 
     def __init__(self, program: _Program, symbols: list[Any], rename: dict[Any, Any], arguments: int) -> None:
         self.program = program
@@ -237,7 +248,15 @@ class _Writer:
             {v: tirx.IntImm("int64", _TYPICAL.get(v.name, 64)) for v in [*symbols, *rename]}
         )
         self.plan = plan(self._intervals())
-        self.offsets: list[Any] = []
+        self._addresses = 1 + len(symbols)  # the status and the dimensions come first
+        self._slots = self._addresses + arguments
+        self._numbers: dict[str, tuple[int, Any]] = {}
+        """Text of an expression → its place among the values, and the expression."""
+
+    @property
+    def count(self) -> int:
+        """How many values there are."""
+        return self._slots + len(self.plan.slots) + len(self._numbers)
 
     def _expression(self, e: Any) -> Any:
         """An expression over main's symbols as one over the step's own."""
@@ -264,72 +283,76 @@ class _Writer:
             intervals.append(Interval(index, times[0], times[-1], size, nominal))
         return intervals
 
-    # -- statements ----------------------------------------------------------------------------------------
-    def _prologue(self) -> tuple[list[Any], list[Any], Any, Any]:
-        """Parameters, statements that read the symbols and compute the offsets, and the two arrays."""
-        raw = [tirx.Var(name, PointerType(PrimType("void"))) for name in ("dims_raw", "pointers_raw")]
-        dims = _array("dims", len(self.symbols) + 1, "int64", raw[0])
-        pointers = _array("pointers", self.arguments + 1, "uint64", raw[1])
-        body: list[Any] = [dims[1], pointers[1]]
-        body += [tirx.Bind(v, dims[0][i]) for i, v in enumerate(self.symbols)]
-        total: Any = tirx.IntImm("int64", 0)
-        self.offsets = []
-        for number, slot in enumerate(self.plan.slots):
-            size: Any = slot.sizes[0]
-            for other in slot.sizes[1:]:
-                size = tirx.max(size, other)
-            begin, end = tirx.Var(f"slot_{number}", "int64"), tirx.Var(f"end_{number}", "int64")
-            rounded = tirx.floordiv(total + size + (ALIGNMENT - 1), ALIGNMENT) * ALIGNMENT
-            body += [tirx.Bind(begin, total), tirx.Bind(end, rounded)]
-            self.offsets.append(begin)
-            total = end
-        self.total = total
-        return raw, body, dims[0], pointers[0]
-
-    def workspace_function(self) -> Any:
-        raw, body, dims, _ = self._prologue()
-        body.append(tirx.BufferStore(dims, self.total, [len(self.symbols)]))
-        return _exported("workspace", raw, body)
-
-    def parts(self, module: Module) -> dict[str, Any]:
-        """Name → function, each with some of the calls: LLVM's time and memory grow with the square of a
-        function.
-        """
-        calls = self.program.calls
-        starts = range(0, max(1, len(calls)), _CALLS)
-        return {
-            f"step_{i}": self._part(f"step_{i}", first, calls[first : first + _CALLS], module)
-            for i, first in enumerate(starts)
-        }
-
-    def _part(self, name: str, first: int, calls: Sequence[_Call], module: Module) -> Any:
-        """A function of some calls, the number of the first among all calls being `first`."""
-        raw, body, dims, pointers = self._prologue()
-        status = [len(self.symbols)]
-        for number, call in enumerate(calls, first):
+    # -- calls ---------------------------------------------------------------------------------------------
+    def rows(self, module: Module) -> list[tuple[str, tuple[int, ...]]]:
+        """Function and row of each call."""
+        rows: list[tuple[str, tuple[int, ...]]] = []
+        for call in self.program.calls:
             callee = self.callees.get(call.function)
             if callee is None:
                 callee = _Callee(module[call.function], call.function.name_hint)
                 self.callees[call.function] = callee
-            addresses = [self._address(memory, pointers) for memory in call.operands]
-            values = callee.symbol_values(call.shapes, call.scalars)
-            pairs = zip(callee.symbols, values, strict=True)
-            scalars = [_as(self._expression(value), symbol.ty) for symbol, value in pairs]
-            result = Call(callee.name, addresses + scalars, ret_ty="int32")
-            # A kernel fails only where it gets no scratch memory; the calls after it are harmless then.
-            failed = tirx.bitwise_or(tirx.BufferLoad(dims, status), tirx.Cast("int64", result))
-            body.append(tirx.BufferStore(dims, failed, status))
-            mark = tirx.call_extern("int32", "llmc_mark", tirx.IntImm("int32", number))
-            body.append(tirx.Evaluate(mark))
-        return _exported(name, raw, body)
+            numbers = [self._expression(e) for e in callee.symbol_values(call.shapes, call.scalars)]
+            row = [self._place_of(memory) for memory in call.operands]
+            rows.append((callee.run_name, (*row, *map(self._number, numbers))))
+        return rows
 
-    def _address(self, memory: _Memory, pointers: Any) -> Any:
-        index = memory.index if memory.kind == "argument" else self.arguments
-        base = tirx.reinterpret("handle", pointers[index])
-        if memory.kind == "intermediate":
-            base = tirx.handle_add_byte_offset(base, self.offsets[self.plan.slot_of[memory.index]])
-        element = PointerType(PrimType(str(memory.type.dtype)), "global")
-        return tirx.reinterpret(element, base)
+    def _place_of(self, memory: _Memory) -> int:
+        if memory.kind == "argument":
+            return self._addresses + memory.index
+        return self._slots + self.plan.slot_of[memory.index]
+
+    def _number(self, expression: Any) -> int:
+        """The place of a number among the values."""
+        for i, symbol in enumerate(self.symbols):
+            if expression.same_as(symbol):
+                return 1 + i
+        first = self._slots + len(self.plan.slots)
+        key = str(expression)
+        return self._numbers.setdefault(key, (first + len(self._numbers), expression))[0]
+
+    # -- functions -----------------------------------------------------------------------------------------
+    def _offsets(self) -> tuple[list[Any], list[Any], Any]:
+        """Statements that compute the slots' offsets, these, and the bytes of all."""
+        body: list[Any] = []
+        offsets: list[Any] = []
+        total: Any = tirx.IntImm("int64", 0)
+        for number, slot in enumerate(self.plan.slots):
+            size: Any = slot.sizes[0]
+            for other in slot.sizes[1:]:
+                size = tirx.max(size, other)
+            end = tirx.Var(f"end_{number}", "int64")
+            rounded = tirx.floordiv(total + size + (ALIGNMENT - 1), ALIGNMENT) * ALIGNMENT
+            body.append(tirx.Bind(end, rounded))
+            offsets.append(total)
+            total = end
+        return body, offsets, total
+
+    def begin_function(self) -> Any:
+        """Fills in the addresses of intermediate results and the numbers."""
+        raw = [tirx.Var(name, PointerType(PrimType("void"))) for name in ("values_raw", "unused")]
+        values, declared = _array("values", self.count, "int64", raw[0])
+        body: list[Any] = [declared]
+        body += [tirx.Bind(v, values[1 + i]) for i, v in enumerate(self.symbols)]
+        statements, offsets, _ = self._offsets()
+        body += statements
+        workspace = values[self._addresses + self.arguments - 1]
+        body += [
+            tirx.BufferStore(values, workspace + offset, [self._slots + i])
+            for i, offset in enumerate(offsets)
+        ]
+        for place, expression in self._numbers.values():
+            body.append(tirx.BufferStore(values, _as(expression, values.ty.dtype), [place]))
+        return _exported("begin", raw, body)
+
+    def workspace_function(self) -> Any:
+        raw = [tirx.Var(name, PointerType(PrimType("void"))) for name in ("dims_raw", "unused")]
+        dims, declared = _array("dims", len(self.symbols) + 1, "int64", raw[0])
+        body: list[Any] = [declared]
+        body += [tirx.Bind(v, dims[i]) for i, v in enumerate(self.symbols)]
+        statements, _, total = self._offsets()
+        body += [*statements, tirx.BufferStore(dims, total, [len(self.symbols)])]
+        return _exported("workspace", raw, body)
 
 
 def _array(name: str, length: int, dtype: str, raw: Any) -> tuple[Any, Any]:
@@ -357,6 +380,7 @@ class _Callee:
 
     def __init__(self, function: Any, name: str) -> None:
         self.name = GlobalVar(f"kernel_{name}")
+        self.run_name = f"run_{name}"
         self.buffers = [p for p in function.params if tirx.is_buffer_var(p)]
         self.given = [p for p in function.params if not tirx.is_buffer_var(p)]
         shapes = [list(p.ty.shape) for p in self.buffers]
@@ -374,6 +398,26 @@ class _Callee:
         }
         new = tirx.PrimFunc([*pointers, *self.symbols], body, ret_type=PrimType("int32"))
         self.function = new.with_attrs({"s_tir": True, **attributes})
+
+    def run_function(self) -> Any:
+        """`run_KERNEL(values, row)`: calls the kernel with the values that the row names. A kernel fails only
+        where it gets no scratch memory; the calls after it are harmless then.
+        """
+        raw = [tirx.Var(name, PointerType(PrimType("void"))) for name in ("values_raw", "row_raw")]
+        count = len(self.buffers) + len(self.symbols)
+        row, row_declared = _array("row", count, "int32", raw[1])
+        values, values_declared = _array("values", 1 << 30, "int64", raw[0])
+        words = [values[row[i]] for i in range(count)]
+        addresses = [
+            tirx.reinterpret(tirx.buffer_data_pointer_type(buffer), tirx.reinterpret("handle", word))
+            for buffer, word in zip(self.buffers, words, strict=False)
+        ]
+        numbers = [
+            _as(word, symbol.ty) for symbol, word in zip(self.symbols, words[len(addresses) :], strict=True)
+        ]
+        failed = tirx.Cast("int64", Call(self.name, [*addresses, *numbers], ret_ty="int32"))
+        store = tirx.BufferStore(values, tirx.bitwise_or(values[0], failed), [0])
+        return _exported(self.run_name, raw, [row_declared, values_declared, store])
 
     def symbol_values(self, shapes: list[list[Any]], scalars: list[Any]) -> list[Any]:
         """A value for each symbol: given, or read off the operands' shapes where a dimension is that symbol
