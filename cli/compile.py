@@ -112,6 +112,14 @@ kv_dtype_option = click.option(
     help="Refuse where the perplexity of held-out text rises by more than P percent.",
 )
 @click.option("--no-verdict", is_flag=True, help="Do not measure what quantization cost.")
+@click.option(
+    "--tune",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="SECONDS",
+    help="Search for the sizes of kernels that are fastest on this processor; what was found is kept in the "
+    "cache folder (LLMC_CACHE) for later.",
+)
 @click.option("--resume", is_flag=True, help="Go on with the calibrated work that an interrupted run left.")
 @json_option
 def command(

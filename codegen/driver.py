@@ -42,6 +42,7 @@ from .legalize import legalize
 from .memory import check_peak, processes_at_once, watched
 from .peak import WORKER_BYTES, Peak, predict_peak
 from .request import DEFAULT_CALIBRATION, DEFAULT_VERDICT, Plan, Request
+from .target import with_tune
 from .verdict import VerdictOptions, prepare_held
 
 if TYPE_CHECKING:
@@ -193,16 +194,25 @@ def compile_model(
     calibration: CalibrationOptions = DEFAULT_CALIBRATION,
     max_ram: int | None = None,
     verdict: VerdictOptions = DEFAULT_VERDICT,
+    tune: int = 0,
     progress: Progress = no_progress,
     say: Callable[[str], None] = say_nothing,
 ) -> CompileReport:
     """Compile a model into the artifact folder `output`. Arguments as in `llmc.compile`; `passes` are further
     ones by name, run on the fused graph. `max_ram` caps the process tree, in bytes; `say` gets sentences that
-    the user should see at once. What `verdict` asks for is measured where the scheme loses anything.
+    the user should see at once. What `verdict` asks for is measured where the scheme loses anything. `tune`:
+    seconds to search for the sizes of kernels.
 
     Nothing stands under the name `output` before everything is written; an artifact that was there stays
     until then.
     """
+    if tune:
+        targets = with_tune(targets, tune)
+        if max_ram is not None:
+            raise InputError(
+                "--tune with --max-ram: what a search takes is not predicted",
+                remedy="search once without the cap; what was found is kept and taken from the cache",
+            )
     adapters = tuple(LoraOption.parse(text) for text in lora)
     options = (quant, quant_head, bits_per_weight, context, kv_dtype, tuple(passes), adapters)
     asked = Request(tuple(targets), *options, calibration, verdict)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -167,6 +167,23 @@ def get_target(spec: str) -> Target:
         known = ", ".join(sorted(entries)) or "none is registered: reinstall llmc"
         raise InputError(f"no target is named {name!r}", remedy=f"targets: {known}")
     return make_target(entries[name].load(), texts)
+
+
+def with_tune(specs: Sequence[str], seconds: int) -> tuple[str, ...]:
+    """Target specs that ask for a search of so many seconds, where a target has one (option `tune`). Raises
+    InputError where none has.
+    """
+    targets = [get_target(spec) for spec in specs]
+    can = [any(f.name == "tune" for f in dataclasses.fields(target)) for target in targets]
+    if not any(can):
+        raise InputError(
+            f"--tune: {', '.join(t.name for t in targets)} has nothing to search for",
+            remedy="leave --tune away, or compile for tvm-cpu",
+        )
+    return tuple(
+        str(dataclasses.replace(target, tune=seconds)) if one else spec
+        for spec, target, one in zip(specs, targets, can, strict=True)
+    )
 
 
 def parse_spec(spec: str) -> tuple[str, dict[str, str]]:

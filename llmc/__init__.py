@@ -70,6 +70,7 @@ def compile(
     max_kl: float | None = None,
     max_ppl_increase: str | float | None = None,
     verdict: bool = True,
+    tune: int = 0,
     progress: Callable[[str, float], None] | None = None,
 ) -> Artifact:
     """Compiles a model into the artifact folder `output`; returns it, opened.
@@ -99,6 +100,9 @@ def compile(
         max_kl: the largest KL divergence from the source that is accepted, in nats a token.
         max_ppl_increase: the largest increase of held-out perplexity that is accepted: "5%", or 5.
         verdict: measure what quantization cost; `Artifact.quality` has it then.
+        tune: seconds to search for the sizes of kernels that are fastest on this processor; what was found is
+            kept (`$LLMC_CACHE`, by default `~/.cache/llmc`) and taken from there by later compilations with
+            `tune`.
         progress: called with (what is being done, share of it done from 0 to 1).
 
     Raises:
@@ -129,6 +133,7 @@ def compile(
         verdict=importlib.import_module(".codegen.verdict", __name__).VerdictOptions.parse(
             verdict=verdict, max_kl=max_kl, max_ppl_increase=max_ppl_increase
         ),
+        tune=tune,
         **({"progress": progress} if progress is not None else {}),
     )
     return report.artifact

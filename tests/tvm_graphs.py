@@ -9,8 +9,8 @@ import numpy as np
 from llmc.codegen.artifact import Artifact, ArtifactWriter
 from llmc.codegen.target import get_target, no_progress
 from llmc.ir.core import Graph, Value
-from llmc.ir.ops import math
-from llmc.ir.types import TensorType, sym
+from llmc.ir.ops import math, quant
+from llmc.ir.types import Quantization, TensorType, sym
 from llmc.ir.weights import ArrayTensor
 from llmc.runtime import cpu
 from llmc.runtime.executor import open_executor
@@ -30,10 +30,10 @@ def random(*dims: int, scale: float = 1.0) -> np.ndarray:
 
 
 def compile_graph(
-    graph: Graph, out: Path, kind: str = "function", isa: str = ISA, **manifest: Any
+    graph: Graph, out: Path, kind: str = "function", isa: str = ISA, tune: int = 0, **manifest: Any
 ) -> Artifact:
     with ArtifactWriter(out) as writer:
-        entry = get_target(f"tvm-cpu:isa={isa}").compile(graph, writer, progress=no_progress)
+        entry = get_target(f"tvm-cpu:isa={isa},tune={tune}").compile(graph, writer, progress=no_progress)
         return writer.finish({"kind": kind, "model": {}, "targets": {"tvm-cpu": entry}, **manifest})
 
 
@@ -63,6 +63,17 @@ class Ops:
 
     def weight(self, name: str, *dims: int, scale: float = 1.0) -> Value:
         return self.graph.add_weight(name, ArrayTensor(random(*dims, scale=scale)))
+
+
+def quantized_layer() -> Graph:
+    """One `quantized_linear` of 4 bits, input "a" as in `inputs_of`."""
+    o = Ops()
+    codes = ArrayTensor(RNG.integers(0, 16, (96, 24), np.uint8))
+    q = o.graph.add_weight("q", codes, TensorType("uint8", (96, 24), Quantization(4, 24, True)))
+    scale = o.graph.add_weight("s", ArrayTensor(np.full((96, 1), 0.02, np.float16)))
+    o.out("y", quant.QuantizedLinear(o.a, q, scale, None, None))
+    o.graph.inputs[1:] = []
+    return o.graph
 
 
 def inputs_of(t: int) -> dict[str, np.ndarray]:

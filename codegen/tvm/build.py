@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 from ...ir.core import Graph
 from .elf import link
 from .kernels.isa import Isa
+from .kernels.schedule import Schedule
 from .lower import lower
 from .optimize import optimize
 from .step import Step, build_step
@@ -31,9 +32,9 @@ class Built:
     """Kernel and, where it reads one, weight of each call of the step, in order."""
 
 
-def build(graph: Graph, isa: Isa, out: Path) -> Built:
-    """Compile a legalized graph for one ISA level into the shared object `out`."""
-    lowered = lower(graph, isa)
+def build(graph: Graph, isa: Isa, out: Path, schedules: Mapping[str, Schedule] | None = None) -> Built:
+    """Compile a legalized graph for one ISA level into the shared object `out`; `schedules` as in `lower`."""
+    lowered = lower(graph, isa, schedules)
     step = build_step(optimize(lowered.module, isa), lowered.symbols)
     with tempfile.TemporaryDirectory(prefix="llmc-") as folder:
         kernels = Path(folder, "kernels.o")

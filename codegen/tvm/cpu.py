@@ -19,8 +19,9 @@ from ..peak import WORKER_BYTES
 from ..target import Progress, Target
 from .kernels import kv_layout
 from .kernels.isa import LEVELS
+from .kernels.schedule import Schedule
 from .weights import page_values, stored_type, weight_specs
-from .worker import Compilation
+from .worker import Compilation, Tuning
 
 if TYPE_CHECKING:
     from ...ir.core import Graph
@@ -46,8 +47,15 @@ class TvmCpu(Target):
         metadata={"help": f"instruction-set levels, joined by +: {', '.join(LEVELS)}"},
     )
 
+    tune: int = field(
+        default=0,
+        metadata={"help": "seconds to search for the sizes of kernels that are fastest on this processor"},
+    )
+
     def __post_init__(self) -> None:
         self.levels()  # a level that does not exist is refused before the model is opened
+        if self.tune < 0:
+            raise InputError(f"tvm-cpu: tune={self.tune}", remedy="give seconds, from 0")
 
     def levels(self) -> tuple[str, ...]:
         """The levels asked for, in the order of `LEVELS`. Raises InputError for an unknown one."""
@@ -60,6 +68,13 @@ class TvmCpu(Target):
                 )
         return tuple(level for level in LEVELS if level in asked)
 
+    def _tuned(self, text: str, progress: Progress) -> tuple[str, dict[str, Schedule], int]:
+        """The level that schedules were searched for, what was found, for how many kernels there are; before
+        anything else runs, since it measures.
+        """
+        with Tuning(text, self.levels(), self.tune) as tuning:
+            return tuning.result(lambda what, share: progress(f"tvm-cpu: sizes of {what}", 0.5 * share))
+
     def compile(self, graph: Graph, writer: ArtifactWriter, *, progress: Progress) -> dict[str, Any]:
         """Kernels in other processes, a level each, several at once; this one packs the weights meanwhile."""
         levels = self.levels()
@@ -70,11 +85,13 @@ class TvmCpu(Target):
         built: dict[str, Any] = {}
         kernels: list[dict[str, str]] = []
         started: list[Compilation] = []
+        tuned, schedules, count = self._tuned(text, progress) if self.tune else ("", {}, 0)
         with ExitStack() as stack:
 
             def start(count: int) -> None:
                 for level in levels[len(started) : count]:
-                    one = Compilation(text, level, writer.path(paths[level]))
+                    chosen = schedules if level == tuned else None
+                    one = Compilation(text, level, writer.path(paths[level]), chosen)
                     started.append(stack.enter_context(one))
 
             at_once = processes_at_once(len(levels), WORKER_BYTES)
@@ -100,6 +117,8 @@ class TvmCpu(Target):
             "kv_layout": kv_layout(str(graph.facts.get("kv_dtype"))),
             **_interface(legal),
         }
+        if tuned:
+            entry["tuned"] = {"isa": tuned, "kernels": count, "searched": len(schedules)}
         return entry if weights is None else {**entry, "weights": weights}
 
 

@@ -13,8 +13,10 @@ their stored layout (`weights.py`); its results are the graph's outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ...ir.core import Graph, Op, Value
@@ -23,6 +25,7 @@ from ...ir.ops.nn import Linear
 from ...ir.ops.quant import QuantizedLinear
 from ...ir.types import Dim, Shape
 from .kernels.isa import Isa
+from .kernels.schedule import Schedule
 from .untyped import Module, relax, te, tirx, tvm
 from .weights import Role, page_values, stored_shape, stored_type, weight_roles
 
@@ -43,6 +46,15 @@ def emits(*names: str) -> Callable[[Emitter], Emitter]:
     return register
 
 
+SCHEDULED = frozenset({"quantized_linear", "quantized_gated_mlp"})
+"""Kernels whose sizes can be searched for (`tune.py`)."""
+
+
+def schedule_key(name: str, static: Mapping[str, Any]) -> str:
+    """What a kernel's schedule is found under: its name and static parameters."""
+    return f"{name} {json.dumps(static, sort_keys=True)}"
+
+
 @dataclass(frozen=True)
 class Lowered:
     """A Relax module and what its caller has to know."""
@@ -53,14 +65,20 @@ class Lowered:
     inputs: tuple[str, ...]
     weights: tuple[str, ...]
     outputs: tuple[str, ...]
+    scheduled: Mapping[str, tuple[str, Callable[..., Any]]]
+    """Key of each kernel of `SCHEDULED` → its name in the module, and its maker, which takes a schedule (None
+    is what is shipped).
+    """
 
 
 class Lowering:
     """One pass over a graph. Emitters use `get`, `kernel`, `te` and `type_of`."""
 
-    def __init__(self, graph: Graph, isa: Isa) -> None:
+    def __init__(self, graph: Graph, isa: Isa, schedules: Mapping[str, Schedule] | None = None) -> None:
         self.graph = graph
         self.isa = isa
+        self.schedules = schedules or {}
+        self.scheduled: dict[str, tuple[str, Callable[..., Any]]] = {}
         self.builder = relax.BlockBuilder()
         self.symbols: dict[str, Any] = {}
         self.roles: dict[Value, Role] = weight_roles(graph)
@@ -168,12 +186,16 @@ class Lowering:
     def _kernel(self, name: str, make: Callable[..., Any], static: dict[str, Any]) -> Any:
         key = (name, tuple(sorted((k, repr(v)) for k, v in static.items())))
         if key not in self._kernels:
-            function = make(**static, isa=self.isa.name)
+            make = partial(make, **static, isa=self.isa.name)
+            which = schedule_key(name, static) if name in SCHEDULED else ""
+            function = make(schedule=self.schedules.get(which)) if which else make()
             # Opaque to fusion (8), and none of the generic scheduler's business.
             function = function.with_attrs({"op_pattern": 8, "llmc.kernel": True}).without_attr(
                 "global_symbol"
             )
             self._kernels[key] = self.builder.add_func(function, name)
+            if which:
+                self.scheduled[which] = (self._kernels[key].name_hint, make)
         return self._kernels[key]
 
     # -- the whole graph -----------------------------------------------------------------------------------
@@ -196,6 +218,7 @@ class Lowering:
             tuple(v.name for v in graph.inputs),
             tuple(graph.weights),
             tuple(graph.output_names),
+            self.scheduled,
         )
 
     def _parameter(self, value: Value, name: str, type: Any) -> Any:
@@ -243,12 +266,13 @@ def residuals(graph: Graph) -> dict[Op, Op]:
     return found
 
 
-def lower(graph: Graph, isa: Isa) -> Lowered:
-    """The Relax module of a legalized graph for one ISA level.
+def lower(graph: Graph, isa: Isa, schedules: Mapping[str, Schedule] | None = None) -> Lowered:
+    """The Relax module of a legalized graph for one ISA level. `schedules`: by the kernel's key, where they
+    are not those that are shipped.
 
     Raises UnsupportedError for an op without emitter.
     """
     from . import emit_llm, emit_tensor
 
     assert emit_llm.__name__ and emit_tensor.__name__  # imported for the emitters that they register
-    return Lowering(graph, isa).run()
+    return Lowering(graph, isa, schedules).run()

@@ -27,6 +27,7 @@ from .elementwise import COST, activation_function
 from .layout import QuantLayout
 from .panels import Held, Unpacked
 from .quantized import Plan, finish_groups, quantized_operands
+from .schedule import Schedule
 from .tile_registers import TILE_ROWS
 from .tiles import multiply_tiles
 
@@ -91,6 +92,7 @@ def make_quantized_gated_mlp(
     bias: bool = False,
     activation: str,
     quantize: tuple[int, int],
+    schedule: Schedule | None = None,
     isa: str,
 ) -> Any:
     """gated_mlp(quantized_linear(x)), quantized: operands as in `make_quantized_linear` for n = 2 · width =
@@ -106,14 +108,14 @@ def make_quantized_gated_mlp(
 
         def few() -> None:
             products = T.alloc_buffer((tokens, 2 * width), "float32")
-            Plan(replace(ops, out=products), kernel.isa).few(tokens)
+            replace(plan, ops=replace(plan.ops, out=products)).few(tokens)
 
             def row(t: Expr) -> None:
                 quantize_as_made(to, t, lambda i: _make(function, products, t, i, width + i))
 
             for_each_row(tokens, COST * width, row)
 
-        plan = Plan(ops, kernel.isa)
+        plan = Plan.make(ops, kernel.isa, schedule)
         with kernel.body():
             if plan.many is None:
                 few()

@@ -32,11 +32,6 @@ LIFT = float(3 << 22)
 bits of LIFT plus a total below 2^22 are the bits of the float LIFT + total.
 """
 
-_AHEAD = 2048
-"""Bytes by which weights are fetched ahead: what a processor fetches by itself ends with a page of 4,096, and
-one token waits for nothing but weights.
-"""
-
 _ALL_128 = T.int32(-0x7F7F7F80)
 """Four bytes of 128."""
 
@@ -79,6 +74,8 @@ class Operands:
     shifted: bool = False
     """Whether a is uint8: 128 more than the activations; only where `signed`."""
     held: Held | None = None
+    ahead: int = 2048
+    """As in `Schedule`."""
 
     def expect(self, row: Expr, block: Expr) -> None:
         """16 outputs of a row will be written: fetch their cache line meanwhile."""
@@ -237,8 +234,9 @@ class Packed:
         lay = self.ops.layout
         size = 64 * lay.words * plane.width // 8  # bytes of a step
         start = plane.offset + step * size
-        later = group + max(1, _AHEAD // lay.weight_shape[-1])  # of the next block where this one has ended
-        for v in range(-(-size // 64)):
+        # Of the next block where this one has ended.
+        later = group + max(1, self.ops.ahead // lay.weight_shape[-1])
+        for v in range(-(-size // 64) if self.ops.ahead else 0):
             prefetch(self.ops.weight, block, later, start + 64 * v)
         if plane.width == 1:
             half = vec(self.ops.weight, block, group, start, lanes=32)

@@ -46,30 +46,9 @@ from .isa import Isa
 from .layout import QuantLayout
 from .linear import for_each_panel
 from .panels import LIFT, Operands, Packed, Unpacked, weight_arguments
-from .tiles import LEAST_ROWS, FinishGroup, multiply_tiles, tile_depth
-
-
-def _tile_sizes(isa: Isa, bits: int) -> tuple[Sequence[int], Sequence[int], int]:
-    """Row-tile sizes for unpacked and for packed panels, and 16-column blocks of a panel."""
-    if isa.live_vectors >= 32:
-        return (6, 2, 1), ((6, 4, 2, 1) if bits == 8 else (4, 2, 1)), 2
-    if isa.dot == "maddubs":
-        return (4, 2, 1), (4, 2, 1), 1
-    if isa.live_vectors >= 8:
-        return (3, 1), (2, 1), 1
-    return (2, 1), (1,), 1
-
-
-_PANELS = 9
-"""Panels below which they are not made wider."""
-
-
-def _unpack_rows(isa: Isa, bits: int) -> int:
-    """Rows from which on it pays to unpack a panel of packed weights once instead of in every tile; measured.
-
-    Halves of bytes are unpacked by a shift and a mask, which vectors of 512 bits do beside the products.
-    """
-    return 20 if bits == 4 and isa.live_vectors >= 32 else 8
+from .schedule import Schedule, default_schedule
+from .tile_registers import TILE_ROWS
+from .tiles import FinishGroup, multiply_tiles, tile_depth
 
 
 def _add_steps(
@@ -221,6 +200,14 @@ class Plan:
 
     ops: Operands
     isa: Isa
+    schedule: Schedule
+
+    @staticmethod
+    def make(ops: Operands, isa: Isa, schedule: Schedule | None) -> Plan:
+        """`schedule` None: what is shipped."""
+        tiles = isa.tiles and tile_depth(ops.layout) > 0
+        chosen = schedule or default_schedule(isa, ops.layout, tiles=tiles)
+        return Plan(replace(ops, ahead=chosen.ahead), isa, chosen)
 
     @property
     def tiles(self) -> bool:
@@ -229,25 +216,20 @@ class Plan:
 
     @property
     def many(self) -> int | None:
-        """Rows from which on panels are unpacked first; None where that never pays."""
-        bits = self.ops.layout.bits
-        if self.tiles:
-            return LEAST_ROWS
-        return None if bits == 8 else _unpack_rows(self.isa, bits)
+        """Rows from which on panels are unpacked first; None where that never pays. Tiles have 16 rows."""
+        least = max(self.schedule.unpack, TILE_ROWS) if self.tiles else self.schedule.unpack
+        return least or None
 
     @property
     def width(self) -> int:
-        """Blocks of a panel. Tiles take rows from the nearest cache and the panel from the next one: wide
-        panels spare the rows' way there, but all threads should have some.
-        """
-        blocks = self.ops.layout.blocks
-        if self.tiles:
-            return next((width for width in (8, 4) if blocks >= _PANELS * width), 2)
-        return _tile_sizes(self.isa, self.ops.layout.bits)[2]
+        """Blocks of a panel."""
+        return self.schedule.width
 
     def few(self, tokens: Expr) -> None:
         """All panels as they lie in memory."""
-        _, sizes, width = _tile_sizes(self.isa, self.ops.layout.bits)
+        sizes = self.schedule.few
+        # Panels that are wide for tiles would be too wide for registers.
+        width = min(self.width, 2) if self.tiles else self.width
 
         def direct(first: Expr, count: int) -> None:
             panel = Packed(self.ops, first, count)
@@ -263,7 +245,7 @@ class Plan:
 
     def multiply_unpacked(self, rows: tuple[Expr, Expr], panel: Unpacked) -> None:
         """Rows [first, stop) by a panel, by vectors."""
-        sizes, _, _ = _tile_sizes(self.isa, self.ops.layout.bits)
+        sizes = self.schedule.many
         first, stop = rows
         row_tiles(
             stop - first, sizes, lambda row, count: self._multiply(panel.ops, first + row, count, panel)
@@ -347,6 +329,7 @@ def make_quantized_linear(
     super_group: int = 0,
     bias: bool = False,
     residual: bool = False,
+    schedule: Schedule | None = None,
     isa: str,
 ) -> Any:
     """out = Σ_g a_scale · scale · (a · q - zero_point · sums) (+ bias) (+ residual), or with a minimum Σ_g
@@ -355,7 +338,7 @@ def make_quantized_linear(
     With L the QuantLayout of these: a int8 [T, L.k_padded], sums and a_scale float32 [T, L.groups]
     from `quantize_activation`; weight uint8 L.weight_shape; scale L.scale_storage L.scale_shape;
     zero_point L.zero_storage L.zero_shape, or absent and 2^(bits-1); bias float32 [n]; residual and out
-    float32 [T, n]. A codebook is one of integers.
+    float32 [T, n]. A codebook is one of integers. `schedule` None: what is shipped.
     """
     kernel = Kernel("quantized_linear", isa)
     lay = QuantLayout(n, k, bits, group_size, codebook, scale_dtype, zero_point, super_group)
@@ -368,7 +351,7 @@ def make_quantized_linear(
             out=kernel.argument("out", (tokens, n), "float32"),
         )
         with kernel.body():
-            _products(Plan(ops, kernel.isa), tokens)
+            _products(Plan.make(ops, kernel.isa, schedule), tokens)
     return kernel.function
 
 

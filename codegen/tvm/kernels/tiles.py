@@ -20,10 +20,6 @@ from .layout import QuantLayout
 from .panels import Operands, Unpacked
 from .tile_registers import TILE_ROWS, configure_bytes, load, multiply_bytes, release, store, zero
 
-LEAST_ROWS = 24
-"""Rows from which on two tiles, some of whose rows are computed twice, take less time than `vpdpbusd`;
-measured.
-"""
 FinishGroup = Callable[[Expr, list[list[Buffer]], list[list[Buffer]]], None]
 """(group, totals, sums): add the scaled totals, int32 [row][0], to the float32 sums [row][0]."""
 Finish = Callable[[Unpacked, Expr, Expr], FinishGroup]
