@@ -1,11 +1,13 @@
 """Speed of single kernels on one thread, beside what the machine gives in the same minute.
 
-python -m benchmarks.kernels [--only attention] [--repeat 12] [-o FILE]
+python -m benchmarks.kernels [--only attention] [--repeat 12] [-o FILE] [--plot FILE]
 
 A kernel is called on one set of arrays after the other, more in all than caches hold, as in a step, where
 each layer has weights and pages of its own. All kernels are measured in turns; best and median of the turns.
 `gb_s`: weights, or pages of the cache. `gop_s`: additions and multiplications. The limits are a loop that
-only reads, and loops that only multiply what is in registers: bytes (int32 sums), and floats.
+only reads, and loops that only multiply what is in registers: bytes as the level adds their products (to
+int16 where it has no instruction for int32), and floats. `--plot` draws them as a roof over the kernels, by
+operations a byte.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ os.environ["TVM_NUM_THREADS"] = "1"  # read when TVM is imported
 
 SET_BYTES = 128 << 20
 """Of all sets of a kernel's arrays together."""
+
+READING, MULTIPLYING = "limit: reading", "limit: multiplying "
 
 Array = np.ndarray[Any, Any]
 
@@ -95,7 +99,7 @@ def read_limit(isa: str) -> Measured:
             for j, cell in enumerate(sums):
                 put(out, vec(cell, 0), j, 0)
     arrays = [_tensor(np.ones((turns, width, 16), np.int32)), _tensor(np.zeros((width, 16), np.int32))]
-    return Measured("limit: reading", _compiled(kernel.function, isa), [arrays], SET_BYTES, 0)
+    return Measured(READING, _compiled(kernel.function, isa), [arrays], SET_BYTES, 0)
 
 
 def multiply_limit(isa: str, dtype: str) -> Measured:
@@ -118,6 +122,7 @@ def multiply_limit(isa: str, dtype: str) -> Measured:
     cells = 16 if get_isa(isa).live_vectors >= 32 else 4
     kernel = Kernel("multiply", isa)
     floats = dtype == "float32"
+    dot = "llmc_narrow4" if get_isa(isa).dot == "maddubs" else "llmc_dot4"
     with kernel:
         w = kernel.argument("w", (cells, 16 if floats else 64), "float32" if floats else "uint8")
         out = kernel.argument("out", (cells, 16), dtype)
@@ -129,13 +134,15 @@ def multiply_limit(isa: str, dtype: str) -> Measured:
                     if floats:
                         put(cell, fma(vec(w, j, 0), f32s(1.0), vec(cell, 0)), 0)
                     else:
-                        put(cell, call("int32x16", "llmc_dot4", vec(cell, 0), vec(w, j, 0, lanes=64), i), 0)
+                        put(cell, call("int32x16", dot, vec(cell, 0), vec(w, j, 0, lanes=64), i), 0)
             for j, cell in enumerate(sums):
                 put(out, vec(cell, 0), j, 0)
     operand = np.ones((cells, 16), np.float32) if floats else np.ones((cells, 64), np.uint8)
     arrays = [_tensor(operand), _tensor(np.zeros((cells, 16), dtype))]
     ops = turns * cells * (32 if floats else 128)
-    return Measured(f"limit: multiplying {dtype}", _compiled(kernel.function, isa), [arrays], 0, ops)
+    return Measured(
+        f"{MULTIPLYING}{'floats' if floats else 'bytes'}", _compiled(kernel.function, isa), [arrays], 0, ops
+    )
 
 
 def linear(isa: str, n: int, k: int, rows: int, group: int, zero: str | None) -> Measured:
@@ -223,6 +230,46 @@ def cases(isa: str, only: str) -> list[Measured]:
     return found
 
 
+def plot(record: dict[str, Any], path: Path) -> None:
+    """Operations a second over operations a byte, below what the machine reads and multiplies."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    mpl.rcParams["svg.hashsalt"] = "llmc"
+    import matplotlib.pyplot as plt
+
+    rows = record["rows"]
+    bandwidth = next(row["gb_s"] for row in rows if row["kernel"] == READING)
+    tops = {row["kernel"].removeprefix(MULTIPLYING): row["gop_s"] for row in rows if not row["gb_s"]}
+    figure, axes = plt.subplots(figsize=(9, 5))
+    reach = np.logspace(-0.5, 4, 200)
+    for (name, top), style in zip(tops.items(), ("-", "--"), strict=True):
+        axes.plot(reach, np.minimum(reach * bandwidth, top), style, color="grey", label=f"limit: {name}")
+    kinds = {
+        "products by 4-bit weights": ("quantized_linear", "o"),
+        "attention": ("paged_attention", "s"),
+    }
+    for label, (kind, marker) in kinds.items():
+        points = [row for row in rows if row["kernel"].startswith(kind)]
+        axes.scatter(
+            [row["gop_s"] / row["gb_s"] for row in points],
+            [row["gop_s"] for row in points],
+            marker=marker,
+            label=label,
+            zorder=3,
+        )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("operations a byte of weights or cache")
+    axes.set_ylabel("Gop/s, one thread")
+    axes.set_title(f"{record['machine'].split(';')[0]}; reads {bandwidth:.1f} GB/s", fontsize=9)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -231,6 +278,7 @@ def main() -> None:
     parser.add_argument("--isa", help="instruction-set level [default: the best that runs here]")
     parser.add_argument("--repeat", type=int, default=12, help="turns [default: 12]")
     parser.add_argument("-o", "--output", type=Path, help="write the record as JSON")
+    parser.add_argument("--plot", type=Path, help="draw kernels and limits there (.svg or .png)")
     arguments = parser.parse_args()
     from llmc.runtime.cpu import supported_isas
 
@@ -242,7 +290,10 @@ def main() -> None:
             if turn == 0:
                 kernel.seconds.clear()  # touches memory for the first time
     rows = [kernel.row() for kernel in measured]
-    report({"machine": machine(), "isa": isa, "threads": 1, "rows": rows}, arguments.output)
+    record = {"machine": machine(), "isa": isa, "threads": 1, "rows": rows}
+    report(record, arguments.output)
+    if arguments.plot is not None:
+        plot(record, arguments.plot)
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def _ours(model: Shared, name: str) -> tuple[System, dict[str, Any]]:
     del compiled["artifact"]  # a path of this machine
     program, bits = SPEED.folder / "run_llmc.py", compiled["bits_per_weight"]
     system = System(f"llmc {name}", Path(sys.executable), program, artifact, bits=bits)
-    kept = ("load_ms", "first_token_ms", "weight_bytes_per_token")
+    kept = ("load_ms", "load_to_token_ms", "first_token_ms", "weight_bytes_per_token")
     return system, {"compile": compiled, **{fact: started[fact] for fact in kept}}
 
 

@@ -45,7 +45,8 @@ def command(
         click.echo("\n" if not answer.text.endswith("\n") else "", nl=False)
     note(answer.speed())
     if as_json:
-        emit({**answer.result(), "load_ms": load_ms}, as_json=True, text="")
+        token_ms = round(load_ms + 1000 * answer.prefill_seconds, 1)
+        emit({**answer.result(), "load_ms": load_ms, "load_to_token_ms": token_ms}, as_json=True, text="")
     return 1 if answer.finish_reason == "cancelled" else 0
 
 

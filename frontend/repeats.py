@@ -21,7 +21,7 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import Enum
-from types import FunctionType, MethodType
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ _HOOKS = (
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
     "_state_dict_hooks", "_load_state_dict_pre_hooks",
 )  # fmt: skip
+_ORIGINAL = "llmc_original"  # of a forward function of ours: what it stands for
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), type, Enum)
 
 
@@ -146,6 +147,7 @@ class Repeats:
             self._traced.append(_Traced(path, layer, call, place, made, result))
             return tree_unflatten(made, result)
 
+        vars(forward)[_ORIGINAL] = original
         return forward
 
 
@@ -305,13 +307,23 @@ def alike(a: torch.nn.Module, b: torch.nn.Module) -> bool:
             pairs = zip(value.values(), other.values(), strict=True)
             if not all(_alike_member(x, y) for x, y in pairs):
                 return False
-        elif name == "forward" and isinstance(value, FunctionType):
-            continue  # ours, which stands for that of the class
+        elif name == "forward":
+            if not _same_forward((value, a), (other, b)):
+                return False
         elif isinstance(value, _HiddenNumber) and isinstance(other, _HiddenNumber):
             continue
         elif not _same(value, other):
             return False
     return not isinstance(a, torch.nn.ModuleList) or len(a) == len(b)  # type: ignore[arg-type]
+
+
+def _same_forward(ours: tuple[Any, Any], theirs: tuple[Any, Any]) -> bool:
+    """Whether two modules' own forward functions, each with its module, are of one class or one function."""
+    (x, a), (y, b) = ours, theirs
+    x, y = getattr(x, _ORIGINAL, x), getattr(y, _ORIGINAL, y)
+    if isinstance(x, MethodType) and isinstance(y, MethodType):
+        return x.__func__ is y.__func__ and x.__self__ is a and y.__self__ is b
+    return x is y
 
 
 def _alike_member(x: Any, y: Any) -> bool:

@@ -468,9 +468,10 @@ def test_bench_has_every_key(capsys: Capture, artifact: Path) -> None:
     assert "can be profiled" in run(capsys, "bench", str(artifact), *sizes, "--profile")[2]
     found = run_json(capsys, "bench", str(artifact), *sizes)
     keys = {"prefill_tok_s", "decode_tok_s", "batch", "load_ms", "first_token_ms", "weight_bytes_per_token"}
+    keys.add("load_to_token_ms")
     assert keys <= set(found)
     assert [set(row) for row in found["batch"]] == [{"concurrency", "output_tok_s", "total_tok_s"}]
-    assert 0 < found["load_ms"] < found["first_token_ms"]
+    assert 0 < found["load_ms"] < found["load_to_token_ms"] < found["first_token_ms"]
 
 
 def test_inspect_verifies_an_artifact(capsys: Capture, artifact: Path, tmp_path: Path) -> None:

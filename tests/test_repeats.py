@@ -57,13 +57,15 @@ def test_one_layer_of_each_kind_is_traced(family: str, kinds: int, monkeypatch: 
 
 
 def scaled_by_number(attention: Any) -> None:
-    original = attention.forward
+    """Its class's forward, and then a factor that is the layer's number."""
+    kind = type(attention)
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        hidden, weights = original(*args, **kwargs)
-        return hidden * (1 + attention.layer_idx), weights
+    class Scaled(kind):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            hidden, weights = super().forward(*args, **kwargs)
+            return hidden * (1 + self.layer_idx), weights
 
-    attention.forward = forward
+    attention.__class__ = Scaled
 
 
 def test_a_layer_that_reads_its_number_is_traced_each_time() -> None:
@@ -101,6 +103,11 @@ def test_what_makes_layers_unlike() -> None:
     handle = two.mlp.register_forward_hook(lambda *_: None)
     assert not alike(one, two)
     handle.remove()
+    original = two.mlp.forward
+    two.mlp.forward = lambda x: 2 * original(x)
+    assert not alike(one, two)
+    del two.mlp.forward
+    assert alike(one, two)
     two.mlp.act_fn = torch.nn.GELU()
     assert not alike(one, two)
 
