@@ -251,7 +251,7 @@ class _Block:
                             weight = let(splat(self.weights[i, column]))
                             put(acc[i][u], fma(weight, value, vec(acc[i][u], 0)), 0)
 
-                self._each_value(begin, end, places, add)
+                self._each_value((begin, end), (c, self.chunks // parts), places, add)
                 for i, _, _ in self.cells:
                     for cell, place in zip(acc[i], places, strict=True):
                         put(self.acc, vec(cell, 0), i, place)
@@ -272,17 +272,25 @@ class _Block:
         return token * width + d
 
     def _each_value(
-        self, begin: Expr, end: Expr, places: list[Expr], add: Callable[[Expr, list[Expr]], None]
+        self,
+        pages: tuple[Expr, Expr],
+        turn: tuple[Expr, int],
+        places: list[Expr],
+        add: Callable[[Expr, list[Expr]], None],
     ) -> None:
         """`add(column of weights, vectors from these places of its values)` for each token that any row sees.
+        turn = (number, of how many) of the walks over the pages, each of which fetches its share of keys.
 
         Only those are touched: what stands beside them may be NaN, and 0 · NaN is no 0.
         """
-        width, whole = self.spec.head_dim, len(places) == self.chunks
+        width, (begin, end) = self.spec.head_dim, pages
+        number, turns = turn
+        units = PAGE_SIZE // 2 if self.pairs else PAGE_SIZE
 
-        def ahead(column: Expr, j: Expr) -> None:
-            if whole:
-                self._prefetch_keys(begin + T.floordiv(column, PAGE_SIZE), j)
+        def ahead(column: Expr, unit: Expr) -> None:
+            if turns == 1 or self.rows == 1:  # with more rows there is more to do for each page than to fetch
+                page = begin + T.floordiv(column, PAGE_SIZE)
+                self._prefetch_keys(page, number * units + unit, turns * units)
 
         if not self.pairs:
             with self._tokens(begin, end) as (page, j, column):
@@ -290,20 +298,20 @@ class _Block:
                 add(column, [self._element(1, page, j * width + place, 0) for place in places])
             return
         with self._pairs(begin, end) as (page, pair, column, first, last):
-            ahead(column, 2 * pair)
-            ahead(column, 2 * pair + 1)
+            ahead(column, pair)
             for half in range(2):
                 token = 2 * pair + half
                 with T.If(T.And(token >= first, token < last)), T.Then():
                     at = [(pair * width + place) * 2 for place in places]
                     add(column + half, [self._element(1, page, one, half) for one in at])
 
-    def _prefetch_keys(self, page: Expr, j: Expr) -> None:
-        """A sixteenth of the keys of the page that stands a tile behind page number `page`."""
-        width, elements = self.spec.head_dim, 64 // itemsize(self.spec.kv_dtype)
+    def _prefetch_keys(self, page: Expr, part: Expr, parts: int) -> None:
+        """A part of the keys of the page that stands a tile behind page number `page`."""
+        size = itemsize(self.spec.kv_dtype)
+        lines = -(-PAGE_SIZE * self.spec.head_dim * size // (64 * parts))
         ahead = self.at.block_table[self.sequence, T.min(page + TILE, self.last - 1)]
-        for start in range(0, width, elements):
-            prefetch(self.at.pages, 0, ahead, self.kv_head, 0, j * width + start)
+        for line in range(lines):
+            prefetch(self.at.pages, 0, ahead, self.kv_head, 0, (part * lines + line) * (64 // size))
 
     @contextmanager
     def _tokens(self, begin: Expr, end: Expr) -> Generator[tuple[Expr, Expr, Expr]]:
