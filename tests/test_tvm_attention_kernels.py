@@ -216,6 +216,13 @@ def check_attention(
         assert np.array_equal(part, whole[first + start : first + stop])
 
 
+@pytest.mark.parametrize("case", [(14, 2, 24, {}), (7, 1, 16, {"window": 40})], ids=str)
+@vector_levels
+def test_a_batch_of_single_rows_equals_its_reference_and_each_row_alone(case: Any, isa: str) -> None:
+    lengths = [(1 + 7 * i % 90, 1) for i in range(20)]
+    check_attention(isa, lengths, case, "bfloat16", ())
+
+
 # Pages of float16 are loaded by one function: half of the cases are enough for it.
 @pytest.mark.parametrize(
     ("case", "dtype"),
