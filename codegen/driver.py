@@ -206,13 +206,7 @@ def compile_model(
     Nothing stands under the name `output` before everything is written; an artifact that was there stays
     until then.
     """
-    if tune:
-        targets = with_tune(targets, tune)
-        if max_ram is not None:
-            raise InputError(
-                "--tune with --max-ram: what a search takes is not predicted",
-                remedy="search once without the cap; what was found is kept and taken from the cache",
-            )
+    targets = _searching(targets, tune, max_ram) if tune else targets
     adapters = tuple(LoraOption.parse(text) for text in lora)
     options = (quant, quant_head, bits_per_weight, context, kv_dtype, tuple(passes), adapters)
     asked = Request(tuple(targets), *options, calibration, verdict)
@@ -239,6 +233,16 @@ def compile_model(
     progress("done", 1.0)
     notes = list(dict.fromkeys(passing.notes))
     return CompileReport(artifact, weight_bytes, bits, records, notes, passing.quality)
+
+
+def _searching(targets: Sequence[str], seconds: int, max_ram: int | None) -> tuple[str, ...]:
+    """The targets, asked to search for the sizes of their kernels."""
+    if max_ram is not None:
+        raise InputError(
+            "--tune with --max-ram: what a search takes is not predicted",
+            remedy="leave one of them away",
+        )
+    return with_tune(targets, seconds)
 
 
 @dataclass

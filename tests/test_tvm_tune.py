@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from llmc.codegen.driver import compile_model
 from llmc.codegen.legalize import legalize
 from llmc.codegen.target import with_tune
 from llmc.codegen.tvm.cpu import OPERATIONS
@@ -222,6 +223,11 @@ def test_targets_without_a_search_are_named() -> None:
     assert with_tune(["tvm-cpu:isa=avx2", "onnx-cpu"], 9) == ("tvm-cpu:isa=avx2,tune=9", "onnx-cpu")
     with pytest.raises(InputError, match="--tune: onnx-cpu has nothing to search for"):
         with_tune(["onnx-cpu"], 9)
+
+
+def test_a_search_under_a_cap_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--tune with --max-ram"):
+        compile_model("no-model", tmp_path / "out.llmc", tune=5, max_ram=10**9)
 
 
 def test_a_kept_schedule_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

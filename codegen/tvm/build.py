@@ -53,21 +53,29 @@ def _weight_of(places: Sequence[int], arguments: Sequence[str]) -> str | None:
     return next((name.removeprefix("weight:") for name in names if name.startswith("weight:")), None)
 
 
+def _tables(step: Step) -> str:
+    """LLVM IR of the calls of a step: the function of each, and where its row begins among all rows."""
+    functions = sorted({function for function, _ in step.rows})
+    starts = [0, *accumulate(len(row) for _, row in step.rows)][:-1]
+    rows = [f"i32 {place}" for _, row in step.rows for place in row]
+    called = [f"ptr @__tvm_ffi_{function}" for function, _ in step.rows]
+    count = len(step.rows)
+    lines = [f"declare i32 @__tvm_ffi_{name}(ptr, ptr, i32, ptr)" for name in (*functions, "begin")]
+    lines.append(f"@functions = internal constant [{count} x ptr] [{', '.join(called)}]")
+    lines.append(f"@rows = internal constant [{len(rows)} x i32] [{', '.join(rows)}]")
+    begin = ", ".join(f"i32 {start}" for start in starts)
+    lines.append(f"@starts = internal constant [{count} x i32] [{begin}]")
+    return "\n".join(lines)
+
+
 def _entry(step: Step) -> str:
     """LLVM IR of `llmc_step`, which runs through the calls of the step (`step.py`)."""
-    functions = sorted({function for function, _ in step.rows})
-    starts = [0, *accumulate(len(row) for _, row in step.rows)]
-    rows = [f"i32 {place}" for _, row in step.rows for place in row]
-    called = ", ".join(f"ptr @__tvm_ffi_{function}" for function, _ in step.rows)
     count, values, dims = len(step.rows), step.values, step.symbols
     return f"""
-{"".join(f"declare i32 @__tvm_ffi_{name}(ptr, ptr, i32, ptr){chr(10)}" for name in (*functions, "begin"))}
+{_tables(step)}
 declare i32 @call_packed(ptr, ptr, ptr)
 declare i32 @llmc_mark(i32)
 declare void @llvm.memcpy.inline.p0.p0.i64(ptr, ptr, i64, i1)
-@functions = internal constant [{count} x ptr] [{called}]
-@rows = internal constant [{len(rows)} x i32] [{", ".join(rows)}]
-@starts = internal constant [{count} x i32] [{", ".join(f"i32 {start}" for start in starts[:count])}]
 
 define i32 @llmc_step(ptr %dims, ptr %pointers) {{
 entry:
