@@ -179,6 +179,12 @@ def test_an_entry_that_is_no_schedule_is_passed_over(tmp_path: Path) -> None:
     assert tune.read_cache(path, "avx2") == {"two": SCHEDULES[1]}
 
 
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("no folder")
+    with pytest.raises(InputError, match=r"taken/schedules\.json, which cannot be written.*LLMC_CACHE"):
+        tune.write_cache(tmp_path / "taken" / "schedules.json", "avx2", {})
+
+
 def test_the_folder_of_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMC_CACHE", "/a")
     assert tune.cache_file() == Path("/a/schedules.json")

@@ -94,7 +94,7 @@ define void @llmc_profile(ptr %counts) {
   ret void
 }
 
-; The call of that number has ended; -1: the step begins. Returns 0: TIR calls functions that return a value.
+; The call of that number has ended; -1: the step begins. Returns 0.
 define i32 @llmc_mark(i32 %call) {
   %counts = load ptr, ptr @cycles
   %off = icmp eq ptr %counts, null

@@ -26,11 +26,12 @@ import numpy as np
 
 from ...ir.core import Graph
 from ...ir.dtypes import to_numpy
+from ...ir.errors import InputError
 from ...runtime.cpu import supported_isas
 from .kernels.isa import Isa, get_isa
 from .kernels.layout import QuantLayout
 from .kernels.schedule import Schedule, alternatives, default_schedule
-from .kernels.tiles import tile_depth
+from .kernels.tiles import in_tiles
 from .lower import Lowered, lower
 from .untyped import relax, tirx, tvm
 
@@ -87,17 +88,25 @@ def read_cache(path: Path, isa: str) -> dict[str, Schedule]:
 
 
 def write_cache(path: Path, isa: str, found: Mapping[str, Schedule]) -> None:
-    """Add to the file: written beside it, then renamed. Another compilation's entries are kept."""
+    """Add to the file: written beside it, then renamed. Another compilation's entries are kept. Raises
+    InputError where it cannot be written.
+    """
     stored = _stored(path)
     key = f"{processor()} {isa}"
     before = stored.get(key)
     new = {name: schedule.as_json() for name, schedule in found.items()}
     stored[key] = {**(before if isinstance(before, Mapping) else {}), **new}
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.{os.getpid()}")
     text = json.dumps({"version": VERSION, "schedules": stored}, indent=1, sort_keys=True)
-    beside.write_text(text + "\n", encoding="utf-8")
-    beside.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(text + "\n", encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        raise InputError(
+            f"--tune keeps what it finds in {path}, which cannot be written: {error.strerror}",
+            remedy="set LLMC_CACHE to a folder that can be written",
+        ) from None
 
 
 def _stored(path: Path) -> dict[str, Any]:
@@ -139,6 +148,8 @@ def tune(graph: Graph, levels: Sequence[str], seconds: float, report: Report) ->
     found = {key: known[key] for key in makers if key in known}
     missing = [key for key in makers if key not in known]
     missing.sort(key=lambda key: -layout_of(key).n * layout_of(key).k)
+    if missing:
+        write_cache(path, isa.name, {})  # a file that cannot be written is told before the search
     stop = time.monotonic() + seconds
     for i, key in enumerate(missing):
         report(key.partition(" ")[0], i / len(missing))
@@ -178,7 +189,7 @@ class Search:
 
     def __init__(self, make: Callable[..., Any], isa: Isa, layout: QuantLayout) -> None:
         self.make, self.isa = make, isa
-        self.tiles = isa.tiles and tile_depth(layout) > 0
+        self.tiles = in_tiles(isa, layout)
         self.start = default_schedule(isa, layout, tiles=self.tiles)
         self._compiled: dict[Schedule, _Compiled] = {}
         self._arrays: dict[int, list[list[Any]]] = {}

@@ -14,7 +14,7 @@ scale_dtype, zero_point, super_group)`, here L; FORM stands for the last six par
         x [T, K], weight packed_shape(n, k), (bias [N]), (residual [T, N]) → out [T, N]
     make_quantize_activation(k, group_size, align)
         x [T, K] → a int8 [T, L.k_padded], sums [T, L.groups], a_scale [T, L.groups]
-    make_quantized_linear(n, k, FORM, bias, residual)
+    make_quantized_linear(n, k, FORM, bias, residual, schedule)
         a, sums, a_scale, weight uint8 L.weight_shape, scale L.scale_storage L.scale_shape,
         (zero_point L.zero_storage L.zero_shape), (bias [N]), (residual [T, N]) → out [T, N]
     make_codebook_linear(n, k, FORM, bias, residual)
@@ -31,7 +31,7 @@ scale_dtype, zero_point, super_group)`, here L; FORM stands for the last six par
         x, cos [T, rotary_dim], sin [T, rotary_dim] → out [T, heads, head_dim]
     make_gated_mlp(width, activation, quantize)
         gate_up [T, 2 · width] → out [T, width]; or a, sums, a_scale of quantize_activation
-    make_quantized_gated_mlp(width, k, FORM, bias, activation, quantize)
+    make_quantized_gated_mlp(width, k, FORM, bias, activation, quantize, schedule)
         operands as of quantized_linear for N = 2 · width → a, sums, a_scale of quantize_activation
     make_activation(width, activation)
         x [T, width] → out [T, width]

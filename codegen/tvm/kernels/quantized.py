@@ -48,7 +48,7 @@ from .linear import for_each_panel
 from .panels import LIFT, Operands, Packed, Unpacked, weight_arguments
 from .schedule import Schedule, default_schedule
 from .tile_registers import TILE_ROWS
-from .tiles import FinishGroup, multiply_tiles, tile_depth
+from .tiles import FinishGroup, in_tiles, multiply_tiles
 
 
 def _add_steps(
@@ -205,14 +205,13 @@ class Plan:
     @staticmethod
     def make(ops: Operands, isa: Isa, schedule: Schedule | None) -> Plan:
         """`schedule` None: what is shipped."""
-        tiles = isa.tiles and tile_depth(ops.layout) > 0
-        chosen = schedule or default_schedule(isa, ops.layout, tiles=tiles)
+        chosen = schedule or default_schedule(isa, ops.layout, tiles=in_tiles(isa, ops.layout))
         return Plan(replace(ops, ahead=chosen.ahead), isa, chosen)
 
     @property
     def tiles(self) -> bool:
         """Whether many rows are multiplied in tile registers."""
-        return self.isa.tiles and tile_depth(self.ops.layout) > 0
+        return in_tiles(self.isa, self.ops.layout)
 
     @property
     def many(self) -> int | None:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from tvm.script.ir_builder import tirx as T
 
 from .builder import LANES, Buffer, Expr, f32s, let, register, register_i32, vec
+from .isa import Isa
 from .layout import QuantLayout
 from .panels import Operands, Unpacked
 from .tile_registers import TILE_ROWS, configure_bytes, load, multiply_bytes, release, store, zero
@@ -35,6 +36,11 @@ def tile_depth(lay: QuantLayout) -> int:
     depth = next(d for d in range(64, 0, -1) if lay.group % d == 0 and d % 4 == 0)
     whole = depth // 4 % lay.words == 0
     return depth if signed and whole and depth >= 48 else 0
+
+
+def in_tiles(isa: Isa, lay: QuantLayout) -> bool:
+    """Whether a level multiplies many rows by weights of a layout in tile registers."""
+    return isa.tiles and tile_depth(lay) > 0
 
 
 def multiply_tiles(
