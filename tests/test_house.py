@@ -189,8 +189,9 @@ _DISTRIBUTIONS = {
 
 def test_every_package_that_is_imported_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    base, extra = project["dependencies"], project["optional-dependencies"]["compile"]
-    names = {re.split(r"[^\w.-]", text)[0].lower() for text in (*base, *extra)}
+    extras = project["optional-dependencies"]
+    listed = (*project["dependencies"], *extras["compile"], *extras["tools"], *extras["plot"])
+    names = {re.split(r"[^\w.-]", text)[0].lower() for text in listed}
     wrong = [
         f"{path.relative_to(ROOT)}:{line} imports {module}, which pyproject.toml does not name"
         for folder in FOLDERS
@@ -212,10 +213,10 @@ def test_public_names_are_there() -> None:
     assert llmc.load is loader.load
     functions = (llmc.compile, driver.compile_model)
     public, inner = (inspect.signature(function).parameters for function in functions)
-    # `render` is how the driver gets the runtime's template sandbox, which it may not import; `say` is the
-    # command line's. What belongs together is one argument of the driver.
+    # `render` and `detect` are how the driver gets what the runtime, which it may not import, knows of chat
+    # templates; `say` is the command line's. What belongs together is one argument of the driver.
     joined = {"calib", "calib_tokens", "resume"} | {"max_kl", "max_ppl_increase"}
-    assert set(public) - joined == set(inner) - {"render", "say", "calibration"}
+    assert set(public) - joined == set(inner) - {"render", "detect", "say", "calibration"}
 
 
 def test_imports_set_no_environment_variables() -> None:
