@@ -13,10 +13,11 @@ from .scheduler import Chunk, S
 def build_inputs(chunks: Seq[Chunk[S]], page_size: int, *, all_rows: bool = False) -> StepInputs:
     """The ragged batch of the chunks, in their order.
 
-    Logits are asked for at the last token of each chunk that ends its sequence, or at every token with
-    `all_rows`. The work in Python is a few calls a sequence, whatever the number of tokens.
+    Logits are asked for at the tokens that a chunk scores and at the last token of each chunk that ends its
+    sequence, or at every token with `all_rows`. The work in Python is a few calls a sequence, whatever the
+    number of tokens.
     """
-    if not all_rows and all(chunk.count == 1 and chunk.is_last for chunk in chunks):
+    if not all_rows and all(chunk.count == 1 and chunk.is_last and not chunk.scored for chunk in chunks):
         return _decoding(chunks, page_size)
     batch = len(chunks)
     query_start = np.zeros(batch + 1, np.int32)
@@ -34,7 +35,21 @@ def build_inputs(chunks: Seq[Chunk[S]], page_size: int, *, all_rows: bool = Fals
     else:
         ends = [chunk.is_last for chunk in chunks]
         output_index = query_start[1:][ends] - np.int32(1)
+        if any(chunk.scored for chunk in chunks):
+            output_index = np.array(_rows_wanted(chunks), np.int32)
     return StepInputs(token_ids, positions, slot_mapping, query_start, context_len, block_table, output_index)
+
+
+def _rows_wanted(chunks: Seq[Chunk[S]]) -> list[int]:
+    """Rows of the batch whose logits are wanted, a chunk's scored tokens before its last one."""
+    rows: list[int] = []
+    begin = 0
+    for chunk in chunks:
+        rows += [begin + place - chunk.start for place in chunk.scored]
+        begin += chunk.count
+        if chunk.is_last:
+            rows.append(begin - 1)
+    return rows
 
 
 def _decoding(chunks: Seq[Chunk[S]], page_size: int) -> StepInputs:

@@ -22,14 +22,18 @@ from .batch import build_inputs
 from .block_manager import BlockManager
 from .executor.base import Executor
 from .generation import FinishReason, Generation, Request, StepOutput
+from .grammar import MaskWorker
 from .memory import KvPlan, plan_kv_cache
-from .sampler import sample
+from .sampler import Allowed, sample
 from .sampling_params import SamplingParams
 from .scheduler import Chunk, Plan, Scheduler
 from .sequence import Sequence
 from .tokenizer import Tokenizer
 
 _log = logging.getLogger("llmc.runtime")
+
+_LOGITS_BYTES = 64 << 20
+"""Logits of a step at most, where prompts are scored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +101,14 @@ class ContextLengthError(InputError):
 
 
 @dataclass(slots=True)
-class _Counters:
+class Counters:
+    """What was done so far. Single numbers, which any thread may read while the engine works."""
+
     steps: int = 0
     tokens_computed: int = 0
     tokens_generated: int = 0
+    tokens_looked_up: int = 0
+    """Prompt tokens for which the prefix cache was asked."""
     tokens_from_cache: int = 0
     preemptions: int = 0
 
@@ -111,6 +119,14 @@ class _Sampling:
 
     generations: list[Generation] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
+    masks: list[int] = field(default_factory=list)
+    """For each that needs one, its row of the masks."""
+
+    def add(self, generation: Generation, row: int, mask: int) -> None:
+        """Sample a token for the generation."""
+        self.generations.append(generation)
+        self.rows.append(row)
+        self.masks.append(mask)
 
 
 class Engine:
@@ -152,11 +168,15 @@ class Engine:
         _log.info("%s", self.kv)
         self.blocks = BlockManager(self.kv.pages, executor.page_size, prefix_cache=options.prefix_cache)
         self.scheduler: Scheduler[Generation] = Scheduler(
-            self.blocks, max_batch_tokens=options.max_batch_tokens, max_sequences=options.max_sequences
+            self.blocks,
+            max_batch_tokens=options.max_batch_tokens,
+            max_sequences=options.max_sequences,
+            max_rows=_LOGITS_BYTES // (4 * max(1, executor.vocab_size)),
         )
+        self._masks = MaskWorker(facts.vocab_size)
         self._requests: dict[str, Request] = {}
         self._arrivals = itertools.count()
-        self._count = _Counters()
+        self.counters = Counters()
 
     def _context(self, wanted: int | None) -> int:
         most = self.facts.context_length
@@ -186,7 +206,7 @@ class Engine:
         params.validate(self.facts.vocab_size)
         ids = self._prompt_ids(prompt)
         room = self.limit - len(ids)
-        if room < 1:
+        if room < (0 if params.max_tokens == 0 else 1):
             source = "context" if self.limit == self.context else "KV cache"
             raise ContextLengthError(
                 f"context_length_exceeded: the prompt has {len(ids)} tokens, the {source} holds {self.limit}"
@@ -274,7 +294,7 @@ class Engine:
     @property
     def stats(self) -> EngineStats:
         """Pages, slots and counts now."""
-        blocks, count = self.blocks, self._count
+        blocks, count = self.blocks, self.counters
         pages: dict[int, int] = {}
         size = blocks.page_size
         for generation in self.scheduler.running:
@@ -319,20 +339,21 @@ class Engine:
 
     def _step(self) -> list[StepOutput]:
         plan = self.scheduler.schedule()
-        self._count.preemptions += len(plan.preempted)
+        self.counters.preemptions += len(plan.preempted)
         if not plan.chunks:
             return []
         for chunk in plan.chunks:
             if not chunk.sequence.started:
                 self._note_start(chunk)
-        logits = self._execute(plan)
+        logits, masks = self._execute_and_mask(plan)
         self.scheduler.commit(plan)
-        return self._sample(plan, logits)
+        return self._sample(plan, logits, masks)
 
     def _note_start(self, chunk: Chunk[Generation]) -> None:
         chunk.sequence.started = True
         chunk.sequence.request.cached_tokens = chunk.start
-        self._count.tokens_from_cache += chunk.start
+        self.counters.tokens_looked_up += chunk.sequence.num_prompt
+        self.counters.tokens_from_cache += chunk.start
 
     def drop_all(self) -> list[str]:
         """Cancel everything; returns the ids of the requests that were dropped."""
@@ -341,50 +362,88 @@ class Engine:
             self.cancel(request_id)
         return dropped
 
+    def _execute_and_mask(self, plan: Plan[Generation]) -> tuple[np.ndarray, np.ndarray | None]:
+        """The step's logits, and the masks of the generations that need one, in the plan's order."""
+        ending = [chunk.sequence for chunk in plan.chunks if chunk.is_last]
+        matchers = [g.matcher for g in ending if g.matcher is not None and g.needs_mask]
+        making = self._masks.begin(matchers) if matchers else None
+        try:
+            logits = self._execute(plan)
+        finally:
+            # Waits whatever happens: matchers are one thread's at a time.
+            masks = making.result() if making is not None else None
+        return logits, masks
+
     def _execute(self, plan: Plan[Generation]) -> np.ndarray:
         if plan.copies:
             sources, destinations = zip(*plan.copies, strict=True)
             self.executor.copy_pages(sources, destinations)
         inputs = build_inputs(plan.chunks, self.executor.page_size)
-        self._count.steps += 1
-        self._count.tokens_computed += len(inputs.token_ids)
+        self.counters.steps += 1
+        self.counters.tokens_computed += len(inputs.token_ids)
         return self.executor.step(inputs)
 
-    def _sample(self, plan: Plan[Generation], logits: np.ndarray) -> list[StepOutput]:
-        wanted = self._to_sample(plan.chunks)
+    def _sample(
+        self, plan: Plan[Generation], logits: np.ndarray, masks: np.ndarray | None
+    ) -> list[StepOutput]:
+        outputs: list[StepOutput] = []
+        wanted = self._to_sample(plan.chunks, logits, outputs)
         if not wanted.generations:
-            return []
+            return outputs
         if len(wanted.rows) != len(logits):
             logits = logits[wanted.rows]  # the choices of one prompt start from the same row
         states = [generation.sampler for generation in wanted.generations]
         indices = [generation.num_generated for generation in wanted.generations]
-        tokens, logprobs = sample(logits, states, indices)
-        outputs: list[StepOutput] = []
+        tokens, logprobs = sample(logits, states, indices, self._allowed(wanted, masks))
         for generation, token, logprob in zip(wanted.generations, tokens, logprobs, strict=True):
             output = generation.advance(token, logprob)
             if output.finish_reason is not None:
                 self._finish(generation)
             outputs.append(output)
-        self._count.tokens_generated += len(outputs)
+            self.counters.tokens_generated += len(output.token_ids)
         return outputs
 
-    def _to_sample(self, chunks: Seq[Chunk[Generation]]) -> _Sampling:
-        """The generations whose next token this step gave, with the forks that begin here."""
+    def _allowed(self, wanted: _Sampling, masks: np.ndarray | None) -> list[Allowed] | None:
+        """What grammars leave to each row; None where there are none."""
+        if all(generation.matcher is None for generation in wanted.generations):
+            return None
+        allowed: list[Allowed] = []
+        for generation, row in zip(wanted.generations, wanted.masks, strict=True):
+            if generation.forced:
+                allowed.append(generation.forced[0])
+            else:
+                allowed.append(masks[row] if masks is not None and generation.needs_mask else None)
+        return allowed
+
+    def _to_sample(
+        self, chunks: Seq[Chunk[Generation]], logits: np.ndarray, outputs: list[StepOutput]
+    ) -> _Sampling:
+        """The generations whose next token this step gave, with the forks that begin here.
+
+        Prompts that are scored take their rows of the logits; those that want nothing else end here.
+        """
         wanted = _Sampling()
-        row = 0
+        row = mask = 0
         for chunk in chunks:
+            generation = chunk.sequence
+            if chunk.scored:
+                count = len(chunk.scored)
+                generation.note_prompt(logits[row : row + count])
+                row += count
             if not chunk.is_last:
                 continue
-            generation = chunk.sequence
-            wanted.generations.append(generation)
-            wanted.rows.append(row)
+            row += 1
+            if not generation.request.max_tokens:
+                outputs += generation.finish_scoring()
+                self._finish(generation)
+                continue
+            wanted.add(generation, row - 1, mask)
+            mask += generation.needs_mask
             for choice in range(1, generation.slots):
                 child = generation.fork(choice)
                 self.scheduler.fork(generation, child)
                 generation.request.live.append(child)
-                wanted.generations.append(child)
-                wanted.rows.append(row)
-            row += 1
+                wanted.add(child, row - 1, wanted.masks[-1])
         return wanted
 
     def _finish(self, generation: Generation) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from types import TracebackType
 from typing import Any, TypedDict, Unpack
 
@@ -17,12 +18,21 @@ from .chat_template import ChatTemplate, Message
 from .engine import Engine, EngineStats
 from .executor.base import Executor
 from .generation import StepOutput
+from .grammar import Grammar, GrammarCompiler
 from .memory import KvPlan
 from .sampler import TokenLogprob
 from .sampling_params import SamplingParams
 from .tokenizer import Tokenizer
 
 _CHUNK_BYTES = 64 << 20
+
+_POOLINGS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
+    "mean": lambda states: states.mean(axis=0),
+    "cls": lambda states: states[0],
+    "last": lambda states: states[-1],
+    "max": lambda states: states.max(axis=0),
+}
+"""[T, hidden] → [hidden]."""
 
 Prompt = str | Sequence[int] | Sequence[Message]
 """Text (encoded with the tokenizer's own special tokens), token ids, or messages for the chat template."""
@@ -47,6 +57,9 @@ class SamplingOptions(TypedDict, total=False):
     stop_token_ids: tuple[int, ...]
     ignore_eos: bool
     logprobs: int | None
+    prompt_logprobs: int | None
+    grammar: Grammar | None
+    skip_special_tokens: bool
 
 
 @dataclass(slots=True)
@@ -70,6 +83,8 @@ class Completion:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     """Tokens of the prompt that came from the prefix cache."""
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    """One for each token of the prompt, the first None, where they were asked for."""
 
     @property
     def text(self) -> str:
@@ -101,6 +116,7 @@ class Completion:
             choice.finish_reason, choice.stop_reason = output.finish_reason, output.stop_reason
         self.prompt_tokens = output.prompt_tokens or self.prompt_tokens
         self.cached_tokens = output.cached_tokens or self.cached_tokens
+        self.prompt_logprobs = output.prompt_logprobs or self.prompt_logprobs
 
 
 class LLM:
@@ -149,6 +165,12 @@ class LLM:
         if tokenizer is None:
             raise InputError("this artifact has no tokenizer", remedy="give token ids instead of text")
         return tokenizer
+
+    @cached_property
+    def grammars(self) -> GrammarCompiler:
+        """Makes what `SamplingParams.grammar` takes. Raises InputError where there is no tokenizer."""
+        facts = self.engine.engine.facts
+        return GrammarCompiler(self.tokenizer, facts.vocab_size, facts.eos_token_ids)
 
     @property
     def kind(self) -> str:
@@ -345,6 +367,18 @@ class LLM:
         if self.kind != "encoder":
             raise InputError("this artifact is no encoder", remedy="compile an encoder model")
         return [self.logits(self.prompt_ids(text)) for text in texts]
+
+    def embeddings(self, prompts: Sequence[Prompt]) -> np.ndarray:
+        """One vector of length 1 for each text, [N, hidden] float32, for an encoder.
+
+        The hidden states are pooled as the model's publisher says (`1_Pooling/config.json` of
+        sentence-transformers), or by their mean where he says nothing.
+        """
+        if self.kind != "encoder":
+            raise InputError("this artifact is no encoder", remedy="compile an encoder model")
+        way = (self.artifact.model.get("pooling") if self.artifact is not None else None) or "mean"
+        vectors = np.stack([_POOLINGS[way](self.logits(self.prompt_ids(prompt))) for prompt in prompts])
+        return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
     def run(self, **arrays: np.ndarray) -> dict[str, np.ndarray]:
         """Outputs by name of an artifact of kind "function", from inputs by name.

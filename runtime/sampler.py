@@ -22,6 +22,7 @@ from .sampling_params import SamplingParams
 # top_p looks at this many of the most likely tokens before it looks at more.
 _CANDIDATES = 1024
 _BLOCK = 256
+_DENSE = 8  # where fewer than one token in 8 is allowed, moving those is faster than masking the others
 _GREEDY = 1e-5  # temperatures below are greedy: float32 logits differ by more than this or are equal
 
 
@@ -95,8 +96,16 @@ def uniform(seed: int, choice: int, index: int) -> float:
     return (int.from_bytes(blake2b(key, digest_size=8).digest(), "little") >> 11) * 2.0**-53
 
 
+Allowed = np.ndarray | int | None
+"""What a grammar allows: [ceil(vocab / 32)] int32 with a bit a token, lowest first; one token; or anything.
+"""
+
+
 def sample(
-    logits: np.ndarray, rows: Sequence[SamplerRow], indices: Sequence[int]
+    logits: np.ndarray,
+    rows: Sequence[SamplerRow],
+    indices: Sequence[int],
+    allowed: Sequence[Allowed] | None = None,
 ) -> tuple[list[int], list[TokenLogprob | None]]:
     """Choose a token for each row.
 
@@ -104,6 +113,7 @@ def sample(
         logits: [R, vocab] float32; changed in place.
         rows: R states.
         indices: R numbers of tokens generated before this one, for the random numbers and `min_tokens`.
+        allowed: R constraints; None where no row has one.
 
     Returns:
         R token ids, and R log probabilities (None where the request asked for none). The id is -1 where the
@@ -113,9 +123,10 @@ def sample(
     for i, row in enumerate(rows):
         if row.params.logprobs is not None:
             raw[i] = logits[i].copy()
-        if row.adjusts:
+        constraint = allowed[i] if allowed is not None else None
+        if row.adjusts or constraint is not None:
             with np.errstate(over="ignore"):  # an infinite logit is found below
-                _adjust(logits[i], row, indices[i])
+                _adjust(logits[i], row, indices[i], constraint)
     tokens = np.argmax(logits, axis=1)
     # argmax finds a NaN first, so the chosen logit tells whether the row is sound.
     sound = np.isfinite(logits[np.arange(len(rows)), tokens])
@@ -126,12 +137,12 @@ def sample(
     logprobs: list[TokenLogprob | None] = [None] * len(rows)
     for i, row in enumerate(rows):
         if row.params.logprobs is not None and chosen[i] >= 0:
-            logprobs[i] = _logprob(raw[i], chosen[i], row.params.logprobs)
+            logprobs[i] = token_logprob(raw[i], chosen[i], row.params.logprobs)
     return chosen, logprobs
 
 
-def _adjust(logits: np.ndarray, row: SamplerRow, index: int) -> None:
-    """Apply penalties, bias and `min_tokens` to one row [vocab], in place."""
+def _adjust(logits: np.ndarray, row: SamplerRow, index: int, allowed: Allowed) -> None:
+    """Apply penalties, bias, a grammar and `min_tokens` to one row [vocab], in place."""
     p = row.params
     if row.has_penalties:
         seen = np.fromiter(row.counts.keys(), np.int64, len(row.counts))
@@ -145,8 +156,34 @@ def _adjust(logits: np.ndarray, row: SamplerRow, index: int) -> None:
             logits[seen] -= np.float32(p.presence_penalty) + np.float32(p.frequency_penalty) * counts
     if p.logit_bias:
         logits[np.fromiter(p.logit_bias.keys(), np.int64)] += np.fromiter(p.logit_bias.values(), np.float32)
+    if allowed is not None:
+        _constrain(logits, allowed)
     if row.blocked and index < p.min_tokens:
+        kept = logits[row.forbidden]
         logits[row.forbidden] = -np.inf
+        if allowed is not None and logits.max() == -np.inf:
+            logits[row.forbidden] = kept  # a grammar that allows nothing else wins
+
+
+def _constrain(logits: np.ndarray, allowed: np.ndarray | int) -> None:
+    """Put every token out of reach that is not allowed, in place. A row with NaN is left as it is: it is
+    found broken, whatever the grammar leaves of it.
+    """
+    if np.isnan(logits.max()):
+        return
+    if isinstance(allowed, int):
+        logits.fill(-np.inf)
+        logits[allowed] = 0.0
+        return
+    bits = np.unpackbits(allowed.view(np.uint8), bitorder="little")[: len(logits)]
+    if int(np.count_nonzero(bits)) * _DENSE > len(bits):
+        logits[: len(bits)][bits == 0] = -np.inf
+        logits[len(bits) :] = -np.inf
+    else:
+        ids = np.flatnonzero(bits)
+        kept = logits[ids]
+        logits.fill(-np.inf)
+        logits[ids] = kept
 
 
 def _draw(logits: np.ndarray, row: SamplerRow, index: int) -> int:
@@ -226,7 +263,7 @@ def _count_for(weight: np.ndarray, top_p: float) -> int:
         count *= 8
 
 
-def _logprob(logits: np.ndarray, token: int, top: int) -> TokenLogprob:
+def token_logprob(logits: np.ndarray, token: int, top: int) -> TokenLogprob:
     """Log-softmax of one row [vocab] at the chosen token and at the `top` most likely ones, best first."""
     peak = logits.max()
     norm = float(peak) + float(np.log(np.sum(np.exp(logits - peak), dtype=np.float64)))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..ir.errors import InputError
+from .grammar import Grammar
 
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
@@ -43,15 +44,18 @@ def _check_integer(name: str, value: Any, low: int, high: int, allowed: str) -> 
 class SamplingParams:
     """How to choose tokens and when to stop. All values are checked by `validate`.
 
-    The steps, in order: penalties, `logit_bias`, `min_tokens`, `temperature`, `top_k`, `top_p`, `min_p`.
+    The steps, in order: penalties, `logit_bias`, `grammar`, `min_tokens`, `temperature`, `top_k`, `top_p`,
+    `min_p`.
     """
 
     n: int = 1
     """Choices to generate from one prompt, which is computed once."""
     max_tokens: int | None = 256
-    """Tokens to generate at most; None: as many as the context holds."""
+    """Tokens to generate at most; None: as many as the context holds. 0 only scores the prompt."""
     min_tokens: int = 0
-    """No end-of-text token, stop token or stop string counts before this many tokens."""
+    """No end-of-text token, stop token or stop string counts before this many tokens, unless `grammar` allows
+    nothing else.
+    """
     temperature: float = 0.0
     """0 (or below 1e-5) is greedy: the most likely token, the lowest id among equals."""
     top_k: int = 0
@@ -75,16 +79,24 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end the answer, besides the model's end-of-text tokens."""
     ignore_eos: bool = False
-    """Go on past the model's end-of-text tokens."""
+    """Go on past the model's end-of-text tokens; a `grammar` decides alone where the answer ends."""
     logprobs: int | None = None
     """Log probabilities (before all the steps above) of the chosen token and of this many most likely ones.
     """
+    prompt_logprobs: int | None = None
+    """The same of every token of the prompt but the first, with this many most likely ones in its place."""
+    grammar: Grammar | None = None
+    """What the answer must match, made by `LLM.grammars` of the same model."""
+    skip_special_tokens: bool = True
+    """Leave special tokens out of the text."""
 
     def validate(self, vocab_size: int) -> None:
         """Raise InputError, naming the field and what is allowed, for the first value that makes no sense."""
         _check_integer("n", self.n, 1, MAX_CHOICES, f"1 to {MAX_CHOICES}")
         if self.max_tokens is not None:
-            _check_integer("max_tokens", self.max_tokens, 1, 2**31, "a whole number from 1")
+            if self.prompt_logprobs is None:
+                _check_integer("max_tokens", self.max_tokens, 1, 2**31, "a whole number from 1")
+            _check_integer("max_tokens", self.max_tokens, 0, 2**31, "a whole number from 0")
         _check_integer("min_tokens", self.min_tokens, 0, 2**31, "a whole number from 0")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise _refuse("min_tokens", self.min_tokens, f"0 to max_tokens ({self.max_tokens})")
@@ -99,8 +111,24 @@ class SamplingParams:
             _check_integer("seed", self.seed, -(2**63), 2**64 - 1, "a 64-bit whole number")
         if self.logprobs is not None:
             _check_integer("logprobs", self.logprobs, 0, MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}")
+        if self.prompt_logprobs is not None:
+            _check_integer("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}")
+        self._validate_output(vocab_size)
         self._validate_tokens(vocab_size)
         self._validate_stops()
+
+    def _validate_output(self, vocab_size: int) -> None:
+        for name in ("ignore_eos", "skip_special_tokens"):
+            if not _is_a(getattr(self, name), bool):
+                raise _refuse(name, getattr(self, name), "true or false")
+        if self.grammar is None:
+            return
+        if not _is_a(self.grammar, Grammar):
+            raise _refuse("grammar", self.grammar, "what `LLM.grammars` made")
+        if self.grammar.vocab_size != vocab_size:
+            raise _refuse(
+                "grammar", f"made for {self.grammar.vocab_size} ids", f"one for {vocab_size}, from this model"
+            )
 
     def _validate_tokens(self, vocab_size: int) -> None:
         ids = f"token ids from 0 to {vocab_size - 1}"

@@ -25,6 +25,8 @@ _PROMPTS = 8
 # Waiting sequences looked at in a step: those that wait for another's prefix do not hold up the ones behind
 # them.
 _LOOK_AHEAD = 16
+# Rows of logits of scored prompts that a step gives whatever `max_rows` says, or none would ever advance.
+_FEW_ROWS = 16
 
 
 @dataclass(slots=True)
@@ -39,6 +41,12 @@ class Chunk(Generic[S]):
     def is_last(self) -> bool:
         """Whether the sequence's next token can be sampled after this step."""
         return self.start + self.count == len(self.sequence.tokens)
+
+    @property
+    def scored(self) -> range:
+        """Tokens whose logits are wanted besides the last one's, as places in the sequence."""
+        sequence, end = self.sequence, self.start + self.count
+        return range(max(self.start, sequence.scored), min(end, sequence.score_end))
 
 
 @dataclass(slots=True)
@@ -57,8 +65,11 @@ def _by_age(sequence: Sequence) -> tuple[int, int]:
 class Scheduler(Generic[S]):
     """Sequences that wait and sequences that run, both oldest first."""
 
-    def __init__(self, blocks: BlockManager, *, max_batch_tokens: int, max_sequences: int):
-        """`max_batch_tokens`: tokens a step computes at most; `max_sequences`: sequences that run at most.
+    def __init__(
+        self, blocks: BlockManager, *, max_batch_tokens: int, max_sequences: int, max_rows: int | None = None
+    ):
+        """`max_batch_tokens`: tokens a step computes at most; `max_sequences`: sequences that run at most;
+        `max_rows`: rows of logits a step gives at most, where prompts are scored (but a few in any case).
 
         `max_sequences <= max_batch_tokens`, so that all running sequences fit in one decoding step.
         """
@@ -66,6 +77,7 @@ class Scheduler(Generic[S]):
         self.blocks = blocks
         self.max_batch_tokens = max_batch_tokens
         self.max_sequences = max_sequences
+        self.max_rows = max_batch_tokens if max_rows is None else max_rows
         self.waiting: list[S] = []
         self.running: list[S] = []
 
@@ -155,8 +167,9 @@ class Scheduler(Generic[S]):
                 break
             if self.running and slots + sequence.slots > self.max_sequences:
                 break
-            pages = blocks.lookup(sequence)
-            if self._is_coming(sequence, len(pages), prefills):
+            # A page that is found gives no logits.
+            pages = [] if sequence.to_score else blocks.lookup(sequence)
+            if not sequence.to_score and self._is_coming(sequence, len(pages), prefills):
                 continue
             need = blocks.pages_for(len(sequence.tokens)) - len(pages) + blocks.count_unused(pages)
             # One page of slack a running sequence, or the newcomer would soon be preempted by their growth.
@@ -182,26 +195,45 @@ class Scheduler(Generic[S]):
         return any(self.blocks.shareable_hash(other, index) == wanted for other in prefills)
 
     def _schedule_prefills(self, plan: Plan[S], prefills: list[S], budget: int) -> None:
-        """The oldest prompt first, with half of the budget at least; then the shortest.
+        """Answers that several tokens were added to at once, then the oldest prompt with half of the budget
+        at least, then the shortest.
 
-        So a long prompt always advances, and a short one behind it does not wait for its end.
+        So a long prompt always advances, and neither an answer nor a short prompt waits for its end.
         """
-        blocks = self.blocks
         prefills.sort(key=_by_age)
-        oldest, others = prefills[0], sorted(prefills[1:], key=lambda s: s.remaining)
+        answers = [s for s in prefills if s.num_computed >= s.num_prompt]
+        prompts = [s for s in prefills if s.num_computed < s.num_prompt]
+        room = budget // 2 if prompts else budget
+        budget -= self._schedule_chunks(plan, [(s, room) for s in answers], room)
+        if not prompts:
+            return
+        oldest, others = prompts[0], sorted(prompts[1:], key=lambda s: s.remaining)
         others_want = sum(s.remaining for s in others)
         half = max(budget - others_want, budget - budget // 2)
         shares = [(oldest, budget if oldest.remaining <= budget else half), *((s, budget) for s in others)]
+        self._schedule_chunks(plan, shares, budget)
+
+    def _schedule_chunks(self, plan: Plan[S], shares: list[tuple[S, int]], budget: int) -> int:
+        """A chunk for each sequence, within its share and the pages that are left; the tokens that are
+        planned.
+        """
+        blocks, left = self.blocks, budget
+        rows = max(self.max_rows - len(plan.chunks), _FEW_ROWS)
         for sequence, share in shares:
-            count = self._chunk_size(sequence, min(share, budget))
+            most = min(share, left)
+            if sequence.to_score:
+                most = min(most, max(0, sequence.scored - sequence.num_computed) + rows)
+            count = self._chunk_size(sequence, most)
             while count == 0 and not plan.chunks and self.running[-1] is not sequence:
                 self._preempt_into(plan)  # nothing else moves: make room for the oldest
-                count = self._chunk_size(sequence, min(share, budget))
+                count = self._chunk_size(sequence, most)
             if count > 0 and sequence.status is Status.RUNNING:
-                start = sequence.num_computed
-                plan.copies += blocks.extend(sequence, start + count)
-                plan.chunks.append(Chunk(sequence, start, count))
-                budget -= count
+                chunk = Chunk(sequence, sequence.num_computed, count)
+                plan.copies += blocks.extend(sequence, chunk.start + count)
+                plan.chunks.append(chunk)
+                left -= count
+                rows -= len(chunk.scored)
+        return budget - left
 
     def _chunk_size(self, sequence: S, share: int) -> int:
         """Tokens of the sequence to compute: within its share and the pages available, ending on a page if it

@@ -37,6 +37,8 @@ class Sequence:
         "num_prompt",
         "order",
         "salt",
+        "score_end",
+        "scored",
         "slots",
         "status",
         "tokens",
@@ -58,12 +60,19 @@ class Sequence:
         self.order = order
         self.slots = slots
         self.salt = salt
+        self.score_end = 0  # logits of all tokens before this one are wanted, not only the last one's
+        self.scored = 0  # of those, how many were given
         self.status = Status.WAITING
 
     @property
     def remaining(self) -> int:
         """Tokens that are known but not in the cache yet; 1 while decoding."""
         return len(self.tokens) - self.num_computed
+
+    @property
+    def to_score(self) -> int:
+        """Tokens whose logits are wanted and were not given yet, besides the last token's."""
+        return self.score_end - self.scored
 
     @property
     def num_generated(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -9,6 +10,18 @@ from pathlib import Path
 from tokenizers import Tokenizer as _Tokenizer
 
 from ..ir.errors import ArtifactError, InputError
+
+
+def _byte_level() -> dict[str, int]:
+    """Letter → byte of GPT-2's vocabulary: printable bytes stand for themselves, the others, in order, for
+    the code points from 256 on.
+    """
+    kept = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(kept)]
+    return {chr(byte): byte for byte in kept} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_LEVEL = _byte_level()
 
 
 class Tokenizer:
@@ -52,9 +65,41 @@ class Tokenizer:
         """Text of ids. Bytes that are no UTF-8 become U+FFFD."""
         return self._inner.decode(ids, skip_special_tokens=skip_special_tokens)
 
+    def to_json(self) -> str:
+        """All of it as the text of a `tokenizer.json`."""
+        return self._inner.to_str()
+
     def token(self, token_id: int) -> str | None:
         """The vocabulary's entry of an id; None where there is none."""
         return self._inner.id_to_token(token_id)
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a vocabulary's entry; None where there is none."""
+        return self._inner.token_to_id(token)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for by itself, which may be part of a character."""
+        token = self._inner.id_to_token(token_id)
+        if token is None:
+            return b""
+        if token_id in self.byte_ids:
+            return bytes([int(token[3:5], 16)])
+        if self._is_byte_level and token_id not in self._added_ids:
+            with contextlib.suppress(KeyError):
+                return bytes(_BYTE_LEVEL[letter] for letter in token)
+        if token_id in self._added_ids:
+            return token.encode()
+        return token.replace("\u2581", " ").encode()  # the space of SentencePiece
+
+    @cached_property
+    def _is_byte_level(self) -> bool:
+        """Whether a vocabulary's entry spells bytes as GPT-2 does; asked of the decoder, as `byte_ids` is."""
+        space = self._inner.token_to_id("\u0120")
+        return space is not None and self.decode([space], skip_special_tokens=False) == " "
+
+    @cached_property
+    def _added_ids(self) -> frozenset[int]:
+        return frozenset(self._inner.get_added_tokens_decoder())
 
     @cached_property
     def _special_ids(self) -> frozenset[int]:
@@ -65,6 +110,13 @@ class Tokenizer:
     def special_ids(self) -> frozenset[int]:
         """Ids that `skip_special_tokens` leaves out."""
         return self._special_ids
+
+    @property
+    def special_tokens(self) -> list[str]:
+        """The texts of `special_ids`."""
+        return [
+            token for token_id in sorted(self._special_ids) if (token := self.token(token_id)) is not None
+        ]
 
     @property
     def byte_ids(self) -> frozenset[int]:

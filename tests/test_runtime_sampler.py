@@ -192,6 +192,10 @@ BAD = {
     "stop": ["text", ("",), (1,), ("x" * 1025,), ("x",) * 65],
     "stop_token_ids": [(-1,), (VOCAB,), 5, ("a",)],
     "logprobs": [-1, 21],
+    "prompt_logprobs": [-1, 21, True],
+    "grammar": ["a+", {"type": "object"}],
+    "ignore_eos": [1, "yes"],
+    "skip_special_tokens": [0, None],
 }
 
 
@@ -206,7 +210,7 @@ def test_impossible_values_are_refused_by_name_with_what_is_allowed(name: str, v
 
 
 def test_every_number_is_checked():
-    unchecked = {field.name for field in fields(SamplingParams)} - set(BAD) - {"ignore_eos"}
+    unchecked = {field.name for field in fields(SamplingParams)} - set(BAD)
     assert not unchecked
     SamplingParams().validate(VOCAB)
 
