@@ -148,6 +148,7 @@ def command(
     from ..codegen.memory import parse_size
     from ..codegen.verdict import VerdictOptions
     from ..runtime.chat_template import render_once
+    from ..runtime.tool_calls import detect_once
 
     began = time.perf_counter()
     cap = None if max_ram is None else parse_size(max_ram)
@@ -163,6 +164,7 @@ def command(
             progress=progress,
             say=progress.say,
             render=render_once,
+            detect=detect_once,
             **options,
         )
     result = {

@@ -17,7 +17,20 @@ from llmc import __version__
 
 from ..ir.errors import LlmcError
 
-COMMANDS = ("compile", "check", "run", "chat", "eval", "bench", "inspect", "passes", "targets", "doctor")
+COMMANDS = (
+    "compile",
+    "check",
+    "run",
+    "chat",
+    "serve",
+    "agent",
+    "eval",
+    "bench",
+    "inspect",
+    "passes",
+    "targets",
+    "doctor",
+)
 """Each is a module of this package that holds a click command named `command`."""
 
 DEBUG_VARIABLE = "LLMC_DEBUG"
@@ -110,8 +123,11 @@ def _missing_module(error: ModuleNotFoundError) -> str:
     name = (error.name or "").split(".")[0]
     if name in {"", "llmc"}:
         return _bug(error)
-    base = {"numpy", "ml_dtypes", "onnxruntime", "tokenizers", "jinja2", "rich", "packaging"}
-    extra = "llmc" if name in base else "llmc[compile]"
+    base = {
+        "numpy", "ml_dtypes", "onnxruntime", "tokenizers", "jinja2", "rich", "packaging",
+        "fastapi", "starlette", "pydantic", "uvicorn", "httptools", "prometheus_client", "llguidance",
+    }  # fmt: skip
+    extra = "llmc" if name in base else "llmc[tools]" if name in ("mcp", "anyio") else "llmc[compile]"
     return (
         f"Python package {name!r} is not installed; pip install '{extra}' (llmc doctor lists what is missing)"
     )

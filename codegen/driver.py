@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..frontend.chat_shapes import Renderer
 from ..frontend.memory import release_freed_memory
 from ..frontend.source import ModelSource, context_length, describe, open_source
-from ..frontend.tokenizer import TokenizerFacts, export_tokenizer
+from ..frontend.tokenizer import DetectTools, TokenizerFacts, export_tokenizer
 from ..frontend.trace import trace_module, trace_source
 from ..ir.core import Graph, Value
 from ..ir.dtypes import kv_bytes
@@ -129,7 +129,9 @@ def _shape_text(shape: Sequence[Any]) -> list[int | str]:
 def _model_facts(source: ModelSource, graph: Graph, context: int | None) -> dict[str, Any]:
     facts = describe(source) if source.config is not None else {}
     width = graph.outputs[0].shape[-1] if graph.outputs[0].type.rank else None
+    encoder = {"pooling": source.pooling} if graph.facts["kind"] == "encoder" else {}
     return {
+        **encoder,
         "name": source.name,
         "architecture": facts.get("architecture") or source.name,
         "num_layers": len(graph.facts.get("kv", [])),
@@ -173,6 +175,7 @@ def _tokenizer_entry(facts: TokenizerFacts | None) -> dict[str, Any] | None:
         "adds_eos": facts.adds_eos,
         "checked_strings": facts.checked_strings,
         "refused_shapes": facts.refused_shapes,
+        **({} if facts.tool_calls is None else {"tool_calls": facts.tool_calls}),
     }
 
 
@@ -191,6 +194,7 @@ def compile_model(
     dump_ir: str | os.PathLike[str] | None = None,
     example_inputs: Mapping[str, torch.Tensor] | None = None,
     render: Renderer | None = None,
+    detect: DetectTools | None = None,
     calibration: CalibrationOptions = DEFAULT_CALIBRATION,
     max_ram: int | None = None,
     verdict: VerdictOptions = DEFAULT_VERDICT,
@@ -223,8 +227,8 @@ def compile_model(
             peak = _peak(source, graph, plan, passing.context_length, capped=max_ram is not None)
             check_peak(peak, max_ram, say)
         stack.enter_context(watched(max_ram))
-        job = _Job(asked, plan, source, passing, writer)
-        _read_text(job, graph, Path(output), render, progress, say)
+        job = _Job(asked, plan, source, passing, writer, render, detect)
+        _read_text(job, graph, Path(output), progress, say)
         share = _Share(progress, 0.80 if plan.calibrated else 0.50 if plan.measured else 0.20)
         passing.progress = share.between(0.10, share.passes_end)
         graph, records = lower(graph, plan, passing, Path(dump_ir) if dump_ir is not None else None)
@@ -254,6 +258,8 @@ class _Job:
     source: ModelSource
     context: PassContext
     writer: ArtifactWriter
+    render: Renderer | None
+    detect: DetectTools | None
     tokenizer: TokenizerFacts | None = None
 
 
@@ -261,15 +267,15 @@ def _read_text(
     job: _Job,
     graph: Graph,
     output: Path,
-    render: Renderer | None,
     progress: Progress,
     say: Callable[[str], None],
 ) -> None:
     """The tokenizer, and what passes calibrate on or are measured on."""
     if graph.facts["kind"] != "function":
         progress("tokenizer", 0.08)
-        job.tokenizer = export_tokenizer(job.source, job.writer.path("tokenizer.json").parent, render)
-    text = TextSource(job.source, job.writer.partial, job.tokenizer, job.asked.calibration, render)
+        folder = job.writer.path("tokenizer.json").parent
+        job.tokenizer = export_tokenizer(job.source, folder, job.render, job.detect)
+    text = TextSource(job.source, job.writer.partial, job.tokenizer, job.asked.calibration, job.render)
     if job.plan.calibrated:
         progress("calibration text", 0.10)
         key = job.asked.key(job.context.context_length)

@@ -26,9 +26,40 @@ _SMALL_FILES: Final = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
-    "chat_template.jinja", "chat_template.json",
+    "chat_template.jinja", "chat_template.json", "1_Pooling/config.json",
 )  # fmt: skip
 _SAMPLING: Final = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+POOLINGS: Final = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_lasttoken": "last",
+    "pooling_mode_max_tokens": "max",
+}
+"""Ways of sentence-transformers to make one vector of a text's hidden states, and our names of them."""
+
+
+def pooling(folder: Path) -> str | None:
+    """How a folder of sentence-transformers pools (`1_Pooling/config.json`); None for other folders.
+
+    Raises InputError where it pools in a way, or in several ways at once, that the runtime does not.
+    """
+    path = folder / "1_Pooling" / "config.json"
+    if not path.is_file():
+        return None
+    config = read_json(path)
+    asked = [name for name, value in config.items() if name.startswith("pooling_mode_") and value is True]
+    if isinstance(config.get("pooling_mode"), str):  # the form since sentence-transformers 5.2
+        asked = [name for name, ours in POOLINGS.items() if ours == config["pooling_mode"]] or [
+            "pooling_mode"
+        ]
+    if len(asked) != 1 or asked[0] not in POOLINGS:
+        raise InputError(
+            f"{path} asks for {', '.join(asked) or 'no pooling'}",
+            remedy=f"known: {', '.join(POOLINGS)}, one of them",
+        )
+    return POOLINGS[asked[0]]
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -67,6 +67,11 @@ class ModelSource:
     quantization: dict[str, Any] | None = None
     unused_tensors: list[str] = field(default_factory=list[str])
 
+    @property
+    def pooling(self) -> str | None:
+        """How an encoder makes one vector of a text, where it says: "cls", "mean", "last" or "max"."""
+        return hf.pooling(self.path) if self.kind == "hf" and self.path is not None else None
+
     @cached_property
     def stored(self) -> Mapping[str, LazyTensor]:
         """The checkpoint's tensors by their own names, mapped but not read. The parts of a quantized module

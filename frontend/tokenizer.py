@@ -29,6 +29,8 @@ TOKENIZER_FILE: Final = "tokenizer.json"
 TEMPLATE_FILE: Final = "chat_template.jinja"
 
 Encode = Callable[[str, bool], list[int]]
+# template, special tokens by name → how the template writes tool calls, for the manifest
+DetectTools = Callable[[str, Mapping[str, str]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class TokenizerFacts:
             own).
         checked_strings: how many texts were compared.
         refused_shapes: message shapes that the chat template refuses, by their names in `chat_shapes`.
+        tool_calls: how the chat template writes tool calls, as the runtime detects it; None where it was not
+            asked.
     """
 
     kind: str
@@ -57,14 +61,16 @@ class TokenizerFacts:
     adds_eos: bool = False
     checked_strings: int = 0
     refused_shapes: list[str] = field(default_factory=list[str])
+    tool_calls: dict[str, Any] | None = None
 
 
 def export_tokenizer(
-    source: ModelSource, out_dir: Path, render: Renderer | None = None
+    source: ModelSource, out_dir: Path, render: Renderer | None = None, detect: DetectTools | None = None
 ) -> TokenizerFacts | None:
     """Write `tokenizer.json`, and `chat_template.jinja` where there is one, into `out_dir`.
 
-    Returns None for a model without a tokenizer (an `nn.Module`). `render` is as in `check_chat_template`.
+    Returns None for a model without a tokenizer (an `nn.Module`). `render` is as in `check_chat_template`;
+    `detect` is the runtime's too, and finds how the template writes tool calls.
 
     Raises:
         CompileError: naming a text on which the exported tokenizer gives other ids than the source, with both
@@ -85,7 +91,8 @@ def export_tokenizer(
         return facts
     refused = check_chat_template(template, facts.special_tokens, source.name, render)
     (out_dir / TEMPLATE_FILE).write_text(template, encoding="utf-8", newline="")
-    return replace(facts, chat_template=TEMPLATE_FILE, refused_shapes=refused)
+    calls = detect(template, facts.special_tokens) if detect is not None else None
+    return replace(facts, chat_template=TEMPLATE_FILE, refused_shapes=refused, tool_calls=calls)
 
 
 def compare(name: str, exported: Encode, expected: Encode, texts: Iterable[str]) -> int:

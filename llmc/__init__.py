@@ -26,10 +26,11 @@ if TYPE_CHECKING:
     from .passes.base import Pass as Pass  # pyright: ignore[reportMissingImports]
     from .runtime.llm import LLM as LLM  # pyright: ignore[reportMissingImports]
     from .runtime.loader import load as load  # pyright: ignore[reportMissingImports]
+    from .runtime.tools.function import tool as tool  # pyright: ignore[reportMissingImports]
 
 __version__ = "0.1.0"
 
-__all__ = ["LLM", "Artifact", "LlmcError", "Pass", "Target", "__version__", "compile", "load"]
+__all__ = ["LLM", "Artifact", "LlmcError", "Pass", "Target", "__version__", "compile", "load", "tool"]
 
 _LAZY = {
     "Artifact": ".codegen.artifact",
@@ -38,6 +39,7 @@ _LAZY = {
     "Pass": ".passes.base",
     "Target": ".codegen.target",
     "load": ".runtime.loader",
+    "tool": ".runtime.tools.function",
 }
 
 
@@ -127,6 +129,7 @@ def compile(
         lora=lora,
         dump_ir=dump_ir,
         render=importlib.import_module(".runtime.chat_template", __name__).render_once,
+        detect=importlib.import_module(".runtime.tool_calls", __name__).detect_once,
         example_inputs=example_inputs,
         calibration=calibrate.CalibrationOptions(calib, calib_tokens, resume),
         max_ram=max_ram,

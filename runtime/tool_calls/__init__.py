@@ -1,0 +1,70 @@
+"""Tool calls: how models write them, how they are read, and what constrains them.
+
+A format (`FORMATS`) knows a family's way of writing calls: the grammar that holds a model to the tools'
+schemas, and the parser that finds the calls in its text. `detect` chooses one by what the chat template
+writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .base import (
+    CallArguments,
+    CallBegin,
+    CallParser,
+    Content,
+    Event,
+    TokenIds,
+    Tool,
+    ToolCall,
+    ToolFormat,
+    collect,
+    new_call_id,
+    tools_from_openai,
+)
+from .detection import Arguments, Detected, Template, detect_among
+from .gemma import Gemma
+from .hermes import Hermes
+from .json import Json
+from .llama3 import Llama3
+from .mistral import Mistral
+
+__all__ = [
+    "FORMATS",
+    "Arguments",
+    "CallArguments",
+    "CallBegin",
+    "CallParser",
+    "Content",
+    "Detected",
+    "Event",
+    "TokenIds",
+    "Tool",
+    "ToolCall",
+    "ToolFormat",
+    "collect",
+    "detect",
+    "detect_once",
+    "new_call_id",
+    "tools_from_openai",
+]
+
+_ALL: tuple[ToolFormat, ...] = (Llama3(), Json(), Hermes(), Mistral(), Gemma())
+FORMATS: dict[str, ToolFormat] = {one.name: one for one in _ALL}
+"""Name → format, in the order in which `detect` tries them: those without markers first, as Hermes' parser
+reads theirs, too.
+"""
+
+
+def detect(template: Template) -> Detected:
+    """How a chat template writes calls, proved by reading back one that it wrote."""
+    return detect_among(template, FORMATS)
+
+
+def detect_once(source: str, special_tokens: Mapping[str, str]) -> dict[str, Any]:
+    """`detect` from a template's text, for the manifest: what the compiler records."""
+    from ..chat_template import ChatTemplate
+
+    return detect(ChatTemplate(source, special_tokens)).as_manifest()
