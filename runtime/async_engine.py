@@ -65,6 +65,11 @@ class AsyncEngine:
         self._closed = False
 
     @property
+    def alive(self) -> bool:
+        """Whether it takes requests: it was not closed, and its thread has not failed."""
+        return not self._closed
+
+    @property
     def num_unfinished(self) -> int:
         """Requests that were handed in and are not over."""
         return len(self._tickets)
@@ -107,25 +112,24 @@ class AsyncEngine:
             if ticket is not None and self._tickets.get(ticket.id) is ticket and not self._closed:
                 self._post(lambda: self._cancel(ticket))
 
+    def open_stream(self) -> AsyncStream:
+        """A stream for the running event loop, to which requests are `add`ed."""
+        return AsyncStream(self, asyncio.get_running_loop())
+
     async def stream(
         self, prompt: str | Seq[int], params: SamplingParams | None = None, request_id: str | None = None
     ) -> AsyncGenerator[StepOutput, None]:
         """Outputs as they come, until every choice is finished. Raises the request's error where it fails."""
-        loop = asyncio.get_running_loop()
-        outputs: asyncio.Queue[StepOutput] = asyncio.Queue()
-
-        def deliver(output: StepOutput) -> None:
-            loop.call_soon_threadsafe(outputs.put_nowait, output)  # raises where the loop is closed
-
-        ticket = self.submit(prompt, params, deliver, request_id)
-        unfinished = set(ticket.unfinished)
+        stream = self.open_stream()
+        stream.add(prompt, params, request_id)
         try:
-            while unfinished:
-                output = await outputs.get()
-                _note(output, unfinished)
-                yield output
+            async for outputs in stream:
+                for output in outputs:
+                    if output.error is not None:
+                        raise output.error
+                    yield output
         finally:
-            self.cancel(ticket)
+            stream.close()
 
     def stream_sync(
         self, prompt: str | Seq[int], params: SamplingParams | None = None, request_id: str | None = None
@@ -273,6 +277,76 @@ def _note(output: StepOutput, unfinished: set[int]) -> None:
         raise output.error
     if output.finish_reason is not None:
         unfinished.discard(output.index)
+
+
+class AsyncStream:
+    """The outputs of one or several requests, for an event loop, in batches: all that came since it last
+    looked.
+
+    Outputs are handed over by the engine's thread. Waking a loop costs a system call, so a stream wakes it
+    once for all that came until the loop looks. Closing the stream, or forgetting it, cancels its requests.
+    """
+
+    def __init__(self, engine: AsyncEngine, loop: asyncio.AbstractEventLoop) -> None:
+        self.tickets: list[Ticket] = []
+        self._engine = engine
+        self._loop = loop
+        self._arrived: list[StepOutput] = []
+        self._unfinished = 0
+        self._waiter: asyncio.Future[None] | None = None
+        self._told = False
+        self._lock = threading.Lock()
+
+    def add(
+        self, prompt: str | Seq[int], params: SamplingParams | None = None, request_id: str | None = None
+    ) -> Ticket:
+        """Queue a request whose outputs come here. Raises as `AsyncEngine.submit` does."""
+        ticket = self._engine.submit(prompt, params, self._deliver, request_id)
+        self.tickets.append(ticket)
+        self._unfinished += ticket.request.params.n
+        return ticket
+
+    def _deliver(self, output: StepOutput) -> None:
+        """The sink: called from the engine's thread. Raises where the loop is closed."""
+        with self._lock:
+            self._arrived.append(output)
+            told, self._told = self._told, True
+        if not told:
+            self._loop.call_soon_threadsafe(self._wake)
+
+    def _wake(self) -> None:
+        with self._lock:
+            self._told = False
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def __aiter__(self) -> AsyncStream:
+        return self
+
+    async def __anext__(self) -> list[StepOutput]:
+        """The next outputs, at least one; a choice that failed ends with an output that holds its error."""
+        if not self._unfinished:
+            raise StopAsyncIteration
+        while not self._arrived:
+            self._waiter = self._loop.create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        with self._lock:
+            outputs, self._arrived = self._arrived, []
+        self._unfinished -= sum(output.finish_reason is not None for output in outputs)
+        return outputs
+
+    def close(self) -> None:
+        """Cancel what is not over."""
+        tickets, self.tickets = self.tickets, []
+        self._unfinished = 0
+        for ticket in tickets:
+            self._engine.cancel(ticket)
+
+    def __del__(self) -> None:
+        self.close()
 
 
 class Stream(Iterator[StepOutput]):

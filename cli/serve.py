@@ -1,0 +1,162 @@
+"""`llmc serve`: an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..ir.errors import InputError
+from .output import emit, json_option, note, notes_from_logging
+
+if TYPE_CHECKING:
+    from ..runtime.llm import LLM
+
+KEY_VARIABLE = "LLMC_API_KEY"
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@click.command("serve", short_help="Serve models over an OpenAI-compatible API.")
+@click.argument("artifacts", nargs=-1, required=True, metavar="[NAME=]ARTIFACT...")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one."
+)
+@click.option(
+    "--api-key",
+    multiple=True,
+    metavar="KEY",
+    help=f"Ask for this key; repeatable. ${KEY_VARIABLE} does the same and shows in no list of processes.",
+)
+@click.option(
+    "--context", type=click.IntRange(min=1), help="Longest sequence, in tokens.  [default: the artifact's]"
+)
+@click.option("--threads", type=click.IntRange(min=1), help="Threads to compute with.  [default: one a core]")
+@click.option(
+    "--target", metavar="NAME", help="Which of the artifacts' targets.  [default: the first that runs]"
+)
+@click.option(
+    "--kv-tokens", type=click.IntRange(min=1), help="Size of the KV cache.  [default: from the free memory]"
+)
+@click.option(
+    "--max-sequences",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    help="Sequences computed together.",
+)
+@click.option(
+    "--max-batch-tokens",
+    type=click.IntRange(min=1),
+    default=512,
+    show_default=True,
+    help="Tokens of a step at most.",
+)
+@click.option(
+    "--max-queue",
+    type=click.IntRange(min=0),
+    default=256,
+    show_default=True,
+    help="Requests that may wait; further ones get 429.",
+)
+@click.option("--request-timeout", type=float, default=600.0, show_default=True, help="Seconds; 0 is none.")
+@click.option(
+    "--drain-timeout", type=float, default=30.0, show_default=True, help="Seconds to finish after SIGTERM."
+)
+@click.option(
+    "--max-body",
+    type=click.IntRange(min=1024),
+    default=8 << 20,
+    show_default=True,
+    help="Bytes of a request.",
+)
+@click.option("--allowed-host", multiple=True, metavar="NAME", help="Host header to answer; repeatable.")
+@click.option(
+    "--cors-origin", multiple=True, metavar="ORIGIN", help="Let pages of ORIGIN call; repeatable, * is any."
+)
+@click.option("--no-prefix-cache", is_flag=True, help="Compute every prompt from its first token.")
+@click.option("--no-page", is_flag=True, help="Do not serve the web page.")
+@json_option
+def command(artifacts: tuple[str, ...], as_json: bool, **options: Any) -> int:
+    """Serve each ARTIFACT, under its folder's name or NAME, until SIGTERM or Ctrl-C.
+
+    Then running requests are finished first. Clients of OpenAI's API point their base URL at
+    http://HOST:PORT/v1; a web page is at /, numbers for Prometheus at /metrics. With --json one object with
+    the address is printed once the server listens.
+    """
+    from ..runtime.server.app import create_app
+    from ..runtime.server.run import listen, run
+
+    notes_from_logging()
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    named = _named(artifacts)
+    settings = _settings(options)
+    listener = listen(options["host"], options["port"])
+    with ExitStack() as stack:
+        stack.callback(listener.close)
+        models = {name: stack.enter_context(_load(path, options)) for name, path in named.items()}
+        app = create_app(models, settings)
+        address, port = listener.getsockname()[:2]
+        url = f"http://{f'[{address}]' if ':' in address else address}:{port}"
+        result = {"url": url, "models": list(models)}
+        emit(
+            result,
+            as_json=as_json,
+            text=f"serving {', '.join(models)} at {url} (page: {url}/, API: {url}/v1)",
+        )
+        if address not in _LOOPBACK and not settings.api_keys:
+            note("anyone who reaches this address may use it: --api-key asks for a key")
+        return 0 if run(app, listener) else 1
+
+
+def _named(artifacts: tuple[str, ...]) -> dict[str, Path]:
+    """NAME=ARTIFACT or ARTIFACT → the names to serve. Raises InputError for two of one name."""
+    named: dict[str, Path] = {}
+    for given in artifacts:
+        name, separator, path = given.partition("=")
+        if not separator or Path(given).exists():
+            path, name = given, Path(given).resolve().name.removesuffix(".llmc")
+        if not name or not path:
+            raise InputError(f"{given!r} is no [NAME=]ARTIFACT", remedy="for example chat=model.llmc")
+        if name in named:
+            raise InputError(f"two artifacts are called {name!r}", remedy="name one: NAME=ARTIFACT")
+        named[name] = Path(path)
+    return named
+
+
+def _settings(options: dict[str, Any]) -> Any:
+    from ..runtime.server.settings import ServerSettings
+
+    keys = [key for key in (*options["api_key"], os.environ.get(KEY_VARIABLE, "")) if key]
+    hosts = list(options["allowed_host"])
+    if not hosts and options["host"] in _LOOPBACK:
+        hosts = list(_LOOPBACK)
+    return ServerSettings(
+        api_keys=tuple(keys),
+        allowed_hosts=tuple(host.lower() for host in hosts),
+        allowed_origins=options["cors_origin"],
+        max_body_bytes=options["max_body"],
+        request_seconds=options["request_timeout"] or None,
+        drain_seconds=options["drain_timeout"],
+        page=not options["no_page"],
+    )
+
+
+def _load(path: Path, options: dict[str, Any]) -> LLM:
+    from ..runtime.loader import load
+
+    return load(
+        path,
+        target=options["target"],
+        threads=options["threads"],
+        context=options["context"],
+        kv_tokens=options["kv_tokens"],
+        max_batch_tokens=max(options["max_batch_tokens"], options["max_sequences"]),
+        max_sequences=options["max_sequences"],
+        prefix_cache=not options["no_prefix_cache"],
+        max_waiting=options["max_sequences"] + options["max_queue"],
+    )

@@ -1,0 +1,148 @@
+"""What Prometheus reads at /metrics. Names are vLLM's where the meaning is the same ("Production metrics" in
+its documentation), so that dashboards made for it work.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+if TYPE_CHECKING:
+    from ..engine import Engine
+    from ..generation import StepOutput
+
+_FIRST = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
+_BETWEEN = (0.002, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
+_WHOLE = (0.1, 0.3, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
+_LABELS = ("model_name",)
+
+
+class Metrics:
+    """The numbers of one server."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        registry = self.registry
+        self.prompt_tokens = Counter("vllm:prompt_tokens", "Tokens of prompts.", _LABELS, registry=registry)
+        self.generation_tokens = Counter(
+            "vllm:generation_tokens", "Tokens generated.", _LABELS, registry=registry
+        )
+        self.success = Counter(
+            "vllm:request_success", "Requests that ended.", (*_LABELS, "finished_reason"), registry=registry
+        )
+        self.refused = Counter(
+            "llmc:requests_refused", "Requests answered with an error.", ("status",), registry=registry
+        )
+        self.first_token = Histogram(
+            "vllm:time_to_first_token_seconds",
+            "From arrival to the first token.",
+            _LABELS,
+            buckets=_FIRST,
+            registry=registry,
+        )
+        self.between = Histogram(
+            "vllm:inter_token_latency_seconds",
+            "From token to token of a request.",
+            _LABELS,
+            buckets=_BETWEEN,
+            registry=registry,
+        )
+        self.per_token = Histogram(
+            "vllm:request_time_per_output_token_seconds",
+            "Mean time a token after the first, by request.",
+            _LABELS,
+            buckets=_BETWEEN,
+            registry=registry,
+        )
+        self.whole = Histogram(
+            "vllm:e2e_request_latency_seconds", "From arrival to the end.", _LABELS,
+            buckets=_WHOLE, registry=registry,
+        )  # fmt: skip
+
+    def watch(self, engines: Mapping[str, Engine]) -> None:
+        """Read these engines' gauges whenever the metrics are asked for."""
+        self.registry.register(_EngineCollector(engines))
+
+    def page(self) -> bytes:
+        """The text exposition."""
+        from prometheus_client import generate_latest
+
+        return generate_latest(self.registry)
+
+
+class _EngineCollector(Collector):
+    """Numbers that the engine keeps. They are single integers, read without stopping it."""
+
+    def __init__(self, engines: Mapping[str, Engine]) -> None:
+        self._engines = engines
+
+    def collect(self) -> Iterator[Metric]:
+        running = GaugeMetricFamily("vllm:num_requests_running", "Sequences that run.", labels=_LABELS)
+        waiting = GaugeMetricFamily("vllm:num_requests_waiting", "Sequences that wait.", labels=_LABELS)
+        usage = GaugeMetricFamily(
+            "vllm:kv_cache_usage_perc", "Share of the KV cache's pages in use, 0 to 1.", labels=_LABELS
+        )
+        preempted = CounterMetricFamily(
+            "vllm:num_preemptions", "Sequences sent back to wait.", labels=_LABELS
+        )
+        queries = CounterMetricFamily(
+            "vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", labels=_LABELS
+        )
+        hits = CounterMetricFamily("vllm:prefix_cache_hits", "Prompt tokens found there.", labels=_LABELS)
+        steps = CounterMetricFamily("llmc:engine_steps", "Steps computed.", labels=_LABELS)
+        for name, engine in self._engines.items():
+            count = engine.counters
+            running.add_metric([name], len(engine.scheduler.running))
+            waiting.add_metric([name], len(engine.scheduler.waiting))
+            usage.add_metric([name], engine.blocks.num_used / engine.blocks.num_pages)
+            preempted.add_metric([name], count.preemptions)
+            queries.add_metric([name], count.tokens_looked_up)
+            hits.add_metric([name], count.tokens_from_cache)
+            steps.add_metric([name], count.steps)
+        yield from (running, waiting, usage, preempted, queries, hits, steps)
+
+
+@dataclass(slots=True)
+class Timing:
+    """The clock of one request."""
+
+    metrics: Metrics
+    model: str
+    arrived: float = field(default_factory=time.perf_counter)
+    first: float | None = None
+    last: float = 0.0
+    tokens: int = 0
+    _prompts: set[str] = field(default_factory=set)
+
+    def note(self, outputs: list[StepOutput]) -> None:
+        """Take up outputs that have just come."""
+        now = time.perf_counter()
+        for output in outputs:
+            if not output.token_ids:
+                continue
+            self.tokens += len(output.token_ids)
+            if output.request_id not in self._prompts:
+                self._prompts.add(output.request_id)
+                self.metrics.prompt_tokens.labels(self.model).inc(output.prompt_tokens)
+            if self.first is None:
+                self.first = now
+                self.metrics.first_token.labels(self.model).observe(now - self.arrived)
+            elif output.index == 0:
+                self.metrics.between.labels(self.model).observe(now - self.last)
+            self.metrics.generation_tokens.labels(self.model).inc(len(output.token_ids))
+            if output.index == 0:
+                self.last = now
+
+    def end(self, reason: str) -> None:
+        """The request is over: "stop", "length", "tool_calls", "abort" or "error"."""
+        now = time.perf_counter()
+        self.metrics.success.labels(self.model, reason).inc()
+        self.metrics.whole.labels(self.model).observe(now - self.arrived)
+        if self.first is not None and self.tokens > 1:
+            self.metrics.per_token.labels(self.model).observe((self.last - self.first) / (self.tokens - 1))

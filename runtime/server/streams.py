@@ -1,0 +1,67 @@
+"""Server-sent events that end when the client goes away, whatever phase the request is in."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from .errors import ApiError, as_api_error
+from .service import gone
+
+_encode = json.JSONEncoder(ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode
+
+DONE = "data: [DONE]\n\n"
+
+
+def event(data: Any, name: str | None = None) -> str:
+    """One event (HTML standard, "Server-sent events"): JSON on one line, as OpenAI's API sends it."""
+    head = f"event: {name}\n" if name else ""
+    return f"{head}data: {_encode(data)}\n\n"
+
+
+class EventStream(Response):
+    """Sends what `events` gives. A failure after the first byte becomes a last event that holds the error."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[str, None], *, error_event: str | None = None) -> None:
+        """`error_event`: name of the event that tells of a failure."""
+        self.status_code = 200
+        self.background = None
+        self._events = events
+        self._error_event = error_event
+        # No proxy may hold events back or change them.
+        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends until the end, or until the client has gone; `events` is closed in either case."""
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        sender = asyncio.ensure_future(self._send(send))
+        watcher = asyncio.ensure_future(gone(receive))
+        try:
+            await asyncio.wait({sender, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (sender, watcher):
+                if not task.done():
+                    task.cancel()
+            await asyncio.gather(sender, watcher, return_exceptions=True)
+            await self._events.aclose()
+        if not sender.cancelled():
+            sender.result()
+
+    async def _send(self, send: Send) -> None:
+        try:
+            async for text in self._events:
+                await send({"type": "http.response.body", "body": text.encode("ascii"), "more_body": True})
+        except (OSError, asyncio.CancelledError):  # the connection broke
+            raise
+        except Exception as error:  # noqa: BLE001  (headers are out: an event is the only way to say it)
+            failure: ApiError = as_api_error(error)
+            text = event(failure.body, self._error_event)
+            await send({"type": "http.response.body", "body": text.encode("ascii"), "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
