@@ -1,4 +1,7 @@
-"""`llmc bench`: prefill, decode and batch throughput of an artifact, and how soon it answers."""
+"""`llmc bench`: prefill, decode and batch throughput of an artifact, and how soon it answers.
+
+With `--server` it is load on a server instead, which is `cli/load/`.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..ir.errors import InputError, LlmcError
+from .load.options import SERVER_OPTIONS, bench_server, check_mode, load_options
 from .output import emit, facts, json_option, notes_from_logging, size, table
 from .progress import Progress
 from .sampling import runtime_options, split
@@ -30,18 +34,28 @@ POSITIVE = click.IntRange(min=1)
 
 
 @click.command("bench", short_help="Measure speed.")
-@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("artifact", type=click.Path(path_type=Path), required=False)
 @click.option(
-    "--prompt-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Of prefill."
+    "--prompt-tokens",
+    type=click.IntRange(min=1, max=10_000_000),
+    default=512,
+    show_default=True,
+    help="Of prefill; of a server, of each prompt.",
 )
-@click.option("--output-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Of decode.")
+@click.option(
+    "--output-tokens",
+    type=click.IntRange(min=1, max=10_000_000),
+    default=64,
+    show_default=True,
+    help="Of decode; of a server, of each answer.",
+)
 @click.option(
     "--concurrency",
     type=click.IntRange(min=1, max=1024),
     multiple=True,
     default=(1, 4, 16),
     show_default=True,
-    help="Requests at once (128 tokens of prompt each); repeatable.",
+    help="Requests at once (128 tokens of prompt each); repeatable, once with --server.",
 )
 @click.option(
     "--repeat", type=click.IntRange(min=1), default=5, show_default=True, help="Runs to take medians of."
@@ -49,18 +63,9 @@ POSITIVE = click.IntRange(min=1)
 @click.option("--against-transformers", metavar="MODEL", help="Measure transformers in bfloat16 beside it.")
 @click.option("--profile", "profiled", is_flag=True, help="Say where the time goes, by kernel.")
 @runtime_options
+@load_options
 @json_option
-def command(
-    artifact: Path,
-    prompt_tokens: int,
-    output_tokens: int,
-    concurrency: tuple[int, ...],
-    repeat: int,
-    against_transformers: str | None,
-    profiled: bool,
-    as_json: bool,
-    **options: Any,
-) -> None:
+def command(artifact: Path | None, as_json: bool, **options: Any) -> None:
     """Measure ARTIFACT: tokens a second of one long prompt (prefill), of one answer (decode), and of many
     requests at once; the time to load what was verified before, and from the start of the process to the
     first token.
@@ -70,7 +75,34 @@ def command(
 
     With --profile, every kernel's share of the time of a prompt, of a token and of a token of all requests
     follows, and how fast it read its weights.
+
+    With --server, the load is on a server of the OpenAI API (llmc, llama.cpp, vLLM) instead: requests of
+    --prompt-tokens and --output-tokens, or as long as those of a --trace, that arrive at --request-rate, or
+    --concurrency at a time. TTFT, TPOT, ITL and E2EL are those of vLLM's `bench serve`, the keys of --json
+    too. With --find-knee the rate is doubled, and the gap then halved, until the largest one is found at
+    which the 95th percentile of TTFT is within --knee-ttft and no request is lost.
     """
+    context = click.get_current_context()
+    check_mode(context)
+    if artifact is None:
+        bench_server(context, options, as_json=as_json)
+        return
+    result, text = _bench_artifact(artifact, **{k: v for k, v in options.items() if k not in SERVER_OPTIONS})
+    emit(result, as_json=as_json, text=text)
+
+
+def _bench_artifact(
+    artifact: Path,
+    *,
+    prompt_tokens: int,
+    output_tokens: int,
+    concurrency: tuple[int, ...],
+    repeat: int,
+    against_transformers: str | None,
+    profiled: bool,
+    **options: Any,
+) -> tuple[dict[str, Any], str]:
+    """The numbers of an artifact, and the same for a person."""
     from ..runtime.loader import load
     from . import profile
     from .measure import speeds
@@ -107,8 +139,7 @@ def command(
         "repeat": repeat,
         **(rival.result(measured) if rival is not None else {}),
     }
-    report = _text(result) + (f"\n\n{profile.text(result['profile'])}" if profiled else "")
-    emit(result, as_json=as_json, text=report)
+    return result, _text(result) + (f"\n\n{profile.text(result['profile'])}" if profiled else "")
 
 
 class Rival:
