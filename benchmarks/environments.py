@@ -103,3 +103,8 @@ SPEED = Tools(
         "openvino": "run_openvino.py",
     },
 )
+CLIENTS = Tools(
+    HERE / "requirements-clients.txt",
+    HERE / "clients_programs",
+    {"langchain": "run_langchain.py", "llama-index": "run_llamaindex.py", "lm-eval": "run_lm_eval.py"},
+)
