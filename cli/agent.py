@@ -76,7 +76,7 @@ def command(
     ends with an error at a limit, or when the model makes the same call for the third time.
 
     --tools FILE.py executes the file and takes the functions that it marks with @tool (of
-    llmc.runtime.tools.function), or else its public functions whose parameters all have types. --tools
+    llmc), or else its public functions whose parameters all have types. --tools
     mcp:COMMAND starts an MCP server over standard input and output; it gets few environment variables, others
     as in "mcp:env TOKEN=x server".
 

@@ -42,6 +42,14 @@ _runtime_options = (
         help="Longest sequence, in tokens.  [default: the artifact's]",
     ),
     click.option(
+        "--speculate",
+        type=click.IntRange(min=0, max=15),
+        help="Guess N tokens at a time; the answer is the same.  [default: 0]",
+    ),
+    click.option(
+        "--draft", metavar="ARTIFACT", help="A smaller model that guesses; else the text's own past."
+    ),
+    click.option(
         "--threads", type=click.IntRange(min=1), help="Threads to compute with.  [default: one a core]"
     ),
 )
@@ -63,7 +71,7 @@ def runtime_options(function: F) -> F:
 
 def split(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(options of the runtime that were given, options of sampling)."""
-    names = ("target", "context", "threads")
+    names = ("target", "context", "threads", "speculate", "draft")
     runtime = {name: options[name] for name in names if options.get(name) is not None}
     return runtime, {name: value for name, value in options.items() if name not in names}
 

@@ -78,6 +78,14 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 @click.option(
     "--cors-origin", multiple=True, metavar="ORIGIN", help="Let pages of ORIGIN call; repeatable, * is any."
 )
+@click.option(
+    "--speculate",
+    type=click.IntRange(min=0, max=15),
+    default=0,
+    show_default=True,
+    help="Guess N tokens at a time where few sequences run; answers are the same.",
+)
+@click.option("--draft", metavar="ARTIFACT", help="A smaller model that guesses; else the text's own past.")
 @click.option("--no-prefix-cache", is_flag=True, help="Compute every prompt from its first token.")
 @click.option("--no-page", is_flag=True, help="Do not serve the web page.")
 @json_option
@@ -157,6 +165,8 @@ def _load(path: Path, options: dict[str, Any]) -> LLM:
         kv_tokens=options["kv_tokens"],
         max_batch_tokens=max(options["max_batch_tokens"], options["max_sequences"]),
         max_sequences=options["max_sequences"],
+        speculate=options["speculate"],
+        draft=options["draft"],
         prefix_cache=not options["no_prefix_cache"],
         max_waiting=options["max_sequences"] + options["max_queue"],
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from llmc.runtime.tools.function import tool
+from llmc import tool
 
 Day = Literal["today", "tomorrow"]
 

@@ -114,6 +114,10 @@ class BlockManager:
                 self._page_of[block_hash] = page
                 self._hash_of[page] = block_hash
 
+    def forget_hashes(self, sequence: Sequence) -> None:
+        """Forget hashes of pages that reach beyond the sequence's tokens, of which some were taken away."""
+        del sequence.block_hashes[len(sequence.tokens) // self.page_size :]
+
     def _block_hash(self, sequence: Sequence, index: int) -> bytes:
         hashes, size = sequence.block_hashes, self.page_size
         while len(hashes) <= index:
@@ -150,6 +154,14 @@ class BlockManager:
         for _ in range(self.pages_for(num_tokens) - len(sequence.block_table)):
             sequence.block_table.append(self._take())
         return copies
+
+    def shrink(self, sequence: Sequence) -> None:
+        """Give back the pages that hold none of the sequence's computed tokens, where some were taken away."""
+        while len(sequence.block_table) > self.pages_for(sequence.num_computed):
+            page = sequence.block_table.pop()
+            self._references[page] -= 1
+            assert self._references[page] == 0 and self._hash_of[page] is None, "only its own, new page"
+            self._free.append(page)
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Make `child` share all pages of `parent`, the last one too; whoever writes to a shared page copies

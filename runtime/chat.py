@@ -188,13 +188,7 @@ class ChatModel:
         assert self.llm.template is not None, "only asked for where there is one"
         manifest = self.llm.artifact.manifest if self.llm.artifact is not None else {}
         recorded = (manifest.get("tokenizer") or {}).get("tool_calls")
-        if isinstance(recorded, Mapping) and recorded.get("format") in FORMATS:
-            return Detected(
-                str(recorded["format"]),
-                bool(recorded.get("in_template")),
-                recorded.get("arguments", "object"),
-            )
-        return detect(self.llm.template)
+        return Detected.from_manifest(recorded, FORMATS) or detect(self.llm.template)
 
     def prepare(
         self,
@@ -241,7 +235,12 @@ class ChatModel:
             )
         format = FORMATS[self.detected.format]
         grammar = self.llm.grammars.lark(
-            format.grammar(used, required=required, parallel=parallel, token_id=self.llm.tokenizer.token_id)
+            format.grammar(
+                used,
+                required=required,
+                parallel=parallel and self.detected.parallel,
+                token_id=self.llm.tokenizer.token_id,
+            )
         )
 
         def prose() -> Turn:
@@ -341,6 +340,8 @@ class ChatModel:
             plain["content"] = _text_of(plain.get("content"), f"{where}.content")
             if role == "tool":
                 plain["content"] = self._as_data(plain["content"])
+                if plain.get("tool_call_id"):
+                    plain["tool_call_id"] = self.detected.template_id(str(plain["tool_call_id"]))
             calls = plain.pop("tool_calls", None)
             if calls:
                 plain["tool_calls"] = [
@@ -389,7 +390,7 @@ class ChatModel:
         as_text = self.detected.arguments == "text"
         given = json.dumps(value, ensure_ascii=False) if as_text else value
         return {
-            "id": str(call.get("id") or ""),
+            "id": self.detected.template_id(str(call.get("id") or "")),
             "type": "function",
             "function": {"name": function["name"], "arguments": given},
         }

@@ -20,97 +20,22 @@ import numpy as np
 from ..ir.errors import InputError
 from .batch import build_inputs
 from .block_manager import BlockManager
+from .engine_options import ContextLengthError, Counters, EngineOptions, EngineStats, ModelFacts
 from .executor.base import Executor
 from .generation import FinishReason, Generation, Request, StepOutput
 from .grammar import MaskWorker
 from .memory import KvPlan, plan_kv_cache
-from .sampler import Allowed, sample
+from .sampler import Allowed, TokenLogprob, sample
 from .sampling_params import SamplingParams
 from .scheduler import Chunk, Plan, Scheduler
 from .sequence import Sequence
+from .speculation import Checked, Speculator
 from .tokenizer import Tokenizer
 
 _log = logging.getLogger("llmc.runtime")
 
 _LOGITS_BYTES = 64 << 20
 """Logits of a step at most, where prompts are scored."""
-
-
-@dataclass(frozen=True, slots=True)
-class ModelFacts:
-    """What the engine must know of the model."""
-
-    vocab_size: int
-    context_length: int
-    eos_token_ids: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineOptions:
-    """Sizes of the engine."""
-
-    max_batch_tokens: int = 512
-    """Tokens computed in a step at most: what a decoding sequence waits for beside a long prompt."""
-    max_sequences: int = 64
-    """Sequences that run at the same time at most."""
-    context: int | None = None
-    """Tokens of a sequence at most; None: the model's context length, which it cannot exceed."""
-    kv_tokens: int | None = None
-    """Size of the KV cache in tokens; None: from `kv_cache_bytes`, or from the free memory."""
-    kv_cache_bytes: int | None = None
-    """Size of the KV cache in bytes."""
-    prefix_cache: bool = True
-    """Keep the pages of finished sequences for prompts that begin in the same way."""
-
-
-@dataclass(slots=True)
-class EngineStats:
-    """The state of the cache and what was done so far."""
-
-    pages_total: int = 0
-    pages_used: int = 0
-    pages_free: int = 0
-    pages_cached: int = 0
-    slots_allocated: int = 0
-    """Slots of the pages that sequences hold, a page shared by several counted once."""
-    slots_filled: int = 0
-    """Those with a token's keys and values in them."""
-    running: int = 0
-    waiting: int = 0
-    steps: int = 0
-    tokens_computed: int = 0
-    tokens_generated: int = 0
-    tokens_from_cache: int = 0
-    preemptions: int = 0
-
-    @property
-    def waste(self) -> float:
-        """Share of allocated slots without a token."""
-        return 1 - self.slots_filled / self.slots_allocated if self.slots_allocated else 0.0
-
-
-class ContextLengthError(InputError):
-    """The prompt does not fit. `prompt_tokens` and `limit` are counts of tokens."""
-
-    code = "context_length_exceeded"
-
-    def __init__(self, message: str, *, remedy: str = "", prompt_tokens: int = 0, limit: int = 0) -> None:
-        super().__init__(message, remedy=remedy)
-        self.prompt_tokens = prompt_tokens
-        self.limit = limit
-
-
-@dataclass(slots=True)
-class Counters:
-    """What was done so far. Single numbers, which any thread may read while the engine works."""
-
-    steps: int = 0
-    tokens_computed: int = 0
-    tokens_generated: int = 0
-    tokens_looked_up: int = 0
-    """Prompt tokens for which the prefix cache was asked."""
-    tokens_from_cache: int = 0
-    preemptions: int = 0
 
 
 @dataclass(slots=True)
@@ -177,6 +102,7 @@ class Engine:
         self._requests: dict[str, Request] = {}
         self._arrivals = itertools.count()
         self.counters = Counters()
+        self.speculator = Speculator(self.scheduler, self.counters, most=options.speculate, limit=self.limit)
 
     def _context(self, wanted: int | None) -> int:
         most = self.facts.context_length
@@ -338,7 +264,9 @@ class Engine:
             raise
 
     def _step(self) -> list[StepOutput]:
+        guessing = self.speculator.guess()
         plan = self.scheduler.schedule()
+        self.speculator.cut(guessing, plan)
         self.counters.preemptions += len(plan.preempted)
         if not plan.chunks:
             return []
@@ -346,8 +274,11 @@ class Engine:
             if not chunk.sequence.started:
                 self._note_start(chunk)
         logits, masks = self._execute_and_mask(plan)
+        checked = self.speculator.check(plan, logits) if guessing else {}
         self.scheduler.commit(plan)
-        return self._sample(plan, logits, masks)
+        for generation in guessing:
+            self.blocks.shrink(generation)
+        return self._sample(plan, logits, masks, checked)
 
     def _note_start(self, chunk: Chunk[Generation]) -> None:
         chunk.sequence.started = True
@@ -384,10 +315,14 @@ class Engine:
         return self.executor.step(inputs)
 
     def _sample(
-        self, plan: Plan[Generation], logits: np.ndarray, masks: np.ndarray | None
+        self,
+        plan: Plan[Generation],
+        logits: np.ndarray,
+        masks: np.ndarray | None,
+        checked: dict[int, Checked],
     ) -> list[StepOutput]:
         outputs: list[StepOutput] = []
-        wanted = self._to_sample(plan.chunks, logits, outputs)
+        wanted = self._to_sample(plan.chunks, logits, checked, outputs)
         if not wanted.generations:
             return outputs
         if len(wanted.rows) != len(logits):
@@ -396,12 +331,17 @@ class Engine:
         indices = [generation.num_generated for generation in wanted.generations]
         tokens, logprobs = sample(logits, states, indices, self._allowed(wanted, masks))
         for generation, token, logprob in zip(wanted.generations, tokens, logprobs, strict=True):
-            output = generation.advance(token, logprob)
-            if output.finish_reason is not None:
-                self._finish(generation)
-            outputs.append(output)
-            self.counters.tokens_generated += len(output.token_ids)
+            outputs.append(self._advance(generation, [token], [logprob]))
         return outputs
+
+    def _advance(
+        self, generation: Generation, tokens: Seq[int], logprobs: Seq[TokenLogprob | None]
+    ) -> StepOutput:
+        output = generation.advance(tokens, logprobs)
+        if output.finish_reason is not None:
+            self._finish(generation)
+        self.counters.tokens_generated += len(output.token_ids)
+        return output
 
     def _allowed(self, wanted: _Sampling, masks: np.ndarray | None) -> list[Allowed] | None:
         """What grammars leave to each row; None where there are none."""
@@ -416,7 +356,11 @@ class Engine:
         return allowed
 
     def _to_sample(
-        self, chunks: Seq[Chunk[Generation]], logits: np.ndarray, outputs: list[StepOutput]
+        self,
+        chunks: Seq[Chunk[Generation]],
+        logits: np.ndarray,
+        checked: dict[int, Checked],
+        outputs: list[StepOutput],
     ) -> _Sampling:
         """The generations whose next token this step gave, with the forks that begin here.
 
@@ -426,6 +370,11 @@ class Engine:
         row = mask = 0
         for chunk in chunks:
             generation = chunk.sequence
+            if (known := checked.get(id(generation))) is not None:
+                row += known.rows
+                generation.drop_last(known.kept)  # they come again, one by one, each with its text
+                outputs.append(self._advance(generation, known.tokens, known.logprobs))
+                continue
             if chunk.scored:
                 count = len(chunk.scored)
                 generation.note_prompt(logits[row : row + count])

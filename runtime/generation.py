@@ -13,6 +13,7 @@ import numpy as np
 
 from ..ir.errors import LlmcError
 from .detokenizer import StopStrings, StreamDecoder
+from .drafters import Patience
 from .grammar import Matcher
 from .sampler import SamplerRow, TokenLogprob, token_logprob
 from .sampling_params import SamplingParams
@@ -81,6 +82,7 @@ class Generation(Sequence):
         "decoder",
         "forced",
         "matcher",
+        "patience",
         "prompt_logprobs",
         "request",
         "sampler",
@@ -98,6 +100,7 @@ class Generation(Sequence):
         skip = params.skip_special_tokens
         self.decoder = StreamDecoder(tokenizer, skip_special_tokens=skip) if tokenizer is not None else None
         self.stops = StopStrings(params.stop)
+        self.patience = Patience()
         self.started = False  # whether a step has computed part of it
         self.matcher = params.grammar.start() if params.grammar is not None else None
         # Tokens that the grammar leaves no choice about: the next ones of the answer, whatever the model
@@ -118,6 +121,7 @@ class Generation(Sequence):
         child.decoder = self.decoder.fork() if self.decoder is not None else None
         child.stops = self.stops.fork()
         child.started = True
+        child.patience = Patience()
         child.matcher = self.matcher.fork() if self.matcher is not None else None
         child.forced = deque(self.forced)
         child.prompt_logprobs = self.prompt_logprobs
@@ -159,9 +163,64 @@ class Generation(Sequence):
             outputs.append(output)
         return outputs
 
-    def advance(self, token: int, logprob: TokenLogprob | None) -> StepOutput:
-        """Take the sampled token, and those that follow from it; -1 says that the logits were broken."""
+    @property
+    def can_guess(self) -> bool:
+        """Whether its next tokens depend on the logits alone, and several may follow."""
+        return (
+            self.remaining == 1
+            and self.matcher is None
+            and not self.sampler.adjusts
+            and self.request.max_tokens - self.num_generated > 1
+        )
+
+    def add_draft(self, guesses: Seq[int]) -> None:
+        """Append guesses, to be computed with the last token."""
+        self.tokens.extend(guesses)
+        self.drafted = len(guesses)
+
+    def keep_draft(self, count: int) -> None:
+        """Only the first `count` guesses."""
+        self.drop_last(self.drafted - count)
+        self.drafted = count
+
+    def cut_draft(self) -> None:
+        """No guesses."""
+        self.keep_draft(0)
+
+    def check_draft(self, tokens: Seq[int]) -> int:
+        """How many guesses are the tokens that the model gives, from the first one on; those are guesses no
+        longer, and the others go.
+        """
+        guesses = self.tokens[len(self.tokens) - self.drafted :]
+        right = 0
+        while right < self.drafted and guesses[right] == tokens[right]:
+            right += 1
+        self.keep_draft(right)
+        self.drafted = 0
+        self.patience.note(right)
+        return right
+
+    @property
+    def num_guessed_from(self) -> int:
+        """Generated tokens before the guesses."""
+        return self.num_generated - self.drafted
+
+    def drop_last(self, count: int) -> None:
+        """Take the last tokens away."""
+        del self.tokens[len(self.tokens) - count :]
+
+    def advance(self, tokens: Seq[int], logprobs: Seq[TokenLogprob | None]) -> StepOutput:
+        """Take the sampled tokens up to the one that ends the answer, and those that follow from them; -1
+        says that the logits were broken.
+        """
         output = self._output()
+        for token, logprob in zip(tokens, logprobs, strict=True):
+            if output.finish_reason is None:
+                self._advance(token, logprob, output)
+        output.generated_tokens = self.num_generated
+        return output
+
+    def _advance(self, token: int, logprob: TokenLogprob | None, output: StepOutput) -> None:
         failure = self.matcher.error if self.matcher is not None else None
         if token < 0 or failure is not None:
             output.finish_reason = "error"
@@ -169,14 +228,12 @@ class Generation(Sequence):
                 f"request {self.request.id}: the model gave no finite logit at token {len(self.tokens)}",
                 remedy="the artifact may be broken: compare it with its source by llmc eval --against",
             )
-            return output
+            return
         self._take(token, output)
         if logprob is not None:
             output.logprobs.append(logprob)
         while self.forced and self.jumps and output.finish_reason is None:
             self._take(self.forced[0], output)
-        output.generated_tokens = self.num_generated
-        return output
 
     def _take(self, token: int, output: StepOutput) -> None:
         self.tokens.append(token)

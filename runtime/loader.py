@@ -10,6 +10,7 @@ from typing import Any, Literal
 from ..codegen.artifact import Artifact
 from ..ir.errors import ArtifactError, InputError
 from .chat_template import ChatTemplate
+from .drafters import DraftModel
 from .engine import Engine, EngineOptions, ModelFacts
 from .executor import open_executor
 from .llm import LLM
@@ -31,6 +32,8 @@ def load(
     max_batch_tokens: int = 512,
     max_sequences: int = 64,
     prefix_cache: bool = True,
+    speculate: int = 0,
+    draft: str | os.PathLike[str] | None = None,
     max_waiting: int | None = None,
     verify: Verify = "once",
 ) -> LLM:
@@ -46,6 +49,9 @@ def load(
         max_batch_tokens: tokens computed in a step at most.
         max_sequences: sequences that run at the same time at most.
         prefix_cache: keep pages for prompts that begin in the same way.
+        speculate: tokens guessed at a time at most, from what the text repeats, or from `draft`; answers do
+            not depend on it, only their speed does.
+        draft: an artifact of a smaller model with the same tokenizer, which then guesses.
         max_waiting: unfinished requests accepted at a time; None for any number.
         verify: "once" checks the sha256 of every file where that was not done on this machine before, or a
             file has changed since; "full" checks it anyway, "size" only that they are there and complete.
@@ -64,8 +70,12 @@ def load(
         kv_tokens=kv_tokens,
         kv_cache_bytes=kv_cache_bytes,
         prefix_cache=prefix_cache,
+        speculate=speculate,
     )
     engine = Engine(executor, tokenizer, _facts(artifact), options)
+    if draft is not None:
+        guesser = load(draft, threads=threads, context=engine.context, max_sequences=max_sequences)
+        engine.speculator.drafter = DraftModel(guesser.engine.engine, executor.vocab_size)
     return LLM(
         executor,
         artifact=artifact,

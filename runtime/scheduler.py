@@ -46,6 +46,8 @@ class Chunk(Generic[S]):
     def scored(self) -> range:
         """Tokens whose logits are wanted besides the last one's, as places in the sequence."""
         sequence, end = self.sequence, self.start + self.count
+        if sequence.drafted:
+            return range(end - 1 - sequence.drafted, end - 1)
         return range(max(self.start, sequence.scored), min(end, sequence.score_end))
 
 

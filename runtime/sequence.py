@@ -33,6 +33,7 @@ class Sequence:
     __slots__ = (
         "block_hashes",
         "block_table",
+        "drafted",
         "num_computed",
         "num_prompt",
         "order",
@@ -60,6 +61,7 @@ class Sequence:
         self.order = order
         self.slots = slots
         self.salt = salt
+        self.drafted = 0  # tokens at the end that are guesses, between two steps never any
         self.score_end = 0  # logits of all tokens before this one are wanted, not only the last one's
         self.scored = 0  # of those, how many were given
         self.status = Status.WAITING

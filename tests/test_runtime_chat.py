@@ -35,7 +35,7 @@ def test_a_template_without_tools_is_told_of_them_in_words(model: ChatModel):
     assert plain == "<user>Hello\n<assistant>"
     told = _text(model, [{"role": "system", "content": "Be brief."}, *HELLO], tools=[ADD])
     assert told.startswith("<system>Be brief.\n\n")
-    assert '"add"' in told and told.endswith(plain)
+    assert "- add: Adds." in told and told.endswith(plain)
     assert _text(model, HELLO, tools=[ADD], tool_choice="none") == plain
 
 

@@ -9,7 +9,6 @@ import random
 import re
 import subprocess
 import sys
-import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llmc.runtime.grammar import Grammar, GrammarCompiler, GrammarError
 from llmc.runtime.json_schema import check_schema
-from llmc.runtime.json_schema.patterns import PatternError, translated
 from llmc.runtime.tokenizer import Tokenizer
 
 from benchmarks.grammar import FILES, Found, Row, Writer, check_file, check_row, compiler_for, rows_of
@@ -207,32 +205,70 @@ def test_long_chains_of_references_do_not_overflow_the_stack(tmp_path: Path):
         ({"type": "array", "uniqueItems": True, "maxItems": 1}, ["[]", "[1]"], ["[1,1]"]),
         ({"if": {"type": "string"}, "type": "null"}, ["null"], ["1"]),
         ({"unevaluatedProperties": False, "properties": {"a": True}}, ['{"a":1}', "3"], ['{"b":1}']),
-        ({"type": "array", "prefixItems": [{"type": "null"}], "unevaluatedItems": False}, ["[null]"],
-        ["[null,1]"]), ({"type": "integer", "format": "int32"}, ["2147483647", "-2147483648"],
-        ["2147483648"]), ({"type": ["integer", "null"], "format": "uint8"}, ["255", "null"], ["256", "-1"]),
-        ({"type": "integer", "format": "int64"}, ["9007199254740993"], ["9223372036854775808"]), ({"type":
-        "number", "format": "double"}, ["1.5"], []), ({"type": "string", "format": "password"}, ['"a"'],
-        ["1"]), ({"type": "string", "format": "date"}, ['"2024-02-29"'], ['"2024-2-29"', '"29.2.2024"']),
-        ({"type": "string", "maxLength": 2.0}, ['"aé"'], ['"abc"']), ({"minimum": 3, "exclusiveMinimum": True,
-        "type": "integer"}, ["4"], ["3"]), ({"type": "integer", "multipleOf": 3.0}, ["-6", "0"], ["4"]),
-        ({"type": "number", "multipleOf": 0.01}, ["1.25", "3"], ["0.005"]), ({"type": "string", "pattern":
-        "^[a[]+$"}, ['"a["'], ['"b"']), ({"type": "string", "pattern": "^[0-9-_.]+$"}, ['"1-_"'], ['":"']),
-        ({"type": "string", "pattern": "^{id}$"}, ['"{id}"'], ['"id"']), ({"type": "string", "pattern":
-        "a{2,9}"}, ['"xaay"'], ['"xay"']), ({"type": "string", "pattern": "^.$"}, ['"é"'], ['"\\n"',
-        '"\\r"']), ({"type": "object", "patternProperties": {"^a": {"type": "null"}}}, ['{"ab":null}'],
-        ['{"ab":1}']), ({"oneOf": [{"type": "string"}, {"type": "null"}]}, ["null", '"a"'], ["1"]), ({"enum":
-        ["a\nb", None, 2.5]}, ['"a\\nb"', "null", "2.5"], ['"a"', "2"]), ({"type": "object", "minProperties":
-        1}, ['{"a":1}'], ["{}"]), ({"$schema": "http://json-schema.org/draft-07/schema#", "$ref":
-        "#/definitions/a", "minimum": 5,
-          "definitions": {"a": {"type": "integer"}}}, ["3"], ['"a"']),
+        (
+            {"type": "array", "prefixItems": [{"type": "null"}], "unevaluatedItems": False},
+            ["[null]"],
+            ["[null,1]"],
+        ),
+        ({"type": "integer", "format": "int32"}, ["2147483647", "-2147483648"], ["2147483648"]),
+        ({"type": ["integer", "null"], "format": "uint8"}, ["255", "null"], ["256", "-1"]),
+        ({"type": "integer", "format": "int64"}, ["9007199254740993"], ["9223372036854775808"]),
+        ({"type": "number", "format": "double"}, ["1.5"], []),
+        ({"type": "string", "format": "password"}, ['"a"'], ["1"]),
+        ({"type": "string", "format": "date"}, ['"2024-02-29"'], ['"2024-2-29"', '"29.2.2024"']),
+        ({"type": "string", "maxLength": 2.0}, ['"aé"'], ['"abc"']),
+        ({"minimum": 3, "exclusiveMinimum": True, "type": "integer"}, ["4"], ["3"]),
+        (
+            {"type": "number", "exclusiveMinimum": 0, "maximum": 0.5},
+            ["0.1", "0.5"],
+            ["0", "-0", "0.0", "0.6"],
+        ),
+        ({"type": "number", "maximum": 0, "exclusiveMaximum": True, "minimum": -0.5}, ["-0.5"], ["0", "-0"]),
+        ({"type": "number", "exclusiveMinimum": 1, "exclusiveMaximum": 1.5}, ["1.01"], ["1", "1.0", "1.5"]),
+        ({"type": "integer", "exclusiveMinimum": 0}, ["1"], ["0", "-1"]),
+        ({"type": "integer", "multipleOf": 3.0}, ["-6", "0"], ["4"]),
+        ({"type": "number", "multipleOf": 0.01}, ["1.25", "3"], ["0.005"]),
+        ({"type": "string", "pattern": "^[a[]+$"}, ['"a["'], ['"b"']),
+        ({"type": "string", "pattern": "^[0-9-_.]+$"}, ['"1-_"'], ['":"']),
+        ({"type": "string", "pattern": "^{id}$"}, ['"{id}"'], ['"id"']),
+        ({"type": "string", "pattern": "a{2,9}"}, ['"xaay"'], ['"xay"']),
+        ({"type": "string", "pattern": "^.$"}, ['"é"'], ['"\\n"', '"\\r"']),
+        ({"type": "object", "patternProperties": {"^a": {"type": "null"}}}, ['{"ab":null}'], ['{"ab":1}']),
+        ({"oneOf": [{"type": "string"}, {"type": "null"}]}, ["null", '"a"'], ["1"]),
+        ({"enum": ["a\nb", None, 2.5]}, ['"a\\nb"', "null", "2.5"], ['"a"', "2"]),
+        ({"type": "object", "minProperties": 1}, ['{"a":1}'], ["{}"]),
+        (
+            {
+                "$schema": "http://json-schema.org/draft-07/schema#",
+                "$ref": "#/definitions/a",
+                "minimum": 5,
+                "definitions": {"a": {"type": "integer"}},
+            },
+            ["3"],
+            ['"a"'],
+        ),
         ({"$ref": "#/$defs/a", "minimum": 5, "$defs": {"a": {"type": "integer"}}}, ["6"], ["3", '"a"']),
-        ({"$id": "https://x.y/z", "$ref": "a#n", "$defs": {"q": {"$id": "a", "$anchor": "n", "type":
-        "null"}}},
-         ["null"], ["1"]),
-        ({"type": "object", "properties": {"next": {"$ref": "#"}, "v": {"type": "null"}}, "required": ["v"],
-          "additionalProperties": False}, ['{"next":{"v":null},"v":null}'], ['{"next":{},"v":null}']),
+        (
+            {
+                "$id": "https://x.y/z",
+                "$ref": "a#n",
+                "$defs": {"q": {"$id": "a", "$anchor": "n", "type": "null"}},
+            },
+            ["null"],
+            ["1"],
+        ),
+        (
+            {
+                "type": "object",
+                "properties": {"next": {"$ref": "#"}, "v": {"type": "null"}},
+                "required": ["v"],
+                "additionalProperties": False,
+            },
+            ['{"next":{"v":null},"v":null}'],
+            ['{"next":{},"v":null}'],
+        ),
     ],
-)  # fmt: skip
+)
 def test_schemas_mean_what_they_say(schema: Any, valid: list[str], invalid: list[str]):
     grammar = compiler().json_schema(schema)
     assert [text for text in valid if not takes(grammar, text)] == []
@@ -310,90 +346,6 @@ def test_whatever_a_client_sends_is_compiled_or_refused(schema: Any):
         assert error.remedy  # noqa: PT017
         return
     assert not grammar.start().is_finished
-
-
-# Patterns
-# ----------------------------------------------------------------------------------------------------------
-
-ATOMS = [
-    *("a", "b", ".", r"\d", r"\w", r"\s", r"\S", "[ab]", "[^a]", r"[^\s]", r"[\w-]", "[a-c[]", "[^[&&b]"),
-    *("[--~]", r"\.", r"\/", "-", "&&", r"\x41", r"\u0062", r"[\]]", r"[^\]a]", "#", " ", "}", "[~~]"),
-    *(r"[a\-z]", "[0-9-_]", "[-a]", "[a-]", r"\{", "é", r"\cA", r"[\b]", r"\n", r"[\d-a]"),
-]
-PATTERNS = st.recursive(
-    st.sampled_from(ATOMS),
-    lambda inner: (
-        st.tuples(inner, inner).map("".join)
-        | st.tuples(inner, inner).map(lambda two: f"({two[0]}|{two[1]})")
-        | st.tuples(inner, st.sampled_from(["*", "+", "?", "{2}", "{1,2}", "{2,}", "*?"])).map(
-            lambda two: f"(?:{two[0]}){two[1]}"
-        )
-    ),
-    max_leaves=5,
-)
-
-
-@given(
-    PATTERNS,
-    st.sampled_from(["", "^"]),
-    st.sampled_from(["", "$"]),
-    st.lists(st.text("ab.AZ09 _-[]&~/{}#\té\\^|c\x01\x08", max_size=5), min_size=8, max_size=8),
-)
-@settings(max_examples=300, deadline=None)
-def test_translated_patterns_match_what_pythons_do(pattern: str, start: str, end: str, texts: list[str]):
-    pattern = start + pattern + end
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of sets in Python's future, which we do not have
-        try:
-            expected = re.compile(pattern.replace(r"\cA", r"\x01"), re.ASCII)
-        except re.error:
-            return
-    grammar = compiler().json_schema({"type": "string", "pattern": pattern})
-    for text in texts:
-        assert takes(grammar, json.dumps(text, ensure_ascii=False)) == bool(expected.search(text)), text
-
-
-@pytest.mark.parametrize(
-    ("pattern", "message"),
-    [
-        ("(?!a)b", "looks around, or sets flags"),
-        ("(?<=a)b", "looks around, or sets flags"),
-        ("(?i)a", "looks around, or sets flags"),
-        (r"(a)\1", "refers to a group"),
-        (r"\bword\b", "word boundary"),
-        (r"\e", "unknown escape"),
-        (r"\00", "octal"),
-        (r"\u12", "ends in the middle"),
-        (r"\ud800", "wrong escape"),
-        (r"\p{", "wrong Unicode class"),
-        ("[a", "ends in the middle"),
-        ("(a", "not closed"),
-        ("a)", "not open"),
-        ("*a", "repeats nothing"),
-        ("a**", "repeats nothing"),
-        ("a{3,1}", "runs backwards"),
-        ("a{99999999999}", "too large"),
-        ("(ab){5000}", "too large"),
-        ("(((a{99}){99}){99})", "too large"),
-        ("a*" * 101, "too large"),
-        ("(" * 40 + ")" * 40, "nested too deeply"),
-        ("a" * 5000, "5000 characters"),
-    ],
-)
-def test_patterns_that_are_not_regular_or_too_large_are_refused(pattern: str, message: str):
-    with pytest.raises(PatternError, match=re.escape(message)):
-        translated(pattern)
-
-
-@given(st.text(st.sampled_from(r"ab()[]{}|*+?^$\.,-0123<>:=!uxpdwsS&~"), max_size=24))
-@settings(max_examples=500, deadline=None)
-def test_no_pattern_breaks_the_reader(pattern: str):
-    try:
-        text = translated(pattern)
-    except PatternError as error:
-        assert error.remedy  # noqa: PT017
-        return
-    assert text.isprintable()
 
 
 # Against public schemas

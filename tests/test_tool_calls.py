@@ -427,5 +427,5 @@ def test_lists_of_tools_that_are_refused() -> None:
 def test_instructions_show_the_tools() -> None:
     text = FORMATS["json"].instructions([Tool("f", "does ünusual things", {"type": "object"})])
     assert text is not None
-    assert '{"name": "f", "description": "does ünusual things", "parameters": {"type": "object"}}' in text
+    assert '- f: does ünusual things\n  arguments: {"type": "object"}\n' in text
     assert all(FORMATS[name].instructions(TOOLS) is None for name in FORMATS if name != "json")

@@ -280,9 +280,11 @@ def test_other_json_is_free(case: Case) -> None:
 
 SCRAPS = [
     '{"name": ', '"calculate"', '"nothing"', '"free"', '"other"', ', "arguments": ', ', "parameters": ',
-    '{"expression": 2}', '{"expression": "2"}', "{}", "}", '{"type": "x", ', '{"id": 1, ', '{"arguments": {}, ',
-    '{"parameters": {}, ', '"name": ', "```", "json", "[", "]", ";", ",", "\n", " ", "{", "Text.", "`",
-    "<tool_call>", "\n</tool_call>", "\\x", "<|python_tag|>", '{"name": "calculate", "arguments": ',
+    '{"expression": 2}', '{"expression": "2"}', "{}", "}", '{"type": "x", ', '{"id": 1, ',
+    '{"arguments": {}, ',
+    '{"parameters": {}, ', '"name": ', "```", "json", "[", "]", ";", ",", "\n", " ", "{",
+    "Text.", "`", "<tool_call>", "\n</tool_call>", "\\x", "<|python_tag|>",
+    '{"name": "calculate", "arguments": ',
     '{"n\\u0061me": "calculate", "arguments": ',
 ]  # fmt: skip
 

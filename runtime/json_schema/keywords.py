@@ -102,7 +102,7 @@ def _check(document: Document, schema: Schema, path: str) -> None:
         if check is not None:
             check(schema, keyword, path)
     _check_duplicates(schema, path)
-    _leave_out_zero(schema)
+    _move_exclusive(schema)
 
 
 # Rewriting --------------------------------------------------------------------------------------------------
@@ -144,17 +144,22 @@ def _rename_unevaluated(schema: Schema) -> None:
             del schema[keyword]  # nothing is left to it
 
 
-def _leave_out_zero(schema: Schema) -> None:
-    """Put exclusive bounds at 0 a little beside it: the compiler takes 0 for more than 0 where it is below 1."""
-    for keyword, exclusive, least in (
-        ("minimum", "exclusiveMinimum", _NEXT_TO_ZERO),
-        ("maximum", "exclusiveMaximum", -_NEXT_TO_ZERO),
-    ):
+def _move_exclusive(schema: Schema) -> None:
+    """Write whole exclusive bounds as inclusive ones a little beside them, on the side away from 0.
+
+    The compiler takes 1 for more than 1 where it must be below 2, and 0 for more than 0 where it must be
+    below 1.
+    """
+    for keyword, exclusive, sign in (("minimum", "exclusiveMinimum", 1), ("maximum", "exclusiveMaximum", -1)):
         bound: Any = schema.get(exclusive)
-        if (bound is True and schema.get(keyword) == 0) or (bound == 0 and not isinstance(bound, bool)):
-            del schema[exclusive]
-            among = (least, schema.get(keyword, least))
-            schema[keyword] = max(among) if least > 0 else min(among)
+        if isinstance(bound, bool):
+            bound = schema.get(keyword) if bound else None
+        if bound is None or bound != int(bound) or not 0 <= bound * sign < 1e9:
+            continue
+        del schema[exclusive]
+        beside = float(f"{bound * sign + (1e-9 if bound * sign < 1000 else 1e-5):.9f}") * sign
+        other = schema.get(keyword, beside)
+        schema[keyword] = max(other, beside) if sign > 0 else min(other, beside)
 
 
 # Checks of one keyword --------------------------------------------------------------------------------------

@@ -1,27 +1,29 @@
 """One JSON object `{"name": …, "arguments": …}` and nothing else, or a list of them: for models whose chat
 template shows no tools. The system message explains it.
 
-An answer is calls only where it begins as such: JSON further on is text, which an answer may well hold.
+A call is what an answer begins with, or a fenced block of code: other JSON is text, which an answer may well
+hold.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
 from .base import TokenIds, Tool, ToolCall
 from .lark import alternatives, answers, argument_rules, call_objects, loose_calls
 from .loose import LooseParser
 
+# Tools are shown in another form than calls are, which small models would else repeat.
 _INSTRUCTIONS: Final = """\
-You can call these functions. Each line is one, with the JSON schema of its arguments:
+You can call these functions, each with the JSON schema of its arguments:
 {tools}
 
-Where a function helps with the user's request, answer with the call alone, as JSON without any other text:
-{{"name": "function name", "arguments": {{"argument": "value"}}}}
-For several calls at once, answer with a list: [{{"name": …, "arguments": …}}, {{"name": …, "arguments": …}}]
-You then get the result. Where no function helps, or once you have the result, answer in plain text."""
+Where a function helps with the request, answer with the call alone, as JSON without any other text:
+{{"name": "<function>", "arguments": {{…}}}}
+For several calls at once, answer with a list of such objects. You then get the results. Where no function \
+helps, or once you have the result, answer in plain text."""
 
 
 class Json:
@@ -42,9 +44,13 @@ class Json:
         return LooseParser(frozenset(tool.name for tool in tools), "arguments")
 
     def instructions(self, tools: Sequence[Tool]) -> str | None:
-        lines = [json.dumps(tool.as_openai()["function"], ensure_ascii=False) for tool in tools]
+        lines = [f"- {one.name}: {one.description}\n  arguments: {_text(one.parameters)}" for one in tools]
         return _INSTRUCTIONS.format(tools="\n".join(lines))
 
     def write(self, calls: Sequence[ToolCall]) -> str:
         texts = [f'{{"name": "{call.name}", "arguments": {call.arguments}}}' for call in calls]
         return texts[0] if len(texts) == 1 else f"[{', '.join(texts)}]"
+
+
+def _text(schema: Mapping[str, Any]) -> str:
+    return json.dumps(schema, ensure_ascii=False)

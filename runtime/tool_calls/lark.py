@@ -156,9 +156,9 @@ def loose_calls(tools: Sequence[Tool], key: str, *, parallel: bool, any_name: bo
     that begins with the call of a known name. What else is JSON stays text.
 
     Args:
-        key: what arguments are called. any_name: an answer that begins with an object whose first key is
-        "name" is a call, and the name must be
-            a tool's; where not, it is a call only once the name is a tool's.
+        key: what arguments are called.
+        any_name: an answer that begins with an object whose first key is "name" is a call, and the name must
+            be a tool's; where not, it is a call only once the name is a tool's.
     """
     more = ' (W? ("," | ";")? W? loose_object)*' if parallel else ""
     listed = (' (W? "," W? loose_object)*' if parallel else "") + ' W? "]"'
