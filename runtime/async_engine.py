@@ -63,6 +63,7 @@ class AsyncEngine:
         self._pauses = 0
         self._stepping = False
         self._closed = False
+        self._touched: list[AsyncStream] = []
 
     @property
     def alive(self) -> bool:
@@ -207,6 +208,7 @@ class AsyncEngine:
         for ticket in tickets:  # nobody may wait for an output that never comes
             self.engine.cancel(ticket.id)
             self._end(ticket, failure)
+        self._wake_streams()
 
     def _loop(self) -> None:
         while True:
@@ -222,6 +224,22 @@ class AsyncEngine:
                 command()
             if self.engine.has_work:
                 self._step()
+            self._wake_streams()
+
+    def touch(self, stream: AsyncStream) -> None:
+        """Note that a stream has outputs that its loop does not know of; from the engine's thread."""
+        self._touched.append(stream)
+
+    def _wake_streams(self) -> None:
+        """Tell each event loop once of all its streams: waking one costs a system call."""
+        touched, self._touched = self._touched, []
+        for loop in {stream.loop for stream in touched}:
+            streams = [stream for stream in touched if stream.loop is loop]
+            try:
+                loop.call_soon_threadsafe(_wake_all, streams)
+            except RuntimeError:  # the loop is closed: its consumers are gone
+                for stream in streams:
+                    stream.close()
 
     def _may_go_on(self) -> bool:
         return self._closed or (self._pauser is None and bool(self._inbox or self.engine.has_work))
@@ -279,6 +297,11 @@ def _note(output: StepOutput, unfinished: set[int]) -> None:
         unfinished.discard(output.index)
 
 
+def _wake_all(streams: Seq[AsyncStream]) -> None:
+    for stream in streams:
+        stream.wake()
+
+
 class AsyncStream:
     """The outputs of one or several requests, for an event loop, in batches: all that came since it last
     looked.
@@ -289,12 +312,13 @@ class AsyncStream:
 
     def __init__(self, engine: AsyncEngine, loop: asyncio.AbstractEventLoop) -> None:
         self.tickets: list[Ticket] = []
+        self.loop = loop
         self._engine = engine
-        self._loop = loop
         self._arrived: list[StepOutput] = []
         self._unfinished = 0
         self._waiter: asyncio.Future[None] | None = None
         self._told = False
+        self._interruption: Exception | None = None
         self._lock = threading.Lock()
 
     def add(
@@ -307,14 +331,15 @@ class AsyncStream:
         return ticket
 
     def _deliver(self, output: StepOutput) -> None:
-        """The sink: called from the engine's thread. Raises where the loop is closed."""
+        """The sink: called from the engine's thread."""
         with self._lock:
             self._arrived.append(output)
             told, self._told = self._told, True
         if not told:
-            self._loop.call_soon_threadsafe(self._wake)
+            self._engine.touch(self)
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
+        """There are outputs; in the event loop."""
         with self._lock:
             self._told = False
         if self._waiter is not None and not self._waiter.done():
@@ -327,8 +352,10 @@ class AsyncStream:
         """The next outputs, at least one; a choice that failed ends with an output that holds its error."""
         if not self._unfinished:
             raise StopAsyncIteration
-        while not self._arrived:
-            self._waiter = self._loop.create_future()
+        while not self._arrived or self._interruption is not None:
+            if self._interruption is not None:
+                raise self._interruption
+            self._waiter = self.loop.create_future()
             try:
                 await self._waiter
             finally:
@@ -337,6 +364,12 @@ class AsyncStream:
             outputs, self._arrived = self._arrived, []
         self._unfinished -= sum(output.finish_reason is not None for output in outputs)
         return outputs
+
+    def interrupt(self, error: Exception) -> None:
+        """Let whoever waits for outputs get `error` instead; to be called in the event loop."""
+        self._interruption = error
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def close(self) -> None:
         """Cancel what is not over."""

@@ -156,7 +156,7 @@ class BlockManager:
         return copies
 
     def shrink(self, sequence: Sequence) -> None:
-        """Give back the pages that hold none of the sequence's computed tokens, where some were taken away."""
+        """Give back the pages that hold none of the sequence's computed tokens."""
         while len(sequence.block_table) > self.pages_for(sequence.num_computed):
             page = sequence.block_table.pop()
             self._references[page] -= 1

@@ -22,6 +22,8 @@ S = TypeVar("S", bound=Sequence)
 
 # Prompts computed at the same time even if the first of them fills the budget: short ones overtake long ones.
 _PROMPTS = 8
+# Tokens of a prompt that a long one lets pass: a step of them takes little longer than one of a single token.
+_QUICK = 64
 # Waiting sequences looked at in a step: those that wait for another's prefix do not hold up the ones behind
 # them.
 _LOOK_AHEAD = 16
@@ -80,6 +82,7 @@ class Scheduler(Generic[S]):
         self.max_batch_tokens = max_batch_tokens
         self.max_sequences = max_sequences
         self.max_rows = max_batch_tokens if max_rows is None else max_rows
+        self._aside = False  # whether a long prompt waited in the step before
         self.waiting: list[S] = []
         self.running: list[S] = []
 
@@ -200,7 +203,8 @@ class Scheduler(Generic[S]):
         """Answers that several tokens were added to at once, then the oldest prompt with half of the budget
         at least, then the shortest.
 
-        So a long prompt always advances, and neither an answer nor a short prompt waits for its end.
+        So a long prompt always advances (at least every other step), and neither an answer nor a short prompt
+        waits for its end.
         """
         prefills.sort(key=_by_age)
         answers = [s for s in prefills if s.num_computed >= s.num_prompt]
@@ -210,10 +214,29 @@ class Scheduler(Generic[S]):
         if not prompts:
             return
         oldest, others = prompts[0], sorted(prompts[1:], key=lambda s: s.remaining)
+        if self._step_aside(plan, oldest, others, budget):
+            return
         others_want = sum(s.remaining for s in others)
         half = max(budget - others_want, budget - budget // 2)
         shares = [(oldest, budget if oldest.remaining <= budget else half), *((s, budget) for s in others)]
         self._schedule_chunks(plan, shares, budget)
+
+    def _step_aside(self, plan: Plan[S], oldest: S, others: list[S], budget: int) -> bool:
+        """Whether a long prompt waits for a step in which short ones are computed whole: they have waited for
+        its last chunk already, and need not for another one. Never twice in a row.
+        """
+        quick = [s for s in others if s.remaining <= _QUICK]
+        wanted = sum(s.remaining for s in quick)
+        pages = sum(self.blocks.pages_to_extend(s, len(s.tokens)) for s in quick)
+        self._aside = (
+            not self._aside
+            and 0 < wanted <= budget
+            and oldest.remaining > 4 * _QUICK
+            and pages <= self.blocks.num_available
+        )
+        if self._aside:
+            self._schedule_chunks(plan, [(s, budget) for s in quick], budget)
+        return self._aside
 
     def _schedule_chunks(self, plan: Plan[S], shares: list[tuple[S, int]], budget: int) -> int:
         """A chunk for each sequence, within its share and the pages that are left; the tokens that are

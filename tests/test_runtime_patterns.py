@@ -1,4 +1,4 @@
-"""Patterns of schemas: translated, they match what Python's do; what is not regular or too large is refused."""
+"""Patterns of schemas: translated, they match what Python's do; what is not regular is refused."""
 
 from __future__ import annotations
 

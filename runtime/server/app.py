@@ -42,6 +42,7 @@ def create_app(models: Mapping[str, LLM], settings: ServerSettings | None = None
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
+        service.warm_up()
         yield
         service.close()
 

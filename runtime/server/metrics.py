@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -108,17 +107,20 @@ class _EngineCollector(Collector):
         yield from (running, waiting, usage, preempted, queries, hits, steps)
 
 
-@dataclass(slots=True)
 class Timing:
     """The clock of one request."""
 
-    metrics: Metrics
-    model: str
-    arrived: float = field(default_factory=time.perf_counter)
-    first: float | None = None
-    last: float = 0.0
-    tokens: int = 0
-    _prompts: set[str] = field(default_factory=set)
+    def __init__(self, metrics: Metrics, model: str) -> None:
+        self._metrics = metrics
+        self._model = model
+        self._arrived = time.perf_counter()
+        self._first: float | None = None
+        self._last = 0.0
+        self._tokens = 0
+        self._prompts: set[str] = set()
+        # Looked up once: it is not cheap, and tokens are many.
+        self._between = metrics.between.labels(model)
+        self._generated = metrics.generation_tokens.labels(model)
 
     def note(self, outputs: list[StepOutput]) -> None:
         """Take up outputs that have just come."""
@@ -126,23 +128,24 @@ class Timing:
         for output in outputs:
             if not output.token_ids:
                 continue
-            self.tokens += len(output.token_ids)
+            self._tokens += len(output.token_ids)
             if output.request_id not in self._prompts:
                 self._prompts.add(output.request_id)
-                self.metrics.prompt_tokens.labels(self.model).inc(output.prompt_tokens)
-            if self.first is None:
-                self.first = now
-                self.metrics.first_token.labels(self.model).observe(now - self.arrived)
+                self._metrics.prompt_tokens.labels(self._model).inc(output.prompt_tokens)
+            if self._first is None:
+                self._first = now
+                self._metrics.first_token.labels(self._model).observe(now - self._arrived)
             elif output.index == 0:
-                self.metrics.between.labels(self.model).observe(now - self.last)
-            self.metrics.generation_tokens.labels(self.model).inc(len(output.token_ids))
+                self._between.observe(now - self._last)
+            self._generated.inc(len(output.token_ids))
             if output.index == 0:
-                self.last = now
+                self._last = now
 
     def end(self, reason: str) -> None:
-        """The request is over: "stop", "length", "tool_calls", "abort" or "error"."""
+        """The request is over: "stop", "length", "abort" or "error"."""
         now = time.perf_counter()
-        self.metrics.success.labels(self.model, reason).inc()
-        self.metrics.whole.labels(self.model).observe(now - self.arrived)
-        if self.first is not None and self.tokens > 1:
-            self.metrics.per_token.labels(self.model).observe((self.last - self.first) / (self.tokens - 1))
+        self._metrics.success.labels(self._model, reason).inc()
+        self._metrics.whole.labels(self._model).observe(now - self._arrived)
+        if self._first is not None and self._tokens > 1:
+            mean = (self._last - self._first) / (self._tokens - 1)
+            self._metrics.per_token.labels(self._model).observe(mean)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+import sys
 from types import FrameType
 from typing import Any
 
@@ -18,6 +19,7 @@ from .service import Service
 _log = logging.getLogger("llmc.server")
 
 _POLL_SECONDS = 0.05
+_SWITCH_SECONDS = 0.0005
 
 
 class Server(uvicorn.Server):
@@ -75,6 +77,9 @@ def listen(host: str, port: int) -> socket.socket:
 def run(app: FastAPI, listener: socket.socket, **options: Any) -> bool:
     """Serve until a signal; returns whether every request was finished. `options` go to uvicorn's Config."""
     service: Service = app.state.service
+    # The engine's thread waits for the interpreter after each step as long as the event loop's may keep it: 5
+    # ms by default, a twentieth of a step.
+    sys.setswitchinterval(_SWITCH_SECONDS)
     config = uvicorn.Config(
         app,
         lifespan="on",

@@ -178,6 +178,12 @@ class Service:
         """Run a function of bounded length outside the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, work, *arguments)
 
+    def warm_up(self) -> None:
+        """Make what the first request with a grammar would wait for seconds: tables of the tokenizers."""
+        for model in self.models.values():
+            if model.generates:
+                self._pool.submit(model.llm.grammars.json_object)
+
     def retry_after(self, model: ServedModel) -> int:
         """Seconds after which a queue that is full may have room: what waits, at the rate of the past
         minute's mean request; 1 to 60.
@@ -202,7 +208,9 @@ class Running:
         self._place: dict[str, int] = {}
         self._ended = False
         seconds = service.settings.request_seconds
-        self._deadline = None if seconds is None else asyncio.get_running_loop().time() + seconds
+        self._timer = (
+            None if seconds is None else asyncio.get_running_loop().call_later(seconds, self._expire)
+        )
 
     def start(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> None:
         """Queue all of them, or none. Raises ApiError."""
@@ -230,7 +238,7 @@ class Running:
         """All that the prompts give, as it comes. Raises ApiError where one fails or the deadline passes."""
         reason = "error"
         try:
-            while (outputs := await self._next()) is not None:
+            while (outputs := await anext(self._stream, None)) is not None:
                 self.timing.note(outputs)
                 for output in outputs:
                     _check(output)
@@ -242,15 +250,9 @@ class Running:
         finally:
             self.close(reason)
 
-    async def _next(self) -> list[StepOutput] | None:
-        """The next outputs; None where none follow."""
-        try:
-            async with asyncio.timeout_at(self._deadline):
-                return await anext(self._stream, None)
-        except TimeoutError:
-            seconds = self._service.settings.request_seconds
-            message = f"the request took longer than {seconds:g} s"
-            raise ApiError(504, message, code="deadline_exceeded") from None
+    def _expire(self) -> None:
+        message = f"the request took longer than {self._service.settings.request_seconds:g} s"
+        self._stream.interrupt(ApiError(504, message, code="deadline_exceeded"))
 
     def finish(self, reason: str | None) -> None:
         """The answer is complete, whatever the engine would add."""
@@ -261,6 +263,8 @@ class Running:
         self._stream.close()
         if not self._ended:
             self._ended = True
+            if self._timer is not None:
+                self._timer.cancel()
             self.timing.end(reason)
 
 
