@@ -8,6 +8,7 @@ import platform
 import re
 import shutil
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -33,7 +34,9 @@ def examine() -> dict[str, Any]:
     base_ok = all(package["ok"] for package in packages if package["extra"] == "")
     compile_ok = base_ok and all(package["ok"] for package in packages if package["extra"] == "compile")
     wrong = [
-        f"{package['name']} {package['installed'] or 'missing'}" for package in packages if not package["ok"]
+        f"{package['name']} {package['installed'] or 'missing'}"
+        for package in packages
+        if not package["ok"] and not _left_out(package)
     ]
     return {
         "ok": base_ok,
@@ -48,6 +51,11 @@ def examine() -> dict[str, Any]:
         "linker_needed": False,  # codegen/tvm/elf.py links
         "targets": _targets(),
     }
+
+
+def _left_out(package: Mapping[str, Any]) -> bool:
+    """Whether a package is of an extra that was not asked for: then nothing is wrong."""
+    return package["installed"] is None and package["extra"] not in ("", "compile")
 
 
 _REQUIREMENT = re.compile(
@@ -141,7 +149,7 @@ def _text(report: dict[str, Any]) -> str:
                 row["installed"] or "missing",
                 row["required"] or "any",
                 row["extra"] or "base",
-                "ok" if row["ok"] else "WRONG",
+                "ok" if row["ok"] else "" if _left_out(row) else "WRONG",
             )
             for row in report["packages"]
         ),
