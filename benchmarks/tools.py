@@ -247,6 +247,7 @@ def measure(url: str, rows: Mapping[str, list[dict[str, Any]]], concurrency: int
                 answers = await ask(client, "model", questions, concurrency)
                 result[category] = grade(questions, answers)
                 result[category]["seconds"] = round(time.perf_counter() - began, 1)
+                print(f"{category}: {result[category]}", file=sys.stderr, flush=True)
         return result
 
     return asyncio.run(run())
