@@ -166,6 +166,7 @@ _FIELDS = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_thousand_bad_bodies_beside_a_good_stream(server: RunningServer):
     """Only 4xx (or, by luck, 200), each with its cause; the stream's text is what it would be alone."""
     good = {"messages": HELLO, "max_tokens": 300, "stream": True}
