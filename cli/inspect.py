@@ -106,6 +106,7 @@ def _artifact(path: Path, *, verify: Any) -> dict[str, Any]:
         "quantization": manifest.get("quantization"),
         "quality": artifact.quality,
         "layers": _layers(artifact),
+        "tool_calls": (manifest.get("tokenizer") or {}).get("tool_calls"),
         "kv_dtype": manifest.get("kv_dtype"),
         "page_size": manifest.get("page_size"),
         "kv_bytes_per_token": _kv_bytes_per_token(manifest),
@@ -232,6 +233,7 @@ def _text(report: dict[str, Any], tensors: list[dict[str, Any]]) -> str:
             ("size", size(report["bytes"])),
             ("bits a weight", report.get("bits_per_weight") or quantization.get("bits_per_weight")),
             ("quantization", quantization.get("scheme")),
+            ("tool calls", _tool_calls_text(report.get("tool_calls"))),
             *verdict_facts(report.get("quality")),
             (
                 "tensor types",
@@ -259,6 +261,13 @@ def _text(report: dict[str, Any], tensors: list[dict[str, Any]]) -> str:
         (row["name"], "×".join(map(str, row["shape"])), row["type"], size(row["bytes"])) for row in tensors
     )
     return f"{lines}\n\n{table(('tensor', 'shape', 'type', 'size'), rows)}"
+
+
+def _tool_calls_text(entry: dict[str, Any] | None) -> str | None:
+    if entry is None:
+        return None
+    shown = "shown by the template" if entry.get("in_template") else "told in the system message"
+    return f"{entry.get('format')}, tools are {shown}"
 
 
 def _target_text(entry: dict[str, Any]) -> str:

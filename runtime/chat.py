@@ -205,8 +205,7 @@ class ChatModel:
 
         Args:
             messages: in the form of OpenAI's API; texts may come as lists of text parts, arguments of calls
-            as
-                JSON text.
+                as JSON text.
             params: how to sample; its `grammar` is used where neither tools nor `response_format` make one.
             tools: functions that may be called.
             tool_choice: see `ToolChoice`. With "none" the tools are not shown to the model either.
@@ -233,14 +232,25 @@ class ChatModel:
                 "response_format beside tools is not supported",
                 remedy='ask for one of them, or set tool_choice to "none"',
             )
+        return self._tool_turn(messages, params, used, variables, required=required, parallel=parallel)
+
+    def _tool_turn(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams,
+        tools: tuple[Tool, ...],
+        variables: dict[str, Any],
+        *,
+        required: bool,
+        parallel: bool,
+    ) -> Turn:
+        """A turn in which `tools` may be called."""
         format = FORMATS[self.detected.format]
-        grammar = self.llm.grammars.lark(
-            format.grammar(
-                used,
-                required=required,
-                parallel=parallel and self.detected.parallel,
-                token_id=self.llm.tokenizer.token_id,
-            )
+        source = format.grammar(
+            tools,
+            required=required,
+            parallel=parallel and self.detected.parallel,
+            token_id=self.llm.tokenizer.token_id,
         )
 
         def prose() -> Turn:
@@ -248,13 +258,15 @@ class ChatModel:
             return Turn(self._render(_told(messages), None, variables), text)
 
         answered = _answered(messages)
+        # What is asked again must leave no trace in the answer: other choices and log probabilities would.
+        may_ask_again = answered and not required and params.n == 1 and params.logprobs is None
         return Turn(
-            self._render(messages, used, variables),
-            replace(params, grammar=grammar, skip_special_tokens=False),
+            self._render(messages, tools, variables),
+            replace(params, grammar=self.llm.grammars.lark(source), skip_special_tokens=False),
             format,
-            used,
+            tools,
             answered,
-            prose if answered and not required and params.n == 1 else None,
+            prose if may_ask_again else None,
         )
 
     def _choose(self, tools: Sequence[Tool], choice: ToolChoice) -> tuple[tuple[Tool, ...], bool]:

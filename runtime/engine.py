@@ -325,8 +325,9 @@ class Engine:
         wanted = self._to_sample(plan.chunks, logits, checked, outputs)
         if not wanted.generations:
             return outputs
-        if len(wanted.rows) != len(logits):
-            logits = logits[wanted.rows]  # the choices of one prompt start from the same row
+        if wanted.rows != list(range(len(logits))):
+            # The choices of one prompt start from the same row, and some rows are no one's next token.
+            logits = logits[wanted.rows]
         states = [generation.sampler for generation in wanted.generations]
         indices = [generation.num_generated for generation in wanted.generations]
         tokens, logprobs = sample(logits, states, indices, self._allowed(wanted, masks))

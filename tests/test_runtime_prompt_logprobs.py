@@ -176,3 +176,15 @@ def test_broken_logits_of_the_prompt_are_no_numbers():
     (output,) = finish(engine)["a", 0]
     assert output.finish_reason == "error"
     assert np.isnan(output.prompt_logprobs[4].logprob)  # pyright: ignore[reportOptionalMemberAccess]
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4])
+def test_choices_begin_at_the_prompts_last_row_however_many_rows_were_scored(length: int):
+    # As many choices as rows of logits: counting them alone does not tell which row is whose.
+    prompt = PROMPT[:length]
+    engine = make()
+    engine.add_request(prompt, SamplingParams(prompt_logprobs=0, n=3, max_tokens=4, ignore_eos=True), "a")
+    outputs = finish(engine)
+    for choice in range(3):
+        tokens = [token for output in outputs["a", choice] for token in output.token_ids]
+        assert tokens == generate_alone(prompt, 4)

@@ -23,6 +23,7 @@ class OnnxExecutor:
 
     def __init__(self, artifact: Artifact, *, threads: int | None = None, target: str = "onnx-cpu"):
         entry = artifact.target(target)
+        self.target_name = target
         self._kind = artifact.kind
         self._session = _open_session(artifact, entry, threads)
         self._inputs = {v.name: v for v in self._session.get_inputs()}

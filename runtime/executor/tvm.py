@@ -67,6 +67,7 @@ class TvmExecutor:
     def __init__(self, artifact: Artifact, isa: str | None, threads: int | None) -> None:
         entry = artifact.target("tvm-cpu")
         self._artifact, self._kernel = artifact, _kernel_entry(artifact, entry, isa)
+        self.target_name = "tvm-cpu"
         self.isa = str(self._kernel["isa"])
         self._library = _load(artifact, self._kernel["path"])
         self._times: CallTimes | None = None

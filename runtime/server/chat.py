@@ -46,7 +46,7 @@ def chat_router(service: Service) -> APIRouter:
         turn: Turn = await service.prepare(_prepare, model, body)
         running = Running(service, model)
         running.start([truncated(turn.prompt_ids, body.truncate_prompt_tokens)], [turn.params])
-        answer = _Answer(service, model, running, turn)
+        answer = _Answer(service, model, running, turn, keep=body.truncate_prompt_tokens)
         if body.stream:
             return EventStream(answer.stream(usage=usage))
         return AsciiJsonResponse(await unless_gone(request, answer.whole()))
@@ -96,7 +96,11 @@ class _Choice:
 class _Answer:
     """The answer to one request, as a whole or as chunks."""
 
-    def __init__(self, service: Service, model: ServedModel, running: Running, turn: Turn) -> None:
+    def __init__(
+        self, service: Service, model: ServedModel, running: Running, turn: Turn, *, keep: int | None
+    ) -> None:
+        """`keep`: tokens of a prompt that are kept at most, where the request asked for that."""
+        self._keep = keep
         self._service = service
         self._turn = turn
         self._model = model
@@ -165,9 +169,10 @@ class _Answer:
         """Where every choice has ended by what it said, the engine need not go on; where text is wanted
         instead of a call that was made before, it starts again.
         """
-        await ask_for_prose(self._service, self._running, self._turn, self._choices[0].reader, usage)
+        reader = self._choices[0].reader
+        await ask_for_prose(self._service, self._running, self._turn, reader, usage, self._keep)
         if all(choice.reader.finish_reason is not None for choice in self._choices):
-            self._running.finish(self._choices[0].reader.finish_reason)
+            self._running.finish(reader.finish_reason)
 
     def _chunks(self, output: StepOutput, *, usage: bool) -> str:
         choice = self._choices[output.index]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from ...ir.errors import InputError
 from .completions import listed
 from .errors import AsciiJsonResponse
 from .schema import EmbeddingRequest, RerankRequest
-from .service import ServedModel, Service, unless_gone
+from .service import ClientGoneError, ServedModel, Service, unless_gone
 from .wire import new_id, truncated
 
 
@@ -25,26 +26,34 @@ def embeddings_router(service: Service) -> APIRouter:
     async def embeddings(body: EmbeddingRequest, request: Request) -> AsciiJsonResponse:
         """A vector of length 1 for each text."""
         model = service.model(body.model, generates=False)
-        return AsciiJsonResponse(await unless_gone(request, service.prepare(_embed_body, model, body)))
+        return AsciiJsonResponse(
+            await unless_gone(request, service.compute(partial(_embed_body, model, body)))
+        )
 
     @router.post("/v1/rerank")
     async def rerank(body: RerankRequest, request: Request) -> AsciiJsonResponse:
         """Documents by their likeness to a query, best first."""
         model = service.model(body.model, generates=False)
-        return AsciiJsonResponse(await unless_gone(request, service.prepare(_rerank, model, body)))
+        return AsciiJsonResponse(await unless_gone(request, service.compute(partial(_rerank, model, body))))
 
     return router
 
 
-def _vectors(model: ServedModel, texts: Sequence[Any], keep: int | None) -> tuple[np.ndarray, int]:
+def _vectors(
+    model: ServedModel, texts: Sequence[Any], keep: int | None, goes_on: Callable[[], bool]
+) -> tuple[np.ndarray, int]:
     """([N, hidden] float32 of length 1, tokens read)."""
     ids = [truncated(model.llm.prompt_ids(text), keep) for text in texts]
-    vectors = model.llm.embeddings(ids)
-    return vectors, sum(len(tokens) for tokens in ids)
+    vectors: list[np.ndarray] = []
+    for tokens in ids:
+        if not goes_on():
+            raise ClientGoneError
+        vectors.append(model.llm.embeddings([tokens])[0])
+    return np.stack(vectors), sum(map(len, ids))
 
 
-def _embed_body(model: ServedModel, body: EmbeddingRequest) -> dict[str, Any]:
-    vectors, tokens = _vectors(model, listed(body.input, "input"), body.truncate_prompt_tokens)
+def _embed_body(model: ServedModel, body: EmbeddingRequest, goes_on: Callable[[], bool]) -> dict[str, Any]:
+    vectors, tokens = _vectors(model, listed(body.input, "input"), body.truncate_prompt_tokens, goes_on)
     if body.dimensions is not None and body.dimensions != vectors.shape[1]:
         raise InputError(
             f"dimensions is {body.dimensions}", remedy=f"this model's vectors have {vectors.shape[1]}"
@@ -64,8 +73,8 @@ def _embed_body(model: ServedModel, body: EmbeddingRequest) -> dict[str, Any]:
     return {"object": "list", "data": data, "model": model.name, "usage": usage}
 
 
-def _rerank(model: ServedModel, body: RerankRequest) -> dict[str, Any]:
-    vectors, tokens = _vectors(model, [body.query, *body.documents], body.truncate_prompt_tokens)
+def _rerank(model: ServedModel, body: RerankRequest, goes_on: Callable[[], bool]) -> dict[str, Any]:
+    vectors, tokens = _vectors(model, [body.query, *body.documents], body.truncate_prompt_tokens, goes_on)
     scores = vectors[1:] @ vectors[0]
     order = np.argsort(-scores, kind="stable")[: body.top_n or len(scores)]
     results: list[dict[str, Any]] = []

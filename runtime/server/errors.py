@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from typing import Any
@@ -73,11 +74,8 @@ class AsciiJsonResponse(JSONResponse):
         return dumps(content).encode("ascii")
 
 
-def dumps(content: Any) -> str:
-    """JSON in ASCII without spaces; NaN and infinities are a bug here, not a number."""
-    import json
-
-    return json.dumps(content, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+dumps = json.JSONEncoder(ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode
+"""JSON in ASCII without spaces; NaN and infinities are a bug here, not a number."""
 
 
 # "tools[0].function.name is …", "messages[2] has …": errors of the runtime begin with the field they concern.

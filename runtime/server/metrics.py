@@ -27,6 +27,8 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self.mean_seconds: dict[str, float] = {}
+        """By model: the running mean of how long requests take, the latest counting a tenth."""
         registry = self.registry
         self.prompt_tokens = Counter("vllm:prompt_tokens", "Tokens of prompts.", _LABELS, registry=registry)
         self.generation_tokens = Counter(
@@ -146,6 +148,8 @@ class Timing:
         now = time.perf_counter()
         self._metrics.success.labels(self._model, reason).inc()
         self._metrics.whole.labels(self._model).observe(now - self._arrived)
+        means, seconds = self._metrics.mean_seconds, now - self._arrived
+        means[self._model] = 0.9 * means.get(self._model, seconds) + 0.1 * seconds
         if self._first is not None and self._tokens > 1:
             mean = (self._last - self._first) / (self._tokens - 1)
             self._metrics.per_token.labels(self._model).observe(mean)

@@ -191,7 +191,7 @@ class _Answer:
 
     async def _go_on(self) -> None:
         """As for chat completions: end early, or start again for text."""
-        await ask_for_prose(self._service, self._running, self._turn, self._reader, self._usage)
+        await ask_for_prose(self._service, self._running, self._turn, self._reader, self._usage, None)
         if self._reader.finish_reason is not None:
             self._running.finish(self._reader.finish_reason)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import hmac
+import threading
 import time
-from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -24,6 +26,9 @@ from .schema import Sampling
 from .settings import ServerSettings
 
 T = TypeVar("T")
+
+_MOST_WAITING = 64
+"""Requests to encoders, which are computed one after the other."""
 
 _AS_THEY_ARE = (
     "n", "temperature", "top_p", "presence_penalty", "frequency_penalty", "seed", "top_k", "min_p",
@@ -133,13 +138,13 @@ class Service:
         self._keys = tuple(hashlib.sha256(key.encode()).digest() for key in settings.api_keys)
         # Rendering, tokenizing and compiling of schemas are bounded, but not short enough for an event loop.
         self._pool = ThreadPoolExecutor(4, thread_name_prefix="llmc-prepare")
+        self._computer = ThreadPoolExecutor(1, thread_name_prefix="llmc-compute")
+        self._waiting = 0
 
     def accepts(self, authorization: str | None) -> bool:
         """Whether a request with this Authorization header may pass; in a time that tells nothing of the
         keys.
         """
-        import hmac
-
         if not self._keys:
             return True
         given = (authorization or "").partition(" ")
@@ -185,16 +190,41 @@ class Service:
                 self._pool.submit(model.llm.grammars.json_object)
 
     def retry_after(self, model: ServedModel) -> int:
-        """Seconds after which a queue that is full may have room: what waits, at the rate of the past
-        minute's mean request; 1 to 60.
+        """Seconds after which a full queue may have room: a running sequence's end is that far away, on the
+        mean of the last requests; 1 to 60.
         """
-        engine = model.llm.engine.engine
-        waiting = len(engine.scheduler.waiting) + 1
-        return max(1, min(60, round(waiting / max(1, engine.options.max_sequences) * 5)))
+        mean = self.metrics.mean_seconds.get(model.name, 1.0)
+        return max(1, min(60, round(mean / model.llm.engine.engine.options.max_sequences)))
+
+    async def compute(self, work: Callable[[Callable[[], bool]], T]) -> T:
+        """Run work of any length, one at a time, beside what is prepared. It gets a function that says
+        whether to go on. Raises ApiError where too much waits or the deadline passes.
+        """
+        if self._waiting >= _MOST_WAITING:
+            headers = {"Retry-After": "1"}
+            raise ApiError(429, f"{self._waiting} requests wait", code="queue_full", headers=headers)
+        wanted = threading.Event()
+        wanted.set()
+        self._waiting += 1
+        try:
+            async with asyncio.timeout(self.settings.request_seconds):
+                loop = asyncio.get_running_loop()
+                return await loop.run_in_executor(self._computer, work, wanted.is_set)
+        except TimeoutError:
+            raise self.too_late() from None
+        finally:
+            wanted.clear()
+            self._waiting -= 1
+
+    def too_late(self) -> ApiError:
+        """The answer to a request whose deadline has passed."""
+        message = f"the request took longer than {self.settings.request_seconds:g} s"
+        return ApiError(504, message, code="deadline_exceeded")
 
     def close(self) -> None:
-        """End the threads that prepare requests; the models stay open."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        """End the threads; the models stay open."""
+        for pool in (self._pool, self._computer):
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 class Running:
@@ -251,8 +281,7 @@ class Running:
             self.close(reason)
 
     def _expire(self) -> None:
-        message = f"the request took longer than {self._service.settings.request_seconds:g} s"
-        self._stream.interrupt(ApiError(504, message, code="deadline_exceeded"))
+        self._stream.interrupt(self._service.too_late())
 
     def finish(self, reason: str | None) -> None:
         """The answer is complete, whatever the engine would add."""

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator
 from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from .errors import ApiError, as_api_error
+from .errors import ApiError, as_api_error, dumps
 from .service import gone
-
-_encode = json.JSONEncoder(ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode
 
 DONE = "data: [DONE]\n\n"
 
@@ -21,7 +18,7 @@ DONE = "data: [DONE]\n\n"
 def event(data: Any, name: str | None = None) -> str:
     """One event (HTML standard, "Server-sent events"): JSON on one line, as OpenAI's API sends it."""
     head = f"event: {name}\n" if name else ""
-    return f"{head}data: {_encode(data)}\n\n"
+    return f"{head}data: {dumps(data)}\n\n"
 
 
 class EventStream(Response):

@@ -72,7 +72,7 @@ class Usage:
 
 
 async def ask_for_prose(
-    service: Service, running: Running, turn: Turn, reader: TurnReader, usage: Usage
+    service: Service, running: Running, turn: Turn, reader: TurnReader, usage: Usage, keep: int | None
 ) -> None:
     """Start again for text where a reader wants that; tokens of the call that was dropped do not count."""
     if not reader.wants_prose or turn.prose is None:
@@ -80,7 +80,7 @@ async def ask_for_prose(
     again: Turn = await service.prepare(turn.prose)
     usage.clear()
     reader.into_prose()
-    running.restart(again.prompt_ids, again.params)
+    running.restart(truncated(again.prompt_ids, keep), again.params)
 
 
 def wants_usage(stream: bool | None, options: StreamOptions | None) -> bool:
