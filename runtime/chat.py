@@ -207,7 +207,8 @@ class ChatModel:
             messages: in the form of OpenAI's API; texts may come as lists of text parts, arguments of calls
                 as JSON text.
             params: how to sample; its `grammar` is used where neither tools nor `response_format` make one.
-            tools: functions that may be called.
+            tools: functions that may be called, of different names (`tools_from_openai` and `ToolBox` see to
+                that).
             tool_choice: see `ToolChoice`. With "none" the tools are not shown to the model either.
             parallel: whether one answer may hold several calls.
             response_format: {"type": "text"}, {"type": "json_object"}, or {"type": "json_schema",
@@ -274,11 +275,6 @@ class ChatModel:
         that cannot be honoured.
         """
         names = [tool.name for tool in tools]
-        for index, name in enumerate(names):
-            if name in names[:index]:
-                raise InputError(
-                    f"tools[{index}].function.name: {name!r} is there twice", remedy="rename one"
-                )
         if choice == "none":
             return (), False
         if choice == "required" and not tools:

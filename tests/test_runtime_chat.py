@@ -64,7 +64,6 @@ def test_special_tokens_in_results_of_tools_are_broken_up(model: ChatModel):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"tools": [ADD, ADD]}, r"tools\[1\].function.name: 'add' is there twice"),
         ({"tool_choice": "required"}, "tool_choice is required, but there are no tools"),
         ({"tools": [ADD], "tool_choice": "sub"}, "tool_choice names 'sub'; tools: add"),
         ({"tools": [ADD], "response_format": {"type": "json_object"}}, "response_format beside tools"),

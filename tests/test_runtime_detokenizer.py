@@ -141,3 +141,19 @@ def test_text_is_held_back_only_while_it_may_begin_a_stop_string():
     assert checker.push(": more") == ""
     assert checker.found == "\nUser:"
     assert checker.push("anything") == ""
+
+
+@pytest.mark.parametrize("name", ["byte level", "byte fallback"])
+@given(text=st.text(alphabet=st.sampled_from("abc é日本👩‍🚀🇨🇭 the.\n"), min_size=1, max_size=25))
+@settings(deadline=None, max_examples=100)
+def test_bytes_of_tokens_are_those_of_the_text(name: str, text: str):
+    tokenizer = TOKENIZERS[name]
+    data = b"".join(tokenizer.token_bytes(token_id) for token_id in tokenizer.encode(text))
+    assert data.decode() == tokenizer.decode(tokenizer.encode(text))
+
+
+def test_bytes_of_added_tokens_are_their_text():
+    tokenizer = TOKENIZERS["byte level"]
+    (end,) = tokenizer.encode("<|end|>")
+    assert tokenizer.token_bytes(end) == b"<|end|>"
+    assert tokenizer.token_bytes(10**6) == b""

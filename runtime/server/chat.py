@@ -13,6 +13,7 @@ from ...ir.errors import InputError
 from ..chat import Turn, TurnReader
 from ..generation import StepOutput
 from ..sampler import TokenLogprob
+from ..tool_calls import tools_from_openai
 from .constraints import constraint
 from .errors import AsciiJsonResponse
 from .schema import ChatRequest
@@ -26,7 +27,6 @@ from .wire import (
     new_id,
     now,
     tool_choice_of,
-    tools_of,
     truncated,
     wants_usage,
 )
@@ -76,7 +76,7 @@ def _prepare(model: ServedModel, body: ChatRequest) -> Turn:
     return model.chat.prepare(
         [message.model_dump(exclude_none=True) for message in body.messages],
         params,
-        tools=tools_of(body.tools),
+        tools=tools_from_openai(body.tools or []),
         tool_choice=tool_choice_of(body.tool_choice),
         parallel=body.parallel_tool_calls is not False,
         response_format=body.response_format,

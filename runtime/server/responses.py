@@ -13,12 +13,12 @@ from starlette.responses import Response
 from ...ir.errors import InputError
 from ..chat import Turn
 from ..generation import StepOutput
-from ..tool_calls import CallArguments, CallBegin, Content, Event
+from ..tool_calls import CallArguments, CallBegin, Content, Event, tools_from_openai
 from .errors import ApiError, AsciiJsonResponse
 from .schema import ResponsesRequest, Sampling
 from .service import Running, ServedModel, Service, unless_gone
 from .streams import EventStream, event
-from .wire import Usage, ask_for_prose, new_id, now, tool_choice_of, tools_of
+from .wire import Usage, ask_for_prose, new_id, now, tool_choice_of
 
 
 def responses_router(service: Service) -> APIRouter:
@@ -54,7 +54,7 @@ def _prepare(model: ServedModel, body: ResponsesRequest) -> Turn:
     return model.chat.prepare(
         messages,
         model.sampling(options, body.max_output_tokens),
-        tools=tools_of([_nested(tool, i) for i, tool in enumerate(body.tools or ())]),
+        tools=tools_from_openai([_nested(tool, i) for i, tool in enumerate(body.tools or ())]),
         tool_choice=tool_choice_of(body.tool_choice),
         parallel=body.parallel_tool_calls is not False,
         response_format=_format(body.text),

@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..tool_calls.base import MAX_TOOLS
+
 MAX_MESSAGES = 4096
-MAX_TOOLS = 128
 MAX_PROMPTS = 1024
 
 _Names = Annotated[str, Field(max_length=512)]

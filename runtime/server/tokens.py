@@ -7,10 +7,10 @@ from typing import Any
 from fastapi import APIRouter
 
 from ...ir.errors import InputError
+from ..tool_calls import tools_from_openai
 from .errors import AsciiJsonResponse
 from .schema import DetokenizeRequest, TokenizeRequest
 from .service import ServedModel, Service
-from .wire import tools_of
 
 
 def tokens_router(service: Service) -> APIRouter:
@@ -41,7 +41,9 @@ def _tokenize(model: ServedModel, body: TokenizeRequest) -> dict[str, Any]:
     else:
         messages = [message.model_dump(exclude_none=True) for message in body.messages or ()]
         opening = {"add_generation_prompt": body.add_generation_prompt is not False}
-        turn = model.chat.prepare(messages, llm.sampling(), tools=tools_of(body.tools), template=opening)
+        turn = model.chat.prepare(
+            messages, llm.sampling(), tools=tools_from_openai(body.tools or []), template=opening
+        )
         ids = turn.prompt_ids
     answer: dict[str, Any] = {"count": len(ids), "max_model_len": llm.context_length, "tokens": ids}
     if body.return_token_strs:

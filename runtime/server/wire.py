@@ -12,7 +12,7 @@ from ..chat import Turn, TurnReader
 from ..generation import StepOutput
 from ..sampler import TokenLogprob
 from ..tokenizer import Tokenizer
-from ..tool_calls import CallArguments, CallBegin, Content, Event, Tool
+from ..tool_calls import CallArguments, CallBegin, Content, Event
 from .schema import StreamOptions
 from .service import Running, Service
 
@@ -158,11 +158,6 @@ def chat_delta(events: Iterable[Event]) -> dict[str, Any]:
     if calls:
         delta["tool_calls"] = list(calls.values())
     return delta
-
-
-def tools_of(given: Iterable[Mapping[str, Any]] | None) -> list[Tool]:
-    """The tools of a request. Raises InputError naming the field."""
-    return [Tool.from_openai(tool, f"tools[{index}]") for index, tool in enumerate(given or ())]
 
 
 def tool_choice_of(given: str | Mapping[str, Any] | None) -> str:
