@@ -20,6 +20,8 @@ from .sequence import Sequence, Status
 
 S = TypeVar("S", bound=Sequence)
 
+_NONE = range(0)
+
 # Prompts computed at the same time even if the first of them fills the budget: short ones overtake long ones.
 _PROMPTS = 8
 # Tokens of a prompt that a long one lets pass: a step of them takes little longer than one of a single token.
@@ -47,7 +49,10 @@ class Chunk(Generic[S]):
     @property
     def scored(self) -> range:
         """Tokens whose logits are wanted besides the last one's, as places in the sequence."""
-        sequence, end = self.sequence, self.start + self.count
+        sequence = self.sequence
+        if not sequence.drafted and sequence.scored >= sequence.score_end:
+            return _NONE  # nearly always, and asked for twice a sequence and step
+        end = self.start + self.count
         if sequence.drafted:
             return range(end - 1 - sequence.drafted, end - 1)
         return range(max(self.start, sequence.scored), min(end, sequence.score_end))
