@@ -12,7 +12,7 @@ of a prompt fill a tile for each head, one row alone fills it with the heads tha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -39,32 +39,27 @@ from .builder import (
     vec,
 )
 from .cache import PAGE_SIZE
-from .tile_registers import TILE_ROWS, configure_floats, load, multiply_floats, release, store, zero
+from .tile_registers import (
+    TILE_ROWS,
+    Operation,
+    Steps,
+    configure_floats,
+    load,
+    multiply_floats,
+    release,
+    store,
+    zero,
+)
 from .vector_math import exp2, tanh
 
 _TOKENS = TILE * PAGE_SIZE
 _TASKS = 48
 """Pieces that a step is cut into, about, so that threads get equal shares."""
-_Operation = Callable[[], None]
 
 
 def fits(spec: Attention) -> bool:
     """Whether heads fill tiles."""
     return spec.head_dim % DEPTH == 0 and spec.kv_dtype == "bfloat16"
-
-
-class _Steps:
-    """Operations to be written in between others, spread evenly over a number of steps."""
-
-    def __init__(self, operations: Sequence[_Operation], steps: int) -> None:
-        self.operations, self.steps, self.taken, self.done = operations, steps, 0, 0
-
-    def step(self) -> None:
-        self.taken += 1
-        due = len(self.operations) * self.taken // self.steps
-        for operation in self.operations[self.done : due]:
-            operation()
-        self.done = due
 
 
 def _within(page: Expr, start: Expr, stop: Expr) -> Expr:
@@ -167,7 +162,7 @@ class _Block:
         def score(turn: Expr) -> None:
             self._find(turn, start, stop)
             operations = [op for half in (0, 1) for op in self._score(tile, turn, T.int32(half))]
-            fetches = _Steps(self._prefetches(0, turn + 1, start, stop), len(operations))
+            fetches = Steps(self._prefetches(0, turn + 1, start, stop), len(operations))
             for operation in operations:
                 operation()
                 fetches.step()
@@ -182,13 +177,13 @@ class _Block:
                 self._copy_values(turn, start, stop)
                 self._softmax(tile, turn, turn, lambda _: [])
                 operations = [op for half in (0, 1) for op in self._value(turn, T.int32(half))]
-                fetches = _Steps(self._prefetches(1, turn + 1, start, stop), len(operations))
+                fetches = Steps(self._prefetches(1, turn + 1, start, stop), len(operations))
                 for operation in operations:
                     operation()
                     fetches.step()
             self._accumulate(tile, end - 1)
 
-    def _prefetches(self, which: int, turn: Expr, start: Expr, stop: Expr) -> list[_Operation]:
+    def _prefetches(self, which: int, turn: Expr, start: Expr, stop: Expr) -> list[Operation]:
         """Operations that fetch keys (0) or values (1)."""
         at, kv_head = self.at, self.cells.kv_head
         pages = [_within(turn * TILE + u, start, stop) for u in range(TILE)]
@@ -225,7 +220,7 @@ class _Block:
                     operation()
             with loop(begin, end) as tile:
 
-                def beside(half: Expr) -> list[_Operation]:
+                def beside(half: Expr) -> list[Operation]:
                     # At the ends something is computed again, or from what lies there, and not used.
                     score = self._score(T.min(tile + 1, end - 1), tile + 1, half, pages)
                     return [*self._value(tile + 1, half), *score]
@@ -265,7 +260,7 @@ class _Block:
                     kept = T.reinterpret(kept, dtype="float32x16")
                     put(self.values, kept, c, u * (PAGE_SIZE // 2) + pair, 0)
 
-    def _score(self, tile: Expr, turn: Expr, half: Expr, pages: Expr | None = None) -> list[_Operation]:
+    def _score(self, tile: Expr, turn: Expr, half: Expr, pages: Expr | None = None) -> list[Operation]:
         """Scores of a tile's cells and half of the pages that were found for turn `pages`."""
         found = turn % 2 if pages is None else pages % 2
 
@@ -276,7 +271,7 @@ class _Block:
         out = partial(self._row, self.scores, turn % 2)
         return self._products((self.query, tile), keys, (half, TILE), out)
 
-    def _value(self, turn: Expr, half: Expr) -> list[_Operation]:
+    def _value(self, turn: Expr, half: Expr) -> list[Operation]:
         """Weights times half of the columns of the values."""
         columns = self.spec.head_dim // LANES
 
@@ -296,13 +291,13 @@ class _Block:
         right: Callable[[Expr, int], Expr],
         of: tuple[Expr, int],
         out: Callable[[Expr], Expr],
-    ) -> list[_Operation]:
+    ) -> list[Operation]:
         """Operations for half = 0 or 1 of out(column)[cell] = left [cell, words] times words at right(column,
         depth); of = (half, columns).
         """
         (a, which), (half, columns) = left, of
         depth, share = a.depth, columns // 2
-        operations: list[_Operation] = []
+        operations: list[Operation] = []
 
         def multiply(c: int, k: int, column: Expr) -> None:
             if k == 0:
@@ -337,7 +332,7 @@ class _Block:
         return seen
 
     def _softmax(
-        self, tile: Expr, turn: Expr, pages: Expr, beside: Callable[[Expr], list[_Operation]]
+        self, tile: Expr, turn: Expr, pages: Expr, beside: Callable[[Expr], list[Operation]]
     ) -> None:
         """Scores to weights: the new maximum and sum. Lane i of a vector belongs to cell i in the end.
 
@@ -362,7 +357,7 @@ class _Block:
         put(self.rescale, exp2(best - new), turn, 0)
         if cells.many:
             with T.serial(0, 2) as half:
-                steps = _Steps(beside(half), cells.count // 2)
+                steps = Steps(beside(half), cells.count // 2)
                 for i in range(cells.count // 2):
                     self._weights(tile, turn, let(half * (cells.count // 2) + i), page)
                     steps.step()

@@ -17,7 +17,7 @@ The sums are exact integers, so that the bits of a row depend neither on the num
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -158,7 +158,7 @@ def _finish_group(
     row: Expr,
     panel: Packed,
     group: Expr,
-    total: list[list[Buffer]],
+    total: Iterable[list[Buffer]],
     acc: list[list[Buffer]],
     columns: Sequence[Expr],
 ) -> None:

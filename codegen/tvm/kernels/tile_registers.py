@@ -7,12 +7,31 @@ bytes, or two bfloat16, of 16 columns.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 from tvm.script.ir_builder import tirx as T
 
 from .builder import Expr
 
 TILE_ROWS = 16
 """Rows of a tile."""
+
+Operation = Callable[[], None]
+"""Emits some instructions."""
+
+
+class Steps:
+    """Operations to be written in between others, spread evenly over a number of steps."""
+
+    def __init__(self, operations: Sequence[Operation], steps: int) -> None:
+        self.operations, self.steps, self.taken, self.done = operations, steps, 0, 0
+
+    def step(self) -> None:
+        self.taken += 1
+        due = -(-len(self.operations) * self.taken // self.steps)
+        for operation in self.operations[self.done : due]:
+            operation()
+        self.done = due
 
 
 def configure_bytes(depth: int) -> None:

@@ -5,24 +5,40 @@ there, and rows of activations the first; the result is a group's totals of 16 r
 through memory, since vectors cannot read tiles, and are scaled there as everywhere: the bits of a result are
 those of the other levels.
 
+A tile instruction is many micro-operations, and several in a row leave no room for others: what multiplies a
+group stands between the rows of the group before that are scaled meanwhile.
+
 The last tile starts 16 rows before the end and computes some rows again, to the same bits (two threads may
 write the same there).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 from tvm.script.ir_builder import tirx as T
 
 from .builder import LANES, Buffer, Expr, f32s, let, register, register_i32, vec
 from .isa import Isa
 from .layout import QuantLayout
-from .panels import Operands, Unpacked
-from .tile_registers import TILE_ROWS, configure_bytes, load, multiply_bytes, release, store, zero
+from .panels import Unpacked
+from .tile_registers import (
+    TILE_ROWS,
+    Operation,
+    Steps,
+    configure_bytes,
+    load,
+    multiply_bytes,
+    release,
+    store,
+    zero,
+)
 
-FinishGroup = Callable[[Expr, list[list[Buffer]], list[list[Buffer]]], None]
-"""(group, totals, sums): add the scaled totals, int32 [row][0], to the float32 sums [row][0]."""
+FinishGroup = Callable[[Expr, Iterable[list[Buffer]], list[list[Buffer]]], None]
+"""(group, totals, sums): add the scaled totals, int32 [row][0], to the float32 sums [row][0]. Totals are
+asked for row by row, each when the row before was added.
+"""
 Finish = Callable[[Unpacked, Expr, Expr], FinishGroup]
 """(panel, row, c): scales totals of 16 rows from `row` on by block c of the panel."""
 
@@ -50,7 +66,7 @@ def multiply_tiles(
 ) -> None:
     """Rows [first, stop) by the blocks of panels.
 
-    There are 16 rows at least. A group's totals are scaled while the tiles of the next one are multiplied.
+    There are 16 rows at least.
     """
     first, stop = rows
     totals = T.alloc_buffer((2, TILE_ROWS, LANES), "int32")
@@ -70,31 +86,79 @@ def _multiply_block(row: Expr, panel: Unpacked, c: Expr, totals: Buffer, finish:
         ops.expect(row + t, block)
     acc = [[register(f32s(0))] for _ in range(TILE_ROWS)]
     finish_group = finish(panel, row, c)
+    products = _Products(row, panel, c, totals)
+    last = ops.layout.groups - 1
 
-    def scale(g: Expr) -> None:
-        turn = T.bitwise_and(g, T.int32(1))
-        finish_group(g, [[register_i32(vec(totals, turn, t, 0))] for t in range(TILE_ROWS)], acc)
+    def scale(g: Expr, beside: Sequence[Operation]) -> None:
+        """Add the totals of group g; `beside`: what is done meanwhile."""
+        steps = Steps(beside, TILE_ROWS)
 
-    _multiply_group(ops, row, panel, T.int32(0), c, totals)
-    with T.serial(0, ops.layout.groups - 1) as g:
-        _multiply_group(ops, row, panel, g + 1, c, totals)
-        scale(g)
-    scale(T.int32(ops.layout.groups - 1))
+        def rows() -> Iterator[list[Buffer]]:
+            for t in range(TILE_ROWS):
+                steps.step()
+                yield [register_i32(vec(totals, T.bitwise_and(g, T.int32(1)), t, 0))]
+
+        finish_group(g, rows(), acc)
+
+    products.load(T.int32(0))
+    for operation in products.group(T.int32(0), more=last > 0):
+        operation()
+    if last > 1:
+        with T.serial(0, last - 1) as g:
+            scale(g, products.group(g + 1, more=True))
+    if last > 0:
+        scale(T.int32(last - 1), products.group(T.int32(last), more=False))
+    scale(T.int32(last), [])
     for t in range(TILE_ROWS):
         ops.write(let(vec(acc[t][0], 0)), row + t, block)
 
 
-def _multiply_group(ops: Operands, row: Expr, panel: Unpacked, g: Expr, c: Expr, totals: Buffer) -> None:
-    """Totals of a group: 16 rows from `row` on by block c of the panel, to totals[g % 2]."""
-    lay = ops.layout
-    depth = tile_depth(lay)
-    zero(0)
-    steps = depth // 4 // lay.words
-    for part in range(lay.group // depth):
-        load(1, _address(ops.a, row, g * lay.group + part * depth), lay.k_padded)
-        load(2, _address(panel.bytes, c, g, part * steps, 0, 0), 64)
+class _Products:
+    """Totals of the groups of 16 rows from `row` on by block c of a panel."""
+
+    def __init__(self, row: Expr, panel: Unpacked, c: Expr, totals: Buffer) -> None:
+        self.row, self.panel, self.c, self.totals = row, panel, c, totals
+        lay = panel.ops.layout
+        self.depth = tile_depth(lay)
+        self.parts = lay.group // self.depth
+
+    def load(self, g: Expr, part: int = 0) -> None:
+        """Load both tiles of a part of a group."""
+        for operation in self._loads(g, part):
+            operation()
+
+    def group(self, g: Expr, *, more: bool) -> list[Operation]:
+        """Operations that multiply group g, whose first part is loaded, and leave its totals in
+        totals[g % 2]; `more`: the first part of the next group is loaded on the way.
+        """
+        operations: list[Operation] = []
+        for part in range(self.parts):
+            operations.append(partial(self._multiply, first=part == 0))
+            if part + 1 < self.parts:
+                operations += self._loads(g, part + 1)
+            elif more:
+                operations += self._loads(g + 1, 0)
+        return [*operations, partial(self._store, g)]
+
+    def _multiply(self, *, first: bool) -> None:
+        if first:
+            zero(0)
         multiply_bytes()
-    store(0, _address(totals, T.bitwise_and(g, T.int32(1)), 0, 0), 4 * LANES)
+
+    def _store(self, g: Expr) -> None:
+        store(0, _address(self.totals, T.bitwise_and(g, T.int32(1)), 0, 0), 4 * LANES)
+
+    def _loads(self, g: Expr, part: int) -> list[Operation]:
+        ops, lay = self.panel.ops, self.panel.ops.layout
+        steps = self.depth // 4 // lay.words
+
+        def rows() -> None:
+            load(1, _address(ops.a, self.row, g * lay.group + part * self.depth), lay.k_padded)
+
+        def words() -> None:
+            load(2, _address(self.panel.bytes, self.c, g, part * steps, 0, 0), 64)
+
+        return [rows, words]
 
 
 def _address(buffer: Buffer, *index: Expr) -> Expr:
