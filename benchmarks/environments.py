@@ -34,17 +34,26 @@ class Tools:
 
     def pins(self, tool: str, text: str | None = None) -> list[str]:
         """What pip is told to install: requirements, and options of pip's."""
+        found = [line for line in self._section(tool, text) if not line.startswith("#")]
+        if not found:
+            raise ValueError(f"{self.requirements.name} has no section for {tool}")
+        return found
+
+    def unwanted(self, tool: str, text: str | None = None) -> list[str]:
+        """Packages of the line `# without: …`: what the tool brings along and does not start with."""
+        lines = [line.partition(":") for line in self._section(tool, text)]
+        return [name for mark, _, names in lines if mark == "# without" for name in names.split()]
+
+    def _section(self, tool: str, text: str | None) -> list[str]:
         text = self.requirements.read_text(encoding="utf-8") if text is None else text
         found: list[str] = []
         section = ""
-        for line in text.splitlines():
-            head = re.fullmatch(r"# \[(.+)\]", line.strip())
+        for line in map(str.strip, text.splitlines()):
+            head = re.fullmatch(r"# \[(.+)\]", line)
             if head:
                 section = head[1]
-            elif section == tool and line.strip() and not line.startswith("#"):
-                found.append(line.strip())
-        if not found:
-            raise ValueError(f"{self.requirements.name} has no section for {tool}")
+            elif section == tool and line:
+                found.append(line)
         return found
 
     def python_of(self, tool: str, given: Mapping[str, Path], cache: Path) -> Path:
@@ -60,7 +69,10 @@ class Tools:
         if not ready.is_file() or ready.read_text(encoding="utf-8") != wanted:
             print(f"making an environment for {tool} in {folder}", file=sys.stderr, flush=True)
             venv.create(folder, with_pip=True, clear=True)
-            subprocess.run([str(python), "-m", "pip", "install", "--quiet", *self.pins(tool)], check=True)
+            pip = [str(python), "-m", "pip"]
+            subprocess.run([*pip, "install", "--quiet", *self.pins(tool)], check=True)
+            if unwanted := self.unwanted(tool):
+                subprocess.run([*pip, "uninstall", "--quiet", "--yes", *unwanted], check=True)
             ready.write_text(wanted, encoding="utf-8")
         return python
 

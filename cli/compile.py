@@ -27,7 +27,7 @@ quant_option = click.option(
     default="none",
     show_default=True,
     metavar="SCHEME",
-    help="none; keep (as the checkpoint is); int8; int4 (= best-int4-g32, minutes); int4-gN (rounded to "
+    help="none; keep (as the checkpoint is); int8[-gN]; int4 (= best-int4-g32, minutes); int4-gN (rounded to "
     "nearest, seconds; N weights share a scale; -sym: no zero points); gptq-, awq-, best-int4-gN[-sym]; nf4; "
     "gguf-q4_k_m and others. See docs/quantization.md.",
 )

@@ -176,6 +176,13 @@ def test_each_peer_has_a_program_and_pins(tools: Tools) -> None:
         tools.pins("nobody")
 
 
+def test_what_an_environment_is_to_be_without() -> None:
+    text = "# [one]\n# Why.\n# without: torchaudio torchcodec\none==1\n# [two]\ntwo==2\n"
+    assert SPEED.unwanted("one", text) == ["torchaudio", "torchcodec"]
+    assert SPEED.pins("one", text) == ["one==1"]
+    assert SPEED.unwanted("two", text) == []
+
+
 def test_windows_begin_with_bos_and_take_one_token_less() -> None:
     assert cut(list(range(10)), 4, 2, None).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert cut(list(range(10)), 4, 3, 99).tolist() == [[99, 0, 1, 2], [99, 3, 4, 5], [99, 6, 7, 8]]

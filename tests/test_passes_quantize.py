@@ -246,7 +246,7 @@ def test_nothing_to_quantize_is_said() -> None:
     assert result.notes == ["no linear layer was found to quantize"]
 
 
-@pytest.mark.parametrize("name", ["int8", "int4-g8", "int4-g32-sym", "int4-g1024"])
+@pytest.mark.parametrize("name", ["int8", "int8-g128", "int4-g8", "int4-g32-sym", "int4-g1024"])
 def test_quantized_graph_means_its_dequantized_weights(name: str) -> None:
     """The interpreter on quantized weights equals the plain graph on the weights they stand for."""
     g = tied_model()

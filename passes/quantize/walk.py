@@ -162,18 +162,17 @@ def is_head(graph: Graph, weight: Value) -> bool:
 
 
 class RoundToNearest(Quantizer):
-    """`int8` (symmetric, groups of 64), `int4-gN`, `int4-gN-sym`."""
+    """`int8-gN` (symmetric; `int8` is `int8-g64`), `int4-gN`, `int4-gN-sym`."""
 
-    forms = ("int8", "int4-gN[-sym]")
+    forms = ("int8[-gN]", "int4-gN[-sym]")
 
     def passes(self, scheme: str) -> list[Pass] | None:
-        if scheme == "int8":
-            # Groups, though rows would do for the weights: a target may quantize activations by the same
-            # groups, and one scale for a whole row of activations costs more than 8 bits are worth.
-            return [QuantizeRtn(bits=8, group=64, symmetric=True)]
-        m = re.fullmatch(r"int4-g(\d+)(-sym)?", scheme)
+        # Groups at 8 bits too, though rows would do for the weights: a target may quantize activations by the
+        # same groups, and one scale for a whole row of activations costs more than 8 bits are worth.
+        m = re.fullmatch(r"int8(?:-g(\d+))?|int4-g(\d+)(-sym)?", scheme)
         if m is None:
             return None
-        group = int(m.group(1))
+        bits = 8 if scheme.startswith("int8") else 4
+        group = int(m.group(1) or m.group(2) or 64)
         check_group(f"--quant {scheme}", group)
-        return [QuantizeRtn(bits=4, group=group, symmetric=m.group(2) is not None)]
+        return [QuantizeRtn(bits=bits, group=group, symmetric=bits == 8 or m.group(3) is not None)]
