@@ -35,6 +35,9 @@ from .tile_registers import (
     zero,
 )
 
+_LEAST_DEPTH = 32
+"""Columns of a group from which on tiles pay."""
+
 FinishGroup = Callable[[Expr, Iterable[list[Buffer]], list[list[Buffer]]], None]
 """(group, totals, sums): add the scaled totals, int32 [row][0], to the float32 sums [row][0]. Totals are
 asked for row by row, each when the row before was added.
@@ -45,13 +48,13 @@ Finish = Callable[[Unpacked, Expr, Expr], FinishGroup]
 
 def tile_depth(lay: QuantLayout) -> int:
     """Columns of a tile of activations: the largest part of a group that a tile holds, or 0 where tiles do
-    not pay (scaling a group's totals takes longer than multiplying 32 columns) or where signed bytes do not
-    hold the weights less their zero points.
+    not pay (scaling a group's totals takes longer than multiplying fewer columns) or where signed bytes do
+    not hold the weights less their zero points.
     """
     signed = lay.bits < 8 or lay.zero_point is None
     depth = next(d for d in range(64, 0, -1) if lay.group % d == 0 and d % 4 == 0)
     whole = depth // 4 % lay.words == 0
-    return depth if signed and whole and depth >= 48 else 0
+    return depth if signed and whole and depth >= _LEAST_DEPTH else 0
 
 
 def in_tiles(isa: Isa, lay: QuantLayout) -> bool:
