@@ -48,7 +48,7 @@ def run(isa: str, rows: int, form: dict[str, Any]) -> None:
         assert np.array_equal(one, other)
 
 
-@pytest.mark.parametrize("rows", [1, 5, 23, 24, 33, 257])
+@pytest.mark.parametrize("rows", [1, 5, 15, 16, 23, 24, 33, 257])
 @levels
 def test_rows(rows: int, isa: str) -> None:
     """Few, as many as make tiles pay, a tile that is not full, and more than are held at once."""

@@ -76,9 +76,9 @@ def default_schedule(isa: Isa, layout: QuantLayout, *, tiles: bool) -> Schedule:
     if tiles:
         # Tiles take rows from the nearest cache and the panel from the next one: wide panels spare the rows'
         # way there, but all threads should have some. Two tiles, some of whose rows are computed twice, take
-        # less time than `vpdpbusd` from 24 rows on.
+        # less time than `vpdpbusd` from 17 rows on, and from 24 where groups are of 32 columns.
         width = next((wide for wide in (8, 4) if layout.blocks >= _PANELS * wide), 2)
-        return Schedule(few, many, width, 24)
+        return Schedule(few, many, width, 16 if layout.group >= 48 else 24)
     if bits == 8:
         return Schedule(few, many, width, 0)
     # Halves of bytes are unpacked by a shift and a mask, which wide vectors do beside the products.
