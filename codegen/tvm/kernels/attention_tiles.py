@@ -162,7 +162,7 @@ class _Block:
         def score(turn: Expr) -> None:
             self._find(turn, start, stop)
             operations = [op for half in (0, 1) for op in self._score(tile, turn, T.int32(half))]
-            fetches = Steps(self._prefetches(0, turn + 1, start, stop), len(operations))
+            fetches = Steps(self._prefetches(0, turn + 1), len(operations))
             for operation in operations:
                 operation()
                 fetches.step()
@@ -177,23 +177,30 @@ class _Block:
                 self._copy_values(turn, start, stop)
                 self._softmax(tile, turn, turn, lambda _: [])
                 operations = [op for half in (0, 1) for op in self._value(turn, T.int32(half))]
-                fetches = Steps(self._prefetches(1, turn + 1, start, stop), len(operations))
+                fetches = Steps(self._prefetches(1, turn + 1), len(operations))
                 for operation in operations:
                     operation()
                     fetches.step()
             self._accumulate(tile, end - 1)
 
-    def _prefetches(self, which: int, turn: Expr, start: Expr, stop: Expr) -> list[Operation]:
-        """Operations that fetch keys (0) or values (1)."""
-        at, kv_head = self.at, self.cells.kv_head
-        pages = [_within(turn * TILE + u, start, stop) for u in range(TILE)]
-        numbers = [let(at.block_table[self.cells.sequence, page]) for page in pages]
-        lines = range(0, self.spec.head_dim * PAGE_SIZE, 32)
-        return [
-            partial(prefetch, at.pages, which, number, kv_head, 0, place)
-            for number in numbers
-            for place in lines
-        ]
+    def _prefetches(self, which: int, turn: Expr) -> list[Operation]:
+        """Operations that fetch keys (0) or values (1). Behind the last page those that are likely read next:
+        the first ones of the sequence behind.
+        """
+        at, sequence = self.at, self.cells.sequence
+        sequences, width = at.block_table.shape
+        behind = let(T.min(sequence + 1, sequences - 1))
+        operations: list[Operation] = []
+        for u in range(TILE):
+            page = let(turn * TILE + u)
+            row = T.Select(page < self.last, sequence, behind)
+            place = T.Select(page < self.last, page, T.min(T.int32(u), width - 1))
+            number = let(at.block_table[row, place])
+            operations += [
+                partial(prefetch, at.pages, which, number, self.cells.kv_head, 0, line)
+                for line in range(0, self.spec.head_dim * PAGE_SIZE, 32)
+            ]
+        return operations
 
     def _many(self, pages: Expr) -> None:
         """The tiles that see any of the four pages, which stand together. While the softmax of one is
