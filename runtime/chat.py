@@ -22,6 +22,7 @@ from .chat_template import Message
 from .generation import StepOutput
 from .grammar import Grammar
 from .llm import LLM
+from .response_format import wanted_schema
 from .sampling_params import SamplingParams
 from .tool_calls import (
     FORMATS,
@@ -34,6 +35,7 @@ from .tool_calls import (
     Tool,
     ToolCall,
     ToolFormat,
+    calls_or_json,
     detect,
 )
 
@@ -212,7 +214,7 @@ class ChatModel:
             tool_choice: see `ToolChoice`. With "none" the tools are not shown to the model either.
             parallel: whether one answer may hold several calls.
             response_format: {"type": "text"}, {"type": "json_object"}, or {"type": "json_schema",
-                "json_schema": {"name": …, "schema": …}}.
+                "json_schema": {"name": …, "schema": …}}; beside tools, of answers that call none.
             template: what else the chat template knows (`enable_thinking`, `add_generation_prompt`).
 
         Raises InputError, naming the field, where something is wrong, not supported, or refused by the
@@ -223,17 +225,19 @@ class ChatModel:
                 "this artifact has no chat template", remedy="use completions, which continue a text"
             )
         variables = dict(template or {})
-        answer = self._answer_grammar(response_format)
+        schema = wanted_schema(response_format)
+        answer = None if schema is None else self.llm.grammars.json_schema(schema)
         used, required = self._choose(tools, tool_choice)
         if not used:
             prompt = self._render(messages, None, variables)
             return Turn(prompt, replace(params, grammar=answer or params.grammar))
-        if answer is not None:
-            raise InputError(
-                "response_format beside tools is not supported",
-                remedy='ask for one of them, or set tool_choice to "none"',
-            )
-        return self._tool_turn(messages, params, used, variables, required=required, parallel=parallel)
+        format = FORMATS[self.detected.format]
+        several, token_id = parallel and self.detected.parallel, self.llm.tokenizer.token_id
+        if schema is None or required:
+            source = format.grammar(used, required=required, parallel=several, token_id=token_id)
+        else:
+            source = calls_or_json(format, used, schema, parallel=several, token_id=token_id)
+        return self._tool_turn(messages, params, used, variables, source, answer, required=required)
 
     def _tool_turn(
         self,
@@ -241,21 +245,18 @@ class ChatModel:
         params: SamplingParams,
         tools: tuple[Tool, ...],
         variables: dict[str, Any],
+        source: str,
+        answer: Grammar | None,
         *,
         required: bool,
-        parallel: bool,
     ) -> Turn:
-        """A turn in which `tools` may be called."""
+        """A turn in which `tools` may be called; `source`: the grammar of what may be said, `answer`: that of
+        an answer without calls, where it is not any text.
+        """
         format = FORMATS[self.detected.format]
-        source = format.grammar(
-            tools,
-            required=required,
-            parallel=parallel and self.detected.parallel,
-            token_id=self.llm.tokenizer.token_id,
-        )
 
         def prose() -> Turn:
-            text = replace(params, grammar=self.llm.grammars.lark(_PROSE))
+            text = replace(params, grammar=answer or self.llm.grammars.lark(_PROSE))
             return Turn(self._render(_told(messages), None, variables), text)
 
         answered = _answered(messages)
@@ -294,25 +295,6 @@ class ChatModel:
                     f"tools[{index}].function.parameters ({tool.name}): {error.message}", remedy=error.remedy
                 ) from None
         return tuple(tools), choice != "auto"
-
-    def _answer_grammar(self, wanted: Mapping[str, Any] | None) -> Grammar | None:
-        if wanted is None or wanted.get("type") == "text":
-            return None
-        kind = wanted.get("type")
-        if kind == "json_object":
-            return self.llm.grammars.json_object()
-        if kind != "json_schema":
-            raise InputError(
-                f"response_format.type is {str(kind)[:40]!r}",
-                remedy='allowed: "text", "json_object", "json_schema"',
-            )
-        holder = wanted.get("json_schema")
-        schema = holder.get("schema") if isinstance(holder, Mapping) else None
-        if not isinstance(schema, Mapping | bool):
-            raise InputError(
-                "response_format.json_schema.schema is missing", remedy="give the schema as an object"
-            )
-        return self.llm.grammars.json_schema(schema)
 
     def _render(
         self, messages: Sequence[Message], tools: tuple[Tool, ...] | None, variables: dict[str, Any]

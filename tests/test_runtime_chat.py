@@ -9,12 +9,14 @@ import pytest
 from llmc.ir.errors import InputError
 from llmc.runtime.chat import ChatModel, TurnReader
 from llmc.runtime.generation import FinishReason, StepOutput
+from llmc.runtime.grammar import Grammar
 from llmc.runtime.sampling_params import SamplingParams
 from llmc.runtime.tool_calls import FORMATS, CallBegin, Tool, ToolCall, collect
 
 from .server_harness import fake_llm
 
 ADD = Tool("add", "Adds.", {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]})
+ADD_1 = '{"name": "add", "arguments": {"a": 1}}'
 HELLO = [{"role": "user", "content": "Hello"}]
 PARAMS = SamplingParams(max_tokens=5)
 
@@ -61,12 +63,33 @@ def test_special_tokens_in_results_of_tools_are_broken_up(model: ChatModel):
     assert model.llm.tokenizer.special_ids.intersection(own), "a user writes to the model itself"
 
 
+def test_a_form_of_the_answer_counts_where_no_tool_must_be_called(model: ChatModel):
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "array"}}}
+    grammars = [
+        model.prepare(HELLO, PARAMS, tools=[ADD], response_format=wanted, tool_choice=choice).params.grammar
+        for wanted, choice in ((form, "auto"), (None, "auto"), (form, "required"), (None, "required"))
+    ]
+    written = {text: [_allows(model, one, text) for one in grammars] for text in ("[]", "Yes", ADD_1)}
+    assert written == {
+        "[]": [True, True, False, False],
+        "Yes": [False, True, False, False],
+        ADD_1: [True] * 4,
+    }
+
+
+def _allows(model: ChatModel, grammar: Grammar | None, text: str) -> bool:
+    assert grammar is not None
+    matcher = grammar.start()
+    for token in model.llm.encode(text, add_special_tokens=False):
+        matcher.accept(token)
+    return matcher.error is None
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
         ({"tool_choice": "required"}, "tool_choice is required, but there are no tools"),
         ({"tools": [ADD], "tool_choice": "sub"}, "tool_choice names 'sub'; tools: add"),
-        ({"tools": [ADD], "response_format": {"type": "json_object"}}, "response_format beside tools"),
         ({"response_format": {"type": "yaml"}}, "response_format.type is 'yaml'"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema is missing"),
     ],

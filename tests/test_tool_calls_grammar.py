@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from jsonschema import validate
 from llmc.runtime.grammar import Grammar, GrammarCompiler, GrammarError
 from llmc.runtime.tokenizer import Tokenizer
-from llmc.runtime.tool_calls import FORMATS, Tool, ToolCall, collect
+from llmc.runtime.tool_calls import FORMATS, Tool, ToolCall, calls_or_json, collect
 from llmc.runtime.tool_calls.lark import arguments_schema
 from tokenizers import AddedToken
 
@@ -304,6 +304,31 @@ def test_no_text_that_is_allowed_holds_a_call_that_is_not(case: Case, scraps: li
     schemas = {tool.name: arguments_schema(tool) for tool in TOOLS}
     for call in calls:
         validate(json.loads(call.arguments), schemas[call.name])
+
+
+WEATHER = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}, "range": {"$ref": "#/$defs/Range"}},
+    "required": ["city"],
+    "additionalProperties": False,
+    "$defs": {"Range": {"type": "array", "items": {"type": "integer"}, "maxItems": 2}},
+}
+
+
+@pytest.mark.parametrize("case", CASES, ids=_ids)
+def test_beside_tools_an_answer_may_have_a_form(case: Case) -> None:
+    tokenizer, compiler, eos = _compiler(case.tokens, case.special)
+    source = calls_or_json(FORMATS[case.format], TOOLS, WEATHER, parallel=False, token_id=tokenizer.token_id)
+    accepts = _accepts(tokenizer, compiler.lark(source), eos)
+    for indent in (None, 2):
+        assert accepts(json.dumps({"city": "Graz", "range": [1, 2]}, indent=indent))
+    for text in ("", "Graz", '{"city": 1}', '{"city": "Graz", "range": [1, 2, 3]}', '{"town": "Graz"}'):
+        assert not accepts(text), text
+    assert [one for one in VALID if not accepts(case.write([one]))] == []
+    assert [one for one in INVALID if accepts(case.write([one]))] == []
+    bare = FORMATS[case.format].bare_key is not None
+    assert [accepts(_object(case, one)) for one in VALID] == [bare] * len(VALID)
+    assert [one for one in INVALID if accepts(_object(case, one))] == []
 
 
 def test_without_the_vocabulary_markers_are_spelled() -> None:

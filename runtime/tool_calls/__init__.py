@@ -28,6 +28,7 @@ from .detection import Arguments, Detected, Template, detect_among
 from .gemma import Gemma
 from .hermes import Hermes
 from .json import Json
+from .lark import calls_or_json
 from .llama3 import Llama3
 from .mistral import Mistral
 
@@ -44,6 +45,7 @@ __all__ = [
     "Tool",
     "ToolCall",
     "ToolFormat",
+    "calls_or_json",
     "collect",
     "detect",
     "detect_once",

@@ -221,6 +221,16 @@ class ToolFormat(Protocol):
         """
         ...
 
+    @property
+    def bare_key(self) -> str | None:
+        """What arguments are called where a call may be a bare JSON object; None where none may."""
+        ...
+
+    @property
+    def is_marked(self) -> bool:
+        """Whether calls can begin with a marker, which no JSON begins with."""
+        ...
+
     def grammar(
         self, tools: Sequence[Tool], *, required: bool, parallel: bool, token_id: TokenIds | None = None
     ) -> str:

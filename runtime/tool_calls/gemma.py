@@ -45,6 +45,8 @@ class Gemma:
 
     name = "gemma"
     markers = tuple(text for dialect in DIALECTS for text in dialect)
+    bare_key = None
+    is_marked = True
 
     def grammar(
         self, tools: Sequence[Tool], *, required: bool, parallel: bool, token_id: TokenIds | None = None

@@ -26,6 +26,8 @@ class Hermes:
 
     name = "hermes"
     markers = (OPEN, CLOSE)
+    bare_key = "arguments"
+    is_marked = True
 
     def grammar(
         self, tools: Sequence[Tool], *, required: bool, parallel: bool, token_id: TokenIds | None = None

@@ -31,6 +31,8 @@ class Json:
 
     name = "json"
     markers: tuple[str, ...] = ()
+    bare_key = "arguments"
+    is_marked = False
 
     def grammar(
         self, tools: Sequence[Tool], *, required: bool, parallel: bool, token_id: TokenIds | None = None

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from .base import TokenIds, Tool
+from .base import TokenIds, Tool, ToolFormat
 
 _OPENING_KEYWORDS: Final = (
     "additionalProperties", "patternProperties", "unevaluatedProperties", "propertyNames",
@@ -46,7 +46,7 @@ def arguments_schema(tool: Tool) -> dict[str, Any]:
     return schema
 
 
-def json_rule(schema: Mapping[str, Any]) -> str:
+def json_rule(schema: Mapping[str, Any] | bool) -> str:
     """An inline schema; the grammar compiler adds how JSON is spaced."""
     return f"%json {json.dumps(schema)}"
 
@@ -133,6 +133,43 @@ def marked_calls(
         lines += opening.after_text("begin")
     calls = f"{opening.name} call{more}"
     return answers(calls, lines, required=required, behind_text=[f"begin call{more}"], loose=loose)
+
+
+def calls_or_json(
+    format: ToolFormat,
+    tools: Sequence[Tool],
+    schema: Mapping[str, Any] | bool,
+    *,
+    parallel: bool,
+    token_id: TokenIds | None = None,
+) -> str:
+    """The grammar of an answer that is JSON of a schema, or that calls.
+
+    A call that is a bare object is written as a schema, too: beside JSON, a literal that begins with a brace
+    would be one lexeme with it, and rule out all other objects. Raises as `ToolFormat.grammar`.
+    """
+    ways, rules = ["said"], [f"said: {json_rule(schema)}"]
+    if format.bare_key is not None:
+        ways.append("bare")
+        rules += alternatives("bare", [json_rule(_call_schema(tool, format.bare_key)) for tool in tools])
+    if format.is_marked:
+        calls = format.grammar(tools, required=True, parallel=parallel, token_id=token_id)
+        ways.append("called")
+        rules.append("called: " + calls.partition("\nstart: ")[2])
+    return "\n".join(["%llguidance {}", f"start: {' | '.join(ways)}", *rules]) + "\n"
+
+
+def _call_schema(tool: Tool, key: str) -> dict[str, Any]:
+    """The schema of `{"name": …, KEY: …}`; definitions stay where references look for them."""
+    arguments = arguments_schema(tool)
+    shared = {name: arguments.pop(name) for name in ("$schema", "$defs", "definitions") if name in arguments}
+    return {
+        **shared,
+        "type": "object",
+        "properties": {"name": {"const": tool.name}, key: arguments},
+        "required": ["name", key],
+        "additionalProperties": False,
+    }
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ class Llama3:
 
     name = "llama3"
     markers = (TAG,)
+    bare_key = "parameters"
+    is_marked = False
 
     def grammar(
         self, tools: Sequence[Tool], *, required: bool, parallel: bool, token_id: TokenIds | None = None

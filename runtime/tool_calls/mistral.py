@@ -35,6 +35,8 @@ class Mistral:
 
     name = "mistral"
     markers = (OPEN, ID, ARGS)
+    bare_key = None
+    is_marked = True
 
     def grammar(
         self, tools: Sequence[Tool], *, required: bool, parallel: bool, token_id: TokenIds | None = None
