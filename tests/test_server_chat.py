@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import Iterator
 
 import openai
@@ -201,6 +202,8 @@ def test_health_metrics_and_the_description(server: RunningServer):
     assert float(numbers['vllm:time_to_first_token_seconds_count{model_name="tiny"}']) >= 1
     finished = 'vllm:request_success_total{finished_reason="length",model_name="tiny"}'
     assert float(numbers[finished]) >= 1
+    if sys.platform == "linux":
+        assert float(numbers["process_resident_memory_bytes"]) > 1e7
     status, description, _ = server.get("/openapi.json")
     assert status == 200 and "/v1/chat/completions" in description["paths"]
 

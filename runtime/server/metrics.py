@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -30,6 +30,7 @@ class Metrics:
         self.mean_seconds: dict[str, float] = {}
         """By model: the running mean of how long requests take, the latest counting a tenth."""
         registry = self.registry
+        ProcessCollector(registry=registry)  # memory, CPU time and open files of this process
         self.prompt_tokens = Counter("vllm:prompt_tokens", "Tokens of prompts.", _LABELS, registry=registry)
         self.generation_tokens = Counter(
             "vllm:generation_tokens", "Tokens generated.", _LABELS, registry=registry
