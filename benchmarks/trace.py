@@ -6,7 +6,9 @@
 In turns, for each server: the largest rate at which 95 of 100 requests get their first token within 2 seconds
 (`llmc bench --server --trace --find-knee`), the trace stretched to the rate, over its first requests. Then,
 with --soak, `llmc serve` alone under that rate for so long: requests that were lost, and the server's memory
-by `/metrics` every few seconds; it is flat where the last quarter's median is the second's.
+by `/metrics` every few seconds, as medians of its quarters. It grows until the cache's pages are full of
+prompts that may come again; after that it should be flat. A server that holds no rate takes long: rates are
+halved six times.
 """
 
 from __future__ import annotations
@@ -79,8 +81,8 @@ def soak(artifact: Path, rate: float, minutes: float) -> dict[str, Any]:
             "bench", "--server", url, "--trace", shared_data() / TRACE, "--num-requests", str(count),
             "--request-rate", str(rate),
         )  # fmt: skip
-    quarter = max(1, len(samples) // 4)
-    quarters = [statistics.median(samples[i * quarter : (i + 1) * quarter]) for i in range(4)]
+    quarter = len(samples) // 4
+    quarters = [statistics.median(samples[i * quarter : (i + 1) * quarter]) for i in range(4) if quarter]
     return {
         "request_rate": rate,
         "minutes": round((time.perf_counter() - began) / 60, 1),

@@ -125,9 +125,9 @@ class _Products:
         self.depth = tile_depth(lay)
         self.parts = lay.group // self.depth
 
-    def load(self, g: Expr, part: int = 0) -> None:
-        """Load both tiles of a part of a group."""
-        for operation in self._loads(g, part):
+    def load(self, g: Expr) -> None:
+        """Load both tiles of a group's first part."""
+        for operation in self._loads(g, 0):
             operation()
 
     def group(self, g: Expr, *, more: bool) -> list[Operation]:
