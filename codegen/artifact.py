@@ -36,7 +36,7 @@ from .weight_file import TensorSpec, map_weight_file, weight_file_size, write_we
 
 SCHEMA = 1
 REQUIRES_LLMC = "0.1.0"
-KINDS = ("causal_lm", "encoder", "function")
+KINDS = ("causal_lm", "encoder", "classifier", "function")
 MANIFEST = "manifest.json"
 QUALITY = "quality.json"
 _MAX_MANIFEST = 64 << 20
@@ -280,7 +280,7 @@ class Artifact:
 
     @property
     def kind(self) -> str:
-        """ "causal_lm", "encoder" or "function"."""
+        """ "causal_lm", "encoder", "classifier" or "function"."""
         return self.manifest["kind"]
 
     @property

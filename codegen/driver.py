@@ -128,10 +128,13 @@ def _shape_text(shape: Sequence[Any]) -> list[int | str]:
 
 def _model_facts(source: ModelSource, graph: Graph, context: int | None) -> dict[str, Any]:
     facts = describe(source) if source.config is not None else {}
+    held = graph.facts.get("positions")
+    context = min(context, held) if context is not None and held is not None else context
     width = graph.outputs[0].shape[-1] if graph.outputs[0].type.rank else None
-    encoder = {"pooling": source.pooling} if graph.facts["kind"] == "encoder" else {}
+    types = {v.name for v in graph.inputs} & {"token_type_ids"}
     return {
-        **encoder,
+        **source.use,
+        **({"token_types": source.config.type_vocab_size} if types else {}),
         "name": source.name,
         "architecture": facts.get("architecture") or source.name,
         "num_layers": len(graph.facts.get("kv", [])),

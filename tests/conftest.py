@@ -19,6 +19,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.envi
 # Records of what was verified (runtime/verified.py) are a user's; the tests' own go with the tests.
 _caches = tempfile.TemporaryDirectory(prefix="llmc-tests-")
 os.environ["XDG_CACHE_HOME"] = _caches.name
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    # What compilations keep: one folder for all processes of a run, and none of an earlier run's.
+    os.environ["LLMC_CACHE"] = f"{_caches.name}/compilations"
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"

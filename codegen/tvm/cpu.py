@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,14 +13,13 @@ from ...ir.define import OPS
 from ...ir.errors import InputError
 from ...ir.printer import print_graph
 from ..legalize import legalize
-from ..memory import processes_at_once
-from ..peak import WORKER_BYTES
 from ..target import Progress, Target
 from .kernels import kv_layout
 from .kernels.isa import LEVELS
 from .kernels.schedule import Schedule
+from .libraries import Libraries
 from .weights import page_values, stored_type, weight_specs
-from .worker import Compilation, Tuning
+from .worker import Tuning
 
 if TYPE_CHECKING:
     from ...ir.core import Graph
@@ -76,7 +74,9 @@ class TvmCpu(Target):
             return tuning.result(lambda what, share: progress(f"tvm-cpu: sizes of {what}", 0.5 * share))
 
     def compile(self, graph: Graph, writer: ArtifactWriter, *, progress: Progress) -> dict[str, Any]:
-        """Kernels in other processes, a level each, several at once; this one packs the weights meanwhile."""
+        """Kernels in other processes, a level each, several at once; this one packs the weights meanwhile.
+        Libraries that an earlier compilation left in the cache are copied.
+        """
         levels = self.levels()
         legal = legalize(graph, self.operations, supports)
         text = print_graph(legal)
@@ -84,25 +84,15 @@ class TvmCpu(Target):
         weights = f"weights/{self.name}.safetensors" if legal.weights else None
         built: dict[str, Any] = {}
         kernels: list[dict[str, str]] = []
-        started: list[Compilation] = []
         tuned, schedules, count = self._tuned(text, progress) if self.tune else ("", {}, 0)
-        with ExitStack() as stack:
-
-            def start(count: int) -> None:
-                for level in levels[len(started) : count]:
-                    chosen = schedules if level == tuned else None
-                    one = Compilation(text, level, writer.path(paths[level]), chosen)
-                    started.append(stack.enter_context(one))
-
-            at_once = processes_at_once(len(levels), WORKER_BYTES)
-            start(at_once)
+        chosen = {level: schedules if level == tuned else None for level in levels}
+        with Libraries(text, {level: writer.path(rel) for level, rel in paths.items()}, chosen) as libraries:
             if weights is not None:
                 packing = weight_specs(legal, lambda share: progress("tvm-cpu: weights", 0.5 * share))
                 writer.write_weights(weights, packing)
             for i, (level, rel) in enumerate(paths.items()):
                 progress(f"tvm-cpu: kernels for {level}", 0.5 + 0.5 * i / len(levels))
-                built = started[i].result()
-                start(i + 1 + at_once)
+                built = libraries.result(level)
                 calls = f"targets/{self.name}/{level}.calls.json"
                 writer.path(calls).write_text(json.dumps(built["calls"], indent=0) + "\n", encoding="utf-8")
                 kernels.append({"isa": level, "path": rel, "calls": calls})

@@ -28,6 +28,7 @@ from ...ir.core import Graph
 from ...ir.dtypes import to_numpy
 from ...ir.errors import InputError
 from ...runtime.cpu import supported_isas
+from ..cache_folder import cache_folder
 from .kernels.isa import Isa, get_isa
 from .kernels.layout import QuantLayout
 from .kernels.schedule import Schedule, alternatives, default_schedule
@@ -59,11 +60,8 @@ _ROWS = {
 
 
 def cache_file() -> Path:
-    """`$LLMC_CACHE/schedules.json`, by default in `$XDG_CACHE_HOME/llmc` or `~/.cache/llmc`."""
-    given = os.environ.get("LLMC_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME")
-    folder = Path(given) if given else (Path(base) if base else Path.home() / ".cache") / "llmc"
-    return folder / "schedules.json"
+    """`schedules.json` in the cache folder."""
+    return cache_folder() / "schedules.json"
 
 
 def processor() -> str:
