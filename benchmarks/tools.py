@@ -218,12 +218,11 @@ def _valid(name: str, arguments: str, tools: list[dict[str, Any]]) -> Any:
 
 
 @contextlib.contextmanager
-def our_server(artifact: Path, context: int) -> Iterator[str]:
-    """The address of `llmc serve ARTIFACT`."""
+def our_server(artifact: Path, context: int, *options: str) -> Iterator[str]:
+    """The address of `llmc serve ARTIFACT`, with these further options."""
     words = [sys.executable, "-m", "llmc.cli.main", "serve", f"model={artifact}", "--port", "0", "--json"]
-    process = subprocess.Popen(
-        [*words, "--context", str(context)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
+    words += ["--context", str(context), *options]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         assert process.stdout is not None
         line = process.stdout.readline()

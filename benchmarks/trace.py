@@ -1,13 +1,14 @@
 """Azure's trace of conversations against `llmc serve`, beside llama.cpp's server with the same GGUF file.
 
     python -m benchmarks.trace --model ARTIFACT --gguf FILE [--requests 40] [--repeat 1] [--soak MINUTES]
-        [-o FILE]
+        [--rate R] [-o FILE]
 
 In turns, for each server: the largest rate at which 95 of 100 requests get their first token within 2 seconds
 (`llmc bench --server --trace --find-knee`), the trace stretched to the rate, over its first requests. Then,
 with --soak, `llmc serve` alone under that rate for so long: requests that were lost, and the server's memory
 by `/metrics` every few seconds, as medians of its quarters. It grows until the cache's pages are full of
-prompts that may come again; after that it should be flat. A server that holds no rate takes long: rates are
+prompts that may come again; after that it should be flat, so the soak's cache is small enough to fill soon.
+With --rate nothing is searched and only the soak runs. A server that holds no rate takes long: rates are
 halved six times.
 """
 
@@ -32,6 +33,7 @@ from .tools import our_server
 CONTEXT, SLOTS = 8192, 8
 TRACE = "serving_traces/AzureLLMInferenceTrace_conv.csv"
 SAMPLE_SECONDS = 5.0
+SOAK_TOKENS = 65536  # of the cache
 RESIDENT = "process_resident_memory_bytes"
 
 
@@ -76,7 +78,10 @@ def soak(artifact: Path, rate: float, minutes: float) -> dict[str, Any]:
     """`llmc serve` under a rate: what was lost, and how its memory went."""
     count = max(1, round(rate * 60 * minutes))
     began = time.perf_counter()
-    with our_server(artifact, CONTEXT) as url, sampled(url) as samples:
+    with (
+        our_server(artifact, CONTEXT, "--kv-tokens", str(SOAK_TOKENS)) as url,
+        sampled(url) as samples,
+    ):
         found = command(
             "bench", "--server", url, "--trace", shared_data() / TRACE, "--num-requests", str(count),
             "--request-rate", str(rate),
@@ -88,6 +93,7 @@ def soak(artifact: Path, rate: float, minutes: float) -> dict[str, Any]:
         "minutes": round((time.perf_counter() - began) / 60, 1),
         "requests": count,
         "failed": found["failed"],
+        "kv_tokens": SOAK_TOKENS,
         "p95_ttft_ms": found["p95_ttft_ms"],
         "resident_mb_by_quarter": [round(value / 1e6, 1) for value in quarters],
     }
@@ -96,21 +102,29 @@ def soak(artifact: Path, rate: float, minutes: float) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="an artifact")
-    parser.add_argument("--gguf", type=Path, required=True, help="the file it was made of")
+    parser.add_argument("--gguf", type=Path, help="the file it was made of; not needed with --rate")
     parser.add_argument("--requests", type=int, default=40, help="of a run [default: 40]")
     parser.add_argument("--start", type=float, default=0.5, help="first rate tried, a second [default: 0.5]")
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--soak", type=float, default=0.0, metavar="MINUTES")
+    parser.add_argument("--rate", type=float, help="of the soak, requests a second; no search then")
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
+    if arguments.gguf is None and not arguments.rate:
+        parser.error("--gguf is needed to search beside llama.cpp's server")
     knees: dict[str, list[dict[str, Any]]] = {"llmc": [], "llama.cpp": []}
-    for _ in range(arguments.repeat):
+    for _ in range(0 if arguments.rate else arguments.repeat):
         with our_server(arguments.model, CONTEXT) as url:
             knees["llmc"].append(knee(url, arguments.requests, arguments.start))
         with llama_server(arguments.gguf, context=CONTEXT, slots=SLOTS) as url:
             knees["llama.cpp"].append(knee(url, arguments.requests, arguments.start))
-    record: dict[str, Any] = {"machine": machine(), "model": arguments.gguf.name, "knees": knees}
-    rates = [one["request_rate"] for one in knees["llmc"] if one["request_rate"] is not None]
+    record: dict[str, Any] = {
+        "machine": machine(),
+        "model": (arguments.gguf or arguments.model).name,
+        "knees": knees,
+    }
+    rates = [arguments.rate] if arguments.rate else [one["request_rate"] for one in knees["llmc"]]
+    rates = [rate for rate in rates if rate is not None]
     if arguments.soak and rates:
         record["soak"] = soak(arguments.model, statistics.median(rates), arguments.soak)
     report(record, arguments.output)
