@@ -7,6 +7,8 @@ whether its beginning came from the cache.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import time
 from collections import Counter
 from pathlib import Path
@@ -132,3 +134,38 @@ def test_a_profile_accounts_for_the_steps_time(compiled: tuple[str, Executor]) -
     before = times.cycles.copy()
     assert np.array_equal(_step(executor, ids, [16, 32], 0), profiled)
     assert np.array_equal(times.cycles, before)  # nobody counts after the block
+
+
+class _Heap(ctypes.Structure):
+    """glibc's `struct mallinfo2`."""
+
+    _fields_ = [(f"field{i}", ctypes.c_size_t) for i in range(10)]
+
+
+def _allocated() -> int:
+    """Bytes that malloc has given out."""
+    info = ctypes.CDLL(None).mallinfo2
+    info.restype = _Heap
+    heap = info()
+    return heap.field7 + heap.field4  # uordblks, hblkhd
+
+
+@pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="malloc does not say what it gave out"
+)
+def test_a_step_frees_what_its_kernels_allocate(compiled: tuple[str, Executor]) -> None:
+    _, executor = compiled
+    executor.allocate_kv(8)
+    ids = np.arange(40, dtype=np.int32) % VOCAB_SIZE
+    cuts = [24, 25, 26, 32, 39, 40]  # a prompt, single rows, a few
+
+    def run(times: int) -> None:
+        for _ in range(times):
+            _step(executor, ids, cuts, 1)
+
+    run(3)  # arrays that grow to their size
+    gc.collect()
+    before = _allocated()
+    run(30)
+    gc.collect()
+    assert _allocated() - before < 32 << 10, "bytes after 180 steps"

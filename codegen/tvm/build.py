@@ -147,7 +147,7 @@ def compile_object(module: Module, isa: Isa, path: Path) -> None:
         # none.
         for gv, function in module.functions.items():
             if int(function.attrs.get("calling_conv", 0)) == 0:
-                module.update_func(gv, function.with_body(_on_cpu(function.body)))
+                module.update_func(gv, function.with_body(_on_cpu(_freed_before_return(function.body))))
         finish = [tirx.transform.LowerTVMBuiltin(), tirx.transform.LowerIntrin()]
         module = tvm.transform.Sequential(finish)(module)
         library = tvm.get_global_func("target.build.llvm")(module, target)
@@ -187,6 +187,19 @@ def _lowering_passes() -> list[Any]:
         plain.MakePackedAPI(),
         plain.BF16StorageLegalize(),
     ]
+
+
+def _freed_before_return(body: Any) -> Any:
+    """A kernel's body with a scope that ends before its return: scratch memory is freed where the scope ends
+    that asks for it, which is the kernel's own where StorageRewrite has moved it there. After the return it
+    would never be.
+    """
+    *before, last = body.seq
+    assert isinstance(last, tirx.Return), "a kernel ends with its return"
+    scope = tirx.SeqStmt(before) if len(before) > 1 else before[0]
+    return tirx.SeqStmt(
+        [tirx.AttrStmt(tvm.ir.StringImm("body"), "llmc.scope", tirx.IntImm("int32", 0), scope), last]
+    )
 
 
 def _on_cpu(body: Any) -> Any:
