@@ -131,10 +131,10 @@ def _model_facts(source: ModelSource, graph: Graph, context: int | None) -> dict
     held = graph.facts.get("positions")
     context = min(context, held) if context is not None and held is not None else context
     width = graph.outputs[0].shape[-1] if graph.outputs[0].type.rank else None
-    types = {v.name for v in graph.inputs} & {"token_type_ids"}
+    types = {name: graph.facts[name] for name in ("token_types",) if name in graph.facts}
     return {
         **source.use,
-        **({"token_types": source.config.type_vocab_size} if types else {}),
+        **types,
         "name": source.name,
         "architecture": facts.get("architecture") or source.name,
         "num_layers": len(graph.facts.get("kv", [])),

@@ -26,7 +26,8 @@ _SMALL_FILES: Final = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
-    "chat_template.jinja", "chat_template.json", "1_Pooling/config.json",
+    "chat_template.jinja", "chat_template.json",
+    "1_Pooling/config.json", "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json",
 )  # fmt: skip
 _SAMPLING: Final = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
@@ -64,13 +65,28 @@ def pooling(folder: Path) -> str | None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of bounded size; InputError naming the file otherwise."""
+    value = _read_json(path)
+    if not isinstance(value, dict):
+        raise InputError(f"{path.name} holds no JSON object", remedy="download the file again")
+    return value
+
+
+def read_json_list(path: Path) -> list[dict[str, Any]]:
+    """A list of JSON objects, as `read_json`."""
+    value = _read_json(path)
+    if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
+        raise InputError(f"{path.name} holds no list of JSON objects", remedy="download the file again")
+    return value
+
+
+def _read_json(path: Path) -> Any:
     try:
         size = path.stat().st_size
         if size > MAX_JSON_BYTES:
             raise InputError(
                 f"{path.name} has {size} bytes, more than a configuration can need", remedy="check the file"
             )
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(
             f"cannot read {path}: {error.strerror}", remedy="check the path and its permissions"
@@ -79,9 +95,6 @@ def read_json(path: Path) -> dict[str, Any]:
         raise InputError(
             f"{path.name} is no valid JSON ({error})", remedy="download the file again"
         ) from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path.name} holds no JSON object", remedy="download the file again")
-    return value
 
 
 def is_repo_id(text: str) -> bool:

@@ -19,7 +19,7 @@ from ..ir.errors import InputError, LlmcError, UnsupportedError
 if TYPE_CHECKING:
     import torch
 
-Task = Literal["causal_lm", "encoder"]
+Task = Literal["causal_lm", "encoder", "classifier"]
 
 _MOST_LAYERS = 4096  # the deepest published models have a few hundred
 
@@ -29,12 +29,14 @@ _PATCHING = threading.Lock()  # the patch below is on a class of torch, visible 
 def model_class(config: Any) -> tuple[type[torch.nn.Module], Task]:
     """The transformers class for a configuration, and what it does.
 
-    A class named in `architectures` decides, where transformers knows it as a causal language model or as an
-    encoder; without one the model type does. Raises InputError naming an architecture that is neither.
+    A class named in `architectures` decides, where transformers knows it as a causal language model, as an
+    encoder, or as an encoder with a head that classifies texts (a cross-encoder); without one the model type
+    does. Raises InputError naming an architecture that is none of these.
     """
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
         MODEL_MAPPING,
     )
 
@@ -57,6 +59,10 @@ def model_class(config: Any) -> tuple[type[torch.nn.Module], Task]:
                 f"architecture {label} takes more than text", remedy="give its text model alone"
             )
         return cls, "causal_lm"
+    if kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and _is_encoder(config):
+        cls = _first(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[kind])
+        if cls.__name__ in named:
+            return cls, "classifier"
     if kind in MODEL_MAPPING and (_is_encoder(config) or not named):
         return _first(MODEL_MAPPING[kind]), "encoder"
     raise InputError(

@@ -20,6 +20,7 @@ from . import gguf_model, hf
 from .conversions import apply_conversions, complete, to_numpy_array
 from .gguf import GGUFFile, read_gguf
 from .quantized import describe_quantization, open_quantized
+from .sentences import sentence_facts
 from .skeleton import Task, instantiate, model_class
 from .weights import open_gguf_tensors
 
@@ -45,7 +46,7 @@ class ModelSource:
         name: for people: the hub id, the folder's or file's name, the class.
         path: folder or file; None for a module.
         config: transformers configuration; None for a module without one.
-        task: "causal_lm", "encoder", or "function" (a plain module).
+        task: "causal_lm", "encoder", "classifier", or "function" (a plain module).
         bytes_on_disk: of the weight files.
         generation: end-of-sequence ids and sampling defaults.
         gguf: the checked header of a GGUF file.
@@ -71,6 +72,21 @@ class ModelSource:
     def pooling(self) -> str | None:
         """How an encoder makes one vector of a text, where it says: "cls", "mean", "last" or "max"."""
         return hf.pooling(self.path) if self.kind == "hf" and self.path is not None else None
+
+    @property
+    def use(self) -> dict[str, Any]:
+        """What the runtime must know to use an encoder or a classifier as its makers do; JSON values.
+
+        An encoder: `pooling`, and where they are given `max_seq_length` and `prompts`. A classifier: `labels`
+        in the order of its scores.
+        """
+        folder = self.path if self.kind == "hf" else None
+        if self.task == "encoder":
+            return {"pooling": self.pooling, **(sentence_facts(folder) if folder is not None else {})}
+        if self.task == "classifier":
+            names: Mapping[int, str] = self.config.id2label
+            return {"labels": [str(names[i]) for i in sorted(names)]}
+        return {}
 
     @cached_property
     def stored(self) -> Mapping[str, LazyTensor]:

@@ -2,12 +2,14 @@
 
 Weights are never loaded: parameters are meta tensors and become lazy weights of the graph by name. The token
 count is the symbol "T". The traced function is the plain forward pass of one sequence without a cache: ids
-[1, T] → logits [1, T, V] (or hidden states of an encoder); the cache comes later, by a pass.
+[1, T] → logits [1, T, V] (hidden states of an encoder, scores of a classifier); the cache comes later, by a
+pass.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import operator
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,7 @@ from ..ir.ops.shape import DimValue, Full
 from ..ir.types import Dim, DimExpr, Shape, TensorType, sym
 from ..ir.weights import ArrayTensor, LazyTensor, ShapeOnlyTensor
 from . import aten
+from .classifier import score_every_token
 from .export import export
 from .repeats import NAMESPACE, Bodies, CannotRepeat, Repeats
 
@@ -357,7 +360,8 @@ def _aliases(module: torch.nn.Module, weights: Mapping[str, LazyTensor]) -> dict
 def trace_source(source: ModelSource) -> Graph:
     """The traced graph of a published language model.
 
-    Result: input "input_ids" int64 [1, T]; output "logits" [1, T, V], or "hidden" [1, T, D] of an encoder.
+    Result: input "input_ids" int64 [1, T]; output "logits" [1, T, V], or "hidden" [1, T, D] of an encoder, or
+    "scores" [1, T, labels] of a classifier, which may take "token_type_ids" int64 [1, T] as well.
     `facts["kind"]` says which.
     """
     # A module from Python may do anything between its layers; transformers' models are known.
@@ -378,27 +382,32 @@ def _trace_source(source: ModelSource, *, repeated: bool) -> Graph:
         "cpu" if source.kind == "module" else "meta"
     )  # a module from Python stays as it is: export reads no values
     model = model.to(device)
-    encoder = source.task == "encoder"
+    causal = source.task == "causal_lm"
+    inputs = ["input_ids", *(["token_type_ids"] if _tells_types(model, source.task) else [])]
 
     class Wrapper(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.model_ = model
 
-        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-            if encoder:
-                return self.model_(input_ids=input_ids)[0]
-            return self.model_(input_ids=input_ids, use_cache=False).logits
+        def forward(self, *given: torch.Tensor) -> torch.Tensor:
+            named = dict(zip(inputs, given, strict=True))
+            return self.model_(**named, use_cache=False).logits if causal else self.model_(**named)[0]
 
     limit = getattr(model.config, "max_position_embeddings", None)
     bound = torch.export.Dim("T", min=2, max=int(limit) if limit else 1 << 20)
-    ids = torch.zeros(1, 6, dtype=torch.int64, device=device)
+    examples = tuple(torch.zeros(1, 6, dtype=torch.int64, device=device) for _ in inputs)
+    shapes = (tuple({1: bound} for _ in inputs),)
     with repeats.installed() if repeats is not None else contextlib.nullcontext():
-        program = export(Wrapper(), (ids,), ({1: bound},), source.name)
+        program = export(Wrapper(), examples, shapes, source.name)
     graph = Graph(source.name)
-    _import_program(program, graph, ["input_ids"], weights, "model_.", repeats)
-    graph.output_names = ["hidden" if encoder else "logits"]
-    graph.facts["kind"] = "encoder" if encoder else "causal_lm"
+    _import_program(program, graph, inputs, weights, "model_.", repeats)
+    graph.output_names = [_OUTPUTS[source.task]]
+    graph.facts["kind"] = source.task
+    if source.task == "classifier":
+        score_every_token(graph)
+    if len(inputs) > 1:
+        graph.facts["token_types"] = int(model.config.type_vocab_size)
     if len(graph.outputs) != 1:
         raise CompileError(
             f"{source.name}: expected one output, got {len(graph.outputs)}", remedy="report the model"
@@ -406,12 +415,21 @@ def _trace_source(source: ModelSource, *, repeated: bool) -> Graph:
     return graph
 
 
+_OUTPUTS = {"causal_lm": "logits", "encoder": "hidden", "classifier": "scores"}
+
+
+def _tells_types(model: Any, task: str) -> bool:
+    """Whether a classifier is to be told which text of a pair each token is of. An encoder of single texts is
+    not: all of its tokens are of the first.
+    """
+    takes = "token_type_ids" in inspect.signature(model.forward).parameters
+    return task == "classifier" and takes and getattr(model.config, "type_vocab_size", 0) > 1
+
+
 def _named_inputs(
     module: torch.nn.Module, examples: Sequence[torch.Tensor] | Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """Example inputs by the names and in the order of the forward method's parameters."""
-    import inspect
-
     parameters = inspect.signature(module.forward).parameters
     if not isinstance(examples, Mapping):
         labels = [*parameters, *(f"input{i}" for i in range(len(parameters), len(examples)))]

@@ -413,6 +413,12 @@ class Engine:
         when the iterator ends or is closed. Do not `step` in between: `list(engine.score(ids))` or an
         unbroken loop.
         """
+        return self._score(Sequence(self.scorable(ids)), chunk or self.options.max_batch_tokens)
+
+    def scorable(self, ids: Seq[int]) -> array[int]:
+        """A text's token ids, checked. Raises ContextLengthError where they are too many, InputError where
+        they are none.
+        """
         prompt = self._prompt_ids(ids)
         if len(prompt) > self.limit:
             raise ContextLengthError(
@@ -421,7 +427,7 @@ class Engine:
                 prompt_tokens=len(prompt),
                 limit=self.limit,
             )
-        return self._score(Sequence(prompt), chunk or self.options.max_batch_tokens)
+        return prompt
 
     def _score(self, sequence: Sequence, size: int) -> Iterator[np.ndarray]:
         total = len(sequence.tokens)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import TracebackType
@@ -15,6 +15,7 @@ from ..codegen.artifact import Artifact
 from ..ir.errors import InputError
 from .async_engine import AsyncEngine, Stream
 from .chat_template import ChatTemplate, Message
+from .encoder import check_pairs, relevance, run_whole, token_types
 from .engine import Engine, EngineStats
 from .executor.base import Executor
 from .generation import StepOutput
@@ -22,17 +23,10 @@ from .grammar import Grammar, GrammarCompiler
 from .memory import KvPlan
 from .sampler import TokenLogprob
 from .sampling_params import SamplingParams
+from .text_encoding import TextTokenizer, longest_text
 from .tokenizer import Tokenizer
 
 _CHUNK_BYTES = 64 << 20
-
-_POOLINGS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
-    "mean": lambda states: states.mean(axis=0),
-    "cls": lambda states: states[0],
-    "last": lambda states: states[-1],
-    "max": lambda states: states.max(axis=0),
-}
-"""[T, hidden] → [hidden]."""
 
 Prompt = str | Sequence[int] | Sequence[Message]
 """Text (encoded with the tokenizer's own special tokens), token ids, or messages for the chat template."""
@@ -174,7 +168,7 @@ class LLM:
 
     @property
     def kind(self) -> str:
-        """ "causal_lm", "encoder" or "function"."""
+        """ "causal_lm", "encoder", "classifier" or "function"."""
         return self.artifact.kind if self.artifact is not None else "causal_lm"
 
     @property
@@ -303,9 +297,11 @@ class LLM:
         return results
 
     def _refuse_encoder(self) -> None:
-        if self.kind == "encoder":
+        if self.kind in ("encoder", "classifier"):
+            encoder = self.kind == "encoder"
             raise InputError(
-                "this artifact is an encoder and generates nothing", remedy="use embed or logits"
+                f"this artifact is {'an encoder' if encoder else 'a classifier'} and generates nothing",
+                remedy="use embed or logits" if encoder else "use rank",
             )
 
     # Numbers ---------------------------------------------------------------------------------------------
@@ -377,8 +373,38 @@ class LLM:
         if self.kind != "encoder":
             raise InputError("this artifact is no encoder", remedy="compile an encoder model")
         way = (self.artifact.model.get("pooling") if self.artifact is not None else None) or "mean"
-        vectors = np.stack([_POOLINGS[way](self.logits(self.prompt_ids(prompt))) for prompt in prompts])
-        return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        ids = [self.prompt_ids(prompt) for prompt in prompts]
+        with self.engine.paused() as engine:
+            return run_whole(engine, ids, lambda whole, part: whole.vectors(ids[part], way))
+
+    def rank(self, query: str, documents: Sequence[str]) -> np.ndarray:
+        """How well each document answers a query, [N] float32, by a cross-encoder that reads both: logits, of
+        which a sigmoid makes probabilities. What is too long of a pair is cut.
+
+        Raises InputError where this is no classifier, or one of more than two labels.
+        """
+        return self.rank_counted(query, documents)[0]
+
+    def rank_counted(self, query: str, documents: Sequence[str]) -> tuple[np.ndarray, int]:
+        """As `rank`, and how many tokens were read."""
+        if self.artifact is None or self.kind != "classifier":
+            raise InputError("this artifact is no cross-encoder", remedy="compile a cross-encoder model")
+        check_pairs(self.artifact)
+        pairs = self._pairs.encode_pairs(query, documents)
+        ids, types = [ids for ids, _ in pairs], [kinds for _, kinds in pairs]
+        told = token_types(self.artifact.model)
+        with self.engine.paused() as engine:
+            scores = run_whole(
+                engine,
+                ids,
+                lambda whole, part: relevance(whole.step(ids[part], "first", types[part] if told else None)),
+            )
+        return scores, sum(map(len, ids))
+
+    @cached_property
+    def _pairs(self) -> TextTokenizer:
+        assert self.artifact is not None
+        return TextTokenizer(self.artifact, min(self.context_length, longest_text(self.artifact)))
 
     def run(self, **arrays: np.ndarray) -> dict[str, np.ndarray]:
         """Outputs by name of an artifact of kind "function", from inputs by name.

@@ -72,6 +72,8 @@ class FakeExecutor:
     def _check(self, inputs: StepInputs) -> None:
         for name in StepInputs.__slots__:
             array = getattr(inputs, name)
+            if array is None and name == "token_type_ids":  # given to classifiers alone
+                continue
             assert array.dtype == np.int32, name
             assert array.flags.c_contiguous, name
         total = len(inputs.token_ids)

@@ -4,6 +4,7 @@ interface").
     input_ids [1, T]       → token_ids [T], positions [T], slot_mapping [T], query_start [B+1],
                              context_len [B], block_table [B, P], output_index [R],
                              kv_pages.i [2, N, page_size, heads, head_dim]
+    token_type_ids [1, T]  → token_type_ids [T], where the model takes them
     arange(T)              → positions
     attention(q, k, v)     → pages' = append_kv(k, v, pages); paged_attention(q, pages', …)
     logits of every row    → gather_last before the final norm: only wanted rows go through the head
@@ -88,16 +89,19 @@ def _without_batch(shape: Shape) -> Shape:
     return shape[1:] if len(shape) > 1 and shape[0] == 1 else shape
 
 
-def drop_batch_axis(graph: Graph, ids: Value) -> None:
-    """input_ids [1, T] → [T] and every value after it; attributes with shapes lose their leading 1, axes are
-    negative and stay.
+def drop_batch_axis(graph: Graph, *per_token: Value) -> None:
+    """input_ids [1, T] → [T], any other input of a number a token as well, and every value after them;
+    attributes with shapes lose their leading 1, axes are negative and stay.
     """
-    ids.type = TensorType("int32", (T,))
-    others = [(op, i) for op, i in ids.uses if not isinstance(op, Embedding | QuantizedEmbedding | m.Cast)]
-    if others:  # they were traced with ids of 64 bits
-        wide = graph.insert(m.Cast(ids, dtype="int64"), before=graph.ops[0])
-        for op, i in others:
-            graph.set_operand(op, i, wide.result)
+    for ids in per_token:
+        ids.type = TensorType("int32", (T,))
+        others = [
+            (op, i) for op, i in ids.uses if not isinstance(op, Embedding | QuantizedEmbedding | m.Cast)
+        ]
+        if others:  # they were traced with ids of 64 bits
+            wide = graph.insert(m.Cast(ids, dtype="int64"), before=graph.ops[0])
+            for op, i in others:
+                graph.set_operand(op, i, wide.result)
     for op in graph.ops:
         depends = any(_mentions_tokens(d) for r in op.results for d in r.shape) or any(
             r.type.rank and r.shape[0] == 1 for r in op.results
@@ -184,6 +188,43 @@ def _replace_counts(graph: Graph, inputs: _StepInputs) -> list[str]:
     return notes
 
 
+def _positions_held(graph: Graph, positions: Value) -> int | None:
+    """How many positions there are rows for, in models that look positions up in a table; None in others.
+
+    RoBERTa's table has two rows that no position reads, so its configuration promises two too many.
+    """
+    found: list[int] = []
+    for op in graph:
+        if isinstance(op, Embedding | QuantizedEmbedding):
+            rows, offset = op.operands[1].shape[0], _offset(op.ids, positions)
+            if isinstance(rows, int) and offset is not None:
+                found.append(rows - offset)
+    return min(found, default=None)
+
+
+def _offset(v: Value, positions: Value) -> int | None:
+    """n where a value is positions + n (times a mask of ones and zeros); None for other values."""
+    offset = 0.0
+    while True:
+        v = _uncast(v)
+        op = v.producer
+        if v is positions:
+            return int(offset)
+        if not isinstance(op, m.Add | m.Mul):
+            return None
+        a, b = op.operands
+        if isinstance(op, m.Mul):
+            if _uncast(a).dtype != "bool" and _uncast(b).dtype != "bool":
+                return None
+            v = a if _uncast(b).dtype == "bool" else b
+            continue
+        shift = constant(b) if constant(b) is not None else constant(a)
+        if shift is None:
+            return None
+        offset += shift
+        v = a if constant(b) is not None else b
+
+
 def _uncast(v: Value) -> Value:
     while isinstance(v.producer, m.Cast):
         v = v.producer.x
@@ -229,14 +270,18 @@ class PageKvCache(Pass):
                 f"{graph.name} holds no attention that was recognised{why}",
                 remedy="report the model",
             )
+        types = [v for v in graph.inputs if v.name == "token_type_ids"]
         inputs = _replace_inputs(graph)
-        drop_batch_axis(graph, inputs.token_ids)
+        drop_batch_axis(graph, inputs.token_ids, *types)
         _replace_positions(graph, inputs.positions)
         notes = _replace_counts(graph, inputs)
         graph.retype_all()
         self._page(graph, inputs, attentions)
         graph.retype_all()
         graph.drop_dead()
+        held = _positions_held(graph, inputs.positions)
+        if held is not None:
+            graph.facts["positions"] = held
         for op in graph:
             refusal = row_mixing(op)
             if refusal is not None and not isinstance(op, (AppendKv, PagedAttention)):

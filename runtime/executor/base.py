@@ -18,6 +18,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from ...codegen.artifact import Artifact
 from ...ir.errors import InputError
 
 STEP_INPUTS = (
@@ -28,6 +29,7 @@ STEP_INPUTS = (
     "context_len",
     "block_table",
     "output_index",
+    "token_type_ids",
 )
 """The fields of `StepInputs`, which are the names of a compiled step's inputs."""
 
@@ -54,13 +56,17 @@ class StepInputs:
     """[B, P] pages of each sequence in order; entries past its last page are 0 and mean nothing."""
     output_index: np.ndarray
     """[R] rows of T whose logits are wanted; R may be 0."""
+    token_type_ids: np.ndarray | None = None
+    """[T] which text of a pair each token is of, for classifiers that take it."""
 
 
-def check_step(inputs: StepInputs, *, num_pages: int, page_size: int, vocabulary: int | None) -> None:
+def check_step(
+    inputs: StepInputs, *, num_pages: int, page_size: int, vocabulary: int | None, types: int = 0
+) -> None:
     """Raise InputError where the arrays do not describe a step, or hold an index that leads out of the cache.
 
     For executors whose kernels follow every index unchecked. `vocabulary`: rows of the embedding, None where
-    the executor checks ids itself.
+    the executor checks ids itself. `types`: rows of the embedding of token types, 0 where there is none.
     """
     tokens, sequences = len(inputs.token_ids), len(inputs.context_len)
     starts = inputs.query_start
@@ -85,10 +91,28 @@ def check_step(inputs: StepInputs, *, num_pages: int, page_size: int, vocabulary
         ("block_table", inputs.block_table, num_pages),
         ("context_len", inputs.context_len, room + 1),
         ("output_index", inputs.output_index, tokens),
+        *_type_bounds(inputs, types),
     )
     for name, array, limit in bounds:
         if not _within(array, limit):
             raise InputError(f"{name} holds a value outside of 0 .. {limit - 1}", remedy="check the request")
+
+
+def _type_bounds(inputs: StepInputs, types: int) -> list[tuple[str, np.ndarray, int]]:
+    given = inputs.token_type_ids
+    if not types:
+        return []
+    if given is None or len(given) != len(inputs.token_ids):
+        raise InputError("this model wants a token type for each token", remedy="see StepInputs")
+    return [("token_type_ids", given, types)]
+
+
+def columns(artifact: Artifact) -> int:
+    """Columns of a step's result, by the manifest: hidden size, labels or vocabulary; 0 for a function."""
+    model = artifact.model
+    if artifact.kind == "classifier":
+        return len(model["labels"])
+    return int(model.get("hidden_size" if artifact.kind == "encoder" else "vocab_size") or 0)
 
 
 _SHORT = 32
@@ -109,7 +133,7 @@ class Executor(Protocol):
     page_size: int
     """Tokens in a page."""
     vocab_size: int
-    """Columns of the logits (hidden size for encoders)."""
+    """Columns of the logits (hidden size for encoders, labels for classifiers)."""
     kv_bytes_per_page: int
     """Bytes of one page over all layers, K and V; 0 where nothing is cached."""
     max_pages: int | None

@@ -12,7 +12,7 @@ import numpy as np
 from ...codegen.artifact import Artifact
 from ...ir.dtypes import kv_bytes
 from ...ir.errors import InputError
-from .base import Executor, StepInputs
+from .base import Executor, StepInputs, columns
 
 
 class NullExecutor:
@@ -47,5 +47,6 @@ def open_target(artifact: Artifact, *, isa: str | None, threads: int | None) -> 
     dtype = manifest.get("kv_dtype") or "float32"
     per_token = sum(2 * layer["heads"] * kv_bytes(dtype, layer["head_dim"]) for layer in model.get("kv", []))
     page_size = int(manifest.get("page_size", 16))
-    columns = model["hidden_size"] if artifact.kind == "encoder" else model["vocab_size"]
-    return NullExecutor(page_size=page_size, vocab_size=columns, kv_bytes_per_page=per_token * page_size)
+    return NullExecutor(
+        page_size=page_size, vocab_size=columns(artifact), kv_bytes_per_page=per_token * page_size
+    )

@@ -15,7 +15,7 @@ from ...codegen.artifact import Artifact
 from ...ir.dtypes import kv_bytes, to_numpy
 from ...ir.errors import ArtifactError, InputError
 from .. import cpu
-from .base import STEP_INPUTS, Executor, StepInputs, check_step
+from .base import STEP_INPUTS, Executor, StepInputs, check_step, columns
 
 
 class OnnxExecutor:
@@ -31,8 +31,8 @@ class OnnxExecutor:
         self.batch_invariant = bool(entry.get("batch_invariant", False))
         self.page_size = int(entry.get("page_size") or artifact.manifest.get("page_size", 16))
         model = artifact.model
-        # A function has neither: its manifest says null.
-        self.vocab_size = int(model.get("hidden_size" if artifact.kind == "encoder" else "vocab_size") or 0)
+        self.vocab_size = columns(artifact)
+        self._types = int(model.get("token_types") or 0)
         self._kv_dtype = str(entry.get("kv_dtype", "float32"))
         self._layers = _cache_layers(self._inputs, self._outputs)
         per_token = sum(2 * heads * kv_bytes(self._kv_dtype, dim) for _, heads, dim in self._layers)
@@ -82,6 +82,7 @@ class OnnxExecutor:
             num_pages=self._num_pages,
             page_size=self.page_size,
             vocabulary=None,  # the upper end is checked by Gather
+            types=self._types,
         )
         if not len(inputs.token_ids):  # the model's first group of queries cannot be empty
             return np.zeros((0, self.vocab_size), np.float32)

@@ -95,6 +95,7 @@ class TvmExecutor:
         self.max_pages: int | None = min(most, default=None)
         self.num_pages = 0
         self._vocabulary = artifact.model.get("vocab_size")
+        self._types = int(artifact.model.get("token_types") or 0)
 
     def _bind_weights(self, artifact: Artifact) -> None:
         for name, place in self._arguments.items():
@@ -138,7 +139,13 @@ class TvmExecutor:
 
         Raises InputError for indices out of range.
         """
-        check_step(inputs, num_pages=self.num_pages, page_size=self.page_size, vocabulary=self._vocabulary)
+        check_step(
+            inputs,
+            num_pages=self.num_pages,
+            page_size=self.page_size,
+            vocabulary=self._vocabulary,
+            types=self._types,
+        )
         sizes = {
             "T": len(inputs.token_ids),
             "B": len(inputs.context_len),
