@@ -1,0 +1,187 @@
+"""The form in which both stores keep documents, chunks and their features, and what may be written at all.
+
+Arrays are little-endian bytes: terms and spans 8 a piece, counts 2, vectors 2 (float16). What only people and
+no query looks into (metadata, mentions, settings) is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, cast
+
+import numpy as np
+
+from ....ir.errors import InputError
+from ..types import Chunk, Document, Features, Mention, Triple
+from .base import Record, Settings
+
+U64 = np.dtype("<u8")
+U16 = np.dtype("<u2")
+F16 = np.dtype("<f2")
+
+MAX_ID_BYTES = 2048
+"""Of a document's id and path: PostgreSQL's indexes take no key of more than 2,704 bytes."""
+MAX_INTEGER = 2**63 - 1
+
+FeatureRow = tuple[bytes, bytes, bytes, bytes, str]
+"""terms, title_counts, text_counts, spans, mentions as they are kept."""
+
+
+# What may be written ---------------------------------------------------------------------------------------
+
+
+def check_record(record: Record, settings: Settings) -> None:
+    """Raise InputError, naming the document, where a store could not give back what it was given."""
+    document = record.document
+    name = f"document {document.id[:80]!r}"
+    for field, text in (("id", document.id), ("path", document.path)):
+        if not text or len(text.encode("utf-8", "surrogatepass")) > MAX_ID_BYTES:
+            raise InputError(f"{name}: its {field} is empty or longer than {MAX_ID_BYTES} bytes")
+    metadata = metadata_text(document)
+    texts = (document.id, document.path, document.title, document.media_type, document.digest, metadata)
+    _check_texts(name, texts)
+    if not 0 <= document.size <= MAX_INTEGER or not -MAX_INTEGER <= document.modified_ns <= MAX_INTEGER:
+        raise InputError(f"{name}: its size or time of change is out of range")
+    seen: set[str] = set()
+    for ordinal, chunk in enumerate(record.chunks):
+        _check_chunk(f"{name}, chunk {ordinal}", chunk, settings)
+        if chunk.document != document.id or chunk.ordinal != ordinal or chunk.id in seen:
+            raise InputError(f"{name}, chunk {ordinal}: its document, its ordinal or its id is another's")
+        seen.add(chunk.id)
+
+
+def _check_chunk(name: str, chunk: Chunk, settings: Settings) -> None:
+    if not chunk.id or len(chunk.id) > 128:
+        raise InputError(f"{name}: its id is empty or longer than 128 characters")
+    _check_texts(name, (chunk.id, chunk.title, chunk.heading, chunk.text))
+    features = chunk.features
+    if not len(features.terms) == len(features.title_counts) == len(features.text_counts):
+        raise InputError(f"{name}: terms and their counts are of different lengths")
+    _check_texts(name, [mention.key + mention.surface for mention in features.mentions])
+    if chunk.vector is not None:
+        check_vector(name, chunk.vector, settings)
+
+
+def check_vector(name: str, vector: np.ndarray, settings: Settings) -> None:
+    """Raise InputError where this is no vector of the store's embedder."""
+    if vector.shape != (settings.dimensions,):
+        raise InputError(
+            f"{name}: a vector of shape {list(vector.shape)}, the store's are of [{settings.dimensions}]",
+            remedy="use the embedder that the store was made with, or embed it again",
+        )
+    if not bool(np.isfinite(vector).all()):
+        raise InputError(f"{name}: its vector holds infinite or undefined numbers")
+
+
+def check_triples(chunk: str, triples: Sequence[Triple], quarantine: str | None) -> None:
+    """Raise InputError where triples are of another chunk, or of text that cannot be kept."""
+    name = f"triples of chunk {chunk[:80]!r}"
+    for triple in triples:
+        if triple.chunk != chunk:
+            raise InputError(f"{name}: one is of chunk {triple.chunk[:80]!r}")
+        _check_texts(name, (triple.subject, triple.predicate, triple.object, triple.origin))
+    _check_texts(name, (quarantine or "",))
+
+
+def check_settings(settings: Settings) -> None:
+    """Raise InputError where settings cannot be kept."""
+    if settings.dimensions < 0:
+        raise InputError(f"settings: dimensions is {settings.dimensions}")
+    _check_texts("settings", (settings_text(settings),))
+
+
+def _check_texts(name: str, texts: Sequence[str]) -> None:
+    for text in texts:
+        if "\0" in text:
+            raise InputError(f"{name}: its text holds a NUL character, so it is not text")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise InputError(f"{name}: its text holds half of a surrogate pair, so it is not text") from None
+
+
+# To rows and back ------------------------------------------------------------------------------------------
+
+
+def metadata_text(document: Document) -> str:
+    """A document's metadata as JSON; equal metadata give equal text."""
+    try:
+        return _json(dict(document.metadata))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"document {document.id[:80]!r}: its metadata are not JSON: {error}") from None
+
+
+def settings_text(settings: Settings) -> str:
+    """Settings as JSON; equal settings give equal text."""
+    return _json({**asdict(settings), "extra": dict(settings.extra)})
+
+
+def settings_of(text: str) -> Settings:
+    """The settings of `settings_text`; what a newer llmc added is left out."""
+    found: dict[str, Any] = json.loads(text)
+    known = Settings.__dataclass_fields__
+    return Settings(**{name: value for name, value in found.items() if name in known})
+
+
+def document_of(row: Sequence[Any]) -> Document:
+    """A document of (id, path, title, media_type, digest, size, modified_ns, metadata)."""
+    return Document(*row[:7], metadata=json.loads(row[7]))
+
+
+def document_row(document: Document) -> tuple[str | int, ...]:
+    """What `document_of` reads."""
+    return (
+        document.id,
+        document.path,
+        document.title,
+        document.media_type,
+        document.digest,
+        int(document.size),
+        int(document.modified_ns),
+        metadata_text(document),
+    )
+
+
+def feature_row(features: Features) -> FeatureRow:
+    """Features as they are kept."""
+    mentions = [[one.key, one.surface, int(one.start), int(one.end)] for one in features.mentions]
+    return (
+        _bytes(features.terms, U64),
+        _bytes(features.title_counts, U16),
+        _bytes(features.text_counts, U16),
+        _bytes(features.spans, U64),
+        _json(mentions),
+    )
+
+
+def features_of_row(row: Sequence[Any]) -> Features:
+    """Features of a FeatureRow; its arrays are views of the bytes, and cannot be written to."""
+    terms, title_counts, text_counts, spans, mentions = row
+    found = cast(list[list[Any]], json.loads(mentions)) if len(mentions) > 2 else []
+    return Features(
+        terms=np.frombuffer(terms, U64),
+        title_counts=np.frombuffer(title_counts, U16),
+        text_counts=np.frombuffer(text_counts, U16),
+        spans=np.frombuffer(spans, U64),
+        mentions=tuple([Mention(*one) for one in found]),
+    )
+
+
+def asked(id: str) -> str:
+    """An id that somebody asks for, as a database takes it: with a NUL or half a surrogate it is nobody's."""
+    return id.replace("\0", "\ufffd").encode("utf-8", "replace").decode()
+
+
+def vector_bytes(vector: np.ndarray) -> bytes:
+    """A vector as float16, little-endian."""
+    return _bytes(vector, F16)
+
+
+def _bytes(array: np.ndarray, dtype: np.dtype[Any]) -> bytes:
+    return np.ascontiguousarray(array, dtype=dtype).tobytes()
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False)
