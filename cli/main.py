@@ -24,6 +24,7 @@ COMMANDS = (
     "chat",
     "serve",
     "agent",
+    "rag",
     "eval",
     "bench",
     "inspect",
@@ -127,7 +128,12 @@ def _missing_module(error: ModuleNotFoundError) -> str:
         "numpy", "ml_dtypes", "onnxruntime", "tokenizers", "jinja2", "rich", "packaging",
         "fastapi", "starlette", "pydantic", "uvicorn", "httptools", "prometheus_client", "llguidance",
     }  # fmt: skip
-    extra = "llmc" if name in base else "llmc[tools]" if name in ("mcp", "anyio") else "llmc[compile]"
+    extras = {
+        "mcp": "tools", "anyio": "tools",
+        "igraph": "rag", "scipy": "rag", "pypdf": "rag", "lxml": "rag", "Stemmer": "rag",
+        "psycopg": "postgres",
+    }  # fmt: skip
+    extra = "llmc" if name in base else f"llmc[{extras.get(name, 'compile')}]"
     return (
         f"Python package {name!r} is not installed; pip install '{extra}' (llmc doctor lists what is missing)"
     )

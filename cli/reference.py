@@ -23,13 +23,24 @@ def text() -> str:
         command = llmc.get_command(group, name)
         if command is not None:
             parts.append(_command(command, name))
+            parts += _subcommands(command, name)
     return "\n".join(parts)
+
+
+def _subcommands(command: click.Command, name: str) -> list[str]:
+    """The sections of a group's commands."""
+    if not isinstance(command, click.Group):
+        return []
+    context = click.Context(command, info_name=name)
+    found = [(word, command.get_command(context, word)) for word in command.list_commands(context)]
+    return [_command(one, f"{name} {word}") for word, one in found if one is not None]
 
 
 def _command(command: click.Command, name: str) -> str:
     arguments = [p for p in command.params if isinstance(p, click.Argument)]
     options = [p for p in command.params if isinstance(p, click.Option)]
-    usage = " ".join(["llmc", name, *(_argument(p) for p in arguments), *(["[OPTIONS]"] if options else [])])
+    more = ["COMMAND"] if isinstance(command, click.Group) else ["[OPTIONS]"] if options else []
+    usage = " ".join(["llmc", name, *(_argument(p) for p in arguments), *more])
     lines = [f"## `{usage}`", "", _paragraphs(command.help or "")]
     if options:
         lines += ["", "| option | |", "|---|---|", *(_option(p) for p in options)]

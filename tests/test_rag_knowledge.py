@@ -1,0 +1,126 @@
+"""A knowledge base as the server and tools use it: modes of search, the graph, changes from elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from llmc.ir.errors import InputError
+from llmc.runtime.rag.knowledge import KnowledgeBase
+from llmc.runtime.rag.types import Triple
+
+from .rag_documents import FakeEmbedder, faked, write
+
+DOCS = {
+    "engine": "Analytical Engine\n\nThe Analytical Engine was designed by Charles Babbage in London.",
+    "babbage": "Charles Babbage\n\nCharles Babbage was born in London. He worked with Ada Lovelace.",
+    "ada": "Ada Lovelace\n\nAda Lovelace wrote the first program. Her father was Lord Byron.",
+    "byron": "Lord Byron\n\nLord Byron was a poet who died at Missolonghi.",
+}
+
+
+@pytest.fixture(name="fake")
+def _fake(monkeypatch: pytest.MonkeyPatch) -> FakeEmbedder:
+    return faked(monkeypatch)
+
+
+@pytest.fixture(name="kb")
+def _kb(tmp_path: Path, fake: FakeEmbedder) -> Iterator[KnowledgeBase]:
+    with KnowledgeBase.open(tmp_path / "kb.kb", create=True) as kb:
+        kb.sync(write(tmp_path / "docs", **DOCS))
+        yield kb
+
+
+def test_modes(kb: KnowledgeBase) -> None:
+    question = "Where did the father of Ada Lovelace die?"
+    for mode in ("auto", "graph"):
+        found = kb.search(question, top=2, mode=mode)
+        assert {one.document for one in found} == {"ada.txt", "byron.txt"}
+    for mode in ("hybrid", "keyword", "dense"):
+        assert kb.search("poet Missolonghi", top=1, mode=mode)[0].document == "byron.txt"
+    whole = kb.search("What are these documents about?", top=3)
+    assert whole == kb.search("What are these documents about?", top=3, mode="global")
+    assert len(whole) == 3
+    for one in whole:
+        chunk = next(kb.store.chunks([one.chunk]))
+        assert one.text in chunk.text
+    for question, mode in (("", "auto"), ("   ", "global"), ("a", "best"), ("a" * 100_001, "auto")):
+        with pytest.raises(InputError):
+            kb.search(question, mode=mode)
+
+
+def test_without_a_graph(tmp_path: Path, fake: FakeEmbedder) -> None:
+    with KnowledgeBase.open(tmp_path / "kb.kb", create=True, graph="none") as kb:
+        kb.sync(write(tmp_path / "docs", **DOCS))
+        found = kb.search("Who designed the engine?", explain=True)
+        assert found == kb.search("Who designed the engine?", explain=True, mode="hybrid")
+        assert "pagerank" not in found[0].scores
+
+
+def test_an_empty_store_finds_nothing(tmp_path: Path, fake: FakeEmbedder) -> None:
+    with KnowledgeBase.open(tmp_path / "kb.kb", create=True) as kb:
+        assert kb.search("Who?") == []
+        assert kb.graph_neighbours("", 10) == {"nodes": [], "edges": []}
+        assert kb.vacuum() is None
+
+
+def test_what_was_deleted_is_found_no_more(kb: KnowledgeBase, tmp_path: Path) -> None:
+    assert kb.search("poet at Missolonghi")[0].document == "byron.txt"
+    assert kb.delete_document("byron.txt")
+    assert not kb.delete_document("byron.txt")
+    assert not kb.delete_document("docs/")
+    assert "byron.txt" not in {one.document for one in kb.search("poet at Missolonghi", top=10)}
+    kb.add([tmp_path / "docs" / "byron.txt"])
+    assert kb.search("poet at Missolonghi")[0].document == "byron.txt"
+
+
+def test_the_graph_around_documents_and_names(kb: KnowledgeBase) -> None:
+    chunk = next(kb.store.chunks(document="byron.txt")).id
+    kb.store.put_triples(chunk, [Triple(chunk, "Lord Byron", "died at", "Missolonghi", "file:x")])
+    whole = kb.graph_neighbours("", 20)
+    ids = {node["id"] for node in whole["nodes"]}
+    assert {"d:ada.txt", "d:byron.txt", "d:babbage.txt", "d:engine.txt", "e:charles babbage"} <= ids
+    for focus in ("d:ada.txt", "ada.txt", "Ada Lovelace"):
+        near = kb.graph_neighbours(focus, 20)
+        assert near["nodes"][0] == {
+            "id": "d:ada.txt",
+            "kind": "document",
+            "label": "Ada Lovelace",
+            "document": "ada.txt",
+            "weight": 1.0,
+        }
+        assert {"d:byron.txt", "d:babbage.txt"} <= {node["id"] for node in near["nodes"]}
+        assert ("d:ada.txt", "d:byron.txt", "link") in {
+            (edge["source"], edge["target"], edge["kind"]) for edge in near["edges"]
+        }
+    london = kb.graph_neighbours("London", 20)
+    assert london["nodes"][0]["id"] == "e:london"
+    assert london["nodes"][0]["label"] == "London"
+    assert {edge["source"] for edge in london["edges"] if edge["target"] == "e:london"} == {
+        "d:engine.txt",
+        "d:babbage.txt",
+    }
+    related = kb.graph_neighbours("e:missolonghi", 20)["edges"]
+    assert {"e:lord byron", "e:missolonghi"} in [
+        {edge["source"], edge["target"]} for edge in related if edge["kind"] == "relation"
+    ]
+    assert kb.graph_neighbours("nobody of this name", 20)["nodes"] == []
+    for limit in (1, 2, 3):
+        for focus in ("", "ada.txt", "e:london"):
+            found = kb.graph_neighbours(focus, limit)
+            assert 0 < len(found["nodes"]) <= limit
+            known = {node["id"] for node in found["nodes"]}
+            assert all({edge["source"], edge["target"]} <= known for edge in found["edges"])
+
+
+def test_a_store_that_is_embedded_again_meanwhile(kb: KnowledgeBase, tmp_path: Path) -> None:
+    assert kb.search("poet")
+    with KnowledgeBase.open(kb.store.location, embedder="none") as other:
+        other.reembed("other")
+    with pytest.raises(InputError, match="has those of other-1 by now"):
+        kb.search("poet")
+    with pytest.raises(InputError, match="by now"):
+        kb.sync(tmp_path / "docs")
+    assert kb.reembed("auto") == 4
+    assert kb.search("poet at Missolonghi", top=1)[0].document == "byron.txt"
