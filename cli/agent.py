@@ -35,6 +35,9 @@ _SHOWN = 1000  # characters of a result on the screen; of arguments that a perso
     metavar="FILE.py|mcp:COMMAND|NAME",
     help="Functions of a Python file, an MCP server to start, or tools of an installed package; repeatable.",
 )
+@click.option(
+    "--documents", metavar="KB", help="Let it search these documents (llmc rag index) with search_documents."
+)
 @click.option("--no-builtin", is_flag=True, help="Without the built-in tool calculate.")
 @click.option("--system", metavar="TEXT", help="What the chat template gets as the system's message.")
 @click.option(
@@ -57,6 +60,7 @@ def command(
     artifact: Path | None,
     prompt: str | None,
     tools: tuple[str, ...],
+    documents: str | None,
     no_builtin: bool,
     system: str | None,
     max_steps: int,
@@ -88,7 +92,7 @@ def command(
         output = sys.stdout
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         if replay is not None:
-            box = _toolbox(stack, tools, builtin=not no_builtin) if live_tools else None
+            box = _toolbox(stack, tools, documents, builtin=not no_builtin) if live_tools else None
             return _replay(replay, box, yes=yes, output=output, as_json=as_json)
         if artifact is None:
             raise InputError("no artifact was given", remedy="llmc agent ARTIFACT [PROMPT], or --replay FILE")
@@ -96,7 +100,7 @@ def command(
 
         limits = Limits(max_steps, max_seconds, max_total_tokens)
         limits.validate()
-        box = _toolbox(stack, tools, builtin=not no_builtin)
+        box = _toolbox(stack, tools, documents, builtin=not no_builtin)
         shown = _Shown(stack, trace, output if output.isatty() and not as_json else None)
         chat = _chat(stack, artifact, options, box, shown)
         confirm = _allow_all if yes else _Question(sys.stdin.isatty() and prompt != "-")
@@ -112,12 +116,19 @@ def command(
     return None
 
 
-def _toolbox(stack: contextlib.ExitStack, specs: Sequence[str], *, builtin: bool) -> ToolBox:
+def _toolbox(
+    stack: contextlib.ExitStack, specs: Sequence[str], documents: str | None, *, builtin: bool
+) -> ToolBox:
     from ..runtime.tools.registry import MCP_PREFIX, ToolBox
 
     box = stack.enter_context(ToolBox())
     if builtin:
         box.add_builtin()
+    if documents is not None:
+        from ..runtime.rag.knowledge import KnowledgeBase, locate
+        from ..runtime.tools.search_documents import search_documents
+
+        box.add(search_documents(stack.enter_context(KnowledgeBase.open(locate(documents)))))
     # Servers last: their tools give way where a name is taken.
     for spec in sorted(specs, key=lambda spec: spec.startswith(MCP_PREFIX)):
         box.load(spec)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -117,6 +117,11 @@ class Tokenizer:
         return [
             token for token_id in sorted(self._special_ids) if (token := self.token(token_id)) is not None
         ]
+
+    @property
+    def added_tokens(self) -> Mapping[str, int]:
+        """Texts that are read as one token wherever they stand, special (`special_ids`) or not."""
+        return {token.content: one for one, token in self._inner.get_added_tokens_decoder().items()}
 
     @property
     def byte_ids(self) -> frozenset[int]:

@@ -23,6 +23,7 @@ from typing import Any, Protocol
 from ...ir.errors import InputError, LlmcError
 from ..tool_calls.base import Tool, ToolCall, new_call_id
 from .base import RunnableTool, ToolResult, one_line, shortened
+from .guard import REFUSAL, DocumentGuard
 from .registry import Allow
 from .runner import canonical
 
@@ -182,6 +183,7 @@ class _Run:
         self._agent = agent
         self._result = AgentResult(messages)
         self._seen: Counter[str] = Counter()
+        self._guard = DocumentGuard(messages)
         self._began = agent.clock()
         self._waited = 0.0  # for people, whose time is not counted
 
@@ -283,7 +285,11 @@ class _Run:
             )
         left = agent.limits.seconds - self._elapsed()
         self._check(Budget(1, left))
-        done = agent.toolbox.run(call, allow=self._allow, seconds=left)
+        if self._guard.refuses(call):
+            done = ToolResult("refused", REFUSAL)
+        else:
+            done = agent.toolbox.run(call, allow=self._allow, seconds=left)
+            self._guard.note(call, done.text)
         message: Message = {"role": "tool", "tool_call_id": call.id, "content": done.content}
         result.messages.append(message)
         result.calls.append(CallRecord(result.steps, call, done))
