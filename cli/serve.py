@@ -87,6 +87,25 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 )
 @click.option("--draft", metavar="ARTIFACT", help="A smaller model that guesses; else the text's own past.")
 @click.option("--no-prefix-cache", is_flag=True, help="Compute every prompt from its first token.")
+@click.option(
+    "--documents",
+    multiple=True,
+    metavar="[NAME=]KB",
+    help="Answer from these documents (llmc rag index); repeatable.",
+)
+@click.option(
+    "--documents-writable/--documents-read-only",
+    "documents_writable",
+    default=None,
+    help="Whether requests may add and delete documents.  [default: on a loopback address]",
+)
+@click.option(
+    "--max-upload",
+    type=click.IntRange(min=1024),
+    default=32 << 20,
+    show_default=True,
+    help="Bytes of a document that is added.",
+)
 @click.option("--no-page", is_flag=True, help="Do not serve the web page.")
 @json_option
 def command(artifacts: tuple[str, ...], as_json: bool, **options: Any) -> int:
@@ -102,19 +121,24 @@ def command(artifacts: tuple[str, ...], as_json: bool, **options: Any) -> int:
     notes_from_logging()
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     named = _named(artifacts)
+    documents = _named_documents(options["documents"])
     settings = _settings(options)
     listener = listen(options["host"], options["port"])
     with ExitStack() as stack:
         stack.callback(listener.close)
+        # Documents first: what is wrong with them shows at once, and not after models are loaded.
+        knowledge = {name: stack.enter_context(_open(at)) for name, at in documents.items()}
         models = {name: stack.enter_context(_load(path, options)) for name, path in named.items()}
-        app = create_app(models, settings)
+        app = create_app(models, settings, knowledge)
         address, port = listener.getsockname()[:2]
         url = f"http://{f'[{address}]' if ':' in address else address}:{port}"
-        result = {"url": url, "models": list(models)}
+        result: dict[str, Any] = {"url": url, "models": list(models)}
+        if knowledge:
+            result |= {"documents": list(knowledge), "documents_writable": settings.documents_writable}
         emit(
             result,
             as_json=as_json,
-            text=f"serving {', '.join(models)} at {url} (page: {url}/, API: {url}/v1)",
+            text=f"serving {', '.join([*models, *knowledge])} at {url} (page: {url}/, API: {url}/v1)",
         )
         if address not in _LOOPBACK and not settings.api_keys:
             note("anyone who reaches this address may use it: --api-key asks for a key")
@@ -136,6 +160,29 @@ def _named(artifacts: tuple[str, ...]) -> dict[str, Path]:
     return named
 
 
+def _named_documents(given: tuple[str, ...]) -> dict[str, str]:
+    """NAME=KB or KB → the names to serve. A KB is a file, an indexed folder, or a postgresql:// URL, in whose
+    parameters a "=" may stand.
+    """
+    named: dict[str, str] = {}
+    for one in given:
+        name, separator, place = one.partition("=")
+        if not separator or "/" in name or Path(one).exists():
+            place, name = one, one.split("?")[0].rstrip("/").rpartition("/")[2].removesuffix(".kb")
+        if not name or not place:
+            raise InputError(f"{one!r} is no [NAME=]KB", remedy="for example notes=notes.kb")
+        if name in named:
+            raise InputError(f"two knowledge bases are called {name!r}", remedy="name one: NAME=KB")
+        named[name] = place
+    return named
+
+
+def _open(place: str) -> Any:
+    from ..runtime.rag.knowledge import KnowledgeBase, locate
+
+    return KnowledgeBase.open(locate(place))
+
+
 def _settings(options: dict[str, Any]) -> Any:
     from ..runtime.server.settings import ServerSettings
 
@@ -151,7 +198,19 @@ def _settings(options: dict[str, Any]) -> Any:
         request_seconds=options["request_timeout"] or None,
         drain_seconds=options["drain_timeout"],
         page=not options["no_page"],
+        documents_writable=_writable(options),
+        max_upload_bytes=options["max_upload"],
     )
+
+
+def _writable(options: dict[str, Any]) -> bool:
+    """On loopback whoever asks uses the machine already. From elsewhere (another address, a proxy's or a
+    page's name), the right to ask is not the right to change what others are answered from.
+    """
+    given: bool | None = options["documents_writable"]
+    alone = options["host"] in _LOOPBACK and not options["cors_origin"]
+    alone = alone and all(name.lower() in _LOOPBACK for name in options["allowed_host"])
+    return alone if given is None else given
 
 
 def _load(path: Path, options: dict[str, Any]) -> LLM:

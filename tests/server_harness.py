@@ -53,11 +53,16 @@ def fake_llm(*, context: int = 400, max_waiting: int | None = None, **options: A
 class RunningServer:
     """A server that runs in a thread."""
 
-    def __init__(self, models: Mapping[str, LLM], settings: ServerSettings | None = None) -> None:
+    def __init__(
+        self,
+        models: Mapping[str, LLM],
+        settings: ServerSettings | None = None,
+        knowledge: Mapping[str, Any] | None = None,
+    ) -> None:
         import uvicorn
 
         self.models = models
-        self.app = create_app(models, settings)
+        self.app = create_app(models, settings, knowledge)
         self.service = self.app.state.service
         self._listener = listen("127.0.0.1", 0)
         self.port: int = self._listener.getsockname()[1]
@@ -156,9 +161,13 @@ class RunningServer:
 
 
 @contextlib.contextmanager
-def serving(llm: LLM | None = None, settings: ServerSettings | None = None) -> Iterator[RunningServer]:
-    """A server of one model, called "tiny"."""
-    with RunningServer({"tiny": llm if llm is not None else fake_llm()}, settings) as server:
+def serving(
+    llm: LLM | None = None,
+    settings: ServerSettings | None = None,
+    knowledge: Mapping[str, Any] | None = None,
+) -> Iterator[RunningServer]:
+    """A server of one model, called "tiny"; `knowledge` bases by name."""
+    with RunningServer({"tiny": llm if llm is not None else fake_llm()}, settings, knowledge) as server:
         yield server
 
 

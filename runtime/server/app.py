@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import llmc
 from fastapi import APIRouter, FastAPI
@@ -18,11 +19,16 @@ from .chat import chat_router
 from .completions import completions_router
 from .embeddings import embeddings_router
 from .errors import ApiError, AsciiJsonResponse, add_error_handlers
+from .library import Library
 from .middleware import Gate
+from .rag import rag_router
 from .responses import responses_router
 from .service import ClientGoneError, Service
 from .settings import ServerSettings
 from .tokens import tokens_router
+
+if TYPE_CHECKING:
+    from ..rag.knowledge import KnowledgeBase
 
 _STATIC = Path(__file__).parent / "static"
 
@@ -34,17 +40,24 @@ _PAGE_POLICY = (
 )
 
 
-def create_app(models: Mapping[str, LLM], settings: ServerSettings | None = None) -> FastAPI:
-    """An OpenAI-compatible server of these models, by the names that requests use. They stay the caller's to
-    close. Raises InputError where one of them is no language model or encoder.
+def create_app(
+    models: Mapping[str, LLM],
+    settings: ServerSettings | None = None,
+    knowledge: Mapping[str, KnowledgeBase] | None = None,
+) -> FastAPI:
+    """An OpenAI-compatible server of these models, by the names that requests use, and of documents, by the
+    names of their knowledge bases. They stay the caller's to close. Raises InputError where one of the models
+    is no language model or encoder.
     """
     service = Service(models, settings or ServerSettings())
+    library = Library(service, knowledge or {})
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
         service.warm_up()
         yield
         service.close()
+        await asyncio.to_thread(library.close)
 
     app = FastAPI(
         title="llmc", version=llmc.__version__, docs_url=None, redoc_url=None, lifespan=lifespan,
@@ -57,6 +70,7 @@ def create_app(models: Mapping[str, LLM], settings: ServerSettings | None = None
         responses_router(service),
         embeddings_router(service),
         tokens_router(service),
+        rag_router(library),
         _about_router(service),
     ):
         app.include_router(router)

@@ -149,7 +149,7 @@ _KINDS = frozenset({"str", "int", "float", "bool", "dict", "none", "literal"})
 def _invalid(error: RequestValidationError) -> ApiError:
     """The first thing that is wrong with a body, with the field's path as a client would write it."""
     first = error.errors()[0]
-    place = [part for part in first["loc"] if part not in ("body", "query")]
+    place = first["loc"][1:] if first["loc"][0] in ("body", "query", "path") else first["loc"]
     param = ""
     for part in place:
         # The members of a union stand in pydantic's path too ("list[int]", "ChatMessage"): they are no

@@ -19,6 +19,8 @@ OPEN_PATHS = frozenset({"/", "/health", "/ready"})
 
 STATIC = "/static/"
 
+UPLOADS = "/v1/rag/documents"
+
 
 class Gate:
     """The outermost layer of the app."""
@@ -44,7 +46,7 @@ class Gate:
         if scope["method"] == "OPTIONS" and origin is not None:
             await _preflight(send, origin)
             return
-        limited = _Limited(receive, self._service.settings.max_body_bytes)
+        limited = _Limited(receive, self._most(scope))
         sender = _Sender(send, self._service, origin)
         if free:
             await self._app(scope, limited, sender)
@@ -79,7 +81,14 @@ class Gate:
             return ApiError(
                 503, "the server is going down", code="shutting_down", headers={"Retry-After": "5"}
             )
-        return _body_refusal(headers, settings.max_body_bytes)
+        return _body_refusal(headers, self._most(scope))
+
+    def _most(self, scope: Scope) -> int:
+        """Bytes that a body may have: a document's file has a limit of its own."""
+        settings = self._service.settings
+        if scope["path"] == UPLOADS and scope["method"] == "POST":
+            return settings.max_upload_bytes
+        return settings.max_body_bytes
 
     def _may_call(self, origin: str, host: str) -> bool:
         allowed = self._service.settings.allowed_origins
@@ -104,7 +113,7 @@ def _host(header: str) -> str:
 async def _preflight(send: Send, origin: str) -> None:
     headers = [
         (b"access-control-allow-origin", origin.encode("latin-1", "replace")),
-        (b"access-control-allow-methods", b"GET, POST"),
+        (b"access-control-allow-methods", b"GET, POST, DELETE"),
         (b"access-control-allow-headers", b"authorization, content-type"),
         (b"access-control-max-age", b"600"),
         (b"vary", b"origin"),

@@ -184,6 +184,37 @@ class DetokenizeRequest(Body):
     tokens: list[int]
 
 
+MAX_QUESTION = 20_000
+"""Characters of a question to documents."""
+MAX_PASSAGES = 100
+
+_Mode = Literal["auto", "hybrid", "graph", "global", "keyword", "dense"]
+
+
+class RagSearchRequest(Body):
+    """POST /v1/rag/search."""
+
+    knowledge: _Names | None = None
+    query: str = Field(min_length=1, max_length=MAX_QUESTION)
+    top: int = Field(5, ge=1, le=MAX_PASSAGES)
+    mode: _Mode = "auto"
+    explain: bool = False
+    per_document: int = Field(1, ge=1, le=MAX_PASSAGES)
+
+
+class RagAnswerRequest(Body):
+    """POST /v1/rag/answer."""
+
+    knowledge: _Names | None = None
+    question: str = Field(min_length=1, max_length=MAX_QUESTION)
+    model: _Names | None = None
+    stream: bool = False
+    top: int = Field(5, ge=1, le=20)
+    mode: _Mode = "auto"
+    iterative: bool = False
+    max_tokens: int | None = Field(None, ge=1, le=4096)
+
+
 ChatRequest.model_rebuild()
 CompletionRequest.model_rebuild()
 
@@ -191,7 +222,7 @@ FIELDS = frozenset(
     name
     for body in (
         ChatRequest, CompletionRequest, ResponsesRequest, EmbeddingRequest, RerankRequest, TokenizeRequest,
-        DetokenizeRequest,
+        DetokenizeRequest, RagSearchRequest, RagAnswerRequest,
     )
     for name in body.model_fields
 )  # fmt: skip

@@ -24,3 +24,7 @@ class ServerSettings:
     """What running requests get to finish after SIGTERM."""
     page: bool = True
     """Whether the web page is served at /."""
+    documents_writable: bool = False
+    """Whether requests may add documents to what is served of them, and delete them."""
+    max_upload_bytes: int = 32 << 20
+    """Longest document that a request may add."""

@@ -1,4 +1,4 @@
-// What this page asks of the server: GET v1/models and POST v1/chat/completions, always of its own origin.
+// What this page asks of the server, always of its own origin: models, and answers as they come. Documents: rag.js.
 
 import { events } from "./sse.js";
 
@@ -25,7 +25,7 @@ export function retryAfter(header, now = Date.now()) {
 const text = (value) => (typeof value === "string" && value ? value : null);
 
 /** An error from the body {"error": {message, type, param, code}}, or from the status alone. */
-function errorFrom(body, details) {
+export function errorFrom(body, details) {
   const error = body && typeof body.error === "object" && body.error !== null ? body.error : {};
   const { status } = details;
   const message = text(error.message) ?? `The server answered with status ${status} and gave no reason.`;
@@ -33,7 +33,7 @@ function errorFrom(body, details) {
   return new ApiError(message, { ...details, type: text(error.type), param: text(error.param), code });
 }
 
-async function request(path, key, options = {}) {
+export async function request(path, key, options = {}) {
   const headers = { ...options.headers };
   if (key) headers.Authorization = `Bearer ${key}`;
   let response;
@@ -57,18 +57,18 @@ export async function listModels(key) {
   return body.data.filter((model) => typeof model?.id === "string" && model.llmc?.chat !== false);
 }
 
+/** Chunks of a streamed chat completion (objects of type chat.completion.chunk), the one with `usage` included. */
+export function streamChat(body, options) {
+  return streamChunks("v1/chat/completions", { ...body, stream: true, stream_options: { include_usage: true } }, options);
+}
+
 /**
- * Chunks of a streamed chat completion (objects of type chat.completion.chunk), the one with `usage` included.
- * Throws ApiError where the server refuses, breaks in the middle, or ends without saying why; AbortError
- * where `signal` fired.
+ * The events of a streamed answer. Throws ApiError where the server refuses, breaks in the middle, or ends without
+ * saying why; AbortError where `signal` fired.
  */
-export async function* streamChat(body, { key, signal }) {
-  const response = await request("v1/chat/completions", key, {
-    method: "POST",
-    signal,
-    headers: { "Content-Type": "application/json" },
-    body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } }),
-  });
+export async function* streamChunks(path, body, { key, signal }) {
+  const headers = { "Content-Type": "application/json" };
+  const response = await request(path, key, { method: "POST", signal, headers, body: JSON.stringify(body) });
   let finished = false;
   try {
     for await (const data of events(response.body)) {

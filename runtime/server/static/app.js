@@ -6,13 +6,17 @@
 //   markdown.js, inline.js    an answer's text as nodes, all made by dom.js, never as markup
 //   settings.js, storage.js   what is asked besides the messages, what the browser keeps
 //   announce.js               what a screen reader says
+//   documents.js              the documents: search.js, files.js, graph.js, reader.js; rag.js asks the server for them
+//   citations.js, marks.js    sources in an answer, marked places of a text
 
 import { Announcer } from "./announce.js";
 import { listModels, streamChat } from "./api.js";
 import { Conversation, apply } from "./conversation.js";
+import { Documents } from "./documents.js";
 import { el, icon, textNodes } from "./dom.js";
 import { errorCard } from "./errors.js";
 import { brief, count, factList, facts } from "./measure.js";
+import { streamAnswer } from "./rag.js";
 import { SettingError, Settings } from "./settings.js";
 import { forget, keepKey, load, loadKey, save } from "./storage.js";
 import { Transcript } from "./transcript.js";
@@ -35,7 +39,9 @@ const transcript = new Transcript($("transcript"), {
   regenerate: () => answer({ replace: true }),
   results: () => (touch.matches || $("prompt").focus(), answer()),
   retry: () => answer({ replace: conversation.last?.state === "broken" }),
+  source: (citation, knowledge) => documents.open(citation, knowledge),
 });
+const documents = new Documents({ options: () => ({ key: settings.key }), changed: showDocuments });
 
 let models = [];
 let running = null; // AbortController of the answer that comes
@@ -88,28 +94,43 @@ async function answer({ replace = false } = {}) {
     conversation.truncate(conversation.messages.length - 1);
     transcript.truncate(conversation.messages.length);
   }
-  const body = { ...fields, messages: conversation.toApi(settings.system) };
-  const message = conversation.begin(fields.model);
+  const stream = fromDocuments() ? askDocuments(fields) : askModel(fields);
+  const message = conversation.begin(fields.model, fromDocuments() ? documents.knowledge : null);
   const view = transcript.add(message);
   transcript.clearError();
   running = new AbortController();
   showState();
   scrollToEnd();
-  const error = await receive(message, view, body, running.signal);
+  const error = await receive(message, view, stream, running.signal);
   running = null;
   finish(message, view, error);
 }
 
+const askModel = (fields) => {
+  const body = { ...fields, messages: conversation.toApi(settings.system) };
+  return (options) => streamChat(body, options);
+};
+
+const fromDocuments = () => $("from-documents").checked && documents.any;
+
+/** The last question goes alone: what was said before is no document. */
+function askDocuments({ model, max_tokens }) {
+  const question = conversation.messages[conversation.lastUser].content;
+  const body = { question, model, knowledge: documents.knowledge, ...(max_tokens ? { max_tokens } : {}) };
+  return (options) => streamAnswer(body, options);
+}
+
 /** Reads the stream into a message and its view. Returns the error that ended it; null where none did. */
-async function receive(message, view, body, signal) {
+async function receive(message, view, stream, signal) {
   const screen = painter(() => {
     view.draw();
     if (pinned) toEnd();
   });
   try {
-    for await (const chunk of streamChat(body, { key: settings.key, signal })) {
+    for await (const chunk of stream({ key: settings.key, signal })) {
       const text = apply(message, chunk);
       view.text(text);
+      if (typeof chunk.content === "string") view.rewrite(); // citations were checked: the text is another
       announcer.push(text);
       screen.request();
     }
@@ -232,9 +253,31 @@ function showState() {
   if (focused === $("stop") && !busy) $("prompt").focus();
   $("empty").hidden = any;
   $("new").disabled = $("export").disabled = !any;
-  $("hint").textContent = busy ? "Esc stops" : touch.matches ? "" : "Enter sends, Shift + Enter makes a line";
+  $("hint").textContent = busy ? "Esc stops" : hint();
   document.body.classList.toggle("busy", busy);
   transcript.setIdle(!busy);
+}
+
+function hint() {
+  if (fromDocuments()) return "Each question is answered from the documents alone.";
+  return touch.matches ? "" : "Enter sends, Shift + Enter makes a line";
+}
+
+/** What of the page is about documents, where there are any. */
+function showDocuments() {
+  for (const id of ["documents", "from-documents-label"]) $(id).hidden = !documents.any;
+  $("from-documents-words").replaceChildren(...textNodes(`Answer from ${documents.words}`));
+  if (!documents.any && !$("library").hidden) showLibrary(false);
+  showState();
+}
+
+/** The documents in place of the conversation, or the conversation again. */
+function showLibrary(open) {
+  $("library").hidden = !open;
+  $("main").hidden = open;
+  $("documents").setAttribute("aria-pressed", String(open));
+  if (open) documents.enter();
+  else $("documents").focus();
 }
 
 function refuse(message) {
@@ -324,7 +367,7 @@ function setPanel(open) {
   $("toggle").setAttribute("aria-expanded", String(open));
   $("panel").inert = !open;
   $("shade").hidden = !over;
-  for (const node of [document.querySelector(".top"), $("main")]) node.inert = over;
+  for (const node of [document.querySelector(".top"), $("main"), $("library")]) node.inert = over;
 }
 
 const panelIsOver = () => document.body.classList.contains("panel-open") && !roomy.matches;
@@ -348,7 +391,8 @@ function togglePanel() {
 
 function keep() {
   if (!$("remember").checked) return;
-  const kept = save({ settings: settings.save(), messages: conversation.save() });
+  const state = { settings: settings.save(), messages: conversation.save(), documents: $("from-documents").checked };
+  const kept = save(state);
   if (!kept) refuse("This browser keeps no more: its storage is full or switched off.");
 }
 
@@ -364,6 +408,7 @@ function restore() {
   if (key !== null) settings.key = key;
   if (!kept) return;
   settings.restore(kept.settings);
+  $("from-documents").checked = kept.documents === true;
   conversation.restore(kept.messages);
   for (const message of conversation.messages) transcript.addWhole(message);
 }
@@ -390,7 +435,7 @@ function grow() {
 }
 
 function pageKeys(event) {
-  if (event.key !== "Escape" || event.isComposing) return;
+  if (event.key !== "Escape" || event.isComposing || document.querySelector("dialog[open]")) return;
   if (panelIsOver()) closePanel();
   else stop();
 }
@@ -408,7 +453,10 @@ function listen() {
   $("model").addEventListener("change", () => (settings.unmark("model"), showModel(), keep()));
   $("remember").addEventListener("change", () => ($("remember").checked ? keep() : forget()));
   $("keep-key").addEventListener("change", keepOrForgetKey);
-  $("key").addEventListener("change", () => (keepOrForgetKey(), models.length || loadModels()));
+  $("key").addEventListener("change", () => (keepOrForgetKey(), models.length || loadModels(), documents.load()));
+  $("from-documents").addEventListener("change", () => (showState(), keep()));
+  press("documents", () => showLibrary($("library").hidden));
+  press("leave", () => showLibrary(false));
   for (const [id, action] of [["stop", stop], ["new", startAnew], ["export", exportConversation]]) press(id, action);
   for (const [id, action] of [["toggle", togglePanel], ["close", closePanel], ["shade", closePanel]]) press(id, action);
   press("latest", scrollToEnd);
@@ -424,6 +472,7 @@ function start() {
   if (!touch.matches) $("prompt").focus();
   scrollToEnd();
   loadModels();
+  documents.load();
 }
 
 start();

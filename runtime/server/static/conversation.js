@@ -2,9 +2,11 @@
 //
 // A message of the user is {role: "user", content}. One of the model is {role: "assistant", content, model, calls,
 // state, finish, measure}; `state` is "waiting", "streaming", "done", "stopped" or "broken"; a call is {id, name,
-// args, result}, `result` null until the user gives it.
+// args, result}, `result` null until the user gives it. An answer from documents has `documents`: {knowledge, citations,
+// passages, found}, null in any other.
 
 import { Measure } from "./measure.js";
+import { passage } from "./rag.js";
 
 const ENDED = new Set(["done", "stopped", "broken"]);
 
@@ -24,9 +26,10 @@ export class Conversation {
     this.messages.push({ role: "user", content });
   }
 
-  begin(model) {
+  begin(model, knowledge = null) {
     const message = { role: "assistant", content: "", model, calls: [], state: "waiting", finish: null };
-    this.messages.push({ ...message, measure: new Measure() });
+    const documents = knowledge === null ? null : { knowledge, citations: [], passages: [], found: true };
+    this.messages.push({ ...message, documents, measure: new Measure() });
     return this.last;
   }
 
@@ -61,17 +64,20 @@ export class Conversation {
   /** What an export holds besides the messages: how each answer came, by its place among the answers. */
   records() {
     const answers = this.messages.filter((message) => message.role === "assistant");
-    return answers.map(({ model, state, finish, measure }) => {
+    return answers.map(({ model, state, finish, measure, documents }) => {
       const measured = measure ? measure.record() : {};
-      return { model, state, finish_reason: finish, ...measured };
+      const cited = documents ? { documents: citedDocuments(documents) } : {};
+      return { model, state, finish_reason: finish, ...cited, ...measured };
     });
   }
 
   /** Plain data from which `restore` makes the same conversation, its measurements aside. */
   save() {
-    return this.messages.map(({ measure, ...message }) =>
-      message.role === "user" || ENDED.has(message.state) ? message : { ...message, state: "stopped" },
-    );
+    return this.messages.map(({ measure, ...message }) => {
+      if (message.role === "user") return message;
+      const state = ENDED.has(message.state) ? message.state : "stopped";
+      return { ...message, state, documents: message.documents && savedDocuments(message.documents) };
+    });
   }
 
   /** Takes what `save` gave. It comes from the browser's storage, so everything in it is checked. */
@@ -79,6 +85,25 @@ export class Conversation {
     if (!Array.isArray(saved)) return;
     this.messages = saved.filter((message) => message && typeof message === "object").map(restored);
   }
+}
+
+/** What an export tells of an answer's sources. */
+function citedDocuments({ knowledge, found, citations }) {
+  const cited = citations.map((one) => ({ number: one.number, document: one.document, span: one.span, quote: one.quote }));
+  return { knowledge, found, citations: cited };
+}
+
+/** Sources without the passages' texts, which are the server's to keep. */
+function savedDocuments(documents) {
+  return { ...documents, passages: documents.passages.map((one) => ({ ...one, text: "", matches: [], scores: null })) };
+}
+
+const passages = (given) => (Array.isArray(given) ? given.filter((one) => one && typeof one === "object").map(passage) : []);
+
+function restoredDocuments(given) {
+  if (!given || typeof given !== "object" || typeof given.knowledge !== "string") return null;
+  const { knowledge, citations, found } = given;
+  return { knowledge, citations: passages(citations), passages: passages(given.passages), found: found !== false };
 }
 
 function restored(message) {
@@ -93,7 +118,8 @@ function restored(message) {
   }));
   const state = ENDED.has(message.state) ? message.state : "stopped";
   const finish = string(message.finish) || null;
-  return { role: "assistant", content, model: string(message.model), calls, state, finish, measure: null };
+  const documents = restoredDocuments(message.documents);
+  return { role: "assistant", content, model: string(message.model), calls, state, finish, documents, measure: null };
 }
 
 function answerToApi(message) {
@@ -110,6 +136,7 @@ function answerToApi(message) {
 /** Adds a streamed chunk to an answer. Returns the text that it brought. */
 export function apply(message, chunk) {
   if (chunk.usage && typeof chunk.usage === "object") message.measure.usage = chunk.usage;
+  if (message.documents) applyDocuments(message, chunk);
   const choice = chunk.choices?.[0];
   if (!choice) return "";
   if (choice.finish_reason) message.finish = string(choice.finish_reason);
@@ -123,6 +150,15 @@ export function apply(message, chunk) {
   message.content += text;
   for (const part of calls) applyCall(message.calls, part);
   return text;
+}
+
+/** What an event of an answer from documents says besides its text. `content` takes the place of what was streamed. */
+function applyDocuments(message, chunk) {
+  const { documents } = message;
+  if (Array.isArray(chunk.passages)) documents.passages = passages(chunk.passages);
+  if (Array.isArray(chunk.citations)) documents.citations = passages(chunk.citations);
+  if (chunk.found === false) documents.found = false;
+  if (typeof chunk.content === "string") message.content = chunk.content;
 }
 
 const MOST_CALLS = 128; // as many as one answer may hold here; `index` comes from outside

@@ -58,6 +58,9 @@ export function textNodes(text) {
   return nodes;
 }
 
+/** Text for an attribute, where nodes cannot show what reorders their neighbours. */
+export const shown = (text) => textNodes(text).map((node) => node.textContent).join("");
+
 /** Copies text. Where the page came over plain HTTP there is no clipboard API, and the older way is left. */
 async function copy(text) {
   if (navigator.clipboard && window.isSecureContext) {

@@ -1,6 +1,7 @@
 // The messages on the page, one view each, and what can be done with them.
 
 import { Calls } from "./calls.js";
+import { link, sources } from "./citations.js";
 import { button, copyButton, el, textNodes } from "./dom.js";
 import { errorCard } from "./errors.js";
 import { Markdown } from "./markdown.js";
@@ -90,6 +91,13 @@ class Answer {
     this.#markdown.append(piece);
   }
 
+  /** Shows the message's text from its beginning: it is another now. */
+  rewrite() {
+    this.#prose.replaceChildren();
+    this.#markdown = new Markdown(this.#prose);
+    this.#markdown.append(this.message.content);
+  }
+
   draw() {
     this.#markdown.draw();
     this.#calls.draw();
@@ -111,6 +119,7 @@ class Answer {
     this.node.classList.remove("live");
     this.#status.textContent = "";
     const empty = message.state === "done" && !message.content && !message.calls.length;
+    this.#showSources();
     const note = NOTES[message.state] ?? NOTES[message.finish] ?? (empty ? "The model answered nothing." : null);
     if (note) this.#foot.append(el("p", { class: "note" }, note));
     if (message.measure?.pieces.length) this.#foot.append(numbers(message.measure));
@@ -118,6 +127,15 @@ class Answer {
     this.againButton.hidden = true;
     const copy = message.content ? copyButton("Copy", () => message.content) : null;
     this.#foot.append(el("div", { class: "actions" }, copy, this.againButton));
+  }
+
+  #showSources() {
+    const { documents } = this.message;
+    if (!documents) return;
+    const open = (citation) => this.actions.source(citation, documents.knowledge);
+    link(this.#prose, documents.citations, open);
+    const list = this.message.state === "done" ? sources(documents, open) : null;
+    if (list) this.#foot.append(list);
   }
 
   setLast(last) {
@@ -135,8 +153,8 @@ function numbers(measure) {
 }
 
 /**
- * Draws messages into `root`. `actions`: edit(index, text), regenerate(), results(), retry(), and ready(): whether a
- * request can be sent now.
+ * Draws messages into `root`. `actions`: edit(index, text), regenerate(), results(), retry(), source(citation,
+ * knowledge), and ready(): whether a request can be sent now.
  */
 export class Transcript {
   #views = [];
