@@ -41,8 +41,15 @@ class Tools:
 
     def unwanted(self, tool: str, text: str | None = None) -> list[str]:
         """Packages of the line `# without: …`: what the tool brings along and does not start with."""
+        return self._marked("# without", tool, text)
+
+    def alone(self, tool: str, text: str | None = None) -> list[str]:
+        """Requirements of the line `# alone: …`: installed last, without what they ask for."""
+        return self._marked("# alone", tool, text)
+
+    def _marked(self, mark: str, tool: str, text: str | None) -> list[str]:
         lines = [line.partition(":") for line in self._section(tool, text)]
-        return [name for mark, _, names in lines if mark == "# without" for name in names.split()]
+        return [name for head, _, names in lines if head == mark for name in names.split()]
 
     def _section(self, tool: str, text: str | None) -> list[str]:
         text = self.requirements.read_text(encoding="utf-8") if text is None else text
@@ -65,12 +72,15 @@ class Tools:
         folder = cache / "environments" / tool
         python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
         ready = folder / "pins.txt"
-        wanted = "\n".join(self.pins(tool))
+        alone = self.alone(tool)
+        wanted = "\n".join([*self.pins(tool), *alone])
         if not ready.is_file() or ready.read_text(encoding="utf-8") != wanted:
             print(f"making an environment for {tool} in {folder}", file=sys.stderr, flush=True)
             venv.create(folder, with_pip=True, clear=True)
             pip = [str(python), "-m", "pip"]
             subprocess.run([*pip, "install", "--quiet", *self.pins(tool)], check=True)
+            if alone:
+                subprocess.run([*pip, "install", "--quiet", "--no-deps", *alone], check=True)
             if unwanted := self.unwanted(tool):
                 subprocess.run([*pip, "uninstall", "--quiet", "--yes", *unwanted], check=True)
             ready.write_text(wanted, encoding="utf-8")
@@ -113,6 +123,15 @@ SPEED = Tools(
         "vllm": "run_vllm.py",
         "onnxruntime-genai": "run_onnxruntime.py",
         "openvino": "run_openvino.py",
+    },
+)
+RAG = Tools(
+    HERE / "requirements-rag.txt",
+    HERE / "peers_rag",
+    {
+        "hipporag": "run_hipporag.py",
+        "lightrag": "run_lightrag.py",
+        "sentence-transformers": "run_sentence_transformers.py",
     },
 )
 CLIENTS = Tools(
