@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from llmc.runtime.rag.knowledge import KnowledgeBase
 from llmc.runtime.server import ServerSettings
 
-from .fake_knowledge import FakeKnowledge
 from .server_harness import RunningServer, fake_llm, serving
 
 schemathesis = pytest.importorskip("schemathesis")
@@ -31,10 +31,13 @@ OPERATIONS = (
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[RunningServer]:
-    base = FakeKnowledge(ada="# Ada\n\nAda was born in London.")
-    with serving(fake_llm(context=64), ServerSettings(documents_writable=True), {"notes": base}) as running:
-        yield running
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    place = tmp_path_factory.mktemp("documents") / "notes.kb"
+    settings = ServerSettings(documents_writable=True)
+    with KnowledgeBase.open(place, embedder="none", create=True) as base:
+        base.add_bytes("ada.md", b"# Ada\n\nAda was born in London.")
+        with serving(fake_llm(context=64), settings, {"notes": base}) as running:
+            yield running
 
 
 @pytest.mark.parametrize("named", OPERATIONS)

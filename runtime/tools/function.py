@@ -27,6 +27,7 @@ from ...ir.errors import InputError
 from ..tool_calls.base import Tool
 from .base import MAX_DESCRIPTION, Invocation, check_name, shortened
 from .docstring import read_docstring
+from .runner import CallTimeoutError
 from .schema import Field, Fields, described, kind_of, resolved_hints
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -181,10 +182,18 @@ def _parameters(
 
 def _await(result: Any, seconds: float) -> Any:
     """What an async function returns. Each call has an event loop of its own: one that blocks its loop then
-    holds up no other. After `seconds` the call is cancelled, and raises TimeoutError.
+    holds up no other. After `seconds` the call is cancelled, and raises CallTimeoutError; a TimeoutError is
+    the function's own.
     """
 
     async def bounded() -> Any:
-        return await asyncio.wait_for(result, seconds)
+        limit = asyncio.timeout(seconds)
+        try:
+            async with limit:
+                return await result
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise CallTimeoutError(f"the call took longer than {seconds:g} s and was given up") from None
 
     return asyncio.run(bounded())
