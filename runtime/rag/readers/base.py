@@ -32,7 +32,7 @@ class ReadLimits:
     """
 
     max_bytes: int = 100 * MEGABYTE
-    max_characters: int = 100 * MEGABYTE
+    max_characters: int = 20 * MEGABYTE
     max_rows: int = 5_000_000
     max_pages: int = 20_000
     max_nesting: int = 200
