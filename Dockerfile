@@ -2,7 +2,7 @@
 
 # Two images from one file:
 #
-#   docker build -t llmc .                           runs artifacts: `serve`, `run`, `eval`, `bench`
+#   docker build -t llmc .                           runs artifacts: `serve`, `run`, `rag`, `eval`, `bench`
 #   docker build -t llmc:compile --target compile .  compiles models too (torch, transformers, TVM: some 2 GB)
 #
 # Python 3.11 is what .ci/constraints.txt, the versions that were tested together, was made with.
@@ -22,12 +22,12 @@ COPY passes passes
 COPY codegen codegen
 COPY runtime runtime
 COPY cli cli
-RUN pip --python /opt/llmc/bin/python install --constraint .ci/constraints.txt .
+RUN pip --python /opt/llmc/bin/python install --constraint .ci/constraints.txt ".[rag]"
 
 FROM build AS build-compile
 # From PyTorch's own index first: its wheels for CPUs hold no CUDA libraries (2 GB less).
 RUN pip --python /opt/llmc/bin/python install --constraint .ci/constraints.txt \
-        --extra-index-url https://download.pytorch.org/whl/cpu ".[compile]"
+        --extra-index-url https://download.pytorch.org/whl/cpu ".[compile,rag]"
 
 # What both images are: the environment, a user without rights, a folder for what is found out about artifacts.
 FROM python:${PYTHON}-slim AS base
