@@ -147,7 +147,7 @@ class Oracle:
         self.caches = [torch.zeros(shape, dtype=dtype) for _ in range(h.layers)]
 
     def step(self, inputs: StepInputs) -> np.ndarray:
-        feed = {n: interpreter.to_torch(getattr(inputs, n)) for n in StepInputs.__dataclass_fields__}
+        feed = {name: interpreter.to_torch(array) for name, array in inputs.given().items()}
         feed |= {f"kv_pages.{i}": c for i, c in enumerate(self.caches)}
         logits, *self.caches = interpreter.run(self.graph, feed)
         return logits.numpy()
@@ -337,11 +337,7 @@ def test_only_wanted_rows_are_returned(tmp_path: Path) -> None:
     every = executor.step(inputs).copy()
     for wanted in ([3, 5], [], [0]):
         index = np.array(wanted, np.int32)
-        part = executor.step(
-            StepInputs(
-                **{**{n: getattr(inputs, n) for n in StepInputs.__dataclass_fields__}, "output_index": index}
-            )
-        )
+        part = executor.step(StepInputs(**{**inputs.given(), "output_index": index}))
         close(part, every[wanted], 1e-6)
 
 

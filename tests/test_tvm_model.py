@@ -182,7 +182,7 @@ def step_inputs(pieces: Sequence[Piece], wanted: Sequence[int] | None = None) ->
 def reference(model: Model, pieces: Sequence[Piece], pages: dict[str, torch.Tensor]) -> np.ndarray:
     """The step through the interpreter; `pages` (the logical layout) are updated."""
     inputs = step_inputs(pieces)
-    values = {n: torch.from_numpy(getattr(inputs, n)) for n in inputs.__slots__}
+    values = {name: torch.from_numpy(array) for name, array in inputs.given().items()}
     graph = model.graph.clone()
     written = [op.result for op in graph if op.opname == "append_kv"]
     graph.outputs += written

@@ -59,6 +59,11 @@ class StepInputs:
     token_type_ids: np.ndarray | None = None
     """[T] which text of a pair each token is of, for classifiers that take it."""
 
+    def given(self) -> dict[str, np.ndarray]:
+        """The arrays by name, without those that this step has not."""
+        arrays = {name: getattr(self, name) for name in STEP_INPUTS}
+        return {name: array for name, array in arrays.items() if array is not None}
+
 
 def check_step(
     inputs: StepInputs, *, num_pages: int, page_size: int, vocabulary: int | None, types: int = 0
