@@ -23,6 +23,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     # What compilations keep: one folder for all processes of a run, and none of an earlier run's.
     os.environ["LLMC_CACHE"] = f"{_caches.name}/compilations"
 
+LONG = bool(os.environ.get("LLMC_LONG_TESTS"))
+"""Whether tests that try many things at random try all of them, which takes a quarter of an hour more."""
+
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"
 

@@ -355,7 +355,7 @@ def test_folders_and_artifacts_that_are_no_encoder_are_refused(compilations: Com
 @pytest.fixture(scope="module")
 def passages(shared_data: Path) -> list[str]:
     with (shared_data / "hotpotqa500" / "corpus.jsonl").open(encoding="utf-8") as file:
-        rows = [json.loads(next(file)) for _ in range(150)]
+        rows = [json.loads(next(file)) for _ in range(40)]
     return [f"{row['title']}. {row['text']}" for row in rows]
 
 
@@ -372,7 +372,7 @@ def test_minilm_beside_transformers(quant: str, least: float, passages: list[str
         cosines = np.einsum("nd,nd->n", vectors, wanted)
         assert cosines.min() >= least, cosines.min()
         # These kernels promise it: a text's vector is the same alone, in a batch, and in another order.
-        for i in (0, 7, 149):
+        for i in (0, 7, 39):
             assert np.array_equal(embedder.embed_query(passages[i]), vectors[i])
         assert np.array_equal(embedder.embed_passages(passages[::-1])[::-1], vectors)
     with Embedder(Artifact.open(out), threads=1) as embedder:

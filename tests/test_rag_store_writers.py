@@ -18,6 +18,7 @@ from llmc.ir.errors import InputError
 from llmc.runtime.rag.store import Record, Store, open_store
 from llmc.runtime.rag.types import Triple
 
+from .conftest import LONG
 from .rag_records import DIMENSIONS, change_at_random, check_whole, rebuilt, record
 
 if TYPE_CHECKING:
@@ -290,5 +291,5 @@ def test_killed_writers_leave_whole_documents(store: Store, places: Places) -> N
 
 
 @pytest.mark.slow
-def test_writers_killed_200_times_leave_whole_documents(store: Store, places: Places) -> None:
-    _kill_many_times(store, places, 200)
+def test_writers_killed_many_times_leave_whole_documents(store: Store, places: Places) -> None:
+    _kill_many_times(store, places, 200 if LONG else 60)
