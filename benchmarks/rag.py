@@ -46,7 +46,7 @@ from .rag_corpora import (
 )
 from .rag_peers import KS, PEERS, carry_out, measure
 
-MODES = ("keyword", "dense", "hybrid", "graph", "auto")
+MODES = ("keyword", "dense", "hybrid", "rrf", "graph", "auto")
 BEGIN = "<!-- rag tables: begin -->"
 END = "<!-- rag tables: end -->"
 _SCALE_QUESTIONS = 200

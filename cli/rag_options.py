@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-MODES = ("auto", "hybrid", "graph", "keyword", "dense", "global")
+MODES = ("auto", "hybrid", "rrf", "graph", "keyword", "dense", "global")
 _SHOWN = 20  # failed documents on the screen; --json has all
 
 kb_argument = click.argument("kb")

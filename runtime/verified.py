@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..codegen.artifact import MANIFEST, Artifact
+from .cache_folder import cache_folder
 
 _SETTLED_SECONDS = 2.0
 """A file may change twice within the resolution of its time. Until it is older than this, nothing is written
@@ -40,8 +41,7 @@ def verify_once(artifact: Artifact) -> None:
 
 
 def _records() -> Path:
-    """$XDG_CACHE_HOME/llmc/verified, or ~/.cache/llmc/verified (XDG Base Directory Specification)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser(), "llmc", "verified")
+    return cache_folder() / "verified"
 
 
 def _record(artifact: Artifact) -> dict[str, Any] | None:

@@ -16,12 +16,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # torch reads this when it is imported: tiny models lose time to more threads, and two exist nearly
 # everywhere. Where files are tested side by side, the cores have work.
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
-# Records of what was verified (runtime/verified.py) are a user's; the tests' own go with the tests.
+# What llmc keeps to save time (runtime/cache_folder.py) is a user's; the tests' own goes with the tests.
 _caches = tempfile.TemporaryDirectory(prefix="llmc-tests-")
 os.environ["XDG_CACHE_HOME"] = _caches.name
 if "PYTEST_XDIST_WORKER" not in os.environ:
-    # What compilations keep: one folder for all processes of a run, and none of an earlier run's.
-    os.environ["LLMC_CACHE"] = f"{_caches.name}/compilations"
+    # One folder for all processes of a run, and none of an earlier run's.
+    os.environ["LLMC_CACHE"] = f"{_caches.name}/llmc"
 
 LONG = bool(os.environ.get("LLMC_LONG_TESTS"))
 """Whether tests that try many things at random try all of them, which takes a quarter of an hour more."""

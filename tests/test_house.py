@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "ir": set(),
     "frontend": {"ir"},
     "passes": {"ir"},
-    "codegen": {"ir", "frontend", "passes", "runtime.cpu"},
+    "codegen": {"ir", "frontend", "passes", "runtime.cpu", "runtime.cache_folder"},
     "runtime": {"codegen.artifact", "ir.errors", "ir.dtypes"},
 }
 HEAVY = {"torch", "transformers", "tvm", "tvm_ffi", "onnx", "onnx_ir", "gguf", "huggingface_hub"}

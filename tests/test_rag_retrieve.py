@@ -343,8 +343,9 @@ def test_fusion_by_hand() -> None:
     assert scaled(np.array([3.0, 3.0])).tolist() == [0.0, 0.0] and scaled(np.zeros(0)).tolist() == []
     features = {"a": np.array([1.0, 0.0], np.float32), "b": np.array([0.5, 1.0], np.float32)}
     assert weighted(features, {"a": 3, "b": 1, "absent": 9}).tolist() == [0.875, 0.25]
-    fused = reciprocal_ranks([[7, 8, 9], [9, 7]], k=10)
-    assert fused == {7: 1 / 11 + 1 / 12, 8: 1 / 12, 9: 1 / 13 + 1 / 11}
+    ranked = {"a": np.array([3.0, 2.0, 1.0, 0.0]), "b": np.array([1.0, 0.0, 2.0, 0.0])}
+    fused = reciprocal_ranks(ranked, k=10)  # the last has no rank by either
+    assert np.allclose(fused, [1 / 11 + 1 / 12, 1 / 12, 1 / 13 + 1 / 11, 0.0])
     assert best(np.array([1.0, 3.0, 3.0, 2.0]), 3).tolist() == [1, 2, 3]
     assert best(np.array([1.0, 1.0, 1.0]), 2).tolist() == [0, 1] and best(np.zeros(0), 3).tolist() == []
 

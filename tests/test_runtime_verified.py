@@ -20,7 +20,7 @@ from .test_runtime_llm import write_artifact
 @pytest.fixture
 def hashings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Artifacts that were hashed, by name; records of their own, and no wait until files are old enough."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("LLMC_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(verified, "_SETTLED_SECONDS", -1.0)
     found: list[str] = []
     whole = Artifact.verify
@@ -99,7 +99,7 @@ def test_files_that_just_changed_are_hashed_again(
 def test_a_broken_record_costs_the_hashing_only(tmp_path: Path, hashings: list[str], broken: str) -> None:
     path = write_artifact(tmp_path / "m.llmc")
     load(path).close()
-    (record,) = (tmp_path / "cache" / "llmc" / "verified").iterdir()
+    (record,) = (tmp_path / "cache" / "verified").iterdir()
     record.write_text(broken)
     for _ in range(2):
         load(path).close()
@@ -108,7 +108,7 @@ def test_a_broken_record_costs_the_hashing_only(tmp_path: Path, hashings: list[s
 
 def test_no_place_for_records(tmp_path: Path, hashings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setenv("LLMC_CACHE", str(tmp_path / "file"))
     path = write_artifact(tmp_path / "m.llmc")
     for _ in range(2):
         load(path).close()

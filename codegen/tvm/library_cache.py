@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ..cache_folder import cache_folder
+from ...runtime.cache_folder import cache_folder
 from .kernels.schedule import Schedule
 
 _LIMIT_BYTES = 512 << 20  # of all libraries; those that were not used for longest go first

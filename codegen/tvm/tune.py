@@ -27,8 +27,8 @@ import numpy as np
 from ...ir.core import Graph
 from ...ir.dtypes import to_numpy
 from ...ir.errors import InputError
+from ...runtime.cache_folder import cache_folder
 from ...runtime.cpu import supported_isas
-from ..cache_folder import cache_folder
 from .kernels.isa import Isa, get_isa
 from .kernels.layout import QuantLayout
 from .kernels.schedule import Schedule, alternatives, default_schedule

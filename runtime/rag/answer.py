@@ -186,7 +186,7 @@ def _is_global(kb: Searching, question: str, mode: str) -> bool:
         return True
     from .communities import is_about_the_whole
 
-    return mode == "auto" and hasattr(kb, "store") and is_about_the_whole(question)
+    return mode == "auto" and is_about_the_whole(question)
 
 
 def checked_question(question: str) -> str:

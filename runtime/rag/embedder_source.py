@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 
 from ...codegen.artifact import MANIFEST
 from ...ir.errors import InputError, LlmcError
+from ..cache_folder import cache_folder
 
 DEFAULT = "sentence-transformers/all-MiniLM-L6-v2"
 """22 million parameters, 384 dimensions, Apache-2.0: small enough for a processor, and good for its size."""
@@ -151,16 +152,9 @@ socket.create_connection((sys.argv[1], int(sys.argv[2])), float(sys.argv[3])).cl
 # The cache -----------------------------------------------------------------------------------------------
 
 
-def cache_folder() -> Path:
-    """`$LLMC_CACHE/encoders`, by default in `$XDG_CACHE_HOME/llmc` or `~/.cache/llmc`."""
-    given, base = os.environ.get("LLMC_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    folder = Path(given) if given else Path(base or "~/.cache", "llmc")
-    return folder.expanduser() / "encoders"
-
-
 def _place(name: str, key: str) -> Path:
     plain = re.sub(r"[^\w.-]", "_", name)[:80]
-    return cache_folder() / f"{plain}-{key}.llmc"
+    return cache_folder() / "encoders" / f"{plain}-{key}.llmc"
 
 
 def _folder_key(folder: Path) -> str:

@@ -210,32 +210,32 @@ def _read(kind: _Kind, file: File, writer: Writer, sample: _Sample, limits: Read
     kind.files += 1
     kind.seen += max(1, file.size)
     every = max(1, file.size // _ROWS_LETTERS)
-    own = _Kind([], 0)  # what was split of this file
+    letters = split = chunks = tokens = 0  # of this file's documents: of all, of those that were split
     started = time.perf_counter()
     try:
         for text in read_documents(file.path, file.name, limits):
             kind.documents += 1
             kind.letters += len(text.text)
-            own.letters += len(text.text)
+            letters += len(text.text)
             if text.id != file.name and every > 1 and _left_out(text, every):
                 continue
             paused = time.perf_counter()
-            tokens = writer.sample(text, file)
+            pieces = writer.sample(text, file)
             took = time.perf_counter() - paused
             started += took
             sample.writing += took
-            own.documents += len(text.text)
-            own.chunks += len(tokens)
-            own.tokens += sum(tokens)
+            split += len(text.text)
+            chunks += len(pieces)
+            tokens += sum(pieces)
             sample.letters += len(text.text)
     except (LlmcError, OSError):
         pass  # indexing will report it; it cost its reading
     except Exception:  # noqa: BLE001, S110  (as in indexing: parsers raise anything, and it is reported there)
         pass
     kind.reading += time.perf_counter() - started
-    times = own.letters / own.documents if own.documents else 1.0
-    kind.chunks += own.chunks * times
-    kind.tokens += own.tokens * times
+    times = letters / split if split else 1.0
+    kind.chunks += chunks * times
+    kind.tokens += tokens * times
 
 
 def _left_out(text: Text, every: int) -> bool:

@@ -188,7 +188,7 @@ MAX_QUESTION = 20_000
 """Characters of a question to documents."""
 MAX_PASSAGES = 100
 
-_Mode = Literal["auto", "hybrid", "graph", "global", "keyword", "dense"]
+_Mode = Literal["auto", "hybrid", "rrf", "graph", "global", "keyword", "dense"]
 
 
 class RagSearchRequest(Body):

@@ -2,12 +2,12 @@
 
 Weighted sums: every feature lies in 0 … 1 (`scaled`: the best passage has 1, the worst 0), and a passage's
 score is their sum by fixed weights. Reciprocal rank fusion (Cormack et al. 2009), Σ 1/(k + rank), needs no
-scales and serves to compare.
+scales and is mode `rrf`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -50,13 +50,16 @@ def weighted(features: Mapping[str, np.ndarray], weights: Mapping[str, float]) -
     return np.asarray(np.sum(parts, axis=0, dtype=np.float32))
 
 
-def reciprocal_ranks(orders: Sequence[Sequence[int]], k: float = 10.0) -> dict[int, float]:
-    """Σ over the orders of 1/(k + rank), ranks from 1."""
-    scores: dict[int, float] = {}
-    for order in orders:
-        for rank, item in enumerate(order, 1):
-            scores[item] = scores.get(item, 0.0) + 1 / (k + rank)
-    return scores
+def reciprocal_ranks(features: Mapping[str, np.ndarray], k: float = 10.0) -> np.ndarray:
+    """Σ over the features of 1/(k + rank), ranks from 1: [n] for features of [n] each. Of equal values the
+    first in order of ids ranks first; what a feature gives nothing (0) has no rank by it.
+    """
+    total = np.zeros(len(next(iter(features.values()))), np.float32)
+    for values in features.values():
+        order = np.argsort(-values, kind="stable")
+        order = order[values[order] > 0]
+        total[order] += 1 / (k + np.arange(1, len(order) + 1, dtype=np.float32))
+    return total
 
 
 def best(scores: np.ndarray, count: int) -> np.ndarray:

@@ -16,13 +16,13 @@ from ..types import Chunk, Passage
 from .bm25 import bm25
 from .choose import choose
 from .dense import cosines
-from .fusion import GRAPH, HYBRID, best, scaled, weighted
+from .fusion import GRAPH, HYBRID, best, reciprocal_ranks, scaled, weighted
 from .hops import hop_scores, pool_of
 from .pagerank import personalised_pagerank
 from .question import Question, check_question, parse
 
-Mode = Literal["auto", "graph", "hybrid", "keyword", "dense"]
-MODES: tuple[Mode, ...] = ("auto", "graph", "hybrid", "keyword", "dense")
+Mode = Literal["auto", "graph", "hybrid", "rrf", "keyword", "dense"]
+MODES: tuple[Mode, ...] = ("auto", "graph", "hybrid", "rrf", "keyword", "dense")
 
 POOL = 300
 """Candidates of each of the two first orders, hybrid and PageRank."""
@@ -176,7 +176,10 @@ def rank(
         first = {"bm25": words}
     elif mode == "dense":
         first = {"dense": first["dense"]}
-    base = first["bm25"] if mode == "keyword" else weighted(first, HYBRID)
+    if mode == "rrf":
+        base = reciprocal_ranks(first)
+    else:
+        base = first["bm25"] if mode == "keyword" else weighted(first, HYBRID)
     size = max(POOL, 4 * top)
     if mode != "graph":
         chunks = best(base, size)

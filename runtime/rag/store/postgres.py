@@ -7,12 +7,12 @@ import hashlib
 import os
 import time
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ....ir.errors import InputError
+from ...cache_folder import cache_folder
 from ..types import Document, Triple
 from .base import Record, Settings, StoreReader
 from .common import NewestState, Pool, next_generation
@@ -91,8 +91,7 @@ class PostgresStore(NewestState):
 
     @property
     def cache_folder(self) -> str:
-        caches = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-        return str(Path(caches, "llmc", "rag", self._digest))
+        return str(cache_folder() / "rag" / self._digest)
 
     @contextlib.contextmanager
     def reading(self) -> Generator[StoreReader]:

@@ -1,4 +1,4 @@
-"""Where compilations keep what the next one can use."""
+"""Where llmc keeps what only saves time: schedules, kernel libraries, encoders, records of verified files."""
 
 from __future__ import annotations
 
@@ -9,4 +9,4 @@ from pathlib import Path
 def cache_folder() -> Path:
     """`$LLMC_CACHE`, by default `llmc` in `$XDG_CACHE_HOME` or `~/.cache`; may not exist yet."""
     given, base = os.environ.get("LLMC_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    return Path(given) if given else (Path(base) if base else Path.home() / ".cache") / "llmc"
+    return Path(given or Path(base or "~/.cache", "llmc")).expanduser()
