@@ -99,12 +99,7 @@ def command(
     from ..runtime.rag.questions import load_questions
 
     asked = load_questions(questions, options["limit"])
-    if not any(one.gold or (model is not None and one.answers) for one in asked):
-        raise InputError(
-            f"{questions} has no gold" + ("" if model is None else " and no answers"),
-            remedy='give rows "gold": a list of documents\' ids or titles'
-            + (', or pass --model and give them "answer"' if model is None else ""),
-        )
+    _check_judgeable(questions, asked, answers=model is not None)
     other = None if compare is None else read_run(compare)
     began = time.perf_counter()
     with Progress() as progress, contextlib.ExitStack() as stack:
@@ -130,6 +125,17 @@ def command(
     misses = [_miss(record, ks[-1]) for record in run.records if record.missed(ks[-1])]
     shown = {**result, "misses": misses} if show_misses else result
     emit(shown, as_json=as_json, text=text_of(result, misses if show_misses else [], ks[-1]))
+
+
+def _check_judgeable(path: Path, asked: Sequence[Question], *, answers: bool) -> None:
+    """Raise InputError where no question says what is right."""
+    if any(one.gold or (answers and one.answers) for one in asked):
+        return
+    raise InputError(
+        f"{path} has no gold" + (" and no answers" if answers else ""),
+        remedy='give rows "gold": a list of documents\' ids or titles'
+        + ("" if answers else ', or pass --model and give them "answer"'),
+    )
 
 
 def _ask(

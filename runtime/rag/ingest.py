@@ -125,10 +125,14 @@ class Known:
         return same and file.modified_ns != UNSURE
 
 
-def known_paths(store: Store) -> dict[str, Known]:
-    """What the store has, by path."""
+def known_paths(store: Store, paths: Iterable[str] | None = None) -> dict[str, Known]:
+    """What the store has, by path: of all paths, or of these."""
     known: dict[str, Known] = {}
-    for document in store.documents():
+    if paths is None:
+        documents = store.documents()
+    else:
+        documents = (one for path in dict.fromkeys(paths) for one in store.documents_of_path(path))
+    for document in documents:
         before = known.get(document.path)
         if before is None:
             whole = document.id == document.path

@@ -196,7 +196,7 @@ class KnowledgeBase:
         with self._writing():
             writer = self._writer(limits)
             files = list(self._files(paths, root, writer.report))
-            known = known_paths(self.store)
+            known = known_paths(self.store, (file.name for file, _ in files))
             for index, (file, added) in enumerate(files):
                 if progress is not None:
                     progress("reading and embedding", index / len(files))
