@@ -131,7 +131,7 @@ def test_a_corpus_is_indexed_and_asked_by_commands(form: str) -> None:
     assert found["index"]["documents"] == len(PASSAGES) and found["index"]["cpu_seconds"] > 0
     assert found["triples"]["graph"]["triples"] == 2 and found["triples"]["graph"]["unmatched"] == []
     assert set(found["modes"]) == {
-        "keyword", "hybrid", "graph", "auto", "graph, no embedder", "graph, triples of GPT-3.5"
+        "keyword", "hybrid", "rrf", "graph", "auto", "graph, no embedder", "graph, triples of GPT-3.5"
     }  # fmt: skip
     for one in found["modes"].values():
         assert one["metrics"]["recall@10"]["mean"] == 1 and one["rss_bytes"] > 1_000_000
