@@ -17,7 +17,7 @@ from .aten_table import TABLE, Handler, aten, lookup
 __all__ = ["TABLE", "lookup"]
 
 if TYPE_CHECKING:
-    from .trace import Importer
+    from .importer import Importer
 
 # -- elementwise
 _UNARY: dict[str, type[Op]] = {

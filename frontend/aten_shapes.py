@@ -12,7 +12,7 @@ from ..ir.types import Dim, DimExpr, Shape, divide, product
 from .aten_table import TABLE, Handler, aten
 
 if TYPE_CHECKING:
-    from .trace import Importer
+    from .importer import Importer
 
 
 # -- shapes
