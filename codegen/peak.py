@@ -10,7 +10,8 @@ transformers, the tokenizer's remains):
                   copies of the weight [N, K]
     tuning        of a block: weights twice, their gradients, one sequence's values with gradients; of the
                   whole model: four numbers for every scale
-    verdict       of a block: both models' weights, one sequence's values; or the heads by pieces
+    verdict       of a block: both models' weights, values of the sequences that are computed side by side; or
+                  the heads by pieces
     kernels       packing of weights, and the kernel compilers' processes beside it
 
 The whole process tree counts, pages that processes share for each of them. Constants were measured on Linux,
@@ -19,6 +20,7 @@ x86-64, with torch 2.13 for the CPU; tests compare them with real compilations.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -26,7 +28,7 @@ from ..ir.core import Graph, Value
 from ..ir.ops.math import MatMul
 from ..ir.ops.nn import Embedding, Linear
 from ..passes.base import Pass
-from ..passes.quantize import fisher, gptq, head, sensitivity
+from ..passes.quantize import fisher, gptq, head, sensitivity, verdict
 from ..passes.quantize.awq_pass import QuantizeAwq
 from ..passes.quantize.best_pass import QuantizeBest
 from ..passes.quantize.blocks import layer_name
@@ -162,7 +164,10 @@ def _tuning(shapes: _Shapes, one: Pass) -> int:
 
 
 def _verdict(shapes: _Shapes, one: Pass) -> int:
-    return max(4 * (2 * shapes.weights + 2 * shapes.values), 10 << 24)  # heads: 16 MiB, ten times
+    assert isinstance(one, MeasureQuality)
+    side = min(verdict.SIDE_BY_SIDE, one.sequences, os.cpu_count() or 1)
+    # Heads: 16 MiB of rows, three times, and of each sequence's logits, five times.
+    return max(4 * (2 * shapes.weights + (1 + side) * shapes.values), (3 + 5 * side) << 24)
 
 
 _PHASES: tuple[tuple[type[Pass], str, Callable[[_Shapes, Pass], int]], ...] = (

@@ -60,6 +60,22 @@ def quantize(graph: Graph, only: str = "") -> None:
     graph.drop_dead()
 
 
+def test_numbers_do_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
+    graph = fused("llama")
+    source = graph.clone()
+    quantize(graph)
+    before = torch.get_num_threads()
+    try:
+        found: list[Measured] = []
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(measure(source, graph, sequences(5), tmp_path))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
 def test_numbers_are_those_of_the_whole_models(name: str, tmp_path: Path) -> None:
     graph = fused(name)

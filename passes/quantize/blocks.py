@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -223,7 +224,8 @@ class Activations:
     """Values of many sequences at a cut: up to `memory` bytes of them as tensors, the others as files of a
     folder that is this object's alone.
 
-    Files of dead values are written over: the system has their pages already.
+    Files of dead values are written over: the system has their pages already. Threads may load and save
+    values of different sequences at the same time.
     """
 
     def __init__(self, folder: Path, memory: int = 0) -> None:
@@ -232,6 +234,7 @@ class Activations:
         self._stored: dict[tuple[Value, int], _Stored | torch.Tensor] = {}
         self._dead: dict[int, list[Path]] = {}  # by size in bytes
         self._count = 0
+        self._lock = threading.Lock()  # of the room, and of which files are whose
         self.dims: list[dict[str, int]] = []
 
     def begin(self, graph: Graph, sequences: Sequence[np.ndarray[Any, Any]]) -> None:
@@ -274,15 +277,19 @@ class Activations:
     def save(self, sequence: int, values: Mapping[Value, Any]) -> None:
         for value, given in values.items():
             tensor = given.detach().contiguous()
-            self._drop(value, sequence)
-            if tensor.nbytes <= self._room:
-                self._room -= tensor.nbytes
+            with self._lock:
+                self._drop(value, sequence)
+                fits = tensor.nbytes <= self._room
+                if fits:
+                    self._room -= tensor.nbytes
+            if fits:
                 alone = tensor.untyped_storage().nbytes() == tensor.nbytes
                 self._stored[value, sequence] = tensor if alone else tensor.clone()
                 continue
             data = _bytes_of(tensor)
-            dead = self._dead.get(data.nbytes)
-            path, mode = (dead.pop(), "r+b") if dead else (self._new_path(), "wb")
+            with self._lock:
+                dead = self._dead.get(data.nbytes)
+                path, mode = (dead.pop(), "r+b") if dead else (self._new_path(), "wb")
             with open(path, mode) as file:
                 file.write(data)
             self._stored[value, sequence] = _Stored(path, tensor.dtype, tuple(tensor.shape))

@@ -7,18 +7,22 @@ layer.
 
 Both models run block by block over the same sequences, so that memory is a block of each, and the values
 between two blocks lie on disk. Weights are those that ship; activations and arithmetic are float32, whatever
-the target does.
+the target does. Sequences are computed side by side, a thread each: most ops are too small to be worth a
+parallel region, and the numbers do not depend on how many threads there are.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -33,7 +37,12 @@ if TYPE_CHECKING:
     import torch
 
 Array = np.ndarray[Any, Any]
+_T = TypeVar("_T")
+Together = Callable[[Callable[[int], _T], int], list[_T]]
+"""(f, n) → [f(0), …, f(n - 1)], computed side by side."""
 
+SIDE_BY_SIDE = 4
+"""Sequences that are computed at a time at most: each has a block's values in memory."""
 _HEAD_BYTES = 16 << 20  # rows of a head that are in memory at a time, and logits of one sequence by them
 _LAYER_SEQUENCES = 2  # that layers are compared on: their errors vary little between texts
 _HEAD_ROWS = 64  # tokens that the head's own error is measured on
@@ -77,22 +86,25 @@ class _Part:
         self._last = {v: i for i, op in enumerate(ops) for v in op.operands}
         self._dense: dict[Value, torch.Tensor] = {}
         self._bases: dict[int, torch.Tensor] = {}  # by the id of what is rounded
+        self._reading = threading.Lock()  # a weight is read by the first sequence that needs it
 
     def _weight(self, value: Value) -> torch.Tensor:
-        if value not in self._dense:
-            self._dense[value] = read_weight(value)
-        return self._dense[value]
+        with self._reading:
+            if value not in self._dense:
+                self._dense[value] = read_weight(value)
+            return self._dense[value]
 
     def _matrix(self, layer: LinearOp) -> torch.Tensor:
         """The layer's matrix [N, K]; the parts that it is stored in are not kept."""
         weight = layer.operands[1]
-        if weight not in self._dense:
-            rounding = rounding_of(layer)
-            if rounding is not None and id(rounding.base) in self._bases:
-                self._dense[weight] = rounded(rounding, self._bases.pop(id(rounding.base)))
-            else:
-                self._dense[weight] = dense(layer, read_weight)
-        return self._dense[weight]
+        with self._reading:
+            if weight not in self._dense:
+                rounding = rounding_of(layer)
+                if rounding is not None and id(rounding.base) in self._bases:
+                    self._dense[weight] = rounded(rounding, self._bases.pop(id(rounding.base)))
+                else:
+                    self._dense[weight] = dense(layer, read_weight)
+            return self._dense[weight]
 
     def take_weights(self, source: _Part) -> None:
         """Take from the block that this one was made from what is rounded here, which is then not read again;
@@ -180,21 +192,23 @@ def measure(
         CompileError: a causal language model whose output is no logits of a linear layer.
     """
     with ExitStack() as stack:
+        together = stack.enter_context(side_by_side(len(sequences)))
         source = _Model(reference, folder / "source", sequences)
         stack.callback(source.values.close)
         quantized = _Model(graph, folder / "quantized", sequences)
         stack.callback(quantized.values.close)
-        layers = _walk(source, quantized, progress)
+        layers = _walk(source, quantized, together, progress)
         finals = [
             (source.values.load(i, source.last), quantized.values.load(i, quantized.last))
             for i in range(len(sequences))
         ]
-    output = _error((list(p.values()), list(q.values())) for p, q in finals)
-    if source.head is None or quantized.head is None:
-        return Measured(0, *_NO_LOGITS, output if output is not None else math.nan, tuple(layers))
-    progress("measuring: logits", 0.8)
-    hidden = [(p[source.head.x][0], q[quantized.head.x][0]) for p, q in finals]
-    error, losses = _through_heads((source.head, quantized.head), hidden, sequences, source.values.dims[0])
+        output = _error((list(p.values()), list(q.values())) for p, q in finals)
+        if source.head is None or quantized.head is None:
+            return Measured(0, *_NO_LOGITS, output if output is not None else math.nan, tuple(layers))
+        progress("measuring: logits", 0.8)
+        hidden = [(p[source.head.x][0], q[quantized.head.x][0]) for p, q in finals]
+        heads = (source.head, quantized.head)
+        error, losses = _through_heads(heads, hidden, sequences, source.values.dims[0], together)
     layers.append(LayerError("head", error))
     count = sum(len(one.kl) for one in losses)
 
@@ -206,7 +220,23 @@ def measure(
     return Measured(count, ppl, ppl_source, mean("kl"), mean("agree"), output, tuple(layers))
 
 
-def _walk(source: _Model, quantized: _Model, progress: Progress) -> list[LayerError]:
+@contextmanager
+def side_by_side(count: int) -> Iterator[Together[Any]]:
+    """A way to call a function for several numbers at once, up to `count` of them, in threads that torch does
+    not divide further.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    workers = max(1, min(count, before, SIDE_BY_SIDE))
+    with ThreadPoolExecutor(workers, "verdict", torch.set_num_threads, (1,)) as pool:
+        try:
+            yield lambda f, n: list(pool.map(f, range(n)))
+        finally:
+            torch.set_num_threads(before)
+
+
+def _walk(source: _Model, quantized: _Model, together: Together[Any], progress: Progress) -> list[LayerError]:
     """Run both models up to their heads; the errors of the layers."""
     layers: list[LayerError] = []
     alike = [part.name for part in source.parts] == [part.name for part in quantized.parts]
@@ -215,14 +245,14 @@ def _walk(source: _Model, quantized: _Model, progress: Progress) -> list[LayerEr
         progress(f"measuring: {(p or q).name}", 0.8 * number / count)
         # One model after the other: weights of one block of one of them are in memory.
         if p is not None:
-            for i in range(len(source.values)):
-                source.advance(p, i)
+            together(partial(source.advance, p), len(source.values))
         error = None
         if q is not None:
             if p is not None:
                 q.take_weights(p)
             twins = _twins(p, q) if alike and p is not None else None
-            error = _error(_outputs(source, quantized, (p, q), twins))
+            pairs = together(partial(_outputs, source, quantized, (p, q), twins), len(quantized.values))
+            error = _error(pair for pair in pairs if pair is not None)
         for model, part, rest in ((source, p, source.parts), (quantized, q, quantized.parts)):
             if part is not None:
                 model.drop(part, [v for later in rest[number + 1 :] for v in later.inputs])
@@ -233,21 +263,25 @@ def _walk(source: _Model, quantized: _Model, progress: Progress) -> list[LayerEr
 
 
 def _outputs(
-    source: _Model, quantized: _Model, parts: tuple[_Part | None, _Part], twins: Mapping[Value, Value] | None
-) -> Iterator[tuple[list[torch.Tensor], list[torch.Tensor]]]:
-    """Advance the quantized model by a block; of some sequences, what the block of either model makes of the
-    source's inputs, where the two can be compared.
+    source: _Model,
+    quantized: _Model,
+    parts: tuple[_Part | None, _Part],
+    twins: Mapping[Value, Value] | None,
+    sequence: int,
+) -> tuple[list[torch.Tensor], list[torch.Tensor]] | None:
+    """Advance the quantized model by a block. Of some sequences, what the block of either model makes of the
+    source's inputs; None of the others, or where the two cannot be compared.
     """
     p, q = parts
-    for i, dims in enumerate(quantized.values.dims):
-        own = quantized.advance(q, i)
-        if p is None or twins is None or i >= _LAYER_SEQUENCES:
-            continue
-        if p is not source.first:  # whose inputs are the token ids, the same for both
-            inputs = source.values.load(i, p.inputs)
-            own = q.run({v: inputs[twin] for v, twin in twins.items() if twin in inputs}, dims)
-        made = source.values.load(i, p.made)
-        yield [made[twins[v]] for v in q.made], [own[v] for v in q.made]
+    own = quantized.advance(q, sequence)
+    if p is None or twins is None or sequence >= _LAYER_SEQUENCES:
+        return None
+    if p is not source.first:  # whose inputs are the token ids, the same for both
+        inputs = source.values.load(sequence, p.inputs)
+        given = {v: inputs[twin] for v, twin in twins.items() if twin in inputs}
+        own = q.run(given, quantized.values.dims[sequence])
+    made = source.values.load(sequence, p.made)
+    return [made[twins[v]] for v in q.made], [own[v] for v in q.made]
 
 
 def _is_head(model: _Model, number: int) -> bool:
@@ -289,11 +323,27 @@ def _error(pairs: Iterable[tuple[list[torch.Tensor], list[torch.Tensor]]]) -> fl
     return math.sqrt(total / (differing or same)) if differing or same else None
 
 
+def _add_losses(
+    sums: Sequence[LossSums],
+    hidden: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    rows: tuple[HeadRows, HeadRows],
+    dims: Mapping[str, int],
+    sequence: int,
+) -> None:
+    """What some rows of both heads add to the losses of a sequence."""
+    import torch
+
+    (source, quantized), (p, q) = rows, hidden[sequence]
+    with torch.no_grad():
+        sums[sequence].add(source.logits(p[:-1], dims), quantized.logits(q[:-1], dims), source.start)
+
+
 def _through_heads(
     heads: tuple[Head, Head],
     hidden: Sequence[tuple[torch.Tensor, torch.Tensor]],
     sequences: Sequence[Array],
     dims: Mapping[str, int],
+    together: Together[Any],
 ) -> tuple[float, list[TokenLoss]]:
     """The head's own error, on some of the float model's hidden states, and the losses of every prediction:
     a token's hidden state predicts the next token. Both heads are read once, some rows at a time.
@@ -310,9 +360,9 @@ def _through_heads(
         for start in range(0, stop, step):
             source = HeadRows(heads[0], start, min(start + step, stop))
             quantized = HeadRows(heads[1], source.start, source.stop, source)
-            for one, (p, q) in zip(sums, hidden, strict=True):
-                one.add(source.logits(p[:-1], dims), quantized.logits(q[:-1], dims), start)
             p, q = source.logits(few, dims).double(), quantized.logits(few, dims).double()
             length += p.square().sum(-1)
             error += (q - p).square().sum(-1)
+            # The rows of both heads are in memory now: threads only read them.
+            together(partial(_add_losses, sums, hidden, (source, quantized), dims), len(sums))
     return float((error / length.clamp(min=1e-30)).mean().sqrt()), [one.losses() for one in sums]
