@@ -11,6 +11,7 @@ something to search. All passages are inserted as chunks of one document (`ainse
 from __future__ import annotations
 
 import asyncio
+import html
 import os
 import re
 import sys
@@ -68,7 +69,8 @@ class _FromFile:
 
 
 def _key(text: str) -> str:
-    return " ".join(text.split())
+    """What of a chunk is the same before and after: LightRAG resolves HTML's entities and cuts blanks."""
+    return " ".join(html.unescape(text).split())
 
 
 def _records(triples: Sequence[Sequence[str]]) -> str:
