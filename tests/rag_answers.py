@@ -27,6 +27,21 @@ def passage(title: str, text: str, *, start: int = 0, number: int = 0, **scores:
     )
 
 
+TEMPLE = passage(
+    "Shirley Temple",
+    "Shirley Temple Black (born April 23, 1928) was an American actress. As an adult, she was named United "
+    "States ambassador to Ghana and also served as Chief of Protocol of the United States.",
+    start=1000,
+    number=1,
+)
+KISS = passage(
+    "Kiss and Tell (1945 film)",
+    "Kiss and Tell is a 1945 American comedy film starring Shirley Temple as Corliss Archer.",
+    number=2,
+)
+QUESTION = "What position was held by the woman who played Corliss Archer in the film Kiss and Tell?"
+
+
 class Kb:
     """A knowledge base that finds what it was given, question by question; the last one again and again."""
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from llmc.ir.errors import InputError
 from llmc.runtime.json_schema import check_schema
-from llmc.runtime.rag.communities import communities_of, is_about_the_whole, summarise
+from llmc.runtime.rag.communities import communities_of, is_about_the_whole, is_prose, summarise
 from llmc.runtime.rag.extract import (
     CALL_TOKENS,
     MAX_LETTERS,
@@ -20,6 +20,7 @@ from llmc.runtime.rag.extract import (
     estimate_extraction,
     extract_triples,
     read_output,
+    waiting_chunks,
 )
 from llmc.runtime.rag.occurrence import Words, occurs
 from llmc.runtime.rag.store import open_store
@@ -206,6 +207,18 @@ def test_an_estimate_keeps_nothing_and_is_near(store: Store) -> None:
     assert made.worst_tokens >= report.tokens
 
 
+def test_triples_of_a_file_keep_no_model_from_reading(store: Store, tmp_path: Path) -> None:
+    path = tmp_path / "triples.jsonl"
+    path.write_text(json.dumps({"chunk": key(0), "triples": [["Ann Lee", "wrote", "The Long Road"]]}))
+    count = len(store.chunk_ids())
+    import_triples(store, path)
+    assert store.extracted("file:") == {key(0)} and len(waiting_chunks(store)) == count
+    llm: Any = Scripted(first_words)
+    assert extract_triples(Holder(store), llm).chunks == count
+    assert waiting_chunks(store) == []
+    assert "file:triples.jsonl" in {one.origin for one in store.triples()}, "both stay"
+
+
 @pytest.mark.parametrize(
     ("name", "text", "there"),
     [
@@ -330,6 +343,26 @@ def test_a_published_file_of_triples(shared_data: Path, tmp_path: Path) -> None:
 
 
 # Communities -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "prose"),
+    [
+        ("The harbour has two piers.", True),
+        ("“The harbour,” he said, “has two piers.”", True),
+        ("港には桟橋が二つある。", True),
+        ("def __init__(self, artifact: Artifact) -> None:", False),
+        ("$ llmc rag index FOLDER -o KB.", False),
+        ("| name | town |", False),
+        ("- a first item of the list.", False),
+        ("and has two piers.", False),
+        ("Table 3: 17.2 18.4 19.9 20.1 22.0.", False),
+        ("Two piers.", False),
+        ("", False),
+    ],
+)
+def test_what_reads_as_a_sentence(text: str, prose: bool) -> None:
+    assert is_prose(text) is prose
 
 
 def groups(store: Store) -> set[frozenset[str]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from llmc.ir.errors import InputError
 from llmc.runtime.rag.knowledge import KnowledgeBase
+from llmc.runtime.rag.neighbours import neighbours
 from llmc.runtime.rag.types import Triple
 
 from .rag_documents import FakeEmbedder, faked, write
@@ -112,6 +113,16 @@ def test_the_graph_around_documents_and_names(kb: KnowledgeBase) -> None:
             assert 0 < len(found["nodes"]) <= limit
             known = {node["id"] for node in found["nodes"]}
             assert all({edge["source"], edge["target"]} <= known for edge in found["edges"])
+
+
+def test_a_snapshot_from_before_shows_no_document_that_is_gone(kb: KnowledgeBase) -> None:
+    before = kb.retriever.snapshot()
+    kb.delete(["byron.txt"])
+    with kb.store.reading() as reader:
+        shown = neighbours(before, reader, "Ada Lovelace", 20)
+    known = {node["id"] for node in shown["nodes"]}
+    assert "d:ada.txt" in known and "d:byron.txt" not in known
+    assert all({edge["source"], edge["target"]} <= known for edge in shown["edges"])
 
 
 def test_a_store_that_is_embedded_again_meanwhile(kb: KnowledgeBase, tmp_path: Path) -> None:

@@ -1,21 +1,19 @@
-"""Search: snapshots, BM25, PageRank, fusion, the choice of passages, and all of it together."""
+"""Search: BM25, PageRank, fusion, the choice of passages, and all of it together."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import random
 import sqlite3
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from llmc.ir.errors import InputError
-from llmc.runtime.rag.features import features_of
-from llmc.runtime.rag.features.terms import term_of, words_of
+from llmc.runtime.rag.features.terms import term_of
 from llmc.runtime.rag.retrieve import Retriever
 from llmc.runtime.rag.retrieve.bm25 import bm25, saturation, term_matrix
 from llmc.runtime.rag.retrieve.choose import choose
@@ -24,188 +22,15 @@ from llmc.runtime.rag.retrieve.fusion import best, reciprocal_ranks, scaled, wei
 from llmc.runtime.rag.retrieve.pagerank import personalised_pagerank
 from llmc.runtime.rag.retrieve.question import MAX_QUESTION, parse
 from llmc.runtime.rag.snapshot import Snapshot
-from llmc.runtime.rag.store import Record, Settings, Store, open_store
-from llmc.runtime.rag.types import Chunk, Document, Triple
+from llmc.runtime.rag.store import Store
+from llmc.runtime.rag.types import Triple
 
-DIMENSIONS = 16
-
-
-def vector_of(text: str) -> np.ndarray:
-    """Words as a vector: texts that share words are near each other."""
-    total = np.zeros(DIMENSIONS)
-    for word in words_of(text):
-        seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:4], "little")
-        total += np.random.default_rng(seed).normal(size=DIMENSIONS)
-    return (total / max(np.linalg.norm(total), 1e-9)).astype(np.float32)
-
-
-class WordEmbedder:
-    def embed_query(self, text: str) -> np.ndarray:
-        return vector_of(text)
-
-
-def record(name: str, title: str, texts: Sequence[str], *, vectors: bool = True) -> Record:
-    chunks: list[Chunk] = []
-    for ordinal, text in enumerate(texts):
-        identity = hashlib.sha256(f"{name}\n{ordinal}\n{title}\n{text}".encode()).hexdigest()[:32]
-        vector = vector_of(f"{title} {text}").astype(np.float16) if vectors else None
-        features = features_of(title, text)
-        chunks.append(
-            Chunk(
-                identity,
-                name,
-                ordinal,
-                title,
-                "",
-                text,
-                0,
-                len(text),
-                None,
-                len(text.split()),
-                features,
-                vector,
-            )
-        )
-    digest = hashlib.sha256("".join(texts).encode()).hexdigest()
-    return Record(Document(name, name, title, "text/plain", digest, 1, 1), tuple(chunks))
-
-
-def filled(path: Path, records: Iterable[Record], *, vectors: bool = True) -> Store:
-    store = open_store(str(path), create=True)
-    if vectors:
-        store.set_settings(Settings(embedder="words", embedder_hash="w", dimensions=DIMENSIONS))
-    store.put(records)
-    return store
-
-
-SONGS = {
-    "Brother (Pearl Jam song)": "Brother is a song by the rock band Pearl Jam, written by Stone Gossard.",
-    "Pearl Jam": "Pearl Jam is an American rock band formed in 1990 in Seattle, Washington.",
-    "Seattle": "Seattle typically receives some snowfall on an annual basis but heavy snow is rare.",
-    "Detroit": "Detroit receives average snowfall of forty inches; the usual snowfall of the city is even.",
-    "Boston": "The usual average snowfall in the city of Boston is higher near the coast.",
-    "Richmond, Virginia": "Average snowfall in Richmond, Virginia is usual for a city in the south.",
-    "Metallica": "Metallica is an American heavy metal band formed in Los Angeles.",
-    "Ann Arbor": "The city has a humid climate with usual average snowfall in winter.",
-}
+from .rag_searches import SONGS, WordEmbedder, filled, record, song_store, titles, vector_of
 
 
 @pytest.fixture
 def songs(tmp_path: Path) -> Store:
-    return filled(tmp_path / "songs.kb", [record(f"{t}.txt", t, [x]) for t, x in SONGS.items()])
-
-
-def titles(retriever: Retriever, question: str, **options: Any) -> list[str]:
-    return [passage.title for passage in retriever.search(question, **options)]
-
-
-# Snapshot --------------------------------------------------------------------------------------------------
-
-
-def same_arrays(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> bool:
-    return one.keys() == other.keys() and all(
-        one[name].dtype == other[name].dtype and np.array_equal(one[name], other[name]) for name in one
-    )
-
-
-def random_record(rng: random.Random, number: int) -> Record:
-    names = [
-        "Ed Wood",
-        "Tim Burton",
-        "Pearl Jam",
-        "Seattle",
-        "Washington",
-        "Johnny Depp",
-        "Bela Lugosi",
-        "Doctor Strange",
-    ]
-    title = rng.choice([*names, "", "Ed Wood (film)", "The Pearl Jam"])
-    texts = [
-        f"{rng.choice(names)} of {rng.choice(names)} came. It met {rng.choice(names)} {rng.randint(1, 9)}."
-        for _ in range(rng.randint(1, 3))
-    ]
-    return record(f"{number:03d}.txt", title, texts)
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_a_snapshot_depends_on_the_documents_alone(tmp_path: Path, seed: int) -> None:
-    rng = random.Random(seed)
-    store = filled(tmp_path / "history.kb", [])
-    live: dict[str, Record] = {}
-    for _ in range(40):
-        if live and rng.random() < 0.4:
-            gone = rng.choice(sorted(live))
-            store.delete([gone])
-            del live[gone]
-        else:
-            made = random_record(rng, rng.randint(0, 25))
-            store.put([made])
-            live[made.document.id] = made
-    shuffled = list(live.values())
-    rng.shuffle(shuffled)
-    fresh = filled(tmp_path / "fresh.kb", shuffled)
-    assert same_arrays(Snapshot.of(store).arrays, Snapshot.of(fresh).arrays)
-
-
-def test_the_file_is_reused_and_older_ones_go(songs: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = Snapshot.of(songs)
-    files = list(Path(songs.cache_folder).glob("snapshot-*"))
-    assert len(files) == 1
-    with monkeypatch.context() as patched:
-        patched.setattr("llmc.runtime.rag.snapshot.derive", lambda reader: pytest.fail("derived again"))
-        again = Snapshot.of(songs)
-    assert same_arrays(first.arrays, again.arrays)
-    whole = files[0].read_bytes()
-    files[0].unlink()  # what is mapped stays as it is
-    files[0].write_bytes(whole[:2000])  # cut off: derived again
-    assert same_arrays(Snapshot.of(songs).arrays, again.arrays)
-    songs.delete(["Boston.txt"])
-    assert len(Snapshot.of(songs)) == len(SONGS) - 1
-    assert len(list(Path(songs.cache_folder).glob("snapshot-*"))) == 1
-
-
-def test_a_cache_folder_that_cannot_be_written(songs: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise PermissionError("no")
-
-    monkeypatch.setattr("llmc.runtime.rag.snapshot.write_arrays", refuse)
-    assert titles(Retriever(songs), "Metallica", mode="keyword", top=1) == ["Metallica"]
-
-
-def test_links_take_the_longest_name(tmp_path: Path) -> None:
-    store = filled(
-        tmp_path / "links.kb",
-        [
-            record("a", "New York", ["A state."]),
-            record("b", "New York City", ["A city."]),
-            record("c", "Walt", ["Walt lives in New York City."]),
-            record("d", "Tom", ["Tom went from New York (state) home, not to a wall."]),
-        ],
-    )
-    snapshot = Snapshot.of(store)
-    linked = {
-        (snapshot.documents[int(snapshot.document_of[i])], snapshot.documents[int(j)])
-        for i, j in zip(*snapshot.links.nonzero(), strict=True)
-    }
-    assert linked == {("c", "b"), ("d", "a")}
-
-
-def test_a_title_of_one_word_is_mentioned_without_a_capital(tmp_path: Path) -> None:
-    records = [record("a", "Cranberry", ["A fruit."]), record("b", "Hall", ["He grew cranberries in a bog."])]
-    snapshot = Snapshot.of(filled(tmp_path / "common.kb", records))
-    ((source,), (target,)) = snapshot.links.nonzero()
-    assert snapshot.documents[int(snapshot.document_of[source])] == "b"
-    assert snapshot.documents[int(target)] == "a" and snapshot.links.data.tolist() == [0.5]
-
-
-def test_a_name_of_many_documents_links_nothing(tmp_path: Path) -> None:
-    records = [record(f"{i}", "Smith", [f"Person {i}."]) for i in range(9)] + [
-        record("x", "", ["He met Smith."])
-    ]
-    assert Snapshot.of(filled(tmp_path / "many.kb", records)).links.nnz == 0
-    few = [*records[:4], records[-1]]
-    links = Snapshot.of(filled(tmp_path / "few.kb", few)).links
-    assert links.nnz == 4 and np.allclose(links.data, 0.5)  # the root of four namesakes
+    return song_store(tmp_path)
 
 
 # BM25 and cosines ------------------------------------------------------------------------------------------
@@ -390,6 +215,27 @@ def test_a_chain_of_three_documents(songs: Store, embedder: WordEmbedder | None)
     assert titles(retriever, QUESTION, top=top, mode="auto") == found
 
 
+FILMS = {
+    "The Girl at the Nest": "The Girl at the Nest is a thriller film by Daniel Alder.",
+    "Tic Tac": "Tic Tac is a film by Daniel Alder, made in Quimper, where he was born.",
+    "Quimper Cornouaille": "Quimper Cornouaille is the main airport near Quimper.",
+    "Lannion": "Lannion has the main airport of the north.",
+    "Rouen": "Rouen has a main airport by the river.",
+    "Ghent": "Ghent is a town with a market.",
+}
+
+
+def test_a_third_hop_goes_on_from_where_the_second_led(tmp_path: Path) -> None:
+    store = filled(tmp_path / "films.kb", [record(f"{t}.txt", t, [x]) for t, x in FILMS.items()])
+    asked = "What is the main airport in the birth place of the director of The Girl at the Nest?"
+    found = Retriever(store).search(asked, top=6, mode="graph", explain=True)
+    chain = {one.title: one.scores["chain"] for one in found}
+    assert max(chain, key=lambda title: chain[title]) == "Quimper Cornouaille"
+    assert chain["Lannion"] == chain["Rouen"] == chain["Ghent"] == 0
+    alone = Retriever(store).search("What is a market?", top=6, mode="graph", explain=True)
+    assert all(0 <= one.scores["chain"] <= 1 for one in alone)
+
+
 @pytest.mark.parametrize("mode", ["graph", "hybrid", "keyword", "dense"])
 def test_modes_and_explanations(songs: Store, mode: str) -> None:
     retriever = Retriever(songs, WordEmbedder())
@@ -472,6 +318,8 @@ def test_questions_that_are_refused(songs: Store) -> None:
 
 def test_a_reranker_has_the_last_word(songs: Store) -> None:
     class Shortest:
+        share = 1.0
+
         def scores(self, question: str, passages: list[str]) -> np.ndarray:
             assert question == QUESTION and all("\n" in one for one in passages)
             return np.array([-float(len(one)) for one in passages])
@@ -479,6 +327,25 @@ def test_a_reranker_has_the_last_word(songs: Store) -> None:
     found = titles(Retriever(songs, None, Shortest()), QUESTION, top=8)
     lengths = [len(title) + len(SONGS[title]) for title in found]
     assert lengths == sorted(lengths) and set(found) == set(SONGS)
+
+
+def test_a_reranker_that_knows_little_is_mixed_with_the_search(songs: Store) -> None:
+    class Flat:
+        """Prefers one passage, and has nothing to say of the others."""
+
+        share = 0.5
+
+        def __init__(self, best: str) -> None:
+            self.best = best
+
+        def scores(self, question: str, passages: list[str]) -> np.ndarray:
+            return np.array([float(one.startswith(self.best)) for one in passages])
+
+    plain = titles(Retriever(songs, None, Flat("nothing")), QUESTION, top=8)
+    # Half of the reranker's whole range brings the last one no further than to the first.
+    mixed = titles(Retriever(songs, None, Flat(plain[-1])), QUESTION, top=8)
+    assert set(mixed[:2]) == {plain[0], plain[-1]}
+    assert [one for one in mixed if one != plain[-1]] == plain[:-1]
 
 
 # Real questions --------------------------------------------------------------------------------------------

@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from llmc.ir.errors import InputError
+from llmc.runtime.rag.features.terms import hash_of
 from llmc.runtime.rag.store import Record, Store
-from llmc.runtime.rag.types import Triple
+from llmc.runtime.rag.store.base import BEGINNING
+from llmc.runtime.rag.store.records import feature_row, mention_hashes, mention_keys, mention_starts
+from llmc.runtime.rag.types import Mention, Triple
 
 from .rag_records import DIMENSIONS, SETTINGS, check_whole, record, triples_of
 
@@ -176,6 +179,61 @@ def test_triples_and_quarantine(store: Store) -> None:
     assert list(store.triples()) == [] and store.extracted() == set()
 
 
+def test_what_was_extracted_says_by_what(store: Store) -> None:
+    store.put([record(1, chunks=3)])
+    first, second, third = record(1, chunks=3).chunks
+    store.put_triples(first.id, triples_of(first, "file:extra"))
+    store.put_triples(second.id, [], origin="llm:a", quarantine="no JSON")
+    store.put_triples(second.id, triples_of(second, "file:extra"))
+    store.put_triples(third.id, triples_of(third, "llm:a"))
+    assert store.extracted() == {first.id, second.id, third.id}
+    assert store.extracted("file:") == {first.id, second.id}
+    assert store.extracted("llm:") == {second.id, third.id} and store.extracted("llm:b") == set()
+    assert store.quarantined() == {second.id: "no JSON"}, "a file's triples are no success of a model's"
+    assert list(store.extractions()) == sorted(
+        [
+            (first.id, "file:extra", None),
+            (second.id, "file:extra", None),
+            (second.id, "llm:a", "no JSON"),
+            (third.id, "llm:a", None),
+        ]
+    )
+    store.put_triples(second.id, triples_of(second, "llm:b"))
+    assert store.quarantined() == {} and store.extracted("llm:b") == {second.id}
+    assert store.counts()["extracted"] == 3 and store.counts()["quarantined"] == 0
+    store.put_triples(third.id, [], origin="llm:a")
+    assert not [one for one in store.triples() if one.chunk == third.id], "an empty answer replaces too"
+
+
+def test_columns_are_the_chunks(store: Store) -> None:
+    store.put(record(number) for number in range(30))
+    store.put([Record(record(40).document, ())])
+    chunks = list(store.chunks())
+    found = [row for part in store.columns() for row in zip(*vars(part).values(), strict=True)]
+    assert found == [
+        (c.id, c.document, c.ordinal, c.title, c.text[:BEGINNING], *feature_row(c.features)) for c in chunks
+    ]
+    assert store.chunk_ids() == [chunk.id for chunk in chunks]
+    for row, chunk in zip(found, chunks, strict=True):
+        keys = [one.key for one in chunk.features.mentions]
+        assert mention_keys(row[-1]) == keys
+        assert mention_starts(row[-1]) == [one.start for one in chunk.features.mentions]
+        assert mention_hashes(row[-1]) == np.array([hash_of(key) for key in keys], np.uint64).tobytes()
+
+
+def test_a_mention_is_what_stands_at_its_place(store: Store) -> None:
+    made = record(1, chunks=1)
+    (chunk,) = made.chunks
+    for mentions in ((), (Mention("é ü", chunk.text[3:9], 3, 9),) * 3, (Mention("x", "", 0, 0),)):
+        features = dataclasses.replace(chunk.features, mentions=mentions)
+        store.put([Record(made.document, (dataclasses.replace(chunk, features=features),))])
+        assert next(store.chunks()).features.mentions == mentions
+    for bad in (Mention("x", "elsewhere", 0, 9), Mention("a\0b", chunk.text[:2], 0, 2)):
+        features = dataclasses.replace(chunk.features, mentions=(bad,))
+        with pytest.raises(InputError, match=r"stands at its place|NUL"):
+            store.put([Record(made.document, (dataclasses.replace(chunk, features=features),))])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -249,7 +307,8 @@ def _texts(store: Store, texts: list[tuple[str, str]]) -> dict[str, str]:
     names: dict[str, str] = {}
     for number, (title, text) in enumerate(texts):
         made = record(number, chunks=1)
-        chunk = dataclasses.replace(made.chunks[0], title=title, text=text)
+        features = dataclasses.replace(made.chunks[0].features, mentions=())
+        chunk = dataclasses.replace(made.chunks[0], title=title, text=text, features=features)
         store.put([Record(made.document, (chunk,))])
         names[chunk.id] = title
     return names

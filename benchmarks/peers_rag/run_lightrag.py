@@ -69,8 +69,13 @@ class _FromFile:
 
 
 def _key(text: str) -> str:
-    """What of a chunk is the same before and after: LightRAG resolves HTML's entities and cuts blanks."""
-    return " ".join(html.unescape(text).split())
+    """What of a chunk is the same before and after: LightRAG resolves HTML's entities ("&amp;amp;" becomes
+    "&amp;") and leaves out control characters and blanks. So all entities are resolved, and what can be seen
+    counts.
+    """
+    while (resolved := html.unescape(text)) != text:
+        text = resolved
+    return "".join(letter for letter in text if letter.isprintable() and letter != " ")
 
 
 def _records(triples: Sequence[Sequence[str]]) -> str:

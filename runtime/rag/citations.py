@@ -102,14 +102,49 @@ def words(text: str) -> list[_Word]:
 
 
 def sentences(text: str) -> Iterator[tuple[int, int]]:
-    """(start, end) of each sentence, without the spaces around it."""
+    """(start, end) of each sentence, without the spaces around it. The end of a line ends a sentence too (a
+    heading, an item of a list), unless the line was only wrapped there.
+    """
     start = 0
+    paragraph = width = 0
     for match in _END.finditer(text):
         if match[0] == "." and _ABBREVIATION.search(text, max(0, match.start() - 12), match.end()):
             continue
+        if match[0] == "\n":
+            if match.start() >= paragraph:
+                paragraph, width = _paragraph(text, match.start())
+            if _is_wrapped(text, match.start(), width):
+                continue
         yield from _trimmed(text, start, match.end())
         start = match.end()
     yield from _trimmed(text, start, len(text))
+
+
+_NARROWEST, _LONG_LINE = 60, 30
+"""Columns: no text is wrapped at fewer than so many, and a line shorter than that is an item or a heading."""
+_STARTS_ANEW = re.compile(r"[ \t]*(?:[-*•–#>|+=]|\d{1,3}[.)]\s|[([]?[a-zA-Z][.)]\s|\n)")
+
+
+def _paragraph(text: str, at: int) -> tuple[int, int]:
+    """(end, longest line) of the paragraph whose first line ends at a place."""
+    begin = text.rfind("\n", 0, at) + 1
+    end = text.find("\n\n", at)
+    end = len(text) if end < 0 else end
+    return end, max(len(line.rstrip()) for line in text[begin:end].split("\n"))
+
+
+def _is_wrapped(text: str, at: int, width: int) -> bool:
+    """Whether the line that ends at a place goes on in the next one: its next word would not have fitted into
+    the longest line, or it is a long one and goes on with a small letter.
+    """
+    begin = text.rfind("\n", 0, at) + 1
+    line, after = text[begin:at].rstrip(), text[at + 1 : at + 1 + width]
+    following = after.split(None, 1)
+    if not following or _STARTS_ANEW.match(after) or line.lstrip().startswith(("#", "|", "=")):
+        return False
+    word = following[0]
+    full = width >= _NARROWEST and len(line) + 1 + len(word) > width
+    return full or (len(line) >= _LONG_LINE and word[0].islower())
 
 
 def _trimmed(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:

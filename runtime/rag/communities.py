@@ -14,7 +14,7 @@ import random
 import re
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,11 +22,9 @@ import numpy as np
 
 from .arrays import Strings, read_arrays, write_arrays
 from .citations import sentences, words
-from .derive import derive
-from .features.names import name_key
 from .snapshot import Snapshot
 from .store.base import Store, StoreReader
-from .types import Chunk, Passage, Triple
+from .types import Chunk, Passage
 
 VERSION = "1"
 RESOLUTION = 1.0
@@ -36,6 +34,9 @@ _MAX_COMMON, _FEW = 0.1, 10
 """An entity that more than this share of the passages (and more than a few) name joins everything, and so
 nothing.
 """
+
+_MOST_SAID = 4.0
+"""A relation counts as often as it is said, up to this."""
 
 _igraph_lock = threading.Lock()
 
@@ -98,22 +99,19 @@ class Communities:
 def communities_of(
     store: Store, snapshot: Snapshot | None = None, *, resolution: float = RESOLUTION
 ) -> Communities:
-    """The communities of a store's newest state, from its cache folder where they are there and not stale.
-
-    `snapshot` saves deriving its arrays again, where it is of that state.
+    """The communities of a snapshot (by custom of a store's newest state), from the store's cache folder
+    where they are there and not stale.
     """
-    with store.reading() as reader:
-        facts = _facts(reader, resolution)
-        path = Path(store.cache_folder) / "communities.arrays" if store.cache_folder else None
-        kept = read_arrays(path, facts) if path is not None else None
-        if kept is None:
-            fits = snapshot is not None and snapshot.generation == reader.generation
-            arrays = snapshot.arrays if fits and snapshot is not None else derive(reader)
-            kept = detect(arrays, reader.triples(), resolution)
-            if path is not None:
-                with contextlib.suppress(OSError):  # a folder that cannot be written costs time, nothing else
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    write_arrays(path, kept, facts)
+    snapshot = Snapshot.of(store) if snapshot is None else snapshot
+    facts = {**snapshot.facts, "version": VERSION, "resolution": repr(resolution)}
+    path = Path(store.cache_folder) / "communities.arrays" if store.cache_folder else None
+    kept = read_arrays(path, facts) if path is not None else None
+    if kept is None:
+        kept = detect(snapshot.arrays, resolution)
+        if path is not None:
+            with contextlib.suppress(OSError):  # a folder that cannot be written costs time, nothing else
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_arrays(path, kept, facts)
     return Communities(
         Strings(kept["ids_data"], kept["ids_bounds"]),
         kept["of_chunk"],
@@ -124,28 +122,14 @@ def communities_of(
     )
 
 
-def _facts(reader: StoreReader, resolution: float) -> dict[str, str]:
-    counts = reader.counts()
-    return {
-        "version": VERSION,
-        "generation": str(reader.generation),
-        "features": str(reader.settings().features_version),
-        "resolution": repr(resolution),
-        "chunks": str(counts.get("chunks", 0)),
-        "triples": str(counts.get("triples", 0)),
-    }
-
-
 # Detection -------------------------------------------------------------------------------------------------
 
 
-def detect(
-    arrays: Mapping[str, np.ndarray], triples: Iterable[Triple] = (), resolution: float = RESOLUTION
-) -> dict[str, np.ndarray]:
+def detect(arrays: Mapping[str, np.ndarray], resolution: float = RESOLUTION) -> dict[str, np.ndarray]:
     """The arrays of `Communities` from those of a snapshot. Pure: the same arrays give the same."""
     chunks = len(arrays["document_of"])
     names = Strings(arrays["entities_data"], arrays["entities_bounds"])
-    heads, tails, weights = _edges(arrays, triples, names)
+    heads, tails, weights = _edges(arrays, names)
     nodes = chunks + len(names)
     membership = _leiden(nodes, heads, tails, weights, resolution)
     inside = membership[heads] == membership[tails]
@@ -165,9 +149,7 @@ def detect(
     }
 
 
-def _edges(
-    arrays: Mapping[str, np.ndarray], triples: Iterable[Triple], names: Strings
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _edges(arrays: Mapping[str, np.ndarray], names: Strings) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(heads, tails, weights): chunks are nodes 0 … n - 1, entities n … n + m - 1."""
     chunks = len(arrays["document_of"])
     bounds, entities = np.asarray(arrays["chunk_entity_bounds"]), np.asarray(arrays["chunk_entities"])
@@ -179,7 +161,9 @@ def _edges(
     columns = entities[kept]
     strength = (1 + np.log(np.maximum(counts[kept], 1))) * np.sqrt(np.log((1 + chunks) / df[columns]))
     parts = [(rows, columns + chunks, strength), _neighbours(arrays), _links(arrays)]
-    parts.append(_relations(triples, names, chunks))
+    pairs = np.asarray(arrays["relations"], np.int64) + chunks
+    said = np.minimum(np.asarray(arrays["relation_counts"], np.float64), _MOST_SAID)
+    parts.append((pairs[:, 0], pairs[:, 1], said))
     heads, tails, weights = (np.concatenate([part[i] for part in parts]) for i in range(3))
     return heads.astype(np.int64), tails.astype(np.int64), weights.astype(np.float64)
 
@@ -201,23 +185,6 @@ def _links(arrays: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np
     bounds = np.asarray(arrays["link_bounds"])
     rows = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
     return rows, first[np.asarray(arrays["link_documents"])], np.asarray(arrays["link_weights"], np.float64)
-
-
-def _relations(
-    triples: Iterable[Triple], names: Strings, chunks: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pairs of entities that triples join, each as often as it is said (at most four times)."""
-    pairs: Counter[tuple[int, int]] = Counter()
-    place_of: dict[str, int] | None = None
-    for triple in triples:
-        if place_of is None:
-            place_of = {name: place for place, name in enumerate(names)}
-        one, other = place_of.get(name_key(triple.subject)), place_of.get(name_key(triple.object))
-        if one is not None and other is not None and one != other:
-            pairs[min(one, other), max(one, other)] += 1
-    ordered = sorted(pairs.items())
-    ends = np.array([pair for pair, _ in ordered], np.int64).reshape(-1, 2) + chunks
-    return ends[:, 0], ends[:, 1], np.array([float(min(count, 4)) for _, count in ordered])
 
 
 def _leiden(
@@ -259,10 +226,12 @@ def _renumbered(membership: np.ndarray, count: int) -> tuple[np.ndarray, np.ndar
 
 @dataclass(frozen=True)
 class Summary:
-    """What a community is about: its entities, and its most central sentences with their places."""
+    """What a community is about: its entities, and its most central sentences with their places. `members`
+    are all of its chunks.
+    """
 
     community: int
-    passages: int
+    members: tuple[str, ...]
     entities: tuple[str, ...]
     sentences: tuple[Passage, ...]
 
@@ -283,10 +252,12 @@ def summarise(
     communities: Communities, community: int, reader: StoreReader, *, count: int = 4, question: str = ""
 ) -> Summary:
     """The extractive summary of a community: sentences that share most words with the others, not twice the
-    same, each of another document where there are enough. Words of `question` count more.
+    same, each of another document where there are enough. Words of `question` count more. Lines of code, of
+    tables and the like are taken only where there is no running text.
     """
     chunks = list(reader.chunks(communities.chunks(community, _READ)))
-    candidates = list(_candidates(chunks))
+    everything = list(_candidates(chunks))
+    candidates = [one for one in everything if is_prose(one[0].text)] or everything
     spread: Counter[int] = Counter(term for _, terms in candidates for term in terms)
     asked = {word.term for word in words(question)}
     scored = sorted(
@@ -304,9 +275,11 @@ def summarise(
             if any(len(terms & other) > _ALIKE * min(len(terms), len(other)) for _, other in chosen):
                 continue
             chosen.append((passage, terms))
-    size = int((communities.of_chunk == community).sum())
     return Summary(
-        community, size, tuple(communities.entities(community)), tuple(passage for passage, _ in chosen)
+        community,
+        tuple(communities.chunks(community)),
+        tuple(communities.entities(community)),
+        tuple(passage for passage, _ in chosen),
     )
 
 
@@ -318,6 +291,23 @@ def _candidates(chunks: Sequence[Chunk]) -> Iterator[tuple[Passage, frozenset[in
                 terms = frozenset(word.term for word in words(text))
                 if terms:
                     yield _passage(chunk, text, chunk.start + start), terms
+
+
+_PROSE_LETTERS, _PROSE_WORDS = 0.75, 4
+_ENDS = tuple(".!?…。！？\"'”’)")
+_NOT_PROSE = re.compile(r"^[\s>]*(?:\$|\||[-*•+]\s|\d{1,3}[.)]\s)|[{}=<>|\\]|::|\w\(\)|--\w")
+
+
+def is_prose(text: str) -> bool:
+    """Whether a stretch of text reads as a sentence: it begins and ends as one, most of it is letters, and
+    nothing in it looks like a command, code or a row of a table.
+    """
+    text = text.strip()
+    if not text or text[0].islower() or not text.endswith(_ENDS) or _NOT_PROSE.search(text):
+        return False
+    letters = sum(letter.isalpha() or letter == " " for letter in text)
+    wordy = len(text.split()) >= _PROSE_WORDS or not text.isascii()
+    return wordy and letters >= _PROSE_LETTERS * len(text)
 
 
 def _passage(chunk: Chunk, text: str, start: int, score: float = 0.0) -> Passage:

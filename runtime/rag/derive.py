@@ -2,13 +2,15 @@
 depends on how that state came about: chunks are read in order of their ids, and every number is worked out
 of them alone.
 
-Memory stays near the result's: hashes go through temporary files and are looked up a block at a time.
+Chunks are read as columns, some hundred at a time, and no object is made for each. Memory stays near the
+result's: hashes go through temporary files and are looked up a block at a time.
 """
 
 from __future__ import annotations
 
 import re
 import tempfile
+from collections.abc import Sequence
 from typing import IO, Any
 
 import numpy as np
@@ -17,8 +19,9 @@ from .arrays import Strings
 from .features.names import FUNCTION_WORDS, name_key, title_keys
 from .features.terms import hash_of, term_of
 from .features.titles import MAX_TITLE_WORDS
-from .store.base import StoreReader
-from .types import Chunk, Triple
+from .store.base import BEGINNING, Columns, StoreReader
+from .store.records import mention_hashes, mention_keys, mention_starts
+from .types import Triple
 from .walk import walk_matrix
 
 DERIVATION_VERSION = 1
@@ -42,18 +45,27 @@ class _Column:
     def __init__(self, dtype: str) -> None:
         self._dtype = np.dtype(dtype)
         self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (gone when the column is)
-        self.size = 0
+        self._sizes: list[int] = []
+        self._size = 0
 
-    def add(self, values: Any) -> None:
-        array = np.asarray(values, self._dtype)
-        self._file.write(array.tobytes())
-        self.size += len(array)
+    def add(self, arrays: Sequence[bytes]) -> None:
+        """The arrays of some more chunks, as bytes."""
+        self._file.writelines(arrays)
+        sizes = [len(one) // self._dtype.itemsize for one in arrays]
+        self._sizes += sizes
+        self._size += sum(sizes)
+
+    def bounds(self) -> np.ndarray:
+        """[chunks + 1] int64: where each chunk's array begins; and the end."""
+        bounds = np.zeros(len(self._sizes) + 1, np.int64)
+        np.cumsum(self._sizes, out=bounds[1:])
+        return bounds
 
     def array(self) -> np.ndarray:
         self._file.flush()
-        if not self.size:
+        if not self._size:
             return np.zeros(0, self._dtype)
-        return np.memmap(self._file, self._dtype, mode="r", shape=(self.size,))
+        return np.memmap(self._file, self._dtype, mode="r", shape=(self._size,))
 
     def close(self) -> None:
         self._file.close()
@@ -68,35 +80,45 @@ class Derivation:
         self._document_of: list[int] = []
         self._ordinals: list[int] = []
         self._title_of: list[str] = []
-        self._subjects: dict[
-            int, tuple[str, list[str]]
-        ] = {}  # document → (pseudo-title, names of its first sentence)
-        self._terms, self._in_title, self._in_text = _Column("u8"), _Column("u2"), _Column("u2")
-        self._spans, self._mentions = _Column("u8"), _Column("u8")
-        self._bounds: dict[str, list[int]] = {"terms": [0], "spans": [0], "mentions": [0]}
+        self._subjects: dict[int, tuple[int, list[int]]] = {}
+        """Document → the names that its first sentence begins with (0 for none) and that it holds besides."""
+        self._terms, self._in_title, self._in_text = _Column("<u8"), _Column("<u2"), _Column("<u2")
+        self._spans, self._mentions = _Column("<u8"), _Column("<u8")
         self._names: dict[int, str] = {}
         self._triples: list[tuple[str, int, int]] = []
 
-    def add(self, chunk: Chunk) -> None:
-        features = chunk.features
-        document = self._documents.setdefault(chunk.document, len(self._documents))
-        self._ids.append(chunk.id)
-        self._document_of.append(document)
-        self._ordinals.append(chunk.ordinal)
-        self._title_of.append(chunk.title.strip())
-        self._terms.add(features.terms)
-        self._in_title.add(features.title_counts)
-        self._in_text.add(features.text_counts)
-        self._spans.add(features.spans)
-        hashes = [hash_of(mention.key) for mention in features.mentions]
-        for key, mention in zip(hashes, features.mentions, strict=True):
-            if key not in self._names:
-                self._names[key] = mention.key
+    def add(self, chunks: Columns) -> None:
+        """Some more chunks."""
+        known = self._documents
+        of = [known.setdefault(document, len(known)) for document in chunks.documents]
+        self._ids += chunks.ids
+        self._document_of += of
+        self._ordinals += chunks.ordinals
+        self._title_of += [title.strip() for title in chunks.titles]
+        for column, arrays in (
+            (self._terms, chunks.terms),
+            (self._in_title, chunks.title_counts),
+            (self._in_text, chunks.text_counts),
+            (self._spans, chunks.spans),
+        ):
+            column.add(arrays)
+        hashes = [mention_hashes(data) for data in chunks.mentions]
         self._mentions.add(hashes)
-        for name, column in (("terms", self._terms), ("spans", self._spans), ("mentions", self._mentions)):
-            self._bounds[name].append(column.size)
-        if chunk.ordinal == 0:
-            self._subjects[document] = _subject_of(chunk)
+        self._name(chunks.mentions, hashes)
+        for place, ordinal in enumerate(chunks.ordinals):
+            if ordinal == 0:
+                found = np.frombuffer(hashes[place], "<u8").tolist()
+                starts = mention_starts(chunks.mentions[place])
+                self._subjects[of[place]] = _subject_of(chunks.beginnings[place], found, starts)
+
+    def _name(self, mentions: Sequence[bytes], hashes: Sequence[bytes]) -> None:
+        """Learns the names that some chunks are the first to mention."""
+        known = self._names
+        for data, one in zip(mentions, hashes, strict=True):
+            keys = np.frombuffer(one, "<u8").tolist()
+            if not known.keys() >= set(keys):
+                for key, name in zip(keys, mention_keys(data), strict=True):
+                    known.setdefault(key, name)
 
     def close(self) -> None:
         """Give the temporary files back; what `arrays` gave does not need them."""
@@ -115,7 +137,6 @@ class Derivation:
 
     def arrays(self) -> dict[str, np.ndarray]:
         count = len(self._ids)
-        bounds = {name: np.array(values, np.int64) for name, values in self._bounds.items()}
         document_of = np.array(self._document_of, np.int32)
         documents = list(self._documents)
         names = self._document_names(len(documents))
@@ -125,15 +146,14 @@ class Derivation:
             **_strings("ids", self._ids),
             **_strings("documents", documents),
         }
-        arrays |= _postings(count, bounds["terms"], self._terms, self._in_title, self._in_text)
+        arrays |= _postings(count, self._terms, self._in_title, self._in_text)
         name_table = _name_table(names)
         arrays |= name_table
-        arrays |= self._entities(count, bounds["mentions"], names, document_of)
+        arrays |= self._entities(count, names, document_of)
         arrays |= _entity_terms(arrays)
         arrays |= _links(
             count,
-            bounds["spans"],
-            self._spans.array(),
+            self._spans,
             name_table,
             self._contained(),
             document_of,
@@ -151,19 +171,17 @@ class Derivation:
         self._titles = titles
         names: list[list[tuple[int, float]]] = []
         for document, title in enumerate(titles):
-            first, others = self._subjects.get(document, ("", []))
+            first, others = self._subjects.get(document, (0, []))
             keys = title_keys(title) if title else []
-            found: dict[str, float] = {}
-            if keys:
-                found[keys[0]] = _OWN
-                for key in keys[1:]:
-                    found[key] = _SHORT
-            for key in [first, *others]:
-                if key:
-                    found.setdefault(key, _ALIAS if keys or key != first else _OWN)
-            for key in found:
-                self._names.setdefault(hash_of(key), key)
-            names.append([(hash_of(key), weight) for key, weight in found.items()])
+            found: dict[int, float] = {}
+            for place, key in enumerate(keys):
+                hashed = hash_of(key)
+                self._names.setdefault(hashed, key)
+                found[hashed] = _SHORT if place else _OWN
+            for hashed in [first, *others]:
+                if hashed:
+                    found.setdefault(hashed, _ALIAS if keys or hashed != first else _OWN)
+            names.append(list(found.items()))
         self._name_keys = {h for row in names for h, _ in row}
         self._title_keys = {h for row in names for h, weight in row if weight > _ALIAS}
         return names
@@ -192,20 +210,19 @@ class Derivation:
     def _contained(self) -> dict[int, list[int]]:
         """Names inside longer names: where "new york city" is mentioned, "new york" is not."""
         found: dict[int, list[int]] = {}
-        for longer in self._name_keys:
-            words = self._names[longer].split(" ")
+        by_name = {self._names[key]: key for key in self._name_keys}
+        for name, longer in by_name.items():
+            words = name.split(" ")
             if not 1 < len(words) <= MAX_TITLE_WORDS:
                 continue
-            parts = {
-                hash_of(" ".join(words[i:j])) for i in range(len(words)) for j in range(i + 1, len(words) + 1)
-            }
-            parts = (parts & self._name_keys) - {longer}
-            if parts:
-                found[longer] = sorted(parts)
+            parts = {" ".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, len(words) + 1)}
+            shorter = (parts & by_name.keys()) - {name}
+            if shorter:
+                found[longer] = sorted(by_name[part] for part in shorter)
         return found
 
     def _entities(
-        self, count: int, bounds: np.ndarray, names: list[list[tuple[int, float]]], document_of: np.ndarray
+        self, count: int, names: list[list[tuple[int, float]]], document_of: np.ndarray
     ) -> dict[str, np.ndarray]:
         """Entities, and the matrix of how often each chunk names each: mentions once, its document's title
         twice."""
@@ -221,9 +238,8 @@ class Derivation:
         ]
         place = {chunk: i for i, chunk in enumerate(self._ids)} if self._triples else {}
         extra += [(place[c], key, 1.0) for c, *ends in self._triples if c in place for key in ends]
-        rows = np.concatenate([np.repeat(np.arange(count), np.diff(bounds)), [e[0] for e in extra]]).astype(
-            np.int32
-        )
+        sizes = np.diff(self._mentions.bounds())
+        rows = np.concatenate([np.repeat(np.arange(count), sizes), [e[0] for e in extra]]).astype(np.int32)
         keys = np.concatenate([np.asarray(mentions), np.array([e[1] for e in extra], np.uint64)])
         weights = np.concatenate([np.ones(len(mentions)), [e[2] for e in extra]]).astype(np.float32)
         columns = np.searchsorted(known, keys).astype(np.int32)
@@ -244,13 +260,11 @@ def _strings(name: str, values: list[str]) -> dict[str, np.ndarray]:
     return {f"{name}_data": strings.data, f"{name}_bounds": strings.bounds}
 
 
-def _postings(
-    count: int, bounds: np.ndarray, terms: _Column, in_title: _Column, in_text: _Column
-) -> dict[str, np.ndarray]:
+def _postings(count: int, terms: _Column, in_title: _Column, in_text: _Column) -> dict[str, np.ndarray]:
     """Of each term the chunks that hold it, ascending, and how often title and text do (at most 255)."""
     from scipy.sparse import csr_matrix
 
-    hashes = terms.array()
+    hashes, bounds = terms.array(), terms.bounds()
     parts = [np.unique(hashes[at : at + _BLOCK]) for at in range(0, len(hashes), _BLOCK)]
     vocabulary = np.unique(np.concatenate(parts)) if parts else np.zeros(0, np.uint64)
     ids = np.empty(len(hashes), np.int32)
@@ -279,19 +293,22 @@ def _postings(
 def _entity_terms(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Of each entity the terms of its name that stand in any chunk, without function words."""
     vocabulary = arrays["vocabulary"]
-    terms: list[int] = []
-    bounds = [0]
-    for name in Strings(arrays["entities_data"], arrays["entities_bounds"]):
-        found = dict.fromkeys(term_of(word) for word in name.split(" ") if word not in FUNCTION_WORDS)
-        terms += found
-        bounds.append(len(terms))
-    hashes = np.array(terms, np.uint64)
-    if not len(vocabulary):
-        return {"entity_term_bounds": np.zeros(len(bounds), np.int64), "entity_terms": np.zeros(0, np.int32)}
-    at = np.minimum(np.searchsorted(vocabulary, hashes), len(vocabulary) - 1)
-    known = vocabulary[at] == hashes
-    kept = np.concatenate([[0], np.cumsum(known)])[bounds]
-    return {"entity_term_bounds": kept.astype(np.int64), "entity_terms": at[known].astype(np.int32)}
+    names = Strings(arrays["entities_data"], arrays["entities_bounds"])
+    words = [name.split(" ") for name in names]
+    term = dict.fromkeys((word for of_name in words for word in of_name), 0)
+    for word in term:
+        term[word] = 0 if word in FUNCTION_WORDS else term_of(word)
+    rows = np.repeat(np.arange(len(words)), [len(of_name) for of_name in words])
+    hashes = np.array([term[word] for of_name in words for word in of_name], np.uint64)
+    place = np.minimum(np.searchsorted(vocabulary, hashes), max(len(vocabulary) - 1, 0))
+    known = (vocabulary[place] == hashes) & (hashes > 0) if len(vocabulary) else np.zeros(len(hashes), bool)
+    rows, place = rows[known], place[known]
+    order = np.lexsort((place, rows))  # stable: of a word that stands twice in a name, the first stays
+    again = np.zeros(len(rows), bool)
+    again[order[1:]] = (np.diff(rows[order]) == 0) & (np.diff(place[order]) == 0)
+    counts = np.bincount(rows[~again], minlength=len(words))
+    bounds = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    return {"entity_term_bounds": bounds, "entity_terms": place[~again].astype(np.int32)}
 
 
 def _relations(arrays: dict[str, np.ndarray], triples: list[tuple[str, int, int]]) -> dict[str, np.ndarray]:
@@ -318,8 +335,7 @@ def _name_table(names: list[list[tuple[int, float]]]) -> dict[str, np.ndarray]:
 
 def _links(
     count: int,
-    bounds: np.ndarray,
-    spans: np.ndarray,
+    column: _Column,
     table: dict[str, np.ndarray],
     contained: dict[int, list[int]],
     document_of: np.ndarray,
@@ -332,6 +348,7 @@ def _links(
     from scipy.sparse import csr_matrix
 
     known = table["name_hashes"]
+    spans, bounds = column.array(), column.bounds()
     rows: list[np.ndarray] = []
     named: list[np.ndarray] = []
     if len(known):
@@ -343,7 +360,7 @@ def _links(
             named.append(place[hit])
     chunks = np.concatenate(rows) if rows else np.zeros(0, np.int64)
     name = np.concatenate(named) if named else np.zeros(0, np.int64)
-    longer = {int(np.searchsorted(known, k)): np.searchsorted(known, v) for k, v in contained.items()}
+    longer = _places(known, contained)
     width = max(len(known), 1)
     hidden = [chunks[i] * width + longer[n] for i, n in enumerate(name.tolist()) if n in longer]
     if hidden:
@@ -376,12 +393,22 @@ def _links(
     }
 
 
+def _places(known: np.ndarray, contained: dict[int, list[int]]) -> dict[int, np.ndarray]:
+    """The same by places among the known names. All are looked up at once: numpy converts what it is given,
+    and one by one that takes longer than all the rest."""
+    longer = np.searchsorted(known, np.array(list(contained), np.uint64)).tolist()
+    parts = list(contained.values())
+    flat = np.searchsorted(known, np.array([part for of in parts for part in of], np.uint64))
+    ends = np.cumsum([len(of) for of in parts])[:-1] if parts else []
+    return dict(zip(longer, np.split(flat, ends), strict=True)) if parts else {}
+
+
 def derive(store: StoreReader) -> dict[str, np.ndarray]:
     """The arrays of a snapshot, without vectors."""
     derivation = Derivation()
     try:
-        for chunk in store.chunks():
-            derivation.add(chunk)
+        for chunks in store.columns():
+            derivation.add(chunks)
         for triple in store.triples():
             derivation.relate(triple)
         arrays = derivation.arrays()
@@ -414,13 +441,11 @@ def _vectors(store: StoreReader, ids: Strings) -> dict[str, np.ndarray]:
     return {"vectors": vectors, "small_vectors": small, "vector_scales": scales}
 
 
-def _subject_of(chunk: Chunk) -> tuple[str, list[str]]:
-    """What the first sentence is about: the name that it begins with, and the other names before its verb."""
-    head = chunk.text[:400]
-    verb = _SUBJECT_ENDS.search(head)
+def _subject_of(beginning: str, hashes: list[int], starts: list[int]) -> tuple[int, list[int]]:
+    """What the first sentence is about: the name that it begins with (0 for none), and the other names before
+    its verb."""
+    verb = _SUBJECT_ENDS.search(beginning[:BEGINNING])
     limit = verb.start() if verb else 0
-    before = [m for m in chunk.features.mentions if m.start < limit]
-    first = ""
-    if chunk.features.mentions and chunk.features.mentions[0].start <= 4:
-        first = chunk.features.mentions[0].key
-    return first, [m.key for m in before if m.key != first]
+    first = hashes[0] if hashes and starts[0] <= 4 else 0
+    before = (key for key, start in zip(hashes, starts, strict=True) if start < limit)
+    return first, [key for key in before if key != first]

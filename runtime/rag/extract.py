@@ -65,6 +65,9 @@ RULES = (
     f"Example text: {_EXAMPLE[0]}\nExample answer: {_EXAMPLE[1]}"
 )
 
+MODEL = "llm:"
+"""What the origin of a model's triples begins with."""
+
 Progress = Callable[[int, int], None]
 """(chunks done, chunks in all)"""
 
@@ -148,7 +151,7 @@ def extract_triples(
             report.stopped = "tokens"
             break
         outcomes = extractor.run(calls)
-        _keep(store, outcomes)
+        _keep(store, outcomes, extractor.origin)
         _count(report, outcomes)
         not_called = [chunk.id for chunk in chunks[len(calls) :]]
         queue = [*not_called, *queue[batch:]]  # without those that were deleted meanwhile
@@ -178,12 +181,12 @@ def estimate_extraction(
 
 
 def waiting_chunks(store: Store, *, retry_quarantined: bool = False) -> list[str]:
-    """Ids of the chunks that were not extracted from, in order."""
+    """Ids of the chunks that no model has read, in order; triples of a file are another matter."""
     with store.reading() as reader:
-        done = reader.extracted()
+        done = reader.extracted(MODEL)
         if retry_quarantined:
             done -= set(reader.quarantined())
-        ids = [chunk.id for chunk in reader.chunks()]
+        ids = reader.chunk_ids()
     return [one for one in ids if one not in done]
 
 
@@ -198,13 +201,13 @@ def _check(max_tokens: int | None, max_chunks: int | None, batch: int, call_toke
             raise InputError(f"{name} is {value}", remedy=f"allowed: a whole number from {least}")
 
 
-def _keep(store: Store, outcomes: Sequence[_Outcome]) -> None:
+def _keep(store: Store, outcomes: Sequence[_Outcome], origin: str) -> None:
     """Write what came of a batch; of chunks that were deleted while the model worked, nothing."""
     with store.writing():
         present = {chunk.id for chunk in store.chunks([outcome.chunk for outcome in outcomes])}
         for outcome in outcomes:
             if outcome.chunk in present:
-                store.put_triples(outcome.chunk, outcome.triples, quarantine=outcome.failure)
+                store.put_triples(outcome.chunk, outcome.triples, origin=origin, quarantine=outcome.failure)
 
 
 def _count(report: ExtractReport, outcomes: Sequence[_Outcome]) -> None:
@@ -242,7 +245,7 @@ class _Extractor:
     def __init__(self, llm: LLM, call_tokens: int) -> None:
         self._llm = llm
         self._call_tokens = min(call_tokens, llm.context_length - 1)
-        self._origin = f"llm:{model_digest(llm)}"
+        self.origin = f"{MODEL}{model_digest(llm)}"
         self._params = llm.sampling(
             temperature=0.0, max_tokens=self._call_tokens, grammar=llm.grammars.json_schema(SCHEMA)
         )
@@ -273,7 +276,7 @@ class _Extractor:
         return ids if len(ids) + self._call_tokens <= self._llm.context_length else []
 
     def _outcome(self, call: _Call, done: Completion) -> _Outcome:
-        found, dropped, failure = read_output(call.chunk, done.text, done.finish_reason, self._origin)
+        found, dropped, failure = read_output(call.chunk, done.text, done.finish_reason, self.origin)
         return _Outcome(call.chunk.id, found, failure, dropped, len(call.ids), done.generated_tokens)
 
 

@@ -24,7 +24,9 @@ from .answer import (
 )
 from .citations import check
 from .communities import Communities, Summary, communities_of, is_about_the_whole, summarise
+from .extract import model_digest
 from .neutral import neutralise
+from .notes import Notes, forget_notes
 from .prompts import make_prompt
 from .types import Passage
 
@@ -74,7 +76,9 @@ def stream_global(
         yield not_found((), 0, 0, tuple(counts.steps))
         return
     asked = neutralise(question, llm.tokenizer)
-    notes = [note for summary in summaries if (note := _note(llm, summary, asked, room, counts)) is not None]
+    kept = Notes(kb.store.cache_folder)
+    made = [_note(kb, llm, summary, asked, room, counts, kept) for summary in summaries]
+    notes = [note for note in made if note is not None]
     if not notes:
         yield not_found(passages, counts.prompt, counts.generated, tuple(counts.steps))
         return
@@ -91,15 +95,24 @@ def stream_global(
     yield _told(text, notes, passages, question, counts, reason)
 
 
-def _note(llm: LLM, summary: Summary, asked: str, room: int, counts: Counts) -> Passage | None:
+def _note(
+    kb: Any, llm: LLM, summary: Summary, asked: str, room: int, counts: Counts, kept: Notes
+) -> Passage | None:
     """What the model says about one community, to be read like a passage; None where it has no source."""
     named = neutralise(", ".join(summary.entities), llm.tokenizer)
     about = f"Subjects: {named}\n" if named else ""
     prompt = make_prompt(llm, summary.sentences, f"{about}Question: {asked}\n{_MAP}", room=room)
-    done = llm.generate(prompt.ids, sampling(llm, _NOTE_TOKENS))
-    counts.prompt += len(prompt.ids)
-    counts.generated += done.generated_tokens
-    if is_refusal(done.text) or not check(done.text, prompt.passages, asked).supported:
+    model = _model(llm)
+    text = kept.get(model, prompt.ids) if model else None
+    if text is None:
+        done = llm.generate(prompt.ids, sampling(llm, _NOTE_TOKENS))
+        counts.prompt += len(prompt.ids)
+        counts.generated += done.generated_tokens
+        text = done.text
+        if model:
+            kept.put(model, prompt.ids, summary.members, text)
+            forget_notes(kb.store)  # a member may have gone while the model read
+    if is_refusal(text) or not check(text, prompt.passages, asked).supported:
         return None
     first = summary.sentences[0]
     return Passage(
@@ -107,12 +120,17 @@ def _note(llm: LLM, summary: Summary, asked: str, room: int, counts: Counts) -> 
         first.document,
         ", ".join(summary.entities[:3]),
         "",
-        done.text,
+        text,
         0,
-        len(done.text),
+        len(text),
         None,
         0.0,
     )
+
+
+def _model(llm: LLM) -> str:
+    """What a model's notes are kept under; empty for one that cannot be told from others."""
+    return f"{model_digest(llm)} {_NOTE_TOKENS}" if llm.artifact is not None else ""
 
 
 def _told(

@@ -18,9 +18,11 @@ from .features import FEATURES_VERSION
 from .folder import UNSURE, File, Listing, checked_name, file_of, list_folder
 from .ingest import Progress, SyncReport, Writer, known_paths, parts, sync_listing
 from .location import default_location, locate
+from .notes import forget_notes
+from .opening import embed_command, open_embedder_of, open_named_reranker
 from .renew import SPEC, UNFINISHED, reembed, renew_features, with_embedder
 from .store import is_postgres, open_store
-from .store.base import Settings, Store
+from .store.base import NEAREST, Settings, Store
 from .types import Passage
 
 if TYPE_CHECKING:
@@ -46,6 +48,8 @@ class KnowledgeBase:
         self.store = store
         self.embedder = embedder
         self.reranker = reranker
+        self.patience: float | None = None
+        """Seconds that a search waits for what is derived of a write, before it searches the state before."""
         self._lock = threading.Lock()
         self._retriever: Retriever | None = None
 
@@ -74,14 +78,14 @@ class KnowledgeBase:
             raise InputError(f"{place} does not exist", remedy="llmc rag index FOLDER makes one")
         with contextlib.ExitStack() as stack:
             # Before a file is made, so that none is left where the embedder cannot be opened.
-            opened = _open_embedder(place, embedder, Settings(), fresh=True) if missing else None
+            opened = open_embedder_of(place, embedder, Settings(), fresh=True) if missing else None
             store = stack.enter_context(contextlib.closing(open_store(place, create=create)))
             settings = store.settings()
             fresh = SPEC not in settings.extra
-            opened = opened or _open_embedder(place, embedder, settings, fresh=fresh)
+            opened = opened or open_embedder_of(place, embedder, settings, fresh=fresh)
             if opened is not None:
                 stack.callback(opened.close)
-            kb = cls(store, opened, _open_reranker(reranker))
+            kb = cls(store, opened, open_named_reranker(reranker))
             if fresh and create:
                 kb._settle(embedder, chunk_tokens, graph)
             else:
@@ -114,7 +118,9 @@ class KnowledgeBase:
     def close(self) -> None:
         """Gives the models and the store back."""
         with self._lock:
-            self._retriever = None
+            retriever, self._retriever = self._retriever, None
+        if retriever is not None:
+            retriever.close()
         for part in (self.embedder, self.reranker, self.store):
             if part is not None:
                 part.close()
@@ -141,21 +147,33 @@ class KnowledgeBase:
     # Writing ------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
+    def _changing(self) -> Generator[None]:
+        """The right to write; afterwards what was derived of the state before is renewed or forgotten."""
+        with self.store.writing():
+            try:
+                yield
+            finally:
+                forget_notes(self.store)
+        retriever = self._retriever
+        if retriever is not None and self.patience is not None:
+            retriever.newest.renew()
+
+    @contextlib.contextmanager
     def _writing(self) -> Generator[None]:
         """The right to write documents, once it is sure that they would be written like the others."""
-        with self.store.writing():
+        with self._changing():
             settings = self.settings
             if settings.extra.get(UNFINISHED):
                 raise InputError(
                     f"{self.store.location} is only partly embedded",
-                    remedy=f"finish: {_embed_command(self.store.location, settings.extra[UNFINISHED])}",
+                    remedy=f"finish: {embed_command(self.store.location, settings.extra[UNFINISHED])}",
                 )
             self._check_embedder(settings)
             if settings.embedder_hash and self.embedder is None:
                 raise InputError(
                     f"{self.store.location} was embedded with {settings.embedder}, which is not open",
                     remedy="leave --embedder out, or drop its vectors: "
-                    + _embed_command(self.store.location, "none"),
+                    + embed_command(self.store.location, "none"),
                 )
             if settings.features_version != FEATURES_VERSION:
                 renew_features(self.store)
@@ -271,14 +289,14 @@ class KnowledgeBase:
 
     def delete(self, ids_or_paths: Iterable[str]) -> int:
         """Takes documents out, by id, by path, or all of a folder (`name/`); returns how many there were."""
-        with self.store.writing():
+        with self._changing():
             ids = dict.fromkeys(id for name in ids_or_paths for id in self.matching(name))
             self._unsettle(ids)
             return sum(self.store.delete(part) for part in parts(ids, _DOCUMENTS_AT_ONCE))
 
     def delete_document(self, id: str) -> bool:
         """Takes out the document of this very id; whether there was one."""
-        with self.store.writing():
+        with self._changing():
             self._unsettle([id])
             return self.store.delete([id]) > 0
 
@@ -303,6 +321,12 @@ class KnowledgeBase:
             return found
         return [document.id for document in self.store.documents_of_path(name)]
 
+    def index_vectors(self, on: bool) -> None:
+        """Whether PostgreSQL is to keep an index of the vectors (`Settings`, `NEAREST`)."""
+        settings = self.settings
+        extra = {key: value for key, value in settings.extra.items() if key != NEAREST}
+        self.store.set_settings(replace(settings, extra={**extra, NEAREST: "hnsw"} if on else extra))
+
     def vacuum(self) -> None:
         """Gives space of deleted documents back."""
         self.store.vacuum()
@@ -323,7 +347,10 @@ class KnowledgeBase:
                 embedder.close()
             raise
         with self._lock:
-            old, self.embedder, self._retriever = self.embedder, embedder, None
+            old, self.embedder = self.embedder, embedder
+            retriever, self._retriever = self._retriever, None
+        if retriever is not None:
+            retriever.close()
         if old is not None:
             old.close()
         return count
@@ -378,6 +405,7 @@ class KnowledgeBase:
                 from .retrieve import Retriever
 
                 self._retriever = Retriever(self.store, self.embedder, self.reranker)
+            self._retriever.patience = self.patience
             return self._retriever
 
     def _check_embedder(self, settings: Settings) -> None:
@@ -413,6 +441,7 @@ class KnowledgeBase:
         """Counts and settings, as plain values."""
         settings = self.settings
         location = self.store.location
+        retriever = self._retriever
         size = None if is_postgres(location) else _bytes_of(Path(location))
         cache = Path(self.store.cache_folder)
         derived = sum(file.stat().st_size for file in cache.glob("*.arrays")) if cache.is_dir() else 0
@@ -426,6 +455,7 @@ class KnowledgeBase:
             "graph": settings.graph,
             "folder": settings.extra.get(_FOLDER),
             "generation": self.store.generation,
+            "searched": None if retriever is None else retriever.newest.facts(),
             "bytes": size,
             "derived_bytes": derived,
         }
@@ -434,45 +464,3 @@ class KnowledgeBase:
 def _bytes_of(path: Path) -> int:
     beside = (path, Path(f"{path}-wal"))
     return sum(file.stat().st_size for file in beside if file.exists())
-
-
-def _open_embedder(location: str, asked: str | None, settings: Settings, *, fresh: bool) -> Embedder | None:
-    """The embedder for a store. One with other vectors than the store's is refused."""
-    from .embedder import open_embedder
-
-    if asked is None or asked == "none":
-        return None
-    kept = settings.extra.get(SPEC, "none")
-    if not fresh and not settings.embedder_hash and asked == "auto":
-        return None
-    try:
-        embedder = open_embedder(asked if fresh or asked != "auto" else kept)
-    except InputError as error:
-        if fresh or asked != "auto":
-            raise
-        raise InputError(
-            f"{location} was embedded with {settings.embedder}, which cannot be opened: {error.message}",
-            remedy="say where it is now with --embedder, or do without: --embedder none",
-        ) from error
-    if fresh or embedder is None or embedder.hash == settings.embedder_hash:
-        return embedder
-    name = embedder.name
-    embedder.close()
-    had = f"embedded with {settings.embedder}" if settings.embedder_hash else "made without an embedder"
-    again = "auto" if asked == "auto" else asked
-    raise InputError(
-        f"{location} was {had}, and {name} gives other vectors",
-        remedy=f"re-embed it: {_embed_command(location, again)}",
-    )
-
-
-def _embed_command(location: str, spec: str) -> str:
-    return f"llmc rag embed {location} --embedder {spec}"
-
-
-def _open_reranker(spec: str | None) -> Reranker | None:
-    if spec is None or spec == "none":
-        return None
-    from .reranker import open_reranker
-
-    return open_reranker(spec)

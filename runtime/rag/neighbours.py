@@ -32,6 +32,7 @@ def neighbours(snapshot: Snapshot, reader: StoreReader, focus: str, limit: int) 
         chosen = graph.around_entity(entity, limit)
     else:
         return {"nodes": [], "edges": []}
+    chosen = graph.present(reader, chosen)
     return {"nodes": graph.nodes(reader, chosen), "edges": graph.edges(chosen)}
 
 
@@ -133,6 +134,14 @@ class _Graph:
         pairs = self._snapshot.arrays["relations"]
         near = pairs[(pairs == entity).any(axis=1)]
         return [int(one) for one in dict.fromkeys(near.ravel().tolist()) if one != entity]
+
+    def present(self, reader: StoreReader, chosen: list[_Node]) -> list[_Node]:
+        """Without the documents that were deleted since the snapshot."""
+        return [
+            (kind, one)
+            for kind, one in chosen
+            if kind == "e" or reader.document(self._documents[one]) is not None
+        ]
 
     # Showing ------------------------------------------------------------------------------------------------
 

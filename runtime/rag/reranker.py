@@ -7,8 +7,8 @@ Two ways. A cross-encoder was trained for this, and is the better choice for its
 scores by likelihood: how probable it finds the question behind the passage (Sachan et al. 2022, "Improving
 Passage Retrieval with Zero-Shot Question Generation"). It is slow on a processor: the whole model reads every
 passage. A small one ranks no better than an embedder; mixed half and half with what ranked before, each
-scaled to 0…1 over the candidates, it gains a little. Asked for yes or no, a small model ranks far worse, so
-that is not offered.
+scaled to 0…1 over the candidates (`share`), it gains a little. Asked for yes or no, a small model ranks far
+worse, so that is not offered.
 """
 
 from __future__ import annotations
@@ -47,6 +47,11 @@ class Reranker(Protocol):
         """The model's."""
         ...
 
+    @property
+    def share(self) -> float:
+        """How much its order counts beside that of the search, 0 … 1; both are scaled to 0…1 for it."""
+        ...
+
     def scores(self, question: str, passages: Sequence[str]) -> np.ndarray:
         """[N] float32: higher is better; only scores of one question can be compared. A passage's score does
         not depend on the others. Any string will do; what is too long is cut.
@@ -58,6 +63,8 @@ class Reranker(Protocol):
 
 class CrossEncoder:
     """A classifier of pairs of texts: its one score, or by how much its second label beats the first."""
+
+    share = 1.0
 
     def __init__(self, artifact: Artifact, *, threads: int | None = None) -> None:
         check_pairs(artifact)
@@ -90,6 +97,9 @@ class LikelihoodReranker:
     The passage stands in a message of the user where the model has a chat template; tokens that steer the
     model are broken up in it.
     """
+
+    share = 0.5
+    """Alone, a small model would replace an order that is better than its own; see above."""
 
     def __init__(self, llm: LLM, *, owned: bool = False) -> None:
         """`owned`: whether `close` closes the model too."""

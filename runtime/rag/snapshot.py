@@ -11,6 +11,7 @@ generation is derived anew.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,11 @@ _EXACT_ELEMENTS = 10_000_000
 class Snapshot:
     """Passages 0 … n − 1 in order of their ids, with their terms, entities, names, links and vectors."""
 
-    def __init__(self, arrays: dict[str, np.ndarray], generation: int) -> None:
+    def __init__(self, arrays: dict[str, np.ndarray], facts: Mapping[str, str]) -> None:
         self.arrays = arrays
-        self.generation = generation
+        self.facts = dict(facts)
+        """What it was derived from, and by which version: what tells one snapshot from another."""
+        self.generation = int(facts["generation"])
         self.ids = Strings(arrays["ids_data"], arrays["ids_bounds"])
         self.documents = Strings(arrays["documents_data"], arrays["documents_bounds"])
         self.entities = Strings(arrays["entities_data"], arrays["entities_bounds"])
@@ -50,21 +53,18 @@ class Snapshot:
     @classmethod
     def of_reader(cls, reader: StoreReader, folder: Path | None = None) -> Snapshot:
         """Of one state; kept in `folder`, if that can be written."""
-        generation = reader.generation
-        settings = reader.settings()
         facts = {
-            "generation": str(generation),
+            "generation": str(reader.generation),
             "features": f"{FEATURES_VERSION}.{DERIVATION_VERSION}",
-            "embedder": settings.embedder_hash,
+            "embedder": reader.settings().embedder_hash,
             "chunks": str(reader.counts().get("chunks", 0)),
         }
-        path = folder / f"snapshot-{generation}-{facts['features']}.arrays" if folder else None
-        if path is not None:
-            found = read_arrays(path, facts)
-            if found is not None:
-                return cls(found, generation)
+        found = None if folder is None else cls.kept(folder, facts)
+        if found is not None:
+            return found
         arrays = derive(reader)
-        if path is not None:
+        if folder is not None:
+            path = _path(folder, facts)
             with contextlib.suppress(OSError):  # a folder that cannot be written costs time, nothing else
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_arrays(path, arrays, facts)
@@ -72,7 +72,13 @@ class Snapshot:
                     if old != path:
                         old.unlink(missing_ok=True)
                 arrays = read_arrays(path, facts) or arrays
-        return cls(arrays, generation)
+        return cls(arrays, facts)
+
+    @classmethod
+    def kept(cls, folder: Path, facts: Mapping[str, str]) -> Snapshot | None:
+        """The one of these facts that lies in a folder; None where there is none."""
+        found = read_arrays(_path(folder, facts), facts)
+        return None if found is None else cls(found, facts)
 
     def __len__(self) -> int:
         return len(self.document_of)
@@ -161,6 +167,10 @@ class Snapshot:
         if self.exact is not None:
             return self.exact[chunks]
         return self.arrays["vectors"][chunks].astype(np.float32)
+
+
+def _path(folder: Path, facts: Mapping[str, str]) -> Path:
+    return folder / f"snapshot-{facts['generation']}-{facts['features']}.arrays"
 
 
 def find(known: np.ndarray, hashes: list[int]) -> np.ndarray:

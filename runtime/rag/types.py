@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -43,9 +43,10 @@ class Text:
     metadata: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
-@dataclass(frozen=True)
-class Mention:
-    """An entity named in a chunk: characters `start` to `end` of the chunk's text, and the folded name."""
+class Mention(NamedTuple):
+    """An entity named in a chunk: the folded name, and what stands at characters `start` to `end` of the
+    chunk's text.
+    """
 
     key: str
     surface: str

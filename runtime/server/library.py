@@ -24,6 +24,7 @@ _MOST_READING = 64
 _MOST_WRITING = 16
 _ANSWERERS = 4
 _MOST_ANSWERING = 32
+_PATIENCE = 0.5  # seconds
 _MOST_UPLOADS = 4
 """Bodies that come in at once: each is held in memory whole."""
 
@@ -77,6 +78,8 @@ class Library:
     def __init__(self, service: Service, bases: Mapping[str, KnowledgeBase]) -> None:
         self.service = service
         self.bases = dict(bases)
+        for base in self.bases.values():
+            base.patience = _PATIENCE  # a search is not to wait for what a large store derives of a write
         self.reading = Lane(service, "read", _READERS, _MOST_READING)
         # One writer: a store has one at a time, and a second would only be refused.
         self.writing = Lane(service, "write", 1, _MOST_WRITING)

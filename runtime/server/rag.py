@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
@@ -25,6 +25,8 @@ from .service import ClientGoneError, unless_gone
 if TYPE_CHECKING:
     from ..rag.knowledge import KnowledgeBase
     from ..rag.store.base import StoreReader
+
+T = TypeVar("T")
 
 _MOST_LISTED = 1000
 _MOST_CHUNKS = 500
@@ -124,7 +126,7 @@ def _add_writing(router: APIRouter, library: Library) -> None:
             data = await request.body()
         if not data:
             raise ApiError(400, "the body is empty; it must be the file", param="body", code="empty_body")
-        work = partial(_add, base_name, base, file, data, replace)
+        work = partial(_unless_busy, partial(_add, base_name, base, file, data, replace))
         return AsciiJsonResponse(await unless_gone(request, library.writing.run(work)), 201)
 
     @router.delete("/v1/rag/documents/{id:path}")
@@ -132,7 +134,7 @@ def _add_writing(router: APIRouter, library: Library) -> None:
         """Delete one document, with all that came from it."""
         library.check_writable()
         name, base = library.base(knowledge)
-        work = partial(_delete, name, base, id)
+        work = partial(_unless_busy, partial(_delete, name, base, id))
         return AsciiJsonResponse(await unless_gone(request, library.writing.run(work)))
 
 
@@ -233,6 +235,25 @@ def _no_document(id: str) -> ApiError:
 
 
 # Writing -------------------------------------------------------------------------------------------------
+
+_BUSY_SECONDS = 5
+"""When to try again while another process writes."""
+
+
+def _unless_busy(write: Callable[[Callable[[], bool]], T], goes_on: Callable[[], bool]) -> T:
+    """What `write` gives. Raises ApiError where another process writes to the documents: it says no more of
+    it, for the store's place and the process are the machine's owner's business."""
+    from ..rag.store import BusyError
+
+    try:
+        return write(goes_on)
+    except BusyError:
+        raise ApiError(
+            409,
+            "the documents are being written by another program; try again when it is done",
+            code="documents_busy",
+            headers={"Retry-After": str(_BUSY_SECONDS)},
+        ) from None
 
 
 def _file_name(given: str) -> str:

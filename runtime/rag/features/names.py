@@ -145,7 +145,11 @@ def key_of(words: list[str]) -> str:
 
 def name_key(name: str) -> str:
     """A whole name (a title, an argument) in the folded form, without a leading article."""
-    words = [token.folded for token in tokens_of(name[:1000])]
+    name = name[:1000]
+    if name.isascii() and name.replace(" ", "").isalnum():  # the usual case, without tokens
+        words = [word[:MAX_WORD] for word in name.lower().split()]
+    else:
+        words = [token.folded for token in tokens_of(name)]
     if len(words) > 1 and words[0] in ("the", "a", "an"):
         words = words[1:]
     return key_of(words)
@@ -157,5 +161,6 @@ _PARENTHESIS = re.compile(r"\s*[(\[（][^()\[\]（）]*[)\]）]\s*$")
 def title_keys(title: str) -> list[str]:
     """The names by which a title may be mentioned: itself, and without a closing parenthesis ("Ed Wood
     (film)")."""
-    keys = [name_key(title), name_key(_PARENTHESIS.sub("", title))]
+    bare = _PARENTHESIS.sub("", title)
+    keys = [name_key(title), *([name_key(bare)] if bare != title else [])]
     return [key for i, key in enumerate(keys) if key and key not in keys[:i]]

@@ -25,6 +25,7 @@ GRAPH = {
     "back_open": 0.75,
     "two_step": 2.0,
     "partner": 1.25,
+    "chain": 3.0,
 }
 """Weights of everything, the same for all documents. A softmax over the candidates of a question (a linear
 ranker without negative weights) on three sets of questions, each with and without titles, gave their sizes;

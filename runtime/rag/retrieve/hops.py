@@ -1,5 +1,5 @@
 """The second hop: what passages near a good one say about the part of the question that the good one leaves
-open.
+open; and the third.
 
 A question that joins two documents names the first, or describes it; the second shares no word with it but
 what the first one says: "the performer of Brother" → a passage on the song names Pearl Jam → the passage on
@@ -15,7 +15,16 @@ Pearl Jam. So each of the best passages p (the anchors) is asked, of every candi
 Words, not whole names, are compared, so that "Strauss" finds "Richard Strauss". Words of the question itself
 bridge nothing. Each value is weighted by the anchor's own score, and the best anchor counts. An anchor is
 not its own candidate; `partner` says of an anchor how good a candidate it leads to: what answers the rest
-speaks for it. Searching again with what the first passage adds is the idea of GoldEn (Qi et al. 2019) and of
+speaks for it.
+
+The third hop begins where all of that led to. "the airport of the birth place of the director of The Girl
+Who …" → the film → another film of its director, made in Stockholm → Stockholm's airport. Each of the best
+candidates q by now is asked the same as an anchor was, but for the question's words that neither it nor the
+anchor p that led to q covers:
+
+    chain(c | q)   bridge(c | q)·open(c | p and q), weighted by q's score and by how strongly p leads to q
+
+Searching again with what the first passage adds is the idea of GoldEn (Qi et al. 2019) and of
 multi-hop dense retrieval (Xiong et al. 2021), here without a model.
 """
 
@@ -42,6 +51,8 @@ OPEN_SLOPE = 1.5
 """A word that an anchor covers to two thirds is no longer open."""
 ENTITY_WORDS = 0.5
 """Weight of the entities' words in the second of two searches."""
+CHAINED = 12
+"""Candidates from which a third hop is tried."""
 RARE = 8.0
 """The idf (one passage in 3,000) from which on an entity's rarest word makes it a full bridge; among fewer
 passages, that of a word which only one has."""
@@ -60,9 +71,18 @@ def pool_of(snapshot: Snapshot, question: Question, chunks: np.ndarray) -> Pool:
     return Pool(chunks, np.minimum(term_matrix(snapshot, chunks, question.terms) / FULL, 1))
 
 
+@dataclass(frozen=True)
+class Hop:
+    """Where the second hop began, [a] places in the pool, and how strongly each anchor leads to each
+    candidate, [p, a] in 0 … 1."""
+
+    anchors: np.ndarray
+    leads: np.ndarray
+
+
 def hop_scores(
     snapshot: Snapshot, question: Question, pool: Pool, score: np.ndarray
-) -> dict[str, np.ndarray]:
+) -> tuple[dict[str, np.ndarray], Hop]:
     """Features [p] of the candidates, by name; `score` [p] says how good each is by itself."""
     anchors = np.argsort(-score, kind="stable")[:ANCHORS]
     trust = score[anchors] / max(float(score[anchors[0]]), 1e-9)
@@ -71,6 +91,7 @@ def hop_scores(
     total = max(float(question.idf.sum()), 1e-9)
     share = np.minimum(left.sum(axis=0) / total, 1)  # of the question, open
     opened = gained / np.maximum(left.sum(axis=0), 1e-9)
+    good = trust
     trust = trust * np.minimum(share / ANSWERED, 1)
     bridge, words = _bridges(snapshot, question, pool, pool.chunks[anchors])
     documents = snapshot.document_of[pool.chunks]
@@ -84,7 +105,7 @@ def hop_scores(
     joined = np.maximum(np.maximum(bridge, link), back)
     partner = np.zeros(len(score), np.float32)
     partner[anchors] = (joined * opened * score[:, None]).max(axis=0) * np.sqrt(1 - share)
-    return {
+    features = {
         "bridge": (trust * bridge).max(axis=1),
         "bridge_open": (trust * bridge * opened).max(axis=1),
         "link": (trust * link).max(axis=1),
@@ -93,6 +114,26 @@ def hop_scores(
         "two_step": (trust * two).max(axis=1),
         "partner": partner,
     }
+    return features, Hop(anchors, good * joined)
+
+
+def chain_scores(
+    snapshot: Snapshot, question: Question, pool: Pool, score: np.ndarray, hop: Hop
+) -> np.ndarray:
+    """The third hop's feature [p]; `score` [p] says how good each candidate is after the second."""
+    middle = np.argsort(-score, kind="stable")[:CHAINED]
+    trust = score[middle] / max(float(score[middle[0]]), 1e-9)
+    leads = hop.leads[middle]
+    before = hop.anchors[leads.argmax(axis=1)]  # what led to each
+    covered = np.maximum(pool.coverage[middle], pool.coverage[before])
+    left = question.idf[:, None] * np.clip(1 - OPEN_SLOPE * covered.T, 0, 1)  # [q, m]
+    opened = (pool.coverage @ left) / np.maximum(left.sum(axis=0), 1e-9)
+    share = np.minimum(left.sum(axis=0) / max(float(question.idf.sum()), 1e-9), 1)
+    bridge, _ = _bridges(snapshot, question, pool, pool.chunks[middle])
+    for places in (middle, before):
+        bridge[places, np.arange(len(middle))] = 0
+    weight = trust * leads.max(axis=1) * np.minimum(share / ANSWERED, 1)
+    return (weight * bridge * opened).max(axis=1)
 
 
 def _bridges(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -10,6 +9,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from ....ir.errors import InputError
+from ..newest import Newest
 from ..snapshot import Snapshot
 from ..store.base import Store
 from ..types import Chunk, Passage
@@ -17,7 +17,7 @@ from .bm25 import bm25
 from .choose import choose
 from .dense import cosines
 from .fusion import GRAPH, HYBRID, best, reciprocal_ranks, scaled, weighted
-from .hops import hop_scores, pool_of
+from .hops import chain_scores, hop_scores, pool_of
 from .pagerank import personalised_pagerank
 from .question import Question, check_question, parse
 
@@ -42,6 +42,9 @@ class QueryEmbedder(Protocol):
 
 
 class PassageReranker(Protocol):
+    @property
+    def share(self) -> float: ...
+
     def scores(self, question: str, passages: list[str]) -> np.ndarray: ...
 
 
@@ -61,18 +64,25 @@ class Retriever:
     """Searches the newest state of a store. Safe to use from several threads."""
 
     def __init__(
-        self, store: Store, embedder: QueryEmbedder | None = None, reranker: PassageReranker | None = None
+        self,
+        store: Store,
+        embedder: QueryEmbedder | None = None,
+        reranker: PassageReranker | None = None,
+        patience: float | None = None,
     ) -> None:
+        """`patience`: seconds that a search waits for what is derived of a write; then it searches the state
+        before. None: as long as it takes."""
         self.store, self.embedder, self.reranker = store, embedder, reranker
-        self._lock = threading.Lock()
-        self._snapshot: Snapshot | None = None
+        self.patience = patience
+        self.newest = Newest(store)
 
     def snapshot(self) -> Snapshot:
-        """Of the store's newest state, made when there is none yet or the store has changed since."""
-        with self._lock:
-            if self._snapshot is None or self._snapshot.generation != self.store.generation:
-                self._snapshot = Snapshot.of(self.store)
-            return self._snapshot
+        """Of the store's newest state, or of the one before where that is not at hand."""
+        return self.newest.get(self.patience)
+
+    def close(self) -> None:
+        """Ends what is derived in the background."""
+        self.newest.close()
 
     def search(
         self, question: str, *, top: int = 5, mode: str = "auto", explain: bool = False, per_document: int = 1
@@ -90,9 +100,11 @@ class Retriever:
         snapshot = self.snapshot()
         if not len(snapshot):
             return []
-        ranking = self.rank(snapshot, question, "graph" if mode == "auto" else mode, top)
-        chosen = self._chosen(snapshot, ranking, top, per_document, together=mode in ("auto", "graph"))
-        return self._passages(snapshot, ranking, chosen, explain)
+        # Some of what an older snapshot finds may have been deleted since.
+        wanted = top if snapshot.generation >= self.store.generation else 2 * top
+        ranking = self.rank(snapshot, question, "graph" if mode == "auto" else mode, wanted)
+        chosen = self._chosen(snapshot, ranking, wanted, per_document, together=mode in ("auto", "graph"))
+        return self._passages(snapshot, ranking, chosen, explain)[:top]
 
     def rank(self, snapshot: Snapshot, text: str, mode: str, top: int = 5) -> Ranking:
         """All candidates with their scores: what `search` chooses from."""
@@ -136,7 +148,9 @@ class Retriever:
             texts = {chunk.id: f"{chunk.title}\n{chunk.text}".strip() for chunk in reader.chunks(ids)}
         found = np.asarray(self.reranker.scores(ranking.question.text, [texts.get(one, "") for one in ids]))
         scores = np.zeros(len(ranking.scores), np.float32)
-        scores[order] = scaled(found.astype(np.float32))
+        share = self.reranker.share
+        before = scaled(ranking.scores[order])
+        scores[order] = share * scaled(found.astype(np.float32)) + (1 - share) * before
         return order[np.argsort(-scores[order], kind="stable")], scores
 
     def _passages(
@@ -194,7 +208,9 @@ def rank(
     features = {name: values[chunks] for name, values in first.items()}
     pool = pool_of(snapshot, question, chunks)
     alone = sum(weight * ({"hybrid": base[chunks]} | features)[name] for name, weight in ALONE.items())
-    features |= hop_scores(snapshot, question, pool, np.asarray(alone))
+    second, hop = hop_scores(snapshot, question, pool, np.asarray(alone))
+    features |= second
+    features["chain"] = chain_scores(snapshot, question, pool, weighted(features, GRAPH), hop)
     return Ranking(question, chunks, weighted(features, GRAPH), features, pool.coverage)
 
 

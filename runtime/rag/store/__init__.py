@@ -6,8 +6,9 @@ import os
 
 from ....ir.errors import InputError
 from .base import Record, Settings, Store, StoreReader
+from .lock import BusyError
 
-__all__ = ["Record", "Settings", "Store", "StoreReader", "is_postgres", "open_store"]
+__all__ = ["BusyError", "Record", "Settings", "Store", "StoreReader", "is_postgres", "open_store"]
 
 _POSTGRES = ("postgresql://", "postgres://")
 

@@ -37,6 +37,33 @@ class Settings:
     extra: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
+NEAREST = ".nearest"
+"""Of Settings.extra: "hnsw" where PostgreSQL keeps an index of the vectors, and `nearest` asks it. No part of
+the logical content."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Some chunks, in order of their ids, as what is derived from all of them needs them: lists of [n], the
+    features as they are kept (`records.FeatureRow`), of a text its beginning.
+    """
+
+    ids: Sequence[str]
+    documents: Sequence[str]
+    ordinals: Sequence[int]
+    titles: Sequence[str]
+    beginnings: Sequence[str]
+    terms: Sequence[bytes]
+    title_counts: Sequence[bytes]
+    text_counts: Sequence[bytes]
+    spans: Sequence[bytes]
+    mentions: Sequence[bytes]
+
+
+BEGINNING = 400
+"""Characters of a text that `Columns` have."""
+
+
 class StoreReader(Protocol):
     """One consistent state of a store, however much is written meanwhile. Everything comes ordered by id, so
     that two stores with the same documents give the same.
@@ -66,6 +93,14 @@ class StoreReader(Protocol):
         document in order of their ordinals, or all in order of their ids."""
         ...
 
+    def chunk_ids(self) -> list[str]:
+        """Of all chunks, in order."""
+        ...
+
+    def columns(self) -> Iterator[Columns]:
+        """All chunks, some at a time."""
+        ...
+
     def vectors(self) -> tuple[list[str], np.ndarray]:
         """Ids in order, and [N, dimensions] float16; only chunks that have one."""
         ...
@@ -76,8 +111,14 @@ class StoreReader(Protocol):
         """Chunks that a model could not extract from, and why."""
         ...
 
-    def extracted(self) -> set[str]:
-        """Ids of chunks that a model has extracted from, with or without triples, quarantined ones too."""
+    def extractions(self) -> Iterator[tuple[str, str, str | None]]:
+        """(chunk, origin, why it is quarantined or None), in order: what said something of a chunk, be it
+        that there is nothing."""
+        ...
+
+    def extracted(self, origin: str = "") -> set[str]:
+        """Ids of the chunks that something was extracted from, with or without triples, quarantined ones too:
+        by whatever, or by what begins with `origin` ("llm:", "file:")."""
         ...
 
     def keyword(self, query: str, limit: int) -> list[tuple[str, float]]:
@@ -86,7 +127,8 @@ class StoreReader(Protocol):
         ...
 
     def nearest(self, vector: np.ndarray, limit: int) -> list[tuple[str, float]]:
-        """Chunk ids by cosine with [dimensions] float32 of length 1, best first: exact."""
+        """Chunk ids by cosine with [dimensions] float32 of length 1, best first: all of them are compared,
+        or with `NEAREST` those that the index leads to; the scores are exact either way."""
         ...
 
     def dump(self) -> Iterator[str]:
@@ -100,6 +142,11 @@ class Store(StoreReader, Protocol):
     @property
     def location(self) -> str:
         """As it was opened: a path or a URL without its password."""
+        ...
+
+    @property
+    def address(self) -> str:
+        """What opens it again in another process, be it with its password: not for people's eyes."""
         ...
 
     @property
@@ -139,9 +186,13 @@ class Store(StoreReader, Protocol):
 
     def drop_vectors(self) -> None: ...
 
-    def put_triples(self, chunk: str, triples: Sequence[Triple], *, quarantine: str | None = None) -> None:
+    def put_triples(
+        self, chunk: str, triples: Sequence[Triple], *, origin: str = "", quarantine: str | None = None
+    ) -> None:
         """What was extracted of one chunk, replacing what was there for the same origin; the chunk then
-        counts as extracted. With `quarantine`, why nothing could be."""
+        counts as extracted by it. `origin` is the triples', and to be said where there are none. With
+        `quarantine`, why nothing could be extracted: that stands until the next extraction of the same kind
+        (what is before the colon of `origin`)."""
         ...
 
     def vacuum(self) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from ....ir.errors import InputError
 from ..types import Chunk, Document, Triple
-from .base import Settings, StoreReader
+from .base import Columns, Settings, StoreReader
 from .records import feature_row, settings_text, vector_bytes
 
 Connection = TypeVar("Connection")
@@ -112,6 +112,14 @@ class NewestState(ABC):
         with self.reading() as state:
             yield from state.chunks(ids, document)
 
+    def chunk_ids(self) -> list[str]:
+        with self.reading() as state:
+            return state.chunk_ids()
+
+    def columns(self) -> Iterator[Columns]:
+        with self.reading() as state:
+            yield from state.columns()
+
     def vectors(self) -> tuple[list[str], np.ndarray]:
         with self.reading() as state:
             return state.vectors()
@@ -124,9 +132,13 @@ class NewestState(ABC):
         with self.reading() as state:
             return state.quarantined()
 
-    def extracted(self) -> set[str]:
+    def extractions(self) -> Iterator[tuple[str, str, str | None]]:
         with self.reading() as state:
-            return state.extracted()
+            yield from state.extractions()
+
+    def extracted(self, origin: str = "") -> set[str]:
+        with self.reading() as state:
+            return state.extracted(origin)
 
     def keyword(self, query: str, limit: int) -> list[tuple[str, float]]:
         with self.reading() as state:
@@ -163,17 +175,16 @@ def dump_lines(state: StoreReader) -> Iterator[str]:
             yield _line("chunk", _chunk_fields(chunk))
     for triple in state.triples():
         yield _line("triple", vars(triple))
-    quarantined = state.quarantined()
-    for chunk_id in sorted(state.extracted()):
-        yield _line("extracted", {"chunk": chunk_id, "quarantine": quarantined.get(chunk_id)})
+    for chunk_id, origin, quarantine in state.extractions():
+        yield _line("extracted", {"chunk": chunk_id, "origin": origin, "quarantine": quarantine})
 
 
 def _chunk_fields(chunk: Chunk) -> dict[str, Any]:
     fields = {name: value for name, value in vars(chunk).items() if name not in ("features", "vector")}
     names = ("terms", "title_counts", "text_counts", "spans")
-    *arrays, mentions = feature_row(chunk.features)
+    arrays = feature_row(chunk.features)[:4]
     fields |= {name: _sha256(data) for name, data in zip(names, arrays, strict=True)}
-    fields["mentions"] = json.loads(mentions)
+    fields["mentions"] = chunk.features.mentions
     fields["vector"] = None if chunk.vector is None else _sha256(vector_bytes(chunk.vector))
     return fields
 

@@ -92,9 +92,13 @@ class WriteRight:
             _changed.notify_all()
 
 
-def refusal(name: str, holder: str) -> InputError:
+class BusyError(InputError):
+    """Somebody else writes to the store at the moment."""
+
+
+def refusal(name: str, holder: str) -> BusyError:
     """What the second writer is told."""
-    return InputError(f"{name}: is being written by {holder}", remedy="wait for it, or end it")
+    return BusyError(f"{name}: is being written by {holder}", remedy="wait for it, or end it")
 
 
 class FileLock:

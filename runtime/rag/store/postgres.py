@@ -14,7 +14,7 @@ import numpy as np
 from ....ir.errors import InputError
 from ...cache_folder import cache_folder
 from ..types import Document, Triple
-from .base import Record, Settings, StoreReader
+from .base import NEAREST, Record, Settings, StoreReader
 from .common import NewestState, Pool, next_generation
 from .lock import WriteRight, refusal
 from .postgres_schema import TABLES, VERSION, connect, create_tables, explained, migrate, place_of, version_of
@@ -26,6 +26,7 @@ from .records import (
     check_settings,
     check_triples,
     check_vector,
+    origins_of,
     settings_of,
     settings_text,
 )
@@ -44,6 +45,7 @@ class PostgresStore(NewestState):
 
     def __init__(self, location: str, *, create: bool = False, read_only: bool = False) -> None:
         self._place = place_of(location)
+        self._address = location
         self._read_only = read_only
         self._closed = False
         self._readers: Pool[Connection] = Pool(self._connect, _close, self._place.location)
@@ -88,6 +90,10 @@ class PostgresStore(NewestState):
     @property
     def location(self) -> str:
         return self._place.location
+
+    @property
+    def address(self) -> str:
+        return self._address
 
     @property
     def cache_folder(self) -> str:
@@ -262,6 +268,11 @@ class PostgresStore(NewestState):
                 )
             text = settings_text(settings)
             change.write("UPDATE meta SET value = %s WHERE key = 'settings' AND value <> %s", (text, text))
+            index = _vector_index(settings)
+            if index != _vector_index(change.settings):
+                change.execute("DROP INDEX IF EXISTS vectors_hnsw")
+                if index:
+                    change.execute(index)
 
     def set_vectors(self, vectors: Mapping[str, np.ndarray]) -> None:
         with self._transaction(durable=False) as change:
@@ -279,13 +290,15 @@ class PostgresStore(NewestState):
         with self._transaction(durable=False) as change:
             change.write("DELETE FROM vectors")
 
-    def put_triples(self, chunk: str, triples: Sequence[Triple], *, quarantine: str | None = None) -> None:
-        check_triples(chunk, triples, quarantine)
+    def put_triples(
+        self, chunk: str, triples: Sequence[Triple], *, origin: str = "", quarantine: str | None = None
+    ) -> None:
+        check_triples(chunk, triples, origin, quarantine)
         with self._transaction(durable=False) as change:
             found = change.execute("SELECT row FROM chunks WHERE id = %s", (asked(chunk),)).fetchone()
             if found is None:
                 raise InputError(f"{self.location}: has no chunk {chunk[:80]!r}")
-            origins = sorted({one.origin for one in triples})
+            origins = origins_of(triples, origin)
             change.write("DELETE FROM triples WHERE chunk = %s AND origin = ANY(%s)", (found[0], origins))
             different = {(one.origin, one.subject, one.predicate, one.object) for one in triples}
             with change.connection.cursor() as cursor:
@@ -293,9 +306,14 @@ class PostgresStore(NewestState):
                     "INSERT INTO triples VALUES (%s, %s, %s, %s, %s)", [(found[0], *one) for one in different]
                 )
             change.write(
-                "INSERT INTO extracted VALUES (%s, %s)"
-                " ON CONFLICT (chunk) DO UPDATE SET quarantine = excluded.quarantine",
-                (found[0], quarantine),
+                "DELETE FROM extracted WHERE chunk = %s AND quarantine IS NOT NULL"
+                " AND split_part(origin, ':', 1) = ANY(%s)",
+                (found[0], [one.partition(":")[0] for one in origins]),
+            )
+            change.write(
+                "INSERT INTO extracted (chunk, origin, quarantine) SELECT %s, unnest(%s::text[]), %s"
+                " ON CONFLICT (chunk, origin) DO UPDATE SET quarantine = excluded.quarantine",
+                (found[0], origins, quarantine),
             )
 
     def vacuum(self) -> None:
@@ -331,6 +349,16 @@ class _Change:
 
     def write(self, sql: str, values: Sequence[Any] = ()) -> None:
         self.rows += max(0, self.execute(sql, values).rowcount)
+
+
+def _vector_index(settings: Settings) -> str:
+    """What makes the index of the vectors that settings ask for; empty for none."""
+    if settings.extra.get(NEAREST) != "hnsw" or not settings.dimensions:
+        return ""
+    return (
+        "CREATE INDEX vectors_hnsw ON vectors"
+        f" USING hnsw ((vector::halfvec({settings.dimensions})) halfvec_ip_ops)"
+    )
 
 
 def _meta(connection: Connection, key: str) -> str:

@@ -17,13 +17,14 @@ from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit, urlunsp
 from ....ir.errors import InputError
 from .base import Settings
 from .records import settings_text
+from .schema import packed
 
 if TYPE_CHECKING:
     import psycopg
 
     Connection = psycopg.Connection[tuple[Any, ...]]
 
-VERSION = 1
+VERSION = 2
 DEFAULT_NAME = "llmc"
 _PARAMETER = "llmc_store"
 _NAME = re.compile(r"[a-z_][a-z0-9_]{0,47}")
@@ -73,7 +74,7 @@ CREATE TABLE features (
     title_counts bytea NOT NULL,
     text_counts bytea NOT NULL,
     spans bytea STORAGE EXTERNAL NOT NULL,
-    mentions text NOT NULL
+    mentions bytea NOT NULL
 );
 
 CREATE TABLE vectors (
@@ -91,8 +92,10 @@ CREATE TABLE triples (
 CREATE INDEX triples_chunk ON triples (chunk);
 
 CREATE TABLE extracted (
-    chunk bigint PRIMARY KEY REFERENCES chunks ON DELETE CASCADE,
-    quarantine text
+    chunk bigint NOT NULL REFERENCES chunks ON DELETE CASCADE,
+    origin text COLLATE "C" NOT NULL,
+    quarantine text,
+    PRIMARY KEY (chunk, origin)
 );
 
 CREATE TEXT SEARCH DICTIONARY stem (TEMPLATE = snowball, Language = english);
@@ -103,7 +106,37 @@ ALTER TEXT SEARCH CONFIGURATION words ADD MAPPING FOR
 """
 TABLES = ("documents", "chunks", "features", "vectors", "triples", "extracted", "meta")
 
-MIGRATIONS: dict[int, Callable[[Connection], None]] = {}
+_MIGRATED = 512  # rows that are sent together
+
+
+def _pack_mentions(connection: Connection) -> None:
+    """1 → 2, as 2 → 3 of SQLite's."""
+    connection.execute("ALTER TABLE features ADD COLUMN packed bytea")
+    last = -1
+    sql = f"SELECT chunk, mentions FROM features WHERE chunk > %s ORDER BY chunk LIMIT {_MIGRATED}"
+    while rows := connection.execute(sql.encode(), (last,)).fetchall():
+        last = rows[-1][0]
+        connection.execute(
+            "UPDATE features f SET packed = new.packed"
+            " FROM unnest(%s::bigint[], %s::bytea[]) AS new (chunk, packed) WHERE f.chunk = new.chunk",
+            ([row for row, _ in rows], [packed(mentions) for _, mentions in rows]),
+        )
+    connection.execute("""
+        ALTER TABLE features DROP COLUMN mentions;
+        ALTER TABLE features RENAME COLUMN packed TO mentions;
+        ALTER TABLE features ALTER COLUMN mentions SET NOT NULL;
+        ALTER TABLE extracted ADD COLUMN origin text COLLATE "C" NOT NULL DEFAULT 'llm:';
+        ALTER TABLE extracted ALTER COLUMN origin DROP DEFAULT;
+        ALTER TABLE extracted DROP CONSTRAINT extracted_pkey;
+        ALTER TABLE extracted ADD PRIMARY KEY (chunk, origin);
+        DELETE FROM extracted e WHERE quarantine IS NULL
+            AND EXISTS (SELECT * FROM triples t WHERE t.chunk = e.chunk);
+        INSERT INTO extracted (chunk, origin, quarantine)
+            SELECT DISTINCT chunk, origin, NULL::text FROM triples ON CONFLICT DO NOTHING;
+    """)
+
+
+MIGRATIONS: dict[int, Callable[[Connection], None]] = {1: _pack_mentions}
 """Version → what makes it the next one, in a transaction of the caller."""
 
 

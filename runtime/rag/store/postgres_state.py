@@ -9,7 +9,7 @@ import numpy as np
 
 from ....ir.errors import InputError
 from ..types import Chunk, Document, Triple
-from .base import Settings
+from .base import BEGINNING, NEAREST, Columns, Settings
 from .common import BATCH, dump_lines
 from .keywords import fold, parse_keywords, words_of
 from .matrix import query_vector
@@ -26,11 +26,20 @@ _CHUNK = """
     FROM chunks c JOIN documents d ON d.row = c.document JOIN features f ON f.chunk = c.row
     LEFT JOIN vectors v ON v.chunk = c.row
 """
+_COLUMNS = f"""
+    SELECT c.id, d.id, c.ordinal, c.title, left(c.text, {BEGINNING}),
+           f.terms, f.title_counts, f.text_counts, f.spans, f.mentions
+    FROM chunks c JOIN documents d ON d.row = c.document JOIN features f ON f.chunk = c.row
+    WHERE c.id > %s ORDER BY c.id LIMIT {BATCH}
+"""
 _VECTOR_BATCH = 4096
 _HEADER = 4
 """Bytes before a halfvec's numbers as PostgreSQL sends it: their count, and zero."""
 _WEIGHTS = "{0.25, 0.25, 0.25, 1}"
 """Of words in the text (the first) and in the title (the last)."""
+_LOOKED_AT, MAX_INDEXED = 100, 1000
+"""Vectors that a search of the index keeps at least, and at most (pgvector's limit): who wants more than that
+gets an exact search."""
 MAX_WORD_TEXT = 200_000
 """Characters of a chunk that the full-text index takes: a tsvector is at most 1 MB."""
 
@@ -72,8 +81,8 @@ class PostgresState:
         row = self._rows(
             "SELECT (SELECT count(*) FROM documents), (SELECT count(*) FROM chunks),"
             " (SELECT coalesce(sum(mentions), 0)::bigint FROM chunks), (SELECT count(*) FROM vectors),"
-            " (SELECT count(*) FROM triples), (SELECT count(*) FROM extracted),"
-            " (SELECT count(quarantine) FROM extracted)"
+            " (SELECT count(*) FROM triples), (SELECT count(DISTINCT chunk) FROM extracted),"
+            " (SELECT count(DISTINCT chunk) FROM extracted WHERE quarantine IS NOT NULL)"
         )[0]
         return dict(zip(names, row, strict=True))
 
@@ -117,6 +126,15 @@ class PostgresState:
                 yield from map(_chunk, rows)
                 last = rows[-1][0]
 
+    def chunk_ids(self) -> list[str]:
+        return [id for (id,) in self._rows("SELECT id FROM chunks ORDER BY id")]
+
+    def columns(self) -> Iterator[Columns]:
+        last = ""
+        while rows := self._rows(_COLUMNS, (last,)):
+            last = rows[-1][0]
+            yield Columns(*zip(*rows, strict=True))
+
     def vectors(self) -> tuple[list[str], np.ndarray]:
         total = self._rows("SELECT count(*) FROM vectors")[0][0]
         matrix = np.empty((total, self._settings.dimensions), np.float16)
@@ -154,12 +172,19 @@ class PostgresState:
         return dict(
             self._rows(
                 "SELECT c.id, e.quarantine FROM extracted e JOIN chunks c ON c.row = e.chunk"
-                " WHERE e.quarantine IS NOT NULL ORDER BY c.id"
+                " WHERE e.quarantine IS NOT NULL ORDER BY c.id, e.origin"
             )
         )
 
-    def extracted(self) -> set[str]:
-        return {id for (id,) in self._rows("SELECT c.id FROM extracted e JOIN chunks c ON c.row = e.chunk")}
+    def extractions(self) -> Iterator[tuple[str, str, str | None]]:
+        yield from self._rows(
+            "SELECT c.id, e.origin, e.quarantine FROM extracted e JOIN chunks c ON c.row = e.chunk"
+            " ORDER BY c.id, e.origin"
+        )  # pyright: ignore[reportReturnType]  (id, origin, quarantine)
+
+    def extracted(self, origin: str = "") -> set[str]:
+        sql = "SELECT c.id FROM extracted e JOIN chunks c ON c.row = e.chunk WHERE starts_with(e.origin, %s)"
+        return {id for (id,) in self._rows(sql, (asked(origin),))}
 
     def keyword(self, query: str, limit: int) -> list[tuple[str, float]]:
         wanted = parse_keywords(query)
@@ -189,8 +214,18 @@ class PostgresState:
             return []
         # In single precision: of the question nothing is lost, and nothing in the sums.
         text = f"[{','.join(map(repr, wanted.tolist()))}]"
+        vectors = "vectors"
+        if self._settings.extra.get(NEAREST) == "hnsw" and limit <= MAX_INDEXED:
+            # The index knows half precision; what it leads to is compared in single precision.
+            looked_at = min(MAX_INDEXED, max(_LOOKED_AT, 4 * limit))
+            self._rows("SELECT set_config('hnsw.ef_search', %s, true)", (str(looked_at),))
+            type = f"halfvec({self._settings.dimensions})"
+            vectors = (
+                f"(SELECT chunk, vector FROM vectors ORDER BY vector::{type} <#> '{text}'::{type}"
+                f" LIMIT {looked_at})"
+            )
         return self._rows(
-            "SELECT c.id, -(v.vector::vector <#> %s::vector) AS score FROM vectors v"
+            f"SELECT c.id, -(v.vector::vector <#> %s::vector) AS score FROM {vectors} v"
             f" JOIN chunks c ON c.row = v.chunk ORDER BY score DESC, c.id LIMIT {int(limit)}",
             (text,),
         )  # pyright: ignore[reportReturnType]  (id, score)
@@ -201,7 +236,7 @@ class PostgresState:
 
 def _chunk(row: tuple[Any, ...]) -> Chunk:
     vector = None if row[15] is None else np.frombuffer(row[15], ">f2", offset=_HEADER).astype(F16)
-    return Chunk(*row[:10], features=features_of_row(row[10:15]), vector=vector)
+    return Chunk(*row[:10], features=features_of_row(row[10:15], row[5]), vector=vector)
 
 
 def word_text(text: str) -> str:

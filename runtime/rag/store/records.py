@@ -1,7 +1,7 @@
 """The form in which both stores keep documents, chunks and their features, and what may be written at all.
 
-Arrays are little-endian bytes: terms and spans 8 a piece, counts 2, vectors 2 (float16). What only people and
-no query looks into (metadata, mentions, settings) is JSON.
+Arrays are little-endian bytes: terms and spans 8 a piece, counts 2, vectors 2 (float16). Mentions are arrays
+too (`pack_mentions`). What only people and no query looks into (metadata, settings) is JSON.
 """
 
 from __future__ import annotations
@@ -9,15 +9,17 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 from ....ir.errors import InputError
+from ..features.terms import hash_of
 from ..types import Chunk, Document, Features, Mention, Triple
 from .base import Record, Settings
 
 U64 = np.dtype("<u8")
+U32 = np.dtype("<u4")
 U16 = np.dtype("<u2")
 F16 = np.dtype("<f2")
 
@@ -25,7 +27,7 @@ MAX_ID_BYTES = 2048
 """Of a document's id and path: PostgreSQL's indexes take no key of more than 2,704 bytes."""
 MAX_INTEGER = 2**63 - 1
 
-FeatureRow = tuple[bytes, bytes, bytes, bytes, str]
+FeatureRow = tuple[bytes, bytes, bytes, bytes, bytes]
 """terms, title_counts, text_counts, spans, mentions as they are kept."""
 
 
@@ -59,7 +61,9 @@ def _check_chunk(name: str, chunk: Chunk, settings: Settings) -> None:
     features = chunk.features
     if not len(features.terms) == len(features.title_counts) == len(features.text_counts):
         raise InputError(f"{name}: terms and their counts are of different lengths")
-    _check_texts(name, [mention.key + mention.surface for mention in features.mentions])
+    _check_texts(name, [mention.key for mention in features.mentions])
+    if any(chunk.text[one.start : one.end] != one.surface for one in features.mentions):
+        raise InputError(f"{name}: an entity is not what stands at its place")
     if chunk.vector is not None:
         check_vector(name, chunk.vector, settings)
 
@@ -75,14 +79,19 @@ def check_vector(name: str, vector: np.ndarray, settings: Settings) -> None:
         raise InputError(f"{name}: its vector holds infinite or undefined numbers")
 
 
-def check_triples(chunk: str, triples: Sequence[Triple], quarantine: str | None) -> None:
+def check_triples(chunk: str, triples: Sequence[Triple], origin: str, quarantine: str | None) -> None:
     """Raise InputError where triples are of another chunk, or of text that cannot be kept."""
     name = f"triples of chunk {chunk[:80]!r}"
     for triple in triples:
         if triple.chunk != chunk:
             raise InputError(f"{name}: one is of chunk {triple.chunk[:80]!r}")
         _check_texts(name, (triple.subject, triple.predicate, triple.object, triple.origin))
-    _check_texts(name, (quarantine or "",))
+    _check_texts(name, (origin, quarantine or ""))
+
+
+def origins_of(triples: Sequence[Triple], origin: str) -> list[str]:
+    """What an extraction is of: where its triples are from, or `origin` where they do not say."""
+    return sorted({one.origin for one in triples} | ({origin} if origin or not triples else set()))
 
 
 def check_settings(settings: Settings) -> None:
@@ -146,27 +155,76 @@ def document_row(document: Document) -> tuple[str | int, ...]:
 
 def feature_row(features: Features) -> FeatureRow:
     """Features as they are kept."""
-    mentions = [[one.key, one.surface, int(one.start), int(one.end)] for one in features.mentions]
     return (
         _bytes(features.terms, U64),
         _bytes(features.title_counts, U16),
         _bytes(features.text_counts, U16),
         _bytes(features.spans, U64),
-        _json(mentions),
+        pack_mentions(features.mentions),
     )
 
 
-def features_of_row(row: Sequence[Any]) -> Features:
-    """Features of a FeatureRow; its arrays are views of the bytes, and cannot be written to."""
+def features_of_row(row: Sequence[Any], text: str) -> Features:
+    """Features of a FeatureRow and its chunk's text; its arrays are views of the bytes, and cannot be written
+    to."""
     terms, title_counts, text_counts, spans, mentions = row
-    found = cast(list[list[Any]], json.loads(mentions)) if len(mentions) > 2 else []
     return Features(
         terms=np.frombuffer(terms, U64),
         title_counts=np.frombuffer(title_counts, U16),
         text_counts=np.frombuffer(text_counts, U16),
         spans=np.frombuffer(spans, U64),
-        mentions=tuple([Mention(*one) for one in found]),
+        mentions=mentions_of(mentions, text),
     )
+
+
+_COUNT = 4
+"""Bytes before the arrays of packed mentions: how many there are."""
+
+
+def pack_mentions(mentions: Sequence[Mention]) -> bytes:
+    """Mentions [n] as bytes: n, the keys' hashes [n] u64, starts [n] u32, ends [n] u32, the keys in UTF-8
+    with a NUL between two. What stands at its place in the text is not kept twice.
+    """
+    if not mentions:
+        return b""
+    hashes = np.array([hash_of(one.key) for one in mentions], U64)
+    places = np.array([[one.start for one in mentions], [one.end for one in mentions]], U32)
+    keys = "\0".join([one.key for one in mentions]).encode()
+    return len(mentions).to_bytes(_COUNT, "little") + hashes.tobytes() + places.tobytes() + keys
+
+
+def mentions_of(data: bytes, text: str) -> tuple[Mention, ...]:
+    """The mentions of packed ones, in a chunk of this text. Raises ValueError for what was not packed so."""
+    keys = mention_keys(data)
+    if not keys:
+        return ()
+    places = np.frombuffer(data, U32, 2 * len(keys), _COUNT + 8 * len(keys)).tolist()
+    starts, ends = places[: len(keys)], places[len(keys) :]
+    surfaces = [text[start:end] for start, end in zip(starts, ends, strict=True)]
+    return tuple(map(Mention, keys, surfaces, starts, ends))
+
+
+def mention_hashes(data: bytes) -> bytes:
+    """Of packed mentions the keys' hashes, [n] u64."""
+    count = int.from_bytes(data[:_COUNT], "little")
+    return data[_COUNT : _COUNT + 8 * count]
+
+
+def mention_starts(data: bytes) -> list[int]:
+    """Of packed mentions the places where they begin."""
+    count = int.from_bytes(data[:_COUNT], "little")
+    return np.frombuffer(data, U32, count, _COUNT + 8 * count).tolist() if count else []
+
+
+def mention_keys(data: bytes) -> list[str]:
+    """Of packed mentions the keys."""
+    if not data:
+        return []
+    count = int.from_bytes(data[:_COUNT], "little")
+    keys = data[_COUNT + 16 * count :].decode().split("\0")
+    if len(keys) != count:
+        raise ValueError("the keys of mentions are not as many as they are")
+    return keys
 
 
 def asked(id: str) -> str:

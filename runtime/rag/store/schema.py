@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import sqlite3
 import stat
@@ -17,12 +18,13 @@ import time
 from collections.abc import Callable
 
 from ....ir.errors import InputError
+from ..types import Mention
 from .base import Settings
 from .connect import explain, header_of
-from .records import settings_text
+from .records import pack_mentions, settings_text
 
 APPLICATION_ID = int.from_bytes(b"LLMC", "big")
-VERSION = 2
+VERSION = 3
 PAGE_SIZE = 8192
 """A chunk's features take 2–4 KB: pages of 4 KB would leave a third of each empty or need a second one."""
 OLDEST_SQLITE = (3, 38, 0)
@@ -69,7 +71,7 @@ CREATE TABLE features (
     title_counts BLOB NOT NULL,
     text_counts BLOB NOT NULL,
     spans BLOB NOT NULL,
-    mentions TEXT NOT NULL
+    mentions BLOB NOT NULL
 ) STRICT;
 
 CREATE TABLE vectors (
@@ -87,9 +89,11 @@ CREATE TABLE triples (
 ) STRICT, WITHOUT ROWID;
 
 CREATE TABLE extracted (
-    chunk INTEGER PRIMARY KEY REFERENCES chunks ON DELETE CASCADE,
-    quarantine TEXT
-) STRICT;
+    chunk INTEGER NOT NULL REFERENCES chunks ON DELETE CASCADE,
+    origin TEXT NOT NULL,
+    quarantine TEXT,
+    PRIMARY KEY (chunk, origin)
+) STRICT, WITHOUT ROWID;
 
 CREATE VIRTUAL TABLE keywords USING fts5 (
     title, text,
@@ -110,7 +114,38 @@ def _count_mentions(connection: sqlite3.Connection) -> None:
     connection.execute("CREATE INDEX chunks_document ON chunks (document, ordinal, mentions)")
 
 
-MIGRATIONS: dict[int, Callable[[sqlite3.Connection], None]] = {1: _count_mentions}
+def _pack_mentions(connection: sqlite3.Connection) -> None:
+    """2 → 3: mentions are arrays, which a hundred thousand passages can be read from without a JSON parser;
+    and what was extracted says by what, so that a file's triples do not keep a model from reading a passage.
+    """
+    connection.create_function("packed", 1, packed, deterministic=True)
+    for old, new in (("features", "features_3"), ("extracted", "extracted_3")):
+        made = SCHEMA[SCHEMA.index(f"CREATE TABLE {old} (") :]
+        connection.execute(made[: made.index(";")].replace(old, new, 1))
+    connection.execute(
+        "INSERT INTO features_3"
+        " SELECT chunk, terms, title_counts, text_counts, spans, packed(mentions) FROM features"
+    )
+    connection.execute(
+        "INSERT INTO extracted_3 SELECT DISTINCT e.chunk, t.origin, NULL"
+        " FROM extracted e JOIN triples t ON t.chunk = e.chunk"
+    )
+    # Only a model leaves a passage without triples.
+    connection.execute(
+        "INSERT INTO extracted_3 SELECT chunk, 'llm:', quarantine FROM extracted"
+        " WHERE quarantine IS NOT NULL OR chunk NOT IN (SELECT chunk FROM triples)"
+    )
+    for old in ("features", "extracted"):
+        connection.execute(f"DROP TABLE {old}")
+        connection.execute(f"ALTER TABLE {old}_3 RENAME TO {old}")
+
+
+def packed(mentions: str) -> bytes:
+    """Mentions as older versions kept them, a list in JSON, as they are kept now."""
+    return pack_mentions([Mention(*one) for one in json.loads(mentions)])
+
+
+MIGRATIONS: dict[int, Callable[[sqlite3.Connection], None]] = {1: _count_mentions, 2: _pack_mentions}
 """Version → what makes it the next one, in a transaction of the caller."""
 
 

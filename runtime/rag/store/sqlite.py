@@ -24,6 +24,7 @@ from .records import (
     check_settings,
     check_triples,
     check_vector,
+    origins_of,
     settings_of,
     settings_text,
     vector_bytes,
@@ -94,6 +95,10 @@ class SqliteStore(NewestState):
     @property
     def location(self) -> str:
         return self._location
+
+    @property
+    def address(self) -> str:
+        return self._path
 
     @property
     def cache_folder(self) -> str:
@@ -232,20 +237,31 @@ class SqliteStore(NewestState):
         with self._transaction(durable=False) as connection:
             connection.execute("DELETE FROM vectors")
 
-    def put_triples(self, chunk: str, triples: Sequence[Triple], *, quarantine: str | None = None) -> None:
-        check_triples(chunk, triples, quarantine)
+    def put_triples(
+        self, chunk: str, triples: Sequence[Triple], *, origin: str = "", quarantine: str | None = None
+    ) -> None:
+        check_triples(chunk, triples, origin, quarantine)
         with self._transaction(durable=False) as connection:
             found = connection.execute("SELECT row FROM chunks WHERE id = ?", (asked(chunk),)).fetchone()
             if found is None:
                 raise InputError(f"{self._location}: has no chunk {chunk[:80]!r}")
             row: int = found[0]
-            for origin in sorted({one.origin for one in triples}):
-                connection.execute("DELETE FROM triples WHERE chunk = ? AND origin = ?", (row, origin))
+            origins = origins_of(triples, origin)
+            for one in origins:
+                connection.execute("DELETE FROM triples WHERE chunk = ? AND origin = ?", (row, one))
             connection.executemany(
                 "INSERT OR IGNORE INTO triples VALUES (?, ?, ?, ?, ?)",
                 ((row, one.origin, one.subject, one.predicate, one.object) for one in triples),
             )
-            connection.execute("INSERT OR REPLACE INTO extracted VALUES (?, ?)", (row, quarantine))
+            connection.executemany(
+                "DELETE FROM extracted WHERE chunk = ? AND quarantine IS NOT NULL"
+                " AND substr(origin || ':', 1, instr(origin || ':', ':') - 1) = ?",
+                ((row, kind) for kind in sorted({one.partition(":")[0] for one in origins})),
+            )
+            connection.executemany(
+                "INSERT OR REPLACE INTO extracted VALUES (?, ?, ?)",
+                ((row, one, quarantine) for one in origins),
+            )
 
     def vacuum(self) -> None:
         """Write the file anew without gaps. Readers go on; while one reads an older state, the file cannot

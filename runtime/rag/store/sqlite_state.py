@@ -11,7 +11,7 @@ import numpy as np
 
 from ....ir.errors import InputError
 from ..types import Chunk, Document, Triple
-from .base import Settings
+from .base import BEGINNING, Columns, Settings
 from .common import BATCH, dump_lines
 from .connect import explained
 from .keywords import parse_keywords
@@ -25,6 +25,12 @@ _CHUNK = """
            f.terms, f.title_counts, f.text_counts, f.spans, f.mentions, v.vector
     FROM chunks c JOIN documents d ON d.row = c.document JOIN features f ON f.chunk = c.row
     LEFT JOIN vectors v ON v.chunk = c.row
+"""
+_COLUMNS = f"""
+    SELECT c.id, d.id, c.ordinal, c.title, substr(c.text, 1, {BEGINNING}),
+           f.terms, f.title_counts, f.text_counts, f.spans, f.mentions
+    FROM chunks c JOIN documents d ON d.row = c.document JOIN features f ON f.chunk = c.row
+    WHERE c.id > ? ORDER BY c.id LIMIT {BATCH}
 """
 _VECTOR_BATCH = 4096
 _TITLE_WEIGHT = 4.0
@@ -80,8 +86,8 @@ class SqliteState:
         row = self._rows(
             "SELECT (SELECT count(*) FROM documents), (SELECT count(*) FROM chunks),"
             " (SELECT ifnull(sum(mentions), 0) FROM chunks), (SELECT count(*) FROM vectors),"
-            " (SELECT count(*) FROM triples), (SELECT count(*) FROM extracted),"
-            " (SELECT count(quarantine) FROM extracted)"
+            " (SELECT count(*) FROM triples), (SELECT count(DISTINCT chunk) FROM extracted),"
+            " (SELECT count(DISTINCT chunk) FROM extracted WHERE quarantine IS NOT NULL)"
         )[0]
         return dict(zip(names, row, strict=True))
 
@@ -134,9 +140,18 @@ class SqliteState:
     def _chunk(self, row: tuple[Any, ...]) -> Chunk:
         try:
             vector = None if row[15] is None else np.frombuffer(row[15], F16)
-            return Chunk(*row[:10], features=features_of_row(row[10:15]), vector=vector)
+            return Chunk(*row[:10], features=features_of_row(row[10:15], row[5]), vector=vector)
         except (TypeError, ValueError, RecursionError):
             raise self._damaged(f"chunk {row[0]!r}") from None
+
+    def chunk_ids(self) -> list[str]:
+        return [id for (id,) in self._rows("SELECT id FROM chunks ORDER BY id")]
+
+    def columns(self) -> Iterator[Columns]:
+        last = ""
+        while rows := self._rows(_COLUMNS, (last,)):
+            last = rows[-1][0]
+            yield Columns(*zip(*rows, strict=True))
 
     def vectors(self) -> Vectors:
         # Rows lie in the order in which they were written: read in that order, put where the ids belong.
@@ -180,12 +195,22 @@ class SqliteState:
         return dict(
             self._rows(
                 "SELECT c.id, e.quarantine FROM extracted e JOIN chunks c ON c.row = e.chunk"
-                " WHERE e.quarantine IS NOT NULL ORDER BY c.id"
+                " WHERE e.quarantine IS NOT NULL ORDER BY c.id, e.origin"
             )
         )
 
-    def extracted(self) -> set[str]:
-        return {id for (id,) in self._rows("SELECT c.id FROM extracted e JOIN chunks c ON c.row = e.chunk")}
+    def extractions(self) -> Iterator[tuple[str, str, str | None]]:
+        yield from self._rows(
+            "SELECT c.id, e.origin, e.quarantine FROM extracted e JOIN chunks c ON c.row = e.chunk"
+            " ORDER BY c.id, e.origin"
+        )  # pyright: ignore[reportReturnType]  (id, origin, quarantine)
+
+    def extracted(self, origin: str = "") -> set[str]:
+        sql = (
+            "SELECT c.id FROM extracted e JOIN chunks c ON c.row = e.chunk"
+            " WHERE substr(e.origin, 1, length(?1)) = ?1"
+        )
+        return {id for (id,) in self._rows(sql, (origin,))}
 
     def keyword(self, query: str, limit: int) -> list[tuple[str, float]]:
         wanted = _match(query)
