@@ -1,0 +1,446 @@
+"""Recurrences are traced as one operator each.
+
+What a recurrent layer does along the tokens is a loop in Python, or a computation in chunks, whose number
+of turns torch.export would write down as a constant. transformers keeps each such recurrence in a function of
+its own, because libraries of kernels replace it; so do we while a model is traced (`installed`):
+
+    causal_conv1d_fn(x, weight, bias, activation)      →  transpose → llmc_state.causal_conv1d → transpose
+
+A function is known by the names of its parameters (`_FORMS`), not by the model that it belongs to. Names are
+no proof: before the first use it is called with small random tensors, and what stands for it must give the
+same numbers, in each variant that the model may ask for (`_proven`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import itertools
+import logging
+import math
+import sys
+import threading
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import FunctionType
+from typing import TYPE_CHECKING, Any, cast
+
+from ..ir.core import Value
+from ..ir.define import attribute_types
+from ..ir.errors import UnsupportedError
+from ..ir.ops import state as ops
+from ..ir.ops.nn import ACTIVATIONS
+from ..ir.ops.shape import Reshape, Transpose
+from ..ir.types import Dim, TensorType
+from . import recurrence_trials as trials
+from .aten_table import Handler, aten, registered
+
+if TYPE_CHECKING:
+    import torch
+
+    from .importer import Importer
+
+NAMESPACE = "llmc_state"
+Kind = type[ops.Recurrence]
+OPERATORS: Mapping[str, Kind] = {
+    cls.opname: cls
+    for cls in (
+        ops.CausalConv1d,
+        ops.SelectiveScan,
+        ops.SsdScan,
+        ops.GatedDeltaRule,
+        ops.LinearRecurrence,
+    )
+}
+_TOLERANCE = 1e-4
+"""Largest difference, in units of the largest value, between a function and what stands for it."""
+
+_NAMES = {"swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+"""transformers' names of activations that have other ones in `ACTIVATIONS`."""
+
+
+def _made(kind: Kind, operands: Sequence[Value | None], attributes: Mapping[str, Any]) -> ops.Recurrence:
+    """The op over a whole sequence."""
+    return cast("Callable[..., ops.Recurrence]", kind)(*operands, [], **attributes)
+
+
+def _importing(kind: Kind) -> Handler:
+    """Operator → op; arguments as the operator has them."""
+
+    def handler(c: Importer, *args: Any) -> Value:
+        operands = len(kind.operand_fields) - 1
+        given = [*args[:operands], *[None] * (operands - len(args))]
+        attributes = dict(zip(kind.attribute_fields, args[operands:], strict=False))
+        return c.emit(_made(kind, given, attributes))
+
+    return handler
+
+
+for _name, _kind in OPERATORS.items():
+    registered(f"{NAMESPACE}.{_name}.default")(_importing(_kind))
+
+
+@functools.cache
+def _operators() -> tuple[Any, Any]:
+    """Our operators, defined once, since torch knows them by name: operands, then attributes. On the CPU they
+    are the reference meanings of the ops.
+    """
+    import torch
+
+    library = torch.library.Library(NAMESPACE, "DEF")
+    for name, kind in OPERATORS.items():
+        library.define(f"{name}({_schema(kind)}) -> Tensor")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", _fake(kind), lib=library)
+        library.impl(name, _reference(kind), "CPU")
+    return library, getattr(torch.ops, NAMESPACE)  # the library lives for as long as its operators
+
+
+def _schema(kind: Kind) -> str:
+    tensors = [f"Tensor{'?' if f.kind == 'optional' else ''} {f.name}" for f in kind.operand_fields[:-1]]
+    types = attribute_types(kind)
+    words = {bool: "bool", float: "float", int: "int"}
+    return ", ".join(tensors + [f"{words.get(types[n], 'str?')} {n}" for n in kind.attribute_fields])
+
+
+def _fake(kind: Kind) -> Callable[..., Any]:
+    def fake(*args: Any) -> Any:
+        return args[kind.shaped_like].new_empty(args[kind.shaped_like].shape)
+
+    return fake
+
+
+def _reference(kind: Kind) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        operands = len(kind.operand_fields) - 1
+        values = [None if x is None else _value(x) for x in args[:operands]]
+        op = _made(kind, values, dict(zip(kind.attribute_fields, args[operands:], strict=False)))
+        return op.reference({}, *args[:operands], [])
+
+    return run
+
+
+def _value(x: torch.Tensor) -> Value:
+    return Value(TensorType(str(x.dtype).removeprefix("torch."), tuple(x.shape)))
+
+
+# -- what stands for the functions, with their names of parameters
+
+
+def _nothing_else(given: Mapping[str, Any], *asked: str) -> None:
+    """Refuses arguments that would change the result and that nothing here knows."""
+    import torch
+
+    for name, x in given.items():
+        if isinstance(x, torch.Tensor) or (x and name in asked):
+            raise UnsupportedError(
+                f"a recurrence is given {name}, which is not supported", remedy="report the model"
+            )
+
+
+def _causal_conv1d(
+    hidden_states: Any, weight: Any, bias: Any = None, activation: str | None = None, **rest: Any
+) -> Any:
+    _nothing_else(rest, "return_final_states", "initial_states")
+    name = _NAMES.get(activation or "", activation)
+    inside = name if name in ACTIVATIONS else None
+    x, filters = hidden_states.transpose(1, 2), weight.transpose(0, 1)
+    y = _operators()[1].causal_conv1d(x, filters, bias, inside)
+    if activation is not None and inside is None:
+        from transformers.activations import ACT2FN
+
+        y = ACT2FN[activation](y)
+    return y.transpose(1, 2)
+
+
+def _selective_scan(
+    hidden_states: Any,
+    dt: Any,
+    A: Any,
+    B: Any,
+    C: Any,
+    D: Any = None,
+    z: Any = None,
+    delta_bias: Any = None,
+    delta_softplus: bool = False,
+    **rest: Any,
+) -> Any:
+    import torch
+
+    _nothing_else(rest, "return_last_state")
+    x, step, b, c = (v.transpose(1, 2) for v in (hidden_states, dt, B, C))
+    y = _operators()[1].selective_scan(x, step, b, c, A.transpose(0, 1), D, delta_bias, delta_softplus)
+    if z is not None:
+        y = y * torch.nn.functional.silu(z.transpose(1, 2))
+    return y.transpose(1, 2)
+
+
+def _ssd_scan(
+    hidden_states: Any,
+    dt: Any,
+    A: Any,
+    B: Any,
+    C: Any,
+    chunk_size: int,
+    D: Any = None,
+    dt_bias: Any = None,
+    initial_states: Any = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    **rest: Any,
+) -> Any:
+    import torch
+
+    _nothing_else({**rest, "initial_states": initial_states}, "return_final_states")
+    dt = dt if dt_bias is None else dt + dt_bias
+    dt = torch.nn.functional.softplus(dt) if dt_softplus else dt
+    low, high = dt_limit
+    if low > 0 or not dt_softplus:
+        dt = torch.clamp(dt, min=low)
+    if math.isfinite(high):
+        dt = torch.clamp(dt, max=high)
+    a_head = D is None or D.dim() == 1
+    y = _operators()[1].ssd_scan(hidden_states, dt, B, C, A, D if a_head else None)
+    return y if a_head else y + D * hidden_states
+
+
+def _gated_delta_rule(
+    query: Any,
+    key: Any,
+    value: Any,
+    g: Any,
+    beta: Any,
+    initial_state: Any = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    **rest: Any,
+) -> tuple[Any, None]:
+    given = {**rest, "initial_state": initial_state, "output_final_state": output_final_state}
+    _nothing_else(given, "output_final_state")
+    scale = key.shape[-1] ** -0.5
+    if use_qk_l2norm_in_kernel:
+        query, key = (_unit(x, 1e-6) for x in (query, key))
+    return _operators()[1].gated_delta_rule(query, key, value, g, beta, scale), None
+
+
+def _unit(x: Any, eps: float) -> Any:
+    """x / sqrt(sum(x²) + eps) over the last axis, written as the norm by the mean that has a kernel."""
+    import torch
+
+    width = x.shape[-1]
+    mean = x.pow(2).mean(-1, keepdim=True)
+    return x * torch.rsqrt(mean + eps / width) * width**-0.5
+
+
+def _linear_recurrence(
+    self: Any,
+    hidden_states: Any,
+    recurrent_gate: Any,
+    reset: Any,
+    recurrent_states: Any = None,
+    acc_dtype: Any = None,
+) -> tuple[Any, None]:
+    """`reset` is where a sequence begins, before which there is no state that the gate could keep."""
+    _nothing_else({"recurrent_states": recurrent_states})
+    return _operators()[1].linear_recurrence(hidden_states, recurrent_gate), None
+
+
+@aten("conv1d.default")
+def _conv1d(
+    c: Importer,
+    x: Value,
+    weight: Value,
+    bias: Value | None = None,
+    stride: Sequence[int] = (1,),
+    padding: Sequence[int] = (0,),
+    dilation: Sequence[int] = (1,),
+    groups: int = 1,
+) -> Value:
+    """A convolution [1, C, T] → [1, C, T + W - 1] of which only the first T columns are used: each channel's
+    own filter over the last W tokens. The result is those columns; the slice that takes them then takes all.
+    """
+    channels, per_group, width = weight.shape
+    plain = tuple(stride) == tuple(dilation) == (1,) and tuple(padding) == (width - 1,)
+    if not plain or x.type.rank != 3 or groups != channels or per_group != 1:
+        raise c.unsupported("a convolution other than each channel's own over the last tokens")
+    if not all(_takes_first(user, x.shape[-1], c) for user in c.node.users):
+        raise c.unsupported("a convolution that sees later tokens")
+    filters = c.emit(Transpose(c.emit(Reshape(weight, shape=(channels, width))), perm=(-1, -2)))
+    y = c.emit(ops.CausalConv1d(c.emit(Transpose(x, perm=(-1, -2))), filters, bias, []))
+    return c.emit(Transpose(y, perm=(-1, -2)))
+
+
+def _takes_first(node: Any, count: Dim, c: Importer) -> bool:
+    """Whether a node is a slice of the first `count` columns."""
+    if str(node.target) != "aten.slice.Tensor" or node.args[1] not in (2, -1):
+        return False
+    length = node.meta["val"].shape[-1]
+    return node.args[2] in (None, 0) and c.dim(length) == count
+
+
+# -- how functions are known, and proven
+
+
+Trial = tuple[str, Callable[[], dict[str, Any]]]
+"""A variant's name, and small random arguments for it."""
+
+
+@dataclass(frozen=True)
+class _Form:
+    """A recurrence: the parameters that a function of it has, in order; what stands for it; the variants that
+    are tried, and which of them a call asks for.
+    """
+
+    parameters: tuple[str, ...]
+    stands: Callable[..., Any]
+    variants: tuple[Trial, ...]
+    variant: Callable[[Mapping[str, Any]], str] = lambda given: ""
+    beside: tuple[str, ...] = ()
+    """Further parameters, wherever they stand."""
+
+    def fits(self, names: Sequence[str]) -> bool:
+        return tuple(names[: len(self.parameters)]) == self.parameters and set(self.beside) <= set(names)
+
+
+def _delta_name(units: bool, wide: bool) -> str:
+    return f"decays {'by element' if wide else 'by head'}{', vectors of length one' if units else ''}"
+
+
+def _delta_variant(given: Mapping[str, Any]) -> str:
+    wide = given["g"].dim() == given["value"].dim()
+    return _delta_name(bool(given.get("use_qk_l2norm_in_kernel")), wide)
+
+
+_FORMS = (
+    _Form(
+        ("hidden_states", "weight", "bias", "activation"),
+        _causal_conv1d,
+        tuple(
+            (str(name), functools.partial(trials.conv_trial, name))
+            for name in (None, "silu", "gelu", "relu", "sigmoid", *_NAMES)
+        ),
+        lambda given: str(given.get("activation")),
+    ),
+    _Form(
+        ("hidden_states", "dt", "A", "B", "C", "D", "z", "delta_bias", "delta_softplus"),
+        _selective_scan,
+        tuple((str(flag), functools.partial(trials.selective_trial, flag)) for flag in (False, True)),
+        lambda given: str(bool(given.get("delta_softplus"))),
+    ),
+    _Form(
+        ("hidden_states", "dt", "A", "B", "C", "chunk_size", "D"),
+        _ssd_scan,
+        tuple((str(flag), functools.partial(trials.ssd_trial, flag)) for flag in (False, True)),
+        lambda given: str(bool(given.get("dt_softplus"))),
+        beside=("dt_bias", "dt_softplus", "dt_limit"),
+    ),
+    _Form(
+        ("query", "key", "value", "g", "beta", "chunk_size"),
+        _gated_delta_rule,
+        tuple(
+            (_delta_name(*flags), functools.partial(trials.delta_trial, *flags))
+            for flags in itertools.product((False, True), repeat=2)
+        ),
+        _delta_variant,
+        beside=("initial_state", "output_final_state", "use_qk_l2norm_in_kernel"),
+    ),
+    _Form(
+        ("self", "hidden_states", "recurrent_gate", "reset", "recurrent_states"),
+        _linear_recurrence,
+        (("", trials.linear_trial),),
+    ),
+)
+
+
+@functools.cache
+def _proven(function: Callable[..., Any], form: _Form) -> frozenset[str]:
+    """The variants in which what stands for a function gives the same numbers."""
+    import torch
+
+    found: set[str] = set()
+    for name, make in form.variants:
+        with torch.no_grad(), contextlib.suppress(Exception):  # it may refuse a variant in any way
+            ours, theirs = (_tensor(f(**make())) for f in (form.stands, function))
+            # Of another shape or with a NaN: not the same.
+            same = ours.shape == theirs.shape and float((ours - theirs).abs().max())
+            if same is not False and same <= _TOLERANCE * float(theirs.abs().max()):
+                found.add(name)
+    return frozenset(found)
+
+
+def _tensor(result: Any) -> Any:
+    return result[0] if isinstance(result, tuple) else result
+
+
+_tracing: ContextVar[bool] = ContextVar("tracing", default=False)
+_lock = threading.RLock()
+
+
+@contextmanager
+def installed(model: torch.nn.Module) -> Generator[None]:
+    """Within it, in this thread, the recurrences of the model's modules are our operators."""
+    with _lock, ExitStack() as stack:
+        for holder, name, function, form in _found(model):
+            before = logging.root.manager.disable
+            logging.disable(logging.CRITICAL)  # that it is slow without a library of kernels
+            try:
+                variants = _proven(function, form)
+            finally:
+                logging.disable(before)
+            if variants:
+                stack.callback(setattr, holder, name, function)
+                setattr(holder, name, _standing(function, form, variants))
+        stack.callback(_tracing.reset, _tracing.set(True))
+        yield
+
+
+def _standing(function: Callable[..., Any], form: _Form, variants: frozenset[str]) -> Callable[..., Any]:
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not _tracing.get():  # another thread
+            return function(*args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
+        given = dict(bound.arguments)
+        for p in signature.parameters.values():
+            if p.kind is p.VAR_KEYWORD:
+                given |= given.pop(p.name, {})
+        if form.variant(given) not in variants:
+            known = ", ".join(sorted(filter(None, variants)))
+            raise UnsupportedError(
+                f"{function.__name__} in {function.__module__} ({form.variant(given)}) does not compute what "
+                "its parameters say",
+                remedy=f"it does in these variants: {known}" if known else "report the model",
+            )
+        return form.stands(**given)
+
+    return call
+
+
+def _found(model: torch.nn.Module) -> list[tuple[Any, str, Callable[..., Any], _Form]]:
+    """Functions of the model's modules, and methods of its classes, that have the parameters of a form: who
+    holds each, and its name there.
+    """
+    classes = {kind for module in model.modules() for kind in type(module).__mro__}
+    names = sorted({kind.__module__ for kind in classes})
+    holders: list[Any] = [sys.modules[name] for name in names if name in sys.modules]
+    holders += sorted(classes, key=lambda kind: (kind.__module__, kind.__qualname__))
+    found: list[tuple[Any, str, Callable[..., Any], _Form]] = []
+    for holder in holders:
+        for name, function in list(vars(holder).items()):
+            if not isinstance(function, FunctionType):
+                continue
+            parameters = _parameters(function)
+            found += [(holder, name, function, form) for form in _FORMS if form.fits(parameters)]
+    return found
+
+
+@functools.cache
+def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+    try:
+        return tuple(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return ()
