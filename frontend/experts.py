@@ -1,0 +1,205 @@
+"""Mixtures of experts while a model is traced.
+
+transformers computes experts through an interface (`ALL_EXPERTS_FUNCTIONS`): every model that uses it calls
+one function with hidden states [T, D], the router's choice [T, k] and its weights [T, k], and the module that
+holds the stacked matrices. While `installed` is open, that function is one operator of ours, which the
+importer turns into a `moe`; what routers compute stays tensor ops. A model that computes experts in another
+way is refused by the first operator that is not known.
+
+What happens between the two products of an expert is a method of the module, and implementations name their
+constants as they like. It is found by trying it (`gate_of`): the constants are read off a few values, and the
+result is compared with the module's own on a grid.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ..ir.core import Value
+from ..ir.errors import InputError, UnsupportedError
+from ..ir.ops.moe import Gate, Moe
+from ..ir.ops.nn import ACTIVATIONS
+from .aten_table import registered
+
+if TYPE_CHECKING:
+    import torch
+
+    from .importer import Importer
+
+NAMESPACE = "llmc_experts"
+_NAME = "llmc"  # of our function in transformers' registry
+_FAR = 1e9  # beyond every limit of a gate
+_TOLERANCE = 1e-5  # of a gate's result: some compute in float32
+_SCHEMA = (
+    "moe(Tensor hidden, Tensor indices, Tensor weights, Tensor gate_up, Tensor down, Tensor? up_bias, "
+    "Tensor? down_bias, str activation, float alpha, float limit, float offset, bool interleaved, "
+    "bool transposed) -> Tensor"
+)
+
+
+@contextmanager
+def installed(model: Any) -> Generator[None]:
+    """Within it, the model's experts leave one operator each. A model without experts is left alone.
+
+    Raises InputError where a router is to choose more experts than there are, UnsupportedError for a gate
+    that is none of `Gate`'s.
+    """
+    found = [(path, one) for path, one in model.named_modules() if _is_experts(one)]
+    check_choice(model)
+    if not found:
+        yield
+        return
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    gates = {id(one): gate_of(path, one) for path, one in found}
+    configs: dict[int, Any] = {id(one.config): one.config for _, one in found}
+    before = {key: config._experts_implementation for key, config in configs.items()}
+    ALL_EXPERTS_FUNCTIONS[_NAME] = _forward(gates)
+    try:
+        for config in configs.values():
+            config._experts_implementation = _NAME
+        yield
+    finally:
+        for key, config in configs.items():
+            config._experts_implementation = before[key]
+        del ALL_EXPERTS_FUNCTIONS[_NAME]
+
+
+def _is_experts(module: Any) -> bool:
+    """Whether a module computes experts through transformers' interface."""
+    return hasattr(type(module), "_apply_gate") and hasattr(module, "is_transposed")
+
+
+def _forward(gates: dict[int, Gate]) -> Callable[..., Any]:
+    """The function that stands for all experts: the module, hidden states, choice and weights → [T, D]."""
+    operator = _operator()
+
+    def forward(module: Any, hidden: Any, indices: Any, weights: Any) -> Any:
+        gate = gates[id(module)]
+        biases = (module.gate_up_proj_bias, module.down_proj_bias) if module.has_bias else (None, None)
+        form = (gate.activation, gate.alpha, gate.limit, gate.offset, gate.interleaved, module.is_transposed)
+        experts = (module.gate_up_proj, module.down_proj, *biases)
+        return operator(hidden, indices, weights.to(hidden.dtype), *experts, *form)
+
+    return forward
+
+
+@functools.cache
+def _operator() -> Any:
+    """Our operator, for tensors without data: defined once, since torch knows it by name."""
+    import torch
+
+    library = torch.library.Library(NAMESPACE, "DEF")
+    library.define(_SCHEMA)
+
+    def fake(hidden: torch.Tensor, *_: Any) -> torch.Tensor:
+        return torch.empty_like(hidden)
+
+    torch.library.register_fake(f"{NAMESPACE}::moe", fake, lib=library)
+    _KEPT.append(library)  # it lives for as long as its operators
+    return getattr(torch.ops, NAMESPACE).moe
+
+
+_KEPT: list[Any] = []
+
+
+@registered(f"{NAMESPACE}.moe.default")
+def _moe(c: Importer, *args: Any) -> Value:
+    values, (activation, alpha, limit, offset, interleaved, transposed) = args[:7], args[7:]
+    gate = {"activation": activation, "alpha": alpha, "limit": limit, "offset": offset}
+    return c.emit(Moe(*values, **gate, interleaved=interleaved, transposed=transposed))
+
+
+def gate_of(path: str, module: Any) -> Gate:
+    """What a module of experts computes between its two products. Raises UnsupportedError for what is no
+    `Gate`.
+    """
+    reason = next(
+        (
+            what
+            for what, is_so in (
+                ("have no gate", not module.has_gate),
+                ("normalise their results", module.has_post_expert_norm),
+            )
+            if is_so
+        ),
+        None,
+    )
+    gate = None if reason else _found(module._apply_gate)
+    if gate is None:
+        raise UnsupportedError(
+            f"the experts of {path} {reason or 'have a gate of a kind that is not known'}",
+            remedy="add it to Gate in ir/ops/moe.py, or report the model",
+        )
+    return gate
+
+
+def _found(apply: Callable[[Any], Any]) -> Gate | None:
+    """The `Gate` that computes what `apply` does: products [..., 2I] → [..., I]."""
+    import torch
+
+    def value(gate: float, up: float, interleaved: bool) -> float:
+        order = [gate, up, 0.0, 0.0] if interleaved else [gate, 0.0, up, 0.0]
+        return float(apply(torch.tensor([order], dtype=torch.float64))[0, 0])
+
+    # Of two pairs the first result: where the second pair stands apart, it depends on elements 0 and 1.
+    interleaved = value(1.0, 1.0, True) != value(1.0, 0.0, True)
+    at_zero, at_one = value(1.0, 0.0, interleaved), value(1.0, 1.0, interleaved)
+    active = at_one - at_zero
+    if not active or not math.isfinite(active):
+        return None
+    offset = _rounded(at_zero / active)
+    most = value(1.0, _FAR, interleaved) / active - offset
+    limit = 0.0 if most > _FAR / 2 else _rounded(most)
+    form: dict[str, Any] = {"limit": limit, "offset": offset, "interleaved": interleaved}
+    candidates = [Gate(name, **form) for name in ACTIVATIONS]
+    if 0 < active < 1:
+        candidates.append(Gate("swish", alpha=_rounded(-math.log(1 / active - 1)), **form))
+    grid = torch.linspace(-12, 12, 49, dtype=torch.float64)
+    products = torch.cartesian_prod(grid, grid)  # one pair a row stands alike in both orders
+    wanted = apply(products)
+    scale = _TOLERANCE * (1 + wanted.abs())
+    return next((one for one in candidates if bool(((one(products) - wanted).abs() <= scale).all())), None)
+
+
+def _rounded(value: float) -> float:
+    """A constant as somebody wrote it, out of a result of float32 or float64."""
+    return float(f"{value:.6g}")
+
+
+_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
+_OF_MODULES = ("top_k", "topk", *_CHOSEN)  # of a configuration these may be for sampling
+_EXISTING = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_GROUPS = ("num_group", "n_group")
+
+
+def check_choice(model: Any) -> None:
+    """Raises InputError where a router is to choose more experts, or groups of them, than there are.
+
+    torch would say it while it traces, without a name.
+    """
+    config = getattr(model, "config", None)
+    _check("the configuration", config, "experts", _CHOSEN, _EXISTING)
+    for path, module in [("the configuration", config), *model.named_modules()]:
+        _check(path or "the model", module, "groups of experts", ("topk_group",), _GROUPS)
+        if module is not config:
+            _check(path or "the model", module, "experts", _OF_MODULES, _EXISTING)
+
+
+def _check(path: str, holder: Any, what: str, few: Sequence[str], many: Sequence[str]) -> None:
+    k, n = (
+        next((v for name in names if _is_count(v := getattr(holder, name, None))), None)
+        for names in (few, many)
+    )
+    if k is not None and n is not None and k > n:
+        raise InputError(
+            f"{path} chooses {k} {what} a token, and there are {n}", remedy="correct config.json"
+        )
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

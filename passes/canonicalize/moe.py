@@ -1,0 +1,89 @@
+"""Experts in one form, whatever order a checkpoint keeps them in.
+
+    moe(x, …, @up [E, D, 2I], @down [E, I, D]) {transposed}  →  moe(x, …, @up.rows [E, 2I, D], @down.rows)
+    moe(…) {interleaved}: gate0, up0, gate1, up1, …          →  gate0, gate1, …, up0, up1, … of rows and bias
+
+Weights are turned expert by expert as they are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ...ir.core import Graph, Value
+from ...ir.errors import CompileError
+from ...ir.ops.moe import Moe
+from ...ir.weights import LazyTensor
+from ..base import Pass, PassContext, PassResult
+
+Array = np.ndarray[Any, Any]
+
+
+class MappedExperts:
+    """A stacked tensor [E, …] whose experts are changed as they are read, each for itself."""
+
+    def __init__(
+        self, base: LazyTensor, shape: tuple[int, ...], change: Callable[[Array], Array], what: str
+    ) -> None:
+        self.base, self._change = base, change
+        self.shape, self.dtype = shape, base.dtype
+        self.source = f"{what}({base.source})"
+
+    def read(self, start: int = 0, stop: int | None = None) -> Array:
+        return np.ascontiguousarray(self._change(self.base.read(start, stop)))
+
+
+@dataclass(frozen=True)
+class NormalizeExperts(Pass):
+    """Experts as [E, 2I, D] and [E, D, I], gates before ups."""
+
+    name = "normalize-experts"
+
+    def run(self, graph: Graph, context: PassContext) -> PassResult:
+        found = [op for op in graph if isinstance(op, Moe) and (op.transposed or op.interleaved)]
+        for op in found:
+            turned, apart = op.transposed, op.interleaved
+            rw = Moe(
+                op.x,
+                op.indices,
+                op.weights,
+                _changed(graph, op.gate_up, turned=turned, apart=apart),
+                _changed(graph, op.down, turned=turned, apart=False),
+                None if op.up_bias is None else _changed(graph, op.up_bias, turned=False, apart=apart),
+                op.down_bias,
+                activation=op.activation,
+                alpha=op.alpha,
+                limit=op.limit,
+                offset=op.offset,
+            )
+            rw.loc = op.loc
+            graph.insert(rw, before=op)
+            graph.replace(op, [rw.result])
+        if found:
+            graph.drop_dead()
+        return PassResult(graph, bool(found))
+
+
+def _changed(graph: Graph, value: Value, *, turned: bool, apart: bool) -> Value:
+    """The weight [E, N, K] of a stored one; the same one for the same."""
+    if not (turned or apart):
+        return value
+    name = f"{value.name}.rows"
+    if name in graph.weights:
+        return graph.weights[name]
+    if value.weight is None:
+        raise CompileError(
+            f"experts {value.name or '?'} are computed in the graph", remedy="report the model"
+        )
+
+    def change(experts: Array) -> Array:
+        rows = experts.swapaxes(1, 2) if turned else experts
+        return np.concatenate((rows[:, ::2], rows[:, 1::2]), 1) if apart else rows
+
+    shape = value.weight.shape
+    shape = (shape[0], shape[2], shape[1]) if turned else shape
+    return graph.add_weight(name, MappedExperts(value.weight, shape, change, "rows"))
