@@ -1,0 +1,164 @@
+"""`lora`: what each token's adapter adds to a linear layer's result, in place.
+
+Rows of one adapter stand together (a sequence's tokens are back to back), so that factors are read once for
+four of them; a row without an adapter costs a look at its number, and a step in which none has one a scan
+of these. Each sum runs in an order that depends on the row alone: A x in four chains over k, which are added
+in pairs; B (A x) in one chain over the rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.script.ir_builder import tirx as T
+
+from ....ir.ops.lora import LANES, MOST_RANK, column_blocks
+from .builder import (
+    Buffer,
+    Expr,
+    Kernel,
+    f32s,
+    fma,
+    let,
+    prefetch,
+    put,
+    put1,
+    register,
+    scalar,
+    splat,
+    vec,
+)
+
+_CHAINS = 4
+_COLUMNS = 4
+"""Blocks of columns at once."""
+_AHEAD = 64
+"""Vectors of A that are fetched before they are needed: 1 or 4 KB, past the end of a page of memory, where
+the processor's own fetching stops. Factors of many adapters come from memory, a row's worth at a time.
+"""
+
+
+class _Change:
+    """The statements for rows of one adapter."""
+
+    def __init__(self, parts: tuple[int, ...], k: int, dtype: str, buffers: tuple[Buffer, ...]) -> None:
+        self.parts, self.k, self.dtype = parts, k, dtype
+        self.y, self.x, self.rank, self.scale, self.a, self.b = buffers
+        self.a_line = 4 if dtype == "int8" else 1  # vectors in a line of the cache
+
+    def _load(self, buffer: Buffer, *index: Expr) -> Expr:
+        if self.dtype == "float32":
+            return let(vec(buffer, *index))
+        return let(T.Cast("float32x16", T.Cast("int32x16", vec(buffer, *index))))
+
+    def add(self, row: Expr, rows: int, slot: Expr) -> None:
+        """y of `rows` rows from `row` on."""
+        held = T.alloc_buffer((rows, MOST_RANK), "float32")
+        block = start = 0
+        for part, width in enumerate(self.parts):
+            rank = let(self.rank[slot, part])
+            self._down(held, row, rows, slot, part, rank)
+            self._up(held, row, rows, slot, (block, start, width), rank)
+            block, start = block + -(-width // LANES), start + width
+
+    def _down(self, held: Buffer, row: Expr, rows: int, slot: Expr, part: int, rank: Expr) -> None:
+        """held = A x, 16 ranks at a time."""
+        with T.serial(0, T.floordiv(rank + (LANES - 1), T.int32(LANES))) as block:
+            acc = [[register(f32s(0)) for _ in range(_CHAINS)] for _ in range(rows)]
+
+            def step(i: Expr, chain: int) -> None:
+                w = self._load(self.a, slot, part, block, i, 0)
+                for t in range(rows):
+                    put(acc[t][chain], fma(splat(self.x[row + t, i]), w, vec(acc[t][chain], 0)), 0)
+
+            with T.serial(0, self.k // _CHAINS) as i:
+                for chain in range(0, _CHAINS, self.a_line):
+                    prefetch(self.a, slot, part, block, i * _CHAINS + chain + _AHEAD, 0)
+                for chain in range(_CHAINS):
+                    step(i * _CHAINS + chain, chain)
+            for chain in range(self.k % _CHAINS):
+                step(T.int32(self.k // _CHAINS * _CHAINS + chain), chain)
+            for t in range(rows):
+                one, two, three, four = (vec(acc[t][chain], 0) for chain in range(_CHAINS))
+                total = (one + two) + (three + four)
+                put(held, total * vec(self.scale, slot, part, block, 0), t, block * LANES)
+
+    def _up(
+        self, held: Buffer, row: Expr, rows: int, slot: Expr, part: tuple[int, int, int], rank: Expr
+    ) -> None:
+        """y += B held; `part`: its first block of columns, its first column, its width."""
+        block, start, width = part
+        whole = width // LANES
+
+        def blocks(first: Expr, count: int, lanes: int) -> None:
+            acc = [[register(f32s(0)) for _ in range(count)] for _ in range(rows)]
+            with T.serial(0, rank) as r:
+                for c in range(count):
+                    prefetch(self.b, slot, block + first + c + _COLUMNS, r, 0)
+                    w = self._load(self.b, slot, block + first + c, r, 0)
+                    for t in range(rows):
+                        put(acc[t][c], fma(splat(held[t, r]), w, vec(acc[t][c], 0)), 0)
+            for t in range(rows):
+                for c in range(count):
+                    self._store(acc[t][c], row + t, start + (first + c) * LANES, lanes)
+
+        with T.If(rank > 0), T.Then():
+            with T.serial(0, whole // _COLUMNS) as i:
+                blocks(i * _COLUMNS, _COLUMNS, LANES)
+            if whole % _COLUMNS:
+                blocks(T.int32(whole // _COLUMNS * _COLUMNS), whole % _COLUMNS, LANES)
+            if width % LANES:
+                blocks(T.int32(whole), 1, width % LANES)
+
+    def _store(self, acc: Buffer, row: Expr, column: Expr, lanes: int) -> None:
+        if lanes == LANES:
+            put(self.y, vec(self.y, row, column) + vec(acc, 0), row, column)
+            return
+        with T.serial(0, lanes) as j:
+            put1(self.y, self.y[row, column + j] + acc[j], row, column + j)
+
+
+def make_lora(*, parts: tuple[int, ...], k: int, dtype: str, isa: str) -> Any:
+    """y += B[adapter] (A[adapter] x) where adapter ≥ 0, as `ir/ops/lora.py` has it.
+
+    y float32 [T, N], written in place; x float32 [T, K]; adapter int32 [T]; rank int32 [A, P]; scale float32
+    [A, P, L, 16]; a `dtype` (float32 or int8) [A, P, L, K, 16]; b `dtype` [A, C, 16 · L, 16].
+    """
+    kernel = Kernel("lora", isa)
+    count = len(parts)
+    # Sums of several rows in all chains stay in registers where there are 32 of 16 lanes.
+    together = 4 if kernel.isa.live_vectors >= 32 else 1
+    with kernel:
+        tokens, slots, blocks = kernel.symbol("T"), kernel.symbol("A"), kernel.symbol("L")
+        y = kernel.argument("y", (tokens, sum(parts)), "float32")
+        x = kernel.argument("x", (tokens, k), "float32")
+        adapter = kernel.argument("adapter", (tokens,), "int32")
+        rank = kernel.argument("rank", (slots, count), "int32")
+        scale = kernel.argument("scale", (slots, count, blocks, LANES), "float32")
+        a = kernel.argument("a", (slots, count, blocks, k, LANES), dtype)
+        b = kernel.argument("b", (slots, column_blocks(parts), blocks * LANES, LANES), dtype)
+        change = _Change(parts, k, dtype, (y, x, rank, scale, a, b))
+
+        def alone(row: Expr) -> None:
+            with T.If(adapter[row] >= 0), T.Then():
+                change.add(row, 1, let(adapter[row]))
+
+        def several(row: Expr) -> None:
+            """The first of a group that has one adapter works for all; where they differ, each for itself."""
+            first = let(T.floordiv(row, T.int32(together)) * together)
+            same = tokens >= first + together
+            for t in range(1, together):
+                same = T.And(same, adapter[first] == adapter[T.min(first + t, tokens - 1)])
+            with T.If(same):
+                with T.Then(), T.If(T.And(row == first, adapter[first] >= 0)), T.Then():
+                    change.add(first, together, let(adapter[first]))
+                with T.Else():
+                    alone(row)
+
+        with kernel.body():
+            most = scalar(T.int32(-1), "int32")
+            with T.serial(0, tokens) as t:
+                put1(most, T.max(most[0], adapter[t]), 0)
+            with T.If(most[0] >= 0), T.Then(), T.parallel(0, tokens) as row:
+                (several if together > 1 else alone)(row)
+    return kernel.function

@@ -1,0 +1,97 @@
+"""Low-rank changes of linear layers, each token its own (Hu et al. 2021, section 4.1).
+
+The factors of many adapters stand in *slots*, in blocks of 16 as vectors take them:
+
+    a [A, P, L, K, 16]       a[s, p, l, k, i] = A[16 l + i, k], of part p of slot s
+    b [A, C, 16 · L, 16]     b[s, c, r, j]    = B[16 c + j, r], scaling multiplied in
+    scale [A, P, L, 16]      scale[s, p, l, i]  multiplies row 16 l + i of A x: with factors of int8, what a
+                             step of that row of A and of that column of B is worth
+
+Each part begins a block of b. A slots, 16 · L the largest rank, P parts, C = sum over parts of
+ceil(rows / 16). Parts are the layers that fusion has put one below the other (q, k and v): each has factors
+of its own over the same x. What lies beyond a part's rank or its rows is never read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..core import Op
+from ..define import Operand, op
+from ..errors import CompileError, VerifyError
+from ..types import TensorType
+
+Dims = Mapping[str, int]
+
+LANES = 16
+MOST_RANK = 256
+"""The largest rank: a row's A x is held in memory of this size."""
+FACTOR_DTYPES = ("float32", "int8")
+
+
+def column_blocks(parts: tuple[int, ...]) -> int:
+    """Blocks of 16 rows of the parts' B, each part's last one maybe not full."""
+    return sum(-(-rows // LANES) for rows in parts)
+
+
+@op("lora")
+class Lora(Op):
+    """y [T, N] + B[s] (scale[s] · A[s] x) for tokens of slot s = adapter[t]; y itself where that is negative.
+
+    x float32 [T, K]; adapter int32 [T]; rank int32 [A, P], 0 where a slot leaves a part alone; scale, a, b as
+    in the module's text; `parts`: rows of each part, N together. Computed in float32. A target may write in
+    place: y must not be read after this op but through its result.
+    """
+
+    y: Operand
+    x: Operand
+    adapter: Operand
+    rank: Operand
+    scale: Operand
+    a: Operand
+    b: Operand
+    parts: tuple[int, ...]
+
+    def infer(self) -> list[TensorType]:
+        n, k, count = self.y.shape[-1], self.x.shape[-1], len(self.parts)
+        fits = (
+            self.y.type.rank == self.x.type.rank == 2
+            and sum(self.parts) == n
+            and self.adapter.shape == self.x.shape[:1] == self.y.shape[:1]
+            and self.rank.shape[1:] == (count,)
+            and self.scale.shape[1:] == (count, self.a.shape[2], LANES)
+            and (self.a.shape[1], *self.a.shape[3:]) == (count, k, LANES)
+            and self.b.shape[1:] == (column_blocks(self.parts), LANES * self.a.shape[2], LANES)
+        )
+        if not fits:
+            raise CompileError(
+                f"lora: {self.y.type} by {self.x.type}, factors {self.a.type}, {self.b.type} ({self.loc})",
+                remedy=f"{count} parts of {list(self.parts)} rows",
+            )
+        return [self.y.type]
+
+    def verify(self) -> None:
+        if self.a.dtype not in FACTOR_DTYPES or self.a.dtype != self.b.dtype:
+            raise VerifyError(
+                f"lora: factors are {self.a.dtype} and {self.b.dtype}", remedy="both float32 or both int8"
+            )
+
+    def reference(self, dims: Dims, *args: Any) -> Any:
+        y, x, adapter, rank, scale, a, b = args
+        out = y.clone()
+        for slot in adapter.unique().tolist():
+            if slot < 0:
+                continue
+            rows = adapter == slot
+            first = start = 0
+            for part, count in enumerate(self.parts):
+                r, last = int(rank[slot, part]), first + -(-count // LANES)
+                down = a[slot, part].transpose(1, 2).flatten(0, 1)[:r].float()
+                up = b[slot, first:last].transpose(1, 2).flatten(0, 1)[:count, :r].float()
+                out[rows, start : start + count] += x[rows] @ down.T * scale[slot, part].flatten()[:r] @ up.T
+                first, start = last, start + count
+        return out
+
+
+__all__ = ["FACTOR_DTYPES", "LANES", "MOST_RANK", "Lora", "column_blocks"]

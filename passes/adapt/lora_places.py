@@ -1,0 +1,160 @@
+"""Places for adapters that are chosen per request: after each linear layer, what a token's adapter adds.
+
+    %1 = linear(%x, @w)                 %1 = linear(%x, @w)
+    %2 = add(%r, %1)           →        %2 = add(%r, %1)
+                                        %3 = lora(%2, %x, %adapter, %lora_rank.0, …)
+
+On the final graph, so that an artifact's text is all it takes. A sum with the residual stays beside its
+layer, whose kernel does it. The layers below one another in a merged projection are found by the weight's
+name, "….q_proj.weight+k_proj+v_proj", and by how its result is cut. `graph.facts["adapters"]` says what
+stands where: {"places": [{"k", "parts": [[module, rows], …], "dtype": of the factors}, …]}, in the order of
+the inputs' numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from ...ir.codebooks import codebook
+from ...ir.core import Graph, Op, Value
+from ...ir.errors import UnsupportedError
+from ...ir.ops.cache import GatherLast
+from ...ir.ops.lora import LANES, Lora, column_blocks
+from ...ir.ops.math import Add
+from ...ir.ops.nn import Embedding, GatedMlp, Linear
+from ...ir.ops.quant import QuantizedEmbedding, QuantizedLinear
+from ...ir.ops.shape import Slice
+from ...ir.types import TensorType, sym
+from ..base import Pass, PassContext, PassResult
+
+Parts = list[tuple[str, int]]
+"""(module, rows) of each layer in a weight, from its first row on."""
+
+SLOTS, BLOCKS = sym("A"), sym("L")
+_ENDS = (".q", ".transposed", ".weight")
+"""What passes put behind a module's name, the outermost first."""
+
+
+@dataclass(frozen=True)
+class PlaceAdapters(Pass):
+    """Make a paged graph take adapters as inputs."""
+
+    name = "place-adapters"
+    requires = "paged"
+
+    def run(self, graph: Graph, context: PassContext) -> PassResult:
+        found = [(op, parts) for op in graph.ops if (parts := _parts_of(graph, op))]
+        if not found:
+            raise UnsupportedError(
+                f"{graph.name} has no linear layer that an adapter could change",
+                remedy="leave --adapters away",
+            )
+        tokens = graph.input("token_ids")
+        adapter = graph.add_input("adapter", TensorType("int32", tokens.shape))
+        rows: dict[Any, Value] = {tokens.shape[0]: adapter}
+        places: list[dict[str, Any]] = []
+        for op, parts in found:
+            dtype = "int8" if _rounds(op) else "float32"
+            _place(graph, op, parts, _adapter_of(graph, op, rows), dtype, len(places))
+            places.append({"k": _width(op), "parts": [list(part) for part in parts], "dtype": dtype})
+        graph.facts["adapters"] = {"places": places}
+        return PassResult(graph, True)
+
+
+def _rounds(op: Op) -> bool:
+    """Whether a layer's codes are whole numbers: targets then multiply them by activations of 8 bits, and
+    factors of 8 bits lose no more than these.
+    """
+    quant = op.q.type.quant if isinstance(op, QuantizedLinear) else None
+    if quant is None:
+        return False
+    return quant.codebook is None or bool((codebook(quant.codebook) % 1 == 0).all())
+
+
+def _width(op: Op) -> int:
+    k = op.operands[0].shape[-1]
+    assert isinstance(k, int)
+    return k
+
+
+def _parts_of(graph: Graph, op: Op) -> Parts | None:
+    """The layers in an op's weight; None where it is no layer, or one that cannot be told apart."""
+    if not isinstance(op, Linear | QuantizedLinear) or op.x.type.rank != 2 or op.x.dtype != "float32":
+        return None
+    weight = op.q if isinstance(op, QuantizedLinear) else op.weight
+    rows = weight.shape[0]
+    if not weight.is_weight or not isinstance(rows, int) or op.result.dtype != "float32":
+        return None
+    if any(isinstance(user, Embedding | QuantizedEmbedding) for user in weight.users):
+        return [(op.loc, rows)] if op.loc else None  # tied: the weight has the embedding's name
+    first, *others = _base(weight.name).split("+")
+    first = first.removesuffix(".weight")
+    if not others:
+        return [(first, rows)]
+    widths = _cuts(op.result)
+    if widths is None or len(widths) != 1 + len(others) or sum(widths) != rows:
+        return None
+    above = first.rpartition(".")[0]
+    names = [first, *(f"{above}.{name}" if above else name for name in others)]
+    return list(zip(names, widths, strict=True))
+
+
+def _base(name: str) -> str:
+    for end in _ENDS:
+        name = name.removesuffix(end)
+    return name
+
+
+def _cuts(y: Value) -> list[int] | None:
+    """Widths of the columns that are read apart, in order; None where something reads all of them."""
+    width = y.shape[-1]
+    if not isinstance(width, int):
+        return None
+    edges = {0, width}
+    for user in y.users:
+        if isinstance(user, GatedMlp):
+            edges.add(width // 2)
+        elif isinstance(user, Slice) and user.axis in (-1, y.type.rank - 1) and user.step == 1:
+            if not isinstance(user.start, int) or not isinstance(user.stop, int):
+                return None
+            edges |= {user.start, user.stop}
+        else:
+            return None
+    return [b - a for a, b in pairwise(sorted(edges))]
+
+
+def _adapter_of(graph: Graph, op: Op, rows: dict[Any, Value]) -> Value:
+    """The slot of each row that an op computes: of each token, or of those whose logits are wanted."""
+    count = op.operands[0].shape[0]
+    if count not in rows:
+        rows[count] = graph.insert(GatherLast(graph.input("adapter"), graph.input("output_index")), op).result
+    return rows[count]
+
+
+def _place(graph: Graph, op: Op, parts: Parts, adapter: Value, dtype: str, number: int) -> None:
+    widths = tuple(rows for _, rows in parts)
+    shape = (SLOTS, len(parts), BLOCKS, _width(op), LANES)
+    rank = graph.add_input(f"lora_rank.{number}", TensorType("int32", (SLOTS, len(parts))))
+    scale = graph.add_input(f"lora_scale.{number}", TensorType("float32", (*shape[:3], LANES)))
+    a = graph.add_input(f"lora_a.{number}", TensorType(dtype, shape))
+    b = graph.add_input(
+        f"lora_b.{number}", TensorType(dtype, (SLOTS, column_blocks(widths), LANES * BLOCKS, LANES))
+    )
+    y = op.results[0]
+    users = list(y.uses)
+    if len(users) == 1 and not graph.output_uses(y) and isinstance(users[0][0], Add):
+        total = users[0][0]
+        if total.a.type == total.b.type:
+            y = total.results[0]
+    new = Lora(y, op.operands[0], adapter, rank, scale, a, b, parts=widths)
+    assert y.producer is not None
+    new.loc = op.loc
+    following = y.producer.next
+    graph.replace_uses(y, new.result)
+    graph.set_operand(new, 0, y)
+    graph.insert(new, before=following)
+
+
+__all__ = ["PlaceAdapters"]

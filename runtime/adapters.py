@@ -1,0 +1,318 @@
+"""Adapters that are chosen per request: what a model's kernels have places for, and which are loaded.
+
+An adapter's factors stand in a slot of the executor's memory; each token of a step says which slot is its
+own. `AdapterRegistry` belongs to the engine: it gives names to slots, and takes a slot back when no request
+uses it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from ..codegen.artifact import Artifact
+from ..ir.adapters import listed
+from ..ir.errors import ArtifactError, InputError, LlmcError, UnsupportedError
+from .executor.base import Executor
+
+if TYPE_CHECKING:
+    from ..ir.adapters import Adapter, LowRank
+
+Factor = tuple[np.ndarray, np.ndarray]
+"""(A [r, K], B [rows, r]) of one layer, float32, the scaling multiplied into B."""
+Factors = Mapping[int, Sequence[Factor | None]]
+"""By the number of a place, a factor for each of its parts; None where the part stays as it is."""
+
+_MERGE = "merge it: llmc compile MODEL --lora FOLDER"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Linear layers that one kernel computes, below one another.
+
+    Attributes:
+        k: columns of each.
+        parts: (module, rows) of each.
+        dtype: of factors in memory, "float32" or "int8".
+    """
+
+    k: int
+    parts: tuple[tuple[str, int], ...]
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class AdapterPlaces:
+    """What a target's kernels can change, by the manifest.
+
+    Attributes:
+        most_rank: the largest rank.
+        places: in the order of the kernels' arguments.
+    """
+
+    most_rank: int
+    places: tuple[Place, ...]
+    _where: dict[str, tuple[int, int]] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        where = {
+            module: (i, p) for i, place in enumerate(self.places) for p, (module, _) in enumerate(place.parts)
+        }
+        object.__setattr__(self, "_where", where)
+
+    @staticmethod
+    def parse(entry: Mapping[str, Any]) -> AdapterPlaces | None:
+        """Of a target's entry in the manifest; None where its kernels take none. Raises ArtifactError."""
+        found = entry.get("adapters")
+        if found is None:
+            return None
+        try:
+            places = tuple(
+                Place(
+                    int(one["k"]),
+                    tuple((str(module), int(rows)) for module, rows in one["parts"]),
+                    str(one["dtype"]),
+                )
+                for one in found["places"]
+            )
+            return AdapterPlaces(int(found["most_rank"]), places)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ArtifactError(
+                f"the manifest's adapters are incomplete ({error})", remedy="compile the model again"
+            ) from None
+
+    def factors(self, adapter: Adapter) -> Factors:
+        """An adapter's matrices where they belong.
+
+        Raises InputError where it was made for another model, naming modules and shapes, and UnsupportedError
+        for what can only be merged.
+        """
+        _refuse_what_is_merged(adapter)
+        self._refuse_strangers(adapter)
+        found: dict[int, list[Factor | None]] = {}
+        for module, change in adapter.changes.items():
+            place, part = self._where[module]
+            rank = change.a.shape[0]
+            if rank > self.most_rank:
+                raise UnsupportedError(
+                    f"{change.a.source} of adapter {adapter} has the rank {rank}; requests choose among "
+                    f"adapters of at most {self.most_rank}",
+                    remedy=_MERGE,
+                )
+            parts = found.setdefault(place, [None] * len(self.places[place].parts))
+            a, b = change.a.read().astype(np.float32), change.b.read().astype(np.float32)
+            with np.errstate(over="ignore", invalid="ignore"):
+                parts[part] = a, b * np.float32(change.scaling)
+        return found
+
+    def _refuse_strangers(self, adapter: Adapter) -> None:
+        unknown = [module for module in adapter.changes if module not in self._where]
+        if unknown:
+            raise InputError(
+                f"adapter {adapter} changes {listed(unknown)}, which this model has no place for; it has "
+                f"{listed(self._kinds())}",
+                remedy="give an adapter of this model" + ("" if len(unknown) > 1 else f", or {_MERGE}"),
+            )
+        wrong: list[str] = []
+        for module, change in adapter.changes.items():
+            place, part = self._where[module]
+            wanted = (self.places[place].parts[part][1], self.places[place].k)
+            given = (change.b.shape[0], change.a.shape[1])
+            if given != wanted:
+                wrong.append(f"{module} {list(given)} where the model has {list(wanted)}")
+        if wrong:
+            raise InputError(
+                f"adapter {adapter} is of a model of other sizes: {listed(wrong)}",
+                remedy="give an adapter of this model",
+            )
+
+    def _kinds(self) -> list[str]:
+        """The last parts of the modules' names: q_proj, k_proj, …"""
+        return list(dict.fromkeys(module.rpartition(".")[2] for module in self._where))
+
+
+def _refuse_what_is_merged(adapter: Adapter) -> None:
+    if adapter.replaced.keys() - adapter.optional:
+        what = f"replaces {listed(list(adapter.replaced))} (modules_to_save)"
+    else:
+        kinds = {kind for change in adapter.changes.values() for kind in _merged_kinds(change)}
+        if not kinds:
+            return
+        what = f"has {' and '.join(sorted(kinds))}"
+    raise UnsupportedError(f"adapter {adapter} {what}, which cannot be chosen per request", remedy=_MERGE)
+
+
+def _merged_kinds(change: LowRank) -> list[str]:
+    kinds = ["magnitudes (DoRA)"] if change.magnitude is not None else []
+    kinds += ["biases (lora_bias)"] if change.bias is not None else []
+    return kinds + (["changes of embeddings"] if change.embedding else [])
+
+
+@runtime_checkable
+class TakesAdapters(Protocol):
+    """An executor whose kernels have places for adapters."""
+
+    adapter_places: AdapterPlaces | None
+
+    def set_adapter(self, slot: int, factors: Factors) -> None:
+        """Fill a slot. Between two steps."""
+        ...
+
+
+class AdapterInUseError(LlmcError):
+    """Requests that run use the adapter."""
+
+
+@dataclass(eq=False, slots=True)
+class LoadedAdapter:
+    """An adapter in a slot.
+
+    Attributes:
+        salt: of its prefixes in the cache, by what it adds: whatever its name, and in any process.
+        rank: the largest of its layers'.
+        removed: it gave its slot back.
+    """
+
+    name: str
+    path: str
+    slot: int
+    salt: bytes
+    rank: int
+    removed: bool = False
+
+
+@dataclass(frozen=True)
+class ReadAdapter:
+    """An adapter that was read and checked, not yet in a slot."""
+
+    name: str
+    path: str
+    rank: int
+    factors: Factors
+
+    def digest(self) -> bytes:
+        """Tells adapters apart by what they add, whatever they are called."""
+        found = hashlib.sha256(b"adapter")
+        for place, parts in sorted(self.factors.items()):
+            for p, part in enumerate(parts):
+                for array in part or ():
+                    found.update(b"%d %d %d %d " % (place, p, *array.shape))
+                    found.update(array.tobytes())
+        return found.digest()
+
+
+class AdapterRegistry:
+    """The adapters of one engine. `put` and `remove` belong between two steps."""
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self._loaded: dict[str, LoadedAdapter] = {}
+        self.default: str | None = None
+        """What requests use that name none; None is the model as it is."""
+
+    @property
+    def possible(self) -> bool:
+        """Whether the kernels take adapters."""
+        return isinstance(self._executor, TakesAdapters) and self._executor.adapter_places is not None
+
+    def names(self) -> list[str]:
+        """Those that are loaded, in order."""
+        return list(self._loaded)
+
+    def get(self, name: str | None) -> LoadedAdapter | None:
+        """The adapter of a request, None for the model as it is. Raises InputError for an unknown name."""
+        name = self.default if name is None else name
+        if name is None:
+            return None
+        found = self._loaded.get(name)
+        if found is None:
+            raise InputError(
+                f"no adapter is called {name[:200]!r}", remedy=f"loaded: {', '.join(self._loaded) or 'none'}"
+            )
+        return found
+
+    def read(self, name: str, path: str | os.PathLike[str]) -> ReadAdapter:
+        """Read an adapter's folder; nothing changes. Raises InputError or UnsupportedError, naming the file
+        and what is wrong.
+        """
+        places = self._executor.adapter_places if isinstance(self._executor, TakesAdapters) else None
+        if places is None:
+            raise UnsupportedError(
+                "this artifact's kernels have no places for adapters",
+                remedy="compile the model with --adapters, or the adapter into it with --lora",
+            )
+        from ..frontend.lora import read_adapter
+
+        adapter = read_adapter(path)
+        rank = max((change.a.shape[0] for change in adapter.changes.values()), default=0)
+        return ReadAdapter(name, str(Path(path)), rank, places.factors(adapter))
+
+    def put(self, adapter: ReadAdapter) -> LoadedAdapter:
+        """Give an adapter a slot. Raises InputError where the name is taken."""
+        if adapter.name in self._loaded:
+            raise InputError(
+                f"an adapter is called {adapter.name!r} already",
+                remedy="remove that one, or use another name",
+            )
+        assert isinstance(self._executor, TakesAdapters)
+        taken = {one.slot for one in self._loaded.values()}
+        slot = next(slot for slot in itertools.count() if slot not in taken)
+        self._executor.set_adapter(slot, adapter.factors)
+        loaded = LoadedAdapter(adapter.name, adapter.path, slot, adapter.digest(), adapter.rank)
+        self._loaded[adapter.name] = loaded
+        return loaded
+
+    def remove(self, name: str, used: int) -> None:
+        """Give a slot back; `used` is the number of requests that have it. Raises AdapterInUseError where
+        there are any, InputError for an unknown name.
+        """
+        found = self.get(name)
+        assert found is not None
+        if used:
+            raise AdapterInUseError(
+                f"adapter {name!r} is used by {used} running request{'s' if used > 1 else ''}",
+                remedy="try again when they are finished",
+            )
+        del self._loaded[name]
+        found.removed = True
+        if self.default == name:
+            self.default = None
+
+
+def check_places(artifact: Artifact, executor: Executor) -> None:
+    """Raise UnsupportedError, with the command that compiles it again, where an artifact's kernels take no
+    adapters.
+    """
+    if isinstance(executor, TakesAdapters) and executor.adapter_places is not None:
+        return
+    name = getattr(executor, "target_name", None) or "this target"
+    if "tvm-cpu" in artifact.targets and name != "tvm-cpu":
+        raise UnsupportedError(
+            f"{name} takes no adapters per request", remedy="open it with --target tvm-cpu"
+        )
+    command = [str(word) for word in artifact.manifest.get("command") or ("llmc", "compile", "MODEL")]
+    remedy = f"compile it with --adapters: {' '.join([*command, '--adapters', '-o', artifact.root.name])}"
+    raise UnsupportedError(
+        f"the kernels of {artifact.root.name} have no places for adapters",
+        remedy=remedy if name == "tvm-cpu" else f"{_MERGE}; only tvm-cpu chooses adapters per request",
+    )
+
+
+__all__ = [
+    "AdapterInUseError",
+    "AdapterPlaces",
+    "AdapterRegistry",
+    "Factor",
+    "Factors",
+    "LoadedAdapter",
+    "Place",
+    "TakesAdapters",
+    "check_places",
+]

@@ -1,0 +1,52 @@
+"""Adapters for tests: as PEFT saves them, every matrix drawn at random (B starts at zero in PEFT, and would
+test nothing), or written by hand.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import save_file
+
+
+def adapter(model: Any, folder: Path, *, seed: int = 3, scale: float = 0.2, **options: Any) -> Any:
+    """PEFT's model over `model` with every adapter weight drawn, saved to a folder."""
+    import peft
+
+    config = peft.LoraConfig(**{"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", **options})
+    adapted: Any = peft.get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(adapted.named_parameters()):
+            if "lora_" in name:
+                drawn = torch.randn(parameter.shape, generator=generator) * scale
+                parameter.add_(drawn) if "magnitude" in name else parameter.copy_(drawn)
+            elif "modules_to_save" in name:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    adapted.save_pretrained(str(folder))
+    return adapted
+
+
+def write_adapter(folder: Path, modules: Mapping[str, tuple[np.ndarray, np.ndarray]], **config: Any) -> Path:
+    """A folder with A [r, K] and B [N, r] of each module, by its name in the model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, np.ndarray] = {}
+    for module, (a, b) in modules.items():
+        tensors[f"base_model.model.{module}.lora_A.weight"] = a
+        tensors[f"base_model.model.{module}.lora_B.weight"] = b
+    save_file(tensors, folder / "adapter_model.safetensors")
+    rank = len(next(iter(modules.values()))[0])
+    given = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, **config}
+    (folder / "adapter_config.json").write_text(json.dumps(given))
+    return folder
+
+
+def edit(folder: Path, **config: Any) -> None:
+    """Change keys of a folder's configuration."""
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))

@@ -1,0 +1,101 @@
+"""The kernel of `lora` against the operation's own meaning and a plain product in float64; a row's bits do
+not depend on the rows beside it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from llmc.codegen.tvm import kernels
+from llmc.ir.errors import CompileError, VerifyError
+from llmc.ir.ops.lora import LANES, Lora, column_blocks
+
+from .kernel_harness import call, close, meaning, normal, value, vector_levels
+
+SHAPES = [((48,), 64), ((40, 7, 16), 37), ((5,), 3), ((80, 80), 130)]
+
+
+def factors(
+    parts: tuple[int, ...], k: int, ranks: list[list[int]], dtype: str, blocks: int
+) -> tuple[list[list[tuple[np.ndarray, np.ndarray]]], list[np.ndarray]]:
+    """(A, B) of each slot and part as float64, and the arrays rank, scale, a, b; what nothing may read would
+    show.
+    """
+    rng = np.random.default_rng(5)
+    slots = len(ranks)
+    unread = np.nan if dtype == "float32" else 127
+    scale = rng.uniform(0.5, 2, (slots, len(parts), blocks, LANES)).astype(np.float32)
+    a = np.full((slots, len(parts), blocks, k, LANES), unread, dtype)
+    b = np.full((slots, column_blocks(parts), blocks * LANES, LANES), unread, dtype)
+    plain: list[list[tuple[np.ndarray, np.ndarray]]] = []
+    for s, of_slot in enumerate(ranks):
+        plain.append([])
+        block = 0
+        for p, (rows, r) in enumerate(zip(parts, of_slot, strict=True)):
+            large = 1 if dtype == "float32" else 40
+            down = (large * rng.standard_normal((r, k))).astype(dtype)
+            up = (large * rng.standard_normal((rows, r))).astype(dtype)
+            scaled = down.astype(np.float64) * scale[s, p].reshape(-1)[:r, None]
+            plain[-1].append((scaled, up.astype(np.float64)))
+            for i in range(-(-r // LANES) * LANES):  # the rest of a block is computed too
+                a[s, p, i // LANES, :, i % LANES] = down[i] if i < r else 0
+            for j in range(rows):
+                b[s, block + j // LANES, :r, j % LANES] = up[j]
+            block += -(-rows // LANES)
+    return plain, [np.array(ranks, np.int32), scale, a, b]
+
+
+def run(isa: str, parts: tuple[int, ...], dtype: str, arrays: list[np.ndarray]) -> np.ndarray:
+    """`arrays`: y, x, adapter, rank, scale, a, b. The kernel takes y as its first operand."""
+    k = arrays[1].shape[1]
+
+    tensors = [arrays[0].copy(), *arrays[1:]]
+    results = call(
+        kernels.make_lora, isa, {"parts": parts, "k": k, "dtype": dtype}, *tensors, outputs=len(tensors)
+    )
+    return results[0]
+
+
+@vector_levels
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize(("parts", "k"), SHAPES)
+def test_is_the_product(isa: str, dtype: str, parts: tuple[int, ...], k: int) -> None:
+    ranks = [[(5 + 7 * s + 11 * p) % 34 for p in range(len(parts))] for s in range(3)]
+    ranks[1][0] = 0
+    plain, given = factors(parts, k, ranks, dtype, blocks=3)
+    for adapter in ([0], [-1], [2, 2, -1, 0, 1], [-1] * 5, [0] * 66 + [1, -1] + [2] * 70):
+        slots = np.array(adapter, np.int32)
+        x, y = normal(len(slots), k), normal(len(slots), sum(parts), seed=1)
+        found = run(isa, parts, dtype, [y, x, slots, *given])
+        expected = y.astype(np.float64)
+        for t, s in enumerate(adapter):
+            start = 0
+            for (down, up), rows in zip(plain[s], parts, strict=True):
+                if s >= 0:
+                    expected[t, start : start + rows] += up @ (down @ x[t].astype(np.float64))
+                start += rows
+        close(found, expected, 3e-6)
+        np.testing.assert_array_equal(found[slots < 0], y[slots < 0])
+        op = Lora(*map(value, (y, x, slots, *given)), parts=parts)
+        close(meaning(op, y, x, slots, *given), expected, 3e-6)
+        for t in range(0, len(slots), 13):  # alone, and in other company
+            one = run(isa, parts, dtype, [y[t : t + 1], x[t : t + 1], slots[t : t + 1], *given])
+            np.testing.assert_array_equal(one[0], found[t])
+
+
+def test_nothing_to_do() -> None:
+    _, given = factors((16,), 8, [[4]], "float32", blocks=1)
+    empty = [np.zeros((0, 16), np.float32), np.zeros((0, 8), np.float32), np.zeros(0, np.int32)]
+    assert run("generic", (16,), "float32", [*empty, *given]).shape == (0, 16)
+
+
+def test_shapes_must_agree() -> None:
+    _, (rank, scale, a, b) = factors((16, 16), 8, [[4, 4]], "float32", blocks=1)
+    x, slots = normal(3, 8), np.zeros(3, np.int32)
+    with pytest.raises(CompileError, match=r"lora: float32\[3, 30\]"):
+        Lora(*map(value, (normal(3, 30), x, slots, rank, scale, a, b)), parts=(16, 16))
+    mixed = Lora(
+        *map(value, (normal(3, 32), x, slots, rank, scale, a, np.zeros_like(b, np.int8))), parts=(16, 16)
+    )
+    with pytest.raises(VerifyError, match="float32 and int8"):
+        mixed.verify()

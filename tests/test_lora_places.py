@@ -1,0 +1,172 @@
+"""The pass that makes places for adapters: where it applies, what it refuses, and its numbers through the
+interpreter beside PEFT's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from llmc.frontend.lora import read_adapter
+from llmc.ir.core import Graph
+from llmc.ir.errors import InputError, UnsupportedError
+from llmc.ir.interpreter import run
+from llmc.ir.ops.lora import MOST_RANK, Lora
+from llmc.ir.parser import parse
+from llmc.ir.printer import print_graph
+from llmc.passes.adapt.lora_places import PlaceAdapters
+from llmc.passes.base import PassContext
+from llmc.passes.manager import run_passes
+from llmc.passes.quantize.walk import QuantizeRtn
+from llmc.runtime.adapters import AdapterPlaces
+from llmc.runtime.executor.adapter_memory import AdapterMemory
+
+from .graphs import lowered, traced, worst
+from .lora_files import adapter
+from .models import ids_of, reference_logits, tiny_model
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT still calls what transformers deprecates
+
+
+def placed(graph: Graph) -> Graph:
+    return run_passes(graph, [PlaceAdapters()], PassContext())[0]
+
+
+def places_of(graph: Graph) -> AdapterPlaces:
+    found = AdapterPlaces.parse({"adapters": {**graph.facts["adapters"], "most_rank": MOST_RANK}})
+    assert found is not None
+    return found
+
+
+def logits(graph: Graph, ids: Sequence[int], slots: Sequence[int], arrays: dict[str, np.ndarray]) -> Any:
+    """Of one sequence on fresh pages, a slot a token."""
+    count, size = len(ids), int(graph.facts["page_size"])
+    pages = -(-count // size)
+    given = {
+        "token_ids": ids,
+        "positions": range(count),
+        "slot_mapping": range(count),
+        "query_start": [0, count],
+        "context_len": [count],
+        "block_table": [list(range(pages))],
+        "output_index": range(count),
+        "adapter": slots,
+    }
+    inputs = {n: torch.tensor(list(v), dtype=torch.int32) for n, v in given.items()}
+    inputs |= {name: torch.from_numpy(array) for name, array in arrays.items()}
+    for i, kv in enumerate(graph.facts["kv"]):
+        inputs[f"kv_pages.{i}"] = torch.zeros(2, pages, size, kv["heads"], kv["head_dim"])
+    return run(graph, inputs)[0]
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt2", "phi3"])
+def test_numbers_are_those_of_peft(family: str, tmp_path: Path) -> None:
+    """Merged projections and residuals, weights that were transposed, modules that are fused by design."""
+    pytest.importorskip("peft")
+    graph = placed(lowered(traced(tiny_model(family)), "paged")[0])
+    assert print_graph(parse(print_graph(graph))) == print_graph(graph)
+    options = {"gpt2": {"fan_in_fan_out": True, "target_modules": ["c_attn", "c_proj", "c_fc"]}}
+    adapted = adapter(tiny_model(family), tmp_path, **options.get(family, {"target_modules": "all-linear"}))
+    arrays: dict[str, np.ndarray] = {}
+    memory = AdapterMemory(places_of(graph), lambda s, dtype: np.zeros(s, dtype), arrays.__setitem__)
+    memory.set(1, places_of(graph).factors(read_adapter(tmp_path)))
+    ids = ids_of(21)
+    base, wanted = reference_logits(tiny_model(family), ids), reference_logits(adapted, ids)
+    assert worst(logits(graph, ids, [1] * 21, arrays), wanted) < 2e-5
+    assert worst(logits(graph, ids, [-1] * 21, arrays), base) < 2e-5
+    assert worst(wanted, base) > 1e-2
+
+
+def test_where_it_applies() -> None:
+    graph, records = lowered(traced(tiny_model("qwen2")), "paged")
+    assert records
+    layers = placed(graph).facts["adapters"]["places"]
+    assert {place["dtype"] for place in layers} == {"float32"}
+    names = [[module.rpartition(".")[2] for module, _ in place["parts"]] for place in layers]
+    assert names == [
+        *2 * [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]],
+        ["lm_head"],
+    ]
+    assert [rows for _, rows in layers[0]["parts"]] == [64, 32, 32]
+    # The sums with the residual come before, where the linear layers' kernels do them.
+    after = [op.y.producer.opname for op in graph if isinstance(op, Lora) if op.y.producer is not None]
+    assert after == [*2 * ["linear", "add", "linear", "add"], "linear"]
+
+
+def test_factors_over_whole_codes_are_8_bits_wide() -> None:
+    graph, _ = lowered(traced(tiny_model("llama")), "paged", [QuantizeRtn(bits=8, group=32)])
+    places = placed(graph).facts["adapters"]["places"]
+    assert [place["dtype"] for place in places] == [
+        *8 * ["int8"],
+        "float32",
+    ]  # the head is not quantized here
+
+
+def test_a_graph_without_linear_layers_is_refused() -> None:
+    graph = parse(
+        """graph "g" stage="paged"
+        input %token_ids : int32[T]
+        weight @"w" : float32[4, 8]
+        %0 : float32[T, 8] = embedding(%token_ids, @"w")
+        return "logits" = %0"""
+    )
+    with pytest.raises(UnsupportedError, match="g has no linear layer that an adapter could change"):
+        placed(graph)
+
+
+def memory_of(dtype: str) -> tuple[AdapterMemory, dict[str, np.ndarray]]:
+    places = AdapterPlaces.parse(
+        {
+            "adapters": {
+                "most_rank": 64,
+                "places": [{"k": 5, "parts": [["a", 3], ["b", 20]], "dtype": dtype}],
+            }
+        }
+    )
+    assert places is not None
+    arrays: dict[str, np.ndarray] = {}
+    return AdapterMemory(places, lambda s, d: np.zeros(s, d), arrays.__setitem__), arrays
+
+
+def product(arrays: dict[str, np.ndarray], slot: int, part: int) -> np.ndarray:
+    """B A of a part, read back from blocks."""
+    rank = int(arrays["lora_rank.0"][slot, part])
+    rows, first = (3, 0) if part == 0 else (20, 1)
+    a = arrays["lora_a.0"][slot, part].astype(np.float64).transpose(0, 2, 1).reshape(-1, 5)[:rank]
+    b = arrays["lora_b.0"][slot, first : first + -(-rows // 16)].astype(np.float64).transpose(0, 2, 1)
+    scale = arrays["lora_scale.0"][slot, part].reshape(-1)[:rank, None]
+    return b.reshape(-1, b.shape[2])[:rows, :rank] @ (scale * a)
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("float32", 1e-6), ("int8", 0.03)])
+def test_memory_grows_and_keeps_what_was_in_it(dtype: str, error: float) -> None:
+    memory, arrays = memory_of(dtype)
+    rng = np.random.default_rng(0)
+    kept: dict[tuple[int, int], np.ndarray] = {}
+    for slot, rank, scale in ((0, 3, 1.0), (1, 17, 1e-6), (5, 40, 1e4), (0, 2, 1e-4)):
+        given: list[Any] = []
+        for part, rows in enumerate((3, 20)):
+            a = rng.standard_normal((rank, 5)).astype(np.float32)
+            b = (scale * rng.standard_normal((rows, rank))).astype(np.float32)
+            kept[slot, part] = b.astype(np.float64) @ a
+            given.append((a, b))
+        memory.set(slot, {0: given})
+        for (known, part), wanted in kept.items():
+            found = product(arrays, known, part)
+            assert np.abs(found - wanted).max() < error * np.abs(wanted).max()
+    memory.set(1, {})
+    assert not arrays["lora_rank.0"][1].any() and arrays["lora_rank.0"][5].tolist() == [40, 40]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_factors_beyond_floats_are_refused(dtype: str) -> None:
+    memory, _ = memory_of(dtype)
+    large = np.full((1, 5), 1e30, np.float32), np.full((3, 1), np.inf, np.float32)
+    with pytest.raises(InputError, match="the adapter's change of a is beyond what float32 holds"):
+        memory.set(0, {0: [large, None]})
+    nothing = np.zeros((2, 5), np.float32), np.zeros((3, 2), np.float32)
+    memory.set(0, {0: [nothing, None]})
