@@ -1,273 +1,294 @@
 """Which of transformers' families compile, tried on tiny random configurations.
 
-    python -m tests.families                 prints the table
-    python -m tests.families --write         writes it into docs/models.md
+    python -m tests.families                 tries what changed since the last run, and prints the table
+    python -m tests.families --write         writes it into docs/families.md as well
     python -m tests.families gemma opt       tries some
+    python -m tests.families --failed        tries again what does not match
 
-For each family: trace, fuse, page, run the paged graph by the interpreter over two sequences in one batch,
-one of them in two chunks, and compare its rows with those of transformers in float32. Nothing here knows how
-a family works; the options only make it small.
+For each family: a model with random weights is saved as a Hugging Face folder, opened, traced, fused and
+paged as `llmc compile` does it; the interpreter runs the paged graph over two sequences in one batch, one of
+them in two chunks, and its rows are compared with those of transformers in float32. The same once more after
+the scheme `int8`. Each family is tried in a process of its own, which has a limited time.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
+import json
 import logging
+import multiprocessing
 import os
+import tempfile
+import time
 import warnings
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from llmc.ir.errors import LlmcError
 
-from .graphs import PagedRun, lowered, traced, worst
+from . import family_configs
+from .family_configs import NOT_BUILT, families, random_model, small_config, token_ids, type_of
 
-VOCAB_SIZE = 384
-TOLERANCE = 1e-4
-DOCS = Path(__file__).resolve().parent.parent / "docs" / "models.md"
-
-_COMMON: dict[str, Any] = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-_GPT: dict[str, Any] = {
-    "vocab_size": VOCAB_SIZE,
-    "n_embd": 64,
-    "n_layer": 2,
-    "n_head": 4,
-    "n_positions": 256,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-_HYBRID = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 12}
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs" / "families.md"
+RESULTS = Path("~/.cache/llmc-tests/families.json").expanduser()
+TOLERANCE = 2e-3
+"""Of float32: the largest absolute difference of any logit or hidden state."""
+INT8_TOLERANCE = 0.1
+"""Of int8: root mean square of the difference over that of the values."""
+SECONDS = 180
+STATUSES = ("equal", "differs", "bug", "refused", "not built", "not tried")
 
 
-@dataclass(frozen=True)
-class Family:
-    """`name`Config and `name`ForCausalLM (or `name`Model, an encoder) of transformers, made small."""
+@dataclass
+class Outcome:
+    """What came of a family. `status`: "equal", "differs", "refused" (by llmc, `reason` is its sentence), or
+    "not built" (transformers itself does not run it small).
 
-    name: str
-    options: dict[str, Any] = field(default_factory=dict[str, Any])
-    base: str = "common"
-    encoder: bool = False
-    config: str = ""
-    model: str = ""
+    Differences are None where it did not come to that: `float32` the largest absolute one, `int8` relative.
+    """
 
-    def build(self) -> Any:
-        """A float32 model with seeded random weights, every parameter drawn."""
-        import torch
-        import transformers
-
-        base = {"common": _COMMON, "gpt": _GPT, "none": {}}[self.base]
-        config = getattr(transformers, self.config or f"{self.name}Config")(**{**base, **self.options})
-        named = self.model or self.name + ("Model" if self.encoder else "ForCausalLM")
-        kind = getattr(transformers, named)
-        torch.manual_seed(0)
-        model = kind(config).to(torch.float32).eval()
-        with torch.no_grad():
-            for label, parameter in model.named_parameters():
-                if parameter.ndim > 1:
-                    parameter.normal_(std=1.4 / parameter.shape[-1] ** 0.5)
-                else:
-                    parameter.normal_(mean=float("norm" in label and "weight" in label), std=0.2)
-        return model
+    status: str
+    reason: str = ""
+    task: str = ""
+    float32: float | None = None
+    int8: float | None = None
+    int8_reason: str = ""
+    largest: float | None = None
+    seconds: float = 0.0
+    key: str = ""
 
 
-FAMILIES: dict[str, Family] = {
-    "llama": Family("Llama"),
-    "mistral": Family("Mistral", {"sliding_window": 12}),
-    "ministral": Family("Ministral", {"head_dim": 16, **_HYBRID}),
-    "ministral3": Family("Ministral3"),
-    "qwen2": Family("Qwen2"),
-    "qwen3": Family("Qwen3", {"head_dim": 32}),
-    "gemma": Family("Gemma", {"head_dim": 32}),
-    "gemma2": Family("Gemma2", {"head_dim": 32, "query_pre_attn_scalar": 24, **_HYBRID}),
-    "gemma3": Family(
-        "Gemma3", {"head_dim": 32, "query_pre_attn_scalar": 24, **_HYBRID}, config="Gemma3TextConfig"
-    ),
-    "vaultgemma": Family("VaultGemma", {"head_dim": 32, "query_pre_attn_scalar": 24, **_HYBRID}),
-    "cohere": Family("Cohere"),
-    "cohere2": Family("Cohere2", {**_HYBRID}),
-    "starcoder2": Family("Starcoder2", {"sliding_window": 12}),
-    "stablelm": Family("StableLm", {"partial_rotary_factor": 0.5}),
-    "falcon": Family("Falcon", {"num_kv_heads": 2, "new_decoder_architecture": True, "alibi": False}),
-    "falcon (alibi)": Family("Falcon", {"alibi": True, "new_decoder_architecture": False}),
-    "opt": Family("OPT", {"ffn_dim": 96, "word_embed_proj_dim": 64}),
-    "bloom": Family("Bloom", {"n_layer": 2, "n_head": 4}),
-    "mpt": Family("Mpt", {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 256}),
-    "gpt2": Family("GPT2", base="gpt", model="GPT2LMHeadModel"),
-    "gpt_bigcode": Family("GPTBigCode", base="gpt"),
-    "gptj": Family("GPTJ", {"rotary_dim": 8}, base="gpt"),
-    "codegen": Family("CodeGen", {"rotary_dim": 8}, base="gpt"),
-    "gpt_neo": Family(
-        "GPTNeo",
-        {
-            "hidden_size": 64,
-            "num_layers": 2,
-            "num_heads": 4,
-            "attention_types": [[["global", "local"], 1]],
-            "window_size": 12,
-            "vocab_size": VOCAB_SIZE,
-            "max_position_embeddings": 256,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-        },
-        base="none",
-    ),
-    "gpt_neox": Family("GPTNeoX"),
-    "gpt_oss": Family(
-        "GptOss", {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, **_HYBRID}
-    ),
-    "phi": Family("Phi", {"partial_rotary_factor": 0.5}),
-    "phi3": Family("Phi3", {"sliding_window": 12}),
-    "olmo": Family("Olmo", {"clip_qkv": 8.0}),
-    "olmo2": Family("Olmo2"),
-    "olmo3": Family("Olmo3", {**_HYBRID}),
-    "exaone4": Family("Exaone4", {**_HYBRID}),
-    "smollm3": Family("SmolLM3"),
-    "glm": Family("Glm", {"head_dim": 16}),
-    "glm4": Family("Glm4", {"head_dim": 16}),
-    "nemotron": Family("Nemotron"),
-    "helium": Family("Helium", {"head_dim": 16}),
-    "granite": Family("Granite"),
-    "seed_oss": Family("SeedOss", {"head_dim": 16}),
-    "hunyuan_v1_dense": Family("HunYuanDenseV1", {"head_dim": 16}),
-    "ernie4_5": Family("Ernie4_5"),
-    "arcee": Family("Arcee"),
-    "apertus": Family("Apertus"),
-    "bitnet": Family("BitNet"),
-    "persimmon": Family("Persimmon"),
-    "diffllama": Family("DiffLlama"),
-    "nanochat": Family("NanoChat"),
-    "xglm": Family("XGLM", {"d_model": 64, "ffn_dim": 96, "num_layers": 2, "attention_heads": 4}),
-    "biogpt": Family("BioGpt"),
-    "mixtral": Family("Mixtral", {"num_local_experts": 4}),
-    "qwen3_moe": Family("Qwen3Moe", {"num_experts": 4, "moe_intermediate_size": 48}),
-    "deepseek_v3": Family(
-        "DeepseekV3",
-        {
-            "n_routed_experts": 4,
-            "q_lora_rank": 32,
-            "kv_lora_rank": 16,
-            "qk_rope_head_dim": 8,
-            "qk_nope_head_dim": 8,
-            "v_head_dim": 16,
-            "first_k_dense_replace": 2,
-            "num_key_value_heads": 4,
-        },
-    ),
-    "mamba": Family("Mamba"),
-    "bert": Family("Bert", encoder=True),
-    "distilbert": Family(
-        "DistilBert", {"dim": 64, "hidden_dim": 96, "n_layers": 2, "n_heads": 4}, encoder=True
-    ),
-    "roberta": Family("Roberta", {"pad_token_id": 1}, encoder=True),
-    "xlm_roberta": Family("XLMRoberta", {"pad_token_id": 1}, encoder=True),
-    "electra": Family("Electra", {"embedding_size": 64}, encoder=True),
-    "mpnet": Family("MPNet", encoder=True),
-    "albert": Family("Albert", {"embedding_size": 32}, encoder=True),
-    "modernbert": Family("ModernBert", {"local_attention": 24}, encoder=True),
-    "nomic_bert": Family("NomicBert", encoder=True),
-    "eurobert": Family("EuroBert", encoder=True),
-}
-
-
-def token_ids(length: int, seed: int = 0) -> list[int]:
-    """Ids that are no special token of any configuration above."""
-    return [10 + (seed * 7919 + i * 104729 + i * i * 31) % (VOCAB_SIZE - 10) for i in range(length)]
-
-
-def reference(model: Any, ids: list[int], encoder: bool) -> Any:
+def _reference(model: Any, ids: Sequence[int], task: str) -> Any:
     import torch
 
     with torch.no_grad():
-        options = {} if encoder else {"use_cache": False}
-        out = model(input_ids=torch.tensor([ids]), **options)
-    return (out.last_hidden_state if encoder else out.logits)[0].float()
+        given = torch.tensor([list(ids)])
+        out = model(input_ids=given, use_cache=False).logits if task == "causal_lm" else model(given)[0]
+    return out[0].float()
 
 
-def try_family(family: Family, attention: str) -> float:
-    """The worst difference of the paged graph from transformers, in units of the largest value."""
-    model = family.build()
-    graph, _ = lowered(traced(model, attention=attention, encoder=family.encoder), "paged")
-    first, second = token_ids(40), token_ids(21, seed=3)
-    wanted = [reference(model, ids, family.encoder) for ids in (first, second)]
+def _rows(graph: Any, task: str, first: list[int], second: list[int]) -> list[Any]:
+    """What the paged graph gives for both sequences."""
+    import torch
+
+    from .graphs import PagedRun
+
     paged = PagedRun(graph)
-    if family.encoder:
-        rows = paged.step([("b", second), ("a", first)])
-        return max(worst(rows[0], wanted[1]), worst(rows[1], wanted[0]))
+    if task != "causal_lm":
+        b, a = paged.step([("b", second), ("a", first)])
+        return [a, b] if task == "encoder" else [a[:1], b[:1]]
     head = paged.step([("a", first[:17])])[0]
     tail, whole = paged.step([("a", first[17:]), ("b", second)])
-    return max(worst(head, wanted[0][:17]), worst(tail, wanted[0][17:]), worst(whole, wanted[1]))
+    return [torch.cat([head, tail]), whole]
 
 
-def outcome(family: Family) -> str:
-    """One cell of the table: "equal" with the attention that was traced, or the sentence of the refusal."""
-    refused: list[str] = []
-    failed: list[str] = []
-    for attention in ("sdpa", "eager"):
+def _compared(got: list[Any], wanted: list[Any]) -> tuple[float, float]:
+    """The largest absolute difference, and the relative one."""
+    import torch
+
+    ours, theirs = (torch.cat([x.reshape(-1) for x in some]).double() for some in (got, wanted))
+    difference = ours - theirs
+    return float(difference.abs().max()), float(difference.norm() / theirs.norm())
+
+
+def save_family(family: str, folder: Path) -> tuple[Any, str]:
+    """Writes a family's tiny model as a Hugging Face folder; the model, and what it does."""
+    from llmc.frontend.skeleton import model_class
+
+    config = small_config(family)
+    cls, task = model_class(config)
+    model = random_model(config, cls)
+    model.save_pretrained(folder)
+    return model, task
+
+
+def attempt(family: str, folder: Path) -> Outcome:
+    """Tries one family, in this process."""
+    from llmc.frontend.source import open_source
+    from llmc.frontend.trace import trace_source
+    from llmc.passes.quantize.scheme import weight_passes
+
+    from .graphs import lowered
+
+    first, second = token_ids(40), token_ids(21, seed=3)
+    try:
+        model, task = save_family(family, folder)
+        wanted = [_reference(model, ids, task) for ids in (first, second)]
+    except LlmcError as error:
+        return Outcome("refused", error.message)
+    except Exception as error:  # noqa: BLE001  (whatever transformers raises on a configuration of ours)
+        line = (str(error).strip().splitlines() or [""])[0]
+        return Outcome("not built", f"{type(error).__name__}: {line[:160]}")
+    try:
+        graph = trace_source(open_source(folder))
+        paged, _ = lowered(graph, "paged")
+        worst, _ = _compared(_rows(paged, task, first, second), wanted)
+    except LlmcError as error:
+        return Outcome("refused", error.message, task)
+    found = Outcome("equal" if worst <= TOLERANCE else "differs", task=task, float32=worst)
+    found.largest = max(float(w.abs().max()) for w in wanted)
+    try:
+        quantized, _ = lowered(graph, "paged", weight_passes("int8"))
+        found.int8 = _compared(_rows(quantized, task, first, second), wanted)[1]
+    except LlmcError as error:
+        found.int8_reason = error.message
+    return found
+
+
+def _child(family: str, result: Any) -> None:
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as null:
+        os.dup2(null.fileno(), 1)
+        os.dup2(null.fileno(), 2)
         try:
-            difference = try_family(family, attention)
-        except LlmcError as error:
-            refused.append(error.message)
-        except (ValueError, ImportError, TypeError, AttributeError, KeyError, RuntimeError) as error:
-            failed.append(f"not tried: {str(error).splitlines()[0][:120]}")
-        else:
-            if difference <= TOLERANCE:
-                return f"compiles; differs by {difference:.0e} ({attention})"
-            refused.insert(0, f"WRONG by {difference:.1e} ({attention})")
-    return (refused + failed)[0]
+            found = attempt(family, Path(folder) / family.replace(" ", "-"))
+        except Exception as error:  # noqa: BLE001  (a bug of ours, which the table must show and not hide)
+            import traceback
+
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{Path(place.filename).name}:{place.lineno}"
+            found = Outcome("bug", f"{type(error).__name__}: {str(error)[:200]} ({where})")
+        result.send(asdict(found))
 
 
-def table(names: list[str]) -> str:
-    """The Markdown table; a line for each family as soon as it was tried goes to standard error by `main`."""
-    lines = ["| family | result |", "|---|---|"]
-    for name in names:
-        lines.append(f"| {name} | {outcome(FAMILIES[name])} |")
-        print(lines[-1], flush=True)
+def tried(family: str) -> Outcome:
+    """Tries one family in a process of its own."""
+    if family in NOT_BUILT:
+        return Outcome("not built", NOT_BUILT[family])
+    context = multiprocessing.get_context("fork")  # torch and transformers are imported already
+    ours, theirs = context.Pipe(duplex=False)
+    begun = time.monotonic()
+    process = context.Process(target=_child, args=(family, theirs))
+    process.start()
+    theirs.close()
+    found = Outcome("bug", f"no result within {SECONDS} s, or the process died")
+    with contextlib.suppress(EOFError):
+        if ours.poll(SECONDS):
+            found = Outcome(**ours.recv())
+    process.kill()
+    process.join()
+    found.seconds = round(time.monotonic() - begun, 1)
+    return found
+
+
+def key_of(family: str) -> str:
+    """What a family's result depends on: the compiler's sources, its options, versions."""
+    return hashlib.sha256(f"{_sources()} {family} {_options(family)}".encode()).hexdigest()[:16]
+
+
+def _options(family: str) -> str:
+    some = family_configs.OPTIONS
+    return repr((some.get(type_of(family)), some.get(family), NOT_BUILT.get(family)))
+
+
+def _sources() -> str:
+    import torch
+    import transformers
+
+    total = hashlib.sha256(f"{transformers.__version__} {torch.__version__}".encode())
+    folders = ("ir", "frontend", "passes")
+    files = [p for folder in folders for p in sorted((ROOT / folder).rglob("*.py"))]
+    for path in (*files, Path(__file__), Path(__file__).parent / "graphs.py"):
+        total.update(path.read_bytes())
+    return total.hexdigest()
+
+
+HEAD = """# Families
+
+A family works because its operations do: nothing in the compiler knows a family by name (a test searches
+for such names). This table lists every family of text models that the installed transformers has: those it
+offers for generation, for masked words and for classification, and base models that take token ids. Of each
+a small model with random weights is saved as a folder, opened, traced, fused and paged as `llmc compile`
+does it; the interpreter runs the paged graph over two sequences in one batch, one of them in two chunks,
+and the rows are compared with those of transformers in float32.
+
+- **float32**: largest absolute difference of a logit (of a hidden state, for encoders); to match is ≤
+  {tolerance:g}.
+- **int8**: after the scheme `int8`, the root mean square of the difference over that of the values. To
+  match is ≤ {int8:g}: random weights have no margins, and where a router chooses experts, or a softmax is
+  nearly hard, rounding a weight turns choices that it would not turn in a trained model.
+- What does not compile is refused, with the sentence shown. `llmc check` says the same from the
+  configuration alone.
+
+Kernels are compared in `tests/test_families.py`: twelve families (`tests/models.py`) with both targets, and
+`pytest -m slow tests/test_family_table.py` compiles one family of each kind of attention for tvm-cpu.
+
+"""
+
+
+def _cells(family: str, found: Outcome) -> list[str]:
+    matches = found.status == "equal"
+    int8 = "" if found.int8 is None else f"{found.int8:.3f}" + ("" if found.int8 <= INT8_TOLERANCE else " !")
+    result = {"equal": "matches", "bug": "fails"}.get(found.status, found.status)
+    numbers = ["" if found.float32 is None else f"{found.float32:.0e}", int8]
+    reason = "" if matches and not found.int8_reason else found.reason or found.int8_reason
+    return [family, found.task.replace("_", " "), result, *numbers, reason.replace("|", "\\|").rstrip(".")]
+
+
+def document(known: dict[str, Outcome]) -> str:
+    """docs/families.md."""
+    import torch
+    import transformers
+
+    untried = Outcome("not tried")
+    rows = [(n, known.get(n, untried)) for n in families()]
+    matching = {type_of(n) for n, found in rows if found.status == "equal"}
+    counts = {status: sum(found.status == status for _, found in rows) for status in STATUSES}
+    versions = f"transformers {transformers.__version__}, torch {torch.__version__.partition('+')[0]}"
+    lines = [
+        HEAD.format(tolerance=TOLERANCE, int8=INT8_TOLERANCE)
+        + f"Made by `python -m tests.families --write` with {versions}: {len(matching)} families match; of "
+        f"{len(rows)} rows " + ", ".join(f"{n} {status}" for status, n in counts.items() if n) + ".",
+        "",
+        "| family | does | result | float32 | int8 | reason |",
+        "|---|---|---|---|---|---|",
+        *("| " + " | ".join(_cells(n, found)) + " |" for n, found in rows),
+    ]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("family", nargs="*", choices=[[], *FAMILIES], help="all where none is named")
-    parser.add_argument("--write", action="store_true", help="put the table into docs/models.md")
+    parser.add_argument("family", nargs="*", help="all where none is named")
+    parser.add_argument("--failed", action="store_true", help="only those that do not match")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/families.md")
     arguments = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    text = table(arguments.family or list(FAMILIES))
+    import llmc.frontend.trace
+    import llmc.passes.pipelines  # noqa: F401  (before the processes fork)
+    import torch
+    import transformers  # noqa: F401
+
+    torch.set_num_threads(1)
+    known = {n: Outcome(**o) for n, o in json.loads(RESULTS.read_text()).items()} if RESULTS.exists() else {}
+    with tempfile.TemporaryDirectory() as folder:
+        attempt("llama", Path(folder))  # what is imported on the way is then there in every process
+    for family in arguments.family or sorted(families(), key=lambda name: name in known):
+        before = known.get(family)
+        if not arguments.family and before is not None:
+            if arguments.failed and before.status == "equal":
+                continue
+            if not arguments.failed and before.key == key_of(family):
+                continue
+        found = tried(family)
+        found.key = key_of(family)
+        known[family] = found
+        numbers = "" if found.float32 is None else f" {found.float32:.1e} {found.int8} {found.int8_reason}"
+        print(f"{family}: {found.status}{numbers} {found.reason} [{found.seconds} s]", flush=True)
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        RESULTS.write_text(json.dumps({n: asdict(o) for n, o in sorted(known.items())}, indent=1))
     if arguments.write:
-        import torch
-        import transformers
-
-        head = DOCS.read_text().partition("<!-- families -->")[0] if DOCS.exists() else HEAD
-        versions = f"transformers {transformers.__version__}, torch {torch.__version__.partition('+')[0]}"
-        made = f"Made by `python -m tests.families --write` with {versions}."
-        DOCS.write_text(f"{head}<!-- families -->\n\n{made}\n\n{text}")
-
-
-HEAD = """# Models
-
-A family works because its operations do: nothing in the compiler knows a family by name. The table says what
-was tried: a tiny random configuration of each is traced, fused and paged, and the paged graph's rows for two
-sequences in one batch, one of them in two chunks, are compared with those of transformers in float32 (largest
-difference in units of the largest value). What does not compile is refused with the sentence shown.
-Twelve families (`tests/models.py`) are compiled for both targets and compared in `tests/test_families.py`.
-
-"""
+        DOCS.write_text(document(known))
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(BrokenPipeError):
-        main()
+    main()

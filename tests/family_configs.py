@@ -1,0 +1,170 @@
+"""Small configurations of every text model that the installed transformers names, with random weights.
+
+`FAMILIES` is read off transformers' own tables (causal language models, masked ones, classifiers, and base
+models that take token ids), so that none is forgotten. `small_config` fills whatever fields a configuration
+class has with small numbers, by the fields' names; what a family needs beside that is in `OPTIONS`. Nothing
+here knows how a family computes.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+VOCAB_SIZE = 384
+CONTEXT = 256
+
+_FIELDS: dict[str, Any] = {
+    **dict.fromkeys(("vocab_size", "unpadded_vocab_size"), VOCAB_SIZE),
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "emb_dim", "embedding_size"), 64),
+    **dict.fromkeys(("word_embed_proj_dim", "embedding_dim", "num_hidden_channels"), 64),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "hidden_dim", "ffn_hidden_size", "dim_ff", "d_ff"), 96),
+    **dict.fromkeys(("n_inner", "dff", "shared_intermediate_size", "prefix_dense_intermediate_size"), 96),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 48),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"), 2),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads"), 4),
+    **dict.fromkeys(("decoder_attention_heads", "index_n_heads"), 4),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads"), 2),
+    **dict.fromkeys(("swa_num_attention_heads",), 4),
+    **dict.fromkeys(("head_dim", "swa_head_dim", "d_head", "dim_head", "d_kv"), 16),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"), CONTEXT),
+    **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k", "top_k"), 2),
+    **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "num_shared_experts"), 1),
+    "first_k_dense_replace": 1,
+    "decoder_ffn_dim": 96,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 12,
+    "index_head_dim": 16,
+    "index_topk": 64,
+    "sliding_window": 12,
+    "type_vocab_size": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_DROPOUTS = ("dropout", "pdrop", "layerdrop")
+_HYBRID: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention"]}
+_RECURRENT: dict[str, Any] = {"layer_types": ["linear_attention", "full_attention"]}
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 12},
+    "esm": {"token_dropout": False, "position_embedding_type": "rotary"},
+    "esmc": {"num_key_value_heads": 4},
+    "deepseek_v4": {"layer_types": None, "mlp_layer_types": None},
+    "cohere_compass_text": {"layer_types": None},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0},
+        "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 96, "moe_top_k": 2},
+    },
+    "cosmos3_edge_text": {"rope_parameters": {"rope_type": "default", "mrope_section": [4, 2, 2]}},
+    "bert-generation": {"is_decoder": True},
+    "gptj": {"rotary_dim": 8},
+    "codegen": {"rotary_dim": 8},
+    "falcon (alibi)": {"alibi": True, "new_decoder_architecture": False},
+    "falcon (new)": {"num_kv_heads": 2, "new_decoder_architecture": True},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "bamba": {"attn_layer_indices": [1]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"]},
+    "bailing_hybrid": _RECURRENT,
+    "granitemoehybrid": _RECURRENT,
+    "kimi_linear": _RECURRENT,
+    "minimax": _RECURRENT,
+    "qwen3_5_text": _RECURRENT,
+    "qwen3_next": _RECURRENT,
+}
+"""Fields by family, and by variant "family (what is special)", that make it small or interesting."""
+
+NOT_BUILT: dict[str, str] = {}
+"""Families that no small configuration of ours builds, and why."""
+
+
+def _mappings() -> tuple[Any, ...]:
+    from transformers.models.auto import modeling_auto as auto
+
+    return (
+        auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    )
+
+
+@functools.cache
+def families() -> list[str]:
+    """Model types of transformers that are made for text, and the variants of `OPTIONS`, sorted."""
+    named = {family for mapping in _mappings() for family in mapping} | set(_base_models())
+    return sorted({*named, *OPTIONS})
+
+
+def _base_models() -> list[str]:
+    """Base models without a head of their own that take token ids alone."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING, MODEL_MAPPING_NAMES
+
+    found: list[str] = []
+    for family in MODEL_MAPPING_NAMES:
+        try:
+            config = CONFIG_MAPPING[family]
+            kind: Any = MODEL_MAPPING[config]
+            takes = inspect.signature((kind[0] if isinstance(kind, tuple) else kind).forward).parameters
+        except (KeyError, ValueError, ImportError):  # its package is absent, or its class, in transformers
+            continue
+        fields = inspect.signature(config.__init__).parameters
+        text = "vocab_size" in fields and not any(name.endswith("_config") for name in fields)
+        if text and "input_ids" in takes and not {"pixel_values", "input_features"} & takes.keys():
+            found.append(family)
+    return found
+
+
+def type_of(family: str) -> str:
+    """ "falcon (alibi)" → "falcon"."""
+    return family.partition(" (")[0]
+
+
+def small_config(family: str) -> Any:
+    """The configuration of a family, made small. Raises whatever transformers raises where that is none."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = CONFIG_MAPPING[type_of(family)]
+    fields = inspect.signature(kind.__init__).parameters
+    chosen = {name: value for name, value in _FIELDS.items() if name in fields}
+    if "qk_rope_head_dim" in fields and "num_key_value_heads" in fields:
+        chosen.pop("head_dim", None)  # it follows from the parts
+        chosen["num_key_value_heads"] = chosen["num_attention_heads"]
+    chosen |= {name: 0.0 for name in fields if name.endswith(_DROPOUTS) and "classifier" not in name}
+    if "use_sliding_window" in fields:
+        chosen["use_sliding_window"] = True
+    if "sliding_window" in fields and "layer_types" in fields:
+        chosen |= _HYBRID
+    chosen |= OPTIONS.get(type_of(family), {})
+    chosen |= OPTIONS.get(family, {})
+    return kind(**chosen)
+
+
+def random_model(config: Any, cls: Any) -> Any:
+    """A float32 model of a class with seeded random weights: matrices of one scale, and vectors spread around
+    what the class begins with.
+    """
+    import torch
+
+    torch.manual_seed(0)
+    model = cls(config).to(torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=1.4 / parameter.shape[-1] ** 0.5)
+            else:
+                spread = 0.2 * parameter.abs().mean() if parameter.any() else 0.2
+                parameter.add_(torch.randn_like(parameter) * spread)
+    return model
+
+
+def token_ids(length: int, seed: int = 0) -> list[int]:
+    """Ids that are no special token of any configuration above."""
+    return [10 + (seed * 7919 + i * 104729 + i * i * 31) % (VOCAB_SIZE - 10) for i in range(length)]
