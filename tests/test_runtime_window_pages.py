@@ -1,0 +1,172 @@
+"""Pages of layers that see a window: the books under any sequence of operations, what is given back and when,
+which prefixes can be claimed.
+
+`WindowMachine` runs the machine of test_runtime_blocks.py with windows beside it, as many pages for each as
+`most_pages` says or as the other layers have. Beside the books it keeps what each page would hold, written
+and copied as an executor would: a token that is computed must find its whole window.
+"""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import initialize, rule
+from llmc.runtime.block_manager import BlockManager
+from llmc.runtime.scheduler import Plan, Scheduler
+from llmc.runtime.sequence import Sequence, Status
+from llmc.runtime.window_pages import most_pages
+
+from .test_runtime_blocks import PAGE, SchedulerMachine
+
+Content = dict[tuple[int, int], tuple[int, ...]]
+"""(page, offset) → the tokens up to the one whose keys stand there."""
+
+
+class WindowMachine(SchedulerMachine):
+    """The scheduler over pages of two windows."""
+
+    @initialize(
+        pages=st.integers(4, 40),
+        budget=st.integers(3, 20),
+        most=st.integers(1, 3),
+        cache=st.booleans(),
+        windows=st.sampled_from([(1,), (2,), (5,), (9,), (3, 8), (4, 1)]),
+    )
+    def start(self, pages: int, budget: int, most: int, cache: bool, windows: tuple[int, ...]) -> None:
+        sizes = [
+            (w, min(pages, most_pages(w, PAGE, max_sequences=most, max_batch_tokens=budget))) for w in windows
+        ]
+        self.blocks = BlockManager(pages, PAGE, prefix_cache=cache, windows=sizes)
+        self.scheduler: Scheduler[Sequence] = Scheduler(
+            self.blocks, max_batch_tokens=budget, max_sequences=most
+        )
+        self.limit = pages * PAGE
+        self.arrivals = 0
+        self.finished: list[Sequence] = []
+        self.contents: list[Content] = [{} for _ in windows]
+        schedule = self.scheduler.schedule
+        self.scheduler.schedule = lambda: self.computed(schedule())  # type: ignore[method-assign]
+
+    def computed(self, plan: Plan[Sequence]) -> Plan[Sequence]:
+        """Copy, write and read as an executor would."""
+        for which, window in enumerate(self.blocks.windows):
+            content = self.contents[which]
+            copied = {(t, o): content.get((s, o), ()) for s, t in window.copies for o in range(PAGE)}
+            window.copies.clear()
+            content.update(copied)
+            written: set[tuple[int, int]] = set()
+            for chunk in plan.chunks:
+                tokens, table = chunk.sequence.tokens.tolist(), chunk.sequence.window_tables[which]
+                for position in range(chunk.start, chunk.start + chunk.count):
+                    slot = table[position // PAGE], position % PAGE
+                    assert slot not in written, "two tokens in one slot"
+                    written.add(slot)
+                    content[slot] = tuple(tokens[: position + 1])
+            for chunk in plan.chunks:
+                tokens, table = chunk.sequence.tokens.tolist(), chunk.sequence.window_tables[which]
+                for position in range(chunk.start, chunk.start + chunk.count):
+                    for seen in range(max(0, position - window.window + 1), position + 1):
+                        found = content.get((table[seen // PAGE], seen % PAGE))
+                        assert found == tuple(tokens[: seen + 1]), "another token's keys"
+        return plan
+
+    @rule(length=st.integers(20, 90))
+    def add_long(self, length: int) -> None:
+        self.add(0, length, 1)
+
+
+WindowMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestWindows = WindowMachine.TestCase
+
+
+def _running(tokens: list[int]) -> Sequence:
+    sequence = Sequence(tokens)
+    sequence.status = Status.RUNNING
+    return sequence
+
+
+def _computed(blocks: BlockManager, tokens: list[int], chunk: int = PAGE) -> Sequence:
+    sequence = _running(tokens)
+    blocks.claim(sequence, blocks.lookup(sequence))
+    while sequence.num_computed < len(tokens):
+        count = min(chunk, len(tokens) - sequence.num_computed)
+        blocks.extend(sequence, sequence.num_computed + count)
+        blocks.commit(sequence, count)
+    return sequence
+
+
+@pytest.mark.parametrize("window", [1, 2, 4, 5, 7, 8, 9, 100])
+def test_a_sequence_holds_a_window_whatever_its_length(window: int) -> None:
+    blocks = BlockManager(60, PAGE, windows=[(window, 60)], prefix_cache=False)
+    sequence = _computed(blocks, list(range(200)), chunk=8)
+    pages = blocks.windows[0]
+    assert blocks.num_used == 50
+    # The next token sees itself and window - 1 before it.
+    first = max(0, 200 - window + 1) // PAGE
+    assert sequence.window_starts == [first] and pages.num_used == 50 - first
+    assert pages.num_used <= (window - 1) // PAGE + 2
+    blocks.check([sequence])
+    blocks.release(sequence)
+    assert pages.num_used == 0 and pages.num_cached == 0
+
+
+def test_few_pages_are_enough_for_a_long_prompt() -> None:
+    most = most_pages(8, PAGE, max_sequences=1, max_batch_tokens=16)
+    blocks = BlockManager(1000, PAGE, windows=[(8, most)])
+    sequence = _computed(blocks, [i % 7 for i in range(4000)], chunk=16)
+    assert most == 2 * 4 + 4
+    assert blocks.num_used == 1000 and blocks.windows[0].num_used <= 3
+    blocks.check([sequence])
+
+
+def test_a_prefix_is_claimed_where_a_whole_window_of_it_is_there() -> None:
+    blocks = BlockManager(40, PAGE, windows=[(6, 40)])
+    first = _computed(blocks, list(range(33)))
+    twins = list(first.block_table)
+    assert blocks.lookup(_running([*range(32), 99])) == twins[:8]
+    second = _running([*range(32), 99])
+    blocks.claim(second, blocks.lookup(second))
+    assert second.window_starts == [6], "the next token, number 32, sees from number 27 on, in page 6"
+    assert first.window_starts == [7] and second.window_tables[0][7] == first.window_tables[0][7]
+    assert blocks.windows[0].num_used == 3
+    blocks.check([first, second])
+    # Pages that were given back can be claimed while nobody else took them.
+    assert blocks.lookup(_running([*range(16), 99])) == twins[:4]
+
+
+def test_a_prefix_whose_window_is_gone_is_claimed_up_to_where_it_is_there() -> None:
+    most = most_pages(4, PAGE, max_sequences=1, max_batch_tokens=PAGE)
+    blocks = BlockManager(60, PAGE, windows=[(4, most)])
+    first = _computed(blocks, list(range(100, 161)))
+    blocks.release(first)
+    assert blocks.num_cached == 15 and blocks.windows[0].num_cached < 15
+    assert len(blocks.lookup(_running(list(range(100, 161))))) == 15, "the last window stayed longest"
+    assert blocks.lookup(_running([*range(100, 108), 1])) == [], "the first one went"
+    blocks.check([])
+
+
+def test_a_fork_shares_the_window_and_copies_what_it_writes() -> None:
+    blocks = BlockManager(20, PAGE, windows=[(6, 20)])
+    parent = _computed(blocks, [1, 2, 3, 4, 5, 6])
+    child = _running([])
+    blocks.fork(parent, child)
+    shared = parent.window_tables[0][1]
+    parent.tokens.append(7)
+    child.tokens.append(8)
+    blocks.extend(parent, 7)
+    assert blocks.windows[0].copies == [(shared, parent.window_tables[0][1])]
+    blocks.windows[0].copies.clear()
+    blocks.extend(child, 7)
+    assert not blocks.windows[0].copies and child.window_tables[0][1] == shared
+    blocks.check([parent, child])
+
+
+def test_pages_of_guesses_are_given_back() -> None:
+    blocks = BlockManager(20, PAGE, windows=[(6, 20)])
+    sequence = _computed(blocks, [1, 2, 3])
+    blocks.extend(sequence, 11)
+    blocks.commit(sequence, 1)
+    blocks.shrink(sequence)
+    assert len(sequence.window_tables[0]) == len(sequence.block_table) == 1
+    blocks.check([sequence])
