@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from pathlib import Path
 from typing import Any
 
 import click
@@ -14,9 +15,10 @@ from .compile import (
     kv_dtype_option,
     quant_head_option,
     quant_option,
+    rope_scaling_option,
     target_option,
 )
-from .output import emit, facts, json_option, size
+from .output import emit, facts, json_option, rope_text, size, tool_calls_text
 
 
 @click.command("check", short_help="Say what compiling would give, in seconds.")
@@ -26,6 +28,7 @@ from .output import emit, facts, json_option, size
 @quant_head_option
 @bits_option
 @context_option
+@rope_scaling_option
 @kv_dtype_option
 @json_option
 def command(model: str, as_json: bool, **options: Any) -> None:
@@ -41,9 +44,24 @@ def command(model: str, as_json: bool, **options: Any) -> None:
     result = {
         "supported": True,
         **dataclasses.asdict(report),
+        "tool_calls": _tool_calls(model),
         "seconds": round(time.perf_counter() - began, 3),
     }
     emit(result, as_json=as_json, text=_text(result))
+
+
+def _tool_calls(model: str) -> dict[str, Any] | None:
+    """How the chat template writes tool calls, as `llmc compile` would record it; None without a template."""
+    from ..frontend.template_file import published_template
+    from ..frontend.tokenizer import check_chat_template
+    from ..runtime.chat_template import render_once
+    from ..runtime.tool_calls import detect_once
+
+    found = published_template(Path(model))
+    if found is None:
+        return None
+    check_chat_template(found.text, found.special_tokens, Path(model).name, render_once)
+    return detect_once(found.text, found.special_tokens)
 
 
 def _text(result: dict[str, Any]) -> str:
@@ -54,7 +72,9 @@ def _text(result: dict[str, Any]) -> str:
             ("architecture", model.get("architecture")),
             ("layers", model.get("num_layers")),
             ("context", model.get("context")),
+            ("rope scaling", rope_text(model.get("rope_scaling"))),
             ("graph", f"{result['ops']} ops, {result['attention_layers']} attention layers"),
+            ("tool calls", tool_calls_text(result["tool_calls"])),
             ("cache a token", size(result["kv_bytes_per_token"])),
             ("weights", f"{size(result['weight_bytes'])} in the artifact"),
             ("peak memory", f"{size(result['peak_bytes'])} while compiling"),
