@@ -21,6 +21,7 @@ COPY frontend frontend
 COPY passes passes
 COPY codegen codegen
 COPY runtime runtime
+COPY plugins plugins
 COPY cli cli
 RUN pip --python /opt/llmc/bin/python install --constraint .ci/constraints.txt ".[rag]"
 

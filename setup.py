@@ -5,7 +5,7 @@
 
 from setuptools import find_packages, setup
 
-FOLDERS = ("frontend", "ir", "passes", "codegen", "runtime", "cli")
+FOLDERS = ("frontend", "ir", "passes", "codegen", "runtime", "plugins", "cli")
 
 setup(
     packages=["llmc"]

@@ -139,8 +139,8 @@ def _chat(
     stack: contextlib.ExitStack, artifact: Path, options: Mapping[str, Any], box: ToolBox, shown: _Shown
 ) -> Any:
     from ..runtime.chat import ChatModel
-    from ..runtime.loader import load
     from ..runtime.tools.local_chat import local_chat
+    from .loading import load
     from .sampling import sampling_params
 
     runtime, sampling = split(options)

@@ -103,8 +103,8 @@ def _bench_artifact(
     **options: Any,
 ) -> tuple[dict[str, Any], str]:
     """The numbers of an artifact, and the same for a person."""
-    from ..runtime.loader import load
     from . import profile
+    from .loading import load
     from .measure import speeds
 
     notes_from_logging()
@@ -208,7 +208,7 @@ def _rival(
 
 def _weight_bytes(llm: LLM, wanted: str | None) -> tuple[dict[str, int], list[str]]:
     """Bytes of each weight, and the names of those that one decoded token reads: all but the tables of which
-    it takes a row.
+    it takes a row. Of experts those count that a token chooses.
     """
     from ..runtime.executor import choose_target
 
@@ -216,10 +216,27 @@ def _weight_bytes(llm: LLM, wanted: str | None) -> tuple[dict[str, int], list[st
     if artifact is None or llm.kind != "causal_lm":
         raise InputError("this artifact generates nothing", remedy="bench a language model")
     target = choose_target(artifact.targets, wanted)
-    gathered = gathered_tables(artifact.read_text("ir.txt"))
+    text = artifact.read_text("ir.txt")
+    gathered = gathered_tables(text)
     # A target that keeps several forms of a weight writes "name:form".
     weights = {name: array.nbytes for name, array in artifact.weights(target).items()}
+    for name, share in chosen_shares(text).items():
+        if name in weights:
+            weights[name] = round(weights[name] * share)
     return weights, [name for name in weights if name.partition(":")[0] not in gathered]
+
+
+def chosen_shares(graph: str) -> dict[str, float]:
+    """The part of each weight of experts that a token reads, k / E, by name, in a graph's text."""
+    if "moe(" not in graph:
+        return {}
+    from .experts import mixtures
+
+    found: dict[str, float] = {}
+    for op in mixtures(graph):
+        k, experts = (int(str(d)) for d in (op.operands[1].shape[-1], op.operands[3].shape[0]))
+        found |= {v.name: k / experts for v in op.operands if v.is_weight}
+    return found
 
 
 def gathered_tables(graph: str) -> set[str]:

@@ -35,7 +35,7 @@ def command(artifact: Path, system: str | None, as_json: bool, **options: Any) -
     messages are read from standard input, a line each, and the conversation is printed at its end; a message
     that is refused (too long) is no part of it, its error stands among the answers.
     """
-    from ..runtime.loader import load
+    from .loading import load
     from .sampling import sampling_params
 
     notes_from_logging()

@@ -46,6 +46,12 @@ bits_option = click.option(
 context_option = click.option(
     "--context", type=click.IntRange(min=1), help="Longest sequence, in tokens.  [default: the model's]"
 )
+rope_scaling_option = click.option(
+    "--rope-scaling",
+    metavar="KIND:FACTOR[,k=v…]",
+    help="Make the context longer than the model was trained on: yarn:4, linear:4, dynamic:2, llama3:8, "
+    "longrope:4,factors=FILE. See docs/long-context.md.",
+)
 kv_dtype_option = click.option(
     "--kv-dtype",
     type=click.Choice(["float32", "bfloat16", "float16", "int8"]),
@@ -64,6 +70,7 @@ kv_dtype_option = click.option(
 @quant_head_option
 @bits_option
 @context_option
+@rope_scaling_option
 @kv_dtype_option
 @click.option(
     "--lora",
@@ -119,6 +126,11 @@ kv_dtype_option = click.option(
     metavar="SECONDS",
     help="Search for the sizes of kernels that are fastest on this processor; what was found is kept in the "
     "cache folder (LLMC_CACHE) for later.",
+)
+@click.option(
+    "--adapters",
+    is_flag=True,
+    help="Make places for LoRA adapters that requests choose among (llmc serve --adapter); tvm-cpu only.",
 )
 @click.option("--resume", is_flag=True, help="Go on with the calibrated work that an interrupted run left.")
 @json_option

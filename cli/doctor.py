@@ -104,7 +104,7 @@ def _cpu() -> dict[str, Any]:
         "logical_cores": os.cpu_count(),
         "threads_used": cpu.default_threads(),
         "isa_levels": levels,
-        "isa": levels[-1],
+        "isa": cpu.best_isa(),
     }
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..ir.errors import InputError
-from .output import emit, facts, json_option, table
+from .output import emit, facts, json_option, note, table
 from .progress import Progress
 
 if TYPE_CHECKING:
@@ -38,6 +38,19 @@ _QUESTION_TOKENS = 8192
 @click.option(
     "--against", type=click.Path(path_type=Path), metavar="ART2", help="Compare with this artifact too."
 )
+@click.option(
+    "--moe",
+    "routed",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="UTF-8 text for a mixture of experts: its load-balancing loss, each expert's share.",
+)
+@click.option(
+    "--picture",
+    type=click.Path(path_type=Path),
+    metavar="FILE.svg",
+    help="With --moe: write the experts' shares as a picture there.",
+)
 @click.option("--windows", type=click.IntRange(min=1), help="Only the first N windows.  [default: all]")
 @click.option(
     "--window", type=click.IntRange(min=2), default=1024, show_default=True, help="Tokens of a window."
@@ -55,16 +68,20 @@ _QUESTION_TOKENS = 8192
     "--target", metavar="NAME", help="Which of the artifact's targets.  [default: the first that runs]"
 )
 @click.option("--threads", type=click.IntRange(min=1), help="Threads to compute with.  [default: one a core]")
+@click.option("--adapter", metavar="PATH", help="Measure ARTIFACT with this LoRA adapter (PEFT's folder).")
 @json_option
 def command(
     artifact: Path,
     text: Path | None,
     questions: tuple[Path, ...],
     against: Path | None,
+    routed: Path | None,
+    picture: Path | None,
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Score the text of --ppl FILE, or the questions of --mcq FILE, with ARTIFACT.
+    """Score the text of --ppl FILE, or the questions of --mcq FILE, with ARTIFACT, or tell how its experts
+    share the text of --moe FILE.
 
     The text is cut into consecutive windows of --window tokens that do not overlap; each is scored alone, its
     first token predicting nothing. A tokenizer that begins texts with BOS has every window begin with it.
@@ -79,9 +96,15 @@ def command(
     Questions are scored as lm-evaluation-harness does: acc takes the choice of the highest log-likelihood,
     acc_norm divides it by the choice's length in characters, acc_bytes by its length in UTF-8 bytes. A line
     of a JSONL file has "choices", "gold" (number of the right one, from 0) and "query" or "context".
+
+    With --moe, windows of the text run through the artifact's own graph and weights in torch, without its
+    kernels. The loss is that of Switch Transformers for k experts a token, as transformers defines it: k
+    where the experts are used alike. An expert with less than a tenth of an even share is warned of.
     """
-    if text is None and not questions:
-        raise click.UsageError("nothing to measure: pass --ppl FILE or --mcq FILE")
+    if text is None and not questions and routed is None:
+        raise click.UsageError("nothing to measure: pass --ppl FILE, --mcq FILE or --moe FILE")
+    if picture is not None and routed is None:
+        raise click.UsageError("--picture shows what --moe measures: pass --moe FILE too")
     if options["rolling"] and options["windows"] is not None:
         raise click.UsageError("--rolling scores the whole text: leave --windows away")
     paths = [path for path in (artifact, against) if path is not None]
@@ -91,13 +114,15 @@ def command(
             result |= _perplexity(paths, text, options, progress)
         if questions:
             result |= _choices(paths, questions, options, progress)
+        if routed is not None:
+            result["moe"] = _experts(artifact, routed, picture, options, progress)
     emit(result, as_json=as_json, text=_text(result))
 
 
 def _perplexity(
     paths: Sequence[Path], text: Path, options: dict[str, Any], progress: Progress
 ) -> dict[str, Any]:
-    from ..runtime.loader import load
+    from .loading import load
     from .scoring import lengths, score
 
     window = options["window"]
@@ -111,9 +136,10 @@ def _perplexity(
                     threads=options["threads"],
                     kv_tokens=window,
                     prefix_cache=False,
+                    adapter=None if number else options["adapter"],
                 )
             )
-            for path in paths
+            for number, path in enumerate(paths)
         ]
         firsts: list[int] | None = None
         if options["rolling"]:
@@ -136,6 +162,25 @@ def _perplexity(
     return result | (total.by_length(*lengths(_read(text))) if options["rolling"] else {})
 
 
+def _experts(
+    path: Path, text: Path, picture: Path | None, options: dict[str, Any], progress: Progress
+) -> dict[str, Any]:
+    from . import experts
+    from .loading import load
+
+    window = options["window"]
+    with load(path, target=options["target"], threads=1, kv_tokens=window, prefix_cache=False) as llm:
+        pieces = windows_of([llm], text, window=window, count=options["windows"])
+        assert llm.artifact is not None
+        found = experts.measure_experts(llm.artifact, pieces, progress)
+    result = {"text": str(text), "windows": len(pieces), "window": window, **found.result()}
+    for warning in found.warnings():
+        note(f"warning: {warning}")
+    if picture is not None:
+        picture.write_text(experts.picture(result), encoding="utf-8")
+    return result
+
+
 def _choices(
     paths: Sequence[Path], files: Sequence[Path], options: dict[str, Any], progress: Progress
 ) -> dict[str, Any]:
@@ -145,7 +190,8 @@ def _choices(
     tasks = [mcq.read_tasks(file, shots=options["shots"], limit=options["limit"]) for file in files]
     entries: list[dict[str, Any]] = [{"file": str(file), "shots": options["shots"]} for file in files]
     for number, path in enumerate(paths):
-        for entry, found in zip(entries, _accuracies(path, tasks, options, progress), strict=True):
+        asked = {**options, "adapter": None} if number else options
+        for entry, found in zip(entries, _accuracies(path, tasks, asked, progress), strict=True):
             entry.update({"against": found} if number else found)
     return {"mcq": entries, "accuracy": sum(entry["acc"] for entry in entries) / len(entries)}
 
@@ -153,11 +199,12 @@ def _choices(
 def _accuracies(
     path: Path, files: Sequence[list[Task]], options: dict[str, Any], progress: Progress
 ) -> list[dict[str, Any]]:
-    from ..runtime.loader import load
     from . import mcq
+    from .loading import load
 
     def opened(kv_tokens: int) -> LLM:
-        return load(path, target=options["target"], threads=options["threads"], kv_tokens=kv_tokens)
+        chosen = {name: options[name] for name in ("target", "threads", "adapter")}
+        return load(path, kv_tokens=kv_tokens, **chosen)
 
     llm = opened(_QUESTION_TOKENS)
     try:
@@ -273,6 +320,10 @@ def _text(result: dict[str, Any]) -> str:
     if "mcq" in result:
         header = ("questions", "", "acc", "acc_norm", *(("acc of the other",) if _compared(result) else ()))
         parts.append(table(header, [_row(entry) for entry in result["mcq"]]))
+    if "moe" in result:
+        from .experts import experts_text
+
+        parts.append(experts_text(result["moe"]))
     return "\n\n".join(parts)
 
 

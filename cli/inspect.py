@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..ir.errors import InputError
-from .output import emit, facts, json_option, size, table
+from .output import emit, facts, json_option, rope_text, size, table, tool_calls_text
 from .quality import verdict_facts
 
 if TYPE_CHECKING:
@@ -110,6 +110,7 @@ def _artifact(path: Path, *, verify: Any) -> dict[str, Any]:
         "kv_dtype": manifest.get("kv_dtype"),
         "page_size": manifest.get("page_size"),
         "kv_bytes_per_token": _kv_bytes_per_token(manifest),
+        "kv_window_bytes_per_token": _window_bytes_per_token(manifest),
         "targets": targets,
         "files": {name: entry["size"] for name, entry in sorted(manifest["files"].items())},
         "bytes": sum(entry["size"] for entry in manifest["files"].values()),
@@ -125,6 +126,19 @@ def _kv_bytes_per_token(manifest: dict[str, Any]) -> int:
     layers = manifest["model"].get("kv") or []
     dtype = manifest.get("kv_dtype") or "float32"
     return sum(2 * layer["heads"] * kv_bytes(dtype, layer["head_dim"]) for layer in layers)
+
+
+def _window_bytes_per_token(manifest: dict[str, Any]) -> dict[str, int]:
+    """Of these bytes, by window in tokens, those of layers that keep a window only."""
+    from ..ir.dtypes import kv_bytes
+
+    dtype = manifest.get("kv_dtype") or "float32"
+    names = {entry["name"] for entry in manifest.get("inputs", [])}
+    found: Counter[str] = Counter()
+    for layer in manifest["model"].get("kv") or []:
+        if f"block_table.{layer.get('window')}" in names:
+            found[str(layer["window"])] += 2 * layer["heads"] * kv_bytes(dtype, layer["head_dim"])
+    return dict(found)
 
 
 def _gguf(path: Path) -> dict[str, Any]:
@@ -229,11 +243,12 @@ def _text(report: dict[str, Any], tensors: list[dict[str, Any]]) -> str:
             ("hidden size", model.get("hidden_size")),
             ("vocabulary", model.get("vocab_size")),
             ("context", model.get("context_length")),
+            ("rope scaling", rope_text(model.get("rope_scaling"))),
             ("parameters", f"{report['parameters'] / 1e6:.1f} M" if "parameters" in report else None),
             ("size", size(report["bytes"])),
             ("bits a weight", report.get("bits_per_weight") or quantization.get("bits_per_weight")),
             ("quantization", quantization.get("scheme")),
-            ("tool calls", _tool_calls_text(report.get("tool_calls"))),
+            ("tool calls", tool_calls_text(report.get("tool_calls"))),
             *verdict_facts(report.get("quality")),
             (
                 "tensor types",
@@ -242,6 +257,10 @@ def _text(report: dict[str, Any], tensors: list[dict[str, Any]]) -> str:
             (
                 "cache a token",
                 f"{size(report['kv_bytes_per_token'])}, {report.get('kv_dtype') or 'float32'}"
+                + "".join(
+                    f"; {size(part)} of it for the last {window} tokens only"
+                    for window, part in report.get("kv_window_bytes_per_token", {}).items()
+                )
                 if report.get("kv_bytes_per_token")
                 else None,
             ),
@@ -261,13 +280,6 @@ def _text(report: dict[str, Any], tensors: list[dict[str, Any]]) -> str:
         (row["name"], "×".join(map(str, row["shape"])), row["type"], size(row["bytes"])) for row in tensors
     )
     return f"{lines}\n\n{table(('tensor', 'shape', 'type', 'size'), rows)}"
-
-
-def _tool_calls_text(entry: dict[str, Any] | None) -> str | None:
-    if entry is None:
-        return None
-    shown = "shown by the template" if entry.get("in_template") else "told in the system message"
-    return f"{entry.get('format')}, tools are {shown}"
 
 
 def _target_text(entry: dict[str, Any]) -> str:

@@ -30,6 +30,7 @@ COMMANDS = (
     "inspect",
     "passes",
     "targets",
+    "plugins",
     "doctor",
 )
 """Each is a module of this package that holds a click command named `command`."""

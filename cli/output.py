@@ -63,6 +63,30 @@ def facts(rows: Iterable[tuple[str, Any]]) -> str:
     return "\n".join(f"{name:<{width}}  {value}" for name, value in kept)
 
 
+def tool_calls_text(entry: Mapping[str, Any] | None) -> str | None:
+    """`tokenizer.tool_calls` of a manifest in words; None where there is none."""
+    if entry is None:
+        return None
+    shown = "shown by the template" if entry.get("in_template") else "told in the system message"
+    return f"{entry.get('format')}, tools are {shown}"
+
+
+def rope_text(scaling: Mapping[str, Any] | None) -> str | None:
+    """`model.rope_scaling` of a manifest in words; None where there is none."""
+    if scaling is None:
+        return None
+    text = str(scaling["type"])
+    if scaling.get("factor") is not None:
+        text += f" × {scaling['factor']:g}"
+    if scaling.get("original") is not None:
+        text += f", trained on {scaling['original']} tokens"
+    if scaling.get("factors") is not None:
+        text += f", its {scaling['factors']} factors"
+    elif scaling.get("length") is not None:
+        text += f", frequencies for {scaling['length']} tokens"
+    return text
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """Aligned columns under a header; the last column is not padded."""
     cells = [list(header), *([str(cell) for cell in row] for row in rows)]

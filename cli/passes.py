@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..ir.errors import LlmcError
 from .output import emit, json_option, table
 
 if TYPE_CHECKING:
@@ -27,11 +28,13 @@ def command(as_json: bool) -> None:
 
 def _load(entry: Registered) -> tuple[Any, dict[str, Any]]:
     """(class or None, the row so far); a plugin that cannot be imported says so in its row."""
+    from ..passes.registry import Quantizer, load_pass
+
     row: dict[str, Any] = {"name": entry.name, "package": entry.origin}
     try:
-        found = entry.entry.load()
-    except Exception as error:  # noqa: BLE001  (somebody else's import may raise anything; the list goes on)
-        return None, {**row, "error": f"cannot be imported: {type(error).__name__}: {error}"}
+        found = load_pass(entry) if entry.kind == "pass" else entry.load_class(Quantizer)
+    except LlmcError as error:
+        return None, {**row, "error": str(error)}
     return found, {**row, "summary": _summary(found)}
 
 

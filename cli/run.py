@@ -29,8 +29,8 @@ def command(
     Where the artifact has a chat template, PROMPT is the user's message; otherwise it is continued. The speed
     follows on stderr.
     """
-    from ..runtime.loader import load
     from .answer import stream_answer
+    from .loading import load
     from .sampling import sampling_params
 
     notes_from_logging()

@@ -29,6 +29,9 @@ _OPTIONS = (
     ),
     click.option("--seed", type=int, help="The same seed draws the same tokens."),
     click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before TEXT; repeatable."),
+    click.option(
+        "--sampler", metavar="NAME[{option=value,…}]", help="A plugin's sampler.  [llmc plugins lists them]"
+    ),
     click.option("--ignore-eos", is_flag=True, help="Go on past the model's own end of the answer."),
 )
 
@@ -49,6 +52,7 @@ _runtime_options = (
     click.option(
         "--draft", metavar="ARTIFACT", help="A smaller model that guesses; else the text's own past."
     ),
+    click.option("--adapter", metavar="PATH", help="Answer with this LoRA adapter (PEFT's folder)."),
     click.option(
         "--threads", type=click.IntRange(min=1), help="Threads to compute with.  [default: one a core]"
     ),
@@ -71,7 +75,7 @@ def runtime_options(function: F) -> F:
 
 def split(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(options of the runtime that were given, options of sampling)."""
-    names = ("target", "context", "threads", "speculate", "draft")
+    names = ("target", "context", "threads", "speculate", "draft", "adapter")
     runtime = {name: options[name] for name in names if options.get(name) is not None}
     return runtime, {name: value for name, value in options.items() if name not in names}
 

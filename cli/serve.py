@@ -86,7 +86,17 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
     help="Guess N tokens at a time where few sequences run; answers are the same.",
 )
 @click.option("--draft", metavar="ARTIFACT", help="A smaller model that guesses; else the text's own past.")
+@click.option(
+    "--sampler",
+    metavar="NAME[{option=value,…}]",
+    help="A plugin's sampler, for requests that name none (llmc_sampler).",
+)
 @click.option("--no-prefix-cache", is_flag=True, help="Compute every prompt from its first token.")
+@click.option(
+    "--prefix-cache",
+    metavar="DIR[,size=SIZE]",
+    help="Keep what was computed of prompts there beyond this process, at most SIZE.  [default size: 10GiB]",
+)
 @click.option(
     "--documents",
     multiple=True,
@@ -106,6 +116,19 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
     show_default=True,
     help="Bytes of a document that is added.",
 )
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="[MODEL:]NAME=PATH",
+    help="Serve this LoRA adapter (PEFT's folder) as the model NAME; repeatable.",
+)
+@click.option(
+    "--allow-adapter-updates",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Let requests load adapters from FOLDER, and unload them (/v1/load_lora_adapter).",
+)
 @click.option("--no-page", is_flag=True, help="Do not serve the web page.")
 @json_option
 def command(artifacts: tuple[str, ...], as_json: bool, **options: Any) -> int:
@@ -121,6 +144,7 @@ def command(artifacts: tuple[str, ...], as_json: bool, **options: Any) -> int:
     notes_from_logging()
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     named = _named(artifacts)
+    adapters = _named_adapters(options["adapters"], list(named))
     documents = _named_documents(options["documents"])
     settings = _settings(options)
     listener = listen(options["host"], options["port"])
@@ -128,17 +152,21 @@ def command(artifacts: tuple[str, ...], as_json: bool, **options: Any) -> int:
         stack.callback(listener.close)
         # Documents first: what is wrong with them shows at once, and not after models are loaded.
         knowledge = {name: stack.enter_context(_open(at)) for name, at in documents.items()}
-        models = {name: stack.enter_context(_load(path, options)) for name, path in named.items()}
+        models = {
+            name: stack.enter_context(_load(path, options, adapters.get(name)))
+            for name, path in named.items()
+        }
         app = create_app(models, settings, knowledge)
         address, port = listener.getsockname()[:2]
         url = f"http://{f'[{address}]' if ':' in address else address}:{port}"
-        result: dict[str, Any] = {"url": url, "models": list(models)}
+        served = list(app.state.service.models)
+        result: dict[str, Any] = {"url": url, "models": served}
         if knowledge:
             result |= {"documents": list(knowledge), "documents_writable": settings.documents_writable}
         emit(
             result,
             as_json=as_json,
-            text=f"serving {', '.join([*models, *knowledge])} at {url} (page: {url}/, API: {url}/v1)",
+            text=f"serving {', '.join([*served, *knowledge])} at {url} (page: {url}/, API: {url}/v1)",
         )
         if address not in _LOOPBACK and not settings.api_keys:
             note("anyone who reaches this address may use it: --api-key asks for a key")
@@ -158,6 +186,28 @@ def _named(artifacts: tuple[str, ...]) -> dict[str, Path]:
             raise InputError(f"two artifacts are called {name!r}", remedy="name one: NAME=ARTIFACT")
         named[name] = Path(path)
     return named
+
+
+def _named_adapters(given: tuple[str, ...], models: list[str]) -> dict[str, dict[str, Path]]:
+    """[MODEL:]NAME=PATH → by the model's name, the adapters' folders by theirs. Raises InputError."""
+    found: dict[str, dict[str, Path]] = {}
+    for one in given:
+        name, _, path = one.partition("=")
+        model, _, alone = name.partition(":")
+        if alone and model in models:
+            name = alone
+        elif len(models) == 1:
+            model = models[0]
+        else:
+            raise InputError(
+                f"--adapter {one!r} does not say of which model", remedy=f"write {models[0]}:NAME=PATH"
+            )
+        if not name or not path:
+            raise InputError(f"--adapter {one!r} is no NAME=PATH", remedy="for example sql=adapters/sql")
+        if name in models or any(name in others for others in found.values()):
+            raise InputError(f"two models or adapters are called {name!r}", remedy="choose another name")
+        found.setdefault(model, {})[name] = Path(path)
+    return found
 
 
 def _named_documents(given: tuple[str, ...]) -> dict[str, str]:
@@ -199,6 +249,7 @@ def _settings(options: dict[str, Any]) -> Any:
         drain_seconds=options["drain_timeout"],
         page=not options["no_page"],
         documents_writable=_writable(options),
+        adapter_folder=options["allow_adapter_updates"],
         max_upload_bytes=options["max_upload"],
     )
 
@@ -213,10 +264,23 @@ def _writable(options: dict[str, Any]) -> bool:
     return alone if given is None else given
 
 
-def _load(path: Path, options: dict[str, Any]) -> LLM:
-    from ..runtime.loader import load
+def _prefix_cache(text: str | None) -> tuple[str | None, int | None]:
+    """Folder and bytes of `DIR[,size=SIZE]`."""
+    folder, separator, size = (text or "").rpartition(",size=")
+    if not separator:
+        return text, None
+    if not folder:
+        raise InputError(f"--prefix-cache {text} names no folder", remedy="write DIR,size=20GB")
+    from ..codegen.memory import parse_size
 
-    return load(
+    return folder, parse_size(size)
+
+
+def _load(path: Path, options: dict[str, Any], adapters: dict[str, Path] | None) -> LLM:
+    from .loading import load
+
+    folder, size = _prefix_cache(options["prefix_cache"])
+    llm = load(
         path,
         target=options["target"],
         threads=options["threads"],
@@ -227,5 +291,11 @@ def _load(path: Path, options: dict[str, Any]) -> LLM:
         speculate=options["speculate"],
         draft=options["draft"],
         prefix_cache=not options["no_prefix_cache"],
+        prefix_cache_dir=folder,
+        prefix_cache_bytes=size,
         max_waiting=options["max_sequences"] + options["max_queue"],
+        adapters={} if adapters is None and options["allow_adapter_updates"] is not None else adapters,
     )
+    if options["sampler"] is not None:
+        llm.prefer(sampler=options["sampler"])
+    return llm

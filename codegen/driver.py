@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..frontend.chat_shapes import Renderer
 from ..frontend.memory import release_freed_memory
+from ..frontend.rope import RopeScaling, longest, rope_facts
 from ..frontend.source import ModelSource, context_length, describe, open_source
 from ..frontend.tokenizer import DetectTools, TokenizerFacts, export_tokenizer
 from ..frontend.trace import trace_module, trace_source
@@ -19,7 +20,7 @@ from ..ir.core import Graph, Value
 from ..ir.dtypes import kv_bytes
 from ..ir.errors import InputError
 from ..ir.ops.attention import Attention
-from ..ir.ops.quant import Dequantize, QuantizedEmbedding, QuantizedLinear
+from ..ir.ops.moe import quantized_parts
 from ..ir.printer import print_graph
 from ..ir.types import DimExpr
 from ..ir.weights import num_bytes, num_elements
@@ -38,11 +39,12 @@ from .calibrate import (
     finishing,
     say_nothing,
 )
+from .extensions import load_ops
 from .legalize import legalize
 from .memory import check_peak, processes_at_once, watched
 from .peak import WORKER_BYTES, Peak, predict_peak
 from .request import DEFAULT_CALIBRATION, DEFAULT_VERDICT, Plan, Request
-from .target import with_tune
+from .target import emit_target, with_adapters, with_tune
 from .verdict import VerdictOptions, prepare_held
 
 if TYPE_CHECKING:
@@ -69,18 +71,31 @@ class CompileReport:
 
 
 def _context(source: ModelSource, asked: int | None) -> int | None:
-    limit = context_length(source.config)
+    """The longest sequence that is compiled for; `source.length` says it to the tracing."""
+    made_for = source.length or context_length(source.config)
+    limit = longest(source.config, context_length(source.config))
     if asked is not None and asked < 1:
         raise InputError(f"--context {asked} is no length", remedy="ask for at least one token")
-    if asked is None and limit is None and source.task != "function":
+    if asked is None and made_for is None and source.task != "function":
         raise InputError(
             f"{source.name} does not say how many tokens it was made for", remedy="give it: --context 4096"
         )
     if asked is not None and limit is not None and asked > limit:
         raise InputError(
-            f"--context {asked}: {source.name} was made for {limit} tokens", remedy=f"ask for at most {limit}"
+            f"--context {asked}: {source.name} was made for {limit} tokens",
+            remedy=f"ask for at most {limit}; rotary embeddings reach further with --rope-scaling",
         )
-    return asked or limit
+    source.length = asked or made_for
+    return source.length
+
+
+def _open(
+    model: str | os.PathLike[str] | torch.nn.Module, scaling: RopeScaling | None, *, config_only: bool = False
+) -> ModelSource:
+    source = open_source(model, config_only=config_only)
+    if scaling is not None:
+        source.scale_rope(scaling)
+    return source
 
 
 def trace(source: ModelSource, example_inputs: Mapping[str, torch.Tensor] | None) -> Graph:
@@ -113,12 +128,7 @@ def lower(
 
 def count_weights(graph: Graph) -> int:
     """Elements of all weights; what quantization adds beside its codes is none of the model's."""
-    added = {
-        part
-        for op in graph
-        if isinstance(op, (Dequantize, QuantizedLinear, QuantizedEmbedding))
-        for part in (op.scale, op.zero_point)
-    }
+    added = {part for op in graph for _, *parts in quantized_parts(op) for part in parts}
     return sum(num_elements(v.weight) for v in graph.weights.values() if v.weight and v not in added)
 
 
@@ -131,13 +141,15 @@ def _model_facts(source: ModelSource, graph: Graph, context: int | None) -> dict
     held = graph.facts.get("positions")
     context = min(context, held) if context is not None and held is not None else context
     width = graph.outputs[0].shape[-1] if graph.outputs[0].type.rank else None
-    types = {name: graph.facts[name] for name in ("token_types",) if name in graph.facts}
+    types = {name: graph.facts[name] for name in ("token_types", "state") if name in graph.facts}
+    rope = rope_facts(source.config, source.length, context_length(source.config))
     return {
         **source.use,
         **types,
+        **({} if rope is None else {"rope_scaling": rope}),
         "name": source.name,
         "architecture": facts.get("architecture") or source.name,
-        "num_layers": len(graph.facts.get("kv", [])),
+        "num_layers": facts.get("num_layers") if "state" in types else len(graph.facts.get("kv", [])),
         "vocab_size": width if graph.facts["kind"] == "causal_lm" else facts.get("vocab_size"),
         "hidden_size": facts.get("hidden_size"),
         "context_length": context,
@@ -194,6 +206,7 @@ def compile_model(
     kv_dtype: str | None = None,
     passes: Sequence[str] = (),
     lora: Sequence[str] = (),
+    rope_scaling: str | None = None,
     dump_ir: str | os.PathLike[str] | None = None,
     example_inputs: Mapping[str, torch.Tensor] | None = None,
     render: Renderer | None = None,
@@ -202,27 +215,31 @@ def compile_model(
     max_ram: int | None = None,
     verdict: VerdictOptions = DEFAULT_VERDICT,
     tune: int = 0,
+    adapters: bool = False,
     progress: Progress = no_progress,
     say: Callable[[str], None] = say_nothing,
 ) -> CompileReport:
     """Compile a model into the artifact folder `output`. Arguments as in `llmc.compile`; `passes` are further
     ones by name, run on the fused graph. `max_ram` caps the process tree, in bytes; `say` gets sentences that
     the user should see at once. What `verdict` asks for is measured where the scheme loses anything. `tune`:
-    seconds to search for the sizes of kernels.
+    seconds to search for the sizes of kernels. `adapters`: places for adapters that requests choose among.
 
     Nothing stands under the name `output` before everything is written; an artifact that was there stays
     until then.
     """
     targets = _searching(targets, tune, max_ram) if tune else targets
-    adapters = tuple(LoraOption.parse(text) for text in lora)
-    options = (quant, quant_head, bits_per_weight, context, kv_dtype, tuple(passes), adapters)
-    asked = Request(tuple(targets), *options, calibration, verdict)
+    targets = with_adapters(targets) if adapters else targets
+    merged = tuple(LoraOption.parse(text) for text in lora)
+    options = (quant, quant_head, bits_per_weight, context, kv_dtype, tuple(passes), merged)
+    scaling = None if rope_scaling is None else RopeScaling.parse(rope_scaling)
+    asked = Request(tuple(targets), *options, calibration, verdict, scaling)
     plan = asked.plan()
     passing = PassContext(max_ram=max_ram)
+    load_ops()
     # The writer first: a name that cannot be written costs no tracing.
     with ArtifactWriter(output) as writer, ExitStack() as stack, finishing(passing, say):
         progress("open", 0.0)
-        source = open_source(model)
+        source = _open(model, scaling)
         passing.context_length = _context(source, context)
         progress("trace", 0.02)
         graph = trace(source, example_inputs)
@@ -336,7 +353,7 @@ def _emit(job: _Job, graph: Graph, share: _Share) -> dict[str, Any]:
     step = (0.97 - begin) / len(job.plan.targets)
     for i, target in enumerate(job.plan.targets):
         part = share.between(begin + i * step, begin + (i + 1) * step)
-        entries[target.name] = target.compile_source(job.source, graph, job.writer, progress=part)
+        entries[target.name] = emit_target(target, job.source, graph, job.writer, progress=part)
     return entries
 
 
@@ -381,17 +398,15 @@ def _stored_bits(graph: Graph) -> dict[Value, float]:
     most 4 bits (two a byte), and scales and minima of two levels.
     """
     found: dict[Value, float] = {}
-    for op in graph:
-        if not isinstance(op, (Dequantize, QuantizedLinear, QuantizedEmbedding)):
-            continue
-        quant, zero = op.q.type.quant, op.zero_point
+    for q, scale, zero in (parts for op in graph for parts in quantized_parts(op)):
+        quant = q.type.quant
         assert quant is not None
-        found[op.q] = quant.bits
+        found[q] = quant.bits
         if zero is not None and zero.dtype == "uint8" and quant.bits <= 4:
             found[zero] = 4
         if quant.super_group:
             two_levels = 8 + 16 * quant.group_size / quant.super_group
-            found |= {v: two_levels for v in (op.scale, zero) if v is not None and v.dtype == "float32"}
+            found |= {v: two_levels for v in (scale, zero) if v is not None and v.dtype == "float32"}
     return found
 
 
@@ -404,23 +419,25 @@ def check_model(
     bits_per_weight: float | None = None,
     context: int | None = None,
     kv_dtype: str | None = None,
+    rope_scaling: str | None = None,
 ) -> CheckReport:
     """Trace and lower a model without its weights; predict sizes.
 
     Raises what `compile_model` would raise first.
     """
+    scaling = None if rope_scaling is None else RopeScaling.parse(rope_scaling)
     asked = Plan.make(targets, quant, kv_dtype, (), quant_head, bits_per_weight)
     plan = replace(asked, quantize=tuple(without_calibration(asked.quantize)))
     # "keep" asks for the grids of the weights, which stand in the files.
     files = str(model).endswith(".gguf") or (quant == "keep" and Path(model).is_dir())
-    source = open_source(model, config_only=not files)
+    source = _open(model, scaling, config_only=not files)
     length = _context(source, context)
     graph = trace(source, None)
     peak = _peak(source, graph, asked, length).bytes
     attentions = sum(isinstance(op, Attention) for op in graph)
     graph, records = lower(graph, plan, PassContext(context_length=length))
     for target in plan.targets:
-        legalize(graph, target.operations)  # for the op that the target can neither emit nor decompose
+        legalize(graph, target.emitted())  # for the op that the target can neither emit nor decompose
     total = 0
     narrow = _stored_bits(graph)
     for value in graph.weights.values():
@@ -433,8 +450,9 @@ def check_model(
     notes = tuple(dict.fromkeys(n for r in records for n in r.notes))
     caches = graph.facts.get("kv", [])
     a_token = sum(2 * kv["heads"] * kv_bytes(plan.kv_dtype, kv["head_dim"]) for kv in caches)
+    rope = rope_facts(source.config, length, facts["context_length"])
     return CheckReport(
-        {**facts, "context": length},
+        {**facts, "context": length, "rope_scaling": rope},
         len(graph.ops),
         attentions or len(caches),
         a_token,

@@ -18,6 +18,7 @@ from ..ir.errors import CompileError, UnsupportedError
 from ..ir.ops import math, nn, quant, shape
 from ..ir.types import Dim, divide, product
 from ..ir.weights import ArrayTensor
+from ..plugins.entries import blaming
 
 # Constructors are made by `@op`; for classes that inherit their operands a type checker does not see them.
 m: Any = math
@@ -57,7 +58,8 @@ def _decompose(graph: Graph, op: Op, operations: Collection[str]) -> None:
             f"the target cannot emit {op.opname} (from {where}), and it has no decomposition",
             remedy="choose another target, or add the op to codegen/legalize.py",
         )
-    result = build(_Builder(graph, op), op)
+    with blaming(f"the decomposition of {op.opname}", build):
+        result = build(Builder(graph, op), op)
     if result.type != op.result.type:
         raise CompileError(
             f"decomposing {op.opname} gave {result.type} instead of {op.result.type}", remedy="report it"
@@ -65,7 +67,7 @@ def _decompose(graph: Graph, op: Op, operations: Collection[str]) -> None:
     graph.replace(op, [result])
 
 
-class _Builder:
+class Builder:
     """Inserts ops in front of the one that is decomposed; short forms of the common ones."""
 
     def __init__(self, graph: Graph, op: Op) -> None:
@@ -111,7 +113,7 @@ class _Builder:
         return self(shape.Transpose(x, (-1, -2)))
 
 
-Decomposition = Callable[[_Builder, Any], Value]
+Decomposition = Callable[[Builder, Any], Value]
 DECOMPOSITIONS: dict[str, Decomposition] = {}
 
 
@@ -119,6 +121,11 @@ def decomposes(name: str) -> Callable[[Decomposition], Decomposition]:
     """Register the decomposition of an op."""
 
     def register(build: Decomposition) -> Decomposition:
+        if name in DECOMPOSITIONS:
+            raise CompileError(
+                f"{name} has two decompositions: in {DECOMPOSITIONS[name].__module__} and {build.__module__}",
+                remedy="take one of them away",
+            )
         DECOMPOSITIONS[name] = build
         return build
 
@@ -130,42 +137,42 @@ def decomposes(name: str) -> Callable[[Decomposition], Decomposition]:
 
 
 @decomposes("neg")
-def _neg(b: _Builder, op: Any) -> Value:
+def _neg(b: Builder, op: Any) -> Value:
     return b.mul(op.x, -1.0 if op.x.dtype.startswith(("float", "bfloat")) else -1)
 
 
 @decomposes("abs")
-def _abs(b: _Builder, op: Any) -> Value:
+def _abs(b: Builder, op: Any) -> Value:
     return b(m.Maximum(op.x, b(m.Neg(op.x))))
 
 
 @decomposes("reciprocal")
-def _reciprocal(b: _Builder, op: Any) -> Value:
+def _reciprocal(b: Builder, op: Any) -> Value:
     return b.div(b.scalar(1.0, op.x), op.x)
 
 
 @decomposes("rsqrt")
-def _rsqrt(b: _Builder, op: Any) -> Value:
+def _rsqrt(b: Builder, op: Any) -> Value:
     return b.div(b.scalar(1.0, op.x), b(m.Sqrt(op.x)))
 
 
 @decomposes("relu")
-def _relu(b: _Builder, op: Any) -> Value:
+def _relu(b: Builder, op: Any) -> Value:
     return b(m.Maximum(op.x, b.scalar(0.0, op.x)))
 
 
 @decomposes("sigmoid")
-def _sigmoid(b: _Builder, op: Any) -> Value:
+def _sigmoid(b: Builder, op: Any) -> Value:
     return b.div(b.scalar(1.0, op.x), b.add(b(m.Exp(b(m.Neg(op.x)))), 1.0))
 
 
 @decomposes("silu")
-def _silu(b: _Builder, op: Any) -> Value:
+def _silu(b: Builder, op: Any) -> Value:
     return b.mul(op.x, b(m.Sigmoid(op.x)))
 
 
 @decomposes("gelu")
-def _gelu(b: _Builder, op: Any) -> Value:
+def _gelu(b: Builder, op: Any) -> Value:
     """x/2 · (1 + erf(x/√2)), or with tanh: x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³)))."""
     x = op.x
     if op.tanh:
@@ -177,13 +184,13 @@ def _gelu(b: _Builder, op: Any) -> Value:
 
 
 @decomposes("softmax")
-def _softmax(b: _Builder, op: Any) -> Value:
+def _softmax(b: Builder, op: Any) -> Value:
     e = b(m.Exp(b.sub(op.x, b(m.ReduceMax(op.x, (op.axis,), True)))))
     return b.div(e, b(m.ReduceSum(e, (op.axis,), True)))
 
 
 @decomposes("reduce_mean")
-def _mean(b: _Builder, op: Any) -> Value:
+def _mean(b: Builder, op: Any) -> Value:
     count = product(op.x.shape[a] for a in op.axes)
     total = b(m.ReduceSum(op.x, op.axes, op.keepdim))
     if isinstance(count, int):
@@ -192,7 +199,7 @@ def _mean(b: _Builder, op: Any) -> Value:
 
 
 @decomposes("diff")
-def _diff(b: _Builder, op: Any) -> Value:
+def _diff(b: Builder, op: Any) -> Value:
     joined = b(shape.Concat([op.prepend, op.x], -1))
     length = joined.shape[-1]
     return b.sub(b.part(joined, 1, length), b.part(joined, 0, length - 1))
@@ -203,23 +210,23 @@ def _diff(b: _Builder, op: Any) -> Value:
 
 
 @decomposes("embedding")
-def _embedding(b: _Builder, op: Any) -> Value:
+def _embedding(b: Builder, op: Any) -> Value:
     return b(shape.Index(op.weight, [op.ids]))
 
 
 @decomposes("gather_last")
-def _gather_last(b: _Builder, op: Any) -> Value:
+def _gather_last(b: Builder, op: Any) -> Value:
     return b(shape.Index(op.x, [op.index]))
 
 
 @decomposes("linear")
-def _linear(b: _Builder, op: Any) -> Value:
+def _linear(b: Builder, op: Any) -> Value:
     y = b(m.MatMul(op.x, b.swap(b.cast(op.weight, op.x.dtype))))
     return y if op.bias is None else b.add(y, b.cast(op.bias, y.dtype))
 
 
 @decomposes("rms_norm")
-def _rms_norm(b: _Builder, op: Any) -> Value:
+def _rms_norm(b: Builder, op: Any) -> Value:
     x = b.cast(op.x, "float32")
     mean = b(m.ReduceMean(b.mul(x, x), (-1,), True))
     y = b.mul(x, b(m.Rsqrt(b.add(mean, op.eps))))
@@ -229,7 +236,7 @@ def _rms_norm(b: _Builder, op: Any) -> Value:
 
 
 @decomposes("layer_norm")
-def _layer_norm(b: _Builder, op: Any) -> Value:
+def _layer_norm(b: Builder, op: Any) -> Value:
     x = b.cast(op.x, "float32")
     centred = b.sub(x, b(m.ReduceMean(x, (-1,), True)))
     variance = b(m.ReduceMean(b.mul(centred, centred), (-1,), True))
@@ -242,7 +249,7 @@ def _layer_norm(b: _Builder, op: Any) -> Value:
 
 
 @decomposes("rope")
-def _rope(b: _Builder, op: Any) -> Value:
+def _rope(b: Builder, op: Any) -> Value:
     """The turned part times cos plus its half-turned self times sin; the rest passes."""
     x, r = op.x, op.rotary_dim
     turned = b.part(x, 0, r) if x.shape[-1] != r else x
@@ -259,26 +266,29 @@ def _rope(b: _Builder, op: Any) -> Value:
 
 
 @decomposes("gated_mlp")
-def _gated_mlp(b: _Builder, op: Any) -> Value:
+def _gated_mlp(b: Builder, op: Any) -> Value:
     width = op.gate_up.shape[-1]
     half = divide(width, 2)
     assert half is not None
     gate, up = b.part(op.gate_up, 0, half), b.part(op.gate_up, half, width)
-    match op.activation:
+    return b.mul(activated(b, op.activation, gate), up)
+
+
+def activated(b: Builder, activation: str, x: Value) -> Value:
+    match activation:
         case "gelu_tanh":
-            active = b(m.Gelu(gate, True))
+            return b(m.Gelu(x, True))
         case "gelu":
-            active = b(m.Gelu(gate))
+            return b(m.Gelu(x))
         case name:
-            active = b({"silu": m.Silu, "relu": m.Relu, "sigmoid": m.Sigmoid}[name](gate))
-    return b.mul(active, up)
+            return b({"silu": m.Silu, "relu": m.Relu, "sigmoid": m.Sigmoid}[name](x))
 
 
 # -- attention
 # -------------------------------------------------------------------------------------------------------
 
 
-def _repeat_heads(b: _Builder, x: Value, heads: Dim) -> Value:
+def _repeat_heads(b: Builder, x: Value, heads: Dim) -> Value:
     """Key or value heads [..., Hkv, S, D] → [..., heads, S, D], each repeated for its query heads."""
     group = divide(heads, x.shape[-3])
     if group == 1 or group is None:
@@ -288,7 +298,7 @@ def _repeat_heads(b: _Builder, x: Value, heads: Dim) -> Value:
     return b.reshape(wide, *lead, heads, s, d)
 
 
-def _visible(b: _Builder, t: Dim, s: Dim, causal: bool, window: int | None) -> Value | None:
+def _visible(b: Builder, t: Dim, s: Dim, causal: bool, window: int | None) -> Value | None:
     """bool [T, S]: which keys a query sees; None where it sees all."""
     if not causal and window is None:
         return None
@@ -305,7 +315,7 @@ def _visible(b: _Builder, t: Dim, s: Dim, causal: bool, window: int | None) -> V
     return out
 
 
-def _mask(b: _Builder, scores: Value, visible: Value | None) -> Value:
+def _mask(b: Builder, scores: Value, visible: Value | None) -> Value:
     if visible is None:
         return scores
     # Both branches in the scores' shape: not every backend broadcasts a selection.
@@ -313,7 +323,7 @@ def _mask(b: _Builder, scores: Value, visible: Value | None) -> Value:
 
 
 @decomposes("sdpa")
-def _sdpa(b: _Builder, op: Any) -> Value:
+def _sdpa(b: Builder, op: Any) -> Value:
     heads, t, s = op.q.shape[-3], op.q.shape[-2], op.k.shape[-2]
     k, v = (_repeat_heads(b, x, heads) if op.grouped else x for x in (op.k, op.v))
     scores = b.mul(b(m.MatMul(op.q, b.swap(k))), op.scale)
@@ -326,7 +336,7 @@ def _sdpa(b: _Builder, op: Any) -> Value:
 
 
 @decomposes("attention")
-def _attention(b: _Builder, op: Any) -> Value:
+def _attention(b: Builder, op: Any) -> Value:
     """Heads before tokens, scores, mask, softmax with the sinks as one more column, values, tokens before
     heads.
     """
@@ -337,6 +347,10 @@ def _attention(b: _Builder, op: Any) -> Value:
     scores = b.mul(b(m.MatMul(q, b.swap(k))), op.scale)
     if op.softcap is not None:
         scores = b.mul(b(m.Tanh(b.div(scores, op.softcap))), op.softcap)
+    if op.slopes is not None:
+        slopes = b.reshape(op.slopes, heads, 1, 1)
+        # Keys' positions alone: softmax does not see what all scores of a query have in common.
+        scores = b.add(scores, b.mul(slopes, b.reshape(b.cast(b(shape.Arange(s)), "float32"), 1, 1, s)))
     scores = _mask(b, scores, _visible(b, t, s, op.causal, op.window))
     if op.sinks is not None:
         column = b.reshape(b.cast(op.sinks, "float32"), heads, 1, 1)
@@ -352,25 +366,25 @@ def _attention(b: _Builder, op: Any) -> Value:
 
 
 @decomposes("quantized_linear")
-def _quantized_linear(b: _Builder, op: Any) -> Value:
+def _quantized_linear(b: Builder, op: Any) -> Value:
     weight = b(quant.Dequantize(op.q, op.scale, op.zero_point))
     return b(nn.Linear(op.x, b.cast(weight, op.x.dtype), op.bias))
 
 
 @decomposes("quantized_embedding")
-def _quantized_embedding(b: _Builder, op: Any) -> Value:
+def _quantized_embedding(b: Builder, op: Any) -> Value:
     parts = [op.q, op.scale, op.zero_point]
     rows = [None if part is None else b(shape.Index(part, [op.ids])) for part in parts]
-    return _dequantized(b, quant.quantization(op.q.type, op.opname), rows[0], rows[1], rows[2])
+    return dequantized(b, quant.quantization(op.q.type, op.opname), rows[0], rows[1], rows[2])
 
 
 @decomposes("dequantize")
-def _dequantize(b: _Builder, op: Any) -> Value:
-    return _dequantized(b, quant.quantization(op.q.type, op.opname), op.q, op.scale, op.zero_point)
+def _dequantize(b: Builder, op: Any) -> Value:
+    return dequantized(b, quant.quantization(op.q.type, op.opname), op.q, op.scale, op.zero_point)
 
 
-def _dequantized(
-    b: _Builder, quantization: Any, q: Value | None, scale: Value | None, zero: Value | None
+def dequantized(
+    b: Builder, quantization: Any, q: Value | None, scale: Value | None, zero: Value | None
 ) -> Value:
     """The table of `types.Quantization` in tensor ops."""
     assert q is not None and scale is not None
@@ -394,7 +408,10 @@ def _dequantized(
     return b.mul(b.sub(real, offset), spread(scale))
 
 
-def _table(b: _Builder, name: str) -> Value:
+def _table(b: Builder, name: str) -> Value:
     """A codebook as a weight of the graph, one for all that use it."""
     key = f"codebook.{name}"
     return b.graph.weights.get(key) or b.graph.add_weight(key, ArrayTensor(codebook(name), key))
+
+
+from . import legalize_moe as _moe  # noqa: E402, F401  # pyright: ignore[reportUnusedImport]  (registers)

@@ -26,7 +26,9 @@ from dataclasses import dataclass
 
 from ..ir.core import Graph, Value
 from ..ir.ops.math import MatMul
+from ..ir.ops.moe import Moe
 from ..ir.ops.nn import Embedding, Linear
+from ..ir.types import Dim
 from ..passes.base import Pass
 from ..passes.quantize import fisher, gptq, head, sensitivity, verdict
 from ..passes.quantize.awq_pass import QuantizeAwq
@@ -45,6 +47,7 @@ WORKER_BYTES = 400_000_000
 _MOMENTS = 6  # float32 [K, K] while one is factored: inputs, damped and permuted ones, factors
 _KEPT = 4  # of them while codes are made and scales refitted
 _COPIES = 16  # float32 [N, K] then: weight, target, codes, scales and zero points by column, candidates
+_MIXTURES = 3  # float32 of all experts of a mixture: as read, as coded, and what codes and scales take
 _VALUES = 7  # numbers that a value between layers takes with its gradient and what the way back needs
 _PIECES = 7  # float32 [T, rows of the vocabulary] while logits are compared, or derived
 
@@ -76,6 +79,8 @@ class _Shapes:
     blocks: tuple[tuple[tuple[int, int], ...], ...]
     head: tuple[int, int]
     length: int
+    experts: int = 0
+    """Elements of the largest mixture of experts, which is in memory as a whole; `blocks` have one expert."""
 
     @property
     def weights(self) -> int:
@@ -139,7 +144,8 @@ def predict_peak(
 
 def _quantizing(shapes: _Shapes, one: Pass) -> int:
     group = getattr(one, "group", 0)
-    return max((_layer(n, k, group, shapes.length) for block in shapes.blocks for n, k in block), default=0)
+    layers = (_layer(n, k, group, shapes.length) for block in shapes.blocks for n, k in block)
+    return 4 * _MIXTURES * shapes.experts + max(layers, default=0)
 
 
 def _layer(n: int, k: int, group: int, length: int) -> int:
@@ -160,6 +166,7 @@ def _tuning(shapes: _Shapes, one: Pass) -> int:
     group = getattr(one, "group", 0) or 1024
     scales = 4 * shapes.all_weights // group
     block = 3 * shapes.weights + _VALUES * shapes.values
+    block += 2 * shapes.experts  # of both models
     return 4 * scales + max(4 * block, shapes.head_bytes() + shapes.piece_bytes())
 
 
@@ -167,7 +174,8 @@ def _verdict(shapes: _Shapes, one: Pass) -> int:
     assert isinstance(one, MeasureQuality)
     side = min(verdict.SIDE_BY_SIDE, one.sequences, os.cpu_count() or 1)
     # Heads: 16 MiB of rows, three times, and of each sequence's logits, five times.
-    return max(4 * (2 * shapes.weights + (1 + side) * shapes.values), (3 + 5 * side) << 24)
+    block = 2 * shapes.weights + (1 + side) * shapes.values + _MIXTURES * shapes.experts
+    return max(4 * block, (3 + 5 * side) << 24)
 
 
 _PHASES: tuple[tuple[type[Pass], str, Callable[[_Shapes, Pass], int]], ...] = (
@@ -184,12 +192,21 @@ def _shapes(graph: Graph, length: int) -> _Shapes:
     transposed weight.
     """
     found: dict[str, dict[Value, tuple[int, int]]] = {}
-    rows, width = 0, 0
+    rows, width, experts = 0, 0, 0
     for op in graph:
+        if isinstance(op, Moe):
+            experts = max(experts, _count(op.gate_up) + _count(op.down))
+            e, d = _count_of(op.down.shape[0]), _count_of(op.x.shape[-1])
+            i = _count(op.down) // (e * d)
+            layers = found.setdefault(layer_name(op.loc) or op.loc, {})
+            layers[op.gate_up], layers[op.down] = (2 * i, d), (d, i)
+            continue
         weight = next((w for v in op.operands if (w := _weight(v)) is not None), None)
         if weight is None or not isinstance(op, (Linear, MatMul, Embedding)):
             continue
-        n = op.result.shape[-1]
+        n, read = op.result.shape[-1], op.operands[0]
+        if not isinstance(n, int):  # weight · x, whose last axis is of tokens
+            n, read = op.result.shape[-2], op.operands[1]
         assert isinstance(n, int)
         k = _count(weight) // max(1, n)
         name = layer_name(op.loc)
@@ -197,8 +214,9 @@ def _shapes(graph: Graph, length: int) -> _Shapes:
             rows, width = n, k
         elif not isinstance(op, Embedding):
             layers = found.setdefault(name or op.loc, {})
-            layers[op.operands[0]] = (n + layers.get(op.operands[0], (0, 0))[0], k)
-    return _Shapes(tuple(tuple(layers.values()) for layers in found.values()), (rows, width), length)
+            layers[read] = (n + layers.get(read, (0, 0))[0], k)
+    blocks = tuple(tuple(layers.values()) for layers in found.values())
+    return _Shapes(blocks, (rows, width), length, experts)
 
 
 def _weight(value: Value) -> Value | None:
@@ -206,6 +224,11 @@ def _weight(value: Value) -> Value | None:
     op = value.producer
     source = op.operands[0] if op is not None and len(op.operands) == 1 else value
     return source if source.is_weight and len(source.shape) == 2 else None
+
+
+def _count_of(d: Dim) -> int:
+    assert isinstance(d, int)
+    return d
 
 
 def _count(weight: Value) -> int:

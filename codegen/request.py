@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..frontend.rope import RopeScaling
 from ..frontend.source import ModelSource
 from ..ir.errors import InputError
 from ..passes.base import Pass
@@ -97,6 +98,7 @@ class Request:
     lora: tuple[LoraOption, ...]
     calibration: CalibrationOptions
     verdict: VerdictOptions
+    rope_scaling: RopeScaling | None = None
 
     def plan(self) -> Plan:
         """Raises InputError for an option that is wrong."""
@@ -120,6 +122,7 @@ class Request:
             "passes": list(self.passes),
             "context": length,
             "lora": [one.key() for one in self.lora],
+            "rope_scaling": None if self.rope_scaling is None else self.rope_scaling.key(),
         }
 
     def command(self, source: ModelSource, *, calibrated: bool) -> list[str]:
@@ -135,6 +138,7 @@ class Request:
             ("--quant-head", self.quant_head),
             ("--bits-per-weight", self.bits_per_weight),
             ("--context", self.context),
+            ("--rope-scaling", None if self.rope_scaling is None else self.rope_scaling.command()),
             ("--kv-dtype", self.kv_dtype),
         ):
             command += [flag, str(value)] if value is not None else []

@@ -9,12 +9,14 @@
         def compile(self, graph, writer, *, progress): ...
 
 The dataclass fields are the options of `--target tvm-cpu:isa=avx2`. Anyone's package adds a target through
-the entry-point group `llmc.targets` (name → class); ours are registered in the same way.
+the entry-point group `llmc.targets` (name → class), and what runs it through `llmc.executors`; ours are
+registered in the same way.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +24,10 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..ir.errors import InputError, LlmcError
+from ..ir.define import OPS
+from ..ir.errors import CompileError, InputError
+from ..plugins.entries import Registered, blaming, check_returned, package_of, registered
+from ..plugins.entries import collect as collect_entries
 
 if TYPE_CHECKING:
     from ..frontend.source import ModelSource
@@ -70,6 +75,10 @@ class Target(ABC):
         """
         return self.compile(graph, writer, progress=progress)
 
+    def emitted(self) -> frozenset[str]:
+        """`operations`, and other packages' ops that name an emitter for this target (`Op.emitters`)."""
+        return self.operations | {name for name, op in OPS.items() if self.name in op.emitters}
+
     def options(self) -> dict[str, Any]:
         """Option name → value, for the manifest."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -98,34 +107,29 @@ class Option:
 class TargetEntry:
     """A registered target, not yet imported."""
 
-    name: str
-    package: str
-    """The distribution that registers it ("llmc", or somebody's plugin)."""
-    point: metadata.EntryPoint
+    item: Registered
+
+    @property
+    def name(self) -> str:
+        return self.item.name
+
+    @property
+    def package(self) -> str:
+        """The distribution that registers it ("llmc", or somebody's plugin)."""
+        return self.item.origin
 
     def load(self) -> type[Target]:
         """Import the class. Raises InputError, naming the package, where that fails or is no target."""
-        try:
-            cls = self.point.load()
-        except LlmcError:
-            raise
-        except Exception as error:  # a plugin's import may fail in any way
-            why = f"{type(error).__name__}: {error}"
-            raise InputError(
-                f"target {self.name} of package {self.package} cannot be imported ({why})",
-                remedy=f"upgrade or uninstall {self.package}",
-            ) from error
+        cls = self.item.load()
         if not (isinstance(cls, type) and issubclass(cls, Target)) or cls.name != self.name:
-            raise InputError(
-                f"entry point {self.name} of package {self.package} is no Target class of that name",
-                remedy=f"report it to the authors of {self.package}",
-            )
+            raise self.item.wrong("is no Target class of that name")
         return cls
 
     def options(self) -> list[Option]:
         """The target's options in order; imports the class."""
         cls = self.load()
-        hints = typing.get_type_hints(cls)
+        with blaming(f"target {self.name}", cls):
+            hints = typing.get_type_hints(cls)
         return [
             Option(f.name, _kind(hints[f.name]).__name__, f.default, str(f.metadata.get("help", "")))
             for f in dataclasses.fields(cls)
@@ -133,27 +137,40 @@ class TargetEntry:
 
 
 def list_targets() -> list[TargetEntry]:
-    """Every registered target by name; imports none. Raises InputError where two share a name."""
-    return collect(metadata.entry_points(group=GROUP))
+    """Every registered target by name; imports none."""
+    return [TargetEntry(item) for item in registered(GROUP).values()]
 
 
 def collect(points: Iterable[metadata.EntryPoint]) -> list[TargetEntry]:
-    """Entry points → entries sorted by name; two different ones of one name raise InputError naming both
-    packages.
+    """Entry points → entries sorted by name. One whose name another package claims as well raises when it is
+    loaded.
     """
-    found: dict[str, TargetEntry] = {}
-    for point in points:
-        package = point.dist.name if point.dist is not None else point.value.partition(":")[0]
-        entry = TargetEntry(point.name, package, point)
-        other = found.setdefault(point.name, entry)
-        # The same distribution can be found twice (an editable install and its build folder): that is no
-        # clash.
-        if (other.package, other.point.value) != (package, point.value):
-            raise InputError(
-                f"two packages register a target named {point.name}: {other.package} and {package}",
-                remedy="uninstall one of them",
-            )
-    return [found[name] for name in sorted(found)]
+    return [TargetEntry(item) for item in collect_entries(GROUP, points).values()]
+
+
+def emit_target(
+    target: Target, source: ModelSource, graph: Graph, writer: ArtifactWriter, *, progress: Progress
+) -> dict[str, Any]:
+    """The manifest's entry of a target that has written its files.
+
+    Raises what the target raises; of another package's, errors that name it. Such a target gets a copy of the
+    graph: whatever it does there, the targets after it see the graph as it was.
+    """
+    package = package_of(target)
+    what = f"target {target.name}"
+    with blaming(what, target):
+        given = graph if package is None else graph.clone()
+        entry: Any = target.compile_source(source, given, writer, progress=progress)
+        check_returned("its compile", target, entry, dict)
+    if package is None:
+        return entry
+    try:
+        return json.loads(json.dumps({"options": target.options(), "batch_invariant": False, **entry}))
+    except (TypeError, ValueError) as error:
+        raise CompileError(
+            f"{what} of package {package} returned a manifest entry that is no JSON ({error})",
+            remedy=f"report it to the authors of {package}, or compile for another target",
+        ) from None
 
 
 def get_target(spec: str) -> Target:
@@ -173,15 +190,26 @@ def with_tune(specs: Sequence[str], seconds: int) -> tuple[str, ...]:
     """Target specs that ask for a search of so many seconds, where a target has one (option `tune`). Raises
     InputError where none has.
     """
+    return _with(specs, "tune", seconds, "has nothing to search for")
+
+
+def with_adapters(specs: Sequence[str]) -> tuple[str, ...]:
+    """Target specs that ask for places for adapters, where a target can have them (option `adapters`). Raises
+    InputError where none can.
+    """
+    return _with(specs, "adapters", True, "takes no adapters per request")
+
+
+def _with(specs: Sequence[str], option: str, value: Any, refusal: str) -> tuple[str, ...]:
     targets = [get_target(spec) for spec in specs]
-    can = [any(f.name == "tune" for f in dataclasses.fields(target)) for target in targets]
+    can = [any(f.name == option for f in dataclasses.fields(target)) for target in targets]
     if not any(can):
         raise InputError(
-            f"--tune: {', '.join(t.name for t in targets)} has nothing to search for",
-            remedy="leave --tune away, or compile for tvm-cpu",
+            f"--{option}: {', '.join(t.name for t in targets)} {refusal}",
+            remedy=f"leave --{option} away, or compile for tvm-cpu",
         )
     return tuple(
-        str(dataclasses.replace(target, tune=seconds)) if one else spec
+        str(dataclasses.replace(target, **{option: value})) if one else spec
         for spec, target, one in zip(specs, targets, can, strict=True)
     )
 
@@ -223,7 +251,8 @@ def make_target(cls: type[Target], texts: dict[str, str]) -> Target:
             raise InputError(
                 f"target {cls.name}: {key}={text!r} is no {kind.__name__}", remedy=f"give a {kind.__name__}"
             ) from None
-    return cls(**values)
+    with blaming(f"target {cls.name}", cls):
+        return cls(**values)
 
 
 _TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}

@@ -11,7 +11,11 @@ import numpy as np
 from ..ir.core import Op, Value
 from ..ir.ops import attention, nn
 from ..ir.ops import math as m
+from ..ir.ops.select import TopK
+from ..ir.ops.shape import Arange, Gather
+from ..ir.types import Dim
 from . import aten_shapes as _aten_shapes  # noqa: F401  # pyright: ignore[reportUnusedImport]  (registers)
+from .aten_shapes import reshaped
 from .aten_table import TABLE, Handler, aten, lookup
 
 __all__ = ["TABLE", "lookup"]
@@ -136,6 +140,11 @@ def _rsub(c: Importer, a: Any, b: Any, alpha: Any = 1) -> Value:
     return c.emit(m.Sub(left, right))
 
 
+@aten("outer.default", "ger.default")
+def _outer(c: Importer, a: Value, b: Value) -> Value:
+    return c.emit(m.Mul(*c.promote(reshaped(c, a, (*a.shape, 1)), b)))
+
+
 @aten("square.default")
 def _square(c: Importer, x: Value) -> Value:
     return c.emit(m.Mul(x, x))
@@ -144,6 +153,11 @@ def _square(c: Importer, x: Value) -> Value:
 @aten("expm1.default")
 def _expm1(c: Importer, x: Value) -> Value:
     return c.emit(m.Sub(c.emit(m.Exp(x)), c.scalar(1, x.dtype)))
+
+
+@aten("log1p.default")
+def _log1p(c: Importer, x: Value) -> Value:
+    return c.emit(m.Log(c.emit(m.Add(x, c.scalar(1, x.dtype)))))
 
 
 @aten("softplus.default")
@@ -156,16 +170,58 @@ def _softplus(c: Importer, x: Value, beta: Any = 1, threshold: Any = 20) -> Valu
     return c.emit(m.Add(c.emit(m.Relu(x)), rest))
 
 
+@aten("log_sigmoid.default")
+def _log_sigmoid(c: Importer, x: Value) -> Value:
+    return c.emit(m.Neg(_softplus(c, c.emit(m.Neg(x)))))
+
+
+@aten("mish.default")
+def _mish(c: Importer, x: Value) -> Value:
+    return c.emit(m.Mul(x, c.emit(m.Tanh(_softplus(c, x)))))
+
+
+@aten("leaky_relu.default")
+def _leaky_relu(c: Importer, x: Value, negative_slope: float = 0.01) -> Value:
+    below = c.emit(m.Less(x, c.scalar(0, x.dtype)))
+    return c.emit(m.Where(below, c.emit(m.Mul(x, c.scalar(negative_slope, x.dtype))), x))
+
+
+@aten("linalg_vector_norm.default")
+def _vector_norm(
+    c: Importer, x: Value, order: float = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None
+) -> Value:
+    if order != 2 or dim is None:
+        raise c.unsupported("a norm other than Euclid's along given axes")
+    x = c.cast(x, c.result_dtype())
+    axes = tuple(sorted(c.axis(a, x) for a in ([dim] if isinstance(dim, int) else dim)))
+    return c.emit(m.Sqrt(c.emit(m.ReduceSum(c.emit(m.Mul(x, x)), axes=axes, keepdim=keepdim))))
+
+
 @aten("gelu.default")
 def _gelu(c: Importer, x: Value, approximate: str = "none") -> Value:
     return c.emit(m.Gelu(x, tanh=approximate == "tanh"))
 
 
-@aten("clamp.default", "clamp_min.default", "clamp_max.default")
+@aten("relu6.default")
+def _relu6(c: Importer, x: Value) -> Value:
+    return _clamp(c, x, 0, 6)
+
+
+@aten("hardtanh.default")
+def _hardtanh(c: Importer, x: Value, min_val: Any = -1, max_val: Any = 1) -> Value:
+    return _clamp(c, x, min_val, max_val)
+
+
+@aten("clamp.default", "clamp_min.default")
 def _clamp(c: Importer, x: Value, min: Any = None, max: Any = None) -> Value:
     if min is not None:
         x = c.emit(m.Maximum(*c.promote(x, min)))
     return x if max is None else c.emit(m.Minimum(*c.promote(x, max)))
+
+
+@aten("clamp_max.default")
+def _clamp_max(c: Importer, x: Value, max: Any) -> Value:
+    return _clamp(c, x, None, max)
 
 
 @aten("where.self", "where.ScalarOther", "where.ScalarSelf", "where.Scalar")
@@ -206,7 +262,6 @@ def _dropout(c: Importer, x: Value, p: float = 0.0, train: bool = False) -> Valu
 
 @aten(
     "_assert_tensor_metadata.default",
-    "_assert_scalar.default",
     "_assert_async.msg",
     "sym_constrain_range.default",
     "sym_constrain_range_for_size.default",
@@ -279,6 +334,53 @@ def _var(c: Importer, x: Value, dim: Any = None, correction: Any = None, keepdim
 def _max_dim(c: Importer, x: Value, dim: int, keepdim: bool = False) -> tuple[Value, None]:
     """The largest values; where they stand is not computed, and asking for it is refused."""
     return c.emit(m.ReduceMax(x, axes=(c.axis(dim, x),), keepdim=keepdim)), None
+
+
+@aten("topk.default")
+def _topk(
+    c: Importer, x: Value, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
+) -> tuple[Value, Value]:
+    """Values and places. Where torch leaves open which of equal values come first, it is the first ones."""
+    if c.axis(dim, x) != -1 or not largest:
+        raise c.unsupported("topk of the smallest, or along another axis than the last")
+    places = c.emit(TopK(x, k=k))
+    return c.emit(Gather(x, places)), places
+
+
+@aten("one_hot.default")
+def _one_hot(c: Importer, x: Value, classes: int = -1) -> Value:
+    length = c.result_shape()[-1]
+    return c.cast(_hits(c, x, length), c.result_dtype())
+
+
+def _hits(c: Importer, x: Value, length: Dim) -> Value:
+    """x [...] → bool [..., length]: true where the last axis' place is x's value."""
+    column = reshaped(c, x, (*x.shape, 1))
+    return c.emit(m.Equal(*c.promote(column, c.emit(Arange(length=length, dtype=x.dtype)))))
+
+
+@aten("scatter.src")
+def _scatter(c: Importer, x: Value, dim: int, index: Value, src: Value) -> Value:
+    """Numbers at the places of the last axis that `index` names, each place at most once: of a place that is
+    named twice, torch leaves open which number it gets.
+    """
+    if c.axis(dim, x) != -1 or index.shape[:-1] != x.shape[:-1] or src.shape != index.shape:
+        raise c.unsupported("scatter along another axis than the last, or to some of the rows")
+    hits = _hits(c, index, x.shape[-1])
+    each = c.emit(m.Where(hits, reshaped(c, src, (*src.shape, 1)), c.scalar(0, src.dtype)))
+    put = c.emit(m.ReduceSum(each, axes=(-2,), keepdim=False))
+    hit = c.cast(c.emit(m.ReduceMax(c.cast(hits, "int32"), axes=(-2,), keepdim=False)), "bool")
+    return c.emit(m.Where(hit, put, x))
+
+
+@aten("scatter.value")
+def _scatter_value(c: Importer, x: Value, dim: int, index: Value, value: Any) -> Value:
+    """One number at the places of the last axis that `index` names."""
+    if c.axis(dim, x) != -1 or index.shape[:-1] != x.shape[:-1]:
+        raise c.unsupported("scatter along another axis than the last, or to some of the rows")
+    hits = c.cast(_hits(c, index, x.shape[-1]), "int32")
+    hit = c.cast(c.emit(m.ReduceMax(hits, axes=(-2,), keepdim=False)), "bool")
+    return c.emit(m.Where(hit, c.scalar(value, x.dtype), x))
 
 
 @aten("softmax.int", "_softmax.default", "_safe_softmax.default")

@@ -40,6 +40,8 @@ def _view(c: Importer, x: Value, sizes: Sequence[Dim]) -> Value:
 
 @aten(
     "unsqueeze.default",
+    "view_as.default",
+    "reshape_as.default",
     "squeeze.dim",
     "squeeze.dims",
     "squeeze.default",
@@ -79,7 +81,7 @@ def _t(c: Importer, x: Value) -> Value:
     return x if x.type.rank < 2 else _transpose(c, x, -2, -1)
 
 
-@aten("expand.default", "expand_as.default")
+@aten("expand.default", "expand_as.default", "broadcast_to.default")
 def _expand(c: Importer, x: Value, *_: Any, **__: Any) -> Value:
     target = c.result_shape()
     return x if target == x.shape else c.emit(shape.Expand(x, shape=target))
@@ -167,9 +169,11 @@ def _unbind(c: Importer, x: Value, dim: int = 0) -> tuple[Value, ...]:
     )
 
 
-@aten("cat.default", "concat.default")
+@aten("cat.default", "concat.default", "concatenate.default")
 def _cat(c: Importer, xs: Sequence[Value], dim: int = 0) -> Value:
     dtype = c.result_dtype()
+    if len(xs) == 1:
+        return c.cast(xs[0], dtype)
     return c.emit(shape.Concat([c.cast(x, dtype) for x in xs], axis=c.axis(dim, xs[0])))
 
 
@@ -217,6 +221,9 @@ def _filled(value: int) -> Handler:
 for _name, _value in (("zeros", 0), ("ones", 1)):
     for _form in (f"{_name}.default", f"{_name}_like.default", f"new_{_name}.default"):
         TABLE[_form] = _filled(_value)
+# Memory that nobody wrote yet: any number will do.
+for _name in ("empty.memory_format", "empty_like.default", "new_empty.default"):
+    TABLE.setdefault(_name, _filled(0))
 
 
 def _triangle(keep: Callable[[Value, Value], Op]) -> Handler:
@@ -236,9 +243,23 @@ TABLE["triu.default"] = _triangle(m.LessEqual)
 @aten("index.Tensor")
 def _index(c: Importer, x: Value, indices: Sequence[Value | None]) -> Value:
     given = [i for i in indices if i is not None]
-    if list(indices[: len(given)]) != given or any(i.dtype == "bool" for i in given):
-        raise c.unsupported("indexing by a mask or behind a full axis")
+    if any(i.dtype == "bool" for i in given):
+        raise c.unsupported("indexing by a mask")
+    if len(given) == 1 and indices[0] is None:
+        return _picked(c, x, len(indices) - 1 - x.type.rank, given[0])
+    if list(indices[: len(given)]) != given:
+        raise c.unsupported("indexing by several tensors behind a full axis")
     return c.emit(shape.Index(x, list(given)))
+
+
+def _picked(c: Importer, x: Value, axis: int, index: Value) -> Value:
+    """x with places picked along one axis, by rows of the axis brought to the front and back."""
+    rank, depth, at = x.type.rank, index.type.rank, x.type.rank + axis
+    first = _permuted(c, x, [at, *(i for i in range(rank) if i != at)])
+    rows = c.emit(shape.Index(first, [index]))
+    return _permuted(
+        c, rows, [*range(depth, depth + at), *range(depth), *range(depth + at, depth + rank - 1)]
+    )
 
 
 @aten("gather.default")
@@ -250,6 +271,4 @@ def _gather(c: Importer, x: Value, dim: int, index: Value, sparse_grad: bool = F
 
 @aten("index_select.default")
 def _index_select(c: Importer, x: Value, dim: int, index: Value) -> Value:
-    if c.axis(dim, x) != -x.type.rank:
-        raise c.unsupported("index_select behind the first axis")
-    return c.emit(shape.Index(x, [index]))
+    return _picked(c, x, c.axis(dim, x), index)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..ir.errors import UnsupportedError
+from ..ir.errors import CompileError, UnsupportedError
 
 Handler = Callable[..., Any]
 TABLE: dict[str, Handler] = {}
@@ -21,10 +21,34 @@ TABLE: dict[str, Handler] = {}
 def aten(*names: str) -> Callable[[Handler], Handler]:
     def register(handler: Handler) -> Handler:
         for name in names:
-            TABLE[name] = handler
+            _claim(TABLE, f"aten.{name}", name, handler)
         return handler
 
     return register
+
+
+REGISTERED: dict[str, Handler] = {}
+"""Operators that the frontend registers with torch itself, by their whole names ("namespace.name.overload"):
+what stands for code that tracing must not look into."""
+
+
+def registered(name: str) -> Callable[[Handler], Handler]:
+    """Register the handler of an operator of our own."""
+
+    def register(handler: Handler) -> Handler:
+        _claim(REGISTERED, name, name, handler)
+        return handler
+
+    return register
+
+
+def _claim(table: dict[str, Handler], shown: str, name: str, handler: Handler) -> None:
+    if name in table:
+        raise CompileError(
+            f"operator {shown} has two handlers: in {table[name].__module__} and {handler.__module__}",
+            remedy="take one of them away",
+        )
+    table[name] = handler
 
 
 def lookup(name: str, where: str) -> Handler:

@@ -63,5 +63,5 @@ def _without_ones(shape: Shape) -> Shape:
 def _refusal(graph: Graph, why: str) -> UnsupportedError:
     return UnsupportedError(
         f"{graph.name}: its scores do not come from the first token's hidden state alone ({why})",
-        remedy="give a classifier that pools its first token (of ModernBERT: classifier_pooling cls)",
+        remedy="give one that pools its first token (where its configuration has classifier_pooling: cls)",
     )

@@ -1,12 +1,19 @@
-"""torch.export, quietly: what it logs and prints becomes one line of an error."""
+"""torch.export, quietly: what it logs and prints becomes one line of an error.
+
+A tensor that the model makes of numbers while it runs, `torch.tensor(0.5, device=x.device)`, would have no
+values on the meta device. It is traced as operators that hold its numbers: full, joined where they differ.
+The same with a list of places, x[:, [-2]], which torch makes such a tensor of: slices, joined.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import logging
+import re
 import warnings
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..ir.errors import UnsupportedError
@@ -29,21 +36,111 @@ def _quiet() -> Generator[None]:
             logging.disable(before)
 
 
+def _flat(data: Any) -> tuple[list[Any], list[int]] | None:
+    """Numbers of nested lists in order, and their shape; None for anything else."""
+    if isinstance(data, bool | int | float):
+        return [data], []
+    if not isinstance(data, Sequence) or isinstance(data, str):
+        return None
+    inner = [_flat(one) for one in data]
+    shapes = {tuple(one[1]) for one in inner if one is not None}
+    if None in inner or len(shapes) > 1:
+        return None
+    numbers = [n for one in inner if one is not None for n in one[0]]
+    return numbers, [len(data), *(shapes.pop() if shapes else ())]
+
+
+def _literals() -> Any:
+    """A mode of torch in which tensors made of numbers on the meta device are made by operators."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    makers = (torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor, torch.Tensor.new_tensor)
+
+    class Literals(TorchFunctionMode):
+        def __torch_function__(
+            self,
+            func: Callable[..., Any],
+            types: Any,
+            args: tuple[Any, ...] = (),
+            kwargs: dict[str, Any] | None = None,
+        ) -> Any:
+            kwargs = kwargs or {}
+            if func is torch.Tensor.__getitem__ and args[0].device.type == "meta":
+                picked = _picked(*args)
+                if picked is not None:
+                    return picked
+            if func in makers:
+                own = func is torch.Tensor.new_tensor
+                device = kwargs.get("device", args[0].device if own else None)
+                found = _flat(args[1 if own else 0]) if len(args) > own else None
+                if found is not None and device is not None and torch.device(device).type == "meta":
+                    like = torch.tensor(found[0]).dtype if not own else args[0].dtype
+                    return _made(*found, kwargs.get("dtype") or like, device)
+            return func(*args, **kwargs)
+
+    return Literals()
+
+
+def _picked(x: torch.Tensor, index: Any) -> Any:
+    """x[…, [2, 0], …] by slices, where all other axes are whole; None for any other index."""
+    import torch
+
+    parts = list(index) if isinstance(index, tuple) else [index]
+    lists = [i for i, p in enumerate(parts) if isinstance(p, list) and p and all(type(n) is int for n in p)]
+    if len(lists) != 1:
+        return None
+    (at,) = lists
+    rest = parts[:at] + parts[at + 1 :]
+    whole = [p is Ellipsis or (isinstance(p, slice) and p == slice(None)) for p in rest]
+    if not all(whole) or sum(p is Ellipsis for p in rest) > 1:
+        return None
+    axis = x.ndim - len(parts) + at if any(p is Ellipsis for p in parts[:at]) else at
+    places = [n if n >= 0 else n + int(x.shape[axis]) for n in parts[at]]
+    return torch.cat([x.narrow(axis, n, 1) for n in places], dim=axis)
+
+
+def _made(numbers: list[Any], shape: list[int], dtype: torch.dtype, device: Any) -> Any:
+    """The tensor of these numbers, by operators that hold them."""
+    import torch
+
+    if len(set(numbers)) == 1:
+        return torch.full(shape, numbers[0], dtype=dtype, device=device)
+    if not numbers:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    runs = [(n, len(list(same))) for n, same in itertools.groupby(numbers)]
+    parts = [torch.full((count,), n, dtype=dtype, device=device) for n, count in runs]
+    return torch.cat(parts).reshape(shape)
+
+
 def export(
     module: torch.nn.Module,
     args: tuple[Any, ...],
     shapes: Any,
     name: str,
     kwargs: dict[str, Any] | None = None,
+    *,
+    asserting: bool = False,
 ) -> Any:
     """An ExportedProgram by torch.export, traced without Dynamo. Raises UnsupportedError with torch's first
     reason.
+
+    Args:
+        asserting: relations of sizes that torch cannot prove become operators `_assert_scalar`, which the
+            importer proves (`relation_holds`), and are no reason to fail.
     """
     import torch
 
     try:
-        with _quiet(), torch.no_grad():
-            return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
+        with _quiet(), torch.no_grad(), _literals():
+            return torch.export.export(
+                module,
+                args,
+                kwargs,
+                dynamic_shapes=shapes,
+                strict=False,
+                prefer_deferred_runtime_asserts_over_guards=asserting,
+            )
     except CannotRepeat:
         raise
     except Exception as e:  # torch.export raises many kinds; all mean that the module cannot be traced
@@ -51,6 +148,56 @@ def export(
             f"{name} cannot be traced: {_first_reason(e)}",
             remedy="control flow and shapes must not depend on tensor values or on the number of tokens",
         ) from e
+
+
+def is_unproven(error: UnsupportedError) -> bool:
+    """Whether a model could not be traced because of a relation of sizes that torch does not see through."""
+    return "satisfy the generated guard" in str(error.__cause__)
+
+
+_MOST_SIZES = 1 << 20
+
+
+def relation_holds(relation: Any, ranges: Any) -> bool | None:
+    """Whether a relation of sizes (torch's expression) holds for every number of tokens, by trying them all;
+    None where it is about something else.
+    """
+    symbols = list(relation.free_symbols)
+    if len(symbols) != 1 or symbols[0] not in ranges:
+        return None
+    least = ranges[symbols[0]].lower
+    lower, upper = int(least), int(min(ranges[symbols[0]].upper, _MOST_SIZES))
+    try:  # numbers of the same library as the relation is: least + a difference
+        return all(bool(relation.xreplace({symbols[0]: least + (n - lower)})) for n in _sizes(lower, upper))
+    except TypeError:  # a relation that is none after all
+        return None
+
+
+def _sizes(lower: int, upper: int) -> list[int]:
+    """All numbers up to some thousands; beyond, those around every power of two and multiple of a thousand:
+    what relations of sizes turn at are the numbers of configurations.
+    """
+    some = set(range(lower, min(upper, 4096) + 1))
+    turns = {1 << i for i in range(12, 21)} | set(range(5000, upper, 1000)) | {upper}
+    return sorted(some | {n + d for n in turns for d in (-1, 0, 1) if lower <= n + d <= upper})
+
+
+_GUARD = re.compile(r"satisfy the generated guard [^\n]*?size\(\)\[1\] (!=|<=|<) (\d+)(?![\d*+ ]*[*+])")
+
+
+def narrower(error: UnsupportedError, bound: int) -> tuple[int, bool] | None:
+    """A bound for the number of tokens under which the model may be traced, where `bound` was too wide for
+    it; and whether the model is another above it. None where that is not why it could not be traced.
+
+    A model that cuts a table of positions to the number of tokens tells it from the table's own length, where
+    there is nothing to cut: what is traced below that length holds there too.
+    """
+    found = _GUARD.search(str(error.__cause__))
+    if found is None:
+        return None
+    relation, number = found[1], int(found[2])
+    lower = number if relation == "<=" else number - 1
+    return (lower, relation != "!=") if 2 <= lower < bound else None
 
 
 def _first_reason(error: Exception) -> str:

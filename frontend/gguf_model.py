@@ -9,6 +9,7 @@ would run wrong without it.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ from .gguf import GGUFFile
 from .weights import MergedTensor, open_gguf_tensors, transformed
 
 _ROPE_FREQS: Final = "rope_freqs.weight"
+_ROPE_LONG: Final = "rope_factors_long.weight"
+_ROPE_SHORT: Final = "rope_factors_short.weight"
 _PATCHING = threading.Lock()  # the reader class below is swapped in a module that every thread sees
 
 # Texts that end a turn or a document, where a file marks them as control tokens: llama.cpp's list
@@ -166,6 +169,9 @@ def _apply_rope_scaling(file: GGUFFile, config: Any) -> None:
     kind = file.metadata.get(prefix + "type", "none")
     factor = file.metadata.get(prefix + "factor", 0.0)
     parameters = getattr(config, "rope_parameters", None)
+    if _ROPE_LONG in file.tensors and _ROPE_SHORT in file.tensors:
+        _apply_longrope(file, config, prefix)
+        return
     if kind == "none" or not factor or not isinstance(parameters, dict):
         return
     if kind not in ("linear", "yarn"):
@@ -179,10 +185,65 @@ def _apply_rope_scaling(file: GGUFFile, config: Any) -> None:
     original = file.metadata.get(prefix + "original_context_length")
     if kind == "yarn" and original:
         target["original_max_position_embeddings"] = int(original)
+    if kind == "yarn":
+        _apply_yarn_options(file, target, prefix)
+
+
+def _apply_yarn_options(file: GGUFFile, target: dict[str, Any], prefix: str) -> None:
+    """What a file may say of its yarn scaling besides the factor."""
+    for key in ("beta_fast", "beta_slow"):
+        value = file.metadata.get(f"{prefix}yarn_{key}")
+        if value:
+            target[key] = float(value)
+    attention = file.metadata.get(prefix + "attn_factor", 1.0)  # on top of the paper's temperature
+    if attention != 1.0:
+        target["attention_factor"] = float(attention) * (0.1 * math.log(target["factor"]) + 1.0)
+    for key, plain in (("yarn_ext_factor", 1.0), ("yarn_attn_factor", 1.0), ("yarn_log_multiplier", 0.0)):
+        value = file.metadata.get(prefix + key, plain)
+        if value not in (plain, -1.0):
+            raise UnsupportedError(
+                f"{file.path.name} has {key} {value:g} in its yarn scaling",
+                remedy="give the model as a Hugging Face folder",
+            )
+
+
+def _apply_longrope(file: GGUFFile, config: Any, prefix: str) -> None:
+    """LongRoPE: two tensors with a factor a frequency, for contexts up to the original one and beyond."""
+    parameters = getattr(config, "rope_parameters", None)
+    original = file.metadata.get(prefix + "original_context_length")
+    if not isinstance(parameters, dict) or not original:
+        raise UnsupportedError(
+            f"{file.path.name} has {_ROPE_LONG}, but {config.model_type} no place for it, or the file says "
+            "no original_context_length",
+            remedy="give the model as a Hugging Face folder",
+        )
+    tensors = open_gguf_tensors(file)
+    target = parameters.get("full_attention", parameters)
+    target.update(
+        rope_type="longrope",
+        short_factor=tensors[_ROPE_SHORT].read().tolist(),
+        long_factor=tensors[_ROPE_LONG].read().tolist(),
+        original_max_position_embeddings=int(original),
+    )
+    factor = file.metadata.get(prefix + "attn_factor")
+    if factor:
+        target["attention_factor"] = float(factor)
+    if hasattr(config, "original_max_position_embeddings"):  # transformers takes this one where it is there
+        config.original_max_position_embeddings = int(original)
+
+
+def refuse_rope_factors(file: GGUFFile, asked: str) -> None:
+    """Raises InputError where a file that is to be scaled carries factors of its frequencies already."""
+    for name in (_ROPE_FREQS, _ROPE_LONG):
+        if name in file.tensors:
+            raise InputError(
+                f"--rope-scaling {asked} contradicts {file.path.name}, which is scaled already by {name}",
+                remedy="leave --rope-scaling away",
+            )
 
 
 def apply_rope_factors(model: Any, tensors: Mapping[str, LazyTensor]) -> None:
-    """Divide the rotary frequencies by the factors that a file carries as a tensor (llama 3's scaling).
+    """Divide the rotary frequencies by the factors that a file carries as a tensor.
 
     llama.cpp stores the scaling as one factor a frequency, `rope_freqs.weight` [head_dim / 2]; transformers
     drops it.
@@ -217,7 +278,7 @@ def map_weights(file: GGUFFile, model: Any, tensors: Mapping[str, LazyTensor]) -
         weights, unused = apply_conversions(model, tensors, mapping)
     else:
         weights, unused = _processed(file, model, tensors)
-    unused = [name for name in unused if name != _ROPE_FREQS]
+    unused = [name for name in unused if name not in (_ROPE_FREQS, _ROPE_LONG, _ROPE_SHORT)]
     if unused:
         raise UnsupportedError(
             f"{file.path.name}: tensor {unused[0]} has no place in {type(model).__name__}",
@@ -325,4 +386,11 @@ def generation_facts(file: GGUFFile) -> tuple[list[int], int | None, dict[str, f
     return list(dict.fromkeys(int(one) for one in ids)), None if bos is None else int(bos), {}
 
 
-__all__ = ["apply_rope_factors", "generation_facts", "map_weights", "open_gguf_tensors", "read_config"]
+__all__ = [
+    "apply_rope_factors",
+    "generation_facts",
+    "map_weights",
+    "open_gguf_tensors",
+    "read_config",
+    "refuse_rope_factors",
+]

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from typing import TYPE_CHECKING, Any
 
 from ..ir.core import Graph, Op, Value
 from ..ir.errors import UnsupportedError
 from ..ir.ops.math import Cast
-from ..ir.ops.shape import DimValue, Full
+from ..ir.ops.shape import Concat, DimValue, Full, Slice
 from ..ir.types import Dim, DimExpr, Shape, sym
+from ..plugins.entries import blaming
 from . import aten
+from .aten_complex import Complex, complex_handler
+from .aten_table import REGISTERED
+from .export import relation_holds
 from .repeats import NAMESPACE, Bodies, CannotRepeat, Repeats
 
 if TYPE_CHECKING:
@@ -27,6 +32,8 @@ class Importer:
     def __init__(self, graph: Graph, repeats: Repeats | None = None) -> None:
         self.graph = graph
         self.symbols: dict[str, str] = {}  # torch's symbol → ours
+        self.proven: set[Any] = set()  # relations of sizes
+        self.ranges: Any = {}  # torch's symbol → what it may be
         self.bodies = None if repeats is None else Bodies(graph, repeats)
         self.values: dict[Any, Any] = {}
         self.node: Any = None
@@ -106,7 +113,33 @@ class Importer:
     def dim(self, d: Any) -> Dim:
         if isinstance(d, int):
             return d
+        self.ranges = d.node.shape_env.var_to_range
         return self.expression(d.node.expr)
+
+    def prove(self, node: Any) -> None:
+        """Raise UnsupportedError where a relation of sizes does not hold for every number of tokens."""
+        relation = getattr(getattr(node, "meta", {}).get("val"), "node", None)
+        if relation is None or relation.expr in self.proven:
+            return
+        self.proven.add(relation.expr)
+        ranges = relation.shape_env.var_to_range
+        if relation_holds(relation.expr, ranges) is False:
+            raise UnsupportedError(
+                f"{self.location() or 'the model'} holds only for some numbers of tokens: {relation.expr}",
+                remedy="control flow and shapes must not depend on the number of tokens",
+            )
+
+    def chosen(self, e: Any) -> Any:
+        """Max or Min of two sizes, as the one that it is for every number of tokens; None where none is."""
+        from torch.utils._sympy.value_ranges import bound_sympy
+
+        if type(e).__name__ not in ("Max", "Min") or len(e.args) != 2:
+            return None
+        larger, smaller = e.args if type(e).__name__ == "Max" else e.args[::-1]
+        difference = bound_sympy(larger - smaller, self.ranges)
+        if difference.lower >= 0:
+            return larger
+        return smaller if difference.upper <= 0 else None
 
     def expression(self, e: Any) -> Dim:
         if e.is_Integer:
@@ -130,6 +163,9 @@ class Importer:
             for _ in range(int(e.args[1]) - 1):
                 total = total * base
             return total
+        one = self.chosen(e)
+        if one is not None:
+            return self.expression(one)
         raise UnsupportedError(
             f"the size {e} in {self.location() or 'the model'} is no polynomial of the token count",
             remedy="report the model",
@@ -164,17 +200,32 @@ class Importer:
             return  # sizes: read from their meta value where they are used
         name = str(node.target)
         if self.bodies is not None and name.startswith(NAMESPACE):
-            values, place = node.args
-            self.values[node] = self.bodies.run(name.split(".")[1], self.argument(values), place)
+            values, place = self.argument(node.args[0]), node.args[1]
+            if any(isinstance(one, Complex) for one in values):
+                raise CannotRepeat
+            self.values[node] = self.bodies.run(name.split(".")[1], values, place)
+            return
+        if name in REGISTERED:
+            given = {key: self.argument(a) for key, a in node.kwargs.items()}
+            with blaming(f"the handler of operator {name}", REGISTERED[name]):
+                self.values[node] = REGISTERED[name](self, *[self.argument(a) for a in node.args], **given)
+            return
+        if name == "aten._assert_scalar.default":
+            self.prove(node.args[0])
             return
         if not name.startswith("aten."):
             raise self.unsupported(f"operator {name}")
         name = name.removeprefix("aten.")
         changes = name.partition(".")[0].endswith("_") and name not in aten.TABLE
+        if name == "copy_.default" and _is_part(node.args[0]):
+            self.write_part(node)
+            return
         if changes:
             self.check_in_place(node)
             name = name.replace("_.", ".", 1)
-        handler = aten.lookup(name, self.location())
+        given = [self.argument(a) for a in node.args]
+        plain = not any(isinstance(one, Complex) for one in given)
+        handler = aten.lookup(name, self.location()) if plain else complex_handler(self, name)
         kwargs = {
             k: self.argument(v)
             for k, v in node.kwargs.items()
@@ -182,7 +233,8 @@ class Importer:
         }
         if "dtype" in node.kwargs and node.kwargs["dtype"] is not None and "softmax" in name:
             kwargs["dtype"] = node.kwargs["dtype"]
-        self.values[node] = handler(self, *[self.argument(a) for a in node.args], **kwargs)
+        with blaming(f"the handler of operator aten.{name}", handler):
+            self.values[node] = handler(self, *given, **kwargs)
         if changes:
             self.values[node.args[0]] = self.values[node]
 
@@ -201,6 +253,50 @@ class Importer:
         earlier = [user for user in changed.users if user < node]
         if _is_view(changed) or any(_is_view(user) for user in earlier):
             raise self.unsupported(f"operator {node.target} on a part of another tensor")
+
+    def write_part(self, node: Any) -> None:
+        """A tensor written into a slice of one that the model made: the whole becomes a new value, with what
+        was written between what stands before and behind it.
+        """
+        part, source = node.args[:2]
+        whole = part.args[0]
+        others = [view for view in whole.users if view is not part and _is_view(view) and view < node]
+        if self.bodies is not None and self.bodies.is_given(self.values[whole]):
+            raise CannotRepeat
+        shared = whole.op == "placeholder" or _is_view(whole)
+        if shared or any(user > node for view in (part, *others) for user in view.users):
+            raise self.unsupported(f"operator {node.target} on a part of a tensor that is read in parts")
+        x, written = self.values[whole], self.cast(self.values[source], self.values[whole].dtype)
+        cut = self.values[part].producer
+        if not isinstance(cut, Slice) or cut.step != 1 or written.shape != cut.result.shape:
+            raise self.unsupported(f"operator {node.target} on a part with gaps, or of another shape")
+        before, after = (self.part(x, cut.axis, a, b) for a, b in ((0, cut.start), (cut.stop, None)))
+        pieces = [*before, written, *after]
+        self.values[node] = written
+        self.values[whole] = self.emit(Concat(pieces, axis=cut.axis)) if len(pieces) > 1 else written
+
+    def part(self, x: Value, axis: int, start: Dim, stop: Dim | None) -> list[Value]:
+        """What stands from start to stop along an axis, in pieces; of joined values those that lie there."""
+        end = x.shape[axis] if stop is None else stop
+        if start == end:
+            return []
+        joined = x.producer
+        if start == 0 and end == x.shape[axis]:
+            return [x]
+        if not isinstance(joined, Concat) or joined.axis != axis:
+            return [self.emit(Slice(x, axis=axis, start=start, stop=end))]
+        sizes = [size for piece in joined.xs if isinstance(size := piece.shape[axis], int)]
+        if len(sizes) < len(joined.xs) or not isinstance(start, int) or not isinstance(end, int):
+            return [self.emit(Slice(x, axis=axis, start=start, stop=end))]
+        found: list[Value] = []
+        for piece, size, last in zip(joined.xs, sizes, itertools.accumulate(sizes), strict=True):
+            a, b = max(start, last - size), min(end, last)
+            found += self.part(piece, axis, a - last + size, b - last + size) if a < b else []
+        return found
+
+
+def _is_part(node: Any) -> bool:
+    return node.op == "call_function" and str(node.target) == "aten.slice.Tensor"
 
 
 def _is_view(node: Any) -> bool:

@@ -50,7 +50,7 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     folder = Path(path)
     if not (folder / "adapter_config.json").is_file():
         raise InputError(
-            f"--lora {folder}: no adapter_config.json there", remedy="give a folder saved by PEFT"
+            f"adapter {folder}: no adapter_config.json there", remedy="give a folder saved by PEFT"
         )
     config = read_json(folder / "adapter_config.json")
     _check_kind(folder.name, config)
@@ -58,7 +58,7 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     if not file.is_file():
         pickled = (folder / "adapter_model.bin").is_file()
         raise InputError(
-            f"--lora {folder.name} has no adapter_model.safetensors"
+            f"adapter {folder.name} has no adapter_model.safetensors"
             + (", only a pickle file, which could run code when opened" if pickled else ""),
             remedy="save the adapter with safetensors (save_pretrained in PEFT)",
         )
@@ -73,14 +73,14 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
             modules.setdefault(found["module"], {})[part] = tensor
         elif "lora_" in label:
             raise UnsupportedError(
-                f"{tensor.source} is no tensor of LoRA or DoRA that llmc merges",
+                f"{tensor.source} is no tensor of LoRA or DoRA that llmc knows",
                 remedy="merge it with PEFT (merge_and_unload) and give the merged model",
             )
         else:
             replaced[label.replace(".modules_to_save.", ".").replace(".base_layer.", ".")] = tensor
     changes = {module: _change(module, parts, config) for module, parts in modules.items()}
     if not changes and not replaced:
-        raise InputError(f"--lora {folder.name} holds no tensors", remedy=_AGAIN)
+        raise InputError(f"adapter {folder.name} holds no tensors", remedy=_AGAIN)
     asked = config.get("modules_to_save") or []
     names = asked if isinstance(asked, list) else []
     unasked = {n for n in replaced if not any(str(m) in n.split(".") for m in names)}
@@ -90,11 +90,11 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
 def _check_kind(name: str, config: Mapping[str, Any]) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise UnsupportedError(f"--lora {name} is an adapter of kind {kind!r}", remedy="give a LoRA adapter")
+        raise UnsupportedError(f"adapter {name} is an adapter of kind {kind!r}", remedy="give a LoRA adapter")
     start = str(config.get("init_lora_weights", True)).lower()
     if start.startswith(_CHANGED_BASE):
         raise UnsupportedError(
-            f"--lora {name} was made with init_lora_weights={start!r}, which changes the base model",
+            f"adapter {name} was made with init_lora_weights={start!r}, which changes the base model",
             remedy="convert it to plain LoRA in PEFT (path_initial_model_for_weight_conversion)",
         )
 
@@ -134,7 +134,7 @@ def _change(module: str, parts: Mapping[str, LazyTensor], config: Mapping[str, A
             f"{magnitude.source}: DoRA of an embedding or a transposed weight is not merged",
             remedy="merge it with PEFT (merge_and_unload) and give the merged model",
         )
-    return LowRank(a, b, scaling, transposed, magnitude, parts.get("lora_B.bias"))
+    return LowRank(a, b, scaling, transposed, magnitude, parts.get("lora_B.bias"), embedding)
 
 
 def _by_pattern(module: str, config: Mapping[str, Any], key: str, patterns: str) -> float:

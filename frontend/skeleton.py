@@ -65,6 +65,12 @@ def model_class(config: Any) -> tuple[type[torch.nn.Module], Task]:
             return cls, "classifier"
     if kind in MODEL_MAPPING and (_is_encoder(config) or not named):
         return _first(MODEL_MAPPING[kind]), "encoder"
+    if kind in MODEL_MAPPING and (cls := _first(MODEL_MAPPING[kind])).__name__ in named:
+        if "input_ids" not in inspect.signature(cls.forward).parameters:
+            raise UnsupportedError(
+                f"architecture {label} takes no token ids", remedy="llmc compiles models of text"
+            )
+        return cls, "encoder"  # the hidden states of a model that was saved without a head
     raise InputError(
         f"unknown architecture {label}: transformers has no causal language model or encoder of that name",
         remedy="give a model whose architecture transformers implements",
@@ -100,7 +106,7 @@ def instantiate(config: Any, attn: str = "sdpa") -> torch.nn.Module:
     if hasattr(config, "use_cache"):
         config.use_cache = False
     if attn == "sdpa" and not getattr(cls, "_supports_sdpa", True):
-        attn = "eager"  # soft-capped scores (Gemma 2) have no place in torch's fused operator
+        attn = "eager"  # soft-capped scores have no place in torch's fused operator
     options: dict[str, Any] = {"attn_implementation": attn}
     if task == "encoder" and "add_pooling_layer" in inspect.signature(cls.__init__).parameters:
         options["add_pooling_layer"] = (

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..ir.errors import InputError
 from ..ir.weights import ArrayTensor, LazyTensor, num_elements
-from . import gguf_model, hf
+from . import gguf_model, hf, rope
 from .conversions import apply_conversions, complete, to_numpy_array
 from .gguf import GGUFFile, read_gguf
 from .quantized import describe_quantization, open_quantized
@@ -53,6 +53,8 @@ class ModelSource:
         config_only: opened without its weights.
         quantization: `quantization_config` of a folder that holds quantized weights.
         unused_tensors: checkpoint tensors that the model does not take; known once `weights` was asked for.
+        rope_scaling: what `scale_rope` wrote into the configuration.
+        length: tokens of the longest sequence that is compiled for; the model's own context where None.
     """
 
     kind: Literal["hf", "gguf", "module"]
@@ -67,6 +69,8 @@ class ModelSource:
     config_only: bool = False
     quantization: dict[str, Any] | None = None
     unused_tensors: list[str] = field(default_factory=list[str])
+    rope_scaling: rope.RopeScaling | None = None
+    length: int | None = None
 
     @property
     def pooling(self) -> str | None:
@@ -148,11 +152,33 @@ class ModelSource:
                 as it is.
         """
         if self.module is not None:
+            rope.refuse_unsettled(self.module, self.name)
             return self.module.eval()
         model = instantiate(self.config, attn)
+        if self.rope_scaling is not None:
+            self.rope_scaling.check_built(model, self.name)
+        length = self.length or context_length(self.config)
+        if length is not None:
+            rope.settle(model, length)
         if self.gguf is not None:
             gguf_model.apply_rope_factors(model, self.stored)
         return model
+
+    def scale_rope(self, scaling: rope.RopeScaling) -> None:
+        """Make the model one with scaled rotary embeddings; `length` becomes the context that it has then.
+
+        To be called before `build_model`. Raises InputError where there is nothing to scale, or where the
+        model contradicts.
+        """
+        if self.module is not None or self.config is None:
+            raise InputError(
+                f"--rope-scaling {scaling.text}: {self.name} is a module from Python, built already",
+                remedy="write rope_parameters into its configuration before it is built",
+            )
+        if self.gguf is not None:
+            gguf_model.refuse_rope_factors(self.gguf, scaling.text)
+        self.length = scaling.apply(self.config, self.name)
+        self.rope_scaling = scaling
 
 
 def open_source(model: str | os.PathLike[str] | torch.nn.Module, *, config_only: bool = False) -> ModelSource:

@@ -85,7 +85,7 @@ def _wordpiece(t: GGUFTokenizer) -> Any:
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     def spelled(i: int, token: str) -> str:
-        # GGUF marks the start of a word, BERT's own vocabulary its continuation.
+        # GGUF marks the start of a word, the published vocabulary its continuation.
         if token.startswith(_SPACE):
             return token[1:]
         return token if t.types[i] == CONTROL or (token[:1] == "[" and token[-1:] == "]") else "##" + token

@@ -122,7 +122,7 @@ class ReferenceEncoder:
 
     def _wordpiece(self, text: str) -> list[int]:
         ids: list[int] = []
-        for word in _bert_words(text):
+        for word in _basic_words(text):
             spelled = "\u2581" + word
             start, found = 0, list[int]()
             while start < len(spelled):
@@ -178,8 +178,10 @@ def _merge(symbols: list[str], cost: Callable[[str, str], float | None]) -> list
     return [symbol for symbol in symbols if symbol]
 
 
-def _bert_words(text: str) -> list[str]:
-    """BERT's basic words, uncased: decomposed, lowered, without accents; punctuation and Han stand alone."""
+def _basic_words(text: str) -> list[str]:
+    """The basic words of word pieces, uncased: decomposed, lowered, without accents; punctuation and Han
+    stand alone.
+    """
     words: list[str] = [""]
     for char in unicodedata.normalize("NFD", text):
         category = unicodedata.category(char)

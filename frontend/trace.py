@@ -17,10 +17,12 @@ from ..ir.core import Graph, Value
 from ..ir.errors import CompileError, InputError, UnsupportedError
 from ..ir.types import Shape, TensorType
 from ..ir.weights import ArrayTensor, LazyTensor, ShapeOnlyTensor
+from . import experts, recurrence
 from .classifier import score_every_token
-from .export import export
+from .export import export, is_unproven, narrower
 from .importer import Importer, dtype_name
 from .repeats import CannotRepeat, Repeats
+from .source import context_length
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +47,7 @@ def _import_program(
         raise UnsupportedError(
             f"{graph.name} changes {changed[0]} while it runs", remedy="a compiled function keeps no state"
         )
-    weights = {**weights, **_constants(program, graph.name)}
+    weights = {**weights, **{n.removeprefix(prefix): w for n, w in _constants(program, graph.name).items()}}
     held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     held |= signature.inputs_to_lifted_tensor_constants
     importer = Importer(graph, repeats)
@@ -167,20 +169,52 @@ def trace_source(source: ModelSource) -> Graph:
     "scores" [1, T, labels] of a classifier, which may take "token_type_ids" int64 [1, T] as well.
     `facts["kind"]` says which.
     """
+    bound = _longest(source)
+    held: int | None = None
+    asserting = False
+    while True:
+        try:
+            graph = _trace_bounded(source, bound, asserting=asserting)
+        except UnsupportedError as error:
+            lower = narrower(error, bound)
+            if lower is None and not asserting and is_unproven(error):
+                asserting = True
+                continue
+            if lower is None:
+                raise
+            bound, other_above = lower
+            held = bound if other_above else held
+        else:
+            if held is not None:
+                graph.facts["positions"] = held
+            return graph
+
+
+def _longest(source: ModelSource) -> int:
+    """Tokens that a sequence may have, as far as the configuration and the user say."""
+    return max(context_length(source.config) or 0, source.length or 0) or 1 << 20
+
+
+def _trace_bounded(source: ModelSource, bound: int, *, asserting: bool) -> Graph:
+    """The graph for up to `bound` tokens; `asserting` as in `export`."""
     # A module from Python may do anything between its layers; transformers' models are known.
     if source.kind != "module":
         with contextlib.suppress(CannotRepeat, UnsupportedError):
-            return _trace_source(source, repeated=True)
-    return _trace_source(source, repeated=False)
+            return _trace_source(source, bound, repeated=True, asserting=asserting)
+    return _trace_source(source, bound, repeated=False, asserting=asserting)
 
 
-def _trace_source(source: ModelSource, *, repeated: bool) -> Graph:
+def _trace_source(
+    source: ModelSource, bound: int | None = None, *, repeated: bool, asserting: bool = False
+) -> Graph:
     import torch
 
     model: Any = source.build_model().eval()
     repeats = Repeats(model) if repeated else None
     stored = _shapes(model) if source.config_only else source.weights
-    weights: dict[str, LazyTensor] = {**_buffers(model), **_aliases(model, stored)}
+    # A router's bias is a buffer that checkpoints hold; the module's own is what it was made with.
+    kept = {name: stored[name] for name, _ in model.named_buffers() if name in stored}
+    weights: dict[str, LazyTensor] = {**_buffers(model), **kept, **_aliases(model, stored)}
     device = (
         "cpu" if source.kind == "module" else "meta"
     )  # a module from Python stays as it is: export reads no values
@@ -197,12 +231,12 @@ def _trace_source(source: ModelSource, *, repeated: bool) -> Graph:
             named = dict(zip(inputs, given, strict=True))
             return self.model_(**named, use_cache=False).logits if causal else self.model_(**named)[0]
 
-    limit = getattr(model.config, "max_position_embeddings", None)
-    bound = torch.export.Dim("T", min=2, max=int(limit) if limit else 1 << 20)
+    tokens = torch.export.Dim("T", min=2, max=bound or _longest(source))
     examples = tuple(torch.zeros(1, 6, dtype=torch.int64, device=device) for _ in inputs)
-    shapes = (tuple({1: bound} for _ in inputs),)
-    with repeats.installed() if repeats is not None else contextlib.nullcontext():
-        program = export(Wrapper(), examples, shapes, source.name)
+    shapes = (tuple({1: tokens} for _ in inputs),)
+    layers = repeats.installed() if repeats else contextlib.nullcontext()
+    with layers, experts.installed(model), recurrence.installed(model):
+        program = export(Wrapper(), examples, shapes, source.name, asserting=asserting)
     graph = Graph(source.name)
     _import_program(program, graph, inputs, weights, "model_.", repeats)
     graph.output_names = [_OUTPUTS[source.task]]
@@ -284,10 +318,11 @@ def trace_module(
     modes = {m: m.training for m in module.modules()}
     module.eval()
     try:
-        if isinstance(example_inputs, Mapping):
-            program = export(module, (), dynamic_shapes, name, named)
-        else:
-            program = export(module, tuple(named.values()), dynamic_shapes, name)
+        with experts.installed(module):
+            if isinstance(example_inputs, Mapping):
+                program = export(module, (), dynamic_shapes, name, named)
+            else:
+                program = export(module, tuple(named.values()), dynamic_shapes, name)
     finally:
         for m, training in modes.items():
             m.training = training

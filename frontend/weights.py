@@ -192,7 +192,7 @@ def transformed(base: LazyTensor, transform: Transform) -> LazyTensor:
     """`transform` applied to a tensor, reading as few rows as it allows.
 
     How the function acts on rows is found by trying it on a probe with the same number of rows and few
-        columns: it may do nothing, only reorder rows (llama's q/k un-permutation), work row by row (a norm
+        columns: it may do nothing, only reorder rows (q and k un-permuted), work row by row (a norm
         stored as weight + 1, an inserted axis), or need the whole tensor (a transpose).
     """
     rows = base.shape[0]

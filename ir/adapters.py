@@ -4,10 +4,18 @@ them is the frontend's, merging them a pass's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .weights import LazyTensor
+
+_SHOWN = 6
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,6 +26,7 @@ class LowRank:
         a: [r, K]. b: [N, r]. bias: [N], added to the layer's bias after scaling, or None.
         scaling: alpha / r, or alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023).
         transposed: the weight is [K, N] (fan_in_fan_out, and embeddings: [V, D] changed by (B A)ᵀ).
+        embedding: it changes a table of rows by id.
         magnitude: [N] of DoRA (Liu et al. 2024, section 4): rows of weight + change are scaled to these
             norms; None for LoRA.
     """
@@ -28,6 +37,7 @@ class LowRank:
     transposed: bool = False
     magnitude: LazyTensor | None = None
     bias: LazyTensor | None = None
+    embedding: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -67,6 +67,8 @@ class Op:
     opname: ClassVar[str] = ""
     operand_fields: ClassVar[tuple[OperandField, ...]] = ()
     attribute_fields: ClassVar[tuple[str, ...]] = ()
+    emitters: ClassVar[Mapping[str, str]] = {}
+    """Of an op of another package: target → the module that registers what emits it there."""
 
     def __init__(self) -> None:
         self.operands: list[Value] = []

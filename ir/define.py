@@ -34,6 +34,10 @@ _MISSING = object()
 
 
 def _operand_kind(annotation: Any) -> str | None:
+    # A module without `from __future__ import annotations` has the types themselves here, not their names.
+    for alias, kind in ((Operand, "one"), (OptionalOperand, "optional"), (Operands, "many")):
+        if annotation == alias:
+            return kind
     text = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
     return {"Operand": "one", "OptionalOperand": "optional", "Operands": "many"}.get(text)
 

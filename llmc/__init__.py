@@ -11,6 +11,7 @@ Importing this package imports nothing else: each name below loads what it needs
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -47,8 +48,26 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_LAZY[name], __name__), name)
-    globals()[name] = value
-    return value
+    globals()[name] = _with_places(value) if name == "load" else value
+    return globals()[name]
+
+
+def _with_places(load: Any) -> Any:
+    """`load` that makes kernels with places for adapters where an artifact's own have none: the runtime
+    itself knows no compiler.
+    """
+
+    @functools.wraps(load)
+    def wrapped(path: Any, **options: Any) -> Any:
+        if "adapters" in options or "adapter" in options:
+            options.setdefault("places", _placed_kernels)
+        return load(path, **options)
+
+    return wrapped
+
+
+def _placed_kernels(artifact: Any, isa: str) -> Any:
+    return importlib.import_module(".codegen.tvm.placed", __name__).placed_kernels(artifact, isa)
 
 
 def compile(
@@ -63,6 +82,7 @@ def compile(
     kv_dtype: str | None = None,
     passes: Sequence[str] = (),
     lora: Sequence[str] = (),
+    rope_scaling: str | None = None,
     dump_ir: str | os.PathLike[str] | None = None,
     example_inputs: Mapping[str, Any] | None = None,
     calib: str | os.PathLike[str] | None = None,
@@ -73,6 +93,7 @@ def compile(
     max_ppl_increase: str | float | None = None,
     verdict: bool = True,
     tune: int = 0,
+    adapters: bool = False,
     progress: Callable[[str, float], None] | None = None,
 ) -> Artifact:
     """Compiles a model into the artifact folder `output`; returns it, opened.
@@ -92,6 +113,8 @@ def compile(
             for others.
         passes: further passes on the fused graph, `NAME{option=value,…}` (`llmc passes` lists them).
         lora: adapters that PEFT saved, `FOLDER` or `FOLDER:scale`, merged into the weights in this order.
+        rope_scaling: `KIND:FACTOR[,key=value…]` makes the context longer than the model was trained on:
+            "yarn:4", "linear:4", "dynamic:2", "llama3:8": docs/long-context.md.
         dump_ir: a folder that receives the graph's text after every pass, numbered.
         example_inputs: argument name → tensor, for an `nn.Module` only.
         calib: a text or JSONL file that calibrated schemes calibrate on; the text that ships with llmc where
@@ -105,6 +128,7 @@ def compile(
         tune: seconds to search for the sizes of kernels that are fastest on this processor; what was found is
             kept (`$LLMC_CACHE`, by default `~/.cache/llmc`) and taken from there by later compilations with
             `tune`.
+        adapters: make places for LoRA adapters that requests choose among (`load(…, adapters=…)`).
         progress: called with (what is being done, share of it done from 0 to 1).
 
     Raises:
@@ -127,6 +151,7 @@ def compile(
         kv_dtype=kv_dtype,
         passes=passes,
         lora=lora,
+        rope_scaling=rope_scaling,
         dump_ir=dump_ir,
         render=importlib.import_module(".runtime.chat_template", __name__).render_once,
         detect=importlib.import_module(".runtime.tool_calls", __name__).detect_once,
@@ -137,6 +162,7 @@ def compile(
             verdict=verdict, max_kl=max_kl, max_ppl_increase=max_ppl_increase
         ),
         tune=tune,
+        adapters=adapters,
         **({"progress": progress} if progress is not None else {}),
     )
     return report.artifact

@@ -11,7 +11,8 @@ from ..ir.core import Graph
 from ..ir.errors import CompileError, VerifyError
 from ..ir.printer import print_graph
 from ..ir.verifier import verify
-from .base import Pass, PassContext, Progress
+from ..plugins.entries import blaming, check_returned, one_line, package_of
+from .base import Pass, PassContext, PassResult, Progress
 
 _CALIBRATED = 100  # share of the bar, where a pass that rewrites has 1
 
@@ -56,17 +57,11 @@ def run_passes(
         progress(f"pass {p.name}", low)
         context.progress = _part(progress, low, high)
         try:
-            result = p.run(graph, context)
+            result = run_one(p, graph, context)
         finally:
             context.progress = progress
         graph = result.graph
         context.notes.extend(result.notes)
-        if p.ensures is not None:
-            graph.stage = p.ensures
-        try:
-            verify(graph)
-        except VerifyError as e:
-            raise VerifyError(f"after pass {p.name}: {e.message}", remedy=e.remedy) from e
         records.append(
             PassRecord(
                 str(p), result.changed, len(graph.ops), time.perf_counter() - started, tuple(result.notes)
@@ -75,6 +70,31 @@ def run_passes(
         if dump_ir is not None:
             (dump_ir / f"{number:02d}-{p.name}.txt").write_text(print_graph(graph), encoding="utf-8")
     return graph, records
+
+
+def run_one(p: Pass, graph: Graph, context: PassContext) -> PassResult:
+    """What a pass gives, its graph verified. Errors of another package's pass name that package."""
+    what = f"pass {p.name}"
+    with blaming(what, p):
+        result: PassResult = check_returned("its run", p, p.run(graph, context), PassResult)
+        check_returned("its run, as the graph of its result,", p, result.graph, Graph)
+        if p.ensures is not None:
+            result.graph.stage = p.ensures
+    package = package_of(p)
+    whose = what if package is None else f"{what} of package {package}"
+    try:
+        verify(result.graph)
+    except VerifyError as e:
+        raise VerifyError(f"after {whose}: {e.message}", remedy=e.remedy) from e
+    except Exception as e:
+        if package is None or isinstance(e, MemoryError):
+            raise
+        # A graph that was changed past its own methods can break in any way.
+        raise VerifyError(
+            f"after {whose}: the graph cannot be verified ({one_line(e)})",
+            remedy="change graphs through Graph's methods only",
+        ) from e
+    return result
 
 
 def _shares(passes: Sequence[Pass]) -> list[float]:

@@ -7,6 +7,7 @@ from .cache.paging import PageKvCache
 from .cache.quantize import QuantizeKvCache
 from .canonicalize.cse import DropDead, MergeEqual
 from .canonicalize.fold import FoldConstants
+from .canonicalize.moe import NormalizeExperts
 from .canonicalize.shapes import NormalizeShapes
 from .fuse.attention import FuseAttention
 from .fuse.norm import FuseNorms
@@ -17,7 +18,7 @@ from .stage import MarkStage
 
 def canonicalize() -> list[Pass]:
     """One form for each meaning."""
-    return [FoldConstants(), MergeEqual(), NormalizeShapes(), MergeEqual(), DropDead()]
+    return [FoldConstants(), MergeEqual(), NormalizeShapes(), NormalizeExperts(), MergeEqual(), DropDead()]
 
 
 def fuse() -> list[Pass]:

@@ -61,6 +61,7 @@ class AsyncEngine:
         self._thread: threading.Thread | None = None
         self._pauser: int | None = None  # the thread that has the engine for itself, and how often it asked
         self._pauses = 0
+        self._pausing = 0  # threads that wait for it; they come before the next step
         self._stepping = False
         self._closed = False
         self._touched: list[AsyncStream] = []
@@ -149,7 +150,11 @@ class AsyncEngine:
         with self._changed:
             self._refuse_if_ended()
             if self._pauser != caller:
-                self._changed.wait_for(lambda: self._pauser is None and not self._stepping)
+                self._pausing += 1
+                try:
+                    self._changed.wait_for(lambda: self._pauser is None and not self._stepping)
+                finally:
+                    self._pausing -= 1
                 self._pauser = caller
             self._pauses += 1
         try:
@@ -242,7 +247,8 @@ class AsyncEngine:
                     stream.close()
 
     def _may_go_on(self) -> bool:
-        return self._closed or (self._pauser is None and bool(self._inbox or self.engine.has_work))
+        free = self._pauser is None and not self._pausing
+        return self._closed or (free and bool(self._inbox or self.engine.has_work))
 
     def _start(self, ticket: Ticket) -> None:
         try:

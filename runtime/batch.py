@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence as Seq
 
 import numpy as np
 
 from .executor.base import StepInputs
+from .executor.windows import WindowTables
 from .scheduler import Chunk, S
 
 
@@ -37,7 +39,35 @@ def build_inputs(chunks: Seq[Chunk[S]], page_size: int, *, all_rows: bool = Fals
         output_index = query_start[1:][ends] - np.int32(1)
         if any(chunk.scored for chunk in chunks):
             output_index = np.array(_rows_wanted(chunks), np.int32)
-    return StepInputs(token_ids, positions, slot_mapping, query_start, context_len, block_table, output_index)
+    adapter = _adapters(chunks)
+    windows = [
+        (table[row, positions // page_size] * np.int32(page_size) + positions % page_size, table)
+        for table in _window_tables(chunks)
+    ]
+    return StepInputs(
+        token_ids,
+        positions,
+        slot_mapping,
+        query_start,
+        context_len,
+        block_table,
+        output_index,
+        adapter=adapter if adapter is None else np.repeat(adapter, counts),
+        state_slot=_states(chunks),
+        windows=windows or None,
+    )
+
+
+def _adapters(chunks: Seq[Chunk[S]]) -> np.ndarray | None:
+    """[B] int32: the slot of each sequence's adapter, -1 for none; None where none has one."""
+    slots = [chunk.sequence.adapter for chunk in chunks]
+    return np.array(slots, np.int32) if max(slots) >= 0 else None
+
+
+def _states(chunks: Seq[Chunk[S]]) -> np.ndarray | None:
+    """[B] int32: the row of the state cache that each sequence owns; None where there is no such cache."""
+    slots = [chunk.sequence.state_slot for chunk in chunks]
+    return np.array(slots, np.int32) if slots[0] >= 0 else None
 
 
 def _rows_wanted(chunks: Seq[Chunk[S]]) -> list[int]:
@@ -63,6 +93,10 @@ def _decoding(chunks: Seq[Chunk[S]], page_size: int) -> StepInputs:
         page, offset = divmod(start, page_size)
         slots.append(chunk.sequence.block_table[page] * page_size + offset)
     steps = np.arange(batch + 1, dtype=np.int32)
+    windows: list[WindowTables] = []
+    for table in _window_tables(chunks):
+        at, offset = np.divmod(np.array(starts, np.int32), np.int32(page_size))
+        windows.append((table[steps[:-1], at] * np.int32(page_size) + offset, table))
     return StepInputs(
         token_ids=np.array([chunk.sequence.tokens[chunk.start] for chunk in chunks], np.int32),
         positions=np.array(starts, np.int32),
@@ -71,6 +105,9 @@ def _decoding(chunks: Seq[Chunk[S]], page_size: int) -> StepInputs:
         context_len=np.array([start + 1 for start in starts], np.int32),
         block_table=_block_table(chunks),
         output_index=steps[:-1],
+        adapter=_adapters(chunks),
+        state_slot=_states(chunks),
+        windows=windows or None,
     )
 
 
@@ -81,7 +118,16 @@ def _tokens(chunk: Chunk[S]) -> np.ndarray:
 
 def _block_table(chunks: Seq[Chunk[S]]) -> np.ndarray:
     """[B, P] int32, P the largest number of pages in use; the rest is 0."""
-    tables = [chunk.sequence.block_table for chunk in chunks]
+    return _joined([chunk.sequence.block_table for chunk in chunks])
+
+
+def _window_tables(chunks: Seq[Chunk[S]]) -> list[np.ndarray]:
+    """The like of the layers of each window; pages before a window are 0 too."""
+    windows = len(chunks[0].sequence.window_tables)
+    return [_joined([chunk.sequence.window_tables[which] for chunk in chunks]) for which in range(windows)]
+
+
+def _joined(tables: list[array[int]]) -> np.ndarray:
     width = max(len(table) for table in tables)
     result = np.zeros((len(tables), width), np.int32)
     for row, table in zip(result, tables, strict=True):

@@ -10,21 +10,41 @@ A page is in exactly one of three states, hence `num_free + num_cached + num_use
     cached   held by nobody, contents known by hash; taken over by the next sequence with that prefix, and
              given up least recently used first when free pages run out
     used     held by `reference_count` > 0 sequences
+
+These are the pages of the layers that see everything. Layers that see a window have pages of their own beside
+them (`window_pages.py`), which never run out before these do: whoever plans counts these alone.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from hashlib import blake2b
 
 from .sequence import Sequence, Status
+from .state_slots import StateSlots
+from .window_pages import WindowPages
 
 
 class BlockManager:
     """Counts references to pages. Holds no tensors: the executor owns the pages' contents."""
 
-    def __init__(self, num_pages: int, page_size: int, *, prefix_cache: bool = True):
+    def __init__(
+        self,
+        num_pages: int,
+        page_size: int,
+        *,
+        prefix_cache: bool = True,
+        states: StateSlots | None = None,
+        windows: Iterable[tuple[int, int]] = (),
+    ):
+        """`states`: rows of a state cache, of which each sequence that holds pages owns one. Pages hold no
+        states, so that a prefix cannot be shared then. `windows`: (tokens, pages) of each window that layers
+        see: as many pages as there are here, or `most_pages`.
+        """
+        assert states is None or not prefix_cache
+        self.states = states
         self.num_pages = num_pages
         self.page_size = page_size
         self.prefix_cache = prefix_cache
@@ -33,6 +53,7 @@ class BlockManager:
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._hash_of: list[bytes | None] = [None] * num_pages
         self._page_of: dict[bytes, int] = {}
+        self.windows = [WindowPages(pages, page_size, window) for window, pages in windows]
 
     @property
     def num_free(self) -> int:
@@ -73,6 +94,10 @@ class BlockManager:
             if page is None:
                 break
             pages.append(page)
+        length = -1
+        while self.windows and length != len(pages):  # what one window's pages allow, another's may not
+            length = len(pages)
+            del pages[min(window.longest_prefix(pages) for window in self.windows) :]
         return pages
 
     def count_unused(self, pages: Iterable[int]) -> int:
@@ -87,6 +112,28 @@ class BlockManager:
             return None
         return self._block_hash(sequence, index)
 
+    def prefix_hash(self, sequence: Sequence, index: int) -> bytes:
+        """Hash of the sequence's tokens up to the end of page `index`, which must be full."""
+        return self._block_hash(sequence, index)
+
+    def find(self, block_hash: bytes) -> int | None:
+        """The page with these contents; where nobody holds it, it is the last now to be given up."""
+        page = self._page_of.get(block_hash)
+        if page in self._cached:
+            self._cached.move_to_end(page)
+        return page
+
+    def adopt(self, block_hash: bytes) -> int:
+        """A page, cached from now on, whose contents the caller writes before the next step. One must be
+        available, and none with these contents be there.
+        """
+        assert self.prefix_cache and not self.windows and block_hash not in self._page_of
+        page = self._take()
+        self._references[page] = 0
+        self._page_of[block_hash], self._hash_of[page] = page, block_hash
+        self._cached[page] = None
+        return page
+
     def claim(self, sequence: Sequence, pages: list[int]) -> None:
         """Start the sequence on the pages that `lookup` found for it."""
         assert not sequence.block_table
@@ -97,15 +144,37 @@ class BlockManager:
             self._references[page] += 1
         sequence.block_table.extend(pages)
         sequence.num_computed = len(pages) * self.page_size
+        claimed = [window.claim(pages) for window in self.windows]
+        sequence.window_tables = [table for table, _ in claimed]
+        sequence.window_starts = [first for _, first in claimed]
 
     def commit(self, sequence: Sequence, count: int) -> None:
         """Note that the next `count` tokens' keys and values are written; pages that became full can be found
-        now.
+        now, and those that lie before a window are given back.
         """
         first = sequence.num_computed // self.page_size
         sequence.num_computed += count
-        if not self.prefix_cache:
-            return
+        if self.prefix_cache:
+            self._note_full(sequence, first)
+        self._slide(sequence)
+
+    def advance(self, sequence: Sequence, count: int) -> None:
+        """`commit` for a sequence whose pages are not to be found again."""
+        sequence.num_computed += count
+        self._slide(sequence)
+
+    def _slide(self, sequence: Sequence) -> None:
+        for which, window in enumerate(self.windows):
+            table, start = sequence.window_tables[which], sequence.window_starts[which]
+            stop = window.first_seen(sequence.num_computed)
+            for index in range(start, stop):
+                window.drop(table, index, keep=self._is_known(sequence.block_table[index]))
+            sequence.window_starts[which] = max(start, stop)
+
+    def _is_known(self, page: int) -> bool:
+        return self._hash_of[page] is not None
+
+    def _note_full(self, sequence: Sequence, first: int) -> None:
         for index in range(first, sequence.num_computed // self.page_size):
             page = sequence.block_table[index]
             block_hash = self._block_hash(sequence, index)
@@ -143,6 +212,8 @@ class BlockManager:
         Returns page copies (source, destination) to make before the step: a page that others hold too is
         copied first. The caller has made sure that `pages_to_extend` pages are available.
         """
+        if self.states is not None and sequence.state_slot < 0:
+            self.states.give(sequence)
         copies: list[tuple[int, int]] = []
         for index in self._written(sequence, num_tokens):
             if self._is_shared(sequence, index):
@@ -151,13 +222,23 @@ class BlockManager:
                 self._references[source] -= 1
                 sequence.block_table[index] = destination
                 copies.append((source, destination))
+                for window, table in zip(self.windows, sequence.window_tables, strict=True):
+                    window.copy(table, index, destination, keep=self._is_known(source))
+        if self.windows and not sequence.window_tables:  # a sequence that claimed nothing
+            sequence.window_tables = [array("i") for _ in self.windows]
+            sequence.window_starts = [0 for _ in self.windows]
         for _ in range(self.pages_for(num_tokens) - len(sequence.block_table)):
             sequence.block_table.append(self._take())
+            for window, table in zip(self.windows, sequence.window_tables, strict=True):
+                window.add(table, sequence.block_table[-1])
         return copies
 
     def shrink(self, sequence: Sequence) -> None:
         """Give back the pages that hold none of the sequence's computed tokens."""
         while len(sequence.block_table) > self.pages_for(sequence.num_computed):
+            for window, table in zip(self.windows, sequence.window_tables, strict=True):
+                window.drop(table, len(table) - 1, keep=False)
+                table.pop()
             page = sequence.block_table.pop()
             self._references[page] -= 1
             assert self._references[page] == 0 and self._hash_of[page] is None, "only its own, new page"
@@ -165,14 +246,22 @@ class BlockManager:
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Make `child` share all pages of `parent`, the last one too; whoever writes to a shared page copies
-        it.
+        it. Of a state cache the child owns a row of its own, a copy of the parent's.
         """
         child.share_state(parent)
+        if self.states is not None and child.block_table:
+            self.states.fork(parent, child)
         for page in child.block_table:
             self._references[page] += 1
+        for which, table in enumerate(child.window_tables):
+            self.windows[which].share(table, child.window_starts[which])
 
     def release(self, sequence: Sequence) -> None:
         """Take the sequence's pages away. Known prefixes stay cached, their ends to be given up first."""
+        for which, table in enumerate(sequence.window_tables):
+            for index in range(len(table) - 1, sequence.window_starts[which] - 1, -1):
+                self.windows[which].drop(table, index, keep=self._is_known(sequence.block_table[index]))
+        sequence.window_tables, sequence.window_starts = [], []
         for page in reversed(sequence.block_table):
             self._references[page] -= 1
             if self._references[page] == 0:
@@ -182,6 +271,8 @@ class BlockManager:
                     self._cached[page] = None
         del sequence.block_table[:]
         sequence.num_computed = 0
+        if self.states is not None and sequence.state_slot >= 0:
+            self.states.take(sequence)
 
     def _written(self, sequence: Sequence, num_tokens: int) -> range:
         """Indices of pages that the sequence holds and that the tokens up to `num_tokens` write to."""
@@ -200,6 +291,8 @@ class BlockManager:
             assert block_hash is not None
             del self._page_of[block_hash]
             self._hash_of[page] = None
+            for window in self.windows:
+                window.forget(page)
         self._references[page] = 1
         return page
 
@@ -207,6 +300,9 @@ class BlockManager:
 
     def check(self, sequences: Iterable[Sequence]) -> None:
         """Raise AssertionError unless the books balance, given all sequences. For idle time and tests."""
+        sequences = list(sequences)
+        if self.states is not None:
+            self.states.check(sequences)
         held: Counter[int] = Counter()
         for sequence in sequences:
             held.update(sequence.block_table)
@@ -227,3 +323,18 @@ class BlockManager:
             page: block_hash for page, block_hash in enumerate(self._hash_of) if block_hash is not None
         }
         assert {h: p for p, h in by_page.items()} == self._page_of, "hash table and pages disagree"
+        for which, window in enumerate(self.windows):
+            window.check(self._held(which, sequences), [*cached, *held])
+
+    def _held(self, which: int, sequences: Iterable[Sequence]) -> list[tuple[int, int]]:
+        """(page, twin) of every page of a window's layers that a sequence holds."""
+        pairs: list[tuple[int, int]] = []
+        for sequence in sequences:
+            if not sequence.window_tables:
+                assert not sequence.block_table, "pages without those of a window's layers"
+                continue
+            table, start = sequence.window_tables[which], sequence.window_starts[which]
+            assert len(table) == len(sequence.block_table), "tables of two lengths"
+            assert start == self.windows[which].first_seen(sequence.num_computed), "not a window's pages"
+            pairs += zip(table[start:], sequence.block_table[start:], strict=True)
+        return pairs

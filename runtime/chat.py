@@ -25,7 +25,6 @@ from .llm import LLM
 from .response_format import wanted_schema
 from .sampling_params import SamplingParams
 from .tool_calls import (
-    FORMATS,
     CallArguments,
     CallBegin,
     CallParser,
@@ -37,6 +36,8 @@ from .tool_calls import (
     ToolFormat,
     calls_or_json,
     detect,
+    find_format,
+    recorded,
 )
 
 ToolChoice = Literal["auto", "none", "required"] | str
@@ -189,8 +190,8 @@ class ChatModel:
         """How this model's template writes tool calls: as found when it was compiled, or found now."""
         assert self.llm.template is not None, "only asked for where there is one"
         manifest = self.llm.artifact.manifest if self.llm.artifact is not None else {}
-        recorded = (manifest.get("tokenizer") or {}).get("tool_calls")
-        return Detected.from_manifest(recorded, FORMATS) or detect(self.llm.template)
+        entry = (manifest.get("tokenizer") or {}).get("tool_calls")
+        return recorded(entry) or detect(self.llm.template)
 
     def prepare(
         self,
@@ -231,7 +232,7 @@ class ChatModel:
         if not used:
             prompt = self._render(messages, None, variables)
             return Turn(prompt, replace(params, grammar=answer or params.grammar))
-        format = FORMATS[self.detected.format]
+        format = find_format(self.detected.format)
         several, token_id = parallel and self.detected.parallel, self.llm.tokenizer.token_id
         if schema is None or required:
             source = format.grammar(used, required=required, parallel=several, token_id=token_id)
@@ -253,7 +254,7 @@ class ChatModel:
         """A turn in which `tools` may be called; `source`: the grammar of what may be said, `answer`: that of
         an answer without calls, where it is not any text.
         """
-        format = FORMATS[self.detected.format]
+        format = find_format(self.detected.format)
 
         def prose() -> Turn:
             text = replace(params, grammar=answer or self.llm.grammars.lark(_PROSE))
@@ -305,7 +306,7 @@ class ChatModel:
             if self.detected.in_template:
                 shown = [tool.as_openai() for tool in tools]
             else:
-                plain = _with_instructions(plain, FORMATS[self.detected.format].instructions(tools))
+                plain = _with_instructions(plain, find_format(self.detected.format).instructions(tools))
         text = self.llm.chat_prompt(plain, tools=shown, **variables)
         ids = self.llm.encode(text, add_special_tokens=False)
         if not ids:
@@ -355,7 +356,7 @@ class ChatModel:
                     ToolCall(call["id"], call["function"]["name"], _as_text(call["function"]["arguments"]))
                     for call in message["tool_calls"]
                 ]
-                said = FORMATS[self.detected.format].write(calls)
+                said = find_format(self.detected.format).write(calls)
                 result.append({"role": "assistant", "content": f"{message['content']}{said}"})
             else:
                 result.append(dict(message))

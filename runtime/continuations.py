@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..ir.errors import LlmcError
+from ..ir.errors import InputError, LlmcError
 from .batch import build_inputs
 from .engine import ContextLengthError, Engine
 from .scheduler import Chunk
 from .sequence import Sequence
+from .window_plan import copy_window_pages
 
 # Logits of one step, in elements: 2**24 float32 are 64 MB, and a normaliser needs another array of that size.
 _LOGITS = 1 << 24
@@ -95,7 +96,9 @@ class ContinuationScorer:
         wave, pages, tokens = _Wave(), 0, 0
         for request in requests:
             needed = self._pages(request)
-            full = tokens + len(request.context) > self.engine.options.max_batch_tokens
+            full = self._rows_of_state([*wave.requests, request]) > self._free_states()
+            full |= not self._windows_hold([*wave.requests, request])
+            full |= tokens + len(request.context) > self.engine.options.max_batch_tokens
             full |= len(wave.requests) == self.rows or pages + needed > self.engine.blocks.num_available
             if wave.requests and (full or _common(wave.requests[-1], request) >= _WORTH_WAITING):
                 yield wave
@@ -125,8 +128,48 @@ class ContinuationScorer:
                 prompt_tokens=request.longest,
                 limit=engine.limit,
             )
-        while pages > engine.blocks.num_available and engine.scheduler.preempt_newest() is not None:
-            pass
+        states = self._rows_of_state([request])
+        if engine.blocks.states is not None and states > engine.blocks.states.count:
+            raise InputError(
+                f"a context with continuations takes {states} rows of the state cache, which has "
+                f"{engine.blocks.states.count}",
+                remedy=f"raise max_sequences to {states - 1}",
+            )
+        while pages > engine.blocks.num_available or states > self._free_states():
+            if engine.scheduler.preempt_newest() is None:
+                break
+        while not self._windows_hold([request]):
+            if engine.scheduler.preempt_newest() is None:
+                raise InputError(
+                    "a context with continuations takes more pages of a window's layers than there are",
+                    remedy="raise max_sequences",
+                )
+
+    def _windows_hold(self, requests: Seq[Request]) -> bool:
+        """Whether the requests' pages of the layers with a window are there: of each the window's, those of a
+        step's tokens, and what its continuations write.
+        """
+        blocks, budget = self.engine.blocks, self.engine.options.max_batch_tokens
+        for window in blocks.windows:
+            needed = sum(
+                window.each
+                + blocks.pages_for(min(len(request.context), budget))
+                + sum(blocks.pages_for(len(c)) + 2 for c in request.continuations)
+                for request in requests
+            )
+            if window.num_pages < blocks.num_pages and needed > window.num_pages - window.num_used:
+                return False
+        return True
+
+    def _rows_of_state(self, requests: Seq[Request]) -> int:
+        """Rows of the state cache, where there is one, that requests own: at most contexts and forks."""
+        if self.engine.blocks.states is None:
+            return 0
+        return sum(1 + sum(len(c) > 1 for c in request.continuations) for request in requests)
+
+    def _free_states(self) -> int:
+        states = self.engine.blocks.states
+        return 0 if states is None else states.num_free
 
     # Steps -----------------------------------------------------------------------------------------------
 
@@ -135,6 +178,7 @@ class ContinuationScorer:
         branches: list[_Branch] = []
         for request in wave.requests:
             parent = Sequence(request.context)
+            parent.use(self.engine.adapters.get(None))
             wave.parents.append(parent)
             self.engine.blocks.claim(parent, self.engine.blocks.lookup(parent))
             branches.append(_Branch(parent, [], len(parent.tokens)))
@@ -202,6 +246,7 @@ class ContinuationScorer:
             if copies:
                 sources, destinations = zip(*copies, strict=True)
                 engine.executor.copy_pages(sources, destinations)
+            copy_window_pages(blocks, engine.executor)
             yield chunks, engine.executor.step(build_inputs(chunks, blocks.page_size, all_rows=all_rows))
             for chunk in chunks:
                 blocks.commit(chunk.sequence, chunk.count)

@@ -16,8 +16,13 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
-ISA_LEVELS = ("generic", "avx2", "avxvnni", "avx512vnni", "amx")
-"""All levels, the best last."""
+ISA_LEVELS = ("generic", "avx2", "avxvnni", "avx512vnni", "amx", "neon", "i8mm")
+"""All levels, the best of each architecture last."""
+
+ISA_MACHINES: Mapping[str, str] = {
+    level: "aarch64" if level in ("neon", "i8mm") else "x86_64" for level in ISA_LEVELS
+}
+"""Level → architecture, as `platform.machine` names it on Linux."""
 
 _AVX2 = frozenset({"avx", "avx2", "fma", "f16c", "bmi1", "bmi2", "movbe", "abm"})
 _AVX512 = frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_vnni"})
@@ -28,12 +33,13 @@ ISA_FLAGS: Mapping[str, frozenset[str]] = {
     "avxvnni": _AVX2 | {"avx_vnni"},
     "avx512vnni": _AVX2 | _AVX512,
     "amx": _AVX2 | _AVX512 | {"amx_tile", "amx_int8", "amx_bf16"},
+    "neon": frozenset({"asimd", "asimddp"}),
+    "i8mm": frozenset({"asimd", "asimddp", "i8mm"}),
 }
-"""Level → flags of /proc/cpuinfo that it requires. "generic" is the baseline of the architecture (x86-64,
-armv8-a).
+"""Level → flags of /proc/cpuinfo that it requires. "generic" is the baseline of x86-64.
 
 In LLVM's names: avx2 = x86-64-v3 (abm is lzcnt); avxvnni adds +avxvnni; avx512vnni is x86-64-v4 with
-+avx512vnni; amx adds +amx-tile, +amx-int8 and +amx-bf16.
++avx512vnni; amx adds +amx-tile, +amx-int8 and +amx-bf16; neon is armv8-a with +dotprod, i8mm adds +i8mm.
 """
 
 # macOS (sysctl machdep.cpu) writes the same features differently; the VNNI names are the ones it has used.
@@ -92,21 +98,26 @@ def may_use_tiles() -> bool:
     return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA) == 0
 
 
-def supported_isas(features: frozenset[str] | None = None) -> list[str]:
-    """The levels whose features are all present, the best last. "generic" is always among them.
+def supported_isas(features: frozenset[str] | None = None, machine: str = "x86_64") -> list[str]:
+    """The levels whose features are all present, the best last. "generic" is among them on every x86-64; on
+    aarch64 without dot products (Cortex-A72), and on other machines, there are none.
 
-    `features`: of another CPU than this one, for which nothing is asked of its operating system.
+    `features`: of another CPU than this one, of architecture `machine`, for which nothing is asked of its
+    operating system.
     """
-    have = cpu_features() if features is None else features
-    levels = [level for level in ISA_LEVELS if ISA_FLAGS[level] <= have]
+    if features is None:
+        have, machine = cpu_features(), platform.machine()
+    else:
+        have = features
+    levels = [level for level in ISA_LEVELS if ISA_MACHINES[level] == machine and ISA_FLAGS[level] <= have]
     if features is None and "amx" in levels and not may_use_tiles():
         levels.remove("amx")
     return levels
 
 
-def best_isa() -> str:
-    """The best level of this CPU."""
-    return supported_isas()[-1]
+def best_isa() -> str | None:
+    """The best level of this CPU; None where there is none for it."""
+    return next(reversed(supported_isas()), None)
 
 
 def _physical_cores(text: str, usable: set[int]) -> int:

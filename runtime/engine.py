@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..ir.errors import InputError
+from .adapters import AdapterRegistry
 from .batch import build_inputs
 from .block_manager import BlockManager
 from .engine_options import ContextLengthError, Counters, EngineOptions, EngineStats, ModelFacts
@@ -30,7 +31,9 @@ from .sampling_params import SamplingParams
 from .scheduler import Chunk, Plan, Scheduler
 from .sequence import Sequence
 from .speculation import Checked, Speculator
+from .state_slots import allocate_states
 from .tokenizer import Tokenizer
+from .window_plan import allocate_windows, copy_window_pages, window_sizes
 
 _log = logging.getLogger("llmc.runtime")
 
@@ -80,6 +83,7 @@ class Engine:
                 remedy="allowed: 1 <= max_sequences <= max_batch_tokens",
             )
         self.context = self._context(options.context)
+        states = allocate_states(executor, options)
         self.kv: KvPlan = plan_kv_cache(
             page_size=executor.page_size,
             bytes_per_page=executor.kv_bytes_per_page,
@@ -88,10 +92,20 @@ class Engine:
             max_pages=executor.max_pages,
             kv_tokens=options.kv_tokens,
             kv_bytes=options.kv_cache_bytes,
+            beside=0 if states is None else states.bytes,
+            windows=window_sizes(executor, options),
         )
         executor.allocate_kv(self.kv.pages)
+        self.adapters = AdapterRegistry(executor)
         _log.info("%s", self.kv)
-        self.blocks = BlockManager(self.kv.pages, executor.page_size, prefix_cache=options.prefix_cache)
+        cached = options.prefix_cache and states is None  # a page does not hold the state behind its tokens
+        self.blocks = BlockManager(
+            self.kv.pages,
+            executor.page_size,
+            prefix_cache=cached,
+            states=states,
+            windows=allocate_windows(executor, self.kv),
+        )
         self.scheduler: Scheduler[Generation] = Scheduler(
             self.blocks,
             max_batch_tokens=options.max_batch_tokens,
@@ -154,7 +168,9 @@ class Engine:
                 remedy=f"lower max_tokens to {room} or raise kv_tokens",
             )
         request_id = request_id if request_id is not None else secrets.token_hex(8)
-        return Request(request_id, ids, params, max_tokens=min(most, room), eos=self.facts.eos_token_ids)
+        adapter = self.adapters.get(params.adapter)
+        eos = self.facts.eos_token_ids
+        return Request(request_id, ids, params, max_tokens=min(most, room), eos=eos, adapter=adapter)
 
     def _prompt_ids(self, prompt: str | Seq[int]) -> array[int]:
         if isinstance(prompt, str):
@@ -189,6 +205,8 @@ class Engine:
         """Queue a request that `make_request` checked. Raises InputError where its id is in use."""
         if request.id in self._requests:
             raise InputError(f"request id {request.id!r} is in use", remedy="choose another one")
+        if request.adapter is not None and request.adapter.removed:
+            raise InputError(f"adapter {request.adapter.name!r} was removed", remedy="ask for another one")
         request.arrival = next(self._arrivals)
         generation = Generation(request, self.tokenizer)
         self._requests[request.id] = request
@@ -207,6 +225,13 @@ class Engine:
             self.scheduler.finish(generation)
         request.live.clear()
         return True
+
+    def remove_adapter(self, name: str) -> None:
+        """Forget an adapter. Raises AdapterInUseError where a request uses it, InputError for an unknown
+        name.
+        """
+        found = self.adapters.get(name)
+        self.adapters.remove(name, sum(request.adapter is found for request in self._requests.values()))
 
     @property
     def has_work(self) -> bool:
@@ -309,6 +334,7 @@ class Engine:
         if plan.copies:
             sources, destinations = zip(*plan.copies, strict=True)
             self.executor.copy_pages(sources, destinations)
+        copy_window_pages(self.blocks, self.executor)
         inputs = build_inputs(plan.chunks, self.executor.page_size)
         self.counters.steps += 1
         self.counters.tokens_computed += len(inputs.token_ids)
@@ -406,14 +432,18 @@ class Engine:
 
     # Scoring ---------------------------------------------------------------------------------------------
 
-    def score(self, ids: Seq[int], chunk: int | None = None) -> Iterator[np.ndarray]:
+    def score(
+        self, ids: Seq[int], chunk: int | None = None, adapter: str | None = None
+    ) -> Iterator[np.ndarray]:
         """Logits of every token of a text, a chunk of rows [c, vocab] float32 at a time, in order.
 
         Uses pages of the same cache, taken from running sequences where none are left; they are given back
         when the iterator ends or is closed. Do not `step` in between: `list(engine.score(ids))` or an
-        unbroken loop.
+        unbroken loop. `adapter` as in `SamplingParams`.
         """
-        return self._score(Sequence(self.scorable(ids)), chunk or self.options.max_batch_tokens)
+        sequence = Sequence(self.scorable(ids))
+        sequence.use(self.adapters.get(adapter))
+        return self._score(sequence, chunk or self.options.max_batch_tokens)
 
     def scorable(self, ids: Seq[int]) -> array[int]:
         """A text's token ids, checked. Raises ContextLengthError where they are too many, InputError where
@@ -431,6 +461,8 @@ class Engine:
 
     def _score(self, sequence: Sequence, size: int) -> Iterator[np.ndarray]:
         total = len(sequence.tokens)
+        if self.blocks.windows:  # whose pages are counted for steps of this size
+            size = min(size, self.options.max_batch_tokens)
         while self.blocks.pages_to_extend(sequence, total) > self.blocks.num_available:
             victim = self.scheduler.preempt_newest()
             assert victim is not None, "the text fits in an empty cache"
@@ -439,7 +471,7 @@ class Engine:
                 part = Chunk(sequence, start, min(size, total - start))
                 self.blocks.extend(sequence, start + part.count)
                 yield self.executor.step(build_inputs([part], self.executor.page_size, all_rows=True))
-                sequence.num_computed += part.count
+                self.blocks.advance(sequence, part.count)
         finally:
             self.blocks.release(sequence)
 

@@ -85,6 +85,8 @@ class Counters:
     tokens_looked_up: int = 0
     """Prompt tokens for which the prefix cache was asked."""
     tokens_from_cache: int = 0
+    tokens_from_disk: int = 0
+    """Prompt tokens that were read into the cache from the folder of prefixes."""
     preemptions: int = 0
     tokens_guessed: int = 0
     guesses_accepted: int = 0

@@ -12,6 +12,8 @@ from typing import Literal
 import numpy as np
 
 from ..ir.errors import LlmcError
+from .adapters import LoadedAdapter
+from .custom_sampler import SequenceSampler
 from .detokenizer import StopStrings, StreamDecoder
 from .drafters import Patience
 from .grammar import Matcher
@@ -57,14 +59,33 @@ class StepOutput:
 class Request:
     """A prompt with its parameters. Made by `Engine.make_request`, which checks it."""
 
-    __slots__ = ("arrival", "cached_tokens", "eos", "id", "live", "max_tokens", "params", "prompt", "seed")
+    __slots__ = (
+        "adapter",
+        "arrival",
+        "cached_tokens",
+        "eos",
+        "id",
+        "live",
+        "max_tokens",
+        "params",
+        "prompt",
+        "seed",
+    )
 
     def __init__(
-        self, request_id: str, prompt: array[int], params: SamplingParams, *, max_tokens: int, eos: Seq[int]
+        self,
+        request_id: str,
+        prompt: array[int],
+        params: SamplingParams,
+        *,
+        max_tokens: int,
+        eos: Seq[int],
+        adapter: LoadedAdapter | None = None,
     ):
         self.id = request_id
         self.prompt = prompt
         self.params = params
+        self.adapter = adapter
         self.max_tokens = max_tokens
         ignore_eos = params.ignore_eos and params.grammar is None
         self.eos = frozenset() if ignore_eos else frozenset(eos)
@@ -93,10 +114,13 @@ class Generation(Sequence):
     def __init__(self, request: Request, tokenizer: Tokenizer | None):
         params = request.params
         super().__init__(request.prompt, (request.arrival, 0), slots=params.n)
+        self.use(request.adapter)
         self.request = request
         self.choice = 0
         endings = request.eos | frozenset(params.stop_token_ids)
         self.sampler = SamplerRow(params, request.prompt, seed=request.seed, choice=0, stops=sorted(endings))
+        if params.sampler is not None:
+            self.sampler.custom = SequenceSampler(params.sampler, self, tokenizer)
         skip = params.skip_special_tokens
         self.decoder = StreamDecoder(tokenizer, skip_special_tokens=skip) if tokenizer is not None else None
         self.stops = StopStrings(params.stop)
@@ -118,6 +142,8 @@ class Generation(Sequence):
         child.request = self.request
         child.choice = choice
         child.sampler = self.sampler.fork(choice)
+        if self.sampler.custom is not None:
+            child.sampler.custom = self.sampler.custom.for_choice(child, choice)
         child.decoder = self.decoder.fork() if self.decoder is not None else None
         child.stops = self.stops.fork()
         child.started = True
@@ -222,6 +248,8 @@ class Generation(Sequence):
 
     def _advance(self, token: int, logprob: TokenLogprob | None, output: StepOutput) -> None:
         failure = self.matcher.error if self.matcher is not None else None
+        if failure is None and self.sampler.custom is not None:
+            failure = self.sampler.custom.failure
         if token < 0 or failure is not None:
             output.finish_reason = "error"
             output.error = failure or LlmcError(

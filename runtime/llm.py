@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import os
 import weakref
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,9 +17,11 @@ from ..codegen.artifact import Artifact
 from ..ir.errors import InputError
 from .async_engine import AsyncEngine, Stream
 from .chat_template import ChatTemplate, Message
+from .custom_sampler import Sampler, make_sampler
 from .encoder import check_pairs, relevance, run_whole, token_types
 from .engine import Engine, EngineStats
 from .executor.base import Executor
+from .function_inputs import checked_inputs
 from .generation import StepOutput
 from .grammar import Grammar, GrammarCompiler
 from .memory import KvPlan
@@ -52,8 +56,10 @@ class SamplingOptions(TypedDict, total=False):
     ignore_eos: bool
     logprobs: int | None
     prompt_logprobs: int | None
+    sampler: Sampler | str | None
     grammar: Grammar | None
     skip_special_tokens: bool
+    adapter: str | None
 
 
 @dataclass(slots=True)
@@ -138,6 +144,7 @@ class LLM:
         self.template = template
         self._engine = AsyncEngine(engine, max_waiting=max_waiting) if engine is not None else None
         self._defaults = _sampling_defaults(defaults or {})
+        self._original: LLM | None = None  # whose view with an adapter this is
         if self._engine is not None:
             weakref.finalize(self, self._engine.close)
 
@@ -163,6 +170,8 @@ class LLM:
     @cached_property
     def grammars(self) -> GrammarCompiler:
         """Makes what `SamplingParams.grammar` takes. Raises InputError where there is no tokenizer."""
+        if self._original is not None:
+            return self._original.grammars
         facts = self.engine.engine.facts
         return GrammarCompiler(self.tokenizer, facts.vocab_size, facts.eos_token_ids)
 
@@ -235,13 +244,17 @@ class LLM:
                 f"unknown sampling option {sorted(unknown)[0]!r}",
                 remedy=f"known: {', '.join(SamplingOptions.__annotations__)}",
             )
-        stop = options.get("stop", ())
-        merged: dict[str, Any] = {
-            **self._defaults,
-            **options,
-            "stop": (stop,) if isinstance(stop, str) else stop,
-        }
+        merged: dict[str, Any] = {"stop": (), **self._defaults, **options}
+        if isinstance(merged["stop"], str):
+            merged["stop"] = (merged["stop"],)
+        if isinstance(merged.get("sampler"), str):
+            merged["sampler"] = make_sampler(merged["sampler"])
         return replace(SamplingParams(), **merged)
+
+    def prefer(self, **options: Unpack[SamplingOptions]) -> None:
+        """Take `options` for what later calls of `sampling` do not say. Raises as `sampling` does."""
+        self.sampling(**options)
+        self._defaults = {**self._defaults, **options}
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, **options: Unpack[SamplingOptions]
@@ -304,14 +317,49 @@ class LLM:
                 remedy="use embed or logits" if encoder else "use rank",
             )
 
+    # Adapters --------------------------------------------------------------------------------------------
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the adapters that requests may choose (`generate(…, adapter=name)`)."""
+        return self.engine.engine.adapters.names()
+
+    def with_adapter(self, name: str) -> LLM:
+        """The same model that answers with a loaded adapter where nothing else is said. It shares the engine:
+        closing one closes both.
+        """
+        self.engine.engine.adapters.get(name)
+        view = copy.copy(self)
+        view.__dict__.pop("grammars", None)
+        view._original = self._original or self
+        view.prefer(adapter=name)
+        return view
+
+    def load_adapter(self, name: str, path: str | os.PathLike[str]) -> None:
+        """Take up a LoRA adapter's folder (PEFT) under a name, while requests run.
+
+        Raises InputError where it is damaged, of another model, or the name is taken, UnsupportedError where
+        it can only be merged, or these kernels take none.
+        """
+        adapter = self.engine.engine.adapters.read(name, path)
+        with self.engine.paused() as engine:
+            engine.adapters.put(adapter)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter. Raises AdapterInUseError while requests use it."""
+        with self.engine.paused() as engine:
+            engine.remove_adapter(name)
+
     # Numbers ---------------------------------------------------------------------------------------------
 
-    def iter_logits(self, ids: Sequence[int], chunk: int | None = None) -> Iterator[np.ndarray]:
+    def iter_logits(
+        self, ids: Sequence[int], chunk: int | None = None, adapter: str | None = None
+    ) -> Iterator[np.ndarray]:
         """Logits of every token, [c, vocab] float32 at a time; other requests wait until the iterator is
         done.
 
         `chunk` None: as many rows as make 64 MB. Each array is valid until the next one. An encoder sees the
-        whole text at once and gives hidden states [T, hidden] in one piece.
+        whole text at once and gives hidden states [T, hidden] in one piece. `adapter`: name of a loaded one.
         """
         if chunk is not None and chunk < 1:
             raise InputError(f"chunk is {chunk}", remedy="allowed: a whole number from 1")
@@ -321,9 +369,10 @@ class LLM:
             elif chunk is None:
                 chunk = max(16, _CHUNK_BYTES // (4 * max(1, self.executor.vocab_size)))
                 chunk = min(chunk, engine.options.max_batch_tokens)
-            yield from engine.score(ids, chunk)
+            preferred: Any = self._defaults.get("adapter")
+            yield from engine.score(ids, chunk, adapter or preferred)
 
-    def logits(self, ids: Sequence[int]) -> np.ndarray:
+    def logits(self, ids: Sequence[int], adapter: str | None = None) -> np.ndarray:
         """Logits of every token of a text, [T, vocab] float32 (hidden states [T, hidden] for an encoder).
 
         Row t says what follows token t. For long texts of large vocabularies use `token_logprobs` or
@@ -331,7 +380,7 @@ class LLM:
         """
         result: np.ndarray | None = None
         start = 0
-        for part in self.iter_logits(ids):
+        for part in self.iter_logits(ids, adapter=adapter):
             if result is None:
                 result = np.empty((len(ids), part.shape[1]), np.float32)
             result[start : start + len(part)] = part
@@ -413,7 +462,7 @@ class LLM:
         """
         if self.artifact is None or self.kind != "function":
             raise InputError("this artifact is no function", remedy="use generate or logits")
-        return self.executor.run(_checked_inputs(self.artifact.manifest.get("inputs", []), arrays))
+        return self.executor.run(checked_inputs(self.artifact.manifest.get("inputs", []), arrays))
 
     # Lifetime --------------------------------------------------------------------------------------------
 
@@ -421,6 +470,8 @@ class LLM:
         """Cancel what runs and end the engine's thread."""
         if self._engine is not None:
             self._engine.close()
+            if (prefixes := self._engine.engine.scheduler.prefixes) is not None:
+                prefixes.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -440,27 +491,3 @@ def _sampling_defaults(generation: Mapping[str, Any]) -> dict[str, Any]:
     if generation.get("do_sample"):
         found.setdefault("temperature", 1.0)
     return found
-
-
-def _checked_inputs(
-    expected: Sequence[Mapping[str, Any]], arrays: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    names = [str(entry["name"]) for entry in expected]
-    if set(names) != set(arrays):
-        raise InputError(
-            f"inputs given: {', '.join(arrays) or 'none'}", remedy=f"expected: {', '.join(names)}"
-        )
-    checked: dict[str, np.ndarray] = {}
-    for entry in expected:
-        name, array = str(entry["name"]), np.asarray(arrays[str(entry["name"])])
-        shape: Sequence[Any] = entry["shape"]
-        fits = len(shape) == array.ndim and all(
-            not isinstance(want, int) or want == have for want, have in zip(shape, array.shape, strict=False)
-        )
-        if str(array.dtype) != entry["dtype"] or not fits:
-            raise InputError(
-                f"input {name} is {array.dtype}{list(array.shape)}",
-                remedy=f"expected: {entry['dtype']}{list(shape)}",
-            )
-        checked[name] = np.ascontiguousarray(array)
-    return checked

@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Literal
 
 from ..codegen.artifact import Artifact
 from ..ir.errors import ArtifactError, InputError
+from .adapters import check_places
 from .chat_template import ChatTemplate
 from .drafters import DraftModel
 from .engine import Engine, EngineOptions, ModelFacts
-from .executor import open_executor
+from .executor import MakePlaces, open_executor
 from .llm import LLM
+from .prefix_pages import attach
 from .tokenizer import Tokenizer
 from .verified import verify_once
 
@@ -32,10 +35,15 @@ def load(
     max_batch_tokens: int = 512,
     max_sequences: int = 64,
     prefix_cache: bool = True,
+    prefix_cache_dir: str | os.PathLike[str] | None = None,
+    prefix_cache_bytes: int | None = None,
     speculate: int = 0,
     draft: str | os.PathLike[str] | None = None,
     max_waiting: int | None = None,
     verify: Verify = "once",
+    adapters: Mapping[str, str | os.PathLike[str]] | None = None,
+    adapter: str | os.PathLike[str] | None = None,
+    places: MakePlaces | None = None,
 ) -> LLM:
     """Open an artifact, choose its target for this machine, and size the KV cache.
 
@@ -49,18 +57,29 @@ def load(
         max_batch_tokens: tokens computed in a step at most.
         max_sequences: sequences that run at the same time at most.
         prefix_cache: keep pages for prompts that begin in the same way.
+        prefix_cache_dir: a folder to keep them in beyond this process, of at most `prefix_cache_bytes`
+            (10 GiB); several processes and models may use one.
         speculate: tokens guessed at a time at most, from what the text repeats, or from `draft`; answers do
             not depend on it, only their speed does.
         draft: an artifact of a smaller model with the same tokenizer, which then guesses.
         max_waiting: unfinished requests accepted at a time; None for any number.
         verify: "once" checks the sha256 of every file where that was not done on this machine before, or a
             file has changed since; "full" checks it anyway, "size" only that they are there and complete.
+        adapters: folders of LoRA adapters (PEFT) by the names that requests choose them by
+            (`generate(…, adapter="name")`); {} for none yet (`LLM.load_adapter`).
+        adapter: the folder of one with which everything is answered that names none.
+        places: makes kernels that take adapters, where the artifact's own do not (it was compiled without
+            --adapters). `llmc.load` gives it where TVM is installed.
 
     Raises ArtifactError where the artifact is damaged or does not suit this machine, InputError where an
     option is impossible.
     """
     artifact, tokenizer = _open(path, verify)
-    executor = open_executor(artifact, target, threads=threads, isa=isa)
+    adapted = adapters is not None or adapter is not None
+    wanted = places if adapted else None
+    executor = open_executor(artifact, target, threads=threads, isa=isa, adapters=wanted)
+    if adapted:
+        check_places(artifact, executor)
     if artifact.kind == "function":
         return LLM(executor, artifact=artifact)
     options = EngineOptions(
@@ -73,9 +92,18 @@ def load(
         speculate=speculate,
     )
     engine = Engine(executor, tokenizer, _facts(artifact), options)
+    if prefix_cache_dir is not None:
+        if not prefix_cache:
+            raise InputError("prefix_cache_dir without prefix_cache", remedy="leave one of both out")
+        attach(engine, artifact, Path(prefix_cache_dir), prefix_cache_bytes)
     if draft is not None:
         guesser = load(draft, threads=threads, context=engine.context, max_sequences=max_sequences)
         engine.speculator.drafter = DraftModel(guesser.engine.engine, executor.vocab_size)
+    for name, folder in (adapters or {}).items():
+        engine.adapters.put(engine.adapters.read(name, folder))
+    if adapter is not None:
+        loaded = engine.adapters.put(engine.adapters.read(_adapter_name(adapter, adapters or {}), adapter))
+        engine.adapters.default = loaded.name
     return LLM(
         executor,
         artifact=artifact,
@@ -84,6 +112,11 @@ def load(
         defaults=artifact.model.get("generation"),
         max_waiting=max_waiting,
     )
+
+
+def _adapter_name(folder: str | os.PathLike[str], taken: Mapping[str, Any]) -> str:
+    name = Path(folder).resolve().name
+    return name if name not in taken else f"{name} (default)"
 
 
 def _open(path: str | os.PathLike[str], verify: Verify) -> tuple[Artifact, Tokenizer | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,6 +97,8 @@ class KvPlan:
     pages: int
     page_size: int
     bytes: int
+    windows: tuple[int, ...] = ()
+    """Pages of the layers of each window, which have pages of their own."""
 
     @property
     def tokens(self) -> int:
@@ -104,6 +107,27 @@ class KvPlan:
 
     def __str__(self) -> str:
         return f"kv cache: {self.pages} pages = {self.tokens} tokens, {self.bytes / 1e6:.1f} MB"
+
+
+def _bytes(pages: int, bytes_per_page: int, windows: Sequence[tuple[int, int]]) -> int:
+    """Of a cache of so many pages, with the layers of each window at no more than they need."""
+    return pages * bytes_per_page - sum(max(0, pages - most) * size for most, size in windows)
+
+
+def _fitting(budget: int, bytes_per_page: int, windows: Sequence[tuple[int, int]], wanted: int) -> int:
+    """The largest number of pages within a budget of bytes. Where all layers see a window, any number may
+    fit: then no more than `wanted`.
+    """
+    low = budget // bytes_per_page
+    rest = bytes_per_page - sum(size for _, size in windows)
+    high = max(low, budget // rest if rest else wanted)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if _bytes(middle, bytes_per_page, windows) <= budget:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def plan_kv_cache(
@@ -116,27 +140,39 @@ def plan_kv_cache(
     kv_tokens: int | None = None,
     kv_bytes: int | None = None,
     available: int | None = None,
+    beside: int = 0,
+    windows: Sequence[tuple[int, int]] = (),
 ) -> KvPlan:
     """Choose the number of pages.
 
     `kv_tokens` or `kv_bytes` decide where given. Otherwise the cache takes 60 % of the memory available, and
     no more than `max_sequences` sequences of `context` tokens would fill or the kernels can count
-    (`max_pages`). Raises InputError where not one page fits, or where the size asked for is not there.
+    (`max_pages`). `beside`: bytes that are taken before, by a state cache. `windows`: of the layers of each
+    window the pages that are needed at most, and the bytes of one, which count in `bytes_per_page` too.
+    Raises InputError where not one page fits, or where the size asked for is not there.
     """
-    free = available_memory() if available is None else available
+    free = (available_memory() if available is None else available) - beside
+    if free < 0:
+        raise InputError(
+            f"the states of {max_sequences} sequences take {beside / 1e6:.0f} MB, "
+            f"{(free + beside) / 1e6:.0f} MB are free",
+            remedy="lower max_sequences or free some memory",
+        )
     for name, value in (("kv_tokens", kv_tokens), ("kv_cache_bytes", kv_bytes)):
         if value is not None and value <= 0:
             raise InputError(f"{name} is {value}", remedy="give a number above 0")
     if kv_tokens is not None:
         pages = -(-kv_tokens // page_size)
-    elif kv_bytes is not None:
-        pages = kv_bytes // bytes_per_page if bytes_per_page else max_sequences * -(-context // page_size)
     else:
         pages = max_sequences * -(-context // page_size)
         if bytes_per_page:
-            pages = min(pages, int(free * _SHARE) // bytes_per_page)
-        pages = pages if max_pages is None else min(pages, max_pages)
-    plan = KvPlan(pages, page_size, pages * bytes_per_page)
+            budget = int(free * _SHARE) if kv_bytes is None else kv_bytes
+            fitting = _fitting(budget, bytes_per_page, windows, pages)
+            pages = fitting if kv_bytes is not None else min(pages, fitting)
+        if kv_bytes is None and max_pages is not None:
+            pages = min(pages, max_pages)
+    each = tuple(min(pages, most) for most, _ in windows)
+    plan = KvPlan(pages, page_size, _bytes(pages, bytes_per_page, windows), each)
     if pages < 1:
         size = f"{bytes_per_page / 1e6:.1f} MB"
         raise InputError(

@@ -17,6 +17,7 @@ from hashlib import blake2b
 
 import numpy as np
 
+from .custom_sampler import SequenceSampler
 from .sampling_params import SamplingParams
 
 # top_p looks at this many of the most likely tokens before it looks at more.
@@ -43,6 +44,7 @@ class SamplerRow:
         "blocked",
         "choice",
         "counts",
+        "custom",
         "forbidden",
         "is_greedy",
         "params",
@@ -62,7 +64,11 @@ class SamplerRow:
         self.counts: Counter[int] = Counter()
         uses_prompt = params.repetition_penalty != 1.0
         self.prompt_ids = np.unique(np.frombuffer(prompt, np.int32)) if uses_prompt else np.zeros(0, np.int32)
-        self.adjusts = self.has_penalties or bool(params.logit_bias) or self.blocked
+        self.custom: SequenceSampler | None = None
+        """The sampler that the request named, at work on the sequence of this row."""
+        self.adjusts = (
+            self.has_penalties or bool(params.logit_bias) or self.blocked or params.sampler is not None
+        )
         self.is_greedy = params.temperature < _GREEDY
 
     @property
@@ -142,7 +148,9 @@ def sample(
 
 
 def _adjust(logits: np.ndarray, row: SamplerRow, index: int, allowed: Allowed) -> None:
-    """Apply penalties, bias, a grammar and `min_tokens` to one row [vocab], in place."""
+    """Apply penalties, bias, the request's own sampler, a grammar and `min_tokens` to one row [vocab], in
+    place.
+    """
     p = row.params
     if row.has_penalties:
         seen = np.fromiter(row.counts.keys(), np.int64, len(row.counts))
@@ -156,6 +164,8 @@ def _adjust(logits: np.ndarray, row: SamplerRow, index: int, allowed: Allowed) -
             logits[seen] -= np.float32(p.presence_penalty) + np.float32(p.frequency_penalty) * counts
     if p.logit_bias:
         logits[np.fromiter(p.logit_bias.keys(), np.int64)] += np.fromiter(p.logit_bias.values(), np.float32)
+    if row.custom is not None:
+        row.custom.apply(logits)
     if allowed is not None:
         _constrain(logits, allowed)
     if row.blocked and index < p.min_tokens:

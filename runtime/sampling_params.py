@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..ir.errors import InputError
+from .custom_sampler import Sampler
 from .grammar import Grammar
 
 MAX_CHOICES = 128
@@ -44,8 +45,8 @@ def _check_integer(name: str, value: Any, low: int, high: int, allowed: str) -> 
 class SamplingParams:
     """How to choose tokens and when to stop. All values are checked by `validate`.
 
-    The steps, in order: penalties, `logit_bias`, `grammar`, `min_tokens`, `temperature`, `top_k`, `top_p`,
-    `min_p`.
+    The steps, in order: penalties, `logit_bias`, `sampler`, `grammar`, `min_tokens`, `temperature`, `top_k`,
+    `top_p`, `min_p`.
     """
 
     n: int = 1
@@ -85,10 +86,14 @@ class SamplingParams:
     """
     prompt_logprobs: int | None = None
     """The same of every token of the prompt but the first, with this many most likely ones in its place."""
+    sampler: Sampler | None = None
+    """Another package's say in the logits (`make_sampler` makes one from its name)."""
     grammar: Grammar | None = None
     """What the answer must match, made by `LLM.grammars` of the same model."""
     skip_special_tokens: bool = True
     """Leave special tokens out of the text."""
+    adapter: str | None = None
+    """Name of the loaded adapter to answer with; None: the one that the model was opened with, if any."""
 
     def validate(self, vocab_size: int) -> None:
         """Raise InputError, naming the field and what is allowed, for the first value that makes no sense."""
@@ -121,6 +126,10 @@ class SamplingParams:
         for name in ("ignore_eos", "skip_special_tokens"):
             if not _is_a(getattr(self, name), bool):
                 raise _refuse(name, getattr(self, name), "true or false")
+        if self.adapter is not None and not _is_a(self.adapter, str):
+            raise _refuse("adapter", self.adapter, "the name of a loaded adapter")
+        if self.sampler is not None and not _is_a(self.sampler, Sampler):
+            raise _refuse("sampler", self.sampler, "what `make_sampler` made")
         if self.grammar is None:
             return
         if not _is_a(self.grammar, Grammar):

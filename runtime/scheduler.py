@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from bisect import insort
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from .block_manager import BlockManager
 from .sequence import Sequence, Status
@@ -67,6 +67,22 @@ class Plan(Generic[S]):
     preempted: list[S] = field(default_factory=list)
 
 
+class Prefixes(Protocol[S]):
+    """Where prefixes are kept beside the cache (prefix_pages.py)."""
+
+    def restore(self, sequence: S, /) -> None:
+        """Put into the cache what is known of a sequence that may begin now."""
+        ...
+
+    def save(self, chunks: list[Chunk[S]], /) -> None:
+        """Look at what a step computed."""
+        ...
+
+    def close(self) -> None:
+        """End it in order."""
+        ...
+
+
 def _by_age(sequence: Sequence) -> tuple[int, int]:
     return sequence.order
 
@@ -88,6 +104,7 @@ class Scheduler(Generic[S]):
         self.max_sequences = max_sequences
         self.max_rows = max_batch_tokens if max_rows is None else max_rows
         self._aside = False  # whether a long prompt waited in the step before
+        self.prefixes: Prefixes[S] | None = None
         self.waiting: list[S] = []
         self.running: list[S] = []
 
@@ -129,6 +146,8 @@ class Scheduler(Generic[S]):
         """Note that the plan's chunks were computed."""
         for chunk in plan.chunks:
             self.blocks.commit(chunk.sequence, chunk.count)
+        if self.prefixes is not None:
+            self.prefixes.save(plan.chunks)
 
     # Planning --------------------------------------------------------------------------------------------
 
@@ -177,6 +196,8 @@ class Scheduler(Generic[S]):
                 break
             if self.running and slots + sequence.slots > self.max_sequences:
                 break
+            if self.prefixes is not None and not sequence.to_score:
+                self.prefixes.restore(sequence)
             # A page that is found gives no logits.
             pages = [] if sequence.to_score else blocks.lookup(sequence)
             if not sequence.to_score and self._is_coming(sequence, len(pages), prefills):

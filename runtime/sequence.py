@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 from array import array
 from collections.abc import Iterable
+from typing import Protocol
 
 
 class Status(enum.Enum):
@@ -22,6 +23,14 @@ class Status(enum.Enum):
     """Holds no pages and is no longer scheduled."""
 
 
+class Adapted(Protocol):
+    """What a sequence has to know of an adapter."""
+
+    slot: int
+    """Where its factors stand in the executor."""
+    salt: bytes
+
+
 class Sequence:
     """Tokens of one sequence (prompt, then generated) and its place in the cache.
 
@@ -31,18 +40,23 @@ class Sequence:
     """
 
     __slots__ = (
+        "adapter",
         "block_hashes",
         "block_table",
         "drafted",
         "num_computed",
         "num_prompt",
         "order",
+        "restored",
         "salt",
         "score_end",
         "scored",
         "slots",
+        "state_slot",
         "status",
         "tokens",
+        "window_starts",
+        "window_tables",
     )
 
     def __init__(
@@ -57,14 +71,26 @@ class Sequence:
         self.num_prompt = len(self.tokens)
         self.num_computed = 0
         self.block_table = array("i")
+        # Pages of the layers of each window, place by place as in `block_table`; those before `window_starts`
+        # were given back, and their entries mean nothing.
+        self.window_tables: list[array[int]] = []
+        self.window_starts: list[int] = []
         self.block_hashes: list[bytes] = []
         self.order = order
         self.slots = slots
         self.salt = salt
+        self.adapter = -1  # slot of the adapter that its tokens are computed with; -1 for none
         self.drafted = 0  # tokens at the end that are guesses, between two steps never any
         self.score_end = 0  # logits of all tokens before this one are wanted, not only the last one's
         self.scored = 0  # of those, how many were given
+        self.state_slot = -1  # row of the state cache that it owns; -1 for none
+        self.restored = False  # whether its prefix was looked for on disk (prefix_pages.py)
         self.status = Status.WAITING
+
+    def use(self, adapter: Adapted | None) -> None:
+        """Compute the tokens with an adapter; before any of them is."""
+        if adapter is not None:
+            self.adapter, self.salt = adapter.slot, adapter.salt
 
     @property
     def remaining(self) -> int:
@@ -87,5 +113,8 @@ class Sequence:
         self.num_prompt = parent.num_prompt
         self.num_computed = parent.num_computed
         self.block_table = array("i", parent.block_table)
+        self.window_tables = [array("i", table) for table in parent.window_tables]
+        self.window_starts = list(parent.window_starts)
         self.block_hashes = list(parent.block_hashes)
         self.salt = parent.salt
+        self.adapter = parent.adapter

@@ -16,6 +16,7 @@ from llmc.frontend.trace import trace_source
 from llmc.ir.core import Graph, Op
 from llmc.ir.interpreter import run
 from llmc.ir.ops.cache import AppendKv
+from llmc.ir.ops.state import Recurrence
 from llmc.ir.weights import ArrayTensor, LazyTensor
 from llmc.passes.base import Pass, PassContext
 from llmc.passes.manager import PassRecord, run_passes
@@ -29,6 +30,7 @@ class ModelInMemory:
 
     config_only = False
     kind = "hf"
+    length: int | None = None
 
     def __init__(
         self, model: Any, *, attention: str = "sdpa", encoder: bool = False, name: str = "model"
@@ -98,6 +100,7 @@ class PagedRun:
 
     graph: Graph
     num_pages: int = 24
+    num_states: int = 4
     seed: int = 0
     tables: dict[str, list[int]] = field(default_factory=dict[str, list[int]])
     lengths: dict[str, int] = field(default_factory=dict[str, int])
@@ -111,6 +114,13 @@ class PagedRun:
             held = self.graph.input(f"kv_pages.{layer}").type
             shape = (2, self.num_pages, *(d for d in held.shape[2:] if isinstance(d, int)))
             self.pages.append(torch.full(shape, 7, dtype=getattr(torch, held.dtype)))
+        # A row of state for each sequence, likewise full of a number.
+        self.state_slots = list(range(self.num_states))
+        random.Random(self.seed + 1).shuffle(self.state_slots)
+        self.slot_of: dict[str, int] = {}
+        self.states = [
+            torch.full((self.num_states, *shape), 7.0) for shape in self.graph.facts.get("state", [])
+        ]
 
     def step(
         self, batch: Sequence[tuple[str, Sequence[int]]], *, last_only: bool = False
@@ -144,14 +154,28 @@ class PagedRun:
             "output_index": ints(rows),
             **{f"kv_pages.{i}": pages for i, pages in enumerate(self.pages)},
         }
+        # The layers of a window have as many pages here, and the same tables.
+        for value in self.graph.inputs:
+            base = value.name.rpartition(".")[0]
+            if base in ("slot_mapping", "block_table"):
+                inputs[value.name] = inputs[base]
+        if self.states:
+            for name, _ in batch:
+                if name not in self.slot_of:
+                    self.slot_of[name] = self.state_slots.pop()
+            inputs["state_slot"] = ints([self.slot_of[name] for name, _ in batch])
+            inputs |= {f"state.{i}": state for i, state in enumerate(self.states)}
         written: list[torch.Tensor] = []
+        left: list[torch.Tensor] = []
 
         def observe(op: Op, operands: Sequence[Any], results: Any) -> None:
             if isinstance(op, AppendKv):
                 written.append(results[0])
+            if isinstance(op, Recurrence):
+                left.append(results[1])
 
         out = run(self.graph, inputs, observe=observe)[0]
-        self.pages = written
+        self.pages, self.states = written, left
         if last_only:
             return [out[i : i + 1] for i in range(len(batch))]
         return [out[a:b] for a, b in itertools.pairwise(starts)]

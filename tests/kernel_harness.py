@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -36,11 +37,13 @@ def _levels(names: Sequence[str]) -> Any:
     return pytest.mark.parametrize("isa", params)
 
 
-levels = _levels(list(LEVELS))
+# Those of this machine's architecture; the other one's run emulated (test_isa_emulated.py).
+_OURS = [name for name, isa in LEVELS.items() if isa.machine == platform.machine()]
+levels = _levels(_OURS)
 # One level for each width of vectors: the others differ in how bytes are multiplied, and in nothing else.
-vector_levels = _levels([n for n in LEVELS if n in ("generic", "avx2", "avx512vnni")])
+vector_levels = _levels([n for n in _OURS if n in ("generic", "avx2", "avx512vnni", "neon")])
 # And tiles, where there are any.
-tile_levels = _levels([n for n in LEVELS if n in ("generic", "avx2", "avx512vnni", "amx")])
+tile_levels = _levels([n for n in _OURS if n in ("generic", "avx2", "avx512vnni", "amx", "neon")])
 
 
 def compiled(function: Any, isa: str) -> Any:

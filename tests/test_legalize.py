@@ -13,10 +13,11 @@ from llmc.ir import interpreter
 from llmc.ir.core import Graph, Value
 from llmc.ir.define import OPS
 from llmc.ir.errors import UnsupportedError
-from llmc.ir.ops import attention, cache, math, nn, quant
+from llmc.ir.ops import attention, cache, math, moe, nn, quant
 from llmc.ir.types import Quantization, TensorType, sym
 from llmc.ir.verifier import verify
 from llmc.ir.weights import ArrayTensor
+from llmc.passes.quantize.moe import attach_experts, nearest_experts
 
 T = sym("T")
 SIMPLE = frozenset(OPS) - frozenset(DECOMPOSITIONS)
@@ -49,12 +50,11 @@ def _rope(interleaved: bool, rotary: int) -> Make:
     return make
 
 
-def _attention(kv_heads: int = 4, sinks: bool = False, **fields: Any) -> Make:
+def _attention(kv_heads: int = 4, sinks: bool = False, slopes: bool = False, **fields: Any) -> Make:
     def make(g: Graph) -> Value:
         q, k, v = (_input(g, n, 2, T, h, 8) for n, h in (("q", 4), ("k", kv_heads), ("v", kv_heads)))
-        return g.append(
-            attention.Attention(q, k, v, _weight(g, "sinks", 4) if sinks else None, 0.3, **fields)
-        ).result
+        per_head = [_weight(g, "per_head", 4) if one else None for one in (sinks, slopes)]
+        return g.append(attention.Attention(q, k, v, *per_head, scale=0.3, **fields)).result
 
     return make
 
@@ -119,7 +119,31 @@ def _norm(cls: Any, weight: bool, bias: bool | None = None) -> Make:
     return make
 
 
+def _moe(bias: bool = False, **gate: Any) -> Make:
+    """2 of 4 experts, each [2 · 3, 8] and [8, 3]."""
+
+    def make(g: Graph) -> Value:
+        given = (_input(g, "x", T, 8), _input(g, "i", T, 2, dtype="int64"), _input(g, "w", T, 2))
+        experts = (_weight(g, "up", 4, 6, 8), _weight(g, "down", 4, 8, 3))
+        biases = (_weight(g, "b", 4, 6), _weight(g, "bias", 4, 8)) if bias else (None, None)
+        return g.append(moe.Moe(*given, *experts, *biases, **gate)).result
+
+    return make
+
+
+def _quantized_moe(g: Graph) -> Value:
+    mixture = _moe(bias=True)(g).producer
+    assert isinstance(mixture, moe.Moe)
+    parts = [nearest_experts(w, 4, 3, False) for w in (mixture.gate_up, mixture.down)]
+    attach_experts(g, mixture, *parts)
+    return g.ops[-1].result
+
+
 CASES: dict[str, Make] = {
+    "moe": _moe(),
+    "moe/gelu, biased": _moe(bias=True, activation="gelu_tanh"),
+    "moe/clamped": _moe(activation="swish", alpha=1.7, limit=0.5, offset=1.0),
+    "quantized_moe": _quantized_moe,
     "neg": _unary(math.Neg),
     "abs": _unary(math.Abs),
     "reciprocal": _unary(math.Reciprocal),
@@ -155,6 +179,7 @@ CASES: dict[str, Make] = {
     "attention/grouped, window": _attention(2, window=2),
     "attention/encoder, window": _attention(causal=False, window=2),
     "attention/softcap, sinks": _attention(2, sinks=True, softcap=2.0),
+    "attention/slopes": _attention(2, slopes=True, window=5),
     "sdpa": _sdpa(),
     "sdpa/causal, grouped": _sdpa(grouped=True, causal=True),
     "sdpa/additive": _sdpa("float32"),

@@ -1,12 +1,10 @@
 """--lora: adapters merged as PEFT merges them, over floats and NF4; what belongs to another model is named.
 
-PEFT's merge_and_unload is the oracle. Every adapter matrix is drawn at random: B starts at zero in PEFT, and
-would test nothing.
+PEFT's merge_and_unload is the oracle.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from llmc.passes.manager import run_passes
 from safetensors.numpy import load_file, save_file
 
 from .graphs import logits_of, worst
+from .lora_files import adapter, edit
 from .models import ids_of, reference_logits, save_tiny, tiny_model
 from .quantized_files import save_bnb, save_gptq
 
@@ -44,22 +43,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "dora": {"target_modules": ["q_proj", "down_proj"], "use_dora": True},
     "saved modules": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]},
 }
-
-
-def adapter(model: Any, folder: Path, **options: Any) -> Any:
-    """PEFT's model over `model` with every adapter weight drawn, saved to a folder."""
-    config = peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **options)
-    adapted = peft.get_peft_model(model, config)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in sorted(adapted.named_parameters()):
-            if "lora_" in name:
-                drawn = torch.randn(parameter.shape, generator=generator) * 0.2
-                parameter.add_(drawn) if "magnitude" in name else parameter.copy_(drawn)
-            elif "modules_to_save" in name:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    adapted.save_pretrained(str(folder))
-    return adapted
 
 
 def merged(folder: Path, *options: str) -> Graph:
@@ -102,6 +85,21 @@ def test_two_adapters_and_a_scale(base: Path, tmp_path: Path) -> None:
     assert data is not None
     np.testing.assert_allclose(data.read(), (plain + 1.5 * change).numpy(), atol=2e-6)
     np.testing.assert_array_equal(np.concatenate([data.read(0, 7), data.read(7)]), data.read())
+
+
+def test_several_with_weights_as_peft_weighs_them(base: Path, tmp_path: Path) -> None:
+    """Of different ranks and targets, beside what PEFT concatenates."""
+    one = adapter(tiny_model("qwen2"), tmp_path / "one", target_modules=["q_proj", "up_proj"])
+    two = {"target_modules": ["q_proj", "down_proj"], "r": 3, "use_rslora": True}
+    adapter(tiny_model("qwen2"), tmp_path / "two", seed=5, **two)
+    one.load_adapter(str(tmp_path / "two"), "two")
+    one.add_weighted_adapter(["default", "two"], [0.5, 1.5], "both", combination_type="cat")
+    one.set_adapter("both")
+    ids = ids_of(11)
+    wanted = reference_logits(one, ids)
+    found = logits_of(merged(base, f"{tmp_path / 'one'}:0.5", f"{tmp_path / 'two'}:1.5"), ids)
+    assert worst(found, wanted) < 5e-5
+    assert worst(logits_of(merged(base, str(tmp_path / "one")), ids), wanted) > 1e-2
 
 
 def test_merged_before_quantizing_and_named_in_the_artifact(base: Path, tmp_path: Path) -> None:
@@ -147,11 +145,6 @@ def test_over_another_grid_it_becomes_floats_and_that_is_said(tmp_path: Path) ->
     assert result.notes == ["adapter one: 2 quantized weights became floats"]
 
 
-def edit(folder: Path, **config: Any) -> None:
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
-
-
 def test_bad_adapters(base: Path, tmp_path: Path) -> None:
     folder = tmp_path / "one"
     adapter(tiny_model("qwen2"), folder, target_modules=["q_proj"])
@@ -168,8 +161,26 @@ def test_bad_adapters(base: Path, tmp_path: Path) -> None:
 
     saved(rename="w_proj")
     with pytest.raises(
+        InputError, match=r"adapter one changes model.layers.0.self_attn.w_proj, model.layers.1"
+    ):
+        merged(base, str(folder))
+    one = {n.replace("q_proj", "w_proj"): t for n, t in tensors.items() if "layers.0" in n}
+    save_file(one, folder / "adapter_model.safetensors")
+    with pytest.raises(
         InputError, match=r"adapter_model.safetensors:.*changes model.layers.0.self_attn.w_proj"
     ):
+        merged(base, str(folder))
+    labels = [f"base_model.model.model.layers.{i}.self_attn.{m}_proj" for i in (0, 7) for m in ("q", "w")]
+    parts = {"lora_A": np.ones((4, 64), np.float32), "lora_B": np.ones((80, 4), np.float32)}
+    save_file(
+        {f"{one}.{part}.weight": array for one in labels for part, array in parts.items()},
+        folder / "adapter_model.safetensors",
+    )
+    with pytest.raises(
+        InputError, match=r"changes .*layers\.0.*w_proj, .*layers\.7.*q_proj, .*w_proj, which"
+    ):
+        merged(base, str(folder))
+    with pytest.raises(InputError, match=r"q_proj \[80, 64\] where the model has \[64, 64\]"):
         merged(base, str(folder))
     saved(lora_A=np.ones((4, 9), np.float32))
     with pytest.raises(InputError, match=r"changes a weight of \[64, 9\], model.layers.0.self_attn.q_proj"):

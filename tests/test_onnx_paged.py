@@ -54,6 +54,7 @@ class Heads:
     window: int | None = None
     softcap: float | None = None
     sinks: bool = False
+    slopes: bool = False
     kv_dtype: str = "float32"
     layers: int = 1
 
@@ -87,10 +88,11 @@ def step_graph(h: Heads) -> Graph:
             k, v = (g.append(math.Cast(p, h.kv_dtype)).result for p in (k, v))
         new = g.append(cache.AppendKv(k, v, pages_in, ins["slot_mapping"])).result
         written.append(new)
-        sinks = weight(g, f"sinks.{i}", normal(h.heads, seed=20 + i)) if h.sinks else None
+        numbers = weight(g, f"per_head.{i}", normal(h.heads, seed=20 + i)) if h.sinks or h.slopes else None
+        per_head = (numbers if h.sinks else None, numbers if h.slopes else None)
         table = (ins["query_start"], ins["context_len"], ins["block_table"])
         a = cache.PagedAttention(
-            q, new, *table, sinks, scale=0.7, causal=h.causal, window=h.window, softcap=h.softcap
+            q, new, *table, *per_head, scale=0.7, causal=h.causal, window=h.window, softcap=h.softcap
         )
         flat = g.append(shape.Reshape(g.append(a).result, (T, width))).result
         x = g.append(math.Add(x, flat)).result
@@ -181,6 +183,8 @@ VARIANTS = {
     "softcap": Heads(softcap=0.8),
     "sinks": Heads(sinks=True),
     "sinks, a head each": Heads(kv_heads=4, sinks=True),
+    "slopes": Heads(slopes=True),
+    "slopes, a head each": Heads(kv_heads=4, slopes=True, window=7, softcap=1.5),
     "everything": Heads(heads=6, kv_heads=3, dim=10, window=7, softcap=1.5, sinks=True, layers=2),
 }
 

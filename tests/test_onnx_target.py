@@ -416,13 +416,15 @@ def test_sdpa(kv_heads: int, mask: str | None, tmp_path: Path) -> None:
     check(function(types, body), tmp_path, arrays, 1e-5)
 
 
-@pytest.mark.parametrize("variant", [{}, {"causal": False}, {"window": 2}, {"softcap": 0.5}, {"sinks": True}])
+@pytest.mark.parametrize(
+    "variant", [{}, {"causal": False}, {"window": 2}, {"softcap": 0.5}, {"sinks": True}, {"slopes": True}]
+)
 def test_attention_of_whole_sequences(variant: dict[str, Any], tmp_path: Path) -> None:
-    fields = {k: v for k, v in variant.items() if k != "sinks"}
+    fields = {k: v for k, v in variant.items() if k not in ("sinks", "slopes")}
 
     def body(g: Graph, q: Value, k: Value, v: Value) -> Op:
-        sinks = weight(g, "sinks", normal(4, seed=5)) if "sinks" in variant else None
-        return attention.Attention(q, k, v, sinks, scale=0.4, **fields)
+        per_head = [weight(g, n, normal(4, seed=5)) if n in variant else None for n in ("sinks", "slopes")]
+        return attention.Attention(q, k, v, *per_head, scale=0.4, **fields)
 
     types = {"q": f32(B, T, 4, 8), "k": f32(B, T, 2, 8), "v": f32(B, T, 2, 8)}
     arrays = {n: normal(2, 6, 4 if n == "q" else 2, 8, seed=i) for i, n in enumerate("qkv")}

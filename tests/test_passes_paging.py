@@ -216,16 +216,32 @@ def test_a_model_without_attention_is_refused() -> None:
         run_passes(graph, passes_to("paged"), PassContext())
 
 
-def test_values_of_another_width_than_keys_are_refused() -> None:
+@pytest.mark.parametrize(("keys", "values"), [(8, 4), (4, 8)])
+def test_values_and_keys_of_other_widths_share_pages_of_the_wider(keys: int, values: int) -> None:
     class Narrow(Tiny):
         def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
             x = self.embed(input_ids)
-            q, k, v = self.split(self.q(x)), self.split(self.k(x)), self.split(self.v(x))[..., :4]
-            y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-            return y.transpose(1, 2).reshape(1, x.shape[1], 8)
+            q, k, v = self.split(self.q(x)), self.split(self.k(x)), self.split(self.v(x))
+            y = nn.functional.scaled_dot_product_attention(
+                q[..., :keys], k[..., :keys], v[..., :values], is_causal=True
+            )
+            return y.transpose(1, 2).reshape(1, x.shape[1], 2 * values)
 
-    with pytest.raises(UnsupportedError, match=r"keys .* and values .* differ in width"):
-        paged(Narrow())
+    model = Narrow()
+    graph = paged(model)
+    assert graph.facts["kv"][0]["head_dim"] == 8 and graph.outputs[0].shape[-1] == 2 * values
+    run = PagedRun(graph)
+    head = run.step([("a", FIRST[:4])])[0]
+    tail, other = run.step([("a", FIRST[4:]), ("b", SECOND)])
+    assert worst(torch.cat([head, tail]), expected(model, FIRST)) <= 1e-6
+    assert worst(other, expected(model, SECOND)) <= 1e-6
+
+
+def test_attention_that_looks_ahead_generates_nothing() -> None:
+    graph = traced(Tiny(causal=False))
+    graph.facts["kind"] = "causal_lm"
+    with pytest.raises(UnsupportedError, match=r"sees the tokens that are to be generated; .*is_decoder"):
+        run_passes(graph, passes_to("paged", page_size=4), PassContext())
 
 
 def test_attention_that_was_not_fused_is_not_paged() -> None:

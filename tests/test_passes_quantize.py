@@ -24,10 +24,11 @@ from llmc.ir.types import Quantization, TensorType, sym
 from llmc.ir.verifier import verify
 from llmc.ir.weights import ArrayTensor
 from llmc.passes.base import Pass, PassContext
-from llmc.passes.quantize import walk
+from llmc.passes.quantize import nearest
+from llmc.passes.quantize.nearest import QuantizedPart, QuantizedWeight
 from llmc.passes.quantize.rtn import dequantize, quantize_rtn
 from llmc.passes.quantize.scheme import weight_passes
-from llmc.passes.quantize.walk import QuantizedPart, QuantizedWeight, QuantizeRtn
+from llmc.passes.quantize.walk import QuantizeRtn
 
 from .graphs import PagedRun, lowered, opnames, traced
 from .models import ids_of, tiny_model
@@ -137,7 +138,7 @@ def test_scales_beyond_float16_are_refused() -> None:
 @pytest.mark.parametrize("rows", [1, 5, 64])
 def test_chunked_reads_equal_whole_reads(symmetric: bool, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the order and the length of reads, and wherever the pieces inside end."""
-    monkeypatch.setattr(walk, "CHUNK_BYTES", 7 * 4 * 40)
+    monkeypatch.setattr(nearest, "CHUNK_BYTES", 7 * 4 * 40)
     w = np.random.default_rng(1).normal(size=(64, 40)).astype(np.float32)
     whole = quantize_rtn(w, bits=4, group_size=16, symmetric=symmetric)
     quant = Quantization(4, 16, symmetric)
@@ -168,7 +169,7 @@ class Counted(ArrayTensor):
 
 
 def test_each_row_is_read_once_and_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(walk, "CHUNK_BYTES", 8 * 4 * 32)
+    monkeypatch.setattr(nearest, "CHUNK_BYTES", 8 * 4 * 32)
     base = Counted(np.random.default_rng(2).normal(size=(100, 32)).astype(np.float32))
     lazy = QuantizedWeight(base, Quantization(4, 16, False))
     for name in ("codes", "scale", "zero_point"):

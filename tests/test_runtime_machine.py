@@ -45,9 +45,16 @@ def test_tiles_that_the_operating_system_refuses_are_no_level(monkeypatch: pytes
         assert cpu.supported_isas()[-1] == best
 
 
-def test_arm_and_nothing_at_all_are_generic():
-    assert cpu.supported_isas(cpu.parse_cpuinfo("Features : fp asimd dotprod\n")) == ["generic"]
+def test_nothing_at_all_is_generic_and_arm_has_levels_of_its_own():
     assert cpu.supported_isas(cpu.parse_cpuinfo("")) == ["generic"]
+    for features, levels in (
+        ("fp asimd", []),
+        ("fp asimd asimddp", ["neon"]),
+        ("fp asimd asimddp i8mm", ["neon", "i8mm"]),
+    ):
+        found = cpu.parse_cpuinfo(f"processor : 0\nFeatures : {features}\n")
+        assert cpu.supported_isas(found, "aarch64") == levels
+    assert cpu.supported_isas(frozenset(), "riscv64") == []
 
 
 def test_this_machine():

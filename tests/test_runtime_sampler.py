@@ -194,6 +194,7 @@ BAD = {
     "logprobs": [-1, 21],
     "prompt_logprobs": [-1, 21, True],
     "grammar": ["a+", {"type": "object"}],
+    "sampler": ["no-repeat", 1],
     "ignore_eos": [1, "yes"],
     "skip_special_tokens": [0, None],
 }

@@ -10,6 +10,7 @@ import pytest
 from llmc.codegen.null import Null
 from llmc.codegen.target import Target, collect, get_target, list_targets, make_target, parse_spec
 from llmc.ir.errors import InputError
+from llmc.plugins.version import API_VERSION
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Toy(Target):
 def _point(name: str, value: str, package: str) -> metadata.EntryPoint:
     class Distribution(metadata.Distribution):
         def read_text(self, filename: str) -> str:
+            if filename == "entry_points.txt":
+                return f"[llmc.plugins]\n{API_VERSION} = {package}\n"
             return f"Metadata-Version: 2.1\nName: {package}\nVersion: 1\n"
 
         def locate_file(self, path: Any) -> Any:
@@ -89,8 +92,10 @@ def test_values_of_the_wrong_type_are_refused(key: str, text: str, kind: str) ->
 
 def test_two_packages_with_one_name_are_both_named() -> None:
     points = [_point("toy", "a.b:Toy", "toys"), _point("toy", "c.d:Toy", "more-toys")]
-    with pytest.raises(InputError, match="named toy: toys and more-toys; uninstall one"):
-        collect(points)
+    with pytest.raises(
+        InputError, match=r"llmc.targets: toy comes from both more-toys and toys; uninstall one"
+    ):
+        collect(points)[0].load()
     assert len(collect([points[0], points[0]])) == 1  # one package seen twice is no clash
 
 

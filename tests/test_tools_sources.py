@@ -146,9 +146,9 @@ def test_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
         box.load("bad")
     with pytest.raises(InputError, match=r"tools gone of package s cannot be imported .ModuleNotFoundError"):
         box.load("gone")
-    twice = [point("t", "a:B", "one"), point("t", "c:D", "other")]
+    twice = [point("t", "a:B", "one", registry.GROUP), point("t", "c:D", "other", registry.GROUP)]
     with pytest.raises(InputError, match=r"llmc\.tools: t comes from both one and other; uninstall one"):
-        collect(twice)
+        collect(twice)["t"].load()
     assert list(collect([twice[0], twice[0]])) == ["t"]
 
 

@@ -164,6 +164,8 @@ ATTENTION = [  # heads, kv_heads, head_dim, options
     (3, 3, 32, {"causal": False}),
     (6, 2, 12, {"causal": False, "window": 9, "sinks": True}),
     (13, 1, 16, {}),
+    (6, 3, 16, {"slopes": True}),
+    (5, 5, 20, {"slopes": True, "window": 9, "softcap": 5.0}),
 ]
 
 
@@ -186,7 +188,7 @@ def attend(
             context[[b]] - np.int32(left),
             table[[b]],
         )
-    sinks = [batch.sinks] if options.get("sinks") else []
+    sinks = [batch.sinks] if options.get("sinks") or options.get("slopes") else []
     return call(
         make_paged_attention, isa, parameters, q, batch.pages, start, context, table, *sinks, blank(*q.shape)
     )
@@ -202,13 +204,12 @@ def check_attention(
     heads, kv_heads, dim, options = case
     batch = Batch(lengths, heads, kv_heads, dim, dtype)
     whole = attend(isa, batch, options)
-    fields = {key: v for key, v in options.items() if key != "sinks"}
+    fields = {key: v for key, v in options.items() if key not in ("sinks", "slopes")}
     arrays = (batch.q, batch.logical, batch.start, batch.context, batch.table)
-    sinks = batch.sinks if options.get("sinks") else None
-    op = cache_ops.PagedAttention(
-        *map(value, arrays), None if sinks is None else value(sinks), scale=0.3, **fields
-    )
-    close(whole, meaning(op, *arrays, sinks), 3e-5 if isa == "amx" else 5e-6)
+    per_head = [batch.sinks if options.get(name) else None for name in ("sinks", "slopes")]
+    operands = [None if x is None else value(x) for x in per_head]
+    op = cache_ops.PagedAttention(*map(value, arrays), *operands, scale=0.3, **fields)
+    close(whole, meaning(op, *arrays, *per_head), 3e-5 if isa == "amx" else 5e-6)
     alone = [(b, 0, new) for b, (_, new) in enumerate(lengths) if new]
     for b, start, stop in (*alone, *(chunks if options.get("causal", True) else ())):
         first = batch.start[b]
@@ -245,6 +246,7 @@ IN_TILES = [  # heads that fill tiles, and those that fall back to vectors
     (34, 2, 64, {"causal": False, "window": 9, "sinks": True}),
     (2, 1, 80, {}),
     (4, 4, 18, {"softcap": 5.0}),
+    (4, 2, 64, {"slopes": True}),
 ]
 
 

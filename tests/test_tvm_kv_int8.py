@@ -94,7 +94,7 @@ def attend(
         q = q[start[b] + first : start[b] + stop]
         context = context[[b]] - np.int32(batch.lengths[b][1] - stop)
         start, table = np.array([0, stop - first], np.int32), table[[b]]
-    sinks = [batch.sinks] if options.get("sinks") else []
+    sinks = [batch.sinks] if options.get("sinks") or options.get("slopes") else []
     arrays = (q, batch.pages, start, context, table, *sinks, blank(*q.shape))
     return call(make_paged_attention, isa, parameters, *arrays)
 
@@ -106,12 +106,13 @@ def check(
     heads, kv_heads, dim, options = case
     batch = Batch(lengths, heads, kv_heads, dim)
     whole = attend(isa, batch, options)
-    fields = {key: v for key, v in options.items() if key != "sinks"}
-    sinks = batch.sinks if options.get("sinks") else None
+    fields = {key: v for key, v in options.items() if key not in ("sinks", "slopes")}
+    per_head = [batch.sinks if options.get(name) else None for name in ("sinks", "slopes")]
     arrays = (batch.q, batch.logical, batch.start, batch.context, batch.table)
-    op = ops.PagedAttention(*map(value, arrays), None if sinks is None else value(sinks), scale=0.3, **fields)
+    operands = [None if x is None else value(x) for x in per_head]
+    op = ops.PagedAttention(*map(value, arrays), *operands, scale=0.3, **fields)
     # The reference multiplies by the scales before it sums, the kernel afterwards: both are float32.
-    close(whole, meaning(op, *arrays, sinks), 5e-6)
+    close(whole, meaning(op, *arrays, *per_head), 5e-6)
     alone = [(b, 0, new) for b, (_, new) in enumerate(lengths) if new]
     for b, start, stop in (*alone, *(chunks if options.get("causal", True) else ())):
         first = batch.start[b]

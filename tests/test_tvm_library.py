@@ -50,17 +50,16 @@ def assemble(tmp_path_factory: pytest.TempPathFactory) -> Assemble:
     """LLVM IR text → a relocatable object."""
     from llmc.codegen.tvm import build
 
-    return lambda text: build.assemble(text, tmp_path_factory.mktemp("ir"))
+    return lambda text: build.assemble(text, tmp_path_factory.mktemp("ir"), "x86_64")
 
 
 @pytest.fixture(scope="module")
 def library(assemble: Assemble, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The threads with a step that does nothing."""
-    import llmc.codegen.tvm
+    from llmc.codegen.tvm.build import threads_text
 
-    threads = Path(llmc.codegen.tvm.__path__[0], "threads.ll").read_text()
     path = tmp_path_factory.mktemp("library") / "threads.so"
-    path.write_bytes(link([assemble(STEP), assemble(threads)]))
+    path.write_bytes(link([assemble(STEP), assemble(threads_text("x86_64"))]))
     return ctypes.CDLL(str(path))
 
 
@@ -130,10 +129,14 @@ def test_what_the_linker_does_not_know_is_an_error(assemble: Assemble) -> None:
         link([strong, strong])
     with pytest.raises(CompileError, match="no 64-bit little-endian ELF"):
         link([b"MZ" + bytes(100)])
-    arm = bytearray(strong)
-    struct.pack_into("<H", arm, 18, 183)
-    with pytest.raises(CompileError, match="for machine 183, not relocatable x86-64"):
-        link([bytes(arm)])
+    other = bytearray(strong)
+    for machine, message in (
+        (40, "for machine 40, not relocatable x86-64 or aarch64"),
+        (183, "x86-64 and aarch64"),
+    ):
+        struct.pack_into("<H", other, 18, machine)
+        with pytest.raises(CompileError, match=message):
+            link([strong, bytes(other)])
     with pytest.raises(CompileError, match=r"section \.t.* is not supported"):
         link([assemble("@mine = thread_local global i32 3\ndefine ptr @llmc_at() {\n  ret ptr @mine\n}")])
 

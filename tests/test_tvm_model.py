@@ -146,7 +146,7 @@ class Model:
         q, k = (self.add(nn.Rope(part, *tables)) for part in parts[:2])
         kept = self.add(cache.AppendKv(k, parts[2], pages, slots))
         attended = self.add(
-            cache.PagedAttention(q, kept, start, length, table, None, DIM**-0.5, **attributes)
+            cache.PagedAttention(q, kept, start, length, table, None, scale=DIM**-0.5, **attributes)
         )
         flat = self.add(shape.Reshape(attended, (T, HEADS * DIM)))
         x = self.add(m.Add(x, self.linear(f"{n}.out", flat, WIDTH)))

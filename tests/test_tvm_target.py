@@ -139,7 +139,7 @@ def add_layers(o: Ops) -> None:
     )
     o.out("gated_mlp", nn.GatedMlp(o.c, "gelu_tanh"))
     heads = [o(shape.Reshape(x, (1, T, 3, 8))) for x in (o.a, o.b, o.a)]
-    o.out("attention", attention.Attention(*heads, None, 0.35, window=3))
+    o.out("attention", attention.Attention(*heads, None, scale=0.35, window=3))
     o.out("sdpa", attention.Sdpa(o.c, o.c, o.c, None, 0.3, causal=True))
 
 
@@ -197,10 +197,10 @@ def test_every_emitter_equals_its_reference(add: Callable[[Ops], None], tmp_path
 
 
 def test_the_list_of_operations_is_what_there_are_emitters_for() -> None:
-    from llmc.codegen.tvm import emit_llm, emit_tensor
+    from llmc.codegen.tvm import emit_llm, emit_moe, emit_state, emit_tensor
     from llmc.codegen.tvm.lower import EMITTERS
 
-    assert emit_llm.__name__ and emit_tensor.__name__
+    assert all(module.__name__ for module in (emit_llm, emit_moe, emit_state, emit_tensor))
     assert set(EMITTERS) == set(OPERATIONS)
 
 

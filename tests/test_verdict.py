@@ -21,6 +21,7 @@ from llmc.passes.base import PassContext
 from llmc.passes.calibration import Calibration
 from llmc.passes.quantize.attach import attach_quantized, is_quantizable
 from llmc.passes.quantize.head import HeadRows, find_head
+from llmc.passes.quantize.nearest import QuantizedPart, QuantizedWeight
 from llmc.passes.quantize.quality import (
     MeasureQuality,
     TakeReference,
@@ -30,7 +31,6 @@ from llmc.passes.quantize.quality import (
     report,
 )
 from llmc.passes.quantize.verdict import LayerError, Measured, measure
-from llmc.passes.quantize.walk import QuantizedPart, QuantizedWeight
 from llmc.passes.registry import quantization_passes
 
 from .graphs import logits_of, lowered, traced

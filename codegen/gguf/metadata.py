@@ -125,7 +125,8 @@ def model_metadata(source: ModelSource, arch: Architecture) -> dict[str, Any]:
     """Key-values of the model without those of its tokenizer; a GGUF source's own where there is one."""
     if source.gguf is not None:
         left_out = ("tokenizer.", "split.", "general.alignment", "general.file_type")
-        return {k: v for k, v in source.gguf.metadata.items() if not k.startswith(left_out)}
+        kept = {k: v for k, v in source.gguf.metadata.items() if not k.startswith(left_out)}
+        return kept | _asked_scaling(source, arch)
     config = source.config
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -154,6 +155,14 @@ def rope_parameters(config: Any, layer_type: str = "full_attention") -> dict[str
     return found.get(layer_type, found)
 
 
+def _asked_scaling(source: ModelSource, arch: Architecture) -> dict[str, Any]:
+    """What `--rope-scaling` changes of a GGUF source's own key-values."""
+    if source.rope_scaling is None:
+        return {}
+    keys = {"context_length": source.config.max_position_embeddings, **_rope(source)}
+    return {f"{arch.name}.{key}": value for key, value in keys.items()}
+
+
 def _rope(source: ModelSource) -> dict[str, Any]:
     rope = rope_parameters(source.config)
     kind = rope.get("rope_type", "default")
@@ -170,6 +179,13 @@ def _rope(source: ModelSource) -> dict[str, Any]:
     if kind == "yarn":
         original = rope.get("original_max_position_embeddings", source.config.max_position_embeddings)
         keys["rope.scaling.original_context_length"] = int(original)
+        for key in ("beta_fast", "beta_slow"):
+            if rope.get(key):
+                keys[f"rope.scaling.yarn_{key}"] = float(rope[key])
+        if rope.get("truncate") is False:
+            raise UnsupportedError(
+                f"{source.name} has a yarn scaling that is not truncated: GGUF cannot say that", remedy=_ELSE
+            )
         factor = rope.get("attention_factor")
         if factor is not None and not math.isclose(factor, 0.1 * math.log(rope["factor"]) + 1.0):
             raise UnsupportedError(

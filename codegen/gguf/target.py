@@ -148,11 +148,11 @@ def paired_rows(rows: int, heads: int) -> np.ndarray[Any, Any]:
 
 
 def _rope_factors(source: ModelSource) -> dict[str, Rows]:
-    """llama 3's scaling, one factor a frequency: a GGUF source's tensor, or computed by transformers."""
+    """Scaling with one factor a frequency: a GGUF source's tensor, or computed by transformers."""
     data: LazyTensor | None = None
     if source.gguf is not None:
         data = source.stored.get(_ROPE)
-    elif rope_parameters(source.config).get("rope_type") == "llama3":
+    if data is None and rope_parameters(source.config).get("rope_type") == "llama3":
         frequencies = dict(source.build_model().named_buffers())["model.rotary_emb.inv_freq"].double().numpy()
         theta = rope_parameters(source.config)["rope_theta"]
         plain = float(theta) ** -(np.arange(len(frequencies)) / len(frequencies))

@@ -91,6 +91,7 @@ class _Config:
     scale: float
     softcap: float | None
     sinks: bool
+    slopes: bool
     kv_dtype: str
 
 
@@ -126,6 +127,17 @@ def _keys(s: Scope, cfg: _Config, values: Mapping[str, str], part: str, take: Ma
     return s.op("ScatterND", gathered, take["places"], new)
 
 
+def _slopes(s: Scope, slopes: str, take: Mapping[str, str]) -> str:
+    """What is added to scores [Hkv, b, G · t, S]: slopes [Hkv, 1, G, 1, 1] times how far the keys stand from
+    the end of the context. Softmax does not see that queries stand elsewhere.
+    """
+    along = s.op("Mul", slopes, s.unsqueeze(take["behind"], 1, 2))  # [Hkv, b, G, 1, S]
+    queries = s.op("Shape", take["query_rows"], start=1, end=2)
+    shape = s.op("Concat", s.i64(1, 1, 1), queries, s.i64(1), axis=0)
+    merged = s.op("Concat", s.i64(0, 0, -1), s.op("Shape", take["behind"], start=1, end=2), axis=0)
+    return s.op("Reshape", s.op("Expand", along, shape), merged)
+
+
 def _group_rows(s: Scope, cfg: _Config, values: Mapping[str, str], take: Mapping[str, str]) -> str:
     """Attention rows [b · t, H, D] of one group; `take`: its `PARTS`."""
     ratio = cfg.heads // cfg.kv_heads
@@ -133,6 +145,8 @@ def _group_rows(s: Scope, cfg: _Config, values: Mapping[str, str], take: Mapping
     q = s.reshape(s.transpose(q, 2, 0, 3, 1, 4), 0, 0, -1, cfg.dim)
     k, v = (_keys(s, cfg, values, part, take) for part in "kv")
     scores = _capped(s, s.op("FusedMatMul", q, k, domain=CONTRIB, transB=1, alpha=cfg.scale), cfg.softcap)
+    if cfg.slopes:
+        scores = s.op("Add", scores, _slopes(s, values["slopes"], take))
     mask = take["mask"] if ratio == 1 else s.op("Tile", take["mask"], take["tiles"])
     column = None
     if cfg.sinks:  # [Hkv, 1, G, 1, 1] → [Hkv, b, G · t, 1]
@@ -151,19 +165,21 @@ def _function(cfg: _Config, name: str) -> FunctionProto:
     inputs = ["q", "k", "v", "k_pages", "v_pages"]
     inputs += ["k_scales", "v_scales"] if cfg.kv_dtype == "int8" else []
     inputs += [*parts, "others", "inverse"]
-    inputs += ["sinks"] if cfg.sinks else []
+    per_head = [name for name in ("sinks", "slopes") if getattr(cfg, name)]
+    inputs += per_head
     given = {n: s.names.fresh(n) for n in inputs}
     ratio = cfg.heads // cfg.kv_heads
     values = dict(given)
     values["q"] = s.reshape(given["q"], -1, cfg.kv_heads, ratio, cfg.dim)
     values["k"], values["v"] = (s.transpose(given[n], 1, 0, 2) for n in ("k", "v"))
-    if cfg.sinks:
-        values["sinks"] = s.reshape(given["sinks"], cfg.kv_heads, 1, ratio, 1, 1)
+    for one in per_head:
+        values[one] = s.reshape(given[one], cfg.kv_heads, 1, ratio, 1, 1)
     first = _group_rows(s, cfg, values, {p: given[f"first_{p}"] for p in PARTS})
 
     inner = Scope(s.names)
     step, more, carried = (s.names.fresh(n) for n in ("step", "more", "carried"))
-    take = {p: inner.op("SequenceAt", given[f"rest_{p}"], step) for p in PARTS if p != "tiles" or ratio > 1}
+    used = {p for p in PARTS if (p != "tiles" or ratio > 1) and (p != "behind" or cfg.slopes)}
+    take = {p: inner.op("SequenceAt", given[f"rest_{p}"], step) for p in PARTS if p in used}
     grown = inner.op("SequenceInsert", carried, _group_rows(inner, cfg, values, take))
     body = loop_body(inner, "groups", step, more, [(carried, grown, TensorProto.FLOAT)])
     done = s.op("Loop", given["others"], None, s.op("SequenceConstruct", first), body=body)
@@ -196,7 +212,8 @@ def paged_attention(c: Context, op: ir_cache.PagedAttention) -> str:
     _, _, size, kv_heads, _ = op.pages.shape
     assert isinstance(heads, int) and isinstance(kv_heads, int) and isinstance(dim, int)
     assert isinstance(size, int)
-    cfg = _Config(heads, kv_heads, dim, op.scale, op.softcap, op.sinks is not None, op.pages.dtype)
+    per_head = (op.sinks is not None, op.slopes is not None)
+    cfg = _Config(heads, kv_heads, dim, op.scale, op.softcap, *per_head, op.pages.dtype)
     if cfg not in c.functions:
         c.functions[cfg] = _function(cfg, f"PagedAttention{len(c.functions)}")
     rows = c.new_rows[pages.index]
@@ -204,9 +221,9 @@ def paged_attention(c: Context, op: ir_cache.PagedAttention) -> str:
     if op.pages.dtype == "float16":
         k, v = c.scope.cast(k, "float32"), c.scope.cast(v, "float32")
     plan = _plan(c, op, Mask(size, kv_heads, heads // kv_heads, op.causal, op.window))
-    sinks = [] if op.sinks is None else [c.name(op.sinks)]
+    given = [c.name(v) for v in (op.sinks, op.slopes) if v is not None]
     caches = [name for name, _ in pages.inputs]
-    inputs = [c.name(op.q), k, v, *caches, *plan.names, *sinks]
+    inputs = [c.name(op.q), k, v, *caches, *plan.names, *given]
     return c.scope.op(c.functions[cfg].name, *inputs, domain=LOCAL)
 
 
@@ -248,6 +265,10 @@ def _attend(
     if grouped:
         scores = c.dims.reshape(scores, split, scores_shape)
     scores = _capped(s, scores, op.softcap if isinstance(op, ir.Attention) else None)
+    if isinstance(op, ir.Attention) and op.slopes is not None:
+        keys = s.arange(s.op("Squeeze", c.dims.value(k_shape[-2]), s.i64(0)))
+        along = s.op("Mul", s.unsqueeze(c.name(op.slopes), -1, -2), s.cast(keys, "float32"))
+        scores = s.op("Add", scores, along)
     if mask is not None:
         scores = s.op("Add", scores, mask)
     sinks = op.sinks if isinstance(op, ir.Attention) else None

@@ -42,8 +42,8 @@ class Batch:
     inverse: str  # [T] where the groups' rows, back to back, hold each token
 
 
-PARTS = ("query_rows", "key_rows", "pages", "places", "tiles", "mask")
-_KINDS = (TensorProto.INT64,) * 5 + (TensorProto.FLOAT,)
+PARTS = ("query_rows", "key_rows", "pages", "places", "tiles", "mask", "behind")
+_KINDS = (TensorProto.INT64,) * 5 + (TensorProto.FLOAT,) * 2
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,11 @@ class Plan:
     query_rows  int64 [b, t]           rows of T
     key_rows    int64 [b, n]           rows of T
     pages       int64 [b, p]           every page of the context that a query sees, those of the new keys
-    included places      int64 [Hkv, b, n, 3]   index of each new key in the gathered keys [Hkv, b, S, D]
-    tiles       int64 [3]              how often to repeat the mask for the query heads of a key head mask
-    float32 [b, t, S]      0 where the key is seen, else -inf
+                                       included
+    places      int64 [Hkv, b, n, 3]   index of each new key in the gathered keys [Hkv, b, S, D]
+    tiles       int64 [3]              how often to repeat the mask for the query heads of a key head
+    mask        float32 [b, t, S]      0 where the key is seen, else -inf
+    behind      float32 [b, S]         position of each key, less the length of the sequence's context
     """
 
     first: tuple[str, ...]  # `PARTS` of the first group
@@ -216,7 +218,8 @@ def _group(s: Scope, batch: Batch, group: str, m: Mask) -> list[str]:
     mask = additive(s, s.op("Expand", exists, shape) if seen is None else s.op("And", seen, exists))
     # One query a sequence: the mask broadcasts over the heads by itself.
     repeat = s.op("Where", s.op("Equal", queries, s.scalar(1)), s.i64(1, 1, 1), s.i64(1, m.ratio, 1))
-    return [s.op("Add", first, steps), s.op("Add", first, new_steps), pages, places, repeat, mask]
+    behind = s.cast(s.op("Sub", key_positions, context), "float32")
+    return [s.op("Add", first, steps), s.op("Add", first, new_steps), pages, places, repeat, mask, behind]
 
 
 def make_plan(s: Scope, batch: Batch, m: Mask) -> Plan:

@@ -14,8 +14,10 @@ from onnx import FunctionProto, helper
 
 from ...ir.core import Graph, Op, Value
 from ...ir.dtypes import KV_SCALE_BYTES
-from ...ir.errors import UnsupportedError
+from ...ir.errors import CompileError, UnsupportedError
 from ...ir.types import TensorType
+from ...plugins.entries import blaming
+from ..extensions import import_emitters
 from .builder import CONTRIB, LOCAL, OPSET, Dims, Scope
 from .weights import WeightFile
 
@@ -37,7 +39,8 @@ def emits(*names: str) -> Callable[[Emitter], Emitter]:
 
     def register(function: Emitter) -> Emitter:
         for name in names:
-            assert name not in EMITTERS, name
+            if name in EMITTERS:
+                raise CompileError(f"onnx-cpu emits {name} already", remedy="give the op another name")
             EMITTERS[name] = function
         return function
 
@@ -129,6 +132,8 @@ class Context:
 
     def lower(self, op: Op) -> None:
         """Write the nodes of one op and bind its results."""
+        if op.opname not in EMITTERS:
+            import_emitters(op, "onnx-cpu")
         emitter = EMITTERS.get(op.opname)
         if emitter is None:
             raise UnsupportedError(
@@ -136,7 +141,8 @@ class Context:
                 remedy="compile for tvm-cpu, or decompose it",
             )
         self._widening = op.opname not in _MOVES
-        out = emitter(self, op)
+        with blaming(f"onnx-cpu's emitter of {op.opname}", emitter):
+            out = emitter(self, op)
         self._widening = False
         if out is None:  # the result is only known to other emitters (a cache)
             return

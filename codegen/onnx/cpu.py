@@ -21,7 +21,7 @@ _OPERATIONS = """
     layer_norm less less_equal linear log logical_and logical_not logical_or matmul maximum minimum mul neg
     not_equal paged_attention pow quantized_embedding quantized_linear reciprocal reduce_max reduce_mean
     reduce_sum relu remainder reshape rms_norm rope rsqrt sdpa sigmoid silu sin slice softmax sqrt sub tanh
-    transpose where
+    top_k transpose where
 """
 
 
@@ -56,9 +56,9 @@ class OnnxCpu(Target):
         from .lower import lower
 
         if self.accuracy_level not in (0, 1, 4):
-            raise InputError(f"onnx-cpu: accuracy_level={self.accuracy_level}", remedy="use 4 or 1")
-        progress("onnx-cpu: model", 0.0)
-        lowered = lower(legalize(graph, self.operations), accuracy_level=self.accuracy_level)
+            raise InputError(f"{self.name}: accuracy_level={self.accuracy_level}", remedy="use 4 or 1")
+        progress(f"{self.name}: model", 0.0)
+        lowered = lower(legalize(graph, self.emitted()), accuracy_level=self.accuracy_level)
         model = f"targets/{self.name}/model.onnx"
         entry: dict[str, Any] = {
             "options": self.options(),
@@ -75,10 +75,10 @@ class OnnxCpu(Target):
             }
         specs = lowered.weights.specs()
         if specs:
-            progress("onnx-cpu: weights", 0.1)
+            progress(f"{self.name}: weights", 0.1)
             entry["weights"] = f"weights/{self.name}.safetensors"
             writer.write_weights(entry["weights"], specs)
             lowered.weights.locate(writer.partial / entry["weights"])
         writer.path(model).write_bytes(lowered.model().SerializeToString(deterministic=True))
-        progress("onnx-cpu", 1.0)
+        progress(self.name, 1.0)
         return entry

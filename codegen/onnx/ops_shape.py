@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ...ir.dtypes import to_numpy
 from ...ir.ops import shape as ir
+from ...ir.ops.select import TopK
 from .context import Context, emits
 
 
@@ -82,3 +83,9 @@ def gather(c: Context, op: ir.Gather) -> str:
     if op.index.type.rank == 1:  # GatherElements takes an index of x's rank only
         return c.scope.op("Gather", c.name(op.x), c.name(op.index), axis=-1)
     return c.scope.op("GatherElements", c.name(op.x), c.name(op.index), axis=-1)
+
+
+@emits("top_k")
+def top_k(c: Context, op: TopK) -> str:
+    """ONNX breaks ties as the op does: the lower index first."""
+    return c.scope.many("TopK", [c.name(op.x), c.scope.i64(op.k)], 2, axis=-1, largest=1, sorted=1)[1]

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from ...ir.core import Graph
+from .backends import require
 from .elf import link
-from .kernels.isa import Isa
+from .kernels.isa import Isa, triple
 from .kernels.schedule import Schedule
 from .lower import lower
 from .optimize import optimize
 from .step import Step, build_step
 from .untyped import Module, tirx, tvm
 
-_TRIPLE = 'target triple = "x86_64-unknown-linux-gnu"\n'
 _CPU = 1  # DLPack's kDLCPU
 
 
@@ -34,13 +34,15 @@ class Built:
 
 def build(graph: Graph, isa: Isa, out: Path, schedules: Mapping[str, Schedule] | None = None) -> Built:
     """Compile a legalized graph for one ISA level into the shared object `out`; `schedules` as in `lower`."""
+    require(isa)
     lowered = lower(graph, isa, schedules)
     step = build_step(optimize(lowered.module, isa), lowered.symbols)
     with tempfile.TemporaryDirectory(prefix="llmc-") as folder:
         kernels = Path(folder, "kernels.o")
         compile_object(step.module, isa, kernels)
-        threads = assemble(Path(__file__).with_name("threads.ll").read_text(), Path(folder))
-        out.write_bytes(link([kernels.read_bytes(), assemble(_entry(step), Path(folder)), threads]))
+        texts = [_entry(step), threads_text(isa.machine)]
+        parts = [assemble(text, Path(folder), isa.machine) for text in texts]
+        out.write_bytes(link([kernels.read_bytes(), *parts]))
     arguments = [*lowered.inputs, *(f"weight:{name}" for name in lowered.weights)]
     arguments += [*(f"output:{name}" for name in lowered.outputs), "workspace"]
     calls = [(kernel, _weight_of(places, arguments)) for kernel, places in step.calls]
@@ -126,10 +128,17 @@ done:
 """
 
 
-def assemble(text: str, folder: Path) -> bytes:
-    """LLVM IR text → a relocatable x86-64 object; `folder` takes the files in between."""
+def threads_text(machine: str) -> str:
+    """LLVM IR of threads, scratch memory and entry points: what is the machine's, and what is common."""
+    here = Path(__file__)
+    return "\n".join(here.with_name(f"{name}.ll").read_text() for name in (f"threads_{machine}", "threads"))
+
+
+def assemble(text: str, folder: Path, machine: str) -> bytes:
+    """LLVM IR text → a relocatable object for "x86_64" or "aarch64"; `folder` takes the files in between."""
     source, result = folder / "text.ll", folder / "text.o"
-    source.write_text(text if "target triple" in text else _TRIPLE + text)
+    text = f'target triple = "{triple(machine)}"\n{text}'
+    source.write_text(text)
     tvm.get_global_func("ffi.Module.load_from_file.ll")(str(source), "ll").write_to_file(str(result), "o")
     return result.read_bytes()
 

@@ -1,7 +1,7 @@
 """Links relocatable objects into a shared object, so that compiling a model needs neither a C compiler nor a
 linker.
 
-LLVM leaves x86-64 ELF objects; the loader wants a shared object. What stands between is small for code like
+LLVM leaves ELF objects; the loader wants a shared object. What stands between is small for code like
 ours (position independent, no thread-local data, no constructors): place the sections, fill in the addresses,
 and write the table of what the loader fills in. A linker from a package would weigh 37 to 413 MB, and `ld`
 cannot be counted on. Everything that this linker does not know raises an error that names it. The result
@@ -9,7 +9,7 @@ depends on the input bytes only.
 
 Every name that the objects define is bound inside, whatever else is loaded in the process; only names that
 start with `EXPORT` are visible from outside. Formats: System V ABI, chapters 4 and 5
-(https://gabi.xinuos.com), and its AMD64 supplement, section 4.4 (relocations).
+(https://gabi.xinuos.com); what differs from machine to machine is in `relocations`.
 """
 
 from __future__ import annotations
@@ -18,22 +18,17 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ...ir.errors import CompileError
+from .relocations import MACHINES, Machine
+from .relocations import linking_failed as _fail
 
 EXPORT = "llmc_"
 NEEDED = ("libm.so.6", "libc.so.6")
-_PAGE = 4096
 
 _PROGBITS, _RELA, _NOBITS, _SYMTAB = 1, 4, 8, 2
 _WRITE, _ALLOC, _EXEC, _TLS = 1, 2, 4, 0x400
 _UNDEFINED, _ABSOLUTE, _COMMON = 0, 0xFFF1, 0xFFF2
 _LOCAL, _GLOBAL, _WEAK = 0, 1, 2
 _FUNC = 2
-
-# Relocations, AMD64 ABI table 4.9.
-_R_64, _R_PC32, _R_PLT32, _R_GOTPCREL, _R_PC64, _R_GOTPCRELX, _R_REX_GOTPCRELX = 1, 2, 4, 9, 24, 41, 42
-_R_GLOB_DAT, _R_RELATIVE = 6, 8
-_GOT_KINDS = (_R_GOTPCREL, _R_GOTPCRELX, _R_REX_GOTPCRELX)
 
 _SECTION = struct.Struct("<IIQQQQIIQQ")
 _SYMBOL = struct.Struct("<IBBHQQ")
@@ -74,12 +69,9 @@ class _Symbol:
 
 @dataclass
 class _Object:
+    machine: int
     sections: list[_Section]
     symbols: list[_Symbol]
-
-
-def _fail(what: str) -> CompileError:
-    return CompileError(f"linking kernels: {what}", remedy="report the model and the target options")
 
 
 def _text(table: bytes, offset: int) -> str:
@@ -98,8 +90,9 @@ def _parse(data: bytes) -> _Object:
         fields[12],
         fields[13],
     )
-    if (kind, machine) != (1, 62):
-        raise _fail(f"the object is of type {kind} for machine {machine}, not relocatable x86-64")
+    if kind != 1 or machine not in MACHINES:
+        known = " or ".join(one.name for one in MACHINES.values())
+        raise _fail(f"the object is of type {kind} for machine {machine}, not relocatable {known}")
     headers = [_SECTION.unpack_from(data, table + i * size) for i in range(count)]
     names = data[headers[names_index][4] :]
     kept: dict[int, _Section] = {}
@@ -117,7 +110,7 @@ def _parse(data: bytes) -> _Object:
             for at in range(header[4], header[4] + header[5], _RELOCATION.size):
                 offset, info, addend = _RELOCATION.unpack_from(data, at)
                 kept[header[7]].relocations.append((offset, info & 0xFFFFFFFF, info >> 32, addend))
-    return _Object(list(kept.values()), symbols)
+    return _Object(machine, list(kept.values()), symbols)
 
 
 def _symbols(data: bytes, headers: Sequence[tuple[int, ...]], kept: dict[int, _Section]) -> list[_Symbol]:
@@ -138,6 +131,11 @@ def _symbols(data: bytes, headers: Sequence[tuple[int, ...]], kept: dict[int, _S
 
 class _Linker:
     def __init__(self, objects: Sequence[_Object]) -> None:
+        machines = sorted({obj.machine for obj in objects})
+        if len(machines) != 1:
+            names = " and ".join(MACHINES[number].name for number in machines)
+            raise _fail(f"objects for {names or 'no machine'} make no library")
+        self.machine: Machine = MACHINES[machines[0]]
         self.objects = objects
         self.table: dict[str, _Symbol] = {}
         self.imports: list[str] = []
@@ -169,9 +167,10 @@ class _Linker:
         if target is None:
             if symbol.name not in self.imports:
                 self.imports.append(symbol.name)
-            if kind in (_R_PLT32, _R_PC32):
+            if kind in self.machine.calls:
                 self.stubs.setdefault(symbol.name, len(self.stubs))
-        if kind in _GOT_KINDS or (target is None and kind in (_R_PLT32, _R_PC32)):
+        through_table = kind in self.machine.through_table
+        if through_table or (target is None and kind in self.machine.calls):
             if symbol.binding == _LOCAL:
                 raise _fail(f"local symbol {symbol.name} is reached through the offset table")
             self.got.setdefault(symbol.name, len(self.got))
@@ -219,46 +218,48 @@ class _Linker:
             at = self.got_address + 8 * slot
             target = self.table.get(name)
             if target is None:
-                self.dynamic_relocations.append((at, self.imports.index(name) + 1 << 32 | _R_GLOB_DAT, 0))
+                number = self.imports.index(name) + 1
+                self.dynamic_relocations.append((at, number << 32 | self.machine.global_data, 0))
             else:
-                self.dynamic_relocations.append((at, _R_RELATIVE, _address(target)))
-        for name, number in self.stubs.items():
-            at = self.stub_address + 8 * number
-            slot = self.got_address + 8 * self.got[name]
-            image[at : at + 8] = (
-                b"\xff\x25" + struct.pack("<i", slot - (at + 6)) + b"\x66\x90"
-            )  # jmp *slot(%rip)
+                self.dynamic_relocations.append((at, self.machine.relative, _address(target)))
+        for name in self.stubs:
+            at = self._stub(name)
+            code = self.machine.stub(at, self.got_address + 8 * self.got[name])
+            image[at : at + len(code)] = code
+
+    def _stub(self, name: str) -> int:
+        return self.stub_address + self.machine.stub_size * self.stubs[name]
 
     def _apply(self, image: bytearray, place: int, kind: int, symbol: _Symbol, addend: int) -> None:
         target = self._target(symbol)
-        if kind == _R_64:
+        if kind == self.machine.absolute:
             if target is None:
-                entry = (place, self.imports.index(symbol.name) + 1 << 32 | _R_64, addend)
+                entry = (place, self.imports.index(symbol.name) + 1 << 32 | kind, addend)
             else:
-                entry = (place, _R_RELATIVE, _address(target) + addend)
+                entry = (place, self.machine.relative, _address(target) + addend)
             self.dynamic_relocations.append(entry)
             return
-        if kind in _GOT_KINDS:
+        if kind in self.machine.through_table:
             value = self.got_address + 8 * self.got[symbol.name]
-        elif kind in (_R_PC32, _R_PLT32):
-            value = self.stub_address + 8 * self.stubs[symbol.name] if target is None else _address(target)
-        elif kind == _R_PC64 and target is not None:
+        elif target is not None:
             value = _address(target)
+        elif kind in self.machine.calls:
+            value = self._stub(symbol.name)
         else:
+            raise _fail(f"relocation {kind} against {symbol.name}, which is not defined, is not supported")
+        if not self.machine.apply(image, place, kind, value + addend):
             raise _fail(f"relocation {kind} against {symbol.name} is not supported")
-        struct.pack_into("<q" if kind == _R_PC64 else "<i", image, place, value + addend - place)
 
     @property
     def relocation_count(self) -> int:
         """How many `dynamic_relocations` there will be: room is made for them before addresses are known."""
-        absolute = sum(
-            kind == _R_64 for obj in self.objects for s in obj.sections for _, kind, _, _ in s.relocations
-        )
+        kinds = [kind for obj in self.objects for s in obj.sections for _, kind, _, _ in s.relocations]
+        absolute = kinds.count(self.machine.absolute)
         return len(self.got) + absolute
 
     def write_relocations(self, image: bytearray, at: int) -> None:
         """The loader's table; relative ones first, in the order of their places."""
-        entries = sorted(self.dynamic_relocations, key=lambda e: (e[1] != _R_RELATIVE, e[0]))
+        entries = sorted(self.dynamic_relocations, key=lambda e: (e[1] != self.machine.relative, e[0]))
         for i, entry in enumerate(entries):
             _RELOCATION.pack_into(image, at + i * _RELOCATION.size, *entry)
 
@@ -306,12 +307,13 @@ def _hash_table(names: Sequence[str]) -> bytes:
 
 
 def link(objects: Sequence[bytes]) -> bytes:
-    """Relocatable x86-64 objects → a shared object that exports the names starting with `EXPORT`.
+    """Relocatable objects of one machine → a shared object that exports the names starting with `EXPORT`.
 
     Raises CompileError for anything that it does not know, and for a name that two objects define.
     """
     linker = _Linker([_parse(data) for data in objects])
     linker.resolve()
+    page = linker.machine.page
     names = ["", *linker.imports, *linker.exports]
     strings, offsets = _string_table((*names[1:], *NEEDED))
     hashes = _hash_table(names)
@@ -322,13 +324,13 @@ def link(objects: Sequence[bytes]) -> bytes:
     strings_at = hashes_at + len(hashes)
     relocations_at = _up(strings_at + len(strings), 8)
     constants_end = linker.place(linker.of_kind(0), relocations_at + _RELOCATION.size * relocation_count)
-    linker.stub_address = code_at = _up(constants_end, _PAGE)
-    code_end = linker.place(linker.of_kind(_EXEC), code_at + 8 * len(linker.stubs))
-    dynamic_at = data_at = _up(code_end, _PAGE)
+    linker.stub_address = code_at = _up(constants_end, page)
+    code_end = linker.place(linker.of_kind(_EXEC), code_at + linker.machine.stub_size * len(linker.stubs))
+    dynamic_at = data_at = _up(code_end, page)
     entries = 13 + len(NEEDED)
     linker.got_address = dynamic_at + 16 * entries
     fixed = [s for s in linker.of_kind(_WRITE) if s.name.startswith(".data.rel.ro")]
-    fixed_end = _up(linker.place(fixed, linker.got_address + 8 * len(linker.got)), _PAGE)
+    fixed_end = _up(linker.place(fixed, linker.got_address + 8 * len(linker.got)), page)
     data_end = linker.place([s for s in linker.of_kind(_WRITE) if s not in fixed], fixed_end)
     memory_end = linker.place(linker.of_kind(_WRITE, zero_filled=True), data_end)
 
@@ -351,13 +353,14 @@ def link(objects: Sequence[bytes]) -> bytes:
     _write_headers(
         image,
         [
-            (1, 4, 0, constants_end, constants_end, _PAGE),
-            (1, 5, code_at, code_end - code_at, code_end - code_at, _PAGE),
-            (1, 6, data_at, data_end - data_at, memory_end - data_at, _PAGE),
+            (1, 4, 0, constants_end, constants_end, page),
+            (1, 5, code_at, code_end - code_at, code_end - code_at, page),
+            (1, 6, data_at, data_end - data_at, memory_end - data_at, page),
             (2, 6, dynamic_at, 16 * len(tags), 16 * len(tags), 8),
             (0x6474E552, 4, dynamic_at, fixed_end - dynamic_at, fixed_end - dynamic_at, 1),
             (0x6474E551, 6, 0, 0, 0, 16),  # the stack is not executable
         ],
+        linker.machine.number,
     )
     return bytes(image)
 
@@ -370,9 +373,11 @@ def _dynamic_symbol(linker: _Linker, name: str, at: int) -> bytes:
     return _SYMBOL.pack(at, _GLOBAL << 4 | symbol.kind, 0, 1, _address(symbol), symbol.size)
 
 
-def _write_headers(image: bytearray, segments: Sequence[tuple[int, int, int, int, int, int]]) -> None:
+def _write_headers(
+    image: bytearray, segments: Sequence[tuple[int, int, int, int, int, int]], machine: int
+) -> None:
     ident = b"\x7fELF\x02\x01\x01" + bytes(9)
-    fields = (3, 62, 1, 0, _HEADER.size, 0, 0, _HEADER.size, _PROGRAM.size, len(segments), 64, 0, 0)
+    fields = (3, machine, 1, 0, _HEADER.size, 0, 0, _HEADER.size, _PROGRAM.size, len(segments), 64, 0, 0)
     _HEADER.pack_into(image, 0, ident, *fields)
     for i, (kind, flags, at, size, memory, alignment) in enumerate(segments):
         _PROGRAM.pack_into(

@@ -141,7 +141,7 @@ def _quantized_linear(low: Lowering, op: Any, residual: Value | None) -> Any:
     static = {
         "n": layout.n,
         "k": layout.k,
-        **_form(layout),
+        **form_of(layout),
         "bias": op.bias is not None,
         "residual": residual is not None,
     }
@@ -151,11 +151,11 @@ def _quantized_linear(low: Lowering, op: Any, residual: Value | None) -> Any:
     if layout.codebook is not None and not has_bytes(layout.codebook):
         args = [low.rows(op.x, layout.k), *weights]
         return _product(low, op, "codebook_linear", kernels.make_codebook_linear, static, args)
-    args = [*_quantized_activation(low, op.x, layout), *weights]
+    args = [*quantized_activation(low, op.x, layout), *weights]
     return _product(low, op, "quantized_linear", kernels.make_quantized_linear, static, args)
 
 
-def _form(layout: QuantLayout) -> dict[str, Any]:
+def form_of(layout: QuantLayout) -> dict[str, Any]:
     """The static parameters of a kernel that reads a quantized weight."""
     return {
         "bits": layout.bits,
@@ -167,7 +167,7 @@ def _form(layout: QuantLayout) -> dict[str, Any]:
     }
 
 
-def _quantized_activation(low: Lowering, x: Value, layout: QuantLayout) -> list[Any]:
+def quantized_activation(low: Lowering, x: Value, layout: QuantLayout) -> list[Any]:
     """x quantized per token and group to int8; ops that read the same x by the same groups share it."""
     key = ("quantized", x, layout.k, layout.group_size, layout.group)
     if key not in low.shared:
@@ -236,12 +236,12 @@ def _whole_gated_mlp(low: Lowering, op: Any, layout: QuantLayout) -> tuple[Any, 
     static = {
         "width": layout.k,
         "k": weight.k,
-        **_form(weight),
+        **form_of(weight),
         "bias": product.bias is not None,
         "activation": op.activation,
         "quantize": (layout.group_size, layout.align),
     }
-    args = [*_quantized_activation(low, product.x, weight)]
+    args = [*quantized_activation(low, product.x, weight)]
     args += _present(low, product.q, product.scale, product.zero_point, product.bias)
     return "quantized_gated_mlp", kernels.make_quantized_gated_mlp, static, args
 
@@ -282,7 +282,7 @@ def add(low: Lowering, op: Any) -> Any:
 @emits("quantized_embedding")
 def quantized_embedding(low: Lowering, op: Any) -> Any:
     layout = quant_layout(op)
-    static = {"rows": layout.n, "width": layout.k, **_form(layout)}
+    static = {"rows": layout.n, "width": layout.k, **form_of(layout)}
     args = [_ids(low, op.ids), *_present(low, op.q, op.scale, op.zero_point)]
     out = low.kernel(
         "quantized_embedding",
@@ -397,10 +397,19 @@ def paged_attention(low: Lowering, op: Any) -> Any:
         "window": op.window,
         "softcap": op.softcap,
         "sinks": op.sinks is not None,
+        "slopes": op.slopes is not None,
     }
-    operands = (op.q, op.pages, op.query_start, op.context_len, op.block_table, op.sinks)
+    operands = (op.q, op.pages, op.query_start, op.context_len, op.block_table, op.sinks, op.slopes)
     args = _present(low, *operands)
     return low.kernel("paged_attention", kernels.make_paged_attention, static, args, low.type_of(op.result))
+
+
+@emits("lora")
+def lora(low: Lowering, op: Any) -> Any:
+    """Writes in place what the linear layer, or its sum with the residual, has written."""
+    static = {"parts": tuple(op.parts), "k": op.x.shape[-1], "dtype": op.a.dtype}
+    args = _present(low, op.y, op.x, op.adapter, op.rank, op.scale, op.a, op.b)
+    return low.kernel_inplace("lora", kernels.make_lora, static, args, 0, low.type_of(op.result))
 
 
 @emits("gather_last")

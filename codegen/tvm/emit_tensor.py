@@ -140,7 +140,12 @@ def diff(low: Lowering, op: Any) -> Any:
 
 @emits("full")
 def full(low: Lowering, op: Any) -> Any:
-    return low.emit(relax.op.full(low.shape(op.shape), relax.const(op.value, op.dtype), op.dtype))
+    """By a tensor expression: TVM 0.27 cannot legalize its own operator (a dtype is no string there)."""
+
+    def same(dims: list[Any]) -> Any:
+        return te.compute(dims, lambda *_: tirx.const(op.value, op.dtype), name="full")
+
+    return low.te("full", same, dims=op.shape)
 
 
 @emits("dim_value")

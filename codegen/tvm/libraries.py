@@ -24,9 +24,11 @@ class Libraries:
         graph_text: str,
         outputs: Mapping[str, Path],
         schedules: Mapping[str, Mapping[str, Schedule] | None],
+        others: str = "",
     ) -> None:
+        """`others`: what the libraries depend on besides our sources (`extensions_key`)."""
         self._text, self._outputs, self._schedules = graph_text, outputs, schedules
-        self._cache = LibraryCache(graph_text)
+        self._cache = LibraryCache(graph_text, others=others)
         self._stack = ExitStack()
         self._built: dict[str, dict[str, Any]] = {}
         self._waiting: list[str] = []

@@ -41,10 +41,10 @@ def _compiler() -> str:
 
 
 class LibraryCache:
-    """The libraries of one graph. `folder` as in the module's text."""
+    """The libraries of one graph. `folder` as in the module's text; `others` as in `Libraries`."""
 
-    def __init__(self, graph_text: str, folder: Path | None = None) -> None:
-        self._text = hashlib.sha256(graph_text.encode()).hexdigest()
+    def __init__(self, graph_text: str, folder: Path | None = None, *, others: str = "") -> None:
+        self._text = hashlib.sha256(graph_text.encode()).hexdigest() + others
         self._folder = cache_folder() / "kernels" if folder is None else folder
 
     def _path(self, isa: str, schedules: Mapping[str, Schedule] | None) -> Path:

@@ -20,10 +20,12 @@ from functools import partial
 from typing import Any
 
 from ...ir.core import Graph, Op, Value
-from ...ir.errors import UnsupportedError
+from ...ir.errors import CompileError, UnsupportedError
 from ...ir.ops.nn import Linear
 from ...ir.ops.quant import QuantizedLinear
 from ...ir.types import Dim, Shape
+from ...plugins.entries import blaming
+from ..extensions import import_emitters
 from .kernels.isa import Isa
 from .kernels.schedule import Schedule
 from .untyped import Module, relax, te, tirx, tvm
@@ -39,7 +41,8 @@ def emits(*names: str) -> Callable[[Emitter], Emitter]:
 
     def register(emitter: Emitter) -> Emitter:
         for name in names:
-            assert name not in EMITTERS, name
+            if name in EMITTERS:
+                raise CompileError(f"tvm-cpu emits {name} already", remedy="give the op another name")
             EMITTERS[name] = emitter
         return emitter
 
@@ -180,8 +183,11 @@ class Lowering:
         place: int,
         out: Any,
     ) -> Any:
-        """Call a kernel that writes its operand number `place`; the result is that operand."""
-        return self.emit(relax.call_tir_inplace(self._kernel(name, make, static), args, [place], out))
+        """Call a kernel that writes its operand number `place`; the result is that operand. Where `out` is a
+        list of two types, a tuple of that operand and a result of its own.
+        """
+        places = [place, -1] if isinstance(out, list) else [place]
+        return self.emit(relax.call_tir_inplace(self._kernel(name, make, static), args, places, out))
 
     def _kernel(self, name: str, make: Callable[..., Any], static: dict[str, Any]) -> Any:
         key = (name, tuple(sorted((k, repr(v)) for k, v in static.items())))
@@ -226,13 +232,16 @@ class Lowering:
         return self._values[value]
 
     def _emit_op(self, op: Op) -> Any:
+        if op.opname not in EMITTERS:
+            import_emitters(op, "tvm-cpu")
         emitter = EMITTERS.get(op.opname)
         if emitter is None:
             raise UnsupportedError(
                 f"target tvm-cpu cannot emit {op.opname} ({op.loc or 'no module'})",
                 remedy="add an emitter to codegen/tvm or a decomposition to codegen/legalize.py",
             )
-        return emitter(self, op)
+        with blaming(f"tvm-cpu's emitter of {op.opname}", emitter):
+            return emitter(self, op)
 
     def _output(self, index: int) -> Any:
         """An output of its own memory: what is an input, a view or another output too is copied."""
@@ -272,7 +281,8 @@ def lower(graph: Graph, isa: Isa, schedules: Mapping[str, Schedule] | None = Non
 
     Raises UnsupportedError for an op without emitter.
     """
-    from . import emit_llm, emit_tensor
+    from . import emit_llm, emit_moe, emit_state, emit_tensor
 
-    assert emit_llm.__name__ and emit_tensor.__name__  # imported for the emitters that they register
+    # Imported for the emitters that they register.
+    assert all(module.__name__ for module in (emit_llm, emit_moe, emit_state, emit_tensor))
     return Lowering(graph, isa, schedules).run()

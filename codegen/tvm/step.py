@@ -25,7 +25,7 @@ from ...ir.errors import CompileError
 from .plan import ALIGNMENT, Interval, plan
 from .untyped import Module, relax, tirx, tvm
 
-_TYPICAL = {"T": 128, "B": 4, "R": 4, "P": 64, "N": 256}
+_TYPICAL = {"T": 128, "B": 4, "R": 4, "P": 64, "N": 256, "S": 4}
 """Sizes by which values are sorted into slots; any others would be right too."""
 
 
@@ -137,6 +137,16 @@ def _is_reshape(value: Any) -> bool:
     return isinstance(callee, tvm.ir.Op) and callee.name == "relax.reshape"
 
 
+def _written(value: Any) -> Any:
+    """The variable that a call writes in place and that is its only result; None for other expressions."""
+    call: Any = value
+    callee: Any = call.op if isinstance(value, Call) else None
+    if not isinstance(callee, tvm.ir.Op) or callee.name != "relax.call_tir_inplace":
+        return None
+    first, *others = call.attrs.inplace_indices
+    return None if others else call.args[1].fields[int(first)]
+
+
 class _Reader:
     """Walks `main` and turns its bindings into calls over memory."""
 
@@ -159,8 +169,8 @@ class _Reader:
         return self.program, main
 
     def _output_indices(self, main: Any) -> dict[Any, int]:
-        """Variables that name an output, followed back through copies of names and reshapes → its argument
-        number.
+        """Variables that name an output, followed back through copies of names, reshapes and calls that write
+        in place → its argument number.
         """
         names: dict[Any, Any] = {}
         for block in main.body.blocks:
@@ -169,6 +179,8 @@ class _Reader:
                     names[binding.var] = binding.value
                 elif _is_reshape(binding.value):  # the same bytes
                     names[binding.var] = binding.value.args[0]
+                elif _written(binding.value) is not None:
+                    names[binding.var] = _written(binding.value)
         found: dict[Any, int] = {}
         for i, variable in enumerate(_outputs(main)):
             while variable in names:
@@ -213,11 +225,20 @@ class _Reader:
         self._append(value, results)
         return results if isinstance(variable.ty, relax.TupleType) else results[0]
 
-    def _inplace(self, variable: Any, value: Any) -> _Memory:
-        (place,) = value.attrs.inplace_indices
-        self._append(value, [])
-        whole = self.memory[value.args[1].fields[int(place)]]
-        return _Memory(whole.kind, whole.index, variable.ty)
+    def _inplace(self, variable: Any, value: Any) -> Any:
+        """A call that writes an operand, and maybe a result of its own (place -1)."""
+        several = isinstance(variable.ty, relax.TupleType)
+        types = list(variable.ty.fields) if several else [variable.ty]
+        results: list[_Memory] = []
+        for place, type_ in zip(map(int, value.attrs.inplace_indices), types, strict=True):
+            if place < 0:
+                results.append(self._result(None, type_))
+                continue
+            whole = self.memory[value.args[1].fields[place]]
+            results.append(_Memory(whole.kind, whole.index, type_))
+        own = [r for r, p in zip(results, value.attrs.inplace_indices, strict=True) if int(p) < 0]
+        self._append(value, own)
+        return results if several else results[0]
 
     def _append(self, value: Any, results: list[_Memory]) -> None:
         operands: list[_Memory] = []

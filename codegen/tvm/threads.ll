@@ -11,7 +11,7 @@
 ;
 ; A worker that loses its core in the middle of a task makes the caller wait for milliseconds, where a region takes
 ; microseconds. Where the caller waited far longer than it worked, it computes alone for as long as it waited, and twice
-; as long each time that this happens before it has worked in parallel for as long again, up to 2^28 cycles (some 0.1 s).
+; as long each time that this happens before it has worked in parallel for as long again, up to 2^28 ticks (some 0.1 s).
 ; A busy machine costs the second thread then, and not more than that; one that is busy now and then costs about twice
 ; what was waited. Time is what counts and not regions: those of a long prompt take a hundred times those of a token.
 ;
@@ -20,7 +20,7 @@
 ; Profile. The step calls `llmc_mark` after each kernel call; where somebody asked (`llmc_profile`), the cycles since the
 ; mark before are added to that call's count.
 
-target triple = "x86_64-unknown-linux-gnu"
+; `pause`, `ticks` and `futex` are the machine's: threads_MACHINE.ll, which is put before this text.
 
 @threads = internal global i32 1, align 64           ; that may compute, the caller included
 @started = internal global i32 0                     ; workers that exist
@@ -51,8 +51,6 @@ declare i32 @sched_yield()
 declare i32 @pthread_create(ptr, ptr, ptr, ptr)
 declare i32 @pthread_detach(i64)
 declare i32 @pthread_sigmask(i32, ptr, ptr)
-declare void @llvm.x86.sse2.pause()
-declare i64 @llvm.readcyclecounter()
 declare i64 @llvm.smax.i64(i64, i64)
 declare i64 @llvm.smin.i64(i64, i64)
 
@@ -101,7 +99,7 @@ define i32 @llmc_mark(i32 %call) {
   br i1 %off, label %done, label %look
 
 look:
-  %now = call i64 @llvm.readcyclecounter()
+  %now = call i64 @ticks()
   %then = load i64, ptr @mark
   store i64 %now, ptr @mark
   %begins = icmp slt i32 %call, 0
@@ -210,7 +208,7 @@ lock:                                                ; a second thread of the pr
   br i1 %mine, label %weigh, label %serial
 
 weigh:
-  %t0 = call i64 @llvm.readcyclecounter()
+  %t0 = call i64 @ticks()
   %until = load i64, ptr @alone
   %more = sub i64 %until, %t0                        ; beyond what there can be where it is over, or the counter was set
   %careful = icmp ult i64 %more, 268435457
@@ -257,12 +255,12 @@ publish:
   br i1 %anyone, label %wake, label %work
 
 wake:                                                ; FUTEX_WAKE | FUTEX_PRIVATE
-  %w = call i64 (i64, ...) @syscall(i64 202, ptr @region, i32 129, i32 2147483647, ptr null, ptr null, i32 0)
+  call void @futex(ptr @region, i32 129, i32 2147483647)
   br label %work
 
 work:
   call void @take(i32 %number)
-  %t1 = call i64 @llvm.readcyclecounter()
+  %t1 = call i64 @ticks()
   br label %wait
 
 wait:
@@ -277,7 +275,7 @@ again:
   br i1 %patient, label %spin, label %yield
 
 spin:
-  call void @llvm.x86.sse2.pause()
+  call void @pause()
   br label %wait
 
 yield:                                               ; the thread that holds the last task may need this core
@@ -285,7 +283,7 @@ yield:                                               ; the thread that holds the
   br label %wait
 
 done:
-  %t2 = call i64 @llvm.readcyclecounter()
+  %t2 = call i64 @ticks()
   %worked = sub i64 %t1, %t0
   %waited = sub i64 %t2, %t1
   %twice = shl i64 %worked, 1
@@ -389,7 +387,7 @@ nothing:
   br i1 %spinning, label %spin, label %patience
 
 spin:
-  call void @llvm.x86.sse2.pause()
+  call void @pause()
   br label %look
 
 patience:
@@ -402,7 +400,7 @@ yield:
 
 sleep:                                               ; FUTEX_WAIT | FUTEX_PRIVATE: returns at once if @region has changed
   %more = atomicrmw add ptr @sleepers, i32 1 seq_cst
-  %w = call i64 (i64, ...) @syscall(i64 202, ptr @region, i32 128, i32 %seen, ptr null, ptr null, i32 0)
+  call void @futex(ptr @region, i32 128, i32 %seen)
   %less = atomicrmw sub ptr @sleepers, i32 1 seq_cst
   br label %woken
 

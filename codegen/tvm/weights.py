@@ -17,9 +17,10 @@ from ...ir.core import Graph, Op, Value
 from ...ir.dtypes import itemsize, to_numpy
 from ...ir.errors import CompileError
 from ...ir.ops.cache import AppendKv, PagedAttention
+from ...ir.ops.moe import Moe, QuantizedMoe
 from ...ir.ops.nn import Embedding, Linear
 from ...ir.ops.quant import QuantizedEmbedding, QuantizedLinear
-from ...ir.types import TensorType
+from ...ir.types import Dim, TensorType
 from ...ir.weights import LazyTensor, read_chunks
 from ..weight_file import TensorSpec
 from .kernels.layout import ROWS, QuantLayout, pack_rows, packed_shape
@@ -30,11 +31,12 @@ CHUNK_BYTES = 8 << 20
 @dataclass(frozen=True)
 class Role:
     """How a weight is stored: "plain", "linear" (blocks of 16 rows), "codes" (packed q), "scale" or
-    "zero_point".
+    "zero_point". Of stacked weights [E, N, K] those of all `experts`, one below the other; 0: [N, K].
     """
 
     kind: str
     layout: QuantLayout | None = None
+    experts: int = 0
 
 
 PLAIN = Role("plain")
@@ -74,7 +76,30 @@ def _role_of_use(op: Op, index: int) -> Role:
         if op.zero_point is not None:
             parts[op.zero_point] = Role("zero_point", layout)
         return parts.get(value, PLAIN)
+    if isinstance(op, Moe) and op.operands[index] in (op.gate_up, op.down):
+        return Role("linear", experts=length(value.shape[0]))
+    if isinstance(op, QuantizedMoe):
+        return _role_of_expert(op, value)
     return PLAIN
+
+
+def _role_of_expert(op: QuantizedMoe, value: Value) -> Role:
+    up, down = expert_layouts(op)
+    experts = length(op.up_q.shape[0])
+    for layout, (q, scale, zero) in (
+        (up, (op.up_q, op.up_scale, op.up_zero_point)),
+        (down, (op.down_q, op.down_scale, op.down_zero_point)),
+    ):
+        for part, kind in ((q, "codes"), (scale, "scale"), (zero, "zero_point")):
+            if part is value:
+                return Role(kind, layout, experts)
+    return PLAIN
+
+
+def length(d: Dim) -> int:
+    """A dimension that is known."""
+    assert isinstance(d, int)
+    return d
 
 
 def _has_kernel(op: Linear) -> bool:
@@ -83,10 +108,19 @@ def _has_kernel(op: Linear) -> bool:
 
 def quant_layout(op: QuantizedLinear | QuantizedEmbedding) -> QuantLayout:
     """The packed layout of the weight [N, K] that an op reads."""
-    quant = op.q.type.quant
-    n, k = op.q.shape
+    return _layout(op.q, op.zero_point)
+
+
+def expert_layouts(op: QuantizedMoe) -> tuple[QuantLayout, QuantLayout]:
+    """The packed layouts of one expert's gate_up [2I, D] and down [D, I]."""
+    return _layout(op.up_q, op.up_zero_point), _layout(op.down_q, op.down_zero_point)
+
+
+def _layout(q: Value, zero_point: Value | None) -> QuantLayout:
+    quant = q.type.quant
+    n, k = q.shape[-2:]
     assert quant is not None and isinstance(n, int) and isinstance(k, int)
-    zero = None if op.zero_point is None else op.zero_point.dtype
+    zero = None if zero_point is None else zero_point.dtype
     return QuantLayout(
         n, k, quant.bits, quant.group_size, quant.codebook, quant.scale_dtype, zero, quant.super_group
     )
@@ -95,14 +129,21 @@ def quant_layout(op: QuantizedLinear | QuantizedEmbedding) -> QuantLayout:
 def stored_shape(value: Value, role: Role) -> tuple[tuple[int, ...], str]:
     """Shape and dtype of a weight as it is stored."""
     shape = tuple(d for d in value.shape if isinstance(d, int))
+    if role.experts:
+        (blocks, *rest), dtype = _stored_matrix(shape[1:], value.dtype, role)
+        return (role.experts * blocks, *rest), dtype
+    return _stored_matrix(shape, value.dtype, role)
+
+
+def _stored_matrix(shape: tuple[int, ...], dtype: str, role: Role) -> tuple[tuple[int, ...], str]:
     if role.kind == "linear":
-        return packed_shape(shape[0], shape[1]), value.dtype
+        return packed_shape(shape[0], shape[1]), dtype
     if role.layout is not None:
         lay = role.layout
         shapes = {"codes": lay.weight_shape, "scale": lay.scale_shape, "zero_point": lay.zero_shape}
         dtypes = {"codes": "uint8", "scale": lay.scale_storage, "zero_point": lay.zero_storage or "uint8"}
         return shapes[role.kind], dtypes[role.kind]
-    return shape, value.dtype
+    return shape, dtype
 
 
 def page_values(graph: Graph) -> set[Value]:
@@ -157,8 +198,15 @@ def _chunks(value: Value, role: Role) -> Iterator[np.ndarray]:
     else:
         pack = np.ascontiguousarray
     wanted = to_numpy(value.dtype)
-    for rows in _aligned_rows(value.weight):
+    matrices = _experts(value.weight) if role.experts else _aligned_rows(value.weight)
+    for rows in matrices:
         yield pack(rows.astype(wanted, copy=False)).reshape(-1, *stored_shape(value, role)[0][1:])
+
+
+def _experts(tensor: LazyTensor) -> Iterator[np.ndarray]:
+    """The matrix of each expert: each is packed for itself, so that none shares a block with another."""
+    for e in range(tensor.shape[0]):
+        yield tensor.read(e, e + 1)[0]
 
 
 def _aligned_rows(tensor: LazyTensor) -> Iterator[np.ndarray]:

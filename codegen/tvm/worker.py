@@ -162,24 +162,24 @@ def main(arguments: list[str]) -> int:
 
 
 def _build(job: Mapping[str, Any]) -> dict[str, Any]:
-    from ...ir.parser import parse
+    from ..extensions import parse_graph
     from .build import build
     from .kernels.isa import get_isa
 
     parsed = {key: Schedule.parse(value) for key, value in job["schedules"].items()}
     schedules = {key: one for key, one in parsed.items() if one is not None}
-    built = build(parse(job["graph"]), get_isa(job["isa"]), Path(job["out"]), schedules)
+    built = build(parse_graph(job["graph"]), get_isa(job["isa"]), Path(job["out"]), schedules)
     return dataclasses.asdict(built)
 
 
 def _tune(job: Mapping[str, Any]) -> dict[str, Any]:
-    from ...ir.parser import parse
+    from ..extensions import parse_graph
     from .tune import tune
 
     def report(what: str, share: float) -> None:
         print(json.dumps({"what": what, "share": share}), flush=True)
 
-    found = tune(parse(job["graph"]), job["levels"], job["seconds"], report)
+    found = tune(parse_graph(job["graph"]), job["levels"], job["seconds"], report)
     schedules = {key: schedule.as_json() for key, schedule in found.schedules.items()}
     return {"isa": found.isa, "schedules": schedules, "kernels": found.kernels}
 

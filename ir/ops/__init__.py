@@ -1,5 +1,5 @@
 """All operations. Importing this package registers them in `define.OPS`."""
 
-from . import attention, cache, math, nn, quant, shape
+from . import attention, cache, lora, math, moe, nn, quant, select, shape, state
 
-__all__ = ["attention", "cache", "math", "nn", "quant", "shape"]
+__all__ = ["attention", "cache", "lora", "math", "moe", "nn", "quant", "select", "shape", "state"]

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..core import Op
 from ..define import Operand, OptionalOperand, op
-from ..errors import CompileError
+from ..errors import CompileError, VerifyError
 from ..types import Dim, TensorType, divide
 
 Dims = Mapping[str, int]
@@ -75,9 +75,10 @@ def attend(
     causal: bool,
     window: int | None,
     softcap: float | None,
+    slopes: Any = None,
 ) -> Any:
     """Token-major attention of one sequence in float32: q [T, H, D], k [S, Hkv, D], v [S, Hkv, Dv]; positions
-    of queries and keys.
+    of queries and keys; slopes [H].
     """
     import torch
 
@@ -89,7 +90,7 @@ def attend(
         visible &= distance >= 0
     if window is not None:
         visible &= (distance < window) & (distance > -window)
-    if sinks is None and softcap is None:
+    if sinks is None and softcap is None and slopes is None:
         # The same in a fraction of the time: calibration runs thousands of tokens through this.
         q, k, v = (x.float().transpose(0, 1)[None] for x in (q, k, v))
         fused = torch.nn.functional.scaled_dot_product_attention
@@ -100,7 +101,21 @@ def attend(
     scores = torch.einsum("thd,shd->hts", q.float(), k) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
+    if slopes is not None:
+        scores = scores - slopes.float()[:, None, None] * distance
     return torch.einsum("hts,shd->thd", masked_softmax(scores, visible, sinks), v)
+
+
+def check_per_head(op: Any) -> None:
+    """Sinks and slopes of `attention` and `paged_attention`: a number a query head, and not both at once."""
+    for name, value in (("sinks", op.sinks), ("slopes", op.slopes)):
+        if value is not None and value.shape != op.q.shape[-2:-1]:
+            raise VerifyError(
+                f"{op.opname}: {name} {value.type} for q {op.q.type} ({op.loc})", remedy="one number a head"
+            )
+    if op.sinks is not None and op.slopes is not None:
+        # A target may add to all scores of a query what it likes, but not to those beside a sink.
+        raise VerifyError(f"{op.opname}: sinks and slopes at once ({op.loc})", remedy="no kernel does both")
 
 
 @op("attention")
@@ -109,17 +124,22 @@ class Attention(Op):
 
     causal: key j is seen by query i when j ≤ i. window w: |i - j| < w as well (Mistral's sliding window
     counts the token itself). softcap c: scores become c · tanh(score / c) before the mask (Gemma 2). sinks
-    [H]: one extra logit a head (StreamingLLM / gpt-oss).
+    [H]: one extra logit a head (StreamingLLM / gpt-oss). slopes [H] float32: slope · (j - i) is added to a
+    score then (ALiBi, Press et al. 2022).
     """
 
     q: Operand
     k: Operand
     v: Operand
     sinks: OptionalOperand
+    slopes: OptionalOperand
     scale: float
     causal: bool = True
     window: int | None = None
     softcap: float | None = None
+
+    def verify(self) -> None:
+        check_per_head(self)
 
     def infer(self) -> list[TensorType]:
         if (
@@ -136,7 +156,7 @@ class Attention(Op):
     def reference(self, dims: Dims, *args: Any) -> Any:
         import torch
 
-        q, k, v, sinks = args
+        q, k, v, sinks, slopes = args
         steps = torch.arange(q.shape[-3])
         out = [
             attend(
@@ -149,6 +169,7 @@ class Attention(Op):
                 causal=self.causal,
                 window=self.window,
                 softcap=self.softcap,
+                slopes=slopes,
             )
             for a, b, c in zip(q.flatten(0, -4), k.flatten(0, -4), v.flatten(0, -4), strict=True)
         ]

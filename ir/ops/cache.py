@@ -18,7 +18,7 @@ from ..define import Operand, OptionalOperand, op
 from ..dtypes import KV_SCALE_BYTES
 from ..errors import CompileError
 from ..types import Dim, TensorType
-from .attention import attend
+from .attention import attend, check_per_head
 
 Dims = Mapping[str, int]
 SMALLEST_SCALED = 1e-30
@@ -107,10 +107,14 @@ class PagedAttention(Op):
     context_len: Operand
     block_table: Operand
     sinks: OptionalOperand
+    slopes: OptionalOperand
     scale: float
     causal: bool = True
     window: int | None = None
     softcap: float | None = None
+
+    def verify(self) -> None:
+        check_per_head(self)
 
     def infer(self) -> list[TensorType]:
         if self.pages.shape[-1] != page_width(self.pages.dtype, self.q.shape[-1]):
@@ -123,7 +127,7 @@ class PagedAttention(Op):
     def reference(self, dims: Dims, *args: Any) -> Any:
         import torch
 
-        q, pages, query_start, context_len, block_table, sinks = args
+        q, pages, query_start, context_len, block_table, sinks, slopes = args
         out = torch.zeros_like(q)
         size = pages.shape[2]
         for b in range(context_len.shape[0]):
@@ -145,6 +149,7 @@ class PagedAttention(Op):
                 causal=self.causal,
                 window=self.window,
                 softcap=self.softcap,
+                slopes=slopes,
             ).to(q.dtype)
         return out
 

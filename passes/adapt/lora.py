@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ...ir.adapters import Adapter, LowRank
+from ...ir.adapters import Adapter, LowRank, listed
 from ...ir.core import Graph, Value
 from ...ir.dtypes import to_numpy
 from ...ir.errors import InputError
@@ -95,6 +95,7 @@ class MergeLora(Pass):
 
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         floats = 0
+        self._refuse_strangers(graph)
         for name, data in self.adapter.replaced.items():
             if name in self.adapter.optional and name not in graph.weights:
                 continue
@@ -114,6 +115,27 @@ class MergeLora(Pass):
                 bias.weight = _AddedBias(bias.weight, change.bias, change.scaling * self.scale)
         notes = [f"adapter {self.adapter}: {floats} quantized weights became floats"] if floats else []
         return PassResult(graph, True, notes)
+
+    def _refuse_strangers(self, graph: Graph) -> None:
+        """Name all modules that the model does not have, or that it has in other shapes."""
+        missing: list[str] = []
+        wrong: list[str] = []
+        for module, change in self.adapter.changes.items():
+            weight = graph.weights.get(f"{module}.weight")
+            n, k = change.b.shape[0], change.a.shape[1]
+            shape = (k, n) if change.transposed else (n, k)
+            if weight is None:
+                missing.append(module)
+            elif tuple(weight.shape) != shape:
+                wrong.append(f"{module} {list(shape)} where the model has {list(weight.shape)}")
+        # One is said with its tensor, below.
+        if len(missing) + len(wrong) < 2:
+            return
+        said = [f"changes {listed(missing)}, which {graph.name} does not have"] if missing else []
+        said += [f"is of other sizes: {listed(wrong)}"] if wrong else []
+        raise InputError(
+            f"adapter {self.adapter} {' and '.join(said)}", remedy="the adapter belongs to another model"
+        )
 
     def _weight(self, graph: Graph, name: str, tensor: LazyTensor) -> Value:
         found = graph.weights.get(name)

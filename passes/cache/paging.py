@@ -7,6 +7,8 @@ interface").
     token_type_ids [1, T]  → token_type_ids [T], where the model takes them
     arange(T)              → positions
     attention(q, k, v)     → pages' = append_kv(k, v, pages); paged_attention(q, pages', …)
+    … that sees a window   → the same over slot_mapping.W [T], block_table.W [B, P] and pages [2, NW, …]
+    recurrences            → the same with a state a sequence (`state.py`)
     logits of every row    → gather_last before the final norm: only wanted rows go through the head
 
 What is left must treat every token alone: sequences stand back to back in T, so an op that mixes rows would
@@ -25,10 +27,13 @@ from ...ir.ops.attention import Attention, Sdpa
 from ...ir.ops.cache import AppendKv, GatherLast, PagedAttention
 from ...ir.ops.nn import Embedding, LayerNorm, Linear, RmsNorm
 from ...ir.ops.quant import QuantizedEmbedding, QuantizedLinear
+from ...ir.ops.select import TopK
 from ...ir.ops.shape import Arange, Concat, DimValue, Expand, Full, Gather, Index, Reshape, Slice
+from ...ir.ops.state import Recurrence
 from ...ir.rewriter import constant
 from ...ir.types import Dim, DimExpr, Shape, TensorType, sym
 from ..base import Pass, PassContext, PassResult
+from .state import keep_states, recurrences
 
 T, B, P_, R, N = sym("T"), sym("B"), sym("P"), sym("R"), sym("N")
 
@@ -51,6 +56,8 @@ def row_mixing(op: Op) -> str | None:
     match op:
         case Sdpa() | Attention():
             return "attends to other tokens and was not paged"
+        case Recurrence():
+            return None if op.kept else "runs along the tokens"
         case m.CumSum() | m.Diff() if getattr(op, "axis", -1) in inner:
             return "runs along the tokens"
         case m.Reduce() if inner & set(op.axes):
@@ -65,7 +72,7 @@ def row_mixing(op: Op) -> str | None:
             return "moves the axis of tokens"
         case Index() if axes[0]:
             return "picks rows by index"
-        case Gather() if -1 in inner:
+        case Gather() | TopK() if -1 in inner:
             return "picks rows by index"
         case RmsNorm() | LayerNorm() | Linear() | QuantizedLinear() if -1 in inner:
             return "works along the axis of tokens"
@@ -108,7 +115,18 @@ def drop_batch_axis(graph: Graph, *per_token: Value) -> None:
         )
         if isinstance(op, (Reshape, Expand, Full)) and depends:
             op.shape = _without_batch(op.shape)
+        if isinstance(op, m.Binary) and depends:
+            _weights_without_batch(graph, op)
         graph.retype(op)
+
+
+def _weights_without_batch(graph: Graph, op: m.Binary) -> None:
+    """A weight [1, …] of the rank of a result [1, T, …] would give the batch axis back."""
+    for i, v in enumerate(op.operands):
+        if v.is_weight and v.type.rank == op.result.type.rank > 1 and v.shape[0] == 1:
+            part = Reshape(v, shape=_without_batch(v.shape))
+            part.loc = op.loc
+            graph.set_operand(op, i, graph.insert(part, before=op).result)
 
 
 @dataclass(frozen=True)
@@ -169,7 +187,7 @@ def _replace_by_position(graph: Graph, op: Op, positions: Value, *, step: int, s
 
 
 def _replace_counts(graph: Graph, inputs: _StepInputs) -> list[str]:
-    """cumsum(token_ids ≠ padding) counts tokens as well (RoBERTa): positions + 1. A step holds no padding, so
+    """cumsum(token_ids ≠ padding) counts tokens as well: positions + 1. A step holds no padding, so
     this differs only for a text that spells the padding token out, and only for what comes after it.
     """
     notes: list[str] = []
@@ -191,7 +209,7 @@ def _replace_counts(graph: Graph, inputs: _StepInputs) -> list[str]:
 def _positions_held(graph: Graph, positions: Value) -> int | None:
     """How many positions there are rows for, in models that look positions up in a table; None in others.
 
-    RoBERTa's table has two rows that no position reads, so its configuration promises two too many.
+    Such a table may have rows that no position reads, and its configuration then promises too many.
     """
     found: list[int] = []
     for op in graph:
@@ -264,11 +282,17 @@ class PageKvCache(Pass):
 
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         attentions = [op for op in graph if isinstance(op, Attention)]
-        if not attentions:
+        if not attentions and not recurrences(graph):
             why = _reason(context) or _candidates(graph)
             raise UnsupportedError(
                 f"{graph.name} holds no attention that was recognised{why}",
                 remedy="report the model",
+            )
+        ahead = next((op for op in attentions if not op.causal), None)
+        if ahead is not None and graph.facts.get("kind") == "causal_lm":
+            raise UnsupportedError(
+                f"attention in {ahead.loc or graph.name} sees the tokens that are to be generated",
+                remedy="a model that generates is causal; is_decoder may be missing in config.json",
             )
         types = [v for v in graph.inputs if v.name == "token_type_ids"]
         inputs = _replace_inputs(graph)
@@ -276,12 +300,13 @@ class PageKvCache(Pass):
         _replace_positions(graph, inputs.positions)
         notes = _replace_counts(graph, inputs)
         graph.retype_all()
-        self._page(graph, inputs, attentions)
+        self._page(graph, inputs, attentions, context.context_length)
+        keep_states(graph, inputs.query_start, inputs.context_len)
         graph.retype_all()
         graph.drop_dead()
         held = _positions_held(graph, inputs.positions)
         if held is not None:
-            graph.facts["positions"] = held
+            graph.facts["positions"] = min(held, graph.facts.get("positions", held))
         for op in graph:
             refusal = row_mixing(op)
             if refusal is not None and not isinstance(op, (AppendKv, PagedAttention)):
@@ -298,26 +323,30 @@ class PageKvCache(Pass):
         gather_wanted_rows(graph, inputs.output_index)
         return PassResult(graph, True, notes)
 
-    def _page(self, graph: Graph, inputs: _StepInputs, attentions: list[Attention]) -> None:
+    def _page(
+        self, graph: Graph, inputs: _StepInputs, attentions: list[Attention], length: int | None
+    ) -> None:
         facts: list[dict[str, object]] = []
         for layer, op in enumerate(attentions):
             heads, width = op.k.shape[-2:]
-            if op.v.shape[-2:] != op.k.shape[-2:]:
-                raise UnsupportedError(
-                    f"attention in {op.loc}: keys {op.k.type} and values {op.v.type} differ in width",
-                    remedy="no cache layout for this yet",
-                )
+            q, k, v = _one_width(graph, op)
+            width = k.shape[-1]
+            slots, table, number = inputs.slot_mapping, inputs.block_table, N
+            if op.window is not None and op.causal and _pays(graph, op.window, length):
+                slots, table = _window_tables(graph, op.window)
+                number = sym(f"N{op.window}")
             pages = graph.add_input(
-                f"kv_pages.{layer}", TensorType(self.kv_dtype, (2, N, self.page_size, heads, width))
+                f"kv_pages.{layer}", TensorType(self.kv_dtype, (2, number, self.page_size, heads, width))
             )
-            appended = AppendKv(op.k, op.v, pages, inputs.slot_mapping)
+            appended = AppendKv(k, v, pages, slots)
             paged = PagedAttention(
-                op.q,
+                q,
                 appended.result,
                 inputs.query_start,
                 inputs.context_len,
-                inputs.block_table,
+                table,
                 op.sinks,
+                op.slopes,
                 scale=op.scale,
                 causal=op.causal,
                 window=op.window,
@@ -327,10 +356,54 @@ class PageKvCache(Pass):
                 new.loc = op.loc
                 graph.insert(new, before=op)
             facts.append({"heads": heads, "head_dim": width, "window": op.window})
-            graph.replace(op, [paged.result])
+            result = paged.result
+            if v is not op.v:
+                cut = Slice(result, axis=-1, start=0, stop=op.v.shape[-1])
+                cut.loc = op.loc
+                result = graph.insert(cut, before=op).result
+            graph.replace(op, [result])
         graph.facts["kv"] = facts
         graph.facts["page_size"] = self.page_size
         graph.facts["kv_dtype"] = self.kv_dtype
+
+
+def _pays(graph: Graph, window: int, length: int | None) -> bool:
+    """Whether sequences that are kept in the cache grow beyond the window."""
+    return graph.facts.get("kind") == "causal_lm" and (length is None or window < length)
+
+
+def _window_tables(graph: Graph, window: int) -> tuple[Value, Value]:
+    """slot_mapping and block_table of the layers that see this window: they keep only its pages."""
+    names = (f"slot_mapping.{window}", f"block_table.{window}")
+    held = {value.name: value for value in graph.inputs}
+    shapes: tuple[Shape, Shape] = ((T,), (B, P_))
+    slots, table = (
+        held.get(name) or graph.add_input(name, TensorType("int32", shape))
+        for name, shape in zip(names, shapes, strict=True)
+    )
+    return slots, table
+
+
+def _one_width(graph: Graph, op: Attention) -> tuple[Value, Value, Value]:
+    """q, k and v of heads of one width, as pages hold them: zeros behind the narrower ones change neither a
+    score nor what is left of a result when as many are cut off it.
+    """
+    widths = [x.shape[-1] for x in (op.k, op.v)]
+    wide = max(d for d in widths if isinstance(d, int))
+
+    def padded(x: Value) -> Value:
+        missing = wide - x.shape[-1]
+        if not missing:
+            return x
+        zeros = Full(value=0.0, dtype=x.dtype, shape=(*x.shape[:-1], missing))
+        joined = Concat([x, zeros.result], axis=-1)
+        for new in (zeros, joined):
+            new.loc = op.loc
+            graph.insert(new, before=op)
+        return joined.result
+
+    q, k, v = (padded(x) for x in (op.q, op.k, op.v))
+    return q, k, v
 
 
 def gather_wanted_rows(graph: Graph, index: Value) -> None:

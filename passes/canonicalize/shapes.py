@@ -7,6 +7,7 @@ the weights.
     linear(reshape(x: [1,T,K] → [T,K]), w)  → reshape(linear(x, w))
     matmul(x, weight [K, N])                → linear(x, weightᵀ)
     add(linear(x, w), bias [N])             → linear(x, w, bias)
+    matmul([H,T,D], [H,D,T])                → a reshape of matmul([1,H,T,D], [1,H,D,T]), where both were that
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from ...ir.ops.shape import Concat, Reshape, Slice, Transpose
 from ...ir.rewriter import Any, Match, Or, P, Rewriter, Rule, Weight
 from ..base import RulePass
 from ..derived import TransposedTensor
+from . import swapped
 
 
 class MergeReshapes(Rule):
@@ -207,7 +209,35 @@ class TransposeOfUnit(Rule):
         return [rw.insert(Reshape(op.x, shape=op.result.shape))]
 
 
+def _with_batch(v: Value) -> Value | None:
+    """x [1, H, T, D] where v [H, T, D] is its reshape."""
+    op = v.producer
+    is_one = isinstance(op, Reshape) and v.type.rank == 3 and op.x.shape == (1, *v.shape)
+    return op.x if isinstance(op, Reshape) and is_one else None
+
+
+class KeepBatchAxis(Rule):
+    """f(reshape(x: [1,H,T,D] → [H,T,D])) → reshape(f(x)): products of heads keep the axis of the batch"""
+
+    pattern = P((m.MatMul, Transpose, m.Add, m.Sub, m.Mul, m.Div, m.Softmax, m.Cast, m.Where))
+
+    def rewrite(self, found: Match, rw: Rewriter) -> Sequence[Value] | None:
+        op = rw.root
+        if op.result.type.rank != 3:
+            return None
+        wide = [_with_batch(v) for v in op.operands]
+        if not any(w is not None and w.shape[1:] == op.result.shape for w in wide) and not (
+            isinstance(op, m.MatMul | Transpose) and wide[0] is not None
+        ):
+            return None
+        if isinstance(op, m.MatMul) and None in wide:
+            return None
+        mapping = {old: new for old, new in zip(op.operands, wide, strict=True) if new is not None}
+        return [rw.insert(Reshape(rw.insert(op.clone(mapping)), shape=op.result.shape))]
+
+
 RULES: tuple[Rule, ...] = (
+    KeepBatchAxis(),
     MergeReshapes(),
     MergeTransposes(),
     SinkTransposeUnary(),
@@ -219,6 +249,7 @@ RULES: tuple[Rule, ...] = (
     MatMulToLinear(),
     AddBias(),
     TransposeOfUnit(),
+    *swapped.RULES,
 )
 
 

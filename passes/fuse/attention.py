@@ -3,6 +3,7 @@
     sdpa(q, repeat(k), repeat(v), mask)                           → attention(q, k, v), causal, window
     matmul(softmax(softcap(matmul(q, kᵀ) · scale) + mask), v)     → attention(q, k, v), softcap as well
     matmul(slice(softmax(concat([scores, sinks]))), v)            → attention(q, k, v, sinks)
+    scores + slopes [H, 1, 1] · positions                         → attention(q, k, v, slopes)
 
 `attention` is token-major; the transposes made here cancel with the model's own. Repeated heads (GQA) are
 recognised and dropped. What a mask means is worked out by `masks.py`.
@@ -17,15 +18,17 @@ from typing import Any as Anything
 from ...ir.core import Value
 from ...ir.ops import math as m
 from ...ir.ops.attention import Attention, Sdpa
-from ...ir.ops.shape import Concat, Expand, Reshape, Slice, Transpose
+from ...ir.ops.shape import Arange, Concat, Expand, Reshape, Slice, Transpose
 from ...ir.rewriter import Any, Match, Or, P, Rewriter, Rule, constant, single_use
 from ...ir.types import Shape, product
 from ..base import RulePass
-from .mask_terms import NEGATIVE, Meaning, Predicate
+from .mask_terms import NEGATIVE, Choice, Meaning, Predicate
 from .masks import MaskAnalysis, MaskFacts, classify
 from .rope import SWAP_HEADS, token_major
+from .slopes import Slopes, read_slopes
 
 LAST_TWO = (-1, -2)
+_LOWEST = -3e38
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,20 @@ def unrepeated(x: Value) -> Heads:
 
 
 @dataclass(frozen=True)
+class Terms:
+    """What is added to scores: masks, and slopes along the keys."""
+
+    masks: tuple[Meaning, ...] = ()
+    slopes: Slopes | None = None
+
+    def and_mask(self, mask: Meaning) -> Terms:
+        return Terms((*self.masks, mask), self.slopes)
+
+    def both(self, other: Terms) -> Terms:
+        return Terms(self.masks + other.masks, self.slopes or other.slopes)
+
+
+@dataclass(frozen=True)
 class Scores:
     """What stands before the softmax: q head-major, k (token-major where it says so), and how their product
     was treated. `sinks` holds a logit a head.
@@ -80,7 +97,7 @@ class Scores:
     k_token_major: bool
     scale: float
     softcap: float | None
-    masks: tuple[Meaning, ...]
+    terms: Terms
     sinks: Value | None
 
 
@@ -126,42 +143,97 @@ def _peel_scale(x: Value, scale: float) -> tuple[Value, float]:
     return x, scale
 
 
-def _peel_masks(x: Value) -> tuple[Value, list[Meaning]]:
-    """Masks taken off: scores + mask → scores;  where(seen, scores, very negative) → scores."""
-    masks: list[Meaning] = []
+def _peel_masks(x: Value) -> tuple[Value, Terms]:
+    """What is added to scores taken off: scores + mask → scores; where(seen, scores, very negative) →
+    scores; scores + slopes · positions → scores.
+    """
+    terms = Terms()
     known = MaskAnalysis()
     while True:
         op = x.producer
         if isinstance(op, m.Where):
-            hidden, scores = (op.a, op.b) if constant(op.a) is not None else (op.b, op.a)
-            number = constant(hidden)
-            if number is None or number > NEGATIVE or scores.shape != x.shape:
+            split = _hidden(known, op)
+            if split is None or split[0].shape != x.shape:
                 break
-            seen = known.meaning(op.condition)
-            if hidden is op.a:
-                seen = seen.negated() if isinstance(seen, Predicate) else None
-            masks.append(seen)
-            x = scores
-        elif isinstance(op, m.Add):
-            mask = _mask_operand(known, op)
-            if mask is None:
+            x, terms = split[0], terms.and_mask(split[1])
+        elif isinstance(op, m.Mul) and (zeroed := _zeroed(known, op, terms.masks)) is not None:
+            x = zeroed
+        elif isinstance(op, m.Maximum) and (constant(op.b) or 0.0) <= _LOWEST and op.a.shape == x.shape:
+            x = op.a  # it only keeps sums of masks from becoming -inf
+        elif isinstance(op, m.Add | m.Sub):
+            found = _added(known, op)
+            if found is None:
                 break
-            masks.append(known.meaning(mask))
-            x = op.a if mask is op.b else op.b
+            x, more = found
+            if terms.slopes is not None and more.slopes is not None:
+                break
+            terms = terms.both(more)
         else:
             break
-    return x, masks
+    return x, terms
 
 
-def _mask_operand(known: MaskAnalysis, op: m.Add) -> Value | None:
-    """Which operand of scores + mask is the mask: the one that is understood, or else the one that all heads
-    share.
+def _zeroed(known: MaskAnalysis, op: m.Mul, masks: Sequence[Meaning]) -> Value | None:
+    """scores · seen → scores, where a mask that was taken off hides what is not seen anyway."""
+    for scores, seen in ((op.a, op.b), (op.b, op.a)):
+        meaning = known.meaning(seen)
+        if isinstance(meaning, Choice) and (meaning.yes, meaning.no) == (1.0, 0.0):
+            meaning = meaning.when
+        hides = [one.visible() if isinstance(one, Choice) else one for one in masks]
+        if isinstance(meaning, Predicate) and meaning in hides and scores.shape == op.result.shape:
+            return scores
+    return None
+
+
+def _hidden(known: MaskAnalysis, op: m.Where) -> tuple[Value, Meaning] | None:
+    """where(seen, x, very negative) → x and what is seen."""
+    hidden, x = (op.a, op.b) if constant(op.a) is not None else (op.b, op.a)
+    number = constant(hidden)
+    if number is None or number > NEGATIVE:
+        return None
+    seen = known.meaning(op.condition)
+    if hidden is op.a:
+        seen = seen.negated() if isinstance(seen, Predicate) else None
+    return x, seen
+
+
+def _added(known: MaskAnalysis, op: m.Add | m.Sub) -> tuple[Value, Terms] | None:
+    """Which operand of scores + bias is the bias, and what it means: the one that is understood, or else the
+    one that all heads share.
     """
-    for mask, scores in ((op.b, op.a), (op.a, op.b)):
-        if known.meaning(mask) is not None and scores.shape == op.result.shape:
-            return mask
-    shared = [v for v in (op.b, op.a) if v.shape[1:2] == (1,)]
-    return shared[0] if len(shared) == 1 else None
+    heads = op.result.shape[-3] if op.result.type.rank >= 3 else None
+    if isinstance(op, m.Sub):
+        slopes = read_slopes(known, op.b, heads)
+        fits = slopes is not None and op.a.shape == op.result.shape
+        return (op.a, Terms((), slopes.times(-1.0))) if slopes is not None and fits else None
+    for bias, scores in ((op.b, op.a), (op.a, op.b)):
+        terms = read_bias(known, bias, heads)
+        if terms is not None and scores.shape == op.result.shape:
+            return scores, terms
+    shared = [(a, b) for a, b in ((op.a, op.b), (op.b, op.a)) if b.shape[-3:-2] == (1,)]
+    return (shared[0][0], Terms().and_mask(None)) if len(shared) == 1 else None
+
+
+def read_bias(known: MaskAnalysis, bias: Value, heads: object) -> Terms | None:
+    """A bias of scores [..., heads, T, T] as masks and slopes; None where it is something else."""
+    meaning = known.meaning(bias)
+    if meaning is not None:
+        return Terms((meaning,))
+    slopes = read_slopes(known, bias, heads)
+    if slopes is not None:
+        return Terms((), slopes)
+    op = bias.producer
+    if isinstance(op, m.Where) and (split := _hidden(known, op)) is not None:
+        inner = read_bias(known, split[0], heads)
+        return None if inner is None else inner.and_mask(split[1])
+    if isinstance(op, m.Add):
+        parts = [read_bias(known, v, heads) for v in (op.a, op.b)]
+        if parts[0] is None or parts[1] is None or (parts[0].slopes and parts[1].slopes):
+            return None
+        return parts[0].both(parts[1])
+    if isinstance(op, Reshape | Expand) and bias.shape[-3:] == op.x.shape[-3:]:
+        return read_bias(known, op.x, heads)
+    return None
 
 
 def read_scores(x: Value) -> Scores | str:
@@ -170,7 +242,7 @@ def read_scores(x: Value) -> Scores | str:
     if isinstance(peeled, str):
         return peeled
     x, sinks = peeled
-    x, masks = _peel_masks(x)
+    x, terms = _peel_masks(x)
     x, scale = _peel_scale(x, 1.0)
     softcap: float | None = None
     if isinstance(op := x.producer, m.Tanh):
@@ -178,6 +250,15 @@ def read_scores(x: Value) -> Scores | str:
         x, scale = _peel_scale(op.x, 1.0)
         scale *= softcap
     product = x.producer
+    if (
+        softcap is None
+        and isinstance(product, m.Add | m.Sub)
+        and any(_reads_positions(v) for v in (product.a, product.b))
+    ):
+        return (
+            "a bias of positions is added to the scores that is no slope a head, such as one by relative "
+            "positions in buckets"
+        )
     if not isinstance(product, m.MatMul):
         return "the softmax is not over a product of queries and keys"
     keys = _keys_of(product.b)
@@ -185,7 +266,24 @@ def read_scores(x: Value) -> Scores | str:
         return "the keys are not transposed in the last two axes"
     q, scale = _peel_scale(product.a, scale)
     key, scale = _peel_scale(keys[0], scale)
-    return Scores(q, key, keys[1], scale, softcap, tuple(masks), sinks)
+    return Scores(q, key, keys[1], scale, softcap, terms, sinks)
+
+
+def _reads_positions(v: Value) -> bool:
+    """Whether a value is made of weights and positions alone."""
+    seen: set[Value] = set()
+    waiting, counts = [v], False
+    while waiting:
+        one = waiting.pop()
+        if one in seen:
+            continue
+        seen.add(one)
+        if one.producer is None and not one.is_weight:
+            return False
+        if one.producer is not None:
+            counts |= isinstance(one.producer, Arange)
+            waiting += one.producer.operands
+    return counts
 
 
 def _keys_of(kt: Value) -> tuple[Value, bool] | None:
@@ -231,6 +329,7 @@ def _emit(
     k: Heads,
     v: Heads,
     sinks: Value | None,
+    slopes: Slopes | None,
     *,
     k_token_major: bool = False,
     **fields: Anything,
@@ -238,7 +337,10 @@ def _emit(
     keys = k.emit(rw) if k_token_major else token_major(rw, k.emit(rw))
     if sinks is not None and sinks.type.rank != 1:
         sinks = rw.insert(Reshape(sinks, shape=(product(sinks.shape),)))
-    y = rw.insert(Attention(token_major(rw, q), keys, token_major(rw, v.emit(rw)), sinks, **fields))
+    heads = q.shape[1]
+    assert isinstance(heads, int)
+    along = None if slopes is None else slopes.emit(rw, heads)
+    y = rw.insert(Attention(token_major(rw, q), keys, token_major(rw, v.emit(rw)), sinks, along, **fields))
     return rw.insert(Transpose(y, perm=SWAP_HEADS))
 
 
@@ -247,26 +349,27 @@ class FuseSdpa(Rule):
 
     pattern = P(Sdpa, name="sdpa")
 
-    def _parts(self, found: Match) -> tuple[Sdpa, Heads, Heads, MaskFacts | str]:
+    def _parts(self, found: Match) -> tuple[Sdpa, Heads, Heads, MaskFacts | str, Slopes | None]:
         op = found.op("sdpa")
         assert isinstance(op, Sdpa)
-        facts = _facts([MaskAnalysis().meaning(op.mask)] if op.mask is not None else [])
+        terms = Terms()
+        if op.mask is not None:
+            known = MaskAnalysis()
+            terms = read_bias(known, op.mask, op.q.shape[-3]) or terms.and_mask(None)
+        facts = _facts(terms.masks)
         if isinstance(facts, MaskFacts) and op.causal:
             facts = MaskFacts(True, facts.window)
-        return op, unrepeated(op.k), unrepeated(op.v), facts
+        return op, unrepeated(op.k), unrepeated(op.v), facts, terms.slopes
 
     def check(self, found: Match) -> str | None:
-        op, k, v, facts = self._parts(found)
+        op, k, v, facts, _ = self._parts(found)
         return facts if isinstance(facts, str) else _heads_fit(op.q, k, v)
 
     def rewrite(self, found: Match, rw: Rewriter) -> Sequence[Value]:
-        op, k, v, facts = self._parts(found)
+        op, k, v, facts, slopes = self._parts(found)
         assert isinstance(facts, MaskFacts)
-        return [
-            _emit(
-                rw, op.q, k, v, None, scale=op.scale, causal=facts.causal, window=facts.window, softcap=None
-            )
-        ]
+        fields: dict[str, Anything] = {"scale": op.scale, "causal": facts.causal, "window": facts.window}
+        return [_emit(rw, op.q, k, v, None, slopes, softcap=None, **fields)]
 
 
 class FuseEagerAttention(Rule):
@@ -292,9 +395,11 @@ class FuseEagerAttention(Rule):
         scores = read_scores(found["scores"])
         if isinstance(scores, str):
             return scores, scores
+        if scores.sinks is not None and scores.terms.slopes is not None:
+            return "scores have sinks and a slope a head", "sinks"
         if (scores.sinks is not None) != ("slice" in found):
             return "the sinks' column is not cut off after the softmax", "sinks"
-        return scores, _facts(scores.masks)
+        return scores, _facts(scores.terms.masks)
 
     def check(self, found: Match) -> str | None:
         scores, facts = self._parts(found)
@@ -317,6 +422,7 @@ class FuseEagerAttention(Rule):
                 unrepeated(scores.k),
                 unrepeated(found["v"]),
                 scores.sinks,
+                scores.terms.slopes,
                 k_token_major=scores.k_token_major,
                 scale=scores.scale,
                 causal=facts.causal,

@@ -44,7 +44,7 @@ from .mask_terms import (
 TABLE_LIMIT = 1 << 26  # elements of a stored triangle that is read to see what it is
 
 
-def _kept_axes(before: Shape, after: Shape) -> dict[int, int] | None:
+def kept_axes(before: Shape, after: Shape) -> dict[int, int] | None:
     """Old axis → new axis for a reshape that only adds or drops axes of length one; None for any other."""
     old = [i - len(before) for i, d in enumerate(before) if d != 1]
     new = [i - len(after) for i, d in enumerate(after) if d != 1]
@@ -54,18 +54,23 @@ def _kept_axes(before: Shape, after: Shape) -> dict[int, int] | None:
 
 
 def stored_triangle(data: LazyTensor) -> Predicate | None:
-    """What a stored boolean table [..., n, n] is (buffers of older models): everything, the lower triangle,
-    or a band of it.
+    """What a stored table [..., n, n] of truth values is (buffers of older models): everything, the lower
+    triangle, or a band of it. Floats stand for truth values where they are 0 and 1, and have axes in front.
     """
     shape = data.shape
-    if data.dtype not in ("bool", "uint8") or len(shape) < 2 or math.prod(shape) != shape[-1] * shape[-2]:
+    floats = data.dtype == "float32" and len(shape) > 2
+    if (
+        not (floats or data.dtype in ("bool", "uint8"))
+        or len(shape) < 2
+        or math.prod(shape) != shape[-1] * shape[-2]
+    ):
         return None
     rows, columns = shape[-2:]
     if rows != columns or rows * columns > TABLE_LIMIT:
         return None
     stored = data.read().reshape(rows, columns)
     table = stored != 0
-    if stored.max(initial=0) > 1:
+    if data.dtype != "bool" and not np.isin(stored, (0, 1)).all():
         return None
     if table.all():
         return Predicate()
@@ -95,7 +100,8 @@ class MaskAnalysis:
 
     @staticmethod
     def _of_weight(v: Value) -> Meaning:
-        return None if v.weight is None else stored_triangle(v.weight)
+        found = None if v.weight is None else stored_triangle(v.weight)
+        return Choice(found, 1.0, 0.0) if found is not None and v.dtype == "float32" else found
 
     def _of_op(self, op: Op) -> Meaning:
         match op:
@@ -150,7 +156,7 @@ class MaskAnalysis:
     def _moved(self, op: Reshape | Expand | Transpose) -> Meaning:
         rank = op.x.type.rank
         if isinstance(op, Reshape):
-            axes = _kept_axes(op.x.shape, op.shape)
+            axes = kept_axes(op.x.shape, op.shape)
         elif isinstance(op, Expand):
             axes = {i - rank: i - rank for i in range(rank)}
         else:

@@ -18,6 +18,7 @@ from ...ir.rewriter import Any, Match, P, Rewriter, Rule, apply_rules
 from ...ir.types import Dim
 from ..base import Pass, PassContext, PassResult
 from ..derived import ConcatRows
+from ..routers import is_router
 
 
 def activation_name(op: Op) -> str | None:
@@ -140,6 +141,8 @@ class MergeProjections(Pass):
         changed = False
         for value in [*graph.inputs, *(v for op in graph for v in op.results)]:
             linears = [op for op in value.users if isinstance(op, Linear) and op.x is value]
+            if len(linears) > 1:
+                linears = [op for op in linears if not is_router(op)]
             for biased in (False, True):  # a layer with a bias and one without stay apart
                 siblings = [op for op in linears if (op.bias is not None) is biased]
                 refusal = mergeable(siblings) if len(siblings) > 1 else None

@@ -3,6 +3,8 @@
     add(mul(x, cos), mul(concat([neg(slice(x, h:)), slice(x, :h)]), sin))   → rope(x, cos, sin)
     … concat([neg(slice(x, 1::2)), slice(x, ::2)]) side by side instead …   → rope(x, cos, sin, interleaved)
     concat([rope(slice(x, :r)), slice(x, r:)])                              → rope(x, cos, sin)  (partial)
+    a, b = columns of reshape(x, [..., n, 2]):
+    reshape(concat([a · cos - b · sin, a · sin + b · cos], side by side))   → rope(x, cos, sin, interleaved)
 
 x is [1, H, T, D] (head-major) or [1, T, H, D] here, as its tables say; rope is token-major, so around a
 head-major one a transpose goes in and one comes out, and they cancel with their neighbours. The tables stay
@@ -102,7 +104,7 @@ def _ended(part: Part, width: int) -> tuple[Dim, Dim, int]:
     return (start, width if step == 2 and stop == width - 1 else stop, step)
 
 
-def _table(rw: Rewriter, table: Value) -> Value:
+def one_table(rw: Rewriter, table: Value) -> Value:
     """cos or sin as [1, T, R] from [1, 1, T, R] or [1, T, 1, R]."""
     target = (1, *(d for d in table.shape[:-1] if d != 1), table.shape[-1])
     return table if table.shape == target else rw.insert(Reshape(table, shape=target))
@@ -139,7 +141,7 @@ class FuseRope(Rule):
             return "rotary embedding of a tensor that is neither [1, H, T, D] nor [1, T, H, D]"
         return (
             None
-            if _layout(x, cos) is not None and _layout(x, cos) == _layout(x, sin)
+            if layout(x, cos) is not None and layout(x, cos) == layout(x, sin)
             else (f"the tables {cos.type} and {sin.type} are not one row a token of {x.type}")
         )
 
@@ -148,21 +150,115 @@ class FuseRope(Rule):
         if read is None or isinstance(read, str):
             return None
         x, cos, sin, interleaved = read
-        cos, sin = _table(rw, cos), _table(rw, sin)
-        if _layout(x, read[1]) == "token-major":
+        cos, sin = one_table(rw, cos), one_table(rw, sin)
+        if layout(x, read[1]) == "token-major":
             return [rw.insert(Rope(x, cos, sin, interleaved=interleaved))]
         y = rw.insert(Rope(token_major(rw, x), cos, sin, interleaved=interleaved))
         return [rw.insert(Transpose(y, perm=SWAP_HEADS))]
 
 
-def _layout(x: Value, table: Value) -> str | None:
-    """How x [1, a, b, D] lies, by the axis along which its table varies; None where neither fits."""
-    if table.type.rank not in (2, 3, 4) or table.shape[-1] != x.shape[-1] or x.shape[0] != 1:
+def layout(x: Value, table: Value, *, pairs: bool = False) -> str | None:
+    """How x [1, a, b, D] lies, by the axis along which its table [..., D], or [..., D / 2] of `pairs`,
+    varies; None where neither fits.
+    """
+    width = table.shape[-1] * 2 if pairs else table.shape[-1]
+    if table.type.rank not in (2, 3, 4) or width != x.shape[-1] or x.shape[0] != 1:
         return None
     lead = (1,) * (4 - table.type.rank) + table.shape[:-1]
     if lead == (1, 1, x.shape[-2]):
         return "head-major"
     return "token-major" if lead == (1, x.shape[-3], 1) else None
+
+
+def _column(v: Value) -> Value | None:
+    """v [..., n] of its reshape to [..., n, 1]."""
+    op = v.producer
+    return op.x if isinstance(op, Reshape) and op.shape == (*op.x.shape, 1) else None
+
+
+def _half(v: Value) -> tuple[Value, object] | None:
+    """(pairs [..., n, 2], 0 or 1) where v is that column of them."""
+    op = v.producer
+    cut = op.x.producer if isinstance(op, Reshape) else None
+    if not isinstance(cut, Slice) or cut.axis != -1 or cut.x.shape != (*v.shape, 2) or cut.step != 1:
+        return None
+    return cut.x, cut.start
+
+
+def _factors(v: Value) -> tuple[Value, object, Value] | None:
+    """(pairs, which of them, table) of a product of one column of pairs and a table."""
+    if not isinstance(v.producer, m.Mul):
+        return None
+    for one, table in ((v.producer.a, v.producer.b), (v.producer.b, v.producer.a)):
+        half = _half(one)
+        if half is not None:
+            return *half, table
+    return None
+
+
+def _turned(real: Value, imag: Value) -> tuple[Value, Value, Value] | None:
+    """(pairs, cos, sin) of the two parts of a product of complex numbers."""
+    if not isinstance(real.producer, m.Sub) or not isinstance(imag.producer, m.Add):
+        return None
+    parts = [_factors(v) for op in (real.producer, imag.producer) for v in op.operands]
+    found = [p for p in parts if p is not None]
+    if len(found) != 4 or any(p[0] is not found[0][0] for p in found):
+        return None
+    first, second, *rest = found
+    cos, sin = first[2], second[2]
+    places = {(p[1], p[2]) for p in rest}
+    fits = (first[1], second[1]) == (0, 1) and places == {(0, sin), (1, cos)}
+    return (first[0], cos, sin) if fits else None
+
+
+class FusePairedRope(Rule):
+    """The parts of x · (cos + i sin), side by side → rope(x, cos, sin, interleaved)"""
+
+    pattern = P(Reshape, P(Concat, axis=-1))
+
+    def _read(self, found: Match) -> tuple[Value, Value, Value] | None:
+        """x, cos, sin."""
+        root = found.root
+        joined = root.operands[0].producer
+        if not isinstance(joined, Concat) or len(joined.operands) != 2:
+            return None
+        columns = [_column(v) for v in joined.operands]
+        if columns[0] is None or columns[1] is None:
+            return None
+        read = _turned(columns[0], columns[1])
+        source = read[0].producer if read is not None else None
+        if read is None or not isinstance(source, Reshape) or source.x.shape != root.result.shape:
+            return None
+        return source.x, read[1], read[2]
+
+    def check(self, found: Match) -> str | None:
+        read = self._read(found)
+        if read is None:
+            return None
+        x, cos, sin = read
+        if x.type.rank != 4:
+            return "rotary embedding of a tensor that is neither [1, H, T, D] nor [1, T, H, D]"
+        first, second = (layout(x, table, pairs=True) for table in (cos, sin))
+        fits = first is not None and first == second
+        return None if fits else f"the tables {cos.type} and {sin.type} are not one row a token of {x.type}"
+
+    def rewrite(self, found: Match, rw: Rewriter) -> Sequence[Value] | None:
+        read = self._read(found)
+        if read is None:
+            return None
+        x, cos, sin = read
+        tables = [one_table(rw, _twice(rw, t)) for t in (cos, sin)]
+        if layout(x, cos, pairs=True) == "token-major":
+            return [rw.insert(Rope(x, *tables, interleaved=True))]
+        y = rw.insert(Rope(token_major(rw, x), *tables, interleaved=True))
+        return [rw.insert(Transpose(y, perm=SWAP_HEADS))]
+
+
+def _twice(rw: Rewriter, table: Value) -> Value:
+    """[..., n] → [..., 2n], each number twice in a row."""
+    column = rw.insert(Reshape(table, shape=(*table.shape, 1)))
+    both = rw.insert(Concat([column, column], axis=-1))
+    return rw.insert(Reshape(both, shape=(*table.shape[:-1], table.shape[-1] * 2)))
 
 
 class WidenRope(Rule):
@@ -193,4 +289,4 @@ class FuseRotary(RulePass):
     """Rotary position embedding."""
 
     name = "fuse-rope"
-    rules = (FuseRope(), WidenRope())
+    rules = (FuseRope(), FusePairedRope(), WidenRope())

@@ -13,12 +13,16 @@ from ...ir.ops.nn import Embedding, Linear
 from ...ir.ops.quant import QuantizedEmbedding, QuantizedLinear
 from ...ir.types import Quantization, TensorType
 from ...ir.weights import LazyTensor
+from ..routers import is_router
 
 
 def is_quantizable(weight: Value) -> bool:
-    """Whether linear layers and embeddings, and nothing else, read a weight as their matrix [N, K]."""
+    """Whether linear layers and embeddings, and nothing else, read a weight as their matrix [N, K]; routers
+    of experts stay as they are.
+    """
     users = weight.users
-    return bool(users) and all(isinstance(u, (Linear, Embedding)) and u.weight is weight for u in users)
+    plain = bool(users) and all(isinstance(u, (Linear, Embedding)) and u.weight is weight for u in users)
+    return plain and not any(is_router(u) for u in users)
 
 
 def attach_quantized(

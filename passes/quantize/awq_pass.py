@@ -30,6 +30,7 @@ from .awq import Choice, Layer, Rounded, clip, search_scale
 from .blocks import Activations, Block, Segment, read_weight, run_ops, split_blocks, whole_weights
 from .calibrated import need_calibration
 from .grid import Grid
+from .moe import fall_back
 from .options import check_grid, parse_scheme
 from .walk import is_head
 
@@ -105,8 +106,9 @@ class QuantizeAwq(Pass):
         walk = self._walk(graph, context)
         for weight, rounded in walk.found.items():
             _attach(walk, weight, rounded)
+        said = fall_back(graph, "awq", self.bits, self.group, self.symmetric)
         graph.drop_dead()
-        return PassResult(graph, bool(walk.found), list(walk.refusals))
+        return PassResult(graph, bool(walk.found), [*walk.refusals, *said])
 
     def _walk(self, graph: Graph, context: PassContext) -> _Walk:
         """Scales found and absorbed, grids chosen, nothing attached yet."""

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 SHARES = (0.0, 0.5, 1.0)
 """How much of the tuning is tried."""
 TUNED_PART = 4  # one sequence in so many is kept for tuning,
-MOST_TUNED = 16  # and no more: four times as many changed SmolLM2's KL by less than 0.1 %
+MOST_TUNED = 16  # and no more: four times as many changed a small model's KL by less than 0.1 %
 _WALK, _TUNE = 0.6, 0.95  # shares of the progress bar where these steps end
 
 

@@ -32,6 +32,14 @@ from .attach import attach_quantized, is_quantizable
 from .blocks import Activations, LinearOp, Segment, read_weight, split_blocks, whole_weights
 from .gptq import Coded
 from .grid import Grid
+from .moe_calibrated import (
+    Coder,
+    attach_coded,
+    code_experts,
+    dequantized,
+    mixtures_of,
+    read_of_mixtures,
+)
 from .products import short_factors
 from .walk import is_head
 
@@ -138,20 +146,27 @@ def walk(
             targets = [w for w in layers_of(graph, segment) if w not in found.coded]
             if any(is_head(graph, layer.operands[1]) for layer in segment.layers):
                 break  # nothing after the head is asked for
-            if targets and not started:
+            mixtures = [op for op in mixtures_of(graph, segment) if op.gate_up not in found.coded]
+            if (targets or mixtures) and not started:
                 quantized.adopt(exact, segment.inputs, len(sequences))
                 started = True
             reads = read_of_exact(segment, targets) if known is None else ()
+            reads += read_of_mixtures(mixtures) if known is None else ()
             exact.advance(segment, also=reads, short=True)
             if known is not None:
-                codes = {w: {part: known[f"{w.name}.{part}"] for part in PARTS} for w in targets}
+                stacked = [w for op in mixtures for w in (op.gate_up, op.down)]
+                codes = {w: {part: known[f"{w.name}.{part}"] for part in PARTS} for w in [*targets, *stacked]}
             else:
                 inputs = measure_inputs(segment, exact, quantized, targets)
-                codes = {w: _quantize(w, inputs.pop(w), grid_of(w), method, found.notes) for w in targets}
+                codes = {
+                    w: _quantize(w.name, inputs.pop(w), grid_of(w), method, found.notes) for w in targets
+                }
+                for op in mixtures:
+                    codes |= code_experts(op, exact, grid_of, _coder(method), found.notes)
             for weight, parts in codes.items():
                 fresh |= {f"{weight.name}.{part}": array for part, array in parts.items()}
                 found.coded[weight], found.grids[weight] = parts, grid_of(weight)
-                replaced[weight] = as_coded(parts).weight(grid_of(weight))
+                replaced[weight] = dequantized(parts, grid_of(weight))
             if started:
                 quantized.advance(segment, _fetch(replaced, segment), short=True)
             exact.drop(v for v in reads if v not in segment.outputs)
@@ -172,7 +187,7 @@ def _keep_on_disk(mapped: Mapping[str, Array], found: Walked) -> None:
 
 
 def _fetch(replaced: Mapping[Value, Any], segment: Segment) -> Any:
-    if not any(layer.operands[1] in replaced for layer in segment.layers):
+    if not any(v in replaced for op in segment.ops for v in op.operands):
         return read_weight
     kept = {v: read_weight(v) for v in whole_weights(segment.ops) if v not in replaced}
     return lambda v: replaced[v] if v in replaced else kept[v] if v in kept else read_weight(v)
@@ -270,25 +285,37 @@ def _finite_weight(weight: Value) -> torch.Tensor:
     return w
 
 
-def _quantize(value: Value, inputs: Inputs, grid: Grid, method: Method, notes: list[str]) -> dict[str, Array]:
+def _quantize(name: str, inputs: Inputs, grid: Grid, method: Method, notes: list[str]) -> dict[str, Array]:
     import torch
 
     from .grid import encode, search_scales
 
     if not bool(torch.isfinite(inputs.hessian).all()):
         raise CompileError(
-            f"the inputs of {value.name} overflow while calibrating", remedy="calibrate on another text"
+            f"the inputs of {name} overflow while calibrating", remedy="calibrate on another text"
         )
     w = inputs.weight
     k = w.shape[1]
-    refusal = too_few_tokens(value.name, inputs.tokens, k)
+    refusal = too_few_tokens(name, inputs.tokens, k)
     if refusal is not None:
         notes.append(refusal)
         scale, zero = search_scales(w, torch.ones(k), grid)
         return as_arrays(Coded(encode(w, grid.spread(scale, k), grid.spread(zero, k), grid.top), scale, zero))
-    coded, said = method(inputs, grid, value.name)
+    coded, said = method(inputs, grid, name)
     notes += said
     return as_arrays(coded)
+
+
+def _coder(method: Method) -> Coder:
+    """How the matrices of experts are quantized: as other weights, with the inputs of the float model."""
+
+    def code(w: torch.Tensor, hessian: torch.Tensor, tokens: int, grid: Grid, name: str) -> dict[str, Array]:
+        import torch
+
+        said: list[str] = []  # of single experts there would be hundreds: `code_experts` says it in one line
+        return _quantize(name, Inputs(w, hessian, torch.zeros_like(w), tokens), grid, method, said)
+
+    return code
 
 
 def as_arrays(coded: Coded) -> dict[str, Array]:
@@ -310,7 +337,10 @@ def as_coded(parts: Mapping[str, Array]) -> Coded:
 def attach_walked(graph: Graph, found: Walked) -> None:
     """Let the graph's layers read the codes."""
     found.exact.close()
+    stacked = attach_coded(graph, found.coded, found.grids, PieceTensor)
     for weight, parts in found.coded.items():
+        if weight in stacked:
+            continue
         grid = found.grids[weight]
         k = parts["q"].shape[1]
         quant = Quantization(grid.bits, min(grid.group, k), grid.symmetric)

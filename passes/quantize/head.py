@@ -24,7 +24,7 @@ from ...ir.interpreter import to_torch
 from ...ir.ops.nn import Linear, linear
 from ...ir.ops.quant import dequantized
 from .blocks import Fetch, LinearOp, run_ops
-from .walk import QuantizedPart, QuantizedWeight
+from .nearest import QuantizedPart, QuantizedWeight
 
 if TYPE_CHECKING:
     import torch

@@ -25,6 +25,7 @@ from ..base import Pass, PassContext, PassResult
 from ..derived import ConcatRows, SliceRows
 from ..registry import Quantizer
 from .attach import attach_quantized, is_quantizable
+from .moe import experts_of
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,9 @@ class KeepQuantized(Pass):
                 remedy="choose a scheme, such as --quant int4, or --quant none",
             )
         notes = [f"{floats} weights of linear layers or embeddings are stored as floats and stay so"]
-        return PassResult(graph, True, notes if floats else [])
+        mixtures = len(experts_of(graph))
+        said = [f"the experts of {mixtures} mixtures stay floats, whatever the file has them in"]
+        return PassResult(graph, True, (notes if floats else []) + (said if mixtures else []))
 
 
 def attach_stored(graph: Graph, weight: Value, parts: QuantizedTensors) -> None:

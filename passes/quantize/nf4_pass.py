@@ -24,13 +24,16 @@ from ..base import Pass, PassContext, PassResult
 from ..derived import ConcatRows
 from ..registry import Quantizer
 from .attach import attach_quantized, is_quantizable
+from .moe import fall_back
+from .nearest import QuantizedPart, QuantizedWeight
 from .nf4 import BLOCK, block_absmax, dequantize_absmax, quantize_absmax, quantize_rows, row_scales
-from .walk import QuantizedPart, QuantizedWeight, is_head
+from .walk import is_head
 
 Array = np.ndarray[Any, Any]
 SMALLEST_GROUP = 8
 _CHUNK_BYTES = 8 << 20
 _HEAD = Quantization(8, 64, True)
+_EXPERTS = Quantization(4, 64, False)
 
 
 class Nf4Weight:
@@ -142,11 +145,12 @@ class QuantizeNf4(Pass):
                 parts = nf4_parts(weight.weight)
                 attach_quantized(graph, weight, parts.quant, parts.codes, parts.scale, None)
                 count += 1
+        said = fall_back(graph, "nf4", _EXPERTS.bits, _EXPERTS.group_size, _EXPERTS.symmetric)
         graph.drop_dead()
         if not count:
-            return PassResult(graph, False, ["no linear layer was found to quantize"])
+            return PassResult(graph, bool(said), said or ["no linear layer was found to quantize"])
         note = "nf4: scales are stored as float32, the values of double quantization at 4.5 bits a weight"
-        return PassResult(graph, True, [note])
+        return PassResult(graph, True, [note, *said])
 
 
 def _quantize_head(graph: Graph, weight: Value, data: LazyTensor) -> None:

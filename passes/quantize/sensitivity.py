@@ -32,6 +32,7 @@ from .fisher import head_gradient
 from .grid import Grid
 from .head import LARGE, Cache, DiskCache, Head, find_head
 from .mixed import HEADER, WIDTHS, Option, allocate, smallest, stored_bits
+from .moe import experts_of
 from .walk import is_head
 
 if TYPE_CHECKING:
@@ -271,6 +272,12 @@ class ChooseBits(Pass):
 
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         weights = [w for w in graph.weights.values() if is_quantizable(w)]
+        if experts_of(graph):
+            raise InputError(
+                f"--bits-per-weight {self.target:g}: {graph.name} is a mixture of experts, which get the "
+                "bits of the scheme",
+                remedy="leave it out, and choose the scheme by its bits",
+            )
         grids = {w: self._grids(w, is_head(graph, w)) for w in weights}
         grids = {w: g for w, g in grids.items() if g}
         fixed = sum(

@@ -11,8 +11,8 @@ Back-propagation goes block by block: forward keeps each block's inputs, backwar
 gradients and hands on those of its inputs. Memory is one block, its gradients, and the inputs of all blocks
 for one sequence. The loss goes through the head in pieces of the vocabulary (`head.py`).
 
-The rate is small on purpose: at three times this rate, or with one sequence a step, SmolLM2's perplexity on
-the calibration's own kind of text fell further while KL on other text rose.
+The rate is small on purpose: at three times this rate, or with one sequence a step, a small model's
+perplexity on the calibration's own kind of text fell further while KL on other text rose.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from .blocks import Block, first_values, read_weight, run_ops, split_blocks, who
 from .calibrated import Array, Walked, as_coded
 from .grid import Grid, storable
 from .head import LARGE, Cache, DiskCache, Head, find_head, token_losses
+from .moe_calibrated import dequantized
 
 if TYPE_CHECKING:
     import torch
@@ -96,6 +97,8 @@ class Tuning:
         if folder is not None and head.nbytes > LARGE:
             tuning.cache = DiskCache(folder)
         for weight, parts in found.coded.items():
+            if parts["q"].ndim > 2:
+                continue  # experts: a token moves the scales of a few of them, and the others would be noise
             tuning.parameters[weight] = Parameter.zeros(parts["scale"].shape)
         for op in graph:
             for value in op.operands if isinstance(op, (RmsNorm, LayerNorm)) else ():
@@ -147,7 +150,7 @@ class _Weights:
         self._tensors: dict[Value, torch.Tensor] = {}
         for value in whole_weights(block.ops):
             if value not in tuning.parameters:
-                self._tensors[value] = read_weight(value)
+                self._tensors[value] = _untuned(tuning.found, value)
                 continue
             delta = tuning.share * tuning.parameters[value].value.detach()
             if gradients:
@@ -159,6 +162,13 @@ class _Weights:
 
     def __call__(self, value: Value) -> torch.Tensor:
         return self._tensors[value]
+
+
+def _untuned(found: Walked, value: Value) -> torch.Tensor:
+    """A weight as it is; experts are coded, and not tuned."""
+    if value in found.coded:
+        return dequantized(found.coded[value], found.grids[value])
+    return read_weight(value)
 
 
 def scaled(parts: Mapping[str, Array], grid: Grid, delta: torch.Tensor) -> torch.Tensor:

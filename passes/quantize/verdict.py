@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -221,7 +221,7 @@ def measure(
 
 
 @contextmanager
-def side_by_side(count: int) -> Iterator[Together[Any]]:
+def side_by_side(count: int) -> Generator[Together[Any]]:
     """A way to call a function for several numbers at once, up to `count` of them, in threads that torch does
     not divide further.
     """

@@ -1,34 +1,47 @@
 """Executors: what runs a compiled model.
 
-`open_executor` picks the target and the kernels that suit this machine.
+`open_executor` picks the target and the kernels that suit this machine. Other packages add executors for
+their targets by entry points: `llmc.executors`, name of the target → a module with `open_target`, or that
+function.
 """
 
 from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from ...codegen.artifact import Artifact
 from ...ir.errors import ArtifactError, InputError
+from ...plugins.entries import registered
 from .. import cpu
-from .base import Executor, StepInputs
+from .base import Executor, Kernels, StepInputs
 
 __all__ = ["Executor", "StepInputs", "choose_isa", "choose_target", "open_executor"]
+
+GROUP = "llmc.executors"
+
+MakePlaces = Callable[[Artifact, str], AbstractContextManager[Kernels]]
+"""(artifact, ISA level) → kernels over its weights that take adapters, there inside of the `with` block."""
 
 _log = logging.getLogger("llmc.runtime")
 
 # Target → module of this package, in the order of preference where an artifact holds several.
-_MODULES = {"tvm-cpu": "tvm", "onnx-cpu": "onnx", "null": "null"}
+_MODULES = {"tvm-cpu": "tvm", "onnx-cpu": "onnx", "onnx-cuda": "onnx_cuda", "null": "null"}
+
+OURS = frozenset(_MODULES)
+"""Targets that llmc itself runs."""
 
 _MOST_THREADS = 1024  # kernels gain nothing beyond the cores, and a process may not have any number
 
 
 def choose_target(available: Sequence[str], wanted: str | None = None) -> str:
-    """The target to run: `wanted`, or the first of our order of preference that the artifact has.
+    """The target to run: `wanted`, or the first of our order of preference that the artifact has, then those
+    that other packages run, by name.
 
-    Raises ArtifactError where the artifact lacks it and InputError where no executor of this package runs it.
+    Raises ArtifactError where the artifact lacks it and InputError where nothing that is installed runs it.
     """
     if wanted is not None and wanted not in available:
         raise ArtifactError(
@@ -38,9 +51,13 @@ def choose_target(available: Sequence[str], wanted: str | None = None) -> str:
     for name in [wanted] if wanted is not None else list(_MODULES):
         if name in available and name in _MODULES:
             return name
+    others = registered(GROUP)  # asked last: looking for packages takes longer than opening a small model
+    for name in [wanted] if wanted is not None else sorted(available):
+        if name in others:
+            return name
     raise InputError(
         f"no executor for any of the targets {', '.join(available)}",
-        remedy=f"compile for one of {', '.join(_MODULES)}",
+        remedy=f"compile for one of {', '.join(_MODULES)}, or install the package that brings the target",
     )
 
 
@@ -58,25 +75,40 @@ def choose_isa(kernels: Sequence[dict[str, Any]], wanted: str | None = None) -> 
         runnable = [level for level in runnable if level == wanted]
     if not runnable:
         asked = f" (asked for {wanted})" if wanted is not None else ""
+        runs = ", ".join(here) or "none"
+        remedy = f"--target tvm-cpu:isa={here[-1]}" if here else "--target onnx-cpu"
         raise ArtifactError(
-            f"the artifact has kernels for {', '.join(present)}, this CPU runs {', '.join(here)}{asked}",
-            remedy=f"compile it with --target tvm-cpu:isa={here[-1]}",
+            f"the artifact has kernels for {', '.join(present)}, this CPU runs {runs}{asked}",
+            remedy=f"compile it with {remedy}",
         )
     return runnable[-1]
 
 
 def open_executor(
-    artifact: Artifact, target: str | None = None, *, threads: int | None = None, isa: str | None = None
+    artifact: Artifact,
+    target: str | None = None,
+    *,
+    threads: int | None = None,
+    isa: str | None = None,
+    adapters: MakePlaces | None = None,
 ) -> Executor:
     """Open a target of the artifact for this machine.
 
     `target`: name, or None for the best one present. `threads`: None for one a physical core. `isa`: None for
-    the best that this CPU runs. Raises ArtifactError or InputError where nothing of the artifact runs here.
+    the best that this CPU runs. `adapters`: makes kernels with places for adapters where the artifact's own
+    have none. Raises ArtifactError or InputError where nothing of the artifact runs here.
     """
     if threads is not None and not 1 <= threads <= _MOST_THREADS:
         raise InputError(f"threads is {threads}", remedy=f"allowed: 1 to {_MOST_THREADS}")
     name = choose_target(artifact.targets, target)
     level = choose_isa(artifact.target(name).get("kernels", []), isa)
-    module = importlib.import_module(f".{_MODULES[name]}", __name__)
     _log.info("target %s, kernels %s", name, level or "of the target")
+    if name not in _MODULES:
+        from .plugin import open_plugin
+
+        return open_plugin(registered(GROUP)[name], artifact, isa=level, threads=threads)
+    module = importlib.import_module(f".{_MODULES[name]}", __name__)
+    if adapters is not None and level is not None and "adapters" not in artifact.target(name):
+        with adapters(artifact, level) as kernels:
+            return module.open_target(artifact, isa=level, threads=threads, kernels=kernels)
     return module.open_target(artifact, isa=level, threads=threads)

@@ -14,12 +14,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from ...codegen.artifact import Artifact
 from ...ir.errors import InputError
+from .windows import WindowTables
+
+Kernels = tuple[Mapping[str, Any], Path]
+"""Kernels beside an artifact's own: an entry as its manifest has for a target, and the library."""
 
 STEP_INPUTS = (
     "token_ids",
@@ -30,6 +35,8 @@ STEP_INPUTS = (
     "block_table",
     "output_index",
     "token_type_ids",
+    "adapter",
+    "state_slot",
 )
 """The fields of `StepInputs`, which are the names of a compiled step's inputs."""
 
@@ -58,6 +65,12 @@ class StepInputs:
     """[R] rows of T whose logits are wanted; R may be 0."""
     token_type_ids: np.ndarray | None = None
     """[T] which text of a pair each token is of, for classifiers that take it."""
+    adapter: np.ndarray | None = None
+    """[T] slot of the adapter that each token is computed with, -1 for none; None where no token has one."""
+    windows: Sequence[WindowTables] | None = None
+    """Tables for the layers of each window, where those have pages of their own."""
+    state_slot: np.ndarray | None = None
+    """[B] row of the state cache that each sequence owns, for models with recurrent layers."""
 
     def given(self) -> dict[str, np.ndarray]:
         """The arrays by name, without those that this step has not."""
@@ -66,12 +79,19 @@ class StepInputs:
 
 
 def check_step(
-    inputs: StepInputs, *, num_pages: int, page_size: int, vocabulary: int | None, types: int = 0
+    inputs: StepInputs,
+    *,
+    num_pages: int,
+    page_size: int,
+    vocabulary: int | None,
+    types: int = 0,
+    states: int | None = None,
 ) -> None:
     """Raise InputError where the arrays do not describe a step, or hold an index that leads out of the cache.
 
     For executors whose kernels follow every index unchecked. `vocabulary`: rows of the embedding, None where
     the executor checks ids itself. `types`: rows of the embedding of token types, 0 where there is none.
+    `states`: rows of the state cache, None for a model without one.
     """
     tokens, sequences = len(inputs.token_ids), len(inputs.context_len)
     starts = inputs.query_start
@@ -97,6 +117,7 @@ def check_step(
         ("context_len", inputs.context_len, room + 1),
         ("output_index", inputs.output_index, tokens),
         *_type_bounds(inputs, types),
+        *_state_bounds(inputs, states),
     )
     for name, array, limit in bounds:
         if not _within(array, limit):
@@ -110,6 +131,31 @@ def _type_bounds(inputs: StepInputs, types: int) -> list[tuple[str, np.ndarray, 
     if given is None or len(given) != len(inputs.token_ids):
         raise InputError("this model wants a token type for each token", remedy="see StepInputs")
     return [("token_type_ids", given, types)]
+
+
+def adapter_slots(inputs: StepInputs, slots: int) -> np.ndarray:
+    """[T] int32 slot of each token's adapter, for kernels that take them; raises InputError for a slot that
+    there is not.
+    """
+    tokens, given = len(inputs.token_ids), inputs.adapter
+    if given is None:
+        return np.full(tokens, -1, np.int32)
+    if len(given) != tokens or (tokens and not -1 <= int(given.min()) <= int(given.max()) < slots):
+        raise InputError(
+            f"adapter holds no slot for a token, or one outside of -1 .. {slots - 1}", remedy="see StepInputs"
+        )
+    return given
+
+
+def _state_bounds(inputs: StepInputs, states: int | None) -> list[tuple[str, np.ndarray, int]]:
+    given = inputs.state_slot
+    if states is None:
+        return []
+    if given is None or len(given) != len(inputs.context_len) or len(set(given.tolist())) != len(given):
+        raise InputError(
+            "this model wants a row of the state cache for each sequence", remedy="see StepInputs"
+        )
+    return [("state_slot", given, states)]
 
 
 def columns(artifact: Artifact) -> int:
@@ -168,6 +214,41 @@ class Executor(Protocol):
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Artifacts of kind "function": named inputs → named outputs. Others raise InputError."""
+        ...
+
+
+@runtime_checkable
+class KeepsStates(Protocol):
+    """An executor whose model may have recurrent layers, with a state for each sequence beside its pages."""
+
+    state_bytes: int
+    """Bytes of one sequence's states over all layers; 0 for a model without."""
+
+    def allocate_states(self, count: int) -> None:
+        """Make the state cache: rows 0 .. count - 1. A second call replaces the first cache."""
+        ...
+
+    def copy_state(self, src: int, dst: int) -> None:
+        """Copy row src to row dst in all layers, between two steps."""
+        ...
+
+
+@runtime_checkable
+class MovesPages(Protocol):
+    """An executor whose pages can be kept elsewhere and come back."""
+
+    kv_bytes_per_page: int
+
+    def identity(self) -> dict[str, str]:
+        """What the bits of a page depend on, beside the artifact's files and the tokens."""
+        ...
+
+    def read_pages(self, pages: Sequence[int]) -> np.ndarray:
+        """uint8 [pages, kv_bytes_per_page], a copy: what all layers have in these pages."""
+        ...
+
+    def write_pages(self, pages: Sequence[int], contents: np.ndarray) -> None:
+        """Make those pages what `read_pages` once gave."""
         ...
 
 

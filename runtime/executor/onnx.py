@@ -16,16 +16,29 @@ from ...ir.dtypes import kv_bytes, to_numpy
 from ...ir.errors import ArtifactError, InputError
 from .. import cpu
 from .base import STEP_INPUTS, Executor, StepInputs, check_step, columns
+from .pages import pages_as_bytes, pages_from_bytes
+from .windows import tables_of, window_of
+
+CPU_PROVIDER = "CPUExecutionProvider"
 
 
 class OnnxExecutor:
     """One session and one cache. Used by one thread at a time (see `base.Executor`)."""
 
-    def __init__(self, artifact: Artifact, *, threads: int | None = None, target: str = "onnx-cpu"):
+    def __init__(
+        self,
+        artifact: Artifact,
+        *,
+        threads: int | None = None,
+        target: str = "onnx-cpu",
+        providers: Sequence[str] = (CPU_PROVIDER,),
+    ):
+        """`providers`: onnxruntime's, by preference. What runs is in `providers` afterwards."""
         entry = artifact.target(target)
         self.target_name = target
         self._kind = artifact.kind
-        self._session = _open_session(artifact, entry, threads)
+        self._session = _open_session(artifact, entry, threads, providers)
+        self.providers: list[str] = self._session.get_providers()
         self._inputs = {v.name: v for v in self._session.get_inputs()}
         self._outputs = [v.name for v in self._session.get_outputs()]
         self.batch_invariant = bool(entry.get("batch_invariant", False))
@@ -37,6 +50,17 @@ class OnnxExecutor:
         self._layers = _cache_layers(self._inputs, self._outputs)
         per_token = sum(2 * heads * kv_bytes(self._kv_dtype, dim) for _, heads, dim in self._layers)
         self.kv_bytes_per_page = per_token * self.page_size
+        self._window_of = [window_of(self._inputs[f"k_pages.{i}"].shape[1]) for i, _, _ in self._layers]
+        self.windows = tuple(sorted({w for w in self._window_of if w is not None}))
+        self.window_bytes_per_page = tuple(
+            sum(
+                2 * heads * kv_bytes(self._kv_dtype, dim) * self.page_size
+                for (_, heads, dim), of in zip(self._layers, self._window_of, strict=True)
+                if of == window
+            )
+            for window in self.windows
+        )
+        self._window_pages: tuple[int, ...] = ()
         self.max_pages: int | None = None
         self._num_pages = 0
         self._cache: list[np.ndarray] = []
@@ -49,23 +73,41 @@ class OnnxExecutor:
         """
         if num_pages < 1:
             raise InputError(f"a cache of {num_pages} pages holds nothing", remedy="give at least one page")
-        dtype = to_numpy(self._kv_dtype)
-        self._num_pages = num_pages
-        self._cache = [
-            np.zeros((2, heads, num_pages, self.page_size, dim), dtype) for _, heads, dim in self._layers
-        ]
-        scaled = self._layers if self._kv_dtype == "int8" else []
-        self._scales = [np.zeros((2, heads, num_pages, self.page_size), np.float32) for _, heads, _ in scaled]
+        self._num_pages, self._window_pages = num_pages, ()
+        self._allocate([num_pages] * len(self._layers))
+
+    def allocate_windows(self, pages: Sequence[int]) -> None:
+        """See `windows.KeepsWindows`."""
+        counts = dict(zip(self.windows, pages, strict=True))
+        self._window_pages = tuple(pages)
+        self._allocate([self._num_pages if w is None else counts[w] for w in self._window_of])
+
+    def _allocate(self, counts: Sequence[int]) -> None:
+        """`counts`: pages of each layer."""
+        dtype, size = to_numpy(self._kv_dtype), self.page_size
+        layers = list(zip(self._layers, counts, strict=True))
+        self._cache = [np.zeros((2, heads, count, size, dim), dtype) for (_, heads, dim), count in layers]
+        scaled = layers if self._kv_dtype == "int8" else []
+        self._scales = [np.zeros((2, heads, count, size), np.float32) for (_, heads, _), count in scaled]
         self._cache_feed = {}
         for kind, arrays in (("pages", self._cache), ("scales", self._scales)):
             for (index, _, _), array in zip(self._layers, arrays, strict=False):
                 self._cache_feed |= {f"{part}_{kind}.{index}": array[i] for i, part in enumerate("kv")}
 
     def copy_pages(self, src: Sequence[int], dst: Sequence[int]) -> None:
-        """Copy pages in all layers."""
+        """Copy pages in all layers, but those of windows with pages of their own."""
+        self._copy([w is None or not self._window_pages for w in self._window_of], src, dst)
+
+    def copy_window_pages(self, which: int, src: Sequence[int], dst: Sequence[int]) -> None:
+        """See `windows.KeepsWindows`."""
+        self._copy([w == self.windows[which] for w in self._window_of], src, dst)
+
+    def _copy(self, layers: Sequence[bool], src: Sequence[int], dst: Sequence[int]) -> None:
         source, target = np.asarray(src, np.int64), np.asarray(dst, np.int64)
-        for array in (*self._cache, *self._scales):
-            array[:, :, target] = array[:, :, source]
+        for arrays in (self._cache, self._scales):
+            for array, wanted in zip(arrays, layers, strict=False):
+                if wanted:
+                    array[:, :, target] = array[:, :, source]
 
     def step(self, inputs: StepInputs) -> np.ndarray:
         """Run the model, write the new rows to their slots, return its first output: logits [R, vocab_size]
@@ -86,24 +128,52 @@ class OnnxExecutor:
         )
         if not len(inputs.token_ids):  # the model's first group of queries cannot be empty
             return np.zeros((0, self.vocab_size), np.float32)
-        page, place = np.divmod(inputs.slot_mapping, self.page_size)
-        self._clear(page[place == 0])
+        tables = dict(
+            zip(
+                self.windows,
+                tables_of(inputs, self.windows, self._window_pages, self.page_size),
+                strict=True,
+            )
+        )
+        slots = {None: inputs.slot_mapping, **{window: given for window, (given, _) in tables.items()}}
+        places = {window: np.divmod(given, self.page_size) for window, given in slots.items()}
+        self._clear({window: page[place == 0] for window, (page, place) in places.items()})
         feed = {name: getattr(inputs, name) for name in STEP_INPUTS if name in self._inputs}
-        results = self._session.run(self._outputs, {**feed, **self._cache_feed})
+        feed |= {f"block_table.{window}": table for window, (_, table) in tables.items()}
+        results = self._run_model(feed, self._cache_feed)
         rows = dict(zip(self._outputs, results, strict=True))
         for kind, arrays in (("", self._cache), ("_scale", self._scales)):
-            for (index, _, _), array in zip(self._layers, arrays, strict=False):
+            for (index, _, _), window, array in zip(self._layers, self._window_of, arrays, strict=False):
+                page, place = places[window]
                 for i, part in enumerate("kv"):
                     array[i][:, page, place] = rows[f"new_{part}{kind}.{index}"].swapaxes(0, 1)
         return results[0]
 
-    def _clear(self, pages: np.ndarray) -> None:
+    def _run_model(self, feed: dict[str, Any], cache: dict[str, np.ndarray]) -> list[np.ndarray]:
+        return self._session.run(self._outputs, {**feed, **cache})
+
+    def identity(self) -> dict[str, str]:
+        """See `base.MovesPages`: onnxruntime brings the kernels."""
+        import onnxruntime as ort
+
+        return {"target": self.target_name, "onnxruntime": ort.__version__, "provider": self.providers[0]}
+
+    def read_pages(self, pages: Sequence[int]) -> np.ndarray:
+        """See `base.MovesPages`."""
+        return pages_as_bytes([*self._cache, *self._scales], 2, pages)
+
+    def write_pages(self, pages: Sequence[int], contents: np.ndarray) -> None:
+        """See `base.MovesPages`."""
+        pages_from_bytes([*self._cache, *self._scales], 2, pages, contents)
+
+    def _clear(self, pages: Mapping[int | None, np.ndarray]) -> None:
         """Zero pages that a step begins to fill. The model reads whole pages and masks what is not there by
         adding -inf, which a NaN that an earlier sequence left would outlive.
         """
-        if pages.size:
-            for array in self._scales or self._cache:  # a scale of 0 makes its codes 0
-                array[:, :, pages] = 0
+        arrays = self._scales or self._cache  # a scale of 0 makes its codes 0
+        for window, array in zip(self._window_of, arrays, strict=True):
+            if pages[window].size:
+                array[:, :, pages[window]] = 0
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Artifacts of kind "function": inputs by name → outputs by name.
@@ -139,7 +209,9 @@ def _cache_layers(inputs: Mapping[str, Any], outputs: Sequence[str]) -> list[tup
     return layers
 
 
-def _open_session(artifact: Artifact, entry: Mapping[str, Any], threads: int | None) -> Any:
+def _open_session(
+    artifact: Artifact, entry: Mapping[str, Any], threads: int | None, providers: Sequence[str]
+) -> Any:
     """A session over the model, with the folder of the weight file as the one that it may read from."""
     import onnxruntime as ort
 
@@ -158,7 +230,7 @@ def _open_session(artifact: Artifact, entry: Mapping[str, Any], threads: int | N
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     try:
         # From memory: older versions heed the folder only then (onnxruntime pull requests 23557 and 29459).
-        return ort.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(path.read_bytes(), options, providers=list(providers))
     except Exception as error:  # onnxruntime's exceptions share no base class but this one
         raise ArtifactError(
             f"{path}: onnxruntime {ort.__version__} cannot load it ({error})",

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
 import json
 import math
 import platform
 import time
 from collections.abc import Generator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,11 @@ from ...codegen.artifact import Artifact
 from ...ir.dtypes import to_numpy
 from ...ir.errors import ArtifactError, InputError, LlmcError
 from .. import cpu
-from .base import STEP_INPUTS, CallTimes, StepInputs, check_step
+from ..adapters import AdapterPlaces, Factors
+from .adapter_memory import AdapterMemory
+from .base import STEP_INPUTS, CallTimes, Kernels, StepInputs, adapter_slots, check_step
+from .pages import pages_as_bytes, pages_from_bytes
+from .windows import tables_of, window_of
 
 _ALIGNMENT = 64
 _MOST = (1 << 31) - 1
@@ -64,12 +70,15 @@ class TvmExecutor:
 
     batch_invariant = True
 
-    def __init__(self, artifact: Artifact, isa: str | None, threads: int | None) -> None:
-        entry = artifact.target("tvm-cpu")
+    def __init__(
+        self, artifact: Artifact, isa: str | None, threads: int | None, kernels: Kernels | None = None
+    ) -> None:
+        entry = artifact.target("tvm-cpu") if kernels is None else kernels[0]
         self._artifact, self._kernel = artifact, _kernel_entry(artifact, entry, isa)
         self.target_name = "tvm-cpu"
         self.isa = str(self._kernel["isa"])
-        self._library = _load(artifact, self._kernel["path"])
+        self._library = _load(artifact.path(self._kernel["path"]) if kernels is None else kernels[1])
+        self._foreign = "" if kernels is None else hashlib.sha256(kernels[1].read_bytes()).hexdigest()
         self._times: CallTimes | None = None
         self.threads = int(self._library.llmc_set_threads(ctypes.c_int(threads or cpu.default_threads())))
         self._arguments = {name: i for i, name in enumerate(entry["arguments"])}
@@ -84,6 +93,10 @@ class TvmExecutor:
         self._bind_weights(artifact)
         self._pages: list[np.ndarray] = []
         self._kv = [array for name, array in self._inputs.items() if name.startswith("kv_pages.")]
+        self._recurrent = [array for name, array in self._inputs.items() if name.startswith("state.")]
+        self._states: list[np.ndarray] = []
+        self.state_bytes = sum(_size_of(array) * array.dtype.itemsize for array in self._recurrent)
+        self._num_states = 0
         self.page_size = int(artifact.manifest.get("page_size", 16))
         last = next(iter(self._outputs.values())).shape
         self.vocab_size = int(last[-1]) if last and isinstance(last[-1], int) else 0
@@ -94,8 +107,22 @@ class TvmExecutor:
         most = [_MOST // math.prod(d for d in array.shape if isinstance(d, int)) for array in self._kv]
         self.max_pages: int | None = min(most, default=None)
         self.num_pages = 0
+        self._window_of = [window_of(array.shape[1]) for array in self._kv]
+        self.windows = tuple(sorted({w for w in self._window_of if w is not None}))
+        self.window_bytes_per_page = tuple(
+            sum(
+                _size_of(array) * array.dtype.itemsize
+                for array, of in zip(self._kv, self._window_of, strict=True)
+                if of == window
+            )
+            for window in self.windows
+        )
+        self._window_pages: tuple[int, ...] = ()
         self._vocabulary = artifact.model.get("vocab_size")
         self._types = int(artifact.model.get("token_types") or 0)
+        self.adapter_places = AdapterPlaces.parse(entry)
+        places = self.adapter_places
+        self._adapters = AdapterMemory(places, aligned, self._bind) if places is not None else None
 
     def _bind_weights(self, artifact: Artifact) -> None:
         for name, place in self._arguments.items():
@@ -110,6 +137,15 @@ class TvmExecutor:
                 )
             self._pointers[place] = weight.ctypes.data
 
+    def _bind(self, name: str, array: np.ndarray) -> None:
+        self._pointers[self._arguments[name]] = array.ctypes.data
+
+    def set_adapter(self, slot: int, factors: Factors) -> None:
+        """Fill a slot; between two steps. Raises InputError where the factors do not fit."""
+        if self._adapters is None:
+            raise InputError("these kernels take no adapters", remedy="compile with --adapters")
+        self._adapters.set(slot, factors)
+
     # -- the cache -----------------------------------------------------------------------------------------
     def allocate_kv(self, num_pages: int) -> None:
         """Make the cache: pages 0 .. num_pages - 1, memory taken when a page is first written."""
@@ -120,18 +156,65 @@ class TvmExecutor:
                 f"a layer's cache of {num_pages} pages has more elements than a kernel can count",
                 remedy=f"give at most {self.max_pages} pages",
             )
-        self._pages = []
-        for array in self._kv:
-            shape = [num_pages if isinstance(d, str) else d for d in array.shape]
-            pages = aligned(shape, array.dtype)
-            self._pages.append(pages)
-            self._pointers[self._arguments[array.name]] = pages.ctypes.data
-        self.num_pages = num_pages
+        self._pages = [self._allocated(array, num_pages) for array in self._kv]
+        self.num_pages, self._window_pages = num_pages, ()
+
+    def _allocated(self, array: _Array, num_pages: int) -> np.ndarray:
+        pages = aligned([num_pages if isinstance(d, str) else d for d in array.shape], array.dtype)
+        self._bind(array.name, pages)
+        return pages
+
+    def allocate_windows(self, pages: Sequence[int]) -> None:
+        """See `windows.KeepsWindows`."""
+        counts = dict(zip(self.windows, pages, strict=True))
+        for i, (array, window) in enumerate(zip(self._kv, self._window_of, strict=True)):
+            if window is not None:
+                self._pages[i] = self._allocated(array, counts[window])
+        self._window_pages = tuple(pages)
 
     def copy_pages(self, src: Sequence[int], dst: Sequence[int]) -> None:
-        """Copy page src[i] to page dst[i] in all layers."""
-        for pages in self._pages:
-            pages[:, dst] = pages[:, src]
+        """Copy page src[i] to page dst[i] in all layers, but those of windows with pages of their own."""
+        for pages, window in zip(self._pages, self._window_of, strict=True):
+            if window is None or not self._window_pages:
+                pages[:, dst] = pages[:, src]
+
+    def copy_window_pages(self, which: int, src: Sequence[int], dst: Sequence[int]) -> None:
+        """See `windows.KeepsWindows`."""
+        for pages, window in zip(self._pages, self._window_of, strict=True):
+            if window == self.windows[which]:
+                pages[:, dst] = pages[:, src]
+
+    def allocate_states(self, count: int) -> None:
+        """Make the state cache: rows 0 .. count - 1, memory taken when a row is first written."""
+        most = min((_MOST // max(1, _size_of(array)) for array in self._recurrent), default=_MOST)
+        if not 0 < count <= most:
+            raise InputError(
+                f"a state cache of {count} rows", remedy=f"from 1 to {most} rows, which a kernel can count"
+            )
+        self._states = [
+            aligned([count if isinstance(d, str) else d for d in array.shape], array.dtype)
+            for array in self._recurrent
+        ]
+        for array, states in zip(self._recurrent, self._states, strict=True):
+            self._pointers[self._arguments[array.name]] = states.ctypes.data
+        self._num_states = count
+
+    def copy_state(self, src: int, dst: int) -> None:
+        """Copy row src to row dst in all layers."""
+        for states in self._states:
+            states[dst] = states[src]
+
+    def identity(self) -> dict[str, str]:
+        """See `base.MovesPages`: the level, and kernels that are not the artifact's own."""
+        return {"target": self.target_name, "isa": self.isa, "kernels": self._foreign}
+
+    def read_pages(self, pages: Sequence[int]) -> np.ndarray:
+        """See `base.MovesPages`."""
+        return pages_as_bytes(self._pages, 1, pages)
+
+    def write_pages(self, pages: Sequence[int], contents: np.ndarray) -> None:
+        """See `base.MovesPages`."""
+        pages_from_bytes(self._pages, 1, pages, contents)
 
     # -- language models -----------------------------------------------------------------------------------
     def step(self, inputs: StepInputs) -> np.ndarray:
@@ -145,6 +228,7 @@ class TvmExecutor:
             page_size=self.page_size,
             vocabulary=self._vocabulary,
             types=self._types,
+            states=self._num_states if self._recurrent else None,
         )
         sizes = {
             "T": len(inputs.token_ids),
@@ -152,11 +236,22 @@ class TvmExecutor:
             "P": inputs.block_table.shape[1],
             "R": len(inputs.output_index),
             "N": self.num_pages,
+            "S": self._num_states,
         }
+        tables = tables_of(inputs, self.windows, self._window_pages, self.page_size)
+        for which, (window, (slots, table)) in enumerate(zip(self.windows, tables, strict=True)):
+            sizes[f"N{window}"] = self._window_pages[which] if self._window_pages else self.num_pages
+            self._put(f"slot_mapping.{window}", slots)
+            self._put(f"block_table.{window}", table)
+        if self._adapters is not None:
+            sizes |= {"A": self._adapters.slots, "L": self._adapters.blocks}
+            self._put("adapter", adapter_slots(inputs, self._adapters.slots))
+        elif inputs.adapter is not None:
+            raise InputError("these kernels take no adapters", remedy="compile with --adapters")
         for name, place in self._symbols.items():
             self._dims[place] = sizes[name]
         for name in STEP_INPUTS:
-            if name in self._arguments:
+            if name in self._arguments and name != "adapter":
                 self._put(name, getattr(inputs, name))
         (output,) = self._outputs.values()
         rows = sizes["R"]
@@ -240,7 +335,8 @@ class TvmExecutor:
                 f"{self._artifact.root} does not say what its kernels are",
                 remedy="compile the model with this version",
             )
-        calls = json.loads(self._artifact.read_text(self._kernel["calls"]))
+        calls = self._kernel["calls"]  # a file's name, or of kernels beside the artifact's own the calls
+        calls = json.loads(self._artifact.read_text(calls)) if isinstance(calls, str) else calls
         times = CallTimes([(kernel, weight) for kernel, weight in calls], np.zeros(len(calls), np.int64))
         self._library.llmc_profile(ctypes.c_void_p(times.cycles.ctypes.data))
         self._times = times
@@ -249,6 +345,11 @@ class TvmExecutor:
         finally:
             self._times = None
             self._library.llmc_profile(None)
+
+
+def _size_of(array: _Array) -> int:
+    """Elements of a cache's array for one page, or one sequence."""
+    return math.prod(d for d in array.shape if isinstance(d, int))
 
 
 def _evaluate(dim: int | str, sizes: Mapping[str, int]) -> int:
@@ -275,26 +376,28 @@ def _kernel_entry(artifact: Artifact, entry: Mapping[str, Any], isa: str | None)
     return found
 
 
-def _load(artifact: Artifact, path: str) -> ctypes.CDLL:
-    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+def _load(path: Path) -> ctypes.CDLL:
+    if platform.system() != "Linux":  # which machine it is, its level says
         raise InputError(
-            f"tvm-cpu kernels run on Linux x86-64, this is {platform.system()} {platform.machine()}",
+            f"tvm-cpu kernels run on Linux, this is {platform.system()} {platform.machine()}",
             remedy="compile for onnx-cpu",
         )
     try:
-        library = ctypes.CDLL(str(artifact.path(path)))
+        library = ctypes.CDLL(str(path))
         for name in ("llmc_step", "llmc_workspace", "llmc_set_threads"):
             getattr(library, name).restype = ctypes.c_int
     except (OSError, AttributeError) as error:
-        raise ArtifactError(
-            f"{artifact.root / path} cannot be loaded: {error}", remedy="compile the model again"
-        ) from None
+        raise ArtifactError(f"{path} cannot be loaded: {error}", remedy="compile the model again") from None
     return library
 
 
-def open_target(artifact: Artifact, *, isa: str | None, threads: int | None) -> TvmExecutor:
-    """An executor of the artifact's kernels for `isa`; `threads` None: one a physical core."""
-    return TvmExecutor(artifact, isa, threads)
+def open_target(
+    artifact: Artifact, *, isa: str | None, threads: int | None, kernels: Kernels | None = None
+) -> TvmExecutor:
+    """An executor of the artifact's kernels for `isa`, or of others over its weights; `threads` None: one a
+    physical core.
+    """
+    return TvmExecutor(artifact, isa, threads, kernels)
 
 
 __all__ = ["TvmExecutor", "aligned", "open_target"]

@@ -15,6 +15,7 @@ from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 
 from ..llm import LLM
+from .adapters import adapters_router
 from .chat import chat_router
 from .completions import completions_router
 from .embeddings import embeddings_router
@@ -74,6 +75,8 @@ def create_app(
         _about_router(service),
     ):
         app.include_router(router)
+    if service.settings.adapter_folder is not None:
+        app.include_router(adapters_router(service, service.settings.adapter_folder))
     if service.settings.page:
         _add_page(app)
     add_error_handlers(app)

@@ -97,6 +97,9 @@ class _EngineCollector(Collector):
             "vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", labels=_LABELS
         )
         hits = CounterMetricFamily("vllm:prefix_cache_hits", "Prompt tokens found there.", labels=_LABELS)
+        from_disk = CounterMetricFamily(
+            "llmc:prefix_cache_disk_hits", "Prompt tokens read from --prefix-cache.", labels=_LABELS
+        )
         steps = CounterMetricFamily("llmc:engine_steps", "Steps computed.", labels=_LABELS)
         for name, engine in self._engines.items():
             count = engine.counters
@@ -106,8 +109,9 @@ class _EngineCollector(Collector):
             preempted.add_metric([name], count.preemptions)
             queries.add_metric([name], count.tokens_looked_up)
             hits.add_metric([name], count.tokens_from_cache)
+            from_disk.add_metric([name], count.tokens_from_disk)
             steps.add_metric([name], count.steps)
-        yield from (running, waiting, usage, preempted, queries, hits, steps)
+        yield from (running, waiting, usage, preempted, queries, hits, from_disk, steps)
 
 
 class Timing:

@@ -25,6 +25,20 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
+class LoadAdapterRequest(Body):
+    """POST /v1/load_lora_adapter: the names are vLLM's."""
+
+    lora_name: _Names
+    lora_path: Annotated[str, Field(max_length=4096)]
+    base_model_name: _Names | None = None
+
+
+class UnloadAdapterRequest(Body):
+    """POST /v1/unload_lora_adapter."""
+
+    lora_name: _Names
+
+
 class StreamOptions(Body):
     """What a stream holds besides the answer."""
 
@@ -55,6 +69,7 @@ class Sampling(Body):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     truncate_prompt_tokens: Annotated[int, Field(ge=1)] | None = None
+    llmc_sampler: dict[str, Any] | None = None  # {"name": …, and its options}: a sampler of a plugin
     # Which describe the request, and change nothing here.
     user: str | None = None
     metadata: dict[str, Any] | None = None

@@ -17,6 +17,7 @@ from fastapi import Request
 from ...ir.errors import InputError
 from ..async_engine import QueueFullError
 from ..chat import ChatModel
+from ..custom_sampler import sampler_of_request
 from ..generation import StepOutput
 from ..llm import LLM
 from ..sampling_params import SamplingParams
@@ -47,6 +48,8 @@ class ServedModel:
     name: str
     llm: LLM
     created: int = field(default_factory=lambda: int(time.time()))
+    base: ServedModel | None = None
+    """The model that this is an adapter of."""
     chat: ChatModel = field(init=False)
 
     def __post_init__(self) -> None:
@@ -65,6 +68,8 @@ class ServedModel:
             "created": self.created,
             "owned_by": "llmc",
         }
+        if self.base is not None:
+            entry |= {"parent": self.base.name, "root": self.base.name}
         entry["max_model_len"] = self.llm.context_length
         entry["llmc"] = self._facts()
         return entry
@@ -101,6 +106,8 @@ class ServedModel:
             options["stop_token_ids"] = tuple(body.stop_token_ids)
         if body.logit_bias:
             options["logit_bias"] = _biases(body.logit_bias)
+        if body.llmc_sampler is not None:
+            options["sampler"] = sampler_of_request(body.llmc_sampler)
         params = self.llm.sampling(max_tokens=max_tokens, **options, **further)
         params.validate(self.llm.executor.vocab_size)
         return params
@@ -129,6 +136,9 @@ class Service:
                     f"{name} is a function, not a language model", remedy="use llmc.load in Python"
                 )
         self.models = {name: ServedModel(name, llm) for name, llm in models.items()}
+        for model in list(self.models.values()):
+            for name in model.llm.adapters:
+                self.add_adapter(model, name)
         self.settings = settings
         self.metrics = Metrics()
         self.metrics.watch({name: llm.engine.engine for name, llm in models.items()})
@@ -156,8 +166,9 @@ class Service:
 
     def model(self, name: str | None, *, generates: bool | None = True) -> ServedModel:
         """The model of a request. Raises ApiError: 404 with those there are, 400 for one of another kind."""
-        if name is None and len(self.models) == 1:
-            found = next(iter(self.models.values()))
+        bases = [model for model in self.models.values() if model.base is None]
+        if name is None and len(bases) == 1:
+            found = bases[0]
         elif name is None:
             raise ApiError(
                 400,
@@ -179,6 +190,13 @@ class Service:
             raise ApiError(400, f"model {found.name!r} {kind}", param="model", code="unsupported_model")
         return found
 
+    def add_adapter(self, base: ServedModel, name: str) -> ServedModel:
+        """Serve an adapter that `base` has loaded, under its name. Raises InputError where that is taken."""
+        if name in self.models:
+            raise InputError(f"{name!r} is served here already", remedy="choose another name")
+        self.models[name] = ServedModel(name, base.llm.with_adapter(name), base=base)
+        return self.models[name]
+
     async def prepare(self, work: Any, *arguments: Any) -> Any:
         """Run a function of bounded length outside the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, work, *arguments)
@@ -186,7 +204,7 @@ class Service:
     def warm_up(self) -> None:
         """Make what the first request with a grammar would wait for seconds: tables of the tokenizers."""
         for model in self.models.values():
-            if model.generates:
+            if model.generates and model.base is None:
                 self._pool.submit(model.llm.grammars.json_object)
 
     def retry_after(self, model: ServedModel) -> int:

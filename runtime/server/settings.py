@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,5 +27,7 @@ class ServerSettings:
     """Whether the web page is served at /."""
     documents_writable: bool = False
     """Whether requests may add documents to what is served of them, and delete them."""
+    adapter_folder: Path | None = None
+    """Where adapters lie that requests may load, and unload; None: requests change nothing."""
     max_upload_bytes: int = 32 << 20
     """Longest document that a request may add."""

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ...ir.errors import LlmcError
+from ...plugins.entries import warn
 from .base import (
     CallArguments,
     CallBegin,
@@ -31,6 +33,7 @@ from .json import Json
 from .lark import calls_or_json
 from .llama3 import Llama3
 from .mistral import Mistral
+from .plugin import plugin_format, plugin_formats
 
 __all__ = [
     "FORMATS",
@@ -49,7 +52,9 @@ __all__ = [
     "collect",
     "detect",
     "detect_once",
+    "find_format",
     "new_call_id",
+    "recorded",
     "tools_from_openai",
 ]
 
@@ -61,8 +66,32 @@ reads theirs, too.
 
 
 def detect(template: Template) -> Detected:
-    """How a chat template writes calls, proved by reading back one that it wrote."""
-    return detect_among(template, FORMATS)
+    """How a chat template writes calls, proved by reading back one that it wrote. Formats of other packages
+    are tried where none of ours reads it.
+    """
+    found = detect_among(template, FORMATS)
+    return found if found.in_template else detect_among(template, lambda: plugin_formats(FORMATS))
+
+
+def find_format(name: str) -> ToolFormat:
+    """The format of a name, ours or another package's. Raises InputError where none that is installed has it,
+    or its package is broken.
+    """
+    ours = FORMATS.get(name)
+    return ours if ours is not None else plugin_format(name)
+
+
+def recorded(entry: Any) -> Detected | None:
+    """What was found when an artifact was compiled: None where nothing was recorded, or the format is one
+    that is not installed here (then a warning says which).
+    """
+    if isinstance(entry, Mapping) and isinstance(name := entry.get("format"), str) and name not in FORMATS:
+        try:
+            return Detected.from_manifest(entry, {name: plugin_format(name)})
+        except LlmcError as error:
+            warn(f"the artifact was compiled for tool calls in a format that cannot be used here: {error}")
+            return None
+    return Detected.from_manifest(entry, FORMATS)
 
 
 def detect_once(source: str, special_tokens: Mapping[str, str]) -> dict[str, Any]:

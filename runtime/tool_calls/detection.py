@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from typing import Any, Final, Literal, Protocol
 
-from ...ir.errors import InputError
+from ...ir.errors import CompileError, InputError
+from ...plugins.entries import blaming, warn
 from .base import Tool, ToolCall, ToolFormat, collect
 
 Arguments = Literal["object", "text"]
@@ -105,11 +106,18 @@ _TOOLS: Final = [
 ]
 
 
-def detect_among(template: Template, formats: Mapping[str, ToolFormat]) -> Detected:
+Formats = Mapping[str, ToolFormat] | Callable[[], Mapping[str, ToolFormat]]
+"""Name → format, in the order in which they are tried; or what makes that, where it takes time."""
+
+
+def detect_among(template: Template, formats: Formats) -> Detected:
     """The first of `formats` in which a call that `template` writes is read back; NO_TOOLS where there is
     none, or where the template shows the model no tools.
     """
     if not _shows_tools(template):
+        return NO_TOOLS
+    formats = formats() if callable(formats) else formats
+    if not formats:
         return NO_TOOLS
     for short_ids in (False, True):
         for arguments in ("object", "text"):
@@ -172,8 +180,13 @@ def _written(template: Template, calls: int, arguments: Arguments, short_ids: bo
 
 
 def _reads(format: ToolFormat, written: str, calls: int) -> bool:
-    parser = format.parser(_TOOLS)
-    _, found = collect([*parser.push(written), *parser.finish()])
+    try:
+        with blaming(f"tool format {format.name}", format):
+            parser = format.parser(_TOOLS)
+            _, found = collect([*parser.push(written), *parser.finish()])
+    except CompileError as error:  # of another package: it reads nothing then
+        warn(str(error))
+        return False
     return len(found) == calls and all(_same(call, _NAMES[number]) for number, call in enumerate(found))
 
 

@@ -22,6 +22,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
 from ...ir.errors import InputError
+from ...plugins.entries import Registered as Entry
+from ...plugins.entries import collect as collect_entries
 from ..tool_calls.base import MAX_TOOLS, Tool, ToolCall
 from .base import MAX_NAME, ArgumentError, RunnableTool, ToolResult, check_name, one_line
 from .calculate import calculate
@@ -233,42 +235,30 @@ def _execute(path: Path) -> types.ModuleType:
 class Registered:
     """One entry point of the group `llmc.tools`; `package` is the distribution that brings it."""
 
-    name: str
-    package: str
-    point: EntryPoint
+    item: Entry
+
+    @property
+    def name(self) -> str:
+        return self.item.name
+
+    @property
+    def package(self) -> str:
+        return self.item.origin
 
     def load(self) -> list[Callable[..., Any] | RunnableTool]:
         """Its functions. Raises InputError, naming the package, where they cannot be had."""
-        try:
-            value = self.point.load()
-        except Exception as error:  # a plugin's import may fail in any way
-            raise InputError(
-                f"tools {self.name} of package {self.package} cannot be imported ({one_line(error)})",
-                remedy=f"upgrade or uninstall {self.package}",
-            ) from error
+        value = self.item.load()
         found = list(value) if isinstance(value, list | tuple) else [value]
         if not found or not all(callable(one) or hasattr(one, "bind") for one in found):
-            raise InputError(
-                f"entry point {self.name} of package {self.package} is neither a function nor a list of them",
-                remedy=f"report it to the authors of {self.package}",
-            )
+            raise self.item.wrong("is neither a function nor a list of them")
         return found
 
 
 def registered() -> dict[str, Registered]:
-    """Every entry point of tools by name; imports none. Raises InputError where two packages share a name."""
+    """Every entry point of tools by name; imports none."""
     return collect(entry_points(group=GROUP))
 
 
 def collect(points: Iterable[EntryPoint]) -> dict[str, Registered]:
-    """Entries by name. One distribution found twice (editable install and build folder) is no clash."""
-    found: dict[str, Registered] = {}
-    for point in sorted(points, key=lambda p: p.name):
-        package = point.dist.name if point.dist is not None else point.value.partition(":")[0]
-        other = found.setdefault(point.name, Registered(point.name, package, point))
-        if (other.package, other.point.value) != (package, point.value):
-            raise InputError(
-                f"{GROUP}: {point.name} comes from both {other.package} and {package}",
-                remedy="uninstall one of them",
-            )
-    return found
+    """Entries by name. One whose name two packages claim raises when it is loaded."""
+    return {name: Registered(item) for name, item in collect_entries(GROUP, points).items()}

@@ -17,6 +17,9 @@ scale_dtype, zero_point, super_group)`, here L; FORM stands for the last six par
     make_quantized_linear(n, k, FORM, bias, residual, schedule)
         a, sums, a_scale, weight uint8 L.weight_shape, scale L.scale_storage L.scale_shape,
         (zero_point L.zero_storage L.zero_shape), (bias [N]), (residual [T, N]) → out [T, N]
+    make_lora(parts, k, dtype)
+        y [T, N], which is written in place, x [T, K], adapter int32 [T], rank int32 [A, P], scale
+        [A, P, L, 16], a dtype [A, P, L, K, 16], b dtype [A, C, 16 · L, 16]: factors (`ir/ops/lora.py`)
     make_codebook_linear(n, k, FORM, bias, residual)
         x [T, K], weight, scale as of quantized_linear, (bias [N]), (residual [T, N]) → out [T, N]
     make_embedding(rows, width, packed, weight_dtype)
@@ -37,11 +40,17 @@ scale_dtype, zero_point, super_group)`, here L; FORM stands for the last six par
         x [T, width] → out [T, width]
     make_append_kv(kv_heads, head_dim, kv_dtype, k_source, v_source)
         k, v, slot_mapping int32 [T], pages [2, N, kv_heads, 16, head_dim], which are written in place
-    make_paged_attention(heads, kv_heads, head_dim, kv_dtype, scale, causal, window, softcap, sinks)
+    make_paged_attention(heads, kv_heads, head_dim, kv_dtype, scale, causal, window, softcap, sinks, slopes)
         q [T, heads, head_dim], pages, query_start int32 [B+1], context_len int32 [B], block_table int32 [B,
-        P], (sinks [heads]) → out [T, heads, head_dim]
+        P], (sinks [heads]), (slopes [heads]) → out [T, heads, head_dim]
+    make_causal_conv1d, make_linear_recurrence, make_selective_scan, make_ssd_scan, make_gated_delta_rule
+        see `state` and `state_delta`: a state [S, …] is written in place
     make_gather_last(width)
         x [T, width], index int32 [R] → out [R, width]
+    make_top_k(width, k)
+        x [T, width] → places int64 [T, k]
+    make_moe_rows, make_moe_linear, make_moe_gather, make_moe_quantized_linear, make_moe_gate,
+    make_moe_combine: a mixture of experts in steps, with rows by expert (see `moe`)
 
 `source` (also `k_source`, `v_source`) is None for an operand of its own, [T, heads, head_dim], or
 `(row_width, offset)` for one that stands in columns [offset, offset + heads · head_dim) of a wider result
@@ -66,12 +75,22 @@ PAGE_SIZE = 16
 _MAKERS = {
     "make_activation": "elementwise",
     "make_append_kv": "cache",
+    "make_causal_conv1d": "state",
     "make_codebook_linear": "codebook",
     "make_embedding": "gather",
+    "make_gated_delta_rule": "state_delta",
     "make_gated_mlp": "elementwise",
     "make_gather_last": "gather",
     "make_layer_norm": "norms",
     "make_linear": "linear",
+    "make_linear_recurrence": "state",
+    "make_lora": "lora",
+    "make_moe_combine": "moe",
+    "make_moe_gate": "moe",
+    "make_moe_gather": "moe",
+    "make_moe_linear": "moe",
+    "make_moe_quantized_linear": "moe",
+    "make_moe_rows": "moe",
     "make_paged_attention": "attention",
     "make_quantize_activation": "activation",
     "make_quantized_embedding": "gather",
@@ -79,6 +98,9 @@ _MAKERS = {
     "make_quantized_linear": "quantized",
     "make_rms_norm": "norms",
     "make_rope": "elementwise",
+    "make_selective_scan": "state",
+    "make_ssd_scan": "state",
+    "make_top_k": "select",
 }
 
 

@@ -2,7 +2,7 @@
 zero points are corrected by. Kernels whose results only quantized weights read (`rms_norm`, `gated_mlp`) do
 it as they go, with the same bits.
 
-One scale a token would cost SmolLM2 5% of perplexity: single activations are a hundred times the others, and
+One scale a token would cost 5% of perplexity: single activations are a hundred times others, and
 what stands beside them rounds to nothing. A scale a group keeps the damage within the group.
 """
 

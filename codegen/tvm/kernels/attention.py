@@ -105,6 +105,7 @@ def make_paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: bool = False,
+    slopes: bool = False,
     isa: str,
 ) -> Any:
     """Attention of each query row over its sequence's context.
@@ -112,11 +113,12 @@ def make_paged_attention(
     q float32 [T, heads, head_dim]; pages `kv_dtype` [2, N, kv_heads, 16, head_dim] in the order of `cache`
     (int8: head_dim + 4, and softmax(q · k · k_scale) · v_scale · v is computed on the codes);
     query_start int32 [B + 1] with query_start[0] = 0 and query_start[B] = T; context_len int32 [B];
-    block_table int32 [B, P]; sinks float32 [heads] (a logit more in each softmax, with no value); out float32
-    [T, heads, head_dim]. Sequences may have no rows. A row sees token j of its context where causal: j ≤ its
-    position, and window w: |position - j| < w. softcap c: scores become c · tanh(score / c).
+    block_table int32 [B, P]; sinks float32 [heads] (a logit more in each softmax, with no value); slopes
+    float32 [heads]; out float32 [T, heads, head_dim]. Sequences may have no rows. A row sees token j of its
+    context where causal: j ≤ its position, and window w: |position - j| < w. softcap c: scores become
+    c · tanh(score / c); then slope · (j - position) is added to each.
     """
-    spec = Attention(heads, kv_heads, head_dim, kv_dtype, scale, causal, window, softcap)
+    spec = Attention(heads, kv_heads, head_dim, kv_dtype, scale, causal, window, softcap, slopes)
     kernel = Kernel("paged_attention", isa)
     with kernel:
         tokens, sequences, width = kernel.symbol("T"), kernel.symbol("B"), kernel.symbol("P")
@@ -127,6 +129,7 @@ def make_paged_attention(
             context_len=kernel.argument("context_len", (sequences,), "int32"),
             block_table=kernel.argument("block_table", (sequences, width), "int32"),
             sinks=kernel.argument("sinks", (heads,), "float32") if sinks else None,
+            slopes=kernel.argument("slopes", (heads,), "float32") if slopes else None,
             out=kernel.argument("out", (tokens, heads, head_dim), "float32"),
         )
         with kernel.body():

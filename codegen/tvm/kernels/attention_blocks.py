@@ -137,7 +137,7 @@ class Block:
         spec, at = self.spec, self.at
         n = let(at.context_len[self.sequence])
         # The new tokens are the last ones of the context.
-        position = let(n - at.query_start[self.sequence + 1] + self.row)
+        position = self.position = let(n - at.query_start[self.sequence + 1] + self.row)
         self.low: list[Expr] = []
         self.high: list[Expr] = []
         for r in range(self.rows):
@@ -170,6 +170,7 @@ class Block:
                         for i, _, _ in self.cells:
                             query = let(splat(self.query[i, d * width + half]))
                             put(score[i][u], fma(query, key, vec(score[i][u], 0)), 0)
+            slopes = self._slopes()
             for u, (slot, page) in enumerate(zip(slots, pages, strict=True)):
                 seen = self._seen(begin + slot)
                 scale = self._scales(0, page)
@@ -178,6 +179,8 @@ class Block:
                     s = s if scale is None else let(s * scale)
                     if spec.softcap:
                         s = tanh(s) * f32s(spec.softcap * LOG2E)
+                    if slopes:
+                        s = fma(splat(slopes[i]), self._distances(begin + slot, r), let(s))
                     put(self.weights, T.Select(seen[r], s, f32s(NOTHING)), i, slot * PAGE_SIZE)
 
     def _element(self, which: int, page: Expr, at: Expr, half: int) -> Expr:
@@ -195,6 +198,18 @@ class Block:
             T.And(tokens < splat(high), tokens >= splat(low))
             for low, high in zip(self.low, self.high, strict=True)
         ]
+
+    def _slopes(self) -> list[Expr]:
+        """The slope of each cell's head, with the factor of all scores; none where scores have none."""
+        slopes = self.at.slopes
+        if slopes is None:
+            return []
+        return [let(slopes[self.head + h] * T.float32(LOG2E)) for _, _, h in self.cells]
+
+    def _distances(self, page: Expr, row: int) -> Expr:
+        """j - position for the 16 tokens j of page number `page`."""
+        tokens = T.ramp(page * PAGE_SIZE - (self.position + row), 1, LANES)
+        return let(T.Cast("float32x16", tokens))
 
     def _scales(self, which: int, page: Expr) -> Expr | None:
         """Scales of the page's 16 keys (0) or values (1); None where it holds floats."""

@@ -33,6 +33,7 @@ class Attention:
     causal: bool
     window: int | None
     softcap: float | None
+    slopes: bool = False
 
     @property
     def group(self) -> int:
@@ -69,6 +70,7 @@ class Buffers:
     context_len: Buffer
     block_table: Buffer
     sinks: Buffer | None
+    slopes: Buffer | None
     out: Buffer
 
 

@@ -58,8 +58,8 @@ _TASKS = 48
 
 
 def fits(spec: Attention) -> bool:
-    """Whether heads fill tiles."""
-    return spec.head_dim % DEPTH == 0 and spec.kv_dtype == "bfloat16"
+    """Whether heads fill tiles. Slopes are left to vectors."""
+    return spec.head_dim % DEPTH == 0 and spec.kv_dtype == "bfloat16" and not spec.slopes
 
 
 def _within(page: Expr, start: Expr, stop: Expr) -> Expr:

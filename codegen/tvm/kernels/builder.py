@@ -40,6 +40,7 @@ class Kernel:
         self.name = name
         self.isa: Isa = get_isa(isa)
         self.function: Any = None
+        self.arguments: dict[str, Buffer] = {}
         self._symbols: dict[str, Any] = {}
 
     def __enter__(self) -> Kernel:
@@ -65,7 +66,8 @@ class Kernel:
 
     def argument(self, name: str, shape: Shape, dtype: str) -> Buffer:
         """The next parameter. A symbol takes its value from the first parameter with it as a dimension."""
-        return T.arg(name, T.buffer(tuple(shape), dtype, buffer_name=name))
+        self.arguments[name] = T.arg(name, T.buffer(tuple(shape), dtype, buffer_name=name))
+        return self.arguments[name]
 
     @contextmanager
     def body(self) -> Generator[None]:

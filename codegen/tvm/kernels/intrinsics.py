@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from functools import cache
 
+from . import intrinsics_arm
 from .intrinsics_codes import codes
 from .intrinsics_tiles import tiles
 from .isa import Isa, get_isa
@@ -363,6 +364,8 @@ def _dots(isa: Isa) -> list[str]:
                 _MADD_DECLARATIONS,
                 *(_split_dot(name, lines) for name, lines in functions.items()),
             ]
+        case "sdot" | "usdot":
+            return intrinsics_arm.dots(isa)
         case _:
             return [_plain_dot(name) for name in names]
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import struct
 
 from ....ir.codebooks import CODEBOOKS
+from . import intrinsics_arm
 from .isa import Isa
 
 _DEFINE = "define linkonce_odr hidden"
@@ -81,6 +82,8 @@ def _selected(kind: str, lanes: int, code: str, table: list[str]) -> list[str]:
 
 def _byte_table(isa: Isa, name: str) -> list[str]:
     table = [str(int(v) + 128) for v in CODEBOOKS[name]]
+    if isa.arm:
+        return intrinsics_arm.byte_table(name, table)
     head = f"{_DEFINE} {_B} @llmc_bytes_{name}({_B} %c) alwaysinline {{"
     if isa.vector_bits == 512:
         return [
@@ -104,6 +107,8 @@ def _byte_table(isa: Isa, name: str) -> list[str]:
 
 def _float_table(isa: Isa, name: str) -> list[str]:
     table = [_float(v) for v in CODEBOOKS[name]]
+    if isa.arm:
+        return intrinsics_arm.float_table(name, table)
     head = f"{_DEFINE} {_V} @llmc_floats_{name}({_I} %i) alwaysinline {{"
     if isa.vector_bits == 512:
         return [
@@ -142,7 +147,8 @@ _DECLARATIONS = {
 
 def codes(isa: Isa) -> list[str]:
     """The functions for a level."""
-    lines = [*_DECLARATIONS.get(isa.vector_bits, []), *_spread()]
+    declared = intrinsics_arm.TABLE_DECLARATIONS if isa.arm else _DECLARATIONS.get(isa.vector_bits, [])
+    lines = [*declared, *_spread()]
     for name, table in CODEBOOKS.items():
         if all(v == int(v) for v in table):
             lines += _byte_table(isa, name)

@@ -14,6 +14,11 @@ from typing import Any
 from ....ir.errors import InputError
 
 
+def triple(machine: str) -> str:
+    """LLVM's name of an architecture with its operating system."""
+    return f"{machine}-unknown-linux-gnu"
+
+
 @dataclass(frozen=True)
 class Isa:
     """One level.
@@ -33,14 +38,33 @@ class Isa:
     half: bool
     """Conversion between float16 and float32 in hardware."""
     dot: str
-    """How 4 uint8 × int8 products are added to an int32: "vnni512", "vnni256", "maddubs" or "plain"."""
+    """How 4 uint8 × int8 products are added to an int32: "vnni512", "vnni256", "maddubs", "plain", or with
+    Arm's "usdot" or "sdot", which has no product of mixed signs.
+    """
     tiles: bool = False
     """AMX: products of 16 rows by 16 columns, of bytes or of bfloat16, in tile registers."""
+    machine: str = "x86_64"
+    """The architecture, as LLVM's triples and Linux name it."""
 
     @property
     def target(self) -> dict[str, Any]:
         """The target for `tvm.target.Target`."""
-        return {"kind": "llvm", "mcpu": self.mcpu, "mattr": list(self.mattr)}
+        return {"kind": "llvm", "mtriple": triple(self.machine), "mcpu": self.mcpu, "mattr": list(self.mattr)}
+
+    @property
+    def arm(self) -> bool:
+        """Whether a level is of aarch64, whose vectors have 128 bits."""
+        return self.machine == "aarch64"
+
+    @property
+    def pairs_rows(self) -> bool:
+        """Whether products of two rows and two columns by 8 bytes are one instruction (`llmc_mmla`)."""
+        return self.dot == "usdot"
+
+    @property
+    def dot8_takes(self) -> int:
+        """What `llmc_dot8` takes off each byte of weights, which the products of the level want signed."""
+        return 128 if self.dot in ("maddubs", "sdot") else 0
 
     @property
     def live_vectors(self) -> int:
@@ -65,6 +89,10 @@ LEVELS = {
             True,
             "vnni512",
             tiles=True,
+        ),
+        Isa("neon", "generic", ("+neon", "+dotprod"), 128, 32, True, True, "sdot", machine="aarch64"),
+        Isa(
+            "i8mm", "generic", ("+neon", "+dotprod", "+i8mm"), 128, 32, True, True, "usdot", machine="aarch64"
         ),
     )
 }

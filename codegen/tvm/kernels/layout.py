@@ -266,6 +266,19 @@ class QuantLayout:
         padded[:n] = values
         return np.ascontiguousarray(padded.reshape(-1, ROWS, self.groups).transpose(0, 2, 1))
 
+    def unpack_scales(self, stored: np.ndarray) -> np.ndarray:
+        """Inverse of `pack_scales`: [n, groups]."""
+        groups = super_scales.unpack(stored, self.groups) if self.super_group else stored
+        return np.ascontiguousarray(groups.transpose(0, 2, 1).reshape(-1, self.groups)[: self.n])
+
+    def unpack_zero_points(self, stored: np.ndarray) -> np.ndarray:
+        """Inverse of `pack_zero_points`: [n, groups]."""
+        if self.zero_point != "uint8":
+            return self.unpack_scales(stored)
+        if self.packs_zero_points:
+            stored = np.concatenate((stored & 15, stored >> 4), 2)
+        return np.ascontiguousarray(stored.transpose(0, 2, 1).reshape(-1, self.groups)[: self.n])
+
     def pack_zero_points(self, values: np.ndarray) -> np.ndarray:
         """Zero points or minima [rows, groups] → [rows/16, groups, 16 or 8], in chunks like `pack`.
 

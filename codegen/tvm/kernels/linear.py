@@ -32,7 +32,7 @@ from .isa import Isa
 from .layout import packed_shape
 
 
-def _tile_sizes(isa: Isa) -> tuple[tuple[int, ...], int]:
+def tile_sizes(isa: Isa) -> tuple[tuple[int, ...], int]:
     """Row-tile sizes and 16-column blocks a tile, so that accumulators, weights and one activation fit."""
     if isa.live_vectors >= 32:
         return (12, 4, 1), 2
@@ -105,7 +105,7 @@ def make_linear(
     float32 [n]; residual float32 [T, n]; out float32 [T, n].
     """
     kernel = Kernel("linear", isa)
-    sizes, width = _tile_sizes(kernel.isa)
+    sizes, width = tile_sizes(kernel.isa)
     with kernel:
         tokens = kernel.symbol("T")
         x = kernel.argument("x", (tokens, k), "float32")

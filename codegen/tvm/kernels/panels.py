@@ -73,19 +73,24 @@ class Operands:
     """Whether weights are spread to bytes less their zero points."""
     shifted: bool = False
     """Whether a is uint8: 128 more than the activations; only where `signed`."""
+    paired: bool = False
+    """Whether the words of unpacked panels lie two by two, for products of two rows at once."""
     held: Held | None = None
     ahead: int = 2048
     """As in `Schedule`."""
+    origin: Expr = 0
+    """The block of the weight whose results are the first columns of `out`."""
 
     def expect(self, row: Expr, block: Expr) -> None:
         """16 outputs of a row will be written: fetch their cache line meanwhile."""
         if self.held is None:
-            prefetch_to_write(self.out, row, block * LANES)
+            prefetch_to_write(self.out, row, (block - self.origin) * LANES)
 
     def write(self, value: Expr, row: Expr, block: Expr) -> None:
         """16 outputs of a row, bias and residual added."""
         if self.held is None:
-            store_block(value, self.out, row, block, self.layout.n, self.bias, self.residual)
+            column = block - self.origin
+            store_block(value, self.out, row, column, self.layout.n, self.bias, self.residual)
             return
         if self.bias is not None:
             value = value + vec(self.bias, block * LANES)
@@ -113,7 +118,7 @@ class Operands:
     @property
     def taken(self) -> int:
         """What `dot` itself takes off each byte."""
-        return 128 if self.dot == "llmc_dot8" and self.isa.dot == "maddubs" else 0
+        return self.isa.dot8_takes if self.dot == "llmc_dot8" else 0
 
     @property
     def float_correction(self) -> bool:
@@ -203,6 +208,13 @@ def _field(v: Expr, start: int, width: int, to: int) -> Expr:
     if start + width == 8 and to == 0:
         return v
     return T.bitwise_and(v, T.broadcast(T.uint8(((1 << width) - 1) << to), 64))
+
+
+def pair_steps(layout: QuantLayout) -> int:
+    """Steps that hold whole pairs of words: 1 or 2; 0 where a group has an odd number of words."""
+    if layout.words % 2 == 0:
+        return 1
+    return 2 if layout.steps % 2 == 0 else 0
 
 
 class Packed:
@@ -297,6 +309,9 @@ class Unpacked(Packed):
         columns = range(self.count)
         less = [let(ops.byte_zeros(self.first + c, g)) for c in columns] if ops.signed else []
         sums = [register_i32(i32s(0)) for _ in columns] if ops.shifted else []
+        if ops.paired:
+            self._spread_pairs(g)
+            return
         with T.serial(0, lay.steps) as s:
             for word, blocks in enumerate(super().words(g, s)):
                 for c, w in enumerate(blocks):
@@ -308,6 +323,20 @@ class Unpacked(Packed):
         start = T.reinterpret(f32s(LIFT), dtype="int32x16") if ops.lifted else i32s(0)
         for c, total in enumerate(sums):
             put(self.starts, start - vec(total, 0), g, c, 0)
+
+    def _spread_pairs(self, g: Expr) -> None:
+        """Of each two words, columns 0 … 7 of both, then columns 8 … 15."""
+        lay = self.ops.layout
+        unit = pair_steps(lay)
+        with T.serial(0, lay.steps // unit) as u:
+            steps = [u * unit + j for j in range(unit)]
+            words = [word for s in steps for word in super(Unpacked, self).words(g, s)]
+            for i in range(0, len(words), 2):
+                for c, (first, second) in enumerate(zip(words[i], words[i + 1], strict=True)):
+                    for j, half in enumerate(("low", "high")):
+                        both = call("uint8x64", f"llmc_pair_{half}", first, second)
+                        step, word = divmod(i + j, lay.words)
+                        put(self.bytes, both, c, g, steps[step], word, 0, lanes=64)
 
     def words(self, group: Expr, step: Expr) -> list[list[Expr]]:
         return [

@@ -45,7 +45,7 @@ from .builder import (
 from .isa import Isa
 from .layout import QuantLayout
 from .linear import for_each_panel
-from .panels import LIFT, Operands, Packed, Unpacked, weight_arguments
+from .panels import LIFT, Operands, Packed, Unpacked, pair_steps, weight_arguments
 from .schedule import Schedule, default_schedule
 from .tile_registers import TILE_ROWS
 from .tiles import FinishGroup, in_tiles, multiply_tiles
@@ -117,6 +117,38 @@ def _add_group(
             add(ops, row, panel, (group, s * unit), unit, total)
 
 
+def _pair_totals(ops: Operands, row: Expr, rows: int, panel: Packed, group: Expr) -> list[list[Buffer]]:
+    """The totals of a group for `Operands.paired`, two rows at once; an odd last one beside zeros."""
+    lay, count = ops.layout, panel.count
+    halves = [[register_i32(i32s(0)) for _ in range(count)] for _ in range(rows + rows % 2)]
+    unit = pair_steps(lay)
+
+    def add(u: Expr) -> None:
+        words = [word for j in range(unit) for word in panel.words(group, u * unit + j)]
+        for i in range(0, len(words), 2):
+            at = ((group * lay.steps + u * unit) * lay.words + i) * 4
+            for t in range(0, rows, 2):
+                first, second = (
+                    let(T.reinterpret(vec(ops.a, row + t + j, at, lanes=8), dtype="int64"))
+                    if t + j < rows
+                    else T.int64(0)
+                    for j in range(2)
+                )
+                for j in range(2):  # columns 0 … 7, then 8 … 15
+                    for cell, w in zip(halves[t + j], words[i + j], strict=True):
+                        put(cell, call("int32x16", "llmc_mmla", vec(cell, 0), w, first, second), 0)
+
+    with T.serial(0, lay.steps // unit) as u:
+        add(u)
+    total = _start(ops, row, rows, panel, group)
+    for t, cells in enumerate(total):
+        which, low, high = ("first", "second")[t % 2], halves[t - t % 2], halves[t - t % 2 + 1]
+        for c, cell in enumerate(cells):
+            own = call("int32x16", f"llmc_row_{which}", vec(low[c], 0), vec(high[c], 0))
+            put(cell, vec(cell, 0) + own, 0)
+    return total
+
+
 def _multiply(ops: Operands, row: Expr, rows: int, panel: Packed, dot: str) -> None:
     """One tile: `rows` tokens by the panel's blocks."""
     lay, count = ops.layout, panel.count
@@ -125,8 +157,11 @@ def _multiply(ops: Operands, row: Expr, rows: int, panel: Packed, dot: str) -> N
             ops.expect(row + t, panel.first + c)
     acc = [[register(f32s(0)) for _ in range(count)] for _ in range(rows)]
     with T.serial(0, lay.groups) as g:
-        total = _start(ops, row, rows, panel, g)
-        _add_group(ops, row, panel, g, total, dot)
+        if ops.paired and isinstance(panel, Unpacked):
+            total = _pair_totals(ops, row, rows, panel, g)
+        else:
+            total = _start(ops, row, rows, panel, g)
+            _add_group(ops, row, panel, g, total, dot)
         _finish_group(ops, row, panel, g, total, acc, range(count))
     for t in range(rows):
         for c in range(count):
@@ -240,7 +275,18 @@ class Plan:
         """The operands as unpacked panels are multiplied by."""
         if self.tiles:
             return replace(self.ops, signed=True)
+        if self.isa.pairs_rows:
+            return replace(self.ops, paired=pair_steps(self.ops.layout) > 0)
         return _with_unsigned(self.ops, tokens) if self.isa.dot in ("vnni512", "vnni256") else self.ops
+
+    def multiply_packed(self, rows: tuple[Expr, Expr], panel: Packed) -> None:
+        """Rows [first, stop) by a panel as it lies in memory."""
+        first, stop = rows
+        row_tiles(
+            stop - first,
+            self.schedule.few,
+            lambda row, count: self._multiply(panel.ops, first + row, count, panel),
+        )
 
     def multiply_unpacked(self, rows: tuple[Expr, Expr], panel: Unpacked) -> None:
         """Rows [first, stop) by a panel, by vectors."""

@@ -79,6 +79,8 @@ def default_schedule(isa: Isa, layout: QuantLayout, *, tiles: bool) -> Schedule:
         # less time than `vpdpbusd` from 17 rows on, and from 24 where groups are of 32 columns.
         width = next((wide for wide in (8, 4) if layout.blocks >= _PANELS * wide), 2)
         return Schedule(few, many, width, 16 if layout.group >= 48 else 24)
+    if isa.pairs_rows:
+        return Schedule(few, (4, 2, 1), width, 16)  # counted in instructions, not measured
     if bits == 8:
         return Schedule(few, many, width, 0)
     # Halves of bytes are unpacked by a shift and a mask, which wide vectors do beside the products.

@@ -63,3 +63,12 @@ def pack(packed: np.ndarray, per_super: int) -> np.ndarray:
     tail = whole.reshape(blocks, supers, rows, per_super).transpose(0, 1, 3, 2)
     tail = np.ascontiguousarray(tail).view(np.uint8).reshape(blocks, supers, per_super * rows)
     return np.concatenate((head, tail), 2)
+
+
+def unpack(stored: np.ndarray, groups: int) -> np.ndarray:
+    """Inverse of `pack`: float32 [blocks, groups, 16]."""
+    blocks, supers, _ = stored.shape
+    base = np.ascontiguousarray(stored[:, :, :32]).view(np.float16).astype(np.float32)
+    whole = np.ascontiguousarray(stored[:, :, 32:]).view(np.int8).reshape(blocks, supers, -1, 16)
+    products = base[:, :, None, :] * whole.astype(np.float32)
+    return products.reshape(blocks, -1, 16)[:, :groups]

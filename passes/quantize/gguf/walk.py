@@ -30,6 +30,7 @@ from ...registry import Quantizer
 from ...work import WorkFolder
 from ..attach import is_quantizable
 from ..keep import attach_stored, split_by_grid
+from ..moe import fall_back
 from ..walk import is_head
 from .encode import encode
 from .importance import importances
@@ -124,6 +125,10 @@ def _label(name: str) -> str:
     return f"{re.sub(r'[^A-Za-z0-9_]+', '-', name)[-100:]}.{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 
 
+_EXPERTS = {name: (8, 64, True) if name == "q8_0" else (int(name[1]), 32, False) for name in SCHEMES}
+"""By scheme, the grid of experts: bits, group, and whether it is symmetric."""
+
+
 @dataclass(frozen=True)
 class EncodeGguf(Pass):
     """Linear layers and embeddings in GGUF's block types, all input columns weighed alike.
@@ -156,11 +161,12 @@ class EncodeGguf(Pass):
             for i, tensor in enumerate(encoded):
                 context.progress("encoding weights", i / len(encoded))
                 tensor.encode()
-        graph.drop_dead()
         notes = [f"{name} stays in floats: no GGUF block type fits it" for name in floats]
+        said = fall_back(graph, self.scheme, *_EXPERTS[self.scheme])
+        graph.drop_dead()
         if not encoded:
             notes.append("no linear layer or embedding was found to quantize")
-        return PassResult(graph, bool(encoded), notes)
+        return PassResult(graph, bool(encoded) or bool(said), [*notes, *said])
 
     def importances(self, graph: Graph, weights: Sequence[Value], context: PassContext) -> dict[str, Array]:
         """float32 [K] by the name of a weight; without one all columns count alike."""
