@@ -31,7 +31,7 @@ from .sampling_params import SamplingParams
 from .scheduler import Chunk, Plan, Scheduler
 from .sequence import Sequence
 from .speculation import Checked, Speculator
-from .state_slots import allocate_states
+from .state_plan import allocate_states
 from .tokenizer import Tokenizer
 from .window_plan import allocate_windows, copy_window_pages, window_sizes
 
