@@ -20,6 +20,7 @@ import json
 import logging
 import multiprocessing
 import os
+import resource
 import tempfile
 import time
 import warnings
@@ -40,6 +41,8 @@ TOLERANCE = 2e-3
 """Of float32: the largest absolute difference of any logit or hidden state."""
 INT8_TOLERANCE = 0.1
 """Of int8: root mean square of the difference over that of the values."""
+MOST_BYTES = 8 << 30
+"""Of a process that tries a family."""
 SECONDS = 180
 STATUSES = ("equal", "differs", "bug", "refused", "not built", "not tried")
 
@@ -144,6 +147,8 @@ def _child(family: str, result: Any) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
+    # A configuration that our options do not make small must not take the machine with it.
+    resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as null:
         os.dup2(null.fileno(), 1)
         os.dup2(null.fileno(), 2)

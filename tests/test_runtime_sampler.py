@@ -195,6 +195,7 @@ BAD = {
     "prompt_logprobs": [-1, 21, True],
     "grammar": ["a+", {"type": "object"}],
     "sampler": ["no-repeat", 1],
+    "adapter": [1, ("sql",)],
     "ignore_eos": [1, "yes"],
     "skip_special_tokens": [0, None],
 }
