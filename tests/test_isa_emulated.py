@@ -15,10 +15,12 @@ from llmc.runtime import cpu
 from benchmarks.published_models import FetchError, fetch
 
 from . import emulated
+from .conftest import LONG
 from .models import save_tiny
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.skipif(not LONG, reason="LLMC_LONG_TESTS=1 emulates processors: minutes"),
     pytest.mark.skipif("avx2" not in cpu.supported_isas(), reason="the tokens compared with are AVX2's"),
 ]
 

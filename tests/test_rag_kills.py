@@ -271,7 +271,7 @@ def test_histories_with_kills_end_like_a_new_store(
 @pytest.mark.slow
 def test_many_histories(tmp_path: Path, fake: FakeEmbedder, monkeypatch: pytest.MonkeyPatch) -> None:
     small_batches(monkeypatch)
-    count = 200 if LONG else 50
+    count = 200 if LONG else 25
     assert _histories(tmp_path, range(100, 100 + count)) > count
 
 

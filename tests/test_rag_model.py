@@ -67,7 +67,7 @@ def test_documents_get_no_tool_called(qwen: LLM) -> None:
     assert len(texts) >= 60
     chat = local_chat(ChatModel(qwen), qwen.sampling(temperature=0.0, max_tokens=120))
     searched = 0
-    starts = range(0, len(texts), 5 if LONG else 10)
+    starts = range(0, len(texts), 5 if LONG else 20)
     for start in starts:
         found = [
             passage(f"Port Alder {n}", text, number=n) for n, text in enumerate(texts[start : start + 5])
@@ -109,7 +109,7 @@ def test_every_output_of_an_extraction_parses(
         return inner(chunk, text, finish_reason, origin)
 
     monkeypatch.setattr(extract, "read_output", watched)
-    rows = [(row["title"], row["text"]) for row in hotpot(shared_data, 16 if LONG else 8)]
+    rows = [(row["title"], row["text"]) for row in hotpot(shared_data, 16 if LONG else 5)]
     rows += [("Port Alder", text) for text in hostile_texts()[::10]]
     store = open_store(str(tmp_path / "a.kb"), create=True)
     store.put([record(n, f"{title} {n}", text) for n, (title, text) in enumerate(rows)])

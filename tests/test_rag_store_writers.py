@@ -292,4 +292,4 @@ def test_killed_writers_leave_whole_documents(store: Store, places: Places) -> N
 
 @pytest.mark.slow
 def test_writers_killed_many_times_leave_whole_documents(store: Store, places: Places) -> None:
-    _kill_many_times(store, places, 200 if LONG else 60)
+    _kill_many_times(store, places, 200 if LONG else 30)
