@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ..plugins.listing import Plugin
 
 
-@click.command("plugins", short_help="List installed plugins, what they bring, and what is wrong with them.")
+@click.command("plugins", short_help="List installed plugins and their faults.")
 @json_option
 def command(as_json: bool) -> None:
     """List the installed packages that extend llmc: version, plugin API, what each brings, and what is wrong.

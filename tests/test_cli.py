@@ -76,7 +76,7 @@ def test_reference_page_is_up_to_date() -> None:
         (["inspect", "--nonsense", "x"], "No such option"),
         (["inspect", "/nowhere/at/all"], "/nowhere/at/all does not exist"),
         (["compile", "x"], "Missing option '-o'"),
-        (["eval", "x.llmc"], "nothing to measure: pass --ppl FILE or --mcq FILE"),
+        (["eval", "x.llmc"], "nothing to measure: pass --ppl FILE, --mcq FILE or --moe FILE"),
         (["eval", "x.llmc", "--ppl", "x", "--rolling", "--windows", "2"], "--rolling scores the whole text"),
         (["run", "/nowhere.llmc", "hi"], "/nowhere.llmc does not exist"),
     ],

@@ -37,7 +37,7 @@ def test_predicted_weights_are_those_that_are_written(tiny_folder: Any, tmp_path
 
 
 def test_check_finds_what_a_target_cannot_emit(tiny_folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Null, "operations", Null.operations - {"paged_attention"})
+    monkeypatch.setattr(Null, "emitted", lambda self: Null.operations - {"paged_attention"})
     with pytest.raises(
         UnsupportedError, match=r"cannot emit paged_attention \(from model\.layers\.0\.self_attn"
     ):

@@ -19,8 +19,8 @@ from llmc.passes.quantize.fisher import HeadGradient, head_gradient
 from llmc.passes.quantize.grid import Grid
 from llmc.passes.quantize.head import Head, find_head
 
-from .families import FAMILIES
 from .graphs import lowered, traced
+from .small_models import FAMILIES
 
 CAPPED = ["llama", "gemma2", "granite"]  # nothing, a soft cap, a factor after the head
 
