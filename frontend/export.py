@@ -8,6 +8,7 @@ The same with a list of places, x[:, [-2]], which torch makes such a tensor of: 
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import itertools
 import logging
@@ -166,9 +167,14 @@ def relation_holds(relation: Any, ranges: Any) -> bool | None:
     if len(symbols) != 1 or symbols[0] not in ranges:
         return None
     least = ranges[symbols[0]].lower
-    lower, upper = int(least), int(min(ranges[symbols[0]].upper, _MOST_SIZES))
+    return _holds(relation, symbols[0], least, int(min(ranges[symbols[0]].upper, _MOST_SIZES)))
+
+
+@functools.lru_cache(maxsize=4096)  # every layer asks the same
+def _holds(relation: Any, symbol: Any, least: Any, upper: int) -> bool | None:
+    lower = int(least)
     try:  # numbers of the same library as the relation is: least + a difference
-        return all(bool(relation.xreplace({symbols[0]: least + (n - lower)})) for n in _sizes(lower, upper))
+        return all(bool(relation.xreplace({symbol: least + (n - lower)})) for n in _sizes(lower, upper))
     except TypeError:  # a relation that is none after all
         return None
 
