@@ -49,10 +49,9 @@ class NumpyExecutor:
                 continue
             parts = op.grouped([self._values[v] for v in op.operands])
             self._values[op.result] = dequantized(op.operands[0].type.quant, *parts)
-        for op in self._graph:
-            if op.opname == "dequantize":
-                for v in op.operands:
-                    self._values.pop(v, None)
+        for v in self._graph.weights.values():  # codes that something else reads too stay: a tied embedding's
+            if v.uses and all(op.opname == "dequantize" and op.result in self._values for op, _ in v.uses):
+                self._values.pop(v, None)
 
     def _page_shape(self, pages: Value, count: int) -> list[int]:
         return [count if i == 1 else int(str(d)) for i, d in enumerate(pages.shape)]
