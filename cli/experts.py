@@ -215,6 +215,8 @@ def one_step(graph: Graph, artifact: Artifact, window: Array) -> dict[str, Any]:
         if value.name.startswith("kv_pages."):
             shape = [pages if i == 1 else int(str(d)) for i, d in enumerate(value.shape)]
             given[value.name] = torch.zeros(shape, dtype=getattr(torch, value.dtype))
+        elif value.name.startswith(("slot_mapping.", "block_table.")):  # a window's, whose pages are all here
+            given[value.name] = given[value.name.partition(".")[0]]
     return given
 
 
