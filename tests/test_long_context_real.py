@@ -19,7 +19,12 @@ from .tvm_graphs import ISA
 BROKEN = 12544  # the unscaled model has lost the thread here; up to 8,192 tokens it was trained on
 LENGTH = 14336
 
-pytestmark = pytest.mark.slow
+from .conftest import LONG
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not LONG, reason="LLMC_LONG_TESTS=1: minutes of a real model at long contexts"),
+]
 
 
 @pytest.fixture(scope="module")
