@@ -13,13 +13,12 @@ from llmc.codegen.driver import compile_model
 from benchmarks.commands import shared_data
 from benchmarks.long_context import Steps, losses, tokenizer_of
 
+from .conftest import LONG
 from .models import real_model
 from .tvm_graphs import ISA
 
 BROKEN = 12544  # the unscaled model has lost the thread here; up to 8,192 tokens it was trained on
 LENGTH = 14336
-
-from .conftest import LONG
 
 pytestmark = [
     pytest.mark.slow,
