@@ -134,6 +134,14 @@ class BlockManager:
         self._cached[page] = None
         return page
 
+    def forget(self, page: int) -> None:
+        """A page that was adopted holds nothing after all."""
+        block_hash = self._hash_of[page]
+        assert block_hash is not None and self._references[page] == 0
+        del self._cached[page], self._page_of[block_hash]
+        self._hash_of[page] = None
+        self._free.append(page)
+
     def claim(self, sequence: Sequence, pages: list[int]) -> None:
         """Start the sequence on the pages that `lookup` found for it."""
         assert not sequence.block_table

@@ -38,40 +38,48 @@ class PrefixPages:
         self._blocks, self._executor, self._counters = blocks, executor, counters
 
     def restore(self, sequence: Sequence) -> None:
-        """Read the pages of the sequence's prefix that are kept and not in memory, as far as pages can be
-        had; they are cached then, where `lookup` finds them. Tried once for a sequence.
+        """Read the pages of the sequence's prefix that are kept and not in memory; they are cached then,
+        where `lookup` finds them. There must be room for all of the sequence, which begins now. Tried once
+        for a sequence.
         """
         if sequence.restored or sequence.salt:
             return
         sequence.restored = True
-        blocks, index, held = self._blocks, 0, 0
+        blocks, index = self._blocks, 0
         while (block_hash := blocks.shareable_hash(sequence, index)) is not None:
-            page = blocks.find(block_hash)
-            if page is not None:
-                held += blocks.count_unused([page])
-            elif blocks.num_available <= held:  # the next to be given up are this prefix's own
-                return
-            else:
+            # One that is there is the last to be given up: `adopt` takes none of this prefix.
+            if blocks.find(block_hash) is None:
                 contents = self.store.get(block_hash)
                 if contents is None:
                     return
-                self._executor.write_pages([blocks.adopt(block_hash)], contents[None])
+                page = blocks.adopt(block_hash)
+                try:
+                    self._executor.write_pages([page], contents[None])
+                except BaseException:
+                    blocks.forget(page)  # or others would take what stood there before for this prefix
+                    raise
                 self._counters.tokens_from_disk += blocks.page_size
-                held += 1
             index += 1
 
     def save(self, chunks: Seq[Chunk[Any]]) -> None:
-        """Keep the full pages of prompts whose last token was computed in this step."""
+        """Keep the pages of prompts that are full after this step, in their order. Behind the first page that
+        finds no room nothing of a prompt is kept: it would never be read.
+        """
         size = self._blocks.page_size
         for chunk in chunks:
             sequence: Sequence = chunk.sequence
-            if sequence.salt or not chunk.start < sequence.num_prompt <= sequence.num_computed:
+            if sequence.salt or chunk.start >= sequence.num_prompt:
                 continue
-            for index in range(sequence.num_prompt // size):
+            full = min(sequence.num_computed, sequence.num_prompt) // size
+            for index in range(sequence.saved, full):
                 block_hash = self._blocks.prefix_hash(sequence, index)
                 if not self.store.touch(block_hash):
+                    if not self.store.has_room():
+                        full = sequence.num_prompt // size  # as if all was saved
+                        break
                     (contents,) = self._executor.read_pages([sequence.block_table[index]])
                     self.store.put(block_hash, contents)
+            sequence.saved = max(sequence.saved, full)
 
     def close(self) -> None:
         """Write what is not written yet."""

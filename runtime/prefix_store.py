@@ -1,12 +1,14 @@
 """Pages of the KV cache as files, so that a prefix that was computed once need not be after a restart.
 
     DIR/KEY/hh/HASH.page      96 bytes of head (magic, key, hash, length, SHA-256 of the contents), contents
+    DIR/KEY/hh/HASH.page.P-T  the same while thread T of process P writes it
 
 KEY names what the bits depend on beside the tokens (model, kernels, layout of the cache), HASH is the chained
 hash of the page's prefix (`block_manager`). A file is read back only where all of its head and its checksum
-are right; whatever else lies there is left alone. Files are written beside and renamed, by a thread of their
-own, and those that were not used for longest go when the folder is larger than it may be. Several processes
-may use one folder.
+are right; whatever else lies there is left alone: only regular files of these names, in folders of these
+names that are no links, are ever removed. Files are written beside and renamed, by a thread of their own, and
+those that were not used for longest go when the folder is larger than it may be. Several processes may use
+one folder; each counts all of it again after every twentieth of the limit that it wrote.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import re
 import stat
 import struct
 import threading
@@ -35,6 +38,9 @@ _MAGIC = b"llmc-kv1"
 _PENDING_BYTES = 256 << 20  # of pages that wait to be written; further ones are not kept
 _STALE_SECONDS = 3600  # a file beside, whose writer must be gone by then
 _ROOM = 0.9  # of the limit, what is left after trimming
+_BLIND = 0.05  # of the limit, what is written before all is counted again: others write here too
+_FOLDER, _PART = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{2}")
+_FILE = re.compile(r"[0-9a-f]{32}\.page(?P<beside>\.[0-9]+-[0-9]+)?")
 DEFAULT_BYTES = 10 << 30
 
 
@@ -81,8 +87,9 @@ class PrefixStore:
         # One thread; where a process ends in order, it first ends what was given to it.
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="llmc-prefix")
         self._lock = threading.Lock()
-        self._waiting: dict[bytes, int] = {}  # pages that wait to be written → bytes
-        self._kept = -1  # bytes of the folder; not counted yet
+        self._waiting: set[bytes] = set()  # pages that wait to be written
+        self._kept = 0  # bytes of the folder, as far as is known
+        self._count_at = 0  # of them, when all is counted again
         self._closed = self._failed = False
 
     def _path(self, block_hash: bytes) -> Path:
@@ -93,7 +100,7 @@ class PrefixStore:
         """uint8 [page_bytes] of the page with that hash; None where it is not kept, or not rightly."""
         path = self._path(block_hash)
         try:
-            found = path.stat()
+            found = path.lstat()
             whole = stat.S_ISREG(found.st_mode) and found.st_size == _HEAD.size + self._page_bytes
             data = path.read_bytes() if whole else b""
         except OSError:  # most often: there is none
@@ -105,7 +112,7 @@ class PrefixStore:
             return None
         self.counts.hits += 1
         with contextlib.suppress(OSError):
-            os.utime(path)
+            os.utime(path, follow_symlinks=False)
         return np.frombuffer(contents, np.uint8)
 
     def _head(self, block_hash: bytes, contents: memoryview) -> bytes:
@@ -126,23 +133,31 @@ class PrefixStore:
         if block_hash in self._waiting:
             return True
         try:
-            os.utime(self._path(block_hash))
+            os.utime(self._path(block_hash), follow_symlinks=False)
         except OSError:
             return False
         return True
 
+    def has_room(self) -> bool:
+        """Whether `put` would take a page now; where not, one counts as dropped."""
+        with self._lock:
+            return self._has_room()
+
+    def _has_room(self) -> bool:
+        room = not self._closed and (len(self._waiting) + 1) * self._page_bytes <= _PENDING_BYTES
+        self.counts.dropped += not room
+        return room
+
     def put(self, block_hash: bytes, contents: np.ndarray) -> None:
         """Keep a page, uint8 [page_bytes], which is not changed afterwards. It is written some time later, or
-        dropped where too much waits already.
+        dropped where there is no room.
         """
         assert contents.nbytes == self._page_bytes
         self._damaged.discard(block_hash)
         with self._lock:
-            if self._closed or sum(self._waiting.values()) + contents.nbytes > _PENDING_BYTES:
-                self.counts.dropped += 1
-                return
-            self._waiting[block_hash] = contents.nbytes
-            self._writer.submit(self._write, block_hash, contents)
+            if self._has_room():
+                self._waiting.add(block_hash)
+                self._writer.submit(self._write, block_hash, contents)
 
     def flush(self) -> None:
         """Wait until all that was put is written."""
@@ -174,7 +189,7 @@ class PrefixStore:
                 beside.unlink()
         finally:
             with self._lock:
-                del self._waiting[block_hash]
+                self._waiting.discard(block_hash)
 
     def _note_unwritten(self, error: OSError) -> None:
         if not self._failed:
@@ -185,30 +200,47 @@ class PrefixStore:
 
     def _trim(self, added: int) -> None:
         """Remove the files that were not used for longest, where there are too many; of other models too."""
-        if self._kept >= 0:
-            self._kept += added
-            if self._kept <= self._limit:
-                return
-        files = sorted(_files(self._root))  # others write here too: what is there now counts
-        self._kept = sum(size for _, size, _ in files)
-        if self._kept <= self._limit:
+        self._kept += added
+        if self._kept <= self._count_at:
             return
-        for _, size, path in files:
-            if self._kept <= _ROOM * self._limit:
-                break
-            with contextlib.suppress(OSError):
-                path.unlink()
-            self._kept -= size
+        files = sorted(_files(self._root))
+        self._kept = sum(size for _, size, _ in files)
+        if self._kept > self._limit:
+            for _, size, path in files:
+                if self._kept <= _ROOM * self._limit:
+                    break
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)  # another process trims too
+                    self._kept -= size
+        # Where files could not be removed, they are not looked at again for every page.
+        blind = self._kept + int(_BLIND * self._limit)
+        self._count_at = min(blind, self._limit) if self._kept <= self._limit else blind
 
 
 def _files(root: Path) -> Iterator[tuple[float, int, Path]]:
     """(time of last use, bytes, path) of the pages of all models; files beside whose writer is gone are
-    removed.
+    removed. Nothing else is looked into: a user may have named a folder that holds other things.
     """
-    for path in root.glob("*/??/*.page*"):
-        with contextlib.suppress(OSError):  # another process removed it
-            found = path.stat()
-            if path.suffix == ".page":
-                yield found.st_mtime, found.st_size, path
-            elif time.time() - found.st_mtime > _STALE_SECONDS:
-                path.unlink()
+    for folder in _inside(root, _FOLDER):
+        for part in _inside(folder.path, _PART):
+            for entry in _inside(part.path, _FILE, files=True):
+                with contextlib.suppress(OSError):  # another process removed it
+                    found, path = entry.stat(follow_symlinks=False), Path(entry.path)
+                    if entry.name.endswith(".page"):
+                        yield found.st_mtime, found.st_size, path
+                    elif time.time() - found.st_mtime > _STALE_SECONDS:
+                        path.unlink()
+
+
+def _inside(folder: str | Path, name: re.Pattern[str], *, files: bool = False) -> list[os.DirEntry[str]]:
+    """What a folder has of names like that: folders, or regular files, and no links to such."""
+    try:
+        with os.scandir(folder) as found:
+            return [
+                one
+                for one in found
+                if name.fullmatch(one.name)
+                and (one.is_file(follow_symlinks=False) if files else one.is_dir(follow_symlinks=False))
+            ]
+    except OSError:  # it went meanwhile, or is not this user's to read
+        return []

@@ -49,6 +49,7 @@ class Sequence:
         "order",
         "restored",
         "salt",
+        "saved",
         "score_end",
         "scored",
         "slots",
@@ -85,6 +86,7 @@ class Sequence:
         self.scored = 0  # of those, how many were given
         self.state_slot = -1  # row of the state cache that it owns; -1 for none
         self.restored = False  # whether its prefix was looked for on disk (prefix_pages.py)
+        self.saved = 0  # pages of its prompt that were looked at for keeping them there
         self.status = Status.WAITING
 
     def use(self, adapter: Adapted | None) -> None:
