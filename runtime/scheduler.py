@@ -71,7 +71,7 @@ class Prefixes(Protocol[S]):
     """Where prefixes are kept beside the cache (prefix_pages.py)."""
 
     def restore(self, sequence: S, /) -> None:
-        """Put into the cache what is known of a sequence that may begin now."""
+        """Put into the cache what is known of a sequence that begins now."""
         ...
 
     def save(self, chunks: list[Chunk[S]], /) -> None:
@@ -196,8 +196,6 @@ class Scheduler(Generic[S]):
                 break
             if self.running and slots + sequence.slots > self.max_sequences:
                 break
-            if self.prefixes is not None and not sequence.to_score:
-                self.prefixes.restore(sequence)
             # A page that is found gives no logits.
             pages = [] if sequence.to_score else blocks.lookup(sequence)
             if not sequence.to_score and self._is_coming(sequence, len(pages), prefills):
@@ -207,6 +205,9 @@ class Scheduler(Generic[S]):
             slack = len(self.running)
             if self.running and reserved + need + slack > blocks.num_available:
                 break
+            if self.prefixes is not None and not sequence.to_score:
+                self.prefixes.restore(sequence)  # the pages that it takes were counted as new ones
+                pages = blocks.lookup(sequence)
             self.waiting.remove(sequence)
             blocks.claim(sequence, pages)
             sequence.status = Status.RUNNING
@@ -218,12 +219,14 @@ class Scheduler(Generic[S]):
 
     def _is_coming(self, sequence: S, index: int, prefills: list[S]) -> bool:
         """Whether a prompt that is being computed will give page `index` of the sequence: then waiting saves
-        work.
+        work. One that has computed it will not: with windows, what is needed beside the page is gone.
         """
-        wanted = self.blocks.shareable_hash(sequence, index)
+        blocks = self.blocks
+        wanted = blocks.shareable_hash(sequence, index)
         if wanted is None:
             return False
-        return any(self.blocks.shareable_hash(other, index) == wanted for other in prefills)
+        end = (index + 1) * blocks.page_size
+        return any(s.num_computed < end and blocks.shareable_hash(s, index) == wanted for s in prefills)
 
     def _schedule_prefills(self, plan: Plan[S], prefills: list[S], budget: int) -> None:
         """Answers that several tokens were added to at once, then the oldest prompt with half of the budget

@@ -113,7 +113,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Whatever state it was left in, the work comes to an end and gives every page back."""
         if not hasattr(self, "blocks"):
             return
-        for _ in range(3000):
+        # Each sequence grows to the limit, and may be preempted and computed again some times on its way.
+        for _ in range(sum(s.slots for s in self.alive()) * self.limit * 4):
             if not self.alive():
                 break
             self.step(1)
