@@ -61,7 +61,8 @@ class AsyncEngine:
         self._thread: threading.Thread | None = None
         self._pauser: int | None = None  # the thread that has the engine for itself, and how often it asked
         self._pauses = 0
-        self._pausing = 0  # threads that wait for it; they come before the next step
+        self._pausing = 0  # threads that wait for it; they come before the next step, unless one is owed
+        self._owed = False  # whether requests wait for a step since the last pause
         self._stepping = False
         self._closed = False
         self._touched: list[AsyncStream] = []
@@ -145,16 +146,19 @@ class AsyncEngine:
 
     @contextlib.contextmanager
     def paused(self) -> Generator[Engine]:
-        """The engine for the calling thread alone, between two steps; requests wait meanwhile."""
+        """The engine for the calling thread alone, between two steps; requests wait meanwhile. Between two
+        pauses they advance by a step, whoever pauses.
+        """
         caller = threading.get_ident()
         with self._changed:
             self._refuse_if_ended()
             if self._pauser != caller:
                 self._pausing += 1
                 try:
-                    self._changed.wait_for(lambda: self._pauser is None and not self._stepping)
+                    self._changed.wait_for(self._may_pause)
                 finally:
                     self._pausing -= 1
+                    self._changed.notify_all()  # where the wait was interrupted, steps may go on
                 self._pauser = caller
             self._pauses += 1
         try:
@@ -164,7 +168,14 @@ class AsyncEngine:
                 self._pauses -= 1
                 if not self._pauses:
                     self._pauser = None
+                    self._owed = self._thread is not None and self._has_work()
                 self._changed.notify_all()
+
+    def _may_pause(self) -> bool:
+        return self._pauser is None and not self._stepping and (self._closed or not self._owed)
+
+    def _has_work(self) -> bool:
+        return bool(self._inbox or self.engine.has_work)
 
     def close(self) -> None:
         """Cancel what runs and end the thread. Streams that are open end with `finish_reason="cancelled"`."""
@@ -223,7 +234,7 @@ class AsyncEngine:
                 self._changed.wait_for(self._may_go_on)
                 if self._closed:
                     return
-                self._stepping = True
+                self._stepping, self._owed = True, False
                 commands, self._inbox = self._inbox, []
             for command in commands:
                 command()
@@ -247,8 +258,8 @@ class AsyncEngine:
                     stream.close()
 
     def _may_go_on(self) -> bool:
-        free = self._pauser is None and not self._pausing
-        return self._closed or (free and bool(self._inbox or self.engine.has_work))
+        free = self._pauser is None and (self._owed or not self._pausing)
+        return self._closed or (free and self._has_work())
 
     def _start(self, ticket: Ticket) -> None:
         try:
