@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 from llmc.ir.errors import InputError
+from llmc.runtime.rag import communities, derive_child
 from llmc.runtime.rag import newest as module
+from llmc.runtime.rag.communities import communities_of
 from llmc.runtime.rag.newest import Newest
 from llmc.runtime.rag.retrieve import Retriever
 from llmc.runtime.rag.snapshot import Snapshot
@@ -113,12 +115,19 @@ def test_only_the_first_searches_wait(songs: Store, gate: Gate) -> None:
     before = newest.get()
     gate.open.clear()
     songs.put([MORE])
-    began = time.monotonic()
+    waits: list[float | None] = []
+    real = newest._changed.wait
+
+    def wait(seconds: float | None = None) -> bool:
+        waits.append(seconds)
+        return real(seconds)
+
+    newest._changed.wait = wait  # type: ignore[method-assign]
     assert newest.get(0.3) is before
-    first = time.monotonic() - began
-    began = time.monotonic()
+    assert waits and waits[0] == pytest.approx(0.3, abs=0.1)
+    waits.clear()
     assert all(newest.get(0.3) is before for _ in range(20))
-    assert time.monotonic() - began < 20 * 0.3 / 2 and first >= 0.3
+    assert not waits
 
 
 def test_a_write_while_it_is_derived_is_derived_next(songs: Store, gate: Gate) -> None:
@@ -176,8 +185,69 @@ def test_where_no_process_can_be_started_a_thread_derives(
     newest.get()
     songs.put([MORE])
     monkeypatch.setattr(module, "_SMALL", 0)
-    monkeypatch.setattr(module.sys, "executable", "/nowhere/python")
+    monkeypatch.setattr(derive_child.sys, "executable", "/nowhere/python")
     assert len(newest.get(60.0)) == len(SONGS) + 1
+
+
+def test_the_process_imports_nothing_from_the_current_directory(
+    songs: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "documents"
+    folder.mkdir()
+    for name in ("json.py", "tempfile.py", "llmc.py"):
+        (folder / name).write_text("raise SystemExit(9)\n")
+    newest = Newest(songs)
+    newest.get()
+    songs.put([MORE])
+    monkeypatch.setattr(module, "_SMALL", 0)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(Snapshot, "of", lambda store: pytest.fail("derived here"))
+    assert len(newest.get(60.0)) == len(SONGS) + 1
+    newest.close()
+
+
+def test_a_process_that_fails_leaves_the_state_before_to_be_searched(
+    songs: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    newest = Newest(songs)
+    before = newest.get()
+    songs.put([MORE])
+    monkeypatch.setattr(module, "_SMALL", 0)
+    with monkeypatch.context() as patched:
+        patched.setattr(derive_child, "__name__", "llmc.runtime.rag.no_such_module")
+        assert newest.get(60.0) is before
+    assert "No module named" in caplog.text and "again in 10 s" in caplog.text
+    caplog.clear()
+    assert newest.get(60.0) is before and not caplog.text, "not at once again"
+    monkeypatch.setattr(newest, "_rests_until", 0.0)
+    assert len(newest.get(60.0)) == len(SONGS) + 1
+    newest.close()
+
+
+def test_without_a_state_before_a_failed_process_is_told(
+    songs: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    newest = Newest(songs)
+    monkeypatch.setattr(module, "_SMALL", 0)
+    monkeypatch.setattr(derive_child, "__name__", "llmc.runtime.rag.no_such_module")
+    with pytest.raises(InputError, match="could not be derived"):
+        newest.get(60.0)
+    newest.close()
+
+
+def test_the_process_goes_on_with_communities_that_were_asked_for(
+    songs: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    newest = Newest(songs)
+    communities_of(songs, newest.get())
+    songs.put([MORE])
+    monkeypatch.setattr(module, "_SMALL", 0)
+    found = newest.get(60.0)
+    until(lambda: newest._child is None)  # pyright: ignore[reportPrivateUsage]
+    with monkeypatch.context() as patched:
+        patched.setattr(communities, "detect", lambda *_: pytest.fail("detected here"))
+        assert len(communities_of(songs, found).ids) == len(SONGS) + 1
+    newest.close()
 
 
 def test_a_store_that_became_another_is_seen(songs: Store, tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ from .snapshot import Snapshot
 from .store.base import Store, StoreReader
 from .types import Chunk, Passage
 
+FILE = "communities.arrays"
+"""Its name in a store's cache folder."""
 VERSION = "1"
 RESOLUTION = 1.0
 SEED = 7
@@ -104,7 +106,7 @@ def communities_of(
     """
     snapshot = Snapshot.of(store) if snapshot is None else snapshot
     facts = {**snapshot.facts, "version": VERSION, "resolution": repr(resolution)}
-    path = Path(store.cache_folder) / "communities.arrays" if store.cache_folder else None
+    path = Path(store.cache_folder) / FILE if store.cache_folder else None
     kept = read_arrays(path, facts) if path is not None else None
     if kept is None:
         kept = detect(snapshot.arrays, resolution)

@@ -53,12 +53,7 @@ class Snapshot:
     @classmethod
     def of_reader(cls, reader: StoreReader, folder: Path | None = None) -> Snapshot:
         """Of one state; kept in `folder`, if that can be written."""
-        facts = {
-            "generation": str(reader.generation),
-            "features": f"{FEATURES_VERSION}.{DERIVATION_VERSION}",
-            "embedder": reader.settings().embedder_hash,
-            "chunks": str(reader.counts().get("chunks", 0)),
-        }
+        facts = _facts(reader)
         found = None if folder is None else cls.kept(folder, facts)
         if found is not None:
             return found
@@ -73,6 +68,14 @@ class Snapshot:
                         old.unlink(missing_ok=True)
                 arrays = read_arrays(path, facts) or arrays
         return cls(arrays, facts)
+
+    @classmethod
+    def at_hand(cls, store: Store) -> Snapshot | None:
+        """Of the store's newest state, where that lies in its cache folder already; nothing is derived."""
+        if not store.cache_folder:
+            return None
+        with store.reading() as reader:
+            return cls.kept(Path(store.cache_folder), _facts(reader))
 
     @classmethod
     def kept(cls, folder: Path, facts: Mapping[str, str]) -> Snapshot | None:
@@ -167,6 +170,15 @@ class Snapshot:
         if self.exact is not None:
             return self.exact[chunks]
         return self.arrays["vectors"][chunks].astype(np.float32)
+
+
+def _facts(reader: StoreReader) -> dict[str, str]:
+    return {
+        "generation": str(reader.generation),
+        "features": f"{FEATURES_VERSION}.{DERIVATION_VERSION}",
+        "embedder": reader.settings().embedder_hash,
+        "chunks": str(reader.counts().get("chunks", 0)),
+    }
 
 
 def _path(folder: Path, facts: Mapping[str, str]) -> Path:

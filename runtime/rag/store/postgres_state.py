@@ -14,7 +14,7 @@ from .common import BATCH, dump_lines
 from .keywords import fold, parse_keywords, words_of
 from .matrix import query_vector
 from .postgres_schema import Place, explained
-from .records import F16, asked, document_of, features_of_row, settings_of
+from .records import EXTRACTIONS, F16, QUARANTINED, asked, document_of, features_of_row, settings_of
 
 if TYPE_CHECKING:
     from .postgres_schema import Connection
@@ -169,18 +169,10 @@ class PostgresState:
             last = chunks[-1][1]
 
     def quarantined(self) -> Mapping[str, str]:
-        return dict(
-            self._rows(
-                "SELECT c.id, e.quarantine FROM extracted e JOIN chunks c ON c.row = e.chunk"
-                " WHERE e.quarantine IS NOT NULL ORDER BY c.id, e.origin"
-            )
-        )
+        return dict(self._rows(QUARANTINED))
 
     def extractions(self) -> Iterator[tuple[str, str, str | None]]:
-        yield from self._rows(
-            "SELECT c.id, e.origin, e.quarantine FROM extracted e JOIN chunks c ON c.row = e.chunk"
-            " ORDER BY c.id, e.origin"
-        )  # pyright: ignore[reportReturnType]  (id, origin, quarantine)
+        yield from self._rows(EXTRACTIONS)  # pyright: ignore[reportReturnType]  (id, origin, quarantine)
 
     def extracted(self, origin: str = "") -> set[str]:
         sql = "SELECT c.id FROM extracted e JOIN chunks c ON c.row = e.chunk WHERE starts_with(e.origin, %s)"

@@ -18,6 +18,16 @@ from ..features.terms import hash_of
 from ..types import Chunk, Document, Features, Mention, Triple
 from .base import Record, Settings
 
+QUARANTINED = (
+    "SELECT c.id, e.quarantine FROM extracted e JOIN chunks c ON c.row = e.chunk"
+    " WHERE e.quarantine IS NOT NULL ORDER BY c.id, e.origin"
+)
+EXTRACTIONS = (
+    "SELECT c.id, e.origin, e.quarantine FROM extracted e JOIN chunks c ON c.row = e.chunk"
+    " ORDER BY c.id, e.origin"
+)
+"""Queries that both databases read alike."""
+
 U64 = np.dtype("<u8")
 U32 = np.dtype("<u4")
 U16 = np.dtype("<u2")

@@ -16,7 +16,7 @@ from .common import BATCH, dump_lines
 from .connect import explained
 from .keywords import parse_keywords
 from .matrix import MatrixCache, Vectors, nearest, query_vector
-from .records import F16, asked, document_of, features_of_row, settings_of
+from .records import EXTRACTIONS, F16, QUARANTINED, asked, document_of, features_of_row, settings_of
 from .schema import VERSION, check_version
 
 _DOCUMENT = "SELECT id, path, title, media_type, digest, size, modified_ns, metadata FROM documents"
@@ -192,18 +192,10 @@ class SqliteState:
             last = chunks[-1][1]
 
     def quarantined(self) -> Mapping[str, str]:
-        return dict(
-            self._rows(
-                "SELECT c.id, e.quarantine FROM extracted e JOIN chunks c ON c.row = e.chunk"
-                " WHERE e.quarantine IS NOT NULL ORDER BY c.id, e.origin"
-            )
-        )
+        return dict(self._rows(QUARANTINED))
 
     def extractions(self) -> Iterator[tuple[str, str, str | None]]:
-        yield from self._rows(
-            "SELECT c.id, e.origin, e.quarantine FROM extracted e JOIN chunks c ON c.row = e.chunk"
-            " ORDER BY c.id, e.origin"
-        )  # pyright: ignore[reportReturnType]  (id, origin, quarantine)
+        yield from self._rows(EXTRACTIONS)  # pyright: ignore[reportReturnType]  (id, origin, quarantine)
 
     def extracted(self, origin: str = "") -> set[str]:
         sql = (
