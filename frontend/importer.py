@@ -32,7 +32,6 @@ class Importer:
     def __init__(self, graph: Graph, repeats: Repeats | None = None) -> None:
         self.graph = graph
         self.symbols: dict[str, str] = {}  # torch's symbol → ours
-        self.proven: set[Any] = set()  # relations of sizes
         self.ranges: Any = {}  # torch's symbol → what it may be
         self.bodies = None if repeats is None else Bodies(graph, repeats)
         self.values: dict[Any, Any] = {}
@@ -119,9 +118,8 @@ class Importer:
     def prove(self, node: Any) -> None:
         """Raise UnsupportedError where a relation of sizes does not hold for every number of tokens."""
         relation = getattr(getattr(node, "meta", {}).get("val"), "node", None)
-        if relation is None or relation.expr in self.proven:
+        if relation is None:
             return
-        self.proven.add(relation.expr)
         ranges = relation.shape_env.var_to_range
         if relation_holds(relation.expr, ranges) is False:
             raise UnsupportedError(
@@ -250,8 +248,7 @@ class Importer:
                 f"{self.graph.name} changes {self.values[changed].name} while it runs",
                 remedy="a compiled function keeps no state",
             )
-        earlier = [user for user in changed.users if user < node]
-        if _is_view(changed) or any(_is_view(user) for user in earlier):
+        if _is_view(changed) or _is_read_after(node, changed):
             raise self.unsupported(f"operator {node.target} on a part of another tensor")
 
     def write_part(self, node: Any) -> None:
@@ -260,11 +257,9 @@ class Importer:
         """
         part, source = node.args[:2]
         whole = part.args[0]
-        others = [view for view in whole.users if view is not part and _is_view(view) and view < node]
         if self.bodies is not None and self.bodies.is_given(self.values[whole]):
             raise CannotRepeat
-        shared = whole.op == "placeholder" or _is_view(whole)
-        if shared or any(user > node for view in (part, *others) for user in view.users):
+        if whole.op == "placeholder" or _is_view(whole) or _is_read_after(node, whole):
             raise self.unsupported(f"operator {node.target} on a part of a tensor that is read in parts")
         x, written = self.values[whole], self.cast(self.values[source], self.values[whole].dtype)
         cut = self.values[part].producer
@@ -299,9 +294,43 @@ def _is_part(node: Any) -> bool:
     return node.op == "call_function" and str(node.target) == "aten.slice.Tensor"
 
 
-def _is_view(node: Any) -> bool:
-    """Whether a node's result shares memory with an operand."""
-    schema = getattr(node.target, "_schema", None)
-    if node.op != "call_function" or schema is None:
+def _shares(node: Any) -> bool:
+    """Whether a node's result lies in its first operand's memory: a view, or what was written in place."""
+    if node.op != "call_function":
         return False
-    return any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+    if node.target is operator.getitem:
+        return _shares(node.args[0])  # one of several views
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(r.alias_info is not None for r in schema.returns)
+
+
+def _writes(node: Any) -> bool:
+    """Whether a node that shares memory has written there."""
+    schema = getattr(node.target, "_schema", None)
+    returns = () if schema is None else schema.returns
+    return any(r.alias_info is not None and r.alias_info.is_write for r in returns)
+
+
+def _is_view(node: Any) -> bool:
+    """Whether a node is a view, or what was written into one."""
+    while _shares(node):
+        if not _writes(node):
+            return True
+        node = node.args[0]
+    return False
+
+
+def _is_read_after(node: Any, whole: Any) -> bool:
+    """Whether something that lies in the memory of `whole`, which `node` writes to, is read behind it under
+    another name than `whole`: a view of it from before, or a view of such a view.
+    """
+    first = whole
+    while _shares(first):
+        first = first.args[0]
+    open_, seen = [first], {first}
+    while open_:
+        for user in open_.pop().users:
+            if user < node and user not in seen and _shares(user) and user.args[0] in seen:
+                seen.add(user)
+                open_.append(user)
+    return any(user > node for one in seen - {whole} for user in one.users)

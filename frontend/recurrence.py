@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import itertools
 import logging
 import math
 import sys
@@ -29,7 +28,6 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any, cast
 
 from ..ir.core import Value
-from ..ir.define import attribute_types
 from ..ir.errors import UnsupportedError
 from ..ir.ops import state as ops
 from ..ir.ops.nn import ACTIVATIONS
@@ -37,6 +35,7 @@ from ..ir.ops.shape import Reshape, Transpose
 from ..ir.types import Dim, TensorType
 from . import recurrence_trials as trials
 from .aten_table import Handler, aten, registered
+from .operators import Definition, define_operators, operand_names, schema_of
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +70,7 @@ def _importing(kind: Kind) -> Handler:
     """Operator → op; arguments as the operator has them."""
 
     def handler(c: Importer, *args: Any) -> Value:
-        operands = len(kind.operand_fields) - 1
+        operands = len(operand_names(kind))
         given = [*args[:operands], *[None] * (operands - len(args))]
         attributes = dict(zip(kind.attribute_fields, args[operands:], strict=False))
         return c.emit(_made(kind, given, attributes))
@@ -84,25 +83,15 @@ for _name, _kind in OPERATORS.items():
 
 
 @functools.cache
-def _operators() -> tuple[Any, Any]:
-    """Our operators, defined once, since torch knows them by name: operands, then attributes. On the CPU they
-    are the reference meanings of the ops.
-    """
-    import torch
-
-    library = torch.library.Library(NAMESPACE, "DEF")
-    for name, kind in OPERATORS.items():
-        library.define(f"{name}({_schema(kind)}) -> Tensor")
-        torch.library.register_fake(f"{NAMESPACE}::{name}", _fake(kind), lib=library)
-        library.impl(name, _reference(kind), "CPU")
-    return library, getattr(torch.ops, NAMESPACE)  # the library lives for as long as its operators
-
-
-def _schema(kind: Kind) -> str:
-    tensors = [f"Tensor{'?' if f.kind == 'optional' else ''} {f.name}" for f in kind.operand_fields[:-1]]
-    types = attribute_types(kind)
-    words = {bool: "bool", float: "float", int: "int"}
-    return ", ".join(tensors + [f"{words.get(types[n], 'str?')} {n}" for n in kind.attribute_fields])
+def _operators() -> Any:
+    """Our operators. On the CPU they are the reference meanings of the ops."""
+    return define_operators(
+        NAMESPACE,
+        {
+            name: Definition(schema_of(kind), _fake(kind), _reference(kind))
+            for name, kind in OPERATORS.items()
+        },
+    )
 
 
 def _fake(kind: Kind) -> Callable[..., Any]:
@@ -114,7 +103,7 @@ def _fake(kind: Kind) -> Callable[..., Any]:
 
 def _reference(kind: Kind) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
-        operands = len(kind.operand_fields) - 1
+        operands = len(operand_names(kind))
         values = [None if x is None else _value(x) for x in args[:operands]]
         op = _made(kind, values, dict(zip(kind.attribute_fields, args[operands:], strict=False)))
         return op.reference({}, *args[:operands], [])
@@ -129,12 +118,10 @@ def _value(x: torch.Tensor) -> Value:
 # -- what stands for the functions, with their names of parameters
 
 
-def _nothing_else(given: Mapping[str, Any], *asked: str) -> None:
-    """Refuses arguments that would change the result and that nothing here knows."""
-    import torch
-
+def _nothing_else(given: Mapping[str, Any]) -> None:
+    """Refuses arguments that nothing here knows: they may change the result."""
     for name, x in given.items():
-        if isinstance(x, torch.Tensor) or (x and name in asked):
+        if x is not None and x is not False:
             raise UnsupportedError(
                 f"a recurrence is given {name}, which is not supported", remedy="report the model"
             )
@@ -143,11 +130,11 @@ def _nothing_else(given: Mapping[str, Any], *asked: str) -> None:
 def _causal_conv1d(
     hidden_states: Any, weight: Any, bias: Any = None, activation: str | None = None, **rest: Any
 ) -> Any:
-    _nothing_else(rest, "return_final_states", "initial_states")
+    _nothing_else(rest)
     name = _NAMES.get(activation or "", activation)
     inside = name if name in ACTIVATIONS else None
     x, filters = hidden_states.transpose(1, 2), weight.transpose(0, 1)
-    y = _operators()[1].causal_conv1d(x, filters, bias, inside)
+    y = _operators().causal_conv1d(x, filters, bias, inside)
     if activation is not None and inside is None:
         from transformers.activations import ACT2FN
 
@@ -165,13 +152,16 @@ def _selective_scan(
     z: Any = None,
     delta_bias: Any = None,
     delta_softplus: bool = False,
+    use_mambapy: bool = False,
+    use_associative_scan: bool = False,
     **rest: Any,
 ) -> Any:
+    """The two flags `use_…` choose among ways to the same numbers."""
     import torch
 
-    _nothing_else(rest, "return_last_state")
+    _nothing_else(rest)
     x, step, b, c = (v.transpose(1, 2) for v in (hidden_states, dt, B, C))
-    y = _operators()[1].selective_scan(x, step, b, c, A.transpose(0, 1), D, delta_bias, delta_softplus)
+    y = _operators().selective_scan(x, step, b, c, A.transpose(0, 1), D, delta_bias, delta_softplus)
     if z is not None:
         y = y * torch.nn.functional.silu(z.transpose(1, 2))
     return y.transpose(1, 2)
@@ -193,7 +183,7 @@ def _ssd_scan(
 ) -> Any:
     import torch
 
-    _nothing_else({**rest, "initial_states": initial_states}, "return_final_states")
+    _nothing_else({**rest, "initial_states": initial_states})
     dt = dt if dt_bias is None else dt + dt_bias
     dt = torch.nn.functional.softplus(dt) if dt_softplus else dt
     low, high = dt_limit
@@ -202,7 +192,7 @@ def _ssd_scan(
     if math.isfinite(high):
         dt = torch.clamp(dt, max=high)
     a_head = D is None or D.dim() == 1
-    y = _operators()[1].ssd_scan(hidden_states, dt, B, C, A, D if a_head else None)
+    y = _operators().ssd_scan(hidden_states, dt, B, C, A, D if a_head else None)
     return y if a_head else y + D * hidden_states
 
 
@@ -212,17 +202,17 @@ def _gated_delta_rule(
     value: Any,
     g: Any,
     beta: Any,
+    chunk_size: int = 0,
     initial_state: Any = None,
     output_final_state: bool = False,
     use_qk_l2norm_in_kernel: bool = False,
     **rest: Any,
 ) -> tuple[Any, None]:
-    given = {**rest, "initial_state": initial_state, "output_final_state": output_final_state}
-    _nothing_else(given, "output_final_state")
+    _nothing_else({**rest, "initial_state": initial_state, "output_final_state": output_final_state})
     scale = key.shape[-1] ** -0.5
     if use_qk_l2norm_in_kernel:
         query, key = (_unit(x, 1e-6) for x in (query, key))
-    return _operators()[1].gated_delta_rule(query, key, value, g, beta, scale), None
+    return _operators().gated_delta_rule(query, key, value, g, beta, scale), None
 
 
 def _unit(x: Any, eps: float) -> Any:
@@ -244,7 +234,7 @@ def _linear_recurrence(
 ) -> tuple[Any, None]:
     """`reset` is where a sequence begins, before which there is no state that the gate could keep."""
     _nothing_else({"recurrent_states": recurrent_states})
-    return _operators()[1].linear_recurrence(hidden_states, recurrent_gate), None
+    return _operators().linear_recurrence(hidden_states, recurrent_gate), None
 
 
 @aten("conv1d.default")
@@ -265,6 +255,8 @@ def _conv1d(
     plain = tuple(stride) == tuple(dilation) == (1,) and tuple(padding) == (width - 1,)
     if not plain or x.type.rank != 3 or groups != channels or per_group != 1:
         raise c.unsupported("a convolution other than each channel's own over the last tokens")
+    if x.shape[0] != 1:
+        raise c.unsupported("a convolution over the tokens of several sequences")
     if not all(_takes_first(user, x.shape[-1], c) for user in c.node.users):
         raise c.unsupported("a convolution that sees later tokens")
     filters = c.emit(Transpose(c.emit(Reshape(weight, shape=(channels, width))), perm=(-1, -2)))
@@ -283,19 +275,15 @@ def _takes_first(node: Any, count: Dim, c: Importer) -> bool:
 # -- how functions are known, and proven
 
 
-Trial = tuple[str, Callable[[], dict[str, Any]]]
-"""A variant's name, and small random arguments for it."""
-
-
 @dataclass(frozen=True)
 class _Form:
-    """A recurrence: the parameters that a function of it has, in order; what stands for it; the variants that
-    are tried, and which of them a call asks for.
+    """A recurrence: the parameters that a function of it has, in order; what stands for it; arguments of each
+    variant that is tried, and the name of the variant that a call asks for.
     """
 
     parameters: tuple[str, ...]
     stands: Callable[..., Any]
-    variants: tuple[Trial, ...]
+    trials: Callable[[], list[trials.Arguments]]
     variant: Callable[[Mapping[str, Any]], str] = lambda given: ""
     beside: tuple[str, ...] = ()
     """Further parameters, wherever they stand."""
@@ -304,52 +292,37 @@ class _Form:
         return tuple(names[: len(self.parameters)]) == self.parameters and set(self.beside) <= set(names)
 
 
-def _delta_name(units: bool, wide: bool) -> str:
-    return f"decays {'by element' if wide else 'by head'}{', vectors of length one' if units else ''}"
-
-
-def _delta_variant(given: Mapping[str, Any]) -> str:
-    wide = given["g"].dim() == given["value"].dim()
-    return _delta_name(bool(given.get("use_qk_l2norm_in_kernel")), wide)
-
-
 _FORMS = (
     _Form(
         ("hidden_states", "weight", "bias", "activation"),
         _causal_conv1d,
-        tuple(
-            (str(name), functools.partial(trials.conv_trial, name))
-            for name in (None, "silu", "gelu", "relu", "sigmoid", *_NAMES)
-        ),
-        lambda given: str(given.get("activation")),
+        trials.conv_trials,
+        trials.conv_variant,
     ),
     _Form(
         ("hidden_states", "dt", "A", "B", "C", "D", "z", "delta_bias", "delta_softplus"),
         _selective_scan,
-        tuple((str(flag), functools.partial(trials.selective_trial, flag)) for flag in (False, True)),
-        lambda given: str(bool(given.get("delta_softplus"))),
+        trials.selective_trials,
+        trials.selective_variant,
     ),
     _Form(
         ("hidden_states", "dt", "A", "B", "C", "chunk_size", "D"),
         _ssd_scan,
-        tuple((str(flag), functools.partial(trials.ssd_trial, flag)) for flag in (False, True)),
-        lambda given: str(bool(given.get("dt_softplus"))),
+        trials.ssd_trials,
+        trials.ssd_variant,
         beside=("dt_bias", "dt_softplus", "dt_limit"),
     ),
     _Form(
         ("query", "key", "value", "g", "beta", "chunk_size"),
         _gated_delta_rule,
-        tuple(
-            (_delta_name(*flags), functools.partial(trials.delta_trial, *flags))
-            for flags in itertools.product((False, True), repeat=2)
-        ),
-        _delta_variant,
+        trials.delta_trials,
+        trials.delta_variant,
         beside=("initial_state", "output_final_state", "use_qk_l2norm_in_kernel"),
     ),
     _Form(
         ("self", "hidden_states", "recurrent_gate", "reset", "recurrent_states"),
         _linear_recurrence,
-        (("", trials.linear_trial),),
+        trials.linear_trials,
     ),
 )
 
@@ -360,18 +333,20 @@ def _proven(function: Callable[..., Any], form: _Form) -> frozenset[str]:
     import torch
 
     found: set[str] = set()
-    for name, make in form.variants:
-        with torch.no_grad(), contextlib.suppress(Exception):  # it may refuse a variant in any way
-            ours, theirs = (_tensor(f(**make())) for f in (form.stands, function))
-            # Of another shape or with a NaN: not the same.
-            same = ours.shape == theirs.shape and float((ours - theirs).abs().max())
-            if same is not False and same <= _TOLERANCE * float(theirs.abs().max()):
-                found.add(name)
+    with torch.no_grad():
+        for arguments in form.trials():
+            ours, theirs = _tensor(form.stands(**arguments)), None
+            with contextlib.suppress(Exception):  # it may refuse a variant in any way
+                theirs = _tensor(function(**arguments))
+            if not isinstance(theirs, torch.Tensor) or ours.shape != theirs.shape:
+                continue
+            if float((ours - theirs.float()).abs().max()) <= _TOLERANCE * float(theirs.abs().max()):  # no NaN
+                found.add(form.variant(arguments))
     return frozenset(found)
 
 
 def _tensor(result: Any) -> Any:
-    return result[0] if isinstance(result, tuple) else result
+    return result[0] if isinstance(result, tuple) and result else result
 
 
 _tracing: ContextVar[bool] = ContextVar("tracing", default=False)
@@ -389,35 +364,59 @@ def installed(model: torch.nn.Module) -> Generator[None]:
                 variants = _proven(function, form)
             finally:
                 logging.disable(before)
-            if variants:
-                stack.callback(setattr, holder, name, function)
-                setattr(holder, name, _standing(function, form, variants))
+            stack.callback(setattr, holder, name, function)
+            setattr(holder, name, _standing(function, form, variants))
         stack.callback(_tracing.reset, _tracing.set(True))
         yield
 
 
 def _standing(function: Callable[..., Any], form: _Form, variants: frozenset[str]) -> Callable[..., Any]:
+    """What is called in a function's place while a model is traced. It raises UnsupportedError for a variant
+    that is not proven, and for arguments that change the result in ways that nothing here knows.
+    """
     signature = inspect.signature(function)
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         if not _tracing.get():  # another thread
             return function(*args, **kwargs)
-        bound = signature.bind(*args, **kwargs)
-        given = dict(bound.arguments)
-        for p in signature.parameters.values():
-            if p.kind is p.VAR_KEYWORD:
-                given |= given.pop(p.name, {})
-        if form.variant(given) not in variants:
-            known = ", ".join(sorted(filter(None, variants)))
+        given = _known(signature.bind(*args, **kwargs), form)
+        asked = form.variant(given)
+        if asked not in variants:
             raise UnsupportedError(
-                f"{function.__name__} in {function.__module__} ({form.variant(given)}) does not compute what "
+                f"{function.__name__} in {function.__module__} ({asked}) does not compute what "
                 "its parameters say",
-                remedy=f"it does in these variants: {known}" if known else "report the model",
+                remedy=f"it does in these variants: {'; '.join(sorted(variants))}"
+                if any(variants)
+                else "report the model",
             )
         return form.stands(**given)
 
     return call
+
+
+def _known(bound: inspect.BoundArguments, form: _Form) -> dict[str, Any]:
+    """A call's arguments by name, without those that `form.stands` has no name for and that are what the
+    function takes anyway. Raises UnsupportedError for other ones.
+    """
+    named = inspect.signature(form.stands).parameters
+    found: dict[str, Any] = {}
+    for name, x in bound.arguments.items():
+        parameter = bound.signature.parameters[name]
+        if parameter.kind is parameter.VAR_KEYWORD:
+            found |= x
+        elif name in named or not _is_same(x, parameter.default):
+            found[name] = x if name in named or x is not False else _GIVEN
+    return found
+
+
+_GIVEN = object()
+"""In the place of a False that is no default."""
+
+
+def _is_same(x: Any, default: Any) -> bool:
+    plain = isinstance(x, bool | int | float | str) and type(x) is type(default)
+    return x is default or (plain and x == default)
 
 
 def _found(model: torch.nn.Module) -> list[tuple[Any, str, Callable[..., Any], _Form]]:
