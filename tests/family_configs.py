@@ -1,6 +1,6 @@
 """Small configurations of every text model that the installed transformers names, with random weights.
 
-`FAMILIES` is read off transformers' own tables (causal language models, masked ones, classifiers, and base
+`families` are read off transformers' own tables (causal language models, masked ones, classifiers, and base
 models that take token ids), so that none is forgotten. `small_config` fills whatever fields a configuration
 class has with small numbers, by the fields' names; what a family needs beside that is in `OPTIONS`. Nothing
 here knows how a family computes.
@@ -12,8 +12,7 @@ import functools
 import inspect
 from typing import Any
 
-VOCAB_SIZE = 384
-CONTEXT = 256
+from .models import CONTEXT, VOCAB_SIZE
 
 _FIELDS: dict[str, Any] = {
     **dict.fromkeys(("vocab_size", "unpadded_vocab_size"), VOCAB_SIZE),
@@ -81,7 +80,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 """Fields by family, and by variant "family (what is special)", that make it small or interesting."""
 
-NOT_BUILT: dict[str, str] = {}
+_LARGE = "its parts for pictures or bytes stay gigabytes large, whatever is made small"
+NOT_BUILT: dict[str, str] = dict.fromkeys(("blt", "fuyu", "mllama", "ultravbert"), _LARGE)
 """Families that no small configuration of ours builds, and why."""
 
 

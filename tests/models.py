@@ -72,7 +72,7 @@ class Tiny:
     causal: bool = True
 
 
-_DECODER: dict[str, Any] = {
+DECODER: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -87,7 +87,7 @@ _DECODER: dict[str, Any] = {
 
 
 def _decoder(**changes: Any) -> dict[str, Any]:
-    return {**_DECODER, **changes}
+    return {**DECODER, **changes}
 
 
 TINY: dict[str, Tiny] = {

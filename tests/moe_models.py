@@ -8,21 +8,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .models import CONTEXT, VOCAB_SIZE, save_tokenizer
+from .models import DECODER, save_tokenizer
 
 _DECODER: dict[str, Any] = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 64,
+    **DECODER,
     "intermediate_size": 48,
     "moe_intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "num_experts_per_tok": 2,
-    "max_position_embeddings": CONTEXT,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
 }
 
 MOE: dict[str, tuple[str, dict[str, Any]]] = {

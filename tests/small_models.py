@@ -7,20 +7,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-VOCAB_SIZE = 384
+from .models import DECODER, VOCAB_SIZE
 
-_COMMON: dict[str, Any] = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 _GPT: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "n_embd": 64,
@@ -49,7 +37,7 @@ class Family:
         import torch
         import transformers
 
-        base = {"common": _COMMON, "gpt": _GPT, "none": {}}[self.base]
+        base = {"common": DECODER, "gpt": _GPT, "none": {}}[self.base]
         config = getattr(transformers, self.config or f"{self.name}Config")(**{**base, **self.options})
         named = self.model or self.name + ("Model" if self.encoder else "ForCausalLM")
         kind = getattr(transformers, named)
@@ -161,8 +149,3 @@ FAMILIES: dict[str, Family] = {
     "nomic_bert": Family("NomicBert", encoder=True),
     "eurobert": Family("EuroBert", encoder=True),
 }
-
-
-def token_ids(length: int, seed: int = 0) -> list[int]:
-    """Ids that are no special token of any configuration above."""
-    return [10 + (seed * 7919 + i * 104729 + i * i * 31) % (VOCAB_SIZE - 10) for i in range(length)]

@@ -9,21 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from .models import VOCAB_SIZE, save_tokenizer
+from .models import DECODER, save_tokenizer
 
-CONTEXT = 256
-_COMMON: dict[str, Any] = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": CONTEXT,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "selective": ("Mamba", {"state_size": 12, "conv_kernel": 4, "time_step_rank": 4}),
     "ssd": (
@@ -71,7 +58,7 @@ def state_model(name: str) -> Any:
     import transformers
 
     family, options = MODELS[name]
-    config = getattr(transformers, f"{family}Config")(**{**_COMMON, **options})
+    config = getattr(transformers, f"{family}Config")(**{**DECODER, **options})
     torch.manual_seed(0)
     model = getattr(transformers, f"{family}ForCausalLM")(config).to(torch.float32).eval()
     with torch.no_grad():

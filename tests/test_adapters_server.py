@@ -5,8 +5,8 @@ fake that turns its answer by a number that the adapter holds.
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -140,8 +140,11 @@ def test_one_that_answers_is_not_unloaded(server: RunningServer) -> None:
     executor.gate.clear()
     with llm.with_adapter("one").stream("Hello", max_tokens=200):
         wait_until(lambda: llm.engine.engine.has_work)  # its first step waits at the gate
-        threading.Timer(0.1, executor.gate.set).start()
-        status, content = unload(server, "one")
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(unload, server, "one")
+            wait_until(lambda: llm.engine._pausing > 0)  # it comes before the next step
+            executor.gate.set()
+            status, content = asked.result()
         assert (status, content["error"]["code"]) == (409, "adapter_in_use")
     wait_until(lambda: not llm.engine.engine.has_work)
     assert unload(server, "one")[0] == 200

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from llmc.codegen.driver import compile_model
 
-from benchmarks.commands import shared_data
 from benchmarks.long_context import Steps, losses, tokenizer_of
 
 from .conftest import LONG
@@ -39,8 +38,8 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def book(artifacts: dict[str, Path]) -> np.ndarray:
-    path = shared_data() / "longtext" / "alice_in_wonderland.txt"
+def book(artifacts: dict[str, Path], shared_data: Path) -> np.ndarray:
+    path = shared_data / "longtext" / "alice_in_wonderland.txt"
     ids = tokenizer_of(artifacts["none"]).encode(path.read_text(encoding="utf-8"))
     return np.array(ids[: LENGTH + 1], np.int32)
 
@@ -48,11 +47,14 @@ def book(artifacts: dict[str, Path]) -> np.ndarray:
 def test_beyond_what_it_was_trained_on_the_scaled_model_still_predicts(
     artifacts: dict[str, Path], book: np.ndarray
 ) -> None:
+    """Within the first 2,048 tokens scaling costs 9.7 % of perplexity; the goal was 2 %, and is missed. The
+    bar lies just above what was seen, so that it gets no worse unnoticed.
+    """
     nll = {kind: losses(path, book) for kind, path in artifacts.items()}
     within = {kind: float(np.exp(one[:2048].mean())) for kind, one in nll.items()}
     beyond = {kind: float(np.exp(one[BROKEN:].mean())) for kind, one in nll.items()}
     assert beyond["yarn:4"] < beyond["none"] / 2
-    assert within["yarn:4"] < within["none"] * 1.15
+    assert within["yarn:4"] < within["none"] * 1.11
     assert beyond["yarn:4"] < within["yarn:4"] * 1.5
 
 

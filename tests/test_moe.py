@@ -30,7 +30,7 @@ from .moe_models import MOE, save_moe, tiny_moe
 from .test_tvm_model import step_inputs
 from .tvm_graphs import ISA, open_tvm
 
-TOLERANCE = 2e-3  # of logits of a few units; what was seen is below 1e-5
+TOLERANCE = 1e-4  # of logits of a few units; what was seen is below 1e-5
 IDS, OTHER = ids_of(40), ids_of(5, seed=4)
 EAGER = {"gpt_oss"}  # its attention has sinks, which torch's fused operator has no place for
 SOME = [  # the others have no operation that these have not

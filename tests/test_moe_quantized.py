@@ -30,7 +30,7 @@ from llmc.passes.quantize.rtn import quantize_rtn
 from llmc.passes.quantize.sensitivity import ChooseBits
 from llmc.passes.registry import quantization_passes
 
-from .graphs import logits_of, lowered, traced
+from .graphs import lowered, traced
 from .models import ids_of
 from .moe_models import save_moe, tiny_moe
 from .test_moe import artifact_logits
@@ -102,10 +102,21 @@ def test_experts_that_calibration_did_not_reach_are_rounded_and_named() -> None:
     named = [n for n in notes if "experts saw too few calibration tokens and are rounded to nearest" in n]
     assert len(named) == 2 and named[0].startswith("model.layers.0.mlp.experts: 8 of 8 experts")
     assert "expert (tokens) 0 (" in named[0]
-    op = next(op for op in graph if isinstance(op, QuantizedMoe))
-    assert bool(torch.isfinite(logits_of(graph, IDS)).all()) and op.up_q.type.quant is not None
+    floats = [op for op in fused("mixtral") if isinstance(op, Moe)]
+    mixtures = [op for op in graph if isinstance(op, QuantizedMoe)]
+    for op, plain in zip(mixtures, floats, strict=True):
+        for weight, parts in (
+            (plain.gate_up, (op.up_q, op.up_scale, op.up_zero_point)),
+            (plain.down, (op.down_q, op.down_scale, op.down_zero_point)),
+        ):
+            wanted = nearest_experts(weight, 4, 32, False)
+            for found, tensor in zip(parts, (wanted.codes, wanted.scale, wanted.zero_point), strict=True):
+                assert tensor is not None
+                assert np.array_equal(found.weight.read(), tensor.read())
     some, said = quantized("mixtral", "gptq-int4-g32")
-    assert not [n for n in said if "8 of 8 experts" in n] and some is not graph
+    assert not [n for n in said if "8 of 8 experts" in n]
+    coded = next(op for op in some if isinstance(op, QuantizedMoe)).up_q.weight
+    assert not np.array_equal(coded.read(), mixtures[0].up_q.weight.read())
 
 
 def test_rounding_reads_experts_in_any_pieces() -> None:
@@ -155,7 +166,7 @@ def test_an_artifact_is_near_its_own_meaning(name: str, scheme: str, tmp_path: P
     save_moe(name, tmp_path / "model")
     out = tmp_path / "m.llmc"
     target = f"tvm-cpu:isa={ISA}"
-    made = llmc.compile(
+    llmc.compile(
         str(tmp_path / "model"), out, targets=[target], quant=scheme, verdict=False, kv_dtype="float32"
     )
     artifact = Artifact.open(out)
@@ -164,9 +175,11 @@ def test_an_artifact_is_near_its_own_meaning(name: str, scheme: str, tmp_path: P
     given["output_index"] = torch.arange(len(IDS), dtype=torch.int32)
     wanted = run(graph, given)[0].numpy()
     rows = np.linalg.norm(artifact_logits(out, IDS, 17) - wanted, axis=1) / np.linalg.norm(wanted, axis=1)
-    assert np.median(rows) <= 0.06  # a wrong expert or scale makes it a half
-    assert made is not None
+
+    assert np.quantile(rows, 0.9) <= 0.06  # a wrong expert or scale makes it a half
 
     report = check_model(str(tmp_path / "model"), targets=[target], quant=scheme, kv_dtype="float32")
     stored = artifact.manifest["quantization"]["weight_bytes"]
-    assert abs(report.weight_bytes - stored) <= 0.05 * stored + 16384
+
+    header = 8192  # names and places of the tensors, which weigh in a tiny model only
+    assert report.weight_bytes <= stored <= report.weight_bytes + header

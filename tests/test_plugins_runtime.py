@@ -22,6 +22,7 @@ from llmc.runtime.tool_calls.plugin import plugin_formats
 from .plugin_packages import install, installed
 from .test_runtime_engine import PROMPT, finish, make, tokens_of
 from .test_runtime_llm import fake_llm
+from .test_runtime_speculation import Oracle
 
 SAMPLERS = '''
 from dataclasses import dataclass
@@ -156,21 +157,37 @@ def test_a_grammar_holds_whatever_a_sampler_does(samplers: Callable[[str], Sampl
 
 
 def test_log_probabilities_are_the_models_own(samplers: Callable[[str], Sampler]) -> None:
-    engine = make()
-    params = SamplingParams(max_tokens=3, ignore_eos=True, logprobs=1, sampler=samplers("only{of=5}"))
-    engine.add_request(PROMPT, params, "a")
-    found = [one for output in finish(engine)["a", 0] for one in output.logprobs]
-    assert len(found) == 3 and all(one.logprob <= one.top[0][1] < 0 for one in found)
+    """What the sampler rules out is still the most likely token, at the model's own log probability."""
+    found: dict[str, list[Any]] = {}
+    for name, sampler in (("plain", None), ("fifth", samplers("only{of=5}"))):
+        engine = make()
+        params = SamplingParams(max_tokens=3, ignore_eos=True, logprobs=1, sampler=sampler)
+        engine.add_request(PROMPT, params, name)
+        found[name] = [one for output in finish(engine)[name, 0] for one in output.logprobs]
+    assert found["plain"][0].top[0][0] % 5, "of the prompt's next token the sampler leaves nothing"
+    assert found["fifth"][0].top == found["plain"][0].top
+    assert len(found["fifth"]) == 3
+    assert all(one.token_id % 5 == 0 and one.logprob <= one.top[0][1] < 0 for one in found["fifth"])
 
 
 def test_guessing_ahead_gives_the_same(samplers: Callable[[str], Sampler]) -> None:
-    params = SamplingParams(max_tokens=20, ignore_eos=True, sampler=samplers("only{of=40}"))
-    found = []
-    for guess in (0, 4):
-        engine = make(speculate=guess)
-        engine.add_request(PROMPT, params, "a")
-        found.append(tokens_of(finish(engine)["a", 0]))
-    assert found[0] == found[1] and len(found[0]) == 20
+    """A sampler sees each token before the next one: nothing is guessed for its request, but beside it."""
+    sampled = SamplingParams(max_tokens=20, ignore_eos=True, sampler=samplers("only{of=40}"))
+    plain = SamplingParams(max_tokens=20, ignore_eos=True)
+    found: list[list[list[int]]] = []
+    guessed: list[int] = []
+    for requests in ({"a": sampled}, {"a": sampled, "b": plain}):
+        for guess in (0, 4):
+            engine = make(speculate=guess)
+            engine.speculator.drafter = Oracle(right=3)
+            for name, params in requests.items():
+                engine.add_request(PROMPT, params, name)
+            outputs = finish(engine)
+            found.append([tokens_of(outputs[name, 0]) for name in requests])
+            guessed.append(engine.counters.guesses_accepted)
+    assert guessed[:3] == [0, 0, 0] and guessed[3] > 0
+    assert found[0] == found[1] == found[2][:1] and found[2] == found[3]
+    assert [len(one) for one in found[3]] == [20, 20]
 
 
 def test_options_come_as_text_and_as_json(samplers: Callable[[str], Sampler]) -> None:

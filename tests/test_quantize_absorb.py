@@ -25,8 +25,9 @@ from llmc.passes.derived import ScaledColumns, ScaledRows
 from llmc.passes.quantize.absorb import absorb, find_absorption, give_norms_weights
 from llmc.passes.quantize.channels import reshaped
 
+from .family_configs import token_ids
 from .graphs import lowered, traced, worst
-from .small_models import FAMILIES, token_ids
+from .small_models import FAMILIES
 
 TOLERANCE = 1e-5
 # Linear layers whose input can be scaled, of all: what the ops around them allow.

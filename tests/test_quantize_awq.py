@@ -38,8 +38,9 @@ from llmc.passes.quantize.rtn import dequantize, quantize_rtn
 from llmc.passes.quantize.walk import QuantizeRtn
 from llmc.passes.work import WorkFolder
 
+from .family_configs import token_ids
 from .graphs import lowered, traced
-from .small_models import FAMILIES, token_ids
+from .small_models import FAMILIES
 
 Array = np.ndarray[Any, Any]
 GRIDS = [Grid(4, 16, False), Grid(4, 16, True), Grid(3, 8, False), Grid(8, 32, True)]

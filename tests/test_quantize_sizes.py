@@ -34,9 +34,10 @@ from llmc.passes.quantize.scheme import weight_passes, without_calibration
 from llmc.passes.quantize.sensitivity import ChooseBits, SupposeBits, measure
 from llmc.passes.quantize.walk import QuantizeRtn, attach_nearest
 
+from .family_configs import token_ids
 from .graphs import lowered, traced
 from .models import first_layers, real_model
-from .small_models import FAMILIES, token_ids
+from .small_models import FAMILIES
 from .test_passes_quantize import tied_model
 
 TARGET = "tvm-cpu:isa=avx2"

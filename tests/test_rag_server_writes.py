@@ -13,11 +13,8 @@ from llmc.runtime.rag.store import BusyError
 from llmc.runtime.server import ServerSettings
 
 from .fake_knowledge import FakeKnowledge
+from .rag_server_harness import ADA, BABBAGE, WRITABLE, ids, upload
 from .server_harness import RunningServer, fake_llm, serving
-
-WRITABLE = ServerSettings(documents_writable=True, max_upload_bytes=20_000)
-ADA = "# Ada\n\nAda Lovelace was born in London.\n\nShe wrote the first program for the Engine."
-BABBAGE = "# Babbage\n\nCharles Babbage designed the Engine in London."
 
 
 @pytest.fixture
@@ -29,17 +26,6 @@ def base() -> FakeKnowledge:
 def server(base: FakeKnowledge) -> Iterator[RunningServer]:
     with serving(fake_llm(context=4000, kv_tokens=8000), WRITABLE, {"notes": base}) as running:
         yield running
-
-
-def upload(server: RunningServer, name: str, data: bytes, query: str = "", **headers: str) -> tuple[int, Any]:
-    path = f"/v1/rag/documents?name={quote(name, safe='')}{query}"
-    given = {"Content-Type": "application/octet-stream", **headers}
-    status, body, _ = server.request("POST", path, raw=data, headers=given)
-    return status, body
-
-
-def ids(server: RunningServer) -> list[str]:
-    return [one["id"] for one in server.get("/v1/rag/documents")[1]["data"]]
 
 
 def test_a_document_comes_and_goes(server: RunningServer):

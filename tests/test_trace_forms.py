@@ -122,13 +122,14 @@ def test_a_product_of_complex_numbers_becomes_a_rotary_embedding(axis: int) -> N
             tokens = x.shape[2] if axis == 1 else x.shape[1]
             return rotated(x, torch.outer(torch.arange(tokens), self.frequencies)[None], axis)
 
+    torch.manual_seed(0)
     x = torch.randn(1, 3, 5, 8)
     module = Turn()
     graph = trace_module(module, [x])
     fused, _ = run_passes(graph.clone(), function([]), PassContext())
     assert [op.interleaved for op in fused if isinstance(op, Rope)] == [True]
     for one in (graph, fused):
-        torch.testing.assert_close(run(one, {"x": x})[0], module(x), atol=2e-6, rtol=0)
+        torch.testing.assert_close(run(one, {"x": x})[0], module(x), atol=2e-6, rtol=2e-6)
 
 
 COMPLEX: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -141,9 +142,10 @@ COMPLEX: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 @pytest.mark.parametrize("name", COMPLEX)
 def test_complex_numbers_are_pairs(name: str) -> None:
+    torch.manual_seed(0)
     x = torch.randn(3, 4, 2)
     graph = trace_module(Made(COMPLEX[name]), [x])
-    torch.testing.assert_close(run(graph, {"x": x})[0], COMPLEX[name](x), atol=1e-6, rtol=0)
+    torch.testing.assert_close(run(graph, {"x": x})[0], COMPLEX[name](x), atol=1e-6, rtol=2e-6)
 
 
 def test_other_functions_of_complex_numbers_are_refused() -> None:
@@ -256,5 +258,6 @@ def relations(holds: bool) -> list[bool | None]:
 
 
 def test_relations_of_sizes_are_proven_by_trying() -> None:
-    assert False not in relations(holds=True)
+    found = relations(holds=True)
+    assert found and set(found) == {True}
     assert False in relations(holds=False)

@@ -7,6 +7,7 @@ long, and steps of 24 tokens cut them across pages and windows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,11 +113,25 @@ def test_preempted_sequences_come_back_right(artifact: Artifact) -> None:
     assert own.counters.preemptions > 0
 
 
+class Half:
+    """Guesses two tokens of a known text rightly, and the next ones wrongly."""
+
+    def __init__(self, text: list[int]) -> None:
+        self._text = text
+
+    def propose(self, sequences: Sequence[Any], count: int) -> list[list[int]]:
+        parts = [self._text[len(one.tokens) :][:count] for one in sequences]
+        return [[*part[:2], *((token + 1) % VOCAB_SIZE for token in part[2:])] for part in parts]
+
+
 def test_guesses_do_not_change_the_tokens(artifact: Artifact) -> None:
     prompt = ids_of(12, seed=9) * 5
     own = engine(artifact, TARGETS[0], own=True, kv_tokens=400, speculate=4)
     plain = engine(artifact, TARGETS[0], own=False, kv_tokens=400)
-    assert answers(own, [prompt]) == answers(plain, [prompt])
+    wanted = answers(plain, [prompt])
+    own.speculator.drafter = Half([*prompt, *wanted["0/0"]])
+    assert answers(own, [prompt]) == wanted
+    assert 0 < own.counters.guesses_accepted < own.counters.tokens_guessed
 
 
 def test_an_executor_without_tables_of_windows_shares_the_others(artifact: Artifact) -> None:

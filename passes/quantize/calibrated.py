@@ -158,9 +158,7 @@ def walk(
                 codes = {w: {part: known[f"{w.name}.{part}"] for part in PARTS} for w in [*targets, *stacked]}
             else:
                 inputs = measure_inputs(segment, exact, quantized, targets)
-                codes = {
-                    w: _quantize(w.name, inputs.pop(w), grid_of(w), method, found.notes) for w in targets
-                }
+                codes = _coded(inputs, grid_of, method, found.notes)
                 for op in mixtures:
                     codes |= code_experts(op, exact, grid_of, _coder(method), found.notes)
             for weight, parts in codes.items():
@@ -283,6 +281,13 @@ def _finite_weight(weight: Value) -> torch.Tensor:
             remedy="the checkpoint is damaged or must not be quantized (--quant none)",
         )
     return w
+
+
+def _coded(
+    inputs: dict[Value, Inputs], grid_of: Callable[[Value], Grid], method: Method, notes: list[str]
+) -> dict[Value, dict[str, Array]]:
+    """Codes of weights; the inputs of each are let go when they were used."""
+    return {w: _quantize(w.name, inputs.pop(w), grid_of(w), method, notes) for w in list(inputs)}
 
 
 def _quantize(name: str, inputs: Inputs, grid: Grid, method: Method, notes: list[str]) -> dict[str, Array]:
