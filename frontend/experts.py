@@ -14,6 +14,7 @@ result is compared with the module's own on a grid.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from ..ir.errors import InputError, UnsupportedError
 from ..ir.ops.moe import Gate, Moe
 from ..ir.ops.nn import ACTIVATIONS
 from .aten_table import registered
+from .operators import Definition, define_operators
 
 if TYPE_CHECKING:
     import torch
@@ -31,11 +33,11 @@ if TYPE_CHECKING:
     from .importer import Importer
 
 NAMESPACE = "llmc_experts"
-_NAME = "llmc"  # of our function in transformers' registry
+_numbers = itertools.count()  # of our functions in transformers' registry: other threads may trace too
 _FAR = 1e9  # beyond every limit of a gate
 _TOLERANCE = 1e-5  # of a gate's result: some compute in float32
 _SCHEMA = (
-    "moe(Tensor hidden, Tensor indices, Tensor weights, Tensor gate_up, Tensor down, Tensor? up_bias, "
+    "(Tensor hidden, Tensor indices, Tensor weights, Tensor gate_up, Tensor down, Tensor? up_bias, "
     "Tensor? down_bias, str activation, float alpha, float limit, float offset, bool interleaved, "
     "bool transposed) -> Tensor"
 )
@@ -58,15 +60,16 @@ def installed(model: Any) -> Generator[None]:
     gates = {id(one): gate_of(path, one) for path, one in found}
     configs: dict[int, Any] = {id(one.config): one.config for _, one in found}
     before = {key: config._experts_implementation for key, config in configs.items()}
-    ALL_EXPERTS_FUNCTIONS[_NAME] = _forward(gates)
+    name = f"llmc-{next(_numbers)}"
+    ALL_EXPERTS_FUNCTIONS[name] = _forward(gates)
     try:
         for config in configs.values():
-            config._experts_implementation = _NAME
+            config._experts_implementation = name
         yield
     finally:
         for key, config in configs.items():
             config._experts_implementation = before[key]
-        del ALL_EXPERTS_FUNCTIONS[_NAME]
+        del ALL_EXPERTS_FUNCTIONS[name]
 
 
 def _is_experts(module: Any) -> bool:
@@ -90,21 +93,13 @@ def _forward(gates: dict[int, Gate]) -> Callable[..., Any]:
 
 @functools.cache
 def _operator() -> Any:
-    """Our operator, for tensors without data: defined once, since torch knows it by name."""
+    """Our operator, for tensors without data."""
     import torch
-
-    library = torch.library.Library(NAMESPACE, "DEF")
-    library.define(_SCHEMA)
 
     def fake(hidden: torch.Tensor, *_: Any) -> torch.Tensor:
         return torch.empty_like(hidden)
 
-    torch.library.register_fake(f"{NAMESPACE}::moe", fake, lib=library)
-    _KEPT.append(library)  # it lives for as long as its operators
-    return getattr(torch.ops, NAMESPACE).moe
-
-
-_KEPT: list[Any] = []
+    return define_operators(NAMESPACE, {"moe": Definition(_SCHEMA, fake)}).moe
 
 
 @registered(f"{NAMESPACE}.moe.default")
@@ -195,7 +190,8 @@ def _check(path: str, holder: Any, what: str, few: Sequence[str], many: Sequence
         next((v for name in names if _is_count(v := getattr(holder, name, None))), None)
         for names in (few, many)
     )
-    if k is not None and n is not None and k > n:
+    # One expert: the configuration of a model that may have some and has none, whose k means nothing.
+    if k is not None and n is not None and k > n > 1:
         raise InputError(
             f"{path} chooses {k} {what} a token, and there are {n}", remedy="correct config.json"
         )

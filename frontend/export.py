@@ -76,7 +76,9 @@ def _literals() -> Any:
                 device = kwargs.get("device", args[0].device if own else None)
                 found = _flat(args[1 if own else 0]) if len(args) > own else None
                 if found is not None and device is not None and torch.device(device).type == "meta":
-                    like = torch.tensor(found[0]).dtype if not own else args[0].dtype
+                    like = args[0].dtype if own else torch.tensor(found[0]).dtype
+                    if func is torch.scalar_tensor:  # unlike the others, of integers too
+                        like = torch.get_default_dtype()
                     return _made(*found, kwargs.get("dtype") or like, device)
             return func(*args, **kwargs)
 
@@ -97,7 +99,7 @@ def _picked(x: torch.Tensor, index: Any) -> Any:
     if not all(whole) or sum(p is Ellipsis for p in rest) > 1:
         return None
     axis = x.ndim - len(parts) + at if any(p is Ellipsis for p in parts[:at]) else at
-    places = [n if n >= 0 else n + int(x.shape[axis]) for n in parts[at]]
+    places = [n if n >= 0 else n + x.shape[axis] for n in parts[at]]
     return torch.cat([x.narrow(axis, n, 1) for n in places], dim=axis)
 
 

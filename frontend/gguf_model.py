@@ -169,7 +169,7 @@ def _apply_rope_scaling(file: GGUFFile, config: Any) -> None:
     kind = file.metadata.get(prefix + "type", "none")
     factor = file.metadata.get(prefix + "factor", 0.0)
     parameters = getattr(config, "rope_parameters", None)
-    if _ROPE_LONG in file.tensors and _ROPE_SHORT in file.tensors:
+    if _ROPE_LONG in file.tensors or _ROPE_SHORT in file.tensors:
         _apply_longrope(file, config, prefix)
         return
     if kind == "none" or not factor or not isinstance(parameters, dict):
@@ -218,6 +218,12 @@ def _apply_longrope(file: GGUFFile, config: Any, prefix: str) -> None:
             remedy="give the model as a Hugging Face folder",
         )
     tensors = open_gguf_tensors(file)
+    missing = next((name for name in (_ROPE_LONG, _ROPE_SHORT) if name not in tensors), None)
+    if missing is not None:
+        raise InputError(
+            f"{file.path.name} has one of the two tensors of LongRoPE, but no {missing}",
+            remedy="the file is damaged: download or convert it again",
+        )
     target = parameters.get("full_attention", parameters)
     target.update(
         rope_type="longrope",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import operator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 from ..ir.core import Graph, Op, Value
 from ..ir.errors import UnsupportedError
@@ -222,7 +223,7 @@ class Importer:
             self.check_in_place(node)
             name = name.replace("_.", ".", 1)
         given = [self.argument(a) for a in node.args]
-        plain = not any(isinstance(one, Complex) for one in given)
+        plain = not any(_is_complex(one) for one in given)
         handler = aten.lookup(name, self.location()) if plain else complex_handler(self, name)
         kwargs = {
             k: self.argument(v)
@@ -292,6 +293,13 @@ class Importer:
 
 def _is_part(node: Any) -> bool:
     return node.op == "call_function" and str(node.target) == "aten.slice.Tensor"
+
+
+def _is_complex(argument: Any) -> bool:
+    """Whether an operator's argument is complex, or a list with something complex in it."""
+    if isinstance(argument, list | tuple):
+        return any(map(_is_complex, cast("Sequence[Any]", argument)))
+    return isinstance(argument, Complex)
 
 
 def _shares(node: Any) -> bool:

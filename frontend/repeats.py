@@ -24,6 +24,8 @@ from enum import Enum
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
+from .operators import Definition, define_operators
+
 if TYPE_CHECKING:
     import torch
 
@@ -122,7 +124,7 @@ class Repeats:
         import torch
         from torch.utils._pytree import tree_flatten, tree_unflatten
 
-        _, ops = _operators()
+        ops = _operators()
         original = layer.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -245,10 +247,8 @@ _current: ContextVar[Repeats] = ContextVar("repeats")
 
 @functools.cache
 def _operators() -> Any:
-    """The three operators, for tensors without data: defined once, since torch knows them by name."""
+    """The three operators, for tensors without data."""
     import torch
-
-    library = torch.library.Library(NAMESPACE, "DEF")
 
     def fresh(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return [torch.empty_like(x) for x in tensors]
@@ -259,10 +259,9 @@ def _operators() -> Any:
     def again(tensors: Sequence[torch.Tensor], place: int) -> list[torch.Tensor]:
         return fresh(_current.get().outputs_of(place))
 
-    for name, made in (("enter", marked), ("leave", marked), ("again", again)):
-        library.define(f"{name}(Tensor[] tensors, int place) -> Tensor[]")
-        torch.library.register_fake(f"{NAMESPACE}::{name}", made, lib=library)
-    return library, getattr(torch.ops, NAMESPACE)  # the library lives for as long as its operators
+    schema = "(Tensor[] tensors, int place) -> Tensor[]"
+    made = {"enter": marked, "leave": marked, "again": again}
+    return define_operators(NAMESPACE, {name: Definition(schema, fake) for name, fake in made.items()})
 
 
 def _layers(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:

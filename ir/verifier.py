@@ -13,7 +13,7 @@ from .errors import VerifyError
 # Ops that a stage forbids. Everything else that is defined may stand in it: a fusion that does not apply is
 # not an error.
 _PAGED_ONLY = frozenset({"append_kv", "paged_attention", "gather_last"})
-_QUANT = frozenset({"dequantize", "quantized_linear", "quantized_embedding"})
+_QUANT = frozenset({"dequantize", "quantized_linear", "quantized_embedding", "quantized_moe"})
 _FUSED = frozenset({"rms_norm", "rope", "attention", "gated_mlp"})
 # Ops that mix tokens; in a ragged batch they would mix sequences.
 _TOKEN_MIXING = frozenset({"sdpa", "attention", "cumsum", "diff"})

@@ -14,7 +14,7 @@ import torch
 from llmc.codegen.artifact import Artifact
 from llmc.codegen.legalize import legalize
 from llmc.codegen.onnx.cpu import OnnxCpu
-from llmc.frontend.experts import check_choice, gate_of
+from llmc.frontend.experts import check_choice, gate_of, installed
 from llmc.ir.core import Graph
 from llmc.ir.errors import InputError, UnsupportedError, VerifyError
 from llmc.ir.interpreter import run
@@ -23,6 +23,7 @@ from llmc.ir.types import TensorType, sym
 from llmc.ir.weights import ArrayTensor
 from llmc.passes.routers import is_router
 from llmc.runtime.executor import StepInputs, open_executor
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .graphs import PagedRun, logits_of, lowered, opnames, traced
 from .models import ids_of, reference_logits
@@ -158,6 +159,24 @@ def test_more_groups_than_there_are() -> None:
     model.model.layers[1].mlp.gate.topk_group = 5
     with pytest.raises(InputError, match="chooses 5 groups of experts a token, and there are 4"):
         check_choice(model)
+
+
+def test_a_model_that_may_have_experts_and_has_none() -> None:
+    model = tiny_moe("mixtral")
+    model.config.num_local_experts = model.config.num_experts = 1  # all layers are dense then, and k stays
+    check_choice(model)
+
+
+def test_two_threads_trace_mixtures() -> None:
+    """One is left while the other is still in it; each finds its own gates."""
+    left, right = tiny_moe("mixtral"), tiny_moe("gpt_oss")
+    first, second = installed(left), installed(right)
+    with second:
+        with first:
+            names = {m.config._experts_implementation for m in (left, right)}
+        assert len(names) == 2
+        assert right.config._experts_implementation in ALL_EXPERTS_FUNCTIONS
+        assert left.config._experts_implementation not in names
 
 
 def mixture(experts: int, k: int) -> Moe:

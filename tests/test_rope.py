@@ -287,6 +287,15 @@ def test_longrope_of_a_file(length: int, which: str, tmp_path: Path) -> None:
     assert source.weights
 
 
+@pytest.mark.parametrize("which", ["long", "short"])
+def test_half_of_longrope_is_a_damaged_file(which: str, tmp_path: Path) -> None:
+    tensors = {**llama_tensors(), f"rope_factors_{which}.weight": np.ones(8, np.float32)}
+    entries = [*llama_entries(), entry("llama.rope.scaling.original_context_length", U32, 64)]
+    missing = {"long": "short", "short": "long"}[which]
+    with pytest.raises(InputError, match=rf"but no rope_factors_{missing}\.weight"):
+        open_source(write_gguf(tmp_path / "m.gguf", entries, tensors))
+
+
 def test_yarn_options_of_a_file(tmp_path: Path) -> None:
     entries = [
         *llama_entries(),

@@ -79,6 +79,23 @@ def test_tensors_of_numbers_have_their_values_on_the_meta_device(name: str) -> N
     torch.testing.assert_close(on_meta(NUMBERS[name], x), NUMBERS[name](x), atol=0, rtol=0)
 
 
+def test_an_integer_that_scalar_tensor_takes_is_a_float() -> None:
+    x = torch.full((1,), 5, dtype=torch.int64)
+
+    def divided(x: torch.Tensor) -> torch.Tensor:
+        return torch.scalar_tensor(1 << 25, device=x.device) + 1 + x  # 2^25 + 1 is no float32
+
+    torch.testing.assert_close(on_meta(divided, x), divided(x), atol=0, rtol=0)
+
+
+def test_places_from_the_end_of_the_tokens() -> None:
+    """Their number stays any."""
+    tokens = torch.export.Dim("T", min=2, max=63)
+    given = torch.zeros(1, 6, 4, device="meta")
+    program = export(Made(lambda x: x[:, [-1, 0]]), (given,), {"x": {1: tokens}}, "made")
+    assert [one.upper for one in program.range_constraints.values()] == [63]
+
+
 INDEXED: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "behind an axis": lambda x, i: x[:, i],
     "the last axis": lambda x, i: x[..., i],
@@ -151,6 +168,57 @@ def test_complex_numbers_are_pairs(name: str) -> None:
 def test_other_functions_of_complex_numbers_are_refused() -> None:
     with pytest.raises(UnsupportedError, match=r"aten\.exp\.default on complex numbers"):
         trace_module(Made(lambda x: torch.view_as_complex(x).exp().abs()), [torch.randn(3, 2)])
+
+
+def test_a_list_of_complex_numbers_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match=r"aten\.cat\.default on complex numbers"):
+        trace_module(
+            Made(lambda x: torch.view_as_real(torch.cat([torch.view_as_complex(x)] * 2))), [torch.randn(3, 2)]
+        )
+
+
+def written_in_a_half(x: torch.Tensor) -> torch.Tensor:
+    left, _ = x.clone().chunk(2, dim=-1)
+    left.mul_(2)
+    return left
+
+
+def read_through_a_view_of_a_view(x: torch.Tensor) -> torch.Tensor:
+    whole = x.clone()
+    view = whole.unsqueeze(0)[0]
+    whole.mul_(2)
+    return view
+
+
+def part_written_under_a_half(x: torch.Tensor) -> torch.Tensor:
+    whole = x.clone()
+    left, _ = whole.chunk(2, dim=-1)
+    whole[:, :1] = 7.0
+    return left + whole[:, 2:]
+
+
+def part_written_under_what_was_written(x: torch.Tensor) -> torch.Tensor:
+    whole = x.clone()
+    view = whole.add_(1)[:, 1:]
+    whole[:, :3] = 7.0
+    return view
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        written_in_a_half,
+        read_through_a_view_of_a_view,
+        part_written_under_a_half,
+        part_written_under_what_was_written,
+    ],
+)
+def test_what_is_written_under_another_name_is_right_or_refused(
+    function: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    x = torch.randn(3, 4)
+    with pytest.raises(UnsupportedError, match="on a part of"):
+        trace_module(Made(function), [x])
 
 
 class Cut(nn.Module):

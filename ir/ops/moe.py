@@ -42,11 +42,6 @@ class Gate:
     offset: float = 0.0
     interleaved: bool = False
 
-    @property
-    def plain(self) -> bool:
-        """Whether it is what `gated_mlp` computes."""
-        return self.activation in ACTIVATIONS and not (self.limit or self.offset or self.interleaved)
-
     def __call__(self, products: Any) -> Any:
         """In torch: [..., 2I] → [..., I]."""
         import torch

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...ir.core import Graph, Op, Value
+from ...ir.errors import InputError
 from ...ir.interpreter import bind, to_torch
 from ...ir.ops.nn import Embedding, Linear
 from ...ir.ops.quant import QuantizedEmbedding, QuantizedLinear
@@ -145,6 +146,18 @@ def read_weight(value: Value) -> torch.Tensor:
     """
     assert value.weight is not None
     return to_torch(value.weight.read()).clone()
+
+
+def check_finite(weight: Value, read: torch.Tensor) -> None:
+    """InputError where what was read of a weight holds NaN or infinite values."""
+    import torch
+
+    if not bool(torch.isfinite(read).all()):
+        assert weight.weight is not None
+        raise InputError(
+            f"{weight.weight.source} holds NaN or infinite values",
+            remedy="the checkpoint is damaged or must not be quantized (--quant none)",
+        )
 
 
 def run_ops(

@@ -29,7 +29,7 @@ from ..base import PassContext
 from ..calibration import Calibration, too_few_tokens
 from ..work import PieceTensor, WorkFolder
 from .attach import attach_quantized, is_quantizable
-from .blocks import Activations, LinearOp, Segment, read_weight, split_blocks, whole_weights
+from .blocks import Activations, LinearOp, Segment, check_finite, read_weight, split_blocks, whole_weights
 from .gptq import Coded
 from .grid import Grid
 from .moe_calibrated import (
@@ -271,15 +271,8 @@ def _add_upper(hessian: torch.Tensor, x: torch.Tensor) -> None:
 
 def _finite_weight(weight: Value) -> torch.Tensor:
     """float32 [N, K]; InputError where it holds NaN or infinite values."""
-    import torch
-
     w = read_weight(weight).float()
-    if not bool(torch.isfinite(w).all()):
-        assert weight.weight is not None
-        raise InputError(
-            f"{weight.weight.source} holds NaN or infinite values",
-            remedy="the checkpoint is damaged or must not be quantized (--quant none)",
-        )
+    check_finite(weight, w)
     return w
 
 

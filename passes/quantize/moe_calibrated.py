@@ -19,7 +19,7 @@ from ...ir.ops.moe import Moe
 from ...ir.types import Quantization
 from ...ir.weights import LazyTensor
 from ..calibration import too_few_tokens
-from .blocks import Activations, Segment, read_weight
+from .blocks import Activations, Segment, check_finite, read_weight
 from .grid import Grid
 from .moe import Parts, attach_experts, experts_of
 
@@ -46,7 +46,9 @@ def read_of_mixtures(mixtures: Sequence[Moe]) -> tuple[Value, ...]:
 def code_experts(
     op: Moe, exact: Activations, grid_of: Callable[[Value], Grid], code: Coder, notes: list[str]
 ) -> dict[Value, dict[str, Array]]:
-    """The codes of both weights of a mixture, those of all experts stacked: [E, N, …]."""
+    """The codes of both weights of a mixture, those of all experts stacked: [E, N, …]. Raises InputError
+    where a weight holds NaN or infinite values.
+    """
     import torch
 
     rows, chosen = _inputs(op, exact)
@@ -56,9 +58,12 @@ def code_experts(
     biases = None if op.up_bias is None else read_weight(op.up_bias)
     for e in range(op.gate_up.weight.shape[0]):
         x = rows[(chosen == e).any(-1)]
+        too_few = False
         for weight in (op.gate_up, op.down):
             assert weight.weight is not None
             w = torch.from_numpy(weight.weight.read(e, e + 1)[0].astype(np.float32))
+            check_finite(weight, w)
+            too_few |= too_few_tokens("", len(x), w.shape[1]) is not None
             hessian = x.T @ x / max(1, len(x))
             grid = grid_of(weight)
             parts = code(w, hessian, len(x), grid, f"{weight.name}[{e}]")
@@ -66,7 +71,7 @@ def code_experts(
             if weight is op.gate_up:
                 products = x @ dequantized(parts, grid).T
                 x = op.gate(products if biases is None else products + biases[e])
-        if too_few_tokens("", len(x), w.shape[1]) is not None:
+        if too_few:
             few.append((e, len(x)))
     if few:
         notes.append(_note(op, few))
