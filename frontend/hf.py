@@ -129,6 +129,17 @@ def download(repo_id: str, *, weights: bool) -> Path:
         enable_progress_bars()
 
 
+def downloaded(repo_id: str) -> Path | None:
+    """A hub repository in the local cache, without asking the hub; None where it is not there."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo_id, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+
+
 def read_config(folder: Path) -> Any:
     """The transformers configuration of a folder. Custom code is never run.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from .gguf import read_gguf
-from .hf import read_json
+from .hf import downloaded, is_repo_id, read_json
 
 _NAMES: Final = ("bos_token", "eos_token", "pad_token", "unk_token")
 _MOST_BYTES: Final = 1 << 20
@@ -23,15 +23,15 @@ class PublishedTemplate:
 
 
 def published_template(model: Path) -> PublishedTemplate | None:
-    """The chat template of a GGUF file or a Hugging Face folder; None where there is none.
+    """The chat template of a GGUF file, a Hugging Face folder, or a hub id whose files were fetched; None
+    where there is none.
 
     Raises InputError naming a file that is damaged.
     """
-    if model.is_dir():
-        return _of_folder(model)
     if model.is_file():
         return _of_gguf(read_gguf(model).metadata)
-    return None
+    folder = model if model.is_dir() else downloaded(str(model)) if is_repo_id(str(model)) else None
+    return None if folder is None else _of_folder(folder)
 
 
 def _of_folder(folder: Path) -> PublishedTemplate | None:
@@ -41,16 +41,12 @@ def _of_folder(folder: Path) -> PublishedTemplate | None:
     if isinstance(template, list):  # several, by name
         named = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
         template = named.get("default") or next(iter(named.values()), None)
-    for name in ("chat_template.jinja", "chat_template.json"):
-        file = folder / name
-        if file.is_file() and file.stat().st_size <= _MOST_BYTES:
-            jinja = name.endswith(".jinja")
-            template = (
-                file.read_text(encoding="utf-8", errors="replace")
-                if jinja
-                else read_json(file).get("chat_template")
-            )
-            break
+    # As transformers and `tokenizer.export_tokenizer` choose among several.
+    jinja, older = (folder / name for name in ("chat_template.jinja", "chat_template.json"))
+    if jinja.is_file() and jinja.stat().st_size <= _MOST_BYTES:
+        template = jinja.read_text(encoding="utf-8", errors="replace")
+    elif template is None and older.is_file() and older.stat().st_size <= _MOST_BYTES:
+        template = read_json(older).get("chat_template")
     return _made(template, {name: _token_text(config.get(name)) for name in _NAMES})
 
 

@@ -199,8 +199,13 @@ def _trace_bounded(source: ModelSource, bound: int, *, asserting: bool) -> Graph
     """The graph for up to `bound` tokens; `asserting` as in `export`."""
     # A module from Python may do anything between its layers; transformers' models are known.
     if source.kind != "module":
-        with contextlib.suppress(CannotRepeat, UnsupportedError):
+        try:
             return _trace_source(source, bound, repeated=True, asserting=asserting)
+        except CannotRepeat:
+            pass
+        except UnsupportedError as error:
+            if narrower(error, bound) is not None or (not asserting and is_unproven(error)):
+                raise  # tracing every layer would end there too
     return _trace_source(source, bound, repeated=False, asserting=asserting)
 
 

@@ -38,6 +38,12 @@ def test_a_template_is_found_wherever_it_is_published(tmp_path: Path) -> None:
     assert found is not None and found.text == "two"
     found = published_template(folder_with(tmp_path, {"chat_template": "one"}, chat_template__jinja="three"))
     assert found is not None and found.text == "three"
+    older = tmp_path / "older"
+    older.mkdir()
+    found = published_template(folder_with(older, {}, chat_template__json='{"chat_template": "four"}'))
+    assert found is not None and found.text == "four"
+    found = published_template(folder_with(older, {"chat_template": "one"}))
+    assert found is not None and found.text == "one", "as when it is compiled"
 
 
 def test_check_says_how_tool_calls_are_written(
