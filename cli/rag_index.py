@@ -56,11 +56,6 @@ _GRAPHS = ("fast", "llm", "none")
     "--chunk-tokens", type=click.IntRange(16, 8192), metavar="N", help="Of a passage.  [default: 256]"
 )
 @max_file_option
-@click.option(
-    "--ann/--no-ann",
-    default=None,
-    help="With --store: whether PostgreSQL keeps an HNSW index of the vectors.  [default: as it is]",
-)
 @click.option("--estimate", is_flag=True, help="Say what it would take, from a sample, and write nothing.")
 @json_option
 def index(
@@ -73,7 +68,6 @@ def index(
     max_tokens: int | None,
     chunk_tokens: int | None,
     max_file_mb: int | None,
-    ann: bool | None,
     estimate: bool,
     as_json: bool,
 ) -> int:
@@ -89,7 +83,6 @@ def index(
     notes_from_logging()
     graph, triples = _graph(graph, model)
     location = _location(folder, kb, store)
-    _check_ann(location, ann)
     if estimate:
         return _estimate(folder, location, embedder, chunk_tokens, max_file_mb, model, as_json=as_json)
     _check_folder(folder, location)
@@ -104,8 +97,6 @@ def index(
         _check_same_folder(opened, folder, location)
         with Progress() as progress:
             report = opened.sync(folder, progress=progress, limits=read_limits(max_file_mb))
-        if ann is not None:
-            opened.index_vectors(ann)
         code = note_failed(report)
         result: dict[str, Any] = {"kb": location, **report_json(report)}
         if triples is not None or model is not None:
@@ -146,16 +137,6 @@ def _location(folder: Path, kb: str | None, store: str | None) -> str:
     if not is_postgres(named) and Path(named).is_dir():
         raise InputError(f"{named} is a folder", remedy="name a file for the store: -o FILE.kb")
     return named
-
-
-def _check_ann(location: str, ann: bool | None) -> None:
-    from ..runtime.rag.store import is_postgres
-
-    if ann and not is_postgres(location):
-        raise InputError(
-            f"--ann is for a store in PostgreSQL, and {location} is a file",
-            remedy="leave it out, or --store URL",
-        )
 
 
 def _check_folder(folder: Path, location: str) -> None:

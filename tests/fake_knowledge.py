@@ -32,6 +32,9 @@ class Report:
 
 
 class FakeStore:
+    location = "/secret/place.kb"
+    cache_folder = "/secret/cache"
+
     def __init__(self) -> None:
         self.kept: dict[str, tuple[Document, list[Chunk]]] = {}
         self.generation = 0

@@ -180,7 +180,7 @@ def test_notes_are_kept_until_a_member_changes(
     def says(prompt: str) -> str:
         return "Port Alder has piers." if "Port Alder" in prompt else "Irma Voss bakes rye bread."
 
-    monkeypatch.setattr("llmc.runtime.rag.global_answer._model", lambda llm: llm.named)
+    monkeypatch.setattr("llmc.runtime.rag.global_answer._model", lambda llm, _: llm.named)
     question = "What are the main topics of these documents?"
     notes = Path(kb.store.cache_folder) / "notes.json"
 

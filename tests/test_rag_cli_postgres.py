@@ -35,9 +35,7 @@ def test_a_server_instead_of_a_file(
         made = run("index", docs, "--store", url)
         assert (made["added"], made["bytes"]) == (4, None)
         run("index", docs)
-        refused = run("index", docs, "--ann", code=2)["error"]
-        assert "--ann is for a store in PostgreSQL" in refused
-        assert run("index", docs, "--store", url, "--ann")["unchanged"] == 4
+        assert run("index", docs, "--store", url)["unchanged"] == 4
         assert run("dump", url)["lines"] == run("dump", docs)["lines"]
         (docs / "byron.txt").unlink()
         assert run("sync", url)["deleted"] == 1

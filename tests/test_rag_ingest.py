@@ -346,3 +346,19 @@ def test_estimate_is_near(tmp_path: Path, fake: FakeEmbedder, monkeypatch: pytes
         assert found.documents == pytest.approx(stats["documents"], rel=limit)
         assert found.tokens == pytest.approx(tokens, rel=limit)
     assert UNSURE == -1
+
+
+def test_an_estimate_leaves_out_what_cannot_be_read_and_hides_nothing_else(
+    kb: KnowledgeBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    docs = write(tmp_path / "docs", good="Whales are mammals.")
+    (docs / "broken.pdf").write_bytes(b"%PDF-1.7 and no more")
+    (docs / "rows.jsonl").write_text(rows("Herrings are fish.") + "{\n")
+    assert (kb.estimate(docs).sampled, kb.estimate(docs).documents) == (3, kb.sync(docs).added)
+
+    def fails(*_: object) -> None:
+        raise IndexError("a mistake of ours")
+
+    monkeypatch.setattr("llmc.runtime.rag.ingest.chunk_text", fails)
+    with pytest.raises(IndexError, match="of ours"):
+        kb.estimate(docs)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from llmc.ir.errors import InputError
+from llmc.runtime.rag.global_answer import global_summaries
 from llmc.runtime.rag.knowledge import KnowledgeBase
 from llmc.runtime.rag.neighbours import neighbours
 from llmc.runtime.rag.types import Triple
@@ -125,6 +127,47 @@ def test_a_snapshot_from_before_shows_no_document_that_is_gone(kb: KnowledgeBase
     assert all({edge["source"], edge["target"]} <= known for edge in shown["edges"])
 
 
+def test_a_snapshot_from_before_shows_nothing_of_what_was_deleted(kb: KnowledgeBase) -> None:
+    chunk = next(kb.store.chunks(document="byron.txt")).id
+    kb.store.put_triples(chunk, [Triple(chunk, "Ada Lovelace", "lived in", "London", "file:x")])
+    before = kb.retriever.snapshot()
+
+    def shown(focus: str) -> dict[str, Any]:
+        with kb.store.reading() as reader:
+            return neighbours(before, reader, focus, 40)
+
+    def relations() -> list[set[str]]:
+        return [{e["source"], e["target"]} for e in shown("e:london")["edges"] if e["kind"] == "relation"]
+
+    assert shown("d:byron.txt")["nodes"] and shown("Missolonghi")["nodes"]
+    assert {"e:ada lovelace", "e:london"} in relations()
+    kb.delete(["byron.txt"])
+    for focus in ("d:byron.txt", "byron.txt", "Missolonghi", "e:missolonghi"):
+        assert shown(focus) == {"nodes": [], "edges": []}, "neither it nor what is next to it"
+    assert "e:missolonghi" not in {node["id"] for node in shown("")["nodes"]}
+    assert relations() == [], "a deleted passage said that"
+    london = next(node for node in shown("London")["nodes"] if node["id"] == "e:london")
+    assert london["weight"] == sum("London" in one.text for one in kb.store.chunks())
+
+
+def test_a_summary_from_before_names_nothing_of_what_was_deleted(
+    kb: KnowledgeBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    question = "What are these documents about?"
+    for n in range(2):
+        kb.add_bytes(f"zed{n}.txt", f"Zed Quill of Missolonghi wrote letter {n} to Lord Byron.".encode())
+    before = kb.retriever.snapshot()
+    assert "zed quill of missolonghi" in {
+        name for one in global_summaries(kb, question) for name in one.entities
+    }
+    monkeypatch.setattr(kb.retriever, "snapshot", lambda: before)  # as while a large store is derived
+    for n in range(2):
+        kb.delete([f"zed{n}.txt"])
+    found = global_summaries(kb, question)
+    assert found and "zed quill of missolonghi" not in {name for one in found for name in one.entities}
+    assert not any("Zed" in passage.text for one in found for passage in one.sentences)
+
+
 def test_a_store_that_is_embedded_again_meanwhile(kb: KnowledgeBase, tmp_path: Path) -> None:
     assert kb.search("poet")
     with KnowledgeBase.open(kb.store.location, embedder="none") as other:
@@ -135,3 +178,32 @@ def test_a_store_that_is_embedded_again_meanwhile(kb: KnowledgeBase, tmp_path: P
         kb.sync(tmp_path / "docs")
     assert kb.reembed("auto") == 4
     assert kb.search("poet at Missolonghi", top=1)[0].document == "byron.txt"
+
+
+def test_a_search_that_began_before_a_store_was_embedded_again(
+    kb: KnowledgeBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    retriever = kb.retriever
+    before = retriever.snapshot()
+    with KnowledgeBase.open(kb.store.location, embedder="none") as other:
+        other.reembed("other")
+    for mode in ("graph", "hybrid", "dense"):
+        with pytest.raises(InputError, match=r"embedded again.*while it was searched") as caught:
+            retriever.search("poet", mode=mode)
+        assert caught.value.remedy == "open it again"
+    assert retriever.search("poet", mode="keyword")[0].document == "byron.txt", "needs no vectors"
+    monkeypatch.setattr(retriever.newest, "latest", lambda _: (before, False))  # a large store is derived
+    assert retriever.search("poet", mode="dense"), "old vectors and the old embedder fit"
+
+
+def test_a_write_that_fails_leaves_no_lock_behind(kb: KnowledgeBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("in the middle")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("llmc.runtime.rag.ingest.chunk_text", fails)
+        with pytest.raises(RuntimeError, match="in the middle"):
+            kb.add_bytes("new.txt", b"Whales are mammals.")
+    with KnowledgeBase.open(kb.store.location, embedder="auto") as other:
+        assert other.add_bytes("new.txt", b"Whales are mammals.").added == 1
+    assert kb.delete_document("new.txt")

@@ -13,6 +13,7 @@ from llmc.ir.errors import InputError
 from llmc.runtime.rag import communities, derive_child
 from llmc.runtime.rag import newest as module
 from llmc.runtime.rag.communities import communities_of
+from llmc.runtime.rag.knowledge import KnowledgeBase
 from llmc.runtime.rag.newest import Newest
 from llmc.runtime.rag.retrieve import Retriever
 from llmc.runtime.rag.snapshot import Snapshot
@@ -85,6 +86,35 @@ def test_a_search_goes_on_with_the_state_before(songs: Store, gate: Gate) -> Non
         "behind_seconds": 0.0,
     }
     retriever.close()
+
+
+def test_what_the_first_search_needs_is_prepared_beside_it(songs: Store, gate: Gate) -> None:
+    with KnowledgeBase(songs, None) as kb:
+        gate.open.clear()
+        kb.prepare(wait=False)
+        assert kb.stats()["searched"] is None
+        gate.open.set()
+        until(lambda: kb.stats()["searched"])
+        assert kb.stats()["searched"]["current"] and gate.count == 1
+        kb.search("rock band", mode="graph")
+        kb.prepare()
+        kb.prepare(wait=False)
+        assert gate.count == 1, "what is there is not derived again"
+
+
+def test_what_goes_wrong_beside_it_is_told_to_the_first_search(
+    songs: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(store: Store) -> Snapshot:
+        raise InputError("the disk is full")
+
+    with KnowledgeBase(songs, None) as kb, monkeypatch.context() as patch:
+        patch.setattr(Snapshot, "of", fails)
+        kb.prepare(wait=False)
+        with pytest.raises(InputError, match="disk is full"):
+            kb.search("rock band", mode="graph")
+        patch.undo()
+        assert kb.search("rock band", mode="graph")
 
 
 def test_who_has_no_patience_to_give_waits(songs: Store, gate: Gate) -> None:

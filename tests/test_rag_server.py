@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from llmc.ir.errors import InputError
 from llmc.runtime.rag import answer as answering
 from llmc.runtime.rag.answer import Answer, Citation, Said, Searched, Step
 from llmc.runtime.server import ServerSettings
@@ -294,6 +295,18 @@ def test_bad_questions_are_refused_before_anything_runs(
     assert status in (400, 404)
     assert param is None or answer["error"]["param"] == param
     assert base.searches == []
+
+
+def test_errors_of_a_store_do_not_tell_where_it_lies(server: RunningServer, base: FakeKnowledge):
+    def search(*_: Any, **__: Any):
+        place = base.store.location
+        raise InputError(f"{place}: is of another version", remedy=f"renew it: llmc rag sync {place}")
+
+    base.search = search
+    status, body, _ = server.post("/v1/rag/search", {"query": "London"})
+    assert (status, body["error"]["code"]) == (400, "invalid_value")
+    assert body["error"]["message"] == "notes: is of another version; renew it: llmc rag sync notes"
+    assert stream_of(server, QUESTION)[-1]["error"]["message"] == body["error"]["message"]
 
 
 def test_a_failure_in_the_middle_of_a_stream_is_its_last_event(server: RunningServer, base: FakeKnowledge):

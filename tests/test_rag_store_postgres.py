@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import sys
@@ -12,12 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 from llmc.ir.errors import InputError
-from llmc.runtime.rag.store import Record, is_postgres, open_store
+from llmc.runtime.rag.knowledge import KnowledgeBase
+from llmc.runtime.rag.store import is_postgres, open_store
 from llmc.runtime.rag.store import postgres_schema as schema
-from llmc.runtime.rag.store.base import NEAREST
 
 from .rag_records import DIMENSIONS, SETTINGS, check_whole, record, triples_of
-from .server_harness import wait_until
 
 pytest_plugins = ("tests.rag_stores",)
 
@@ -116,7 +114,9 @@ def test_a_schema_of_another_program_is_left_alone(url: str) -> None:
         assert tables == [(1,)]
 
 
-def test_mentions_and_extractions_of_version_1_are_migrated(url: str) -> None:
+def test_mentions_and_extractions_of_version_1_are_migrated(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     location = f"{url}&llmc_store=first"
     make(location)
     store = open_store(location)
@@ -140,69 +140,54 @@ def test_mentions_and_extractions_of_version_1_are_migrated(url: str) -> None:
             f"UPDATE first.features SET mentions = '{quoted}'"
             f" WHERE chunk = (SELECT row FROM first.chunks WHERE id = '{id}')",
         )
+    row = "FROM first.features ORDER BY chunk LIMIT 1"
+    ((before,),) = execute(url, f"SELECT mentions {row}")
+    for damaged in ("{", '[["a"]]'):
+        one = f"UPDATE first.features SET mentions = '%s' WHERE chunk = (SELECT chunk {row})"
+        execute(url, one % damaged)
+        with pytest.raises(InputError, match=r"first.*is damaged"):
+            open_store(location)
+    execute(url, one % before)
+    seen: list[int] = []
+
+    def packed(mentions: str) -> bytes:
+        patient = f"{url}&options=-c%20lock_timeout%3D5s"
+        ((count,),) = execute(patient, "SELECT count(terms) FROM first.features")
+        seen.append(count)
+        return real(mentions)
+
+    real = schema.packed
+    monkeypatch.setattr(schema, "packed", packed)
     store = open_store(location)
+    assert seen == [len(texts)] * len(texts), "who reads the old table does not wait"
     assert list(store.dump()) == expected
+    made = "SELECT conname FROM pg_constraint WHERE conrelid = '{}.features'::regclass ORDER BY 1"
+    make(f"{url}&llmc_store=fresh")
+    assert execute(url, made.format("first")) == execute(url, made.format("fresh"))
     store.put([record(9)])
     assert check_whole(store) == 5
     store.close()
 
 
-def test_an_index_of_the_vectors_finds_nearly_what_an_exact_search_does(url: str) -> None:
-    """Recall@10 of HNSW against the exact scan, of 3,000 vectors in clusters."""
-    location = f"{url}&llmc_store=ann"
-    rng = np.random.default_rng(3)
-    store = open_store(location, create=True)
-    store.set_settings(SETTINGS)
-    plain = record(1, chunks=1)
-    centres = rng.normal(size=(60, DIMENSIONS))
-    vectors = centres[rng.integers(0, 60, 3000)] + 0.4 * rng.normal(size=(3000, DIMENSIONS))
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    bare = dataclasses.replace(plain.chunks[0].features, mentions=())
-    for start in range(0, 3000, 500):
-        store.put(
-            Record(
-                dataclasses.replace(plain.document, id=f"{n:05d}", path=f"{n:05d}"),
-                (
-                    dataclasses.replace(
-                        plain.chunks[0],
-                        id=f"{n:032x}",
-                        document=f"{n:05d}",
-                        text="x",
-                        features=bare,
-                        vector=vectors[n].astype(np.float16),
-                    ),
-                ),
-            )
-            for n in range(start, start + 500)
-        )
-    asked = [(one / np.linalg.norm(one)).astype(np.float32) for one in rng.normal(size=(40, DIMENSIONS))]
-    exact = [store.nearest(one, 10) for one in asked]
-    dumped = list(store.dump())
-    store.set_settings(dataclasses.replace(SETTINGS, extra={**SETTINGS.extra, NEAREST: "hnsw"}))
-    assert list(store.dump()) == dumped, "no part of the logical content"
-    searched = open_store(location, read_only=True)
-    found = [searched.nearest(one, 10) for one in asked]
-    searched.close()  # which is when the server counts what it did
-    used = "SELECT idx_scan FROM pg_stat_user_indexes WHERE indexrelname = 'vectors_hnsw'"
-    wait_until(lambda: execute(url, used) == [(len(asked),)])
-    shared = [len({id for id, _ in a} & {id for id, _ in b}) / 10 for a, b in zip(exact, found, strict=True)]
-    assert np.mean(shared) > 0.97
-    for right, one in zip(exact, found, strict=True):  # the scores are exact, whatever led there
-        scores = dict(right)
-        assert all(score == pytest.approx(scores[id], abs=1e-6) for id, score in one if id in scores)
-    (plan,) = execute(
-        url, "SELECT count(*) FROM pg_indexes WHERE schemaname = 'ann' AND indexname = 'vectors_hnsw'"
-    )
-    assert plan == (1,)
-    assert len(store.nearest(asked[0], 2000)) == 2000, "more than the index gives: exact"
-    store.delete(["00001"])
-    assert all(id != f"{1:032x}" for id, _ in store.nearest(vectors[1].astype(np.float32), 10))
-    store.drop_vectors()
-    store.set_settings(dataclasses.replace(store.settings(), dimensions=8))
-    assert store.nearest(np.eye(8, dtype=np.float32)[0], 3) == []
-    store.set_settings(dataclasses.replace(SETTINGS, dimensions=8))
-    assert execute(url, "SELECT * FROM pg_indexes WHERE indexname = 'vectors_hnsw'") == []
-    store.close()
+def test_a_search_asks_the_database_little(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import psycopg
+
+    asked: list[str] = []
+    real = psycopg.Cursor.execute
+
+    def execute(self: Any, query: Any, *values: Any, **options: Any) -> Any:
+        asked.append(query.decode() if isinstance(query, bytes) else str(query))
+        return real(self, query, *values, **options)
+
+    with KnowledgeBase.open(f"{url}&llmc_store=asked", embedder="none", create=True) as kb:
+        kb.add_bytes("a.txt", b"Grey Heron is a boat of Nils Brandt.")
+        kb.search("Who has the boat Grey Heron?")
+        monkeypatch.setattr(psycopg.Cursor, "execute", execute)
+        assert kb.search("Who has the boat Grey Heron?")
+    # Three transactions: the settings, the generation, the passages that were found.
+    state = ["BEGIN ISOLATION", "SELECT key,"]
+    expected = [*state, "ROLLBACK", *state, "ROLLBACK", *state, "SELECT c.id,", "ROLLBACK"]
+    assert [" ".join(sql.split()[:2]) for sql in asked] == expected
 
 
 def test_a_newer_store_is_refused_and_an_older_one_migrated(

@@ -251,11 +251,18 @@ _SHORTEST, _LONGEST = 30, 400  # letters of a sentence that can stand by itself
 
 
 def summarise(
-    communities: Communities, community: int, reader: StoreReader, *, count: int = 4, question: str = ""
+    communities: Communities,
+    community: int,
+    reader: StoreReader,
+    *,
+    count: int = 4,
+    question: str = "",
+    behind: bool = False,
 ) -> Summary:
     """The extractive summary of a community: sentences that share most words with the others, not twice the
     same, each of another document where there are enough. Words of `question` count more. Lines of code, of
-    tables and the like are taken only where there is no running text.
+    tables and the like are taken only where there is no running text. `behind`: the reader's state is not the
+    one that the communities are of, so that only entities count which what is read here still names.
     """
     chunks = list(reader.chunks(communities.chunks(community, _READ)))
     everything = list(_candidates(chunks))
@@ -277,10 +284,14 @@ def summarise(
             if any(len(terms & other) > _ALIKE * min(len(terms), len(other)) for _, other in chosen):
                 continue
             chosen.append((passage, terms))
+    entities = communities.entities(community)
+    if behind:
+        named = {mention.key for chunk in chunks for mention in chunk.features.mentions}
+        entities = [one for one in entities if one in named]
     return Summary(
         community,
         tuple(communities.chunks(community)),
-        tuple(communities.entities(community)),
+        tuple(entities),
         tuple(passage for passage, _ in chosen),
     )
 

@@ -7,11 +7,11 @@ split and embedded.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -134,7 +134,7 @@ def estimate_listing(
     sample = _Sample()
     with tempfile.TemporaryDirectory(prefix="llmc-estimate-") as folder:
         place = Path(folder) / "sample.kb"
-        with closing(open_store(str(place), create=True)) as store:
+        with contextlib.closing(open_store(str(place), create=True)) as store:
             dimensions = 0 if vectors is None else vectors.dimensions
             store.set_settings(Settings("sample", "sample" if dimensions else "", dimensions, chunk_tokens))
             store.vacuum()
@@ -212,30 +212,31 @@ def _read(kind: _Kind, file: File, writer: Writer, sample: _Sample, limits: Read
     every = max(1, file.size // _ROWS_LETTERS)
     letters = split = chunks = tokens = 0  # of this file's documents: of all, of those that were split
     started = time.perf_counter()
-    try:
-        for text in read_documents(file.path, file.name, limits):
-            kind.documents += 1
-            kind.letters += len(text.text)
-            letters += len(text.text)
-            if text.id != file.name and every > 1 and _left_out(text, every):
-                continue
-            paused = time.perf_counter()
-            pieces = writer.sample(text, file)
-            took = time.perf_counter() - paused
-            started += took
-            sample.writing += took
-            split += len(text.text)
-            chunks += len(pieces)
-            tokens += sum(pieces)
-            sample.letters += len(text.text)
-    except (LlmcError, OSError):
-        pass  # indexing will report it; it cost its reading
-    except Exception:  # noqa: BLE001, S110  (as in indexing: parsers raise anything, and it is reported there)
-        pass
+    for text in _documents(file, limits):
+        kind.documents += 1
+        kind.letters += len(text.text)
+        letters += len(text.text)
+        if text.id != file.name and every > 1 and _left_out(text, every):
+            continue
+        paused = time.perf_counter()
+        pieces = writer.sample(text, file)
+        took = time.perf_counter() - paused
+        started += took
+        sample.writing += took
+        split += len(text.text)
+        chunks += len(pieces)
+        tokens += sum(pieces)
+        sample.letters += len(text.text)
     kind.reading += time.perf_counter() - started
     times = letters / split if split else 1.0
     kind.chunks += chunks * times
     kind.tokens += tokens * times
+
+
+def _documents(file: File, limits: ReadLimits) -> Iterator[Text]:
+    """Those of a file up to what is wrong with it: indexing will report that; it cost its reading."""
+    with contextlib.suppress(LlmcError):  # whatever a parser raises has become one
+        yield from read_documents(file.path, file.name, limits)
 
 
 def _left_out(text: Text, every: int) -> bool:

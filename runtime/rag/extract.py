@@ -245,10 +245,10 @@ class _Extractor:
     def __init__(self, llm: LLM, call_tokens: int) -> None:
         self._llm = llm
         self._call_tokens = min(call_tokens, llm.context_length - 1)
-        self.origin = f"{MODEL}{model_digest(llm)}"
         self._params = llm.sampling(
             temperature=0.0, max_tokens=self._call_tokens, grammar=llm.grammars.json_schema(SCHEMA)
         )
+        self.origin = f"{MODEL}{model_digest(llm, self._params.adapter)}"
 
     def calls(self, chunks: Sequence[Chunk], budget: int | None) -> list[_Call]:
         """The first chunks whose worst case fits into a budget of tokens."""
@@ -321,8 +321,13 @@ def is_of(triple: Triple, words: Words) -> bool:
     return occurs(triple.subject, words) and occurs(triple.object, words)
 
 
-def model_digest(llm: LLM) -> str:
-    """What tells a model from another: a digest of its artifact's manifest."""
+def model_digest(llm: LLM, adapter: str | None) -> str:
+    """What tells a model from another: a digest of its artifact's manifest, and of the adapter that answers
+    (`SamplingParams.adapter`), where one does. Adapters are told apart by what they add, not by their names.
+    """
     manifest = llm.artifact.manifest if llm.artifact is not None else {}
-    text = json.dumps(manifest, sort_keys=True, default=str)
-    return sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
+    found = sha256(json.dumps(manifest, sort_keys=True, default=str).encode(errors="surrogatepass"))
+    chosen = llm.engine.engine.adapters.get(adapter)
+    if chosen is not None:
+        found.update(chosen.salt)
+    return found.hexdigest()[:16]

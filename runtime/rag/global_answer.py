@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Generator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from .answer import (
@@ -26,12 +27,14 @@ from .citations import check
 from .communities import Communities, Summary, communities_of, is_about_the_whole, summarise
 from .extract import model_digest
 from .neutral import neutralise
-from .notes import Notes, forget_notes
+from .notes import Notes
 from .prompts import make_prompt
 from .types import Passage
 
 if TYPE_CHECKING:
     from ..llm import LLM
+    from ..sampling_params import SamplingParams
+    from .snapshot import Snapshot
 
 COMMUNITIES = 6
 SENTENCES = 4
@@ -45,13 +48,18 @@ _REDUCE = (
 
 def global_summaries(kb: Any, question: str, *, count: int = COMMUNITIES) -> list[Summary]:
     """Extractive summaries of the communities that a question is about, best first; no model is needed."""
-    communities: Communities = communities_of(kb.store, kb.retriever.snapshot())
+    snapshot: Snapshot = kb.retriever.snapshot()
+    communities: Communities = communities_of(kb.store, snapshot)
     whole = is_about_the_whole(question)
     found = [] if whole else [p.chunk for p in kb.search(question, top=_FOUND, mode="hybrid", per_document=3)]
     ranked = communities.rank(found, whole)[:count]
     asked = "" if whole else question
     with kb.store.reading() as reader:
-        made = [summarise(communities, one, reader, count=SENTENCES, question=asked) for one in ranked]
+        behind = reader.generation != snapshot.generation
+        made = [
+            summarise(communities, one, reader, count=SENTENCES, question=asked, behind=behind)
+            for one in ranked
+        ]
     return [summary for summary in made if summary.sentences]
 
 
@@ -102,16 +110,17 @@ def _note(
     named = neutralise(", ".join(summary.entities), llm.tokenizer)
     about = f"Subjects: {named}\n" if named else ""
     prompt = make_prompt(llm, summary.sentences, f"{about}Question: {asked}\n{_MAP}", room=room)
-    model = _model(llm)
+    params: SamplingParams = sampling(llm, _NOTE_TOKENS)
+    model = _model(llm, params)
     text = kept.get(model, prompt.ids) if model else None
     if text is None:
-        done = llm.generate(prompt.ids, sampling(llm, _NOTE_TOKENS))
+        done = llm.generate(prompt.ids, params)
         counts.prompt += len(prompt.ids)
         counts.generated += done.generated_tokens
         text = done.text
         if model:
             kept.put(model, prompt.ids, summary.members, text)
-            forget_notes(kb.store)  # a member may have gone while the model read
+            kept.forget(kb.store)  # a member may have gone while the model read
     if is_refusal(text) or not check(text, prompt.passages, asked).supported:
         return None
     first = summary.sentences[0]
@@ -128,9 +137,13 @@ def _note(
     )
 
 
-def _model(llm: LLM) -> str:
-    """What a model's notes are kept under; empty for one that cannot be told from others."""
-    return f"{model_digest(llm)} {_NOTE_TOKENS}" if llm.artifact is not None else ""
+def _model(llm: LLM, params: SamplingParams) -> str:
+    """What a model's notes are kept under: the model, its adapter, and how it is decoded (a server's sampler,
+    what an artifact prefers). Empty for one that cannot be told from others.
+    """
+    if llm.artifact is None:
+        return ""
+    return f"{model_digest(llm, params.adapter)} {replace(params, adapter=None)}"
 
 
 def _told(

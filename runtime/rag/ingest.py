@@ -175,10 +175,8 @@ class _Reading:
         """The documents up to what is wrong."""
         try:
             yield from read_documents(self._file.path, self._file.name, limits, self._problem)
-        except (LlmcError, OSError) as error:
+        except LlmcError as error:  # whatever a parser raises has become one
             self._problem(self._file.name, str(error))
-        except Exception as error:  # noqa: BLE001  (parsers of other people's files raise anything)
-            self._problem(self._file.name, f"{type(error).__name__}: {error}")
 
     def _problem(self, name: str, reason: str) -> None:
         self.failed = True

@@ -22,7 +22,7 @@ from .notes import forget_notes
 from .opening import embed_command, open_embedder_of, open_named_reranker
 from .renew import SPEC, UNFINISHED, reembed, renew_features, with_embedder
 from .store import is_postgres, open_store
-from .store.base import NEAREST, Settings, Store
+from .store.base import Settings, Store
 from .types import Passage
 
 if TYPE_CHECKING:
@@ -321,12 +321,6 @@ class KnowledgeBase:
             return found
         return [document.id for document in self.store.documents_of_path(name)]
 
-    def index_vectors(self, on: bool) -> None:
-        """Whether PostgreSQL is to keep an index of the vectors (`Settings`, `NEAREST`)."""
-        settings = self.settings
-        extra = {key: value for key, value in settings.extra.items() if key != NEAREST}
-        self.store.set_settings(replace(settings, extra={**extra, NEAREST: "hnsw"} if on else extra))
-
     def vacuum(self) -> None:
         """Gives space of deleted documents back."""
         self.store.vacuum()
@@ -377,8 +371,11 @@ class KnowledgeBase:
 
             if mode == "global" or is_about_the_whole(question):
                 return global_passages(self, question, top=top)
-            mode = "hybrid" if self.settings.graph == "none" else "graph"
-        return self.retriever.search(question, top=top, mode=mode, explain=explain, per_document=per_document)
+        settings = self.settings
+        if mode == "auto":
+            mode = "hybrid" if settings.graph == "none" else "graph"
+        retriever = self._retriever_of(settings)
+        return retriever.search(question, top=top, mode=mode, explain=explain, per_document=per_document)
 
     def graph_neighbours(self, focus: str, limit: int = 50) -> dict[str, Any]:
         """The graph around a document or a name ("" for the whole): {"nodes": […], "edges": […]}, at most
@@ -393,7 +390,10 @@ class KnowledgeBase:
     @property
     def retriever(self) -> Retriever:
         """Made when it is first asked for. Raises InputError where the store is not what it was opened as."""
-        settings = self.settings
+        return self._retriever_of(self.settings)
+
+    def _retriever_of(self, settings: Settings) -> Retriever:
+        """The same of settings that were read just now: reading them again asks the database again."""
         if settings.features_version != FEATURES_VERSION:
             raise InputError(
                 f"{self.store.location} was indexed by another version of llmc",
@@ -417,9 +417,14 @@ class KnowledgeBase:
                 remedy="open it again",
             )
 
-    def prepare(self) -> None:
-        """Works out what the first search would otherwise wait for."""
-        self.retriever.snapshot()
+    def prepare(self, *, wait: bool = True) -> None:
+        """Works out what the first search would otherwise wait for. Without `wait` in the background: what
+        goes wrong there is raised by the first search.
+        """
+        if wait:
+            self.retriever.snapshot()
+        else:
+            self.retriever.newest.renew()
 
     def estimate(
         self,

@@ -21,9 +21,10 @@ _COMMON = 0.25  # an entity in a larger share of the passages says nothing about
 def neighbours(snapshot: Snapshot, reader: StoreReader, focus: str, limit: int) -> dict[str, Any]:
     """{"nodes": [{"id", "kind", "label", "document", "weight"}], "edges": [{"source", "target", "kind",
     "weight"}]}, the focus first. Without a focus the names that join most, and their documents; without nodes
-    where there is nothing of this name.
+    where there is nothing of this name. Of a snapshot that the store is ahead of, what stood in passages that
+    are gone is left out.
     """
-    graph = _Graph(snapshot)
+    graph = _Graph(snapshot, reader)
     if not focus:
         chosen = graph.overview(limit)
     elif (document := graph.document(reader, focus)) is not None:
@@ -41,9 +42,14 @@ _Node = tuple[str, int]
 
 
 class _Graph:
-    def __init__(self, snapshot: Snapshot) -> None:
+    def __init__(self, snapshot: Snapshot, reader: StoreReader) -> None:
         self._snapshot = snapshot
         self._documents = list(snapshot.documents)
+        self._there = np.ones(len(snapshot), bool)
+        """[n] which passages of the snapshot the store still has."""
+        if snapshot.generation != reader.generation:
+            known = set(reader.chunk_ids())
+            self._there[:] = [id in known for id in snapshot.ids]
 
     # Finding ------------------------------------------------------------------------------------------------
 
@@ -52,7 +58,7 @@ class _Graph:
             return None
         wanted = focus.removeprefix("d:")
         for name in (wanted, focus):
-            if name in self._documents:
+            if name in self._documents and reader.document(name) is not None:
                 return self._documents.index(name)
         folded = name_key(wanted)
         titled = (one for one in reader.documents() if folded and name_key(one.title) == folded)
@@ -64,7 +70,7 @@ class _Graph:
             return None
         name = focus.removeprefix("e:")
         found = self._snapshot.entity_ids([hash_of(name), hash_of(name_key(name))])
-        return int(found[0]) if len(found) else None
+        return int(found[0]) if len(found) and self._is_named(int(found[0])) else None
 
     # Choosing -----------------------------------------------------------------------------------------------
 
@@ -105,13 +111,21 @@ class _Graph:
     # The graph ----------------------------------------------------------------------------------------------
 
     def _chunks(self, document: int) -> np.ndarray:
-        return np.flatnonzero(self._snapshot.document_of == document)
+        return np.flatnonzero((self._snapshot.document_of == document) & self._there)
+
+    def _naming(self, entity: int) -> tuple[np.ndarray, np.ndarray]:
+        """Passages that name it, and how often."""
+        row = self._snapshot.chunks_by_entity[entity]
+        there = self._there[row.indices]
+        return row.indices[there], row.data[there]
+
+    def _is_named(self, entity: int) -> bool:
+        return len(self._naming(entity)[0]) > 0
 
     def _documents_of(self, entity: int) -> list[tuple[int, float]]:
         """Documents that name it, and how often."""
-        row = self._snapshot.chunks_by_entity[entity]
-        documents = self._snapshot.document_of[row.indices]
-        return _summed(documents, row.data)
+        chunks, counts = self._naming(entity)
+        return _summed(self._snapshot.document_of[chunks], counts)
 
     def _entities_of(self, document: int) -> list[tuple[int, float]]:
         """Entities that it names, weighed by how telling they are."""
@@ -125,7 +139,8 @@ class _Graph:
         rows = snapshot.links[self._chunks(document)]
         found = dict(_summed(rows.indices, rows.data))
         column = snapshot.links[:, document].tocoo()
-        for other, weight in _summed(snapshot.document_of[column.row], column.data):
+        there = self._there[column.row]
+        for other, weight in _summed(snapshot.document_of[column.row[there]], column.data[there]):
             found[other] = max(found.get(other, 0.0), weight)
         found.pop(document, None)
         return found
@@ -133,14 +148,22 @@ class _Graph:
     def _related(self, entity: int) -> list[int]:
         pairs = self._snapshot.arrays["relations"]
         near = pairs[(pairs == entity).any(axis=1)]
-        return [int(one) for one in dict.fromkeys(near.ravel().tolist()) if one != entity]
+        found = [int(one) for one in dict.fromkeys(near.ravel().tolist()) if one != entity]
+        # What relates two names them both: of two that a passage which is gone named, it may have said so.
+        gone = self._gone(entity)
+        return [one for one in found if not (gone and gone & self._gone(one))]
+
+    def _gone(self, entity: int) -> set[int]:
+        """Passages that named it and are gone."""
+        row = self._snapshot.chunks_by_entity[entity].indices
+        return set(row[~self._there[row]].tolist())
 
     def present(self, reader: StoreReader, chosen: list[_Node]) -> list[_Node]:
-        """Without the documents that were deleted since the snapshot."""
+        """Without the documents that were deleted since the snapshot, and what only they name."""
         return [
             (kind, one)
             for kind, one in chosen
-            if kind == "e" or reader.document(self._documents[one]) is not None
+            if (self._is_named(one) if kind == "e" else reader.document(self._documents[one]) is not None)
         ]
 
     # Showing ------------------------------------------------------------------------------------------------
@@ -151,7 +174,7 @@ class _Graph:
         for kind, one in chosen:
             if kind == "e":
                 key = self._snapshot.entities[one]
-                weight = float(self._snapshot.entity_frequency[one])
+                weight = float(len(self._naming(one)[0]))
                 found.append(_node(f"e:{key}", "entity", labels.get(one, key), None, weight))
             else:
                 id = self._documents[one]
@@ -164,9 +187,9 @@ class _Graph:
         """Names as they are written somewhere."""
         first: dict[int, str] = {}
         for entity in entities:
-            row = self._snapshot.chunks_by_entity[entity]
-            if len(row.indices):
-                first[entity] = self._snapshot.ids[int(row.indices[0])]
+            chunks, _ = self._naming(entity)
+            if len(chunks):
+                first[entity] = self._snapshot.ids[int(chunks[0])]
         surfaces = {
             (chunk.id, mention.key): mention.surface
             for chunk in reader.chunks(list(dict.fromkeys(first.values())))

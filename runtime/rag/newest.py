@@ -87,10 +87,10 @@ class Newest:
                 self._changed.wait(left)
 
     def renew(self) -> None:
-        """Begin to derive, where there is something to replace and it is stale; waits for nothing."""
+        """Begin to derive where the newest state is not there; waits for nothing."""
         generation = self._store.generation
         with self._changed:
-            if self._snapshot is not None and self._snapshot.generation != generation:
+            if self._snapshot is None or self._snapshot.generation != generation:
                 self._in_background(generation)
 
     def facts(self) -> dict[str, Any] | None:
@@ -153,7 +153,7 @@ class Newest:
         self._changed.release()
         try:
             snapshot = Snapshot.of(self._store)
-            forget_notes(self._store)
+            forget_notes(self._store)  # of what another machine has deleted
         finally:
             self._changed.acquire()
             self._end(number, snapshot)
@@ -183,9 +183,7 @@ class Newest:
                 snapshot = Snapshot.of(self._store)
             if snapshot is not None:
                 self._rest = _REST
-                forget_notes(self._store)  # of what another machine has deleted
-        except ChildError as failure:
-            self._fail(str(failure))
+            forget_notes(self._store)  # of what another machine has deleted
         except Exception as raised:  # noqa: BLE001  (who searches next gets it)
             error = raised
         finally:
@@ -205,13 +203,18 @@ class Newest:
                 self._child = Child.start()
             return self._child
 
-    def _of_child(self, child: Child) -> Snapshot:
-        facts = child.derive(self._store.address)
+    def _of_child(self, child: Child) -> Snapshot | None:
+        """What a process derives; None where it fails."""
+        try:
+            facts = child.derive(self._store.address)
+        except ChildError as failure:
+            self._fail(str(failure))
+            return None
         found = Snapshot.kept(Path(self._store.cache_folder), facts)
         # Its file may have made room for that of a newer state, which another process derived since.
         found = Snapshot.at_hand(self._store) if found is None else found
         if found is None:
-            raise ChildError(f"what it derived does not lie in {self._store.cache_folder}")
+            self._fail(f"what it derived does not lie in {self._store.cache_folder}")
         return found
 
     def _fail(self, reason: str) -> None:

@@ -38,6 +38,11 @@ rest."""
 
 
 class QueryEmbedder(Protocol):
+    @property
+    def hash(self) -> str:
+        """Tells its vectors from those of others."""
+        ...
+
     def embed_query(self, text: str) -> np.ndarray: ...
 
 
@@ -97,11 +102,11 @@ class Retriever:
             raise InputError(f"{mode!r} is no mode of search", remedy=f"choose one of {', '.join(MODES)}")
         if top < 1:
             raise InputError(f"{top} passages were asked for", remedy="ask for one or more")
-        snapshot = self.snapshot()
+        snapshot, newest = self.newest.latest(self.patience)
         if not len(snapshot):
             return []
         # Some of what an older snapshot finds may have been deleted since.
-        wanted = top if snapshot.generation >= self.store.generation else 2 * top
+        wanted = top if newest else 2 * top
         ranking = self.rank(snapshot, question, "graph" if mode == "auto" else mode, wanted)
         chosen = self._chosen(snapshot, ranking, wanted, per_document, together=mode in ("auto", "graph"))
         return self._passages(snapshot, ranking, chosen, explain)[:top]
@@ -111,6 +116,11 @@ class Retriever:
         question = parse(text, snapshot)
         vector = None
         if self.embedder is not None and snapshot.has_vectors and mode != "keyword":
+            if snapshot.facts["embedder"] != self.embedder.hash:
+                raise InputError(
+                    f"{self.store.location} was embedded again, with another embedder, while it was searched",
+                    remedy="open it again",
+                )
             vector = np.asarray(self.embedder.embed_query(text), np.float32)
         if mode == "dense" and vector is None:
             raise InputError(

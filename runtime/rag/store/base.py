@@ -37,11 +37,6 @@ class Settings:
     extra: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
-NEAREST = ".nearest"
-"""Of Settings.extra: "hnsw" where PostgreSQL keeps an index of the vectors, and `nearest` asks it. No part of
-the logical content."""
-
-
 @dataclass(frozen=True)
 class Columns:
     """Some chunks, in order of their ids, as what is derived from all of them needs them: lists of [n], the
@@ -127,8 +122,7 @@ class StoreReader(Protocol):
         ...
 
     def nearest(self, vector: np.ndarray, limit: int) -> list[tuple[str, float]]:
-        """Chunk ids by cosine with [dimensions] float32 of length 1, best first: all of them are compared,
-        or with `NEAREST` those that the index leads to; the scores are exact either way."""
+        """Chunk ids by cosine with [dimensions] float32 of length 1, best first; all of them are compared."""
         ...
 
     def dump(self) -> Iterator[str]:

@@ -14,7 +14,7 @@ import numpy as np
 from ....ir.errors import InputError
 from ...cache_folder import cache_folder
 from ..types import Document, Triple
-from .base import NEAREST, Record, Settings, StoreReader
+from .base import Record, Settings, StoreReader
 from .common import NewestState, Pool, next_generation
 from .lock import WriteRight, refusal
 from .postgres_schema import TABLES, VERSION, connect, create_tables, explained, migrate, place_of, version_of
@@ -268,11 +268,6 @@ class PostgresStore(NewestState):
                 )
             text = settings_text(settings)
             change.write("UPDATE meta SET value = %s WHERE key = 'settings' AND value <> %s", (text, text))
-            index = _vector_index(settings)
-            if index != _vector_index(change.settings):
-                change.execute("DROP INDEX IF EXISTS vectors_hnsw")
-                if index:
-                    change.execute(index)
 
     def set_vectors(self, vectors: Mapping[str, np.ndarray]) -> None:
         with self._transaction(durable=False) as change:
@@ -349,16 +344,6 @@ class _Change:
 
     def write(self, sql: str, values: Sequence[Any] = ()) -> None:
         self.rows += max(0, self.execute(sql, values).rowcount)
-
-
-def _vector_index(settings: Settings) -> str:
-    """What makes the index of the vectors that settings ask for; empty for none."""
-    if settings.extra.get(NEAREST) != "hnsw" or not settings.dimensions:
-        return ""
-    return (
-        "CREATE INDEX vectors_hnsw ON vectors"
-        f" USING hnsw ((vector::halfvec({settings.dimensions})) halfvec_ip_ops)"
-    )
 
 
 def _meta(connection: Connection, key: str) -> str:

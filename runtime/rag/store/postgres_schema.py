@@ -110,21 +110,26 @@ _MIGRATED = 512  # rows that are sent together
 
 
 def _pack_mentions(connection: Connection) -> None:
-    """1 → 2, as 2 → 3 of SQLite's."""
-    connection.execute("ALTER TABLE features ADD COLUMN packed bytea")
+    """1 → 2, as 2 → 3 of SQLite's. A table is filled beside the old one, so that who reads waits for the end
+    alone, when they change places.
+    """
+    made = SCHEMA[SCHEMA.index("CREATE TABLE features (") :]
+    connection.execute(made[: made.index(";")].replace("features", "features_2", 1).encode())
     last = -1
     sql = f"SELECT chunk, mentions FROM features WHERE chunk > %s ORDER BY chunk LIMIT {_MIGRATED}"
     while rows := connection.execute(sql.encode(), (last,)).fetchall():
         last = rows[-1][0]
         connection.execute(
-            "UPDATE features f SET packed = new.packed"
-            " FROM unnest(%s::bigint[], %s::bytea[]) AS new (chunk, packed) WHERE f.chunk = new.chunk",
+            "INSERT INTO features_2"
+            " SELECT chunk, terms, title_counts, text_counts, spans, packed"
+            " FROM features JOIN unnest(%s::bigint[], %s::bytea[]) AS new (chunk, packed) USING (chunk)",
             ([row for row, _ in rows], [packed(mentions) for _, mentions in rows]),
         )
     connection.execute("""
-        ALTER TABLE features DROP COLUMN mentions;
-        ALTER TABLE features RENAME COLUMN packed TO mentions;
-        ALTER TABLE features ALTER COLUMN mentions SET NOT NULL;
+        DROP TABLE features;
+        ALTER TABLE features_2 RENAME TO features;
+        ALTER TABLE features RENAME CONSTRAINT features_2_pkey TO features_pkey;
+        ALTER TABLE features RENAME CONSTRAINT features_2_chunk_fkey TO features_chunk_fkey;
         ALTER TABLE extracted ADD COLUMN origin text COLLATE "C" NOT NULL DEFAULT 'llm:';
         ALTER TABLE extracted ALTER COLUMN origin DROP DEFAULT;
         ALTER TABLE extracted DROP CONSTRAINT extracted_pkey;
@@ -344,8 +349,16 @@ def _add_pgvector(connection: Connection, place: Place) -> None:
 
 
 def migrate(connection: Connection, place: Place) -> None:
-    """Bring a store of an older version to this one, in one transaction."""
+    """Bring a store of an older version to this one, in one transaction. Raises InputError for a damaged one,
+    which stays as it is.
+    """
     with connection.transaction():
         for older in range(version_of(connection, place) or VERSION, VERSION):
-            MIGRATIONS[older](connection)
+            try:
+                MIGRATIONS[older](connection)
+            except (TypeError, ValueError):
+                raise InputError(
+                    f"{place.location}: is damaged: what was worked out of a passage cannot be read",
+                    remedy="index the documents into a new store",
+                ) from None
         connection.execute("UPDATE meta SET value = %s WHERE key = 'llmc_store_version'", (str(VERSION),))

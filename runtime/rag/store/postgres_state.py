@@ -9,12 +9,23 @@ import numpy as np
 
 from ....ir.errors import InputError
 from ..types import Chunk, Document, Triple
-from .base import BEGINNING, NEAREST, Columns, Settings
+from .base import BEGINNING, Columns, Settings
 from .common import BATCH, dump_lines
 from .keywords import fold, parse_keywords, words_of
 from .matrix import query_vector
 from .postgres_schema import Place, explained
-from .records import EXTRACTIONS, F16, QUARANTINED, asked, document_of, features_of_row, settings_of
+from .records import (
+    EXTRACTIONS,
+    F16,
+    QUARANTINED,
+    asked,
+    damaged_features,
+    damaged_vector,
+    document_of,
+    features_of_row,
+    is_whole,
+    settings_of,
+)
 
 if TYPE_CHECKING:
     from .postgres_schema import Connection
@@ -23,13 +34,13 @@ _DOCUMENT = "SELECT id, path, title, media_type, digest, size, modified_ns, meta
 _CHUNK = """
     SELECT c.id, d.id, c.ordinal, c.title, c.heading, c.text, c."start", c."end", c.page, c.tokens,
            f.terms, f.title_counts, f.text_counts, f.spans, f.mentions, halfvec_send(v.vector)
-    FROM chunks c JOIN documents d ON d.row = c.document JOIN features f ON f.chunk = c.row
+    FROM chunks c JOIN documents d ON d.row = c.document LEFT JOIN features f ON f.chunk = c.row
     LEFT JOIN vectors v ON v.chunk = c.row
 """
 _COLUMNS = f"""
     SELECT c.id, d.id, c.ordinal, c.title, left(c.text, {BEGINNING}),
            f.terms, f.title_counts, f.text_counts, f.spans, f.mentions
-    FROM chunks c JOIN documents d ON d.row = c.document JOIN features f ON f.chunk = c.row
+    FROM chunks c JOIN documents d ON d.row = c.document LEFT JOIN features f ON f.chunk = c.row
     WHERE c.id > %s ORDER BY c.id LIMIT {BATCH}
 """
 _VECTOR_BATCH = 4096
@@ -37,9 +48,6 @@ _HEADER = 4
 """Bytes before a halfvec's numbers as PostgreSQL sends it: their count, and zero."""
 _WEIGHTS = "{0.25, 0.25, 0.25, 1}"
 """Of words in the text (the first) and in the title (the last)."""
-_LOOKED_AT, MAX_INDEXED = 100, 1000
-"""Vectors that a search of the index keeps at least, and at most (pgvector's limit): who wants more than that
-gets an exact search."""
 MAX_WORD_TEXT = 200_000
 """Characters of a chunk that the full-text index takes: a tsvector is at most 1 MB."""
 
@@ -91,7 +99,7 @@ class PostgresState:
         while left is None or left > 0:
             wanted = BATCH if left is None else min(left, BATCH)
             rows = self._rows(f"{_DOCUMENT} WHERE id > %s ORDER BY id LIMIT {wanted}", (asked(after),))
-            yield from map(document_of, rows)
+            yield from map(self._document, rows)
             if len(rows) < wanted:
                 return
             after = rows[-1][0]
@@ -99,12 +107,21 @@ class PostgresState:
 
     def document(self, id: str) -> Document | None:
         rows = self._rows(f"{_DOCUMENT} WHERE id = %s", (asked(id),))
-        return document_of(rows[0]) if rows else None
+        return self._document(rows[0]) if rows else None
 
     def documents_of_path(self, path: str) -> list[Document]:
-        return [
-            document_of(row) for row in self._rows(f"{_DOCUMENT} WHERE path = %s ORDER BY id", (asked(path),))
-        ]
+        rows = self._rows(f"{_DOCUMENT} WHERE path = %s ORDER BY id", (asked(path),))
+        return [self._document(row) for row in rows]
+
+    def _document(self, row: Sequence[Any]) -> Document:
+        try:
+            return document_of(row)
+        except (TypeError, ValueError, RecursionError):
+            raise self._damaged(f"document {row[0]!r}") from None
+
+    def _damaged(self, what: str) -> InputError:
+        location = self._place.location
+        return InputError(f"{location}: is damaged: {what}", remedy="index the documents into a new store")
 
     def chunks(self, ids: Sequence[str] | None = None, document: str | None = None) -> Iterator[Chunk]:
         last: Any
@@ -112,19 +129,25 @@ class PostgresState:
             for begin in range(0, len(ids), BATCH):
                 wanted = [asked(id) for id in ids[begin : begin + BATCH]]
                 rows = self._rows(f"{_CHUNK} WHERE c.id = ANY(%s)", (wanted,))
-                found = {row[0]: _chunk(row) for row in rows}
+                found = {row[0]: self._chunk(row) for row in rows}
                 yield from (found[id] for id in wanted if id in found)
         elif document is not None:
             last = -1
             sql = f"{_CHUNK} WHERE d.id = %s AND c.ordinal > %s ORDER BY c.ordinal LIMIT {BATCH}"
             while rows := self._rows(sql, (asked(document), last)):
-                yield from map(_chunk, rows)
+                yield from map(self._chunk, rows)
                 last = rows[-1][2]
         else:
             last = ""
             while rows := self._rows(f"{_CHUNK} WHERE c.id > %s ORDER BY c.id LIMIT {BATCH}", (last,)):
-                yield from map(_chunk, rows)
+                yield from map(self._chunk, rows)
                 last = rows[-1][0]
+
+    def _chunk(self, row: tuple[Any, ...]) -> Chunk:
+        if not is_whole(row[10:15]):
+            raise damaged_features(self._place.location, row[0], row[1])
+        vector = None if row[15] is None else np.frombuffer(row[15], ">f2", offset=_HEADER).astype(F16)
+        return Chunk(*row[:10], features=features_of_row(row[10:15], row[5]), vector=vector)
 
     def chunk_ids(self) -> list[str]:
         return [id for (id,) in self._rows("SELECT id FROM chunks ORDER BY id")]
@@ -133,11 +156,15 @@ class PostgresState:
         last = ""
         while rows := self._rows(_COLUMNS, (last,)):
             last = rows[-1][0]
+            for row in rows:
+                if not is_whole(row[5:]):
+                    raise damaged_features(self._place.location, row[0], row[1])
             yield Columns(*zip(*rows, strict=True))
 
     def vectors(self) -> tuple[list[str], np.ndarray]:
         total = self._rows("SELECT count(*) FROM vectors")[0][0]
         matrix = np.empty((total, self._settings.dimensions), np.float16)
+        width = _HEADER + matrix.shape[1] * F16.itemsize
         ids: list[str] = []
         sql = (
             "SELECT c.id, halfvec_send(v.vector) FROM vectors v JOIN chunks c ON c.row = v.chunk"
@@ -145,6 +172,9 @@ class PostgresState:
         )
         last = ""
         while rows := self._rows(sql, (last,)):
+            wrong = next((id for id, data in rows if len(data) != width), None)
+            if wrong is not None:
+                raise damaged_vector(self._place.location, wrong)
             part = np.array([np.frombuffer(data, ">f2", offset=_HEADER) for _, data in rows])
             matrix[len(ids) : len(ids) + len(rows)] = part
             ids += [id for id, _ in rows]
@@ -206,29 +236,14 @@ class PostgresState:
             return []
         # In single precision: of the question nothing is lost, and nothing in the sums.
         text = f"[{','.join(map(repr, wanted.tolist()))}]"
-        vectors = "vectors"
-        if self._settings.extra.get(NEAREST) == "hnsw" and limit <= MAX_INDEXED:
-            # The index knows half precision; what it leads to is compared in single precision.
-            looked_at = min(MAX_INDEXED, max(_LOOKED_AT, 4 * limit))
-            self._rows("SELECT set_config('hnsw.ef_search', %s, true)", (str(looked_at),))
-            type = f"halfvec({self._settings.dimensions})"
-            vectors = (
-                f"(SELECT chunk, vector FROM vectors ORDER BY vector::{type} <#> '{text}'::{type}"
-                f" LIMIT {looked_at})"
-            )
         return self._rows(
-            f"SELECT c.id, -(v.vector::vector <#> %s::vector) AS score FROM {vectors} v"
+            "SELECT c.id, -(v.vector::vector <#> %s::vector) AS score FROM vectors v"
             f" JOIN chunks c ON c.row = v.chunk ORDER BY score DESC, c.id LIMIT {int(limit)}",
             (text,),
         )  # pyright: ignore[reportReturnType]  (id, score)
 
     def dump(self) -> Iterator[str]:
         return dump_lines(self)
-
-
-def _chunk(row: tuple[Any, ...]) -> Chunk:
-    vector = None if row[15] is None else np.frombuffer(row[15], ">f2", offset=_HEADER).astype(F16)
-    return Chunk(*row[:10], features=features_of_row(row[10:15], row[5]), vector=vector)
 
 
 def word_text(text: str) -> str:

@@ -7,6 +7,7 @@ too (`pack_mentions`). What only people and no query looks into (metadata, setti
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -174,9 +175,47 @@ def feature_row(features: Features) -> FeatureRow:
     )
 
 
+def is_whole(row: Sequence[Any]) -> bool:
+    """Whether five columns are a FeatureRow: arrays of whole numbers, as many of one as of the other."""
+    if not all(isinstance(one, bytes) for one in row):
+        return False
+    terms, title_counts, text_counts, spans, mentions = row
+    counted = len(terms) == 4 * len(title_counts) == 4 * len(text_counts)
+    return counted and len(terms) % 8 == len(spans) % 8 == 0 and _are_mentions(mentions)
+
+
+def _are_mentions(data: bytes) -> bool:
+    if not data:
+        return True
+    count = int.from_bytes(data[:_COUNT], "little")
+    keys = _COUNT + 16 * count
+    try:
+        data[keys:].decode()
+    except UnicodeDecodeError:
+        return False
+    return keys <= len(data) and data.count(b"\0", keys) == count - 1
+
+
+def damaged_features(location: str, chunk: str, document: str) -> InputError:
+    """What to tell people where what was worked out of a chunk is not there, or not whole."""
+    store = shlex.quote(location)
+    return InputError(
+        f"{location}: is damaged: the words and names of passage {chunk} of document {document!r}",
+        remedy=f"work them out again: llmc rag delete {store} {shlex.quote(document)}, then sync or add it",
+    )
+
+
+def damaged_vector(location: str, chunk: str) -> InputError:
+    """The same where a chunk's vector is of another length than the store's."""
+    return InputError(
+        f"{location}: is damaged: the vector of passage {chunk}",
+        remedy=f"make them anew: llmc rag embed {shlex.quote(location)} --embedder SPEC",
+    )
+
+
 def features_of_row(row: Sequence[Any], text: str) -> Features:
-    """Features of a FeatureRow and its chunk's text; its arrays are views of the bytes, and cannot be written
-    to."""
+    """Features of a FeatureRow that `is_whole`, and its chunk's text; its arrays are views of the bytes, and
+    cannot be written to."""
     terms, title_counts, text_counts, spans, mentions = row
     return Features(
         terms=np.frombuffer(terms, U64),
@@ -204,7 +243,7 @@ def pack_mentions(mentions: Sequence[Mention]) -> bytes:
 
 
 def mentions_of(data: bytes, text: str) -> tuple[Mention, ...]:
-    """The mentions of packed ones, in a chunk of this text. Raises ValueError for what was not packed so."""
+    """The mentions of packed ones, in a chunk of this text."""
     keys = mention_keys(data)
     if not keys:
         return ()
@@ -231,10 +270,7 @@ def mention_keys(data: bytes) -> list[str]:
     if not data:
         return []
     count = int.from_bytes(data[:_COUNT], "little")
-    keys = data[_COUNT + 16 * count :].decode().split("\0")
-    if len(keys) != count:
-        raise ValueError("the keys of mentions are not as many as they are")
-    return keys
+    return data[_COUNT + 16 * count :].decode().split("\0")
 
 
 def asked(id: str) -> str:

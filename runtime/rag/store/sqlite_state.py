@@ -16,20 +16,31 @@ from .common import BATCH, dump_lines
 from .connect import explained
 from .keywords import parse_keywords
 from .matrix import MatrixCache, Vectors, nearest, query_vector
-from .records import EXTRACTIONS, F16, QUARANTINED, asked, document_of, features_of_row, settings_of
+from .records import (
+    EXTRACTIONS,
+    F16,
+    QUARANTINED,
+    asked,
+    damaged_features,
+    damaged_vector,
+    document_of,
+    features_of_row,
+    is_whole,
+    settings_of,
+)
 from .schema import VERSION, check_version
 
 _DOCUMENT = "SELECT id, path, title, media_type, digest, size, modified_ns, metadata FROM documents"
 _CHUNK = """
     SELECT c.id, d.id, c.ordinal, c.title, c.heading, c.text, c."start", c."end", c.page, c.tokens,
            f.terms, f.title_counts, f.text_counts, f.spans, f.mentions, v.vector
-    FROM chunks c JOIN documents d ON d.row = c.document JOIN features f ON f.chunk = c.row
+    FROM chunks c JOIN documents d ON d.row = c.document LEFT JOIN features f ON f.chunk = c.row
     LEFT JOIN vectors v ON v.chunk = c.row
 """
 _COLUMNS = f"""
     SELECT c.id, d.id, c.ordinal, c.title, substr(c.text, 1, {BEGINNING}),
            f.terms, f.title_counts, f.text_counts, f.spans, f.mentions
-    FROM chunks c JOIN documents d ON d.row = c.document JOIN features f ON f.chunk = c.row
+    FROM chunks c JOIN documents d ON d.row = c.document LEFT JOIN features f ON f.chunk = c.row
     WHERE c.id > ? ORDER BY c.id LIMIT {BATCH}
 """
 _VECTOR_BATCH = 4096
@@ -138,10 +149,12 @@ class SqliteState:
                 last = rows[-1][0]
 
     def _chunk(self, row: tuple[Any, ...]) -> Chunk:
+        if not is_whole(row[10:15]):
+            raise damaged_features(self._name, row[0], row[1])
         try:
             vector = None if row[15] is None else np.frombuffer(row[15], F16)
             return Chunk(*row[:10], features=features_of_row(row[10:15], row[5]), vector=vector)
-        except (TypeError, ValueError, RecursionError):
+        except (TypeError, ValueError):
             raise self._damaged(f"chunk {row[0]!r}") from None
 
     def chunk_ids(self) -> list[str]:
@@ -151,6 +164,9 @@ class SqliteState:
         last = ""
         while rows := self._rows(_COLUMNS, (last,)):
             last = rows[-1][0]
+            for row in rows:
+                if not is_whole(row[5:]):
+                    raise damaged_features(self._name, row[0], row[1])
             yield Columns(*zip(*rows, strict=True))
 
     def vectors(self) -> Vectors:
@@ -165,9 +181,12 @@ class SqliteState:
         sql = f"SELECT chunk, vector FROM vectors WHERE chunk > ? ORDER BY chunk LIMIT {_VECTOR_BATCH}"
         while found := self._rows(sql, (last,)):
             numbers, blobs = zip(*found, strict=True)
-            places = order[np.minimum(np.searchsorted(rows, numbers), len(rows) - 1)] if len(rows) else []
-            if not len(rows) or any(len(blob) != width for blob in blobs):
-                raise self._damaged("vectors of another length, or of no chunk")
+            if not len(rows):
+                raise self._damaged("vectors of no passage")
+            places = order[np.minimum(np.searchsorted(rows, numbers), len(rows) - 1)]
+            for place, blob in zip(places, blobs, strict=True):
+                if not isinstance(blob, bytes) or len(blob) != width:
+                    raise damaged_vector(self._name, pairs[int(place)][0])
             matrix[places] = np.frombuffer(b"".join(blobs), F16).reshape(len(blobs), -1)
             there[places] = True
             last = numbers[-1]
