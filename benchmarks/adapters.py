@@ -28,7 +28,7 @@ from llmc.runtime.adapters import AdapterPlaces, TakesAdapters
 from llmc.runtime.llm import LLM
 from safetensors.numpy import save_file
 
-from .commands import machine
+from .commands import labels, report
 from .published_models import fetch
 
 MANY = 8
@@ -132,11 +132,8 @@ def main() -> None:
         streams = [int(count) for count in asked.streams.split(",")]
         sizes = {"prompt": asked.prompt, "tokens": asked.tokens}
         found = measure(artifact, rank=asked.rank, streams=streams, repeat=asked.repeat, **sizes)
-    record = {"model": asked.model, "quant": asked.quant, "machine": machine(), **found}
-    record["load_average"] = round(os.getloadavg()[0], 1)
-    if asked.output is not None:
-        asked.output.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record, indent=1))
+        record = {**labels(artifact), **found, "load_average": round(os.getloadavg()[0], 1)}
+    report(record, asked.output)
 
 
 if __name__ == "__main__":

@@ -53,8 +53,28 @@ def shared_data() -> Path:
     return folder
 
 
+def labels(*artifacts: Path) -> dict[str, Any]:
+    """What numbers are of: model, quantization, KV cache and names of the artifacts, and the machine with
+    threads and versions. Of what differs between the artifacts, all there is.
+    """
+    manifests = [json.loads((path / "manifest.json").read_bytes()) for path in artifacts]
+    quants = [one.get("quantization") or {} for one in manifests]
+    facts = {
+        "model": [one["model"]["name"] for one in manifests],
+        "source": [one.get("source", "") for one in quants],
+        "quant": [one.get("scheme", "none") for one in quants],
+        "kv_dtype": [one.get("kv_dtype", "") for one in manifests],
+        "artifact": [path.resolve().name for path in artifacts],
+    }
+    said = {name: list(dict.fromkeys(values)) for name, values in facts.items()}
+    return {
+        **{name: values[0] if len(values) == 1 else values for name, values in said.items()},
+        "machine": machine(),
+    }
+
+
 def machine() -> str:
-    """Processor and versions, for the line above a table of numbers."""
+    """Processor, threads and versions, for the line above a table of numbers."""
     report = llmc("doctor")
     names = {"apache-tvm", "onnxruntime", "torch", "transformers"}
     versions = ", ".join(f"{p['name']} {p['installed']}" for p in report["packages"] if p["name"] in names)

@@ -14,18 +14,14 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from .commands import SCRATCH, machine, report, shared_data
 from .commands import llmc as command
 from .published_models import MODELS, fetch
-
-if TYPE_CHECKING:
-    from llmc.runtime.executor import Executor
-
-CHUNK = 512
+from .steps import Steps
 
 
 def compiled(model: str, quant: str, folder: Path) -> dict[str, Path]:
@@ -56,50 +52,24 @@ def loss(paths: dict[str, Path], text: Path, windows: int) -> dict[str, Any]:
     }
 
 
-class Sequence:
-    """One sequence in a cache of its own."""
-
-    def __init__(self, executor: Executor, ids: np.ndarray, room: int) -> None:
-        self.executor, self.ids, self.done = executor, ids, 0
-        pages = -(-room // executor.page_size)
-        executor.allocate_kv(pages)
-        self.table = np.arange(pages, dtype=np.int32)[None]
-
-    def step(self, count: int) -> float:
-        """Compute the next `count` tokens; seconds."""
-        from llmc.runtime.executor import StepInputs
-
-        positions = np.arange(self.done, self.done + count, dtype=np.int32)
-        self.done += count
-        numbers = ([0, count], [self.done], [count - 1])
-        start, context, wanted = (np.array(x, np.int32) for x in numbers)
-        inputs = StepInputs(
-            self.ids[positions], positions, positions.copy(), start, context, self.table, wanted
-        )
-        began = time.perf_counter()
-        self.executor.step(inputs)
-        return time.perf_counter() - began
-
-
 def decoding(paths: dict[str, Path], context: int, steps: int) -> dict[str, Any]:
     """Milliseconds of a decoding step after `context` tokens, and after one page."""
     from llmc.codegen.artifact import Artifact
-    from llmc.runtime.executor import open_executor
 
     result: dict[str, Any] = {"context": context, "steps": steps}
     for name, length in (("short", 16), ("long", context)):
-        sequences: dict[str, Sequence] = {}
-        for kind, path in paths.items():
-            artifact = Artifact.open(path)
-            rng = np.random.default_rng(0)
-            ids = rng.integers(0, artifact.model["vocab_size"], length + steps).astype(np.int32)
-            sequences[kind] = Sequence(open_executor(artifact), ids, length + steps)
-            while sequences[kind].done < length:
-                sequences[kind].step(min(CHUNK, length - sequences[kind].done))
+        rng = np.random.default_rng(0)
+        vocabulary = Artifact.open(paths["int8"]).model["vocab_size"]
+        ids = rng.integers(0, vocabulary, length + steps).astype(np.int32)
+        sequences = {kind: Steps(path, length + steps) for kind, path in paths.items()}
+        for sequence in sequences.values():
+            sequence.prompt(ids[:length])
         times: dict[str, list[float]] = {kind: [] for kind in paths}
-        for _ in range(steps):
+        for at in range(length, length + steps):
             for kind, sequence in sequences.items():
-                times[kind].append(1000 * sequence.step(1))
+                began = time.perf_counter()
+                sequence.step(ids[at : at + 1], all_rows=False)
+                times[kind].append(1000 * (time.perf_counter() - began))
         result[name] = {kind: statistics.median(values) for kind, values in times.items()}
     result["float16_over_int8"] = result["long"]["float16"] / result["long"]["int8"]
     more = {kind: result["long"][kind] - result["short"][kind] for kind in paths}

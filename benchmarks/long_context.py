@@ -24,19 +24,16 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from .commands import SCRATCH, machine, report, shared_data
+from .commands import SCRATCH, labels, report, shared_data
 from .commands import llmc as command
 from .published_models import fetch
-
-if TYPE_CHECKING:
-    from llmc.runtime.executor import Executor
+from .steps import CHUNK, Steps
 
 KINDS = ("none", "yarn:4", "linear:4", "dynamic:4")
-CHUNK = 512
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 
@@ -53,39 +50,6 @@ def compiled(kind: str, model: str, kv_dtype: str) -> Path:
         words = ("--quant", "keep", "--kv-dtype", kv_dtype, "--target", target, *scaling)
         command("compile", fetch(model), "-o", out, *words)
     return out
-
-
-class Steps:
-    """One sequence in a cache of its own, whatever its length."""
-
-    def __init__(self, artifact: Path, room: int) -> None:
-        from llmc.codegen.artifact import Artifact
-        from llmc.runtime.executor import open_executor
-
-        self.executor: Executor = open_executor(Artifact.open(artifact))
-        pages = -(-room // self.executor.page_size)
-        self.executor.allocate_kv(pages)
-        self.table = np.arange(pages, dtype=np.int32)[None]
-        self.done = 0
-
-    def step(self, ids: np.ndarray, *, all_rows: bool) -> np.ndarray:
-        """Compute some tokens more; logits of all of them, or of the last."""
-        from llmc.runtime.executor import StepInputs
-
-        count = len(ids)
-        positions = np.arange(self.done, self.done + count, dtype=np.int32)
-        self.done += count
-        rows = np.arange(count, dtype=np.int32) if all_rows else np.array([count - 1], np.int32)
-        start, context = np.array([0, count], np.int32), np.array([self.done], np.int32)
-        table = self.table[:, : -(-self.done // self.executor.page_size)].copy()
-        return self.executor.step(StepInputs(ids, positions, positions.copy(), start, context, table, rows))
-
-    def prompt(self, ids: np.ndarray) -> np.ndarray:
-        """A new sequence; logits of its last token."""
-        self.done = 0
-        while len(ids) - self.done > CHUNK:
-            self.step(ids[self.done : self.done + CHUNK], all_rows=False)
-        return self.step(ids[self.done :], all_rows=False)[-1]
 
 
 def tokenizer_of(artifact: Path) -> Any:
@@ -284,19 +248,22 @@ _PANELS = {"ppl": _draw_ppl, "passkey": _draw_passkey, "prefill": _draw_prefill}
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The parts asked for."""
+    """The parts asked for, each with what it was measured on: a record may hold those of several runs."""
     parts = arguments.part.split(",")
-    record: dict[str, Any] = {"model": fetch(arguments.model).name, "quant": "keep", "kv_dtype": "bfloat16"}
+    record: dict[str, Any] = {}
     kinds = arguments.kinds.split(";") if {"ppl", "passkey"} & set(parts) else []
     paths = {kind: compiled(kind, arguments.model, "bfloat16") for kind in kinds}
     if "ppl" in parts:
         text = shared_data() / "longtext" / "alice_in_wonderland.txt"
-        record["ppl"] = perplexities(paths, text, arguments.length, arguments.bucket)
+        found = perplexities(paths, text, arguments.length, arguments.bucket)
+        record["ppl"] = {**labels(*paths.values()), **found}
     if "passkey" in parts:
-        record["passkey"] = passkey(paths, [int(n) for n in arguments.lengths.split(",")])
+        found = passkey(paths, [int(n) for n in arguments.lengths.split(",")])
+        record["passkey"] = {**labels(*paths.values()), **found}
     if "prefill" in parts:
         artifacts = [compiled("yarn:4", arguments.model, kv) for kv in arguments.kv_dtypes.split(",")]
-        record["prefill"] = {"rows": [prefill(path, arguments.prompt) for path in artifacts]}
+        rows = [prefill(path, arguments.prompt) for path in artifacts]
+        record["prefill"] = {**labels(*artifacts), "rows": rows}
     return record
 
 
@@ -325,7 +292,7 @@ def main() -> None:
         return
     output: Path | None = arguments.output
     before = json.loads(output.read_text()) if output is not None and output.is_file() else {}
-    record = {**before, "machine": machine(), **measure(arguments)} if arguments.part else before
+    record = {**before, **measure(arguments)} if arguments.part else before
     if arguments.part:
         report(record, output)
     if arguments.plot is not None:

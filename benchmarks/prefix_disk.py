@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .commands import SCRATCH, machine, report
+from .commands import SCRATCH, labels, report
 from .commands import llmc as command
 from .published_models import MODELS, fetch
 
@@ -81,7 +81,7 @@ def main() -> None:
     SCRATCH.mkdir(parents=True, exist_ok=True)
     artifact = given.artifact or compiled(given.model)
     found = measure(artifact, given.tokens, given.rounds)
-    report({"machine": machine(), "model": given.model, **found}, given.output)
+    report({**labels(artifact), **found}, given.output)
 
 
 if __name__ == "__main__":
