@@ -22,7 +22,6 @@ from ..ir.errors import InputError
 from ..ir.ops.attention import Attention
 from ..ir.ops.moe import quantized_parts
 from ..ir.printer import print_graph
-from ..ir.types import DimExpr
 from ..ir.weights import num_bytes, num_elements
 from ..passes.base import PassContext, Progress, no_progress
 from ..passes.calibration import LENGTH
@@ -41,16 +40,16 @@ from .calibrate import (
 )
 from .extensions import load_ops
 from .legalize import legalize
+from .manifest import PAGE_SIZE, begin_manifest
 from .memory import check_peak, processes_at_once, watched
 from .peak import WORKER_BYTES, Peak, predict_peak
 from .request import DEFAULT_CALIBRATION, DEFAULT_VERDICT, Plan, Request
 from .target import emit_target, with_adapters, with_tune
+from .tvm.cpu import TvmCpu
 from .verdict import VerdictOptions, prepare_held
 
 if TYPE_CHECKING:
     import torch
-
-PAGE_SIZE = 16
 
 
 @dataclass
@@ -132,10 +131,6 @@ def count_weights(graph: Graph) -> int:
     return sum(num_elements(v.weight) for v in graph.weights.values() if v.weight and v not in added)
 
 
-def _shape_text(shape: Sequence[Any]) -> list[int | str]:
-    return [str(d) if isinstance(d, DimExpr) else d for d in shape]
-
-
 def _model_facts(source: ModelSource, graph: Graph, context: int | None) -> dict[str, Any]:
     facts = describe(source) if source.config is not None else {}
     held = graph.facts.get("positions")
@@ -161,20 +156,9 @@ def _model_facts(source: ModelSource, graph: Graph, context: int | None) -> dict
 
 
 def _manifest(job: _Job, graph: Graph) -> dict[str, Any]:
-    """What is known before targets have written."""
-    manifest: dict[str, Any] = {
-        "kind": graph.facts["kind"],
-        "model": _model_facts(job.source, graph, job.context.context_length),
-        "inputs": [{"name": v.name, "dtype": v.dtype, "shape": _shape_text(v.shape)} for v in graph.inputs],
-        "outputs": [
-            {"name": n, "dtype": v.dtype, "shape": _shape_text(v.shape)}
-            for n, v in zip(graph.output_names, graph.outputs, strict=True)
-        ],
-    }
-    if graph.facts["kind"] != "function":
-        manifest |= {"page_size": PAGE_SIZE, "kv_dtype": job.plan.kv_dtype}
-        manifest["tokenizer"] = _tokenizer_entry(job.tokenizer)
-    return manifest
+    model = _model_facts(job.source, graph, job.context.context_length)
+    tokenizer = _tokenizer_entry(job.tokenizer)
+    return begin_manifest(graph, model, kv_dtype=job.plan.kv_dtype, tokenizer=tokenizer)
 
 
 def _tokenizer_entry(facts: TokenizerFacts | None) -> dict[str, Any] | None:
@@ -314,7 +298,7 @@ def _write(job: _Job, graph: Graph, share: _Share) -> tuple[Artifact, int, float
         writer.write_quality(job.context.quality)
     entries = _emit(job, graph, share)
     share.progress("write", 0.98)
-    weight_bytes = _weight_bytes(writer, entries)
+    weight_bytes = written_bytes(writer, entries)
     bits = 8 * weight_bytes / max(1, count_weights(graph))
     quantization: dict[str, Any] = {
         "scheme": job.asked.quant,
@@ -337,7 +321,7 @@ def _peak(
 ) -> Peak:
     """What compiling the traced graph will take."""
     vocabulary = describe(source)["vocab_size"] if source.config is not None else None
-    levels = [str(t.options()["isa"]).count("+") + 1 for t in plan.targets if t.name == "tvm-cpu"]
+    levels = [len(t.levels()) for t in plan.targets if isinstance(t, TvmCpu)]
     at_once = 1 if capped else processes_at_once(max(levels, default=0), WORKER_BYTES)
     kernels = at_once if levels else 0
     length = min(LENGTH, context or LENGTH)
@@ -357,7 +341,7 @@ def _emit(job: _Job, graph: Graph, share: _Share) -> dict[str, Any]:
     return entries
 
 
-def _weight_bytes(writer: ArtifactWriter, entries: Mapping[str, Mapping[str, Any]]) -> int:
+def written_bytes(writer: ArtifactWriter, entries: Mapping[str, Mapping[str, Any]]) -> int:
     """Bytes of the first target's weight file; 0 for a target without one."""
     first = next(iter(entries.values()))
     rel = first.get("weights", first.get("weight_file"))
@@ -394,14 +378,18 @@ class CheckReport:
 
 
 def _stored_bits(graph: Graph) -> dict[Value, float]:
-    """Bits an element of what targets store narrower than its dtype: codes, zero points beside codes of at
-    most 4 bits (two a byte), and scales and minima of two levels.
+    """Bits an element of what targets store narrower than its dtype: codes (those of a row's last group as
+    many as a whole one has), zero points beside codes of at most 4 bits (two a byte), and scales and minima
+    of two levels.
     """
     found: dict[Value, float] = {}
     for q, scale, zero in (parts for op in graph for parts in quantized_parts(op)):
         quant = q.type.quant
         assert quant is not None
-        found[q] = quant.bits
+        k = q.shape[-1]
+        assert isinstance(k, int)
+        group = min(quant.group_size, k)
+        found[q] = quant.bits * (-(-k // group) * group) / k
         if zero is not None and zero.dtype == "uint8" and quant.bits <= 4:
             found[zero] = 4
         if quant.super_group:
@@ -428,6 +416,7 @@ def check_model(
     scaling = None if rope_scaling is None else RopeScaling.parse(rope_scaling)
     asked = Plan.make(targets, quant, kv_dtype, (), quant_head, bits_per_weight)
     plan = replace(asked, quantize=tuple(without_calibration(asked.quantize)))
+    load_ops()
     # "keep" asks for the grids of the weights, which stand in the files.
     files = str(model).endswith(".gguf") or (quant == "keep" and Path(model).is_dir())
     source = _open(model, scaling, config_only=not files)

@@ -104,7 +104,8 @@ def extensions_key(ops: Iterable[Op], target: str) -> str:
 
 def _sources(top: str) -> list[Path]:
     spec = find_spec(top)
-    if spec is None or spec.origin is None:
+    if spec is None:
         return []
     folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
-    return sorted(path for folder in folders for path in folder.rglob("*.py")) or [Path(spec.origin)]
+    found = sorted(path for folder in folders for path in folder.rglob("*.py"))
+    return found or ([] if spec.origin is None else [Path(spec.origin)])

@@ -28,6 +28,7 @@ from ..ir.define import OPS
 from ..ir.errors import CompileError, InputError
 from ..plugins.entries import Registered, blaming, check_returned, package_of, registered
 from ..plugins.entries import collect as collect_entries
+from ..plugins.options import make_from_texts
 
 if TYPE_CHECKING:
     from ..frontend.source import ModelSource
@@ -54,6 +55,8 @@ class Target(ABC):
     """The name on the command line and in the manifest; the entry point's name as well."""
     operations: ClassVar[frozenset[str]] = frozenset()
     """Names of the IR ops that it can emit; `legalize` decomposes the others."""
+    emits_as: ClassVar[str] = ""
+    """The target whose emitters serve this one too, where that is another (`Op.emitters` names those)."""
     kv_dtype: ClassVar[str] = "float16"
     """Element type of a quantized model's cache, where the user names none and the targets agree."""
 
@@ -77,7 +80,8 @@ class Target(ABC):
 
     def emitted(self) -> frozenset[str]:
         """`operations`, and other packages' ops that name an emitter for this target (`Op.emitters`)."""
-        return self.operations | {name for name, op in OPS.items() if self.name in op.emitters}
+        table = self.emits_as or self.name
+        return self.operations | {name for name, op in OPS.items() if table in op.emitters}
 
     def options(self) -> dict[str, Any]:
         """Option name → value, for the manifest."""
@@ -237,25 +241,7 @@ def make_target(cls: type[Target], texts: dict[str, str]) -> Target:
 
     Raises InputError for an unknown option or a value that is not of its type.
     """
-    hints = typing.get_type_hints(cls)
-    fields = [f.name for f in dataclasses.fields(cls)]
-    values: dict[str, Any] = {}
-    for key, text in texts.items():
-        if key not in fields:
-            listed = f"options: {', '.join(fields)}" if fields else "it has none"
-            raise InputError(f"target {cls.name} has no option {key!r}", remedy=listed)
-        kind = _kind(hints[key])
-        try:
-            values[key] = _TRUTH[text.lower()] if kind is bool else kind(text)
-        except (KeyError, ValueError):
-            raise InputError(
-                f"target {cls.name}: {key}={text!r} is no {kind.__name__}", remedy=f"give a {kind.__name__}"
-            ) from None
-    with blaming(f"target {cls.name}", cls):
-        return cls(**values)
-
-
-_TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    return make_from_texts(cls, f"target {cls.name}", texts)
 
 
 def _kind(annotation: Any) -> type:

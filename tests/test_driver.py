@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+from llmc.codegen import driver
 from llmc.codegen.driver import Plan, check_model, compile_model, count_weights, lower, trace
 from llmc.codegen.null import Null
+from llmc.codegen.peak import WORKER_BYTES
+from llmc.codegen.tvm.kernels.isa import LEVELS
 from llmc.frontend.source import open_source
 from llmc.ir.errors import InputError, UnsupportedError
+from llmc.ir.ops.quant import QuantizedLinear
 from llmc.passes.base import PassContext
+
+from .models import save_tiny
 
 pytest.importorskip("torch")
 
@@ -42,6 +49,39 @@ def test_check_finds_what_a_target_cannot_emit(tiny_folder: Any, monkeypatch: py
         UnsupportedError, match=r"cannot emit paged_attention \(from model\.layers\.0\.self_attn"
     ):
         check_model(tiny_folder("llama"), targets=["null"])
+
+
+def test_codes_of_a_last_group_count_as_many_as_those_of_a_whole_one(tmp_path: Path) -> None:
+    from llmc.codegen.tvm.weights import quant_layout
+
+    folder = save_tiny("llama", tmp_path / "model", intermediate_size=80)
+    graph = lower(trace(open_source(folder), None), Plan.make(["null"], "int4-g32", None, ()), PassContext())[
+        0
+    ]
+    bits = driver._stored_bits(graph)
+    ops = [op for op in graph if isinstance(op, QuantizedLinear) and int(str(op.q.shape[0])) % 16 == 0]
+    assert any(op.q.shape[1] == 80 for op in ops)
+    for op in ops:
+        n, k = (int(str(d)) for d in op.q.shape)
+        assert n * k * bits[op.q] == 8 * math.prod(quant_layout(op).weight_shape)
+
+
+@pytest.mark.parametrize(
+    ("targets", "most"),
+    [
+        (["tvm-cpu:isa=all"], len(LEVELS)),
+        (["tvm-cpu:isa=avx2+amx", "null"], 2),
+        (["tvm-cpu:isa=avx2+avx2"], 1),
+        (["null"], 0),
+    ],
+)
+def test_a_kernel_compiler_is_predicted_for_each_level(
+    targets: list[str], most: int, tiny_folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(driver, "processes_at_once", lambda count, each: asked.append(count) or count)
+    report = check_model(tiny_folder("llama"), targets=targets)
+    assert asked == [most] and report.peak_bytes > most * WORKER_BYTES
 
 
 def test_a_model_without_a_context_length_needs_one(

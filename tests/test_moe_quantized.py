@@ -197,5 +197,5 @@ def test_an_artifact_is_near_its_own_meaning(name: str, scheme: str, tmp_path: P
     report = check_model(str(tmp_path / "model"), targets=[target], quant=scheme, kv_dtype="float32")
     stored = artifact.manifest["quantization"]["weight_bytes"]
 
-    header = 8192  # names and places of the tensors, which weigh in a tiny model only
-    assert report.weight_bytes <= stored <= report.weight_bytes + header
+    beside = 16384  # names and places of the tensors, rows up to the next 16: they weigh in a tiny model only
+    assert report.weight_bytes <= stored <= report.weight_bytes + beside

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from llmc.codegen.onnx.lower import lower
 from llmc.ir import interpreter
 from llmc.ir.core import Graph, Value
 from llmc.ir.errors import InputError, UnsupportedError
@@ -192,6 +193,13 @@ VARIANTS = {
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variants(name: str, tmp_path: Path) -> None:
     compare(VARIANTS[name], MIXED, tmp_path)
+
+
+@pytest.mark.parametrize("slopes", [False, True])
+def test_how_far_keys_stand_is_computed_for_slopes_alone(slopes: bool) -> None:
+    (function,) = lower(step_graph(Heads(slopes=slopes, window=5))).functions
+    assert any("behind" in name for name in function.input) == slopes
+    assert any("mask" in name for name in function.input)
 
 
 SCHEDULES = {

@@ -172,6 +172,17 @@ def test_target_without_the_kernels_says_so() -> None:
         legalize(staged("selective", "paged"), OnnxCpu.operations)
 
 
+def test_kernels_of_a_step_take_no_recurrence_over_a_whole_sequence() -> None:
+    from llmc.codegen.legalize import legalize
+    from llmc.codegen.tvm.cpu import OPERATIONS, supports
+
+    with pytest.raises(
+        UnsupportedError, match=r"cannot emit causal_conv1d \(from .*layers.*no decomposition"
+    ):
+        legalize(graph_of("selective"), OPERATIONS, supports)
+    legalize(staged("selective", "paged"), OPERATIONS, supports)
+
+
 def _value(*shape: int) -> Value:
     return Value(TensorType("float32", shape))
 

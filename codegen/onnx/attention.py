@@ -24,7 +24,7 @@ from ...ir.errors import UnsupportedError
 from ...ir.ops import attention as ir
 from ...ir.ops import cache as ir_cache
 from ...ir.types import Dim, TensorType, divide
-from .attention_plan import PARTS, Mask, Plan, additive, describe, loop_body, make_plan, visible
+from .attention_plan import Mask, Plan, additive, describe, loop_body, make_plan, parts, visible
 from .builder import CONTRIB, LOCAL, Names, Scope
 from .context import Context, NewRows, emits, opsets
 
@@ -139,7 +139,7 @@ def _slopes(s: Scope, slopes: str, take: Mapping[str, str]) -> str:
 
 
 def _group_rows(s: Scope, cfg: _Config, values: Mapping[str, str], take: Mapping[str, str]) -> str:
-    """Attention rows [b · t, H, D] of one group; `take`: its `PARTS`."""
+    """Attention rows [b · t, H, D] of one group; `take`: its `parts`."""
     ratio = cfg.heads // cfg.kv_heads
     q = s.op("Gather", values["q"], take["query_rows"], axis=0)  # [b, t, Hkv, G, D]
     q = s.reshape(s.transpose(q, 2, 0, 3, 1, 4), 0, 0, -1, cfg.dim)
@@ -161,10 +161,11 @@ def _group_rows(s: Scope, cfg: _Config, values: Mapping[str, str], take: Mapping
 def _function(cfg: _Config, name: str) -> FunctionProto:
     """The local function of one configuration."""
     s = Scope(Names())
-    parts = [f"{which}_{part}" for which in ("first", "rest") for part in PARTS]
+    of_group = parts(cfg.slopes)
     inputs = ["q", "k", "v", "k_pages", "v_pages"]
     inputs += ["k_scales", "v_scales"] if cfg.kv_dtype == "int8" else []
-    inputs += [*parts, "others", "inverse"]
+    inputs += [f"{which}_{part}" for which in ("first", "rest") for part in of_group]
+    inputs += ["others", "inverse"]
     per_head = [name for name in ("sinks", "slopes") if getattr(cfg, name)]
     inputs += per_head
     given = {n: s.names.fresh(n) for n in inputs}
@@ -174,12 +175,12 @@ def _function(cfg: _Config, name: str) -> FunctionProto:
     values["k"], values["v"] = (s.transpose(given[n], 1, 0, 2) for n in ("k", "v"))
     for one in per_head:
         values[one] = s.reshape(given[one], cfg.kv_heads, 1, ratio, 1, 1)
-    first = _group_rows(s, cfg, values, {p: given[f"first_{p}"] for p in PARTS})
+    first = _group_rows(s, cfg, values, {p: given[f"first_{p}"] for p in of_group})
 
     inner = Scope(s.names)
     step, more, carried = (s.names.fresh(n) for n in ("step", "more", "carried"))
-    used = {p for p in PARTS if (p != "tiles" or ratio > 1) and (p != "behind" or cfg.slopes)}
-    take = {p: inner.op("SequenceAt", given[f"rest_{p}"], step) for p in PARTS if p in used}
+    used = [p for p in of_group if p != "tiles" or ratio > 1]
+    take = {p: inner.op("SequenceAt", given[f"rest_{p}"], step) for p in used}
     grown = inner.op("SequenceInsert", carried, _group_rows(inner, cfg, values, take))
     body = loop_body(inner, "groups", step, more, [(carried, grown, TensorProto.FLOAT)])
     done = s.op("Loop", given["others"], None, s.op("SequenceConstruct", first), body=body)
@@ -220,7 +221,7 @@ def paged_attention(c: Context, op: ir_cache.PagedAttention) -> str:
     k, v = rows.k, rows.v
     if op.pages.dtype == "float16":
         k, v = c.scope.cast(k, "float32"), c.scope.cast(v, "float32")
-    plan = _plan(c, op, Mask(size, kv_heads, heads // kv_heads, op.causal, op.window))
+    plan = _plan(c, op, Mask(size, kv_heads, heads // kv_heads, op.causal, op.window, per_head[1]))
     given = [c.name(v) for v in (op.sinks, op.slopes) if v is not None]
     caches = [name for name, _ in pages.inputs]
     inputs = [c.name(op.q), k, v, *caches, *plan.names, *given]

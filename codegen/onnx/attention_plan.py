@@ -42,8 +42,15 @@ class Batch:
     inverse: str  # [T] where the groups' rows, back to back, hold each token
 
 
-PARTS = ("query_rows", "key_rows", "pages", "places", "tiles", "mask", "behind")
-_KINDS = (TensorProto.INT64,) * 5 + (TensorProto.FLOAT,) * 2
+_KINDS: dict[str, int] = {
+    **dict.fromkeys(("query_rows", "key_rows", "pages", "places", "tiles"), TensorProto.INT64),
+    **dict.fromkeys(("mask", "behind"), TensorProto.FLOAT),
+}
+
+
+def parts(slopes: bool) -> tuple[str, ...]:
+    """The parts of a plan's groups: `behind` is for slopes alone."""
+    return tuple(part for part in _KINDS if part != "behind" or slopes)
 
 
 @dataclass(frozen=True)
@@ -57,11 +64,12 @@ class Plan:
     places      int64 [Hkv, b, n, 3]   index of each new key in the gathered keys [Hkv, b, S, D]
     tiles       int64 [3]              how often to repeat the mask for the query heads of a key head
     mask        float32 [b, t, S]      0 where the key is seen, else -inf
-    behind      float32 [b, S]         position of each key, less the length of the sequence's context
+    behind      float32 [b, S]         position of each key, less the length of the sequence's context; with
+                                       slopes only
     """
 
-    first: tuple[str, ...]  # `PARTS` of the first group
-    rest: tuple[str, ...]  # ONNX sequences of `PARTS` of the others
+    first: tuple[str, ...]  # `parts` of the first group
+    rest: tuple[str, ...]  # ONNX sequences of `parts` of the others
     others: str  # how many they are, rank 0
     inverse: str  # Batch.inverse
 
@@ -169,6 +177,7 @@ class Mask:
     ratio: int  # query heads of a key head
     causal: bool
     window: int | None
+    slopes: bool
 
 
 def _places(s: Scope, column: str, kv_heads: int) -> str:
@@ -181,7 +190,7 @@ def _places(s: Scope, column: str, kv_heads: int) -> str:
 
 
 def _group(s: Scope, batch: Batch, group: str, m: Mask) -> list[str]:
-    """`PARTS` of one group."""
+    """`parts` of one group."""
     start, stop = (s.op("Gather", edges, group) for edges in (batch.starts, batch.stops))
     members = s.op("Slice", batch.order, s.unsqueeze(start, 0), s.unsqueeze(stop, 0))
     offset = s.op("Gather", batch.offset, start)
@@ -218,22 +227,25 @@ def _group(s: Scope, batch: Batch, group: str, m: Mask) -> list[str]:
     mask = additive(s, s.op("Expand", exists, shape) if seen is None else s.op("And", seen, exists))
     # One query a sequence: the mask broadcasts over the heads by itself.
     repeat = s.op("Where", s.op("Equal", queries, s.scalar(1)), s.i64(1, 1, 1), s.i64(1, m.ratio, 1))
-    behind = s.cast(s.op("Sub", key_positions, context), "float32")
-    return [s.op("Add", first, steps), s.op("Add", first, new_steps), pages, places, repeat, mask, behind]
+    found = [s.op("Add", first, steps), s.op("Add", first, new_steps), pages, places, repeat, mask]
+    if m.slopes:
+        found.append(s.cast(s.op("Sub", key_positions, context), "float32"))
+    return found
 
 
 def make_plan(s: Scope, batch: Batch, m: Mask) -> Plan:
     """All groups: the first one, and the loop over the others. A step has at least one token."""
     first = _group(s, batch, s.scalar(0), m)
     others = s.op("Sub", batch.groups, s.scalar(1))
-    empty = [s.op("SequenceEmpty", dtype=kind) for kind in _KINDS]
+    kinds = [_KINDS[part] for part in parts(m.slopes)]
+    empty = [s.op("SequenceEmpty", dtype=kind) for kind in kinds]
     inner = Scope(s.names)
     step, more = s.names.fresh("step"), s.names.fresh("more")
-    carried = [s.names.fresh("carried") for _ in _KINDS]
-    parts = _group(inner, batch, inner.op("Add", step, inner.scalar(1)), m)
-    grown = [inner.op("SequenceInsert", c, p) for c, p in zip(carried, parts, strict=True)]
-    body = loop_body(inner, "plan", step, more, list(zip(carried, grown, _KINDS, strict=True)))
-    rest = s.many("Loop", [others, None, *empty], len(_KINDS), body=body)
+    carried = [s.names.fresh("carried") for _ in kinds]
+    made = _group(inner, batch, inner.op("Add", step, inner.scalar(1)), m)
+    grown = [inner.op("SequenceInsert", c, p) for c, p in zip(carried, made, strict=True)]
+    body = loop_body(inner, "plan", step, more, list(zip(carried, grown, kinds, strict=True)))
+    rest = s.many("Loop", [others, None, *empty], len(kinds), body=body)
     return Plan(tuple(first), tuple(rest), others, batch.inverse)
 
 

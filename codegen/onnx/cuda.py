@@ -26,6 +26,7 @@ class OnnxCuda(OnnxCpu):
     """
 
     name: ClassVar[str] = "onnx-cuda"
+    emits_as: ClassVar[str] = OnnxCpu.name
 
     fallback: str = field(
         default="none",

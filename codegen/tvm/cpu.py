@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,6 +13,7 @@ from ...ir.define import OPS
 from ...ir.errors import InputError
 from ...ir.ops.lora import MOST_RANK
 from ...ir.ops.moe import Moe, QuantizedMoe
+from ...ir.ops.state import Recurrence
 from ...ir.printer import print_graph
 from ...plugins.entries import package_of
 from ..extensions import extensions_key
@@ -120,15 +121,11 @@ class TvmCpu(Target):
             "batch_invariant": True,
             "entry": "llmc_step",
             "kernels": kernels,
-            "arguments": built["arguments"],
-            "symbols": built["symbols"],
             "kv_layout": kv_layout(str(graph.facts.get("kv_dtype"))),
-            **interface(legal),
+            **step_entry(legal, built),
         }
         if tuned:
             entry["tuned"] = {"isa": tuned, "kernels": count, "searched": len(schedules)}
-        if self.adapters:
-            entry["adapters"] = {**graph.facts["adapters"], "most_rank": MOST_RANK}
         return entry if weights is None else {**entry, "weights": weights}
 
 
@@ -142,7 +139,11 @@ def _has_expert_kernel(op: Moe | QuantizedMoe) -> bool:
 
 
 def supports(op: Op) -> bool:
-    """Whether the kernels take this instance of an op: float32, and token-major where it matters."""
+    """Whether the kernels take this instance of an op: float32, token-major where it matters, and recurrences
+    that leave their state for the next step.
+    """
+    if isinstance(op, Recurrence):
+        return bool(op.kept)
     if op.opname in ("rms_norm", "layer_norm", "gated_mlp"):
         return op.operands[0].dtype == "float32" and isinstance(op.result.shape[-1], int)
     if isinstance(op, Moe | QuantizedMoe):
@@ -156,7 +157,17 @@ def supports(op: Op) -> bool:
     return True
 
 
-def interface(graph: Graph) -> dict[str, Any]:
+def step_entry(graph: Graph, built: Mapping[str, Any]) -> dict[str, Any]:
+    """What a target's entry says of the step that `build` made: its arguments, and the places for adapters
+    that it has.
+    """
+    entry = {"arguments": built["arguments"], "symbols": built["symbols"], **_interface(graph)}
+    if "adapters" in graph.facts:
+        entry["adapters"] = {**graph.facts["adapters"], "most_rank": MOST_RANK}
+    return entry
+
+
+def _interface(graph: Graph) -> dict[str, Any]:
     """Dtypes and shapes of the arrays that a step takes and gives, as they lie in memory."""
     pages = page_values(graph)
 

@@ -15,17 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...ir.errors import ArtifactError, CompileError, UnsupportedError
-from ...ir.ops.lora import MOST_RANK
-from ...ir.parser import parse
 from ...ir.printer import print_graph
 from ...passes.adapt.lora_places import PlaceAdapters
 from ...passes.base import PassContext
 from ...passes.manager import run_passes
-from ..extensions import extensions_key
+from ..extensions import extensions_key, parse_graph
 from ..legalize import legalize
-from .cpu import TvmCpu, interface, supports
+from .cpu import TvmCpu, step_entry, supports
 from .libraries import Libraries
-from .weights import stored_shape, weight_roles
+from .stored import stored_weights
 
 if TYPE_CHECKING:
     from ...ir.core import Graph
@@ -58,14 +56,16 @@ def placed_kernels(artifact: Artifact, isa: str) -> Generator[tuple[Mapping[str,
             remedy="pip install 'llmc[compile]', or compile the model with --adapters",
         )
     try:
-        graph = with_places(parse(artifact.read_text("ir.txt")))
+        graph = with_places(parse_graph(artifact.read_text("ir.txt")))
     except CompileError as error:
         raise ArtifactError(
-            f"{artifact.root / 'ir.txt'} is of another version of llmc ({error.message})", remedy=again
+            f"{artifact.root / 'ir.txt'} is of another version of llmc, or its ops are of a package that is "
+            f"not installed ({error.message})",
+            remedy=f"install the package, or {again}",
         ) from None
     target = TvmCpu(isa=isa, adapters=True)
     legal = legalize(graph, target.emitted(), supports)
-    _check_weights(artifact, legal, again)
+    stored_weights(artifact, legal, again)
     with tempfile.TemporaryDirectory(prefix="llmc-adapters-") as folder:
         library = Path(folder, f"{isa}.so")
         others = extensions_key(legal, target.name)
@@ -74,25 +74,9 @@ def placed_kernels(artifact: Artifact, isa: str) -> Generator[tuple[Mapping[str,
         entry = {
             **artifact.target(target.name),
             "kernels": [{"isa": isa, "path": library.name, "calls": built["calls"]}],
-            "arguments": built["arguments"],
-            "symbols": built["symbols"],
-            "adapters": {**graph.facts["adapters"], "most_rank": MOST_RANK},
-            **interface(legal),
+            **step_entry(legal, built),
         }
         yield entry, library
-
-
-def _check_weights(artifact: Artifact, graph: Graph, again: str) -> None:
-    """The artifact's weights must lie as this version's kernels read them."""
-    stored, roles = artifact.weights("tvm-cpu"), weight_roles(graph)
-    for name, value in graph.weights.items():
-        shape, dtype = stored_shape(value, roles[value])
-        found = stored.get(name)
-        if found is None or found.shape != shape or str(found.dtype) != dtype:
-            raise ArtifactError(
-                f"{artifact.root}: weight {name} is stored in another way than these kernels read it",
-                remedy=again,
-            )
 
 
 __all__ = ["placed_kernels", "with_places"]

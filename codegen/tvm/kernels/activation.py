@@ -42,7 +42,7 @@ Read = Callable[[Expr], Expr]
 
 @dataclass(frozen=True)
 class Quantized:
-    """Where quantized rows go: a int8 [T, L.k_padded], sums and scale float32 [T, L.groups]."""
+    """Quantized rows, or where they go: a int8 [T, L.k_padded], sums and scale float32 [T, L.groups]."""
 
     layout: QuantLayout
     a: Buffer
@@ -55,9 +55,9 @@ def activation_layout(k: int, group_size: int, align: int) -> QuantLayout:
     return QuantLayout(1, k, 8 if align == 8 else 2, group_size)
 
 
-def quantized_arguments(kernel: Kernel, lay: QuantLayout, prefix: str = "") -> Quantized:
-    """The parameters a, sums and a_scale of a kernel, or others' with a prefix."""
-    tokens = kernel.symbol("T")
+def quantized_arguments(kernel: Kernel, lay: QuantLayout, prefix: str = "", rows: str = "T") -> Quantized:
+    """The parameters a, sums and a_scale of a kernel, or others' with a prefix; `rows`: their symbol."""
+    tokens = kernel.symbol(rows)
     return Quantized(
         lay,
         kernel.argument(f"{prefix}a", (tokens, lay.k_padded), "int8"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 from tvm import tirx
@@ -20,6 +21,8 @@ from .isa import Isa, get_isa
 LANES = 16
 SERIAL_ELEMENTS = 8192
 """Elementwise work below which a parallel region does not pay."""
+WIDE = 1 << 31
+"""Elements of which offsets of 32 bits do not reach the last."""
 Expr = Any
 Buffer = Any
 Shape = Sequence[Any]
@@ -40,7 +43,6 @@ class Kernel:
         self.name = name
         self.isa: Isa = get_isa(isa)
         self.function: Any = None
-        self.arguments: dict[str, Buffer] = {}
         self._symbols: dict[str, Any] = {}
 
     def __enter__(self) -> Kernel:
@@ -64,10 +66,15 @@ class Kernel:
             self._symbols[name] = tirx.Var(name, "int32")
         return self._symbols[name]
 
-    def argument(self, name: str, shape: Shape, dtype: str) -> Buffer:
-        """The next parameter. A symbol takes its value from the first parameter with it as a dimension."""
-        self.arguments[name] = T.arg(name, T.buffer(tuple(shape), dtype, buffer_name=name))
-        return self.arguments[name]
+    def argument(self, name: str, shape: Shape, dtype: str, *, large: bool = False) -> Buffer:
+        """The next parameter. A symbol takes its value from the first parameter with it as a dimension.
+
+        Offsets are counted in 32 bits, but where the sizes known here reach beyond, or where a symbol makes
+        an array `large`: a dimension of 64 bits widens whatever it is multiplied by.
+        """
+        if large or prod(d for d in shape if isinstance(d, int)) >= WIDE:
+            shape = [T.int64(d) if isinstance(d, int) else d for d in shape]
+        return T.arg(name, T.buffer(tuple(shape), dtype, buffer_name=name))
 
     @contextmanager
     def body(self) -> Generator[None]:

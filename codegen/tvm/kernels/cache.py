@@ -52,7 +52,7 @@ def page_width(kv_dtype: str, head_dim: int) -> int:
 def pages_argument(kernel: Kernel, kv_heads: int, head_dim: int, kv_dtype: str) -> Buffer:
     """The parameter `pages`."""
     shape = (2, kernel.symbol("N"), kv_heads, PAGE_SIZE, page_width(kv_dtype, head_dim))
-    return kernel.argument("pages", shape, kv_dtype)
+    return kernel.argument("pages", shape, kv_dtype, large=True)
 
 
 def in_pairs(kv_dtype: str, head_dim: int) -> bool:

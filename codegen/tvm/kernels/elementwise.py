@@ -65,15 +65,31 @@ def make_gated_mlp(*, width: int, activation: str, quantize: tuple[int, int] | N
             if to is not None:
                 quantize_as_made(to, t, lambda i: function(vec(x, t, i)) * vec(x, t, width + i))
                 return
-            if width < LANES:
-                gate = padded(width, lambda i: x[t, i])
-                put_part(out, function(gate) * padded(width, lambda i: x[t, width + i]), width, t, T.int32(0))
-                return
-            for_each_vector(width, lambda i: put(out, function(vec(x, t, i)) * vec(x, t, width + i), t, i))
+            put_gated(
+                out, t, width, lambda gate, up: function(gate) * up, lambda i: vec(x, t, i), lambda i: x[t, i]
+            )
 
         with kernel.body():
             for_each_row(tokens, COST * width, row)
     return kernel.function
+
+
+def put_gated(
+    out: Buffer,
+    row: Expr,
+    width: int,
+    gated: Callable[[Expr, Expr], Expr],
+    read: Callable[[Expr], Expr],
+    one: Callable[[Expr], Expr],
+) -> None:
+    """out[row] = gated(gate, up). `read` gives 16 elements of [gate, up] from a column on, `one` a single
+    one.
+    """
+    if width < LANES:
+        gate, up = padded(width, one), padded(width, lambda i: one(width + i))
+        put_part(out, gated(gate, up), width, row, T.int32(0))
+        return
+    for_each_vector(width, lambda i: put(out, gated(read(i), read(width + i)), row, i))
 
 
 def make_activation(*, width: int, activation: str, isa: str) -> Any:

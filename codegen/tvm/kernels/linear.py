@@ -6,6 +6,7 @@ in: the bits of a row do not depend on how many rows there are.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -74,26 +75,45 @@ def store_block(
             cut()
 
 
-def for_each_panel(blocks: int, width: int, body: Any) -> None:
+def for_each_panel(blocks: int, width: int, body: Callable[[Expr, int], None]) -> None:
     """Run `body(first_block, block_count)` in parallel over panels of `width` blocks, the last maybe
     narrower.
     """
     panels = -(-blocks // width)
 
     def panel(p: Expr) -> None:
-        if blocks % width == 0:
-            body(p * width, width)
-            return
-        with T.If(p < blocks // width):
-            with T.Then():
-                body(p * width, width)
-            with T.Else():
-                body(p * width, blocks % width)
+        one_panel(p, blocks, width, lambda count: body(p * width, count))
 
     if blocks < width:
         body(T.int32(0), blocks)
     else:
         for_each(panel, panels, parallel=True)
+
+
+def one_panel(p: Expr, blocks: int, width: int, body: Callable[[int], None]) -> None:
+    """`body(block_count)` for panel p of those of `width` blocks, the last maybe narrower."""
+    if blocks % width == 0:
+        body(width)
+        return
+    with T.If(p < blocks // width):
+        with T.Then():
+            body(width)
+        with T.Else():
+            body(blocks % width)
+
+
+def float_products(
+    x: Buffer, weight: Buffer, dtype: str, rows: Sequence[Expr], first: Expr, count: int
+) -> list[list[Expr]]:
+    """Rows of x by `count` blocks of a packed weight from `first` on: 16 outputs for each row and block."""
+    acc = [[register(f32s(0)) for _ in range(count)] for _ in rows]
+    with T.serial(0, int(x.shape[1])) as i:
+        w = [let(load_float(weight, dtype, first + c, i, 0)) for c in range(count)]
+        for row, cells in zip(rows, acc, strict=True):
+            a = let(splat(x[row, i]))
+            for cell, one in zip(cells, w, strict=True):
+                put(cell, fma(a, one, vec(cell, 0)), 0)
+    return [[vec(cell, 0) for cell in cells] for cells in acc]
 
 
 def make_linear(
@@ -116,16 +136,11 @@ def make_linear(
 
         def panel(first: Expr, count: int) -> None:
             def tile(row: Expr, rows: int) -> None:
-                acc = [[register(f32s(0)) for _ in range(count)] for _ in range(rows)]
-                with T.serial(0, k) as i:
-                    w = [let(load_float(weight, weight_dtype, first + c, i, 0)) for c in range(count)]
-                    for t in range(rows):
-                        a = let(splat(x[row + t, i]))
-                        for c in range(count):
-                            put(acc[t][c], fma(a, w[c], vec(acc[t][c], 0)), 0)
-                for t in range(rows):
-                    for c in range(count):
-                        store_block(vec(acc[t][c], 0), out, row + t, first + c, n, b, r)
+                own = [row + t for t in range(rows)]
+                products = float_products(x, weight, weight_dtype, own, first, count)
+                for t, of_row in zip(own, products, strict=True):
+                    for c, product in enumerate(of_row):
+                        store_block(product, out, t, first + c, n, b, r)
 
             row_tiles(tokens, sizes, tile)
 

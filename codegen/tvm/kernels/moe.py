@@ -19,6 +19,7 @@ from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
+from .activation import quantized_arguments
 from .builder import (
     LANES,
     Buffer,
@@ -29,20 +30,18 @@ from .builder import (
     for_each_row,
     for_each_vector,
     let,
-    load_float,
     padded,
     put,
     put1,
     put_part,
-    register,
     row_tiles,
     scalar,
     splat,
     vec,
 )
-from .elementwise import COST, activation_function
+from .elementwise import COST, activation_function, put_gated
 from .layout import ROWS, QuantLayout, packed_shape, round_up
-from .linear import store_block, tile_sizes
+from .linear import float_products, one_panel, store_block, tile_sizes
 from .panels import Operands, Packed, Unpacked, weight_arguments
 from .quantized import Plan, finish_groups
 from .tiles import multiply_tiles
@@ -98,9 +97,9 @@ Panel = Callable[[Expr, Expr, Expr, Expr, int], None]
 """(first row, stop, first block of the expert, first block of the panel, blocks): one panel of an expert."""
 
 
-def _for_each_panel(kernel: Kernel, experts: int, blocks: int, width: int, body: Panel) -> None:
-    """Parallel over the panels of all chosen experts. Reads the parameters offsets and active."""
-    offsets, active = kernel.arguments["offsets"], kernel.arguments["active"]
+def _for_each_panel(grouping: tuple[Buffer, Buffer], blocks: int, width: int, body: Panel) -> None:
+    """Parallel over the panels of all chosen experts; `grouping`: offsets and active."""
+    offsets, active = grouping
     panels = -(-blocks // width)
 
     with T.parallel(0, active[0] * panels) as w:
@@ -109,19 +108,13 @@ def _for_each_panel(kernel: Kernel, experts: int, blocks: int, width: int, body:
         first, stop = let(offsets[e]), let(offsets[e + 1])
         origin = let(e * blocks)
         start = let(origin + p * width)
-        if blocks % width == 0:
-            body(first, stop, origin, start, width)
-        else:
-            with T.If(p < blocks // width):
-                with T.Then():
-                    body(first, stop, origin, start, width)
-                with T.Else():
-                    body(first, stop, origin, start, blocks % width)
+        one_panel(p, blocks, width, lambda count: body(first, stop, origin, start, count))
 
 
-def _grouping(kernel: Kernel, experts: int) -> None:
-    kernel.argument("offsets", (experts + 1,), "int32")
-    kernel.argument("active", (experts + 1,), "int32")
+def _grouping(kernel: Kernel, experts: int) -> tuple[Buffer, Buffer]:
+    """The parameters offsets and active."""
+    offsets = kernel.argument("offsets", (experts + 1,), "int32")
+    return offsets, kernel.argument("active", (experts + 1,), "int32")
 
 
 def make_moe_linear(
@@ -139,7 +132,7 @@ def make_moe_linear(
         pairs = kernel.symbol("S")
         x = kernel.argument("x", (kernel.symbol("T") if top_k else pairs, k), "float32")
         source = kernel.argument("source", (pairs,), "int32")
-        _grouping(kernel, experts)
+        grouping = _grouping(kernel, experts)
         weight = kernel.argument("weight", (experts * blocks, k, ROWS), weight_dtype)
         out = kernel.argument("out", (pairs, n), "float32")
 
@@ -147,22 +140,15 @@ def make_moe_linear(
             def tile(row: Expr, rows: int) -> None:
                 own = [first + row + t for t in range(rows)]
                 given = [let(T.floordiv(source[s], T.int32(top_k))) for s in own] if top_k else own
-                acc = [[register(f32s(0)) for _ in range(count)] for _ in range(rows)]
-                with T.serial(0, k) as i:
-                    w = [let(load_float(weight, weight_dtype, start + c, i, 0)) for c in range(count)]
-                    for t in range(rows):
-                        a = let(splat(x[given[t], i]))
-                        for c in range(count):
-                            put(acc[t][c], fma(a, w[c], vec(acc[t][c], 0)), 0)
-                for t in range(rows):
-                    for c in range(count):
-                        block = start + c - origin
-                        store_block(vec(acc[t][c], 0), out, own[t], block, n, None, None)
+                products = float_products(x, weight, weight_dtype, given, start, count)
+                for s, of_row in zip(own, products, strict=True):
+                    for c, product in enumerate(of_row):
+                        store_block(product, out, s, start + c - origin, n, None, None)
 
             row_tiles(stop - first, sizes, tile)
 
         with kernel.body():
-            _for_each_panel(kernel, experts, blocks, min(width, blocks), panel)
+            _for_each_panel(grouping, blocks, min(width, blocks), panel)
     return kernel.function
 
 
@@ -175,23 +161,17 @@ def make_moe_gather(*, k: int, bits: int, group_size: int, top_k: int, isa: str)
     lay = QuantLayout(1, k, bits, group_size)
     kernel = Kernel("moe_gather", isa)
     with kernel:
-        tokens, pairs = kernel.symbol("T"), kernel.symbol("S")
-        shapes = (
-            ("a", lay.k_padded, "int8"),
-            ("sums", lay.groups, "float32"),
-            ("a_scale", lay.groups, "float32"),
-        )
-        given = [kernel.argument(name, (tokens, width), dtype) for name, width, dtype in shapes]
+        given, pairs = quantized_arguments(kernel, lay), kernel.symbol("S")
         source = kernel.argument("source", (pairs,), "int32")
-        made = [kernel.argument(f"out_{name}", (pairs, width), dtype) for name, width, dtype in shapes]
+        made = quantized_arguments(kernel, lay, "out_", rows="S")
 
         def row(s: Expr) -> None:
             t = let(T.floordiv(source[s], T.int32(top_k)))
             with T.serial(0, lay.k_padded // 8) as i:
-                put(made[0], vec(given[0], t, i * 8, lanes=8), s, i * 8, lanes=8)
+                put(made.a, vec(given.a, t, i * 8, lanes=8), s, i * 8, lanes=8)
             with T.serial(0, lay.groups) as g:
-                put1(made[1], given[1][t, g], s, g)
-                put1(made[2], given[2][t, g], s, g)
+                put1(made.sums, given.sums[t, g], s, g)
+                put1(made.scale, given.scale[t, g], s, g)
 
         with kernel.body():
             for_each_row(pairs, lay.k_padded // 4, row)
@@ -221,15 +201,15 @@ def make_moe_quantized_linear(
     lay, whole = QuantLayout(n, *form), QuantLayout(experts * round_up(n, ROWS), *form)
     with kernel:
         pairs = kernel.symbol("S")
-        rows = (
-            kernel.argument("a", (pairs, lay.k_padded), "int8"),
-            kernel.argument("sums", (pairs, lay.groups), "float32"),
-            kernel.argument("a_scale", (pairs, lay.groups), "float32"),
-        )
-        _grouping(kernel, experts)
+        rows = quantized_arguments(kernel, lay, rows="S")
+        grouping = _grouping(kernel, experts)
         weights = weight_arguments(kernel, whole)
         out = kernel.argument("out", (pairs, n), "float32")
-        plan = Plan.make(Operands(lay, kernel.isa, *rows, *weights, None, None, out), kernel.isa, None)
+        plan = Plan.make(
+            Operands(lay, kernel.isa, rows.a, rows.sums, rows.scale, *weights, None, None, out),
+            kernel.isa,
+            None,
+        )
 
         def panel(first: Expr, stop: Expr, origin: Expr, start: Expr, count: int) -> None:
             ops = replace(plan.ops, origin=origin)
@@ -252,7 +232,7 @@ def make_moe_quantized_linear(
 
         with kernel.body():
             width = min(plan.width, 2) if plan.tiles else plan.width
-            _for_each_panel(kernel, experts, lay.blocks, min(width, lay.blocks), panel)
+            _for_each_panel(grouping, lay.blocks, min(width, lay.blocks), panel)
     return kernel.function
 
 
@@ -297,11 +277,7 @@ def make_moe_gate(
             def one(i: Expr) -> Expr:
                 return x[s, i] + b[e, i] if bias else x[s, i]
 
-            if width < LANES:
-                halves = [padded(width, lambda i, first=first: one(first + i)) for first in (0, width)]
-                put_part(out, gated(halves[0], halves[1]), width, s, T.int32(0))
-                return
-            for_each_vector(width, lambda i: put(out, gated(read(i), read(width + i)), s, i))
+            put_gated(out, s, width, gated, read, one)
 
         with kernel.body():
             for_each_row(pairs, COST * width, row)

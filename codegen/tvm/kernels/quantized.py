@@ -25,6 +25,7 @@ import numpy as np
 from tvm.script.ir_builder import tirx as T
 
 from ....ir.codebooks import codebook as table_of
+from .activation import quantized_arguments
 from .builder import (
     Buffer,
     Expr,
@@ -261,13 +262,11 @@ class Plan:
 
     def few(self, tokens: Expr) -> None:
         """All panels as they lie in memory."""
-        sizes = self.schedule.few
         # Panels that are wide for tiles would be too wide for registers.
         width = min(self.width, 2) if self.tiles else self.width
 
         def direct(first: Expr, count: int) -> None:
-            panel = Packed(self.ops, first, count)
-            row_tiles(tokens, sizes, lambda row, rows: self._multiply(self.ops, row, rows, panel))
+            self.multiply_packed((T.int32(0), tokens), Packed(self.ops, first, count))
 
         for_each_panel(self.ops.layout.blocks, width, direct)
 
@@ -348,13 +347,13 @@ def _with_unsigned(ops: Operands, tokens: Expr) -> Operands:
 
 def quantized_operands(kernel: Kernel, lay: QuantLayout, bias: bool) -> Operands:
     """The first parameters of a kernel that multiplies by a quantized weight; residual and out are None."""
-    tokens = kernel.symbol("T")
+    rows = quantized_arguments(kernel, lay)
     return Operands(
         lay,
         kernel.isa,
-        kernel.argument("a", (tokens, lay.k_padded), "int8"),
-        kernel.argument("sums", (tokens, lay.groups), "float32"),
-        kernel.argument("a_scale", (tokens, lay.groups), "float32"),
+        rows.a,
+        rows.sums,
+        rows.scale,
         *weight_arguments(kernel, lay),
         kernel.argument("bias", (lay.n,), "float32") if bias else None,
         None,

@@ -91,7 +91,7 @@ class Step:
 
     def __init__(self, kernel: Kernel, state_shape: tuple[int, ...]) -> None:
         self.sequences = kernel.symbol("B")
-        self.state = kernel.argument("state", (kernel.symbol("S"), *state_shape), "float32")
+        self.state = kernel.argument("state", (kernel.symbol("S"), *state_shape), "float32", large=True)
         self.slots = kernel.argument("state_slot", (self.sequences,), "int32")
         self.starts = kernel.argument("query_start", (kernel.symbol("B1"),), "int32")
         self.context = kernel.argument("context_len", (self.sequences,), "int32")
