@@ -13,12 +13,15 @@ import os
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
-from importlib.metadata import EntryPoint, entry_points, packages_distributions
-from typing import Any
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any, cast
 
 from ..ir.errors import CompileError, InputError, LlmcError
 from .version import API_GROUP, refusal
+
+if TYPE_CHECKING:
+    # Imported where it is used: it takes longer than all else that opens a small model.
+    from importlib.metadata import EntryPoint
 
 OURS = "llmc"
 KINDS = {
@@ -118,7 +121,9 @@ class Registered:
 
 @cache
 def registered(group: str) -> dict[str, Registered]:
-    """All entries of an entry-point group by name, sorted. Imports nothing, raises nothing."""
+    """All entries of an entry-point group by name, sorted. Imports nothing of theirs, raises nothing."""
+    from importlib.metadata import entry_points
+
     return collect(group, entry_points(group=group))
 
 
@@ -176,16 +181,31 @@ def one_line(error: BaseException) -> str:
 
 @cache
 def _distributions() -> dict[str, list[str]]:
+    from importlib.metadata import packages_distributions
+
     return dict(packages_distributions())
 
 
 def package_of(thing: object) -> str | None:
     """The distribution that an object's class (or a class, or a function) comes from; None for ours."""
+    while isinstance(thing, partial):
+        thing = cast(object, thing.func)
     module: str = getattr(thing if hasattr(thing, "__qualname__") else type(thing), "__module__", "") or ""
     top = module.partition(".")[0]
     if top == OURS:
         return None
-    return next(iter(_distributions().get(top, ())), top)
+    names = tuple(sorted(set(_distributions().get(top, ()))))
+    return (_bringing(module, names) if len(names) > 1 else next(iter(names), None)) or top
+
+
+@cache
+def _bringing(module: str, names: tuple[str, ...]) -> str:
+    """Which of several distributions that share a namespace has a module; the first where none lists it."""
+    from importlib.metadata import distribution
+
+    paths = {module.replace(".", "/") + end for end in (".py", "/__init__.py")}
+    listed = (n for n in names if any(file.as_posix() in paths for file in distribution(n).files or ()))
+    return next(listed, names[0])
 
 
 @contextmanager

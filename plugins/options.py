@@ -1,4 +1,6 @@
-"""Options in the form `NAME{option=value,…}`: the fields of a frozen dataclass."""
+"""Options as they are written, `NAME{option=value,…}` or `NAME:option=value,…`: the fields of a frozen
+dataclass.
+"""
 
 from __future__ import annotations
 
@@ -21,20 +23,28 @@ def split_spec(text: str, what: str) -> tuple[str, str]:
 
 
 def make_from_text(kind: type[Any], what: str, text: str) -> Any:
-    """An instance from `option=value,…`.
+    """An instance from `option=value,…`; errors as in `make_from_texts`, or an option is there twice."""
+    texts: dict[str, str] = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        key, _, value = (piece.strip() for piece in part.partition("="))
+        if key in texts:
+            raise InputError(f"{what}: {key} is given twice", remedy="give it once")
+        texts[key] = value
+    return make_from_texts(kind, what, texts)
+
+
+def make_from_texts(kind: type[Any], what: str, texts: Mapping[str, str]) -> Any:
+    """An instance from option → value as it was written.
 
     Args:
         what: whose options they are, for errors: "pass fuse-rope".
     Raises:
-        InputError: an option that is unknown, twice there, missing, or not of its type.
+        InputError: an option that is unknown, missing, or not of its type.
     """
     fields = {f.name: f for f in dataclasses.fields(kind)}
     options: dict[str, Any] = {}
-    for part in filter(None, (p.strip() for p in text.split(","))):
-        key, _, value = (piece.strip() for piece in part.partition("="))
+    for key, value in texts.items():
         _check_known(what, key, fields)
-        if key in options:
-            raise InputError(f"{what}: {key} is given twice", remedy="give it once")
         wanted = type_name(fields[key])
         try:
             options[key] = _parsed(value, wanted)
@@ -46,7 +56,7 @@ def make_from_text(kind: type[Any], what: str, text: str) -> Any:
 
 
 def make_from_values(kind: type[Any], what: str, values: Mapping[str, Any]) -> Any:
-    """An instance from values that came as JSON; errors as in `make_from_text`."""
+    """An instance from values that came as JSON; errors as in `make_from_texts`."""
     fields = {f.name: f for f in dataclasses.fields(kind)}
     options: dict[str, Any] = {}
     for key, value in values.items():
@@ -76,7 +86,7 @@ def _make(kind: type[Any], what: str, options: dict[str, Any]) -> Any:
     none = dataclasses.MISSING
     for f in dataclasses.fields(kind):
         if f.name not in options and f.default is none and f.default_factory is none:
-            raise InputError(f"{what} needs the option {f.name}", remedy="give it in braces")
+            raise InputError(f"{what} needs the option {f.name}", remedy="give it a value")
     with blaming(what, kind):
         return kind(**options)
 

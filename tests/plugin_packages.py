@@ -17,6 +17,7 @@ from llmc.ir.core import Graph
 from llmc.ir.define import OPS
 from llmc.plugins import entries
 from llmc.plugins.version import API_VERSION
+from llmc.runtime.custom_sampler import load_sampler
 from llmc.runtime.tool_calls.plugin import load_format
 
 
@@ -82,9 +83,11 @@ def forget() -> None:
     importlib.invalidate_caches()
     entries.registered.cache_clear()
     entries._distributions.cache_clear()
+    entries._bringing.cache_clear()
     entries._warned.clear()
     load_ops.cache_clear()
     load_format.cache_clear()
+    load_sampler.cache_clear()
 
 
 # What the tests of broken plugins share

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from llmc.ir.errors import CompileError, InputError
+from llmc.plugins.entries import Registered
 from llmc.runtime.chat import ChatModel
 from llmc.runtime.chat_template import ChatTemplate
 from llmc.runtime.custom_sampler import Sampler, SamplerContext, make_sampler, sampler_of_request
@@ -188,6 +189,14 @@ def test_guessing_ahead_gives_the_same(samplers: Callable[[str], Sampler]) -> No
     assert guessed[:3] == [0, 0, 0] and guessed[3] > 0
     assert found[0] == found[1] == found[2][:1] and found[2] == found[3]
     assert [len(one) for one in found[3]] == [20, 20]
+
+
+def test_a_request_does_not_read_the_packages_files_again(
+    samplers: Callable[[str], Sampler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = samplers("only{of=3}")
+    monkeypatch.setattr(Registered, "check_api", lambda self: 1 // 0)
+    assert sampler_of_request({"name": "only", "of": 3}) == first
 
 
 def test_options_come_as_text_and_as_json(samplers: Callable[[str], Sampler]) -> None:

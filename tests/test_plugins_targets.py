@@ -6,6 +6,7 @@ import json
 import logging
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from llmc.ir.define import OPS
 from llmc.ir.errors import CompileError, InputError, UnsupportedError
 from llmc.ir.printer import print_graph
 from llmc.passes.registry import make_pass
-from llmc.plugins.entries import package_of
+from llmc.plugins.entries import blaming, package_of
 from llmc.plugins.listing import installed as list_installed
+from llmc.plugins.version import API_VERSION
 
-from .plugin_packages import PASSES, QUANTIZERS, SMALL, Use, installed, small, use
+from .plugin_packages import PASSES, QUANTIZERS, SMALL, Use, install, installed, small, use
 
 __all__ = ["use"]  # a fixture
 
@@ -246,6 +248,34 @@ def test_the_hash_of_kernels_covers_the_packages_sources(use: Use, tmp_path: Pat
     assert first == extensions_key(graph, "tvm-cpu")
     (site / "bad_plugin.py").write_text(OP + "\n# changed\n")
     assert extensions_key(graph, "tvm-cpu") != first
+
+
+def test_packages_that_share_a_namespace_are_told_apart(tmp_path: Path) -> None:
+    """Folders without __init__.py, of several distributions."""
+    from llmc.codegen.extensions import extensions_key
+
+    plain = OP.replace("my_op", "plain_op")
+    one = install(tmp_path / "a", "acme-a", {"acme/a.py": plain}, {}, api=API_VERSION)
+    two = install(tmp_path / "b", "acme-b", {"acme/b.py": OP}, {"llmc.ops": {"b": "acme.b"}}, api=API_VERSION)
+    with installed(one, two):
+        assert load_ops() == () and package_of(OPS["my_op"]) == "acme-b"
+        graph = parse_graph(SMALL.replace("relu", "my_op"))
+        first = extensions_key(graph, "tvm-cpu")
+        (two / "acme/b.py").write_text(OP + "\n# changed\n")
+        assert extensions_key(graph, "tvm-cpu") != first
+
+
+def test_a_function_with_arguments_given_is_of_the_functions_package(use: Use) -> None:
+    use(OP + "def f(x, y): pass\n", OPS_ENTRY)
+    load_ops()
+    theirs = partial(partial(sys.modules["bad_plugin"].f, 1), 2)
+    assert package_of(theirs) == "bad-plugin"
+    assert package_of(partial(parse_graph, "")) is None
+    with (
+        pytest.raises(CompileError, match="it of package bad-plugin raised ValueError"),
+        blaming("it", theirs),
+    ):
+        raise ValueError
 
 
 # What needs no plugin --------------------------------------------------------------------------------------

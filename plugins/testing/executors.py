@@ -11,13 +11,16 @@ from typing import Any, cast
 import numpy as np
 
 from ...codegen.artifact import Artifact, ArtifactWriter
+from ...codegen.driver import count_weights, written_bytes
+from ...codegen.manifest import begin_manifest
 from ...codegen.target import Target, emit_target
 from ...ir.core import Graph
+from ...ir.printer import print_graph
 from ...passes.base import PassContext
 from ...passes.manager import run_passes
 from ...passes.quantize.walk import QuantizeRtn
 from ...runtime.executor.base import Executor, StepInputs
-from .model import PAGE_SIZE, VOCABULARY, logits_of, paged, tiny_model
+from .model import HIDDEN, PAGE_SIZE, VOCABULARY, logits_of, paged, tiny_model
 
 OpenTarget = Callable[..., Executor]
 """open_target(artifact, *, isa, threads)."""
@@ -64,34 +67,38 @@ def check_target(target: Target, open_target: OpenTarget, *, tolerance: float = 
 
 
 def compile_tiny(target: Target, graph: Graph, out: Path) -> Artifact:
-    """An artifact of a graph that is not paged yet."""
+    """An artifact of a graph that is not paged yet, with all that `llmc compile` writes but a tokenizer."""
     final = paged(graph)
     with ArtifactWriter(out) as writer:
+        writer.path("ir.txt").write_text(print_graph(final), encoding="utf-8", newline="\n")
         entry = emit_target(target, cast(Any, None), final, writer, progress=lambda what, share: None)
         assert isinstance(entry.get("batch_invariant"), bool), "the entry says whether it is batch_invariant"
-        arrays = [(v.name, v.type) for v in final.inputs]
-        outputs = zip(final.output_names, (v.type for v in final.outputs), strict=True)
-        return writer.finish(
-            {
-                "kind": "causal_lm",
-                "model": {
-                    "name": "tiny",
-                    "num_layers": len(final.facts["kv"]),
-                    "vocab_size": VOCABULARY,
-                    "context_length": 512,
-                    "kv": final.facts["kv"],
-                },
-                "inputs": [
-                    {"name": n, "dtype": t.dtype, "shape": list(map(str, t.shape))} for n, t in arrays
-                ],
-                "outputs": [
-                    {"name": n, "dtype": t.dtype, "shape": list(map(str, t.shape))} for n, t in outputs
-                ],
-                "page_size": PAGE_SIZE,
-                "kv_dtype": "float32",
-                "targets": {target.name: entry},
-            }
-        )
+        entries = {target.name: entry}
+        size = written_bytes(writer, entries)
+        quantization = {
+            "scheme": "none" if graph.stage == "fused" else graph.stage,
+            "bits_per_weight": round(8 * size / count_weights(final), 4),
+            "weight_bytes": size,
+            "source": None,
+        }
+        manifest = begin_manifest(final, _model(final), kv_dtype="float32", tokenizer=None)
+        return writer.finish({**manifest, "targets": entries, "quantization": quantization})
+
+
+def _model(final: Graph) -> dict[str, Any]:
+    """The manifest's entry of a model without files of its own."""
+    return {
+        "name": "tiny",
+        "architecture": "tiny",
+        "num_layers": len(final.facts["kv"]),
+        "vocab_size": VOCABULARY,
+        "hidden_size": HIDDEN,
+        "context_length": 512,
+        "eos_token_ids": [],
+        "bos_token_id": None,
+        "kv": final.facts["kv"],
+        "generation": {},
+    }
 
 
 def _quantized(bits: int, symmetric: bool) -> Graph:

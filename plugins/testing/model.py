@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ...codegen.manifest import PAGE_SIZE
 from ...ir.core import Graph, Op, Value
 from ...ir.ops import math, nn, shape
 from ...ir.ops.attention import Attention
@@ -16,8 +17,8 @@ from ...passes.base import PassContext
 from ...passes.manager import run_passes
 from ...passes.pipelines import canonicalize, page
 
-PAGE_SIZE = 16
 VOCABULARY = 96
+HIDDEN = 64
 _T = sym("T")
 
 
@@ -51,7 +52,7 @@ def logits_of(graph: Graph, tokens: Sequence[int]) -> np.ndarray:
 
 
 class _Builder:
-    heads, kv_heads, width, hidden, inner = 4, 2, 16, 64, 96
+    heads, kv_heads, width, hidden, inner = 4, 2, 16, HIDDEN, 96
 
     def __init__(self, rng: np.random.Generator, layers: int, window: int | None) -> None:
         self.rng, self.layers, self.window = rng, layers, window
