@@ -175,8 +175,9 @@ def _starts(artifact: Path, runtime: dict[str, Any], *, repeat: int) -> dict[str
     until the token is on its standard output; `load_to_token_ms` of it, once the runtime is imported, until
     there is a token; `load_ms` of that opens the artifact.
     """
-    words = [sys.executable, "-m", "llmc.cli.main", "run", str(artifact), "The", "--max-tokens=1", "--json"]
-    words += ["--no-chat-template", *(f"--{name}={value}" for name, value in runtime.items())]
+    # -P: nothing is imported from the current directory.
+    words = [sys.executable, "-P", "-m", "llmc.cli.main", "run", str(artifact), "The", "--max-tokens=1"]
+    words += ["--json", "--no-chat-template", *(f"--{name}={value}" for name, value in runtime.items())]
     firsts: list[float] = []
     answers: list[dict[str, Any]] = []
     for _ in range(repeat):

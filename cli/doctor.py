@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import re
@@ -30,6 +29,8 @@ def command(as_json: bool) -> int:
 
 def examine() -> dict[str, Any]:
     """Everything that the command reports, as JSON-able values."""
+    from importlib.metadata import version  # slow to import, and --help imports every command
+
     packages = _packages()
     base_ok = all(package["ok"] for package in packages if package["extra"] == "")
     compile_ok = base_ok and all(package["ok"] for package in packages if package["extra"] == "compile")
@@ -40,7 +41,7 @@ def examine() -> dict[str, Any]:
     ]
     return {
         "ok": base_ok,
-        "llmc": importlib.metadata.version("llmc"),
+        "llmc": version("llmc"),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": packages,
@@ -64,10 +65,12 @@ _REQUIREMENT = re.compile(
 
 
 def _packages() -> list[dict[str, Any]]:
+    from importlib.metadata import requires
+
     from packaging.specifiers import SpecifierSet
 
     rows: list[dict[str, Any]] = []
-    for text in importlib.metadata.requires("llmc") or []:
+    for text in requires("llmc") or []:
         match = _REQUIREMENT.match(text)
         if match is None:
             continue
@@ -89,9 +92,11 @@ def _packages() -> list[dict[str, Any]]:
 
 
 def _version(name: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
+        return version(name)
+    except PackageNotFoundError:
         return None
 
 

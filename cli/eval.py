@@ -105,6 +105,8 @@ def command(
         raise click.UsageError("nothing to measure: pass --ppl FILE, --mcq FILE or --moe FILE")
     if picture is not None and routed is None:
         raise click.UsageError("--picture shows what --moe measures: pass --moe FILE too")
+    if routed is not None and options["adapter"] is not None:
+        raise click.UsageError("--moe runs the artifact's own weights: leave --adapter away")
     if options["rolling"] and options["windows"] is not None:
         raise click.UsageError("--rolling scores the whole text: leave --windows away")
     paths = [path for path in (artifact, against) if path is not None]

@@ -217,6 +217,10 @@ def one_step(graph: Graph, artifact: Artifact, window: Array) -> dict[str, Any]:
             given[value.name] = torch.zeros(shape, dtype=getattr(torch, value.dtype))
         elif value.name.startswith(("slot_mapping.", "block_table.")):  # a window's, whose pages are all here
             given[value.name] = given[value.name.partition(".")[0]]
+        elif value.name == "state_slot":
+            given[value.name] = torch.zeros(1, dtype=torch.int32)
+        elif value.name.startswith("state."):  # of recurrent layers: a sequence begins with zeros
+            given[value.name] = torch.zeros((1, *(int(str(d)) for d in value.shape[1:])))
     return given
 
 

@@ -10,11 +10,7 @@ if TYPE_CHECKING:
 
 
 def load(path: str | os.PathLike[str], **options: Any) -> LLM:
-    """`llmc.runtime.loader.load`; where adapters are asked for, with what makes kernels that take them."""
-    from ..runtime.loader import load as open_artifact
+    """`llmc.load`, with the type that it has here too."""
+    import llmc
 
-    if options.get("adapters") is not None or options.get("adapter") is not None:
-        from ..codegen.tvm.placed import placed_kernels
-
-        options["places"] = placed_kernels
-    return open_artifact(path, **options)
+    return llmc.load(path, **options)

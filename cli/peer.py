@@ -22,7 +22,8 @@ class Peer:
     """The process, as its parent sees it; a context manager."""
 
     def __init__(self, source: str, threads: int) -> None:
-        command = [sys.executable, "-m", "llmc.cli.peer", source, str(threads)]
+        # -P: nothing is imported from the current directory.
+        command = [sys.executable, "-P", "-m", "llmc.cli.peer", source, str(threads)]
         # Not a pipe: one that nobody reads would fill and stop the process.
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed in __exit__)
         self._process = subprocess.Popen(

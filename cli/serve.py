@@ -129,6 +129,13 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
     metavar="FOLDER",
     help="Let requests load adapters from FOLDER, and unload them (/v1/load_lora_adapter).",
 )
+@click.option(
+    "--max-adapters",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    help="Most adapters at a time, where requests load them.",
+)
 @click.option("--no-page", is_flag=True, help="Do not serve the web page.")
 @json_option
 def command(artifacts: tuple[str, ...], as_json: bool, **options: Any) -> int:
@@ -144,7 +151,7 @@ def command(artifacts: tuple[str, ...], as_json: bool, **options: Any) -> int:
     notes_from_logging()
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     named = _named(artifacts)
-    adapters = _named_adapters(options["adapters"], list(named))
+    adapters = _adapters(named, options)
     documents = _named_documents(options["documents"])
     settings = _settings(options)
     listener = listen(options["host"], options["port"])
@@ -152,6 +159,8 @@ def command(artifacts: tuple[str, ...], as_json: bool, **options: Any) -> int:
         stack.callback(listener.close)
         # Documents first: what is wrong with them shows at once, and not after models are loaded.
         knowledge = {name: stack.enter_context(_open(at)) for name, at in documents.items()}
+        for one in knowledge.values():
+            one.prepare(wait=False)  # while the models are loaded
         models = {
             name: stack.enter_context(_load(path, options, adapters.get(name)))
             for name, path in named.items()
@@ -186,6 +195,25 @@ def _named(artifacts: tuple[str, ...]) -> dict[str, Path]:
             raise InputError(f"two artifacts are called {name!r}", remedy="name one: NAME=ARTIFACT")
         named[name] = Path(path)
     return named
+
+
+def _adapters(named: dict[str, Path], options: dict[str, Any]) -> dict[str, dict[str, Path]]:
+    """The adapters that models are opened with, by the model's name: {} for one that requests may give some.
+
+    Raises InputError where requests may, and no model takes any.
+    """
+    found = _named_adapters(options["adapters"], list(named))
+    if options["allow_adapter_updates"] is not None:
+        from ..codegen.artifact import Artifact
+
+        takers = [name for name, path in named.items() if Artifact.open(path, "size").kind == "causal_lm"]
+        if not takers:
+            raise InputError(
+                f"--allow-adapter-updates: no language model is served, only {', '.join(named)}",
+                remedy="leave it away, or compile the adapter into the model with --lora",
+            )
+        found = {name: {} for name in takers} | found
+    return found
 
 
 def _named_adapters(given: tuple[str, ...], models: list[str]) -> dict[str, dict[str, Path]]:
@@ -250,6 +278,7 @@ def _settings(options: dict[str, Any]) -> Any:
         page=not options["no_page"],
         documents_writable=_writable(options),
         adapter_folder=options["allow_adapter_updates"],
+        max_adapters=options["max_adapters"],
         max_upload_bytes=options["max_upload"],
     )
 
@@ -294,7 +323,7 @@ def _load(path: Path, options: dict[str, Any], adapters: dict[str, Path] | None)
         prefix_cache_dir=folder,
         prefix_cache_bytes=size,
         max_waiting=options["max_sequences"] + options["max_queue"],
-        adapters={} if adapters is None and options["allow_adapter_updates"] is not None else adapters,
+        adapters=adapters,
     )
     if options["sampler"] is not None:
         llm.prefer(sampler=options["sampler"])

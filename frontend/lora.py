@@ -64,7 +64,6 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
         )
     modules: dict[str, dict[str, LazyTensor]] = {}
     replaced: dict[str, LazyTensor] = {}
-    copies: set[str] = set()
     for name, tensor in open_safetensors(file).items():
         _check_values(tensor)
         label = name.removeprefix(_PREFIX)
@@ -78,10 +77,7 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
                 remedy="merge it with PEFT (merge_and_unload) and give the merged model",
             )
         else:
-            own = label.replace(".modules_to_save.", ".").replace(".base_layer.", ".")
-            replaced[own] = tensor
-            if ".base_layer." in label and (own.endswith(".weight") or config.get("bias", "none") == "none"):
-                copies.add(own)
+            replaced[label.replace(".modules_to_save.", ".").replace(".base_layer.", ".")] = tensor
     changes = {module: _change(module, parts, config) for module, parts in modules.items()}
     if not changes and not replaced:
         raise InputError(f"adapter {folder.name} holds no tensors", remedy=_AGAIN)
@@ -89,7 +85,9 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     names = asked if isinstance(asked, list) else []
     unasked = {n for n in replaced if not any(str(m) in n.split(".") for m in names)}
     optional = frozenset(n for n in unasked if n.endswith(".weight"))
-    return Adapter(folder.name, changes, replaced, optional, frozenset(copies))
+    frozen = optional if config.get("bias", "none") != "none" else unasked
+    copies = frozenset(n for n in frozen if n.rpartition(".")[0] in changes)
+    return Adapter(folder.name, changes, replaced, optional, copies)
 
 
 def _check_kind(name: str, config: Mapping[str, Any]) -> None:

@@ -50,12 +50,14 @@ class Adapter:
         replaced: whole tensors in the place of the model's, by parameter name.
         optional: those of `replaced` that PEFT saved unasked (embeddings beside their adapter): where the
             model has none of that name, because it is tied, nothing is lost.
+        copies: those of `replaced` that are the base's own: PEFT saves an embedding beside its change.
     """
 
     name: str
     changes: Mapping[str, LowRank]
     replaced: Mapping[str, LazyTensor]
     optional: frozenset[str] = frozenset()
+    copies: frozenset[str] = frozenset()
 
     def __str__(self) -> str:
         return self.name

@@ -12,7 +12,6 @@ import itertools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -139,8 +138,8 @@ class AdapterPlaces:
 
 
 def _refuse_what_is_merged(adapter: Adapter) -> None:
-    if adapter.replaced.keys() - adapter.optional:
-        what = f"replaces {listed(list(adapter.replaced))} (modules_to_save)"
+    if replaced := [name for name in adapter.replaced if name not in adapter.copies]:
+        what = f"replaces whole tensors, {listed(replaced)} (modules_to_save, saved embeddings, biases)"
     else:
         kinds = {kind for change in adapter.changes.values() for kind in _merged_kinds(change)}
         if not kinds:
@@ -161,8 +160,18 @@ class TakesAdapters(Protocol):
 
     adapter_places: AdapterPlaces | None
 
-    def set_adapter(self, slot: int, factors: Factors) -> None:
+    def packed_adapter(self, factors: Factors) -> Any:
+        """What `set_adapter` takes: all of its work that may be done while steps run. Raises InputError where
+        the factors do not suit the kernels.
+        """
+        ...
+
+    def set_adapter(self, slot: int, packed: Any) -> None:
         """Fill a slot. Between two steps."""
+        ...
+
+    def clear_adapter(self, slot: int) -> None:
+        """Empty a slot, and give its memory back. Between two steps."""
         ...
 
 
@@ -176,36 +185,33 @@ class LoadedAdapter:
 
     Attributes:
         salt: of its prefixes in the cache, by what it adds: whatever its name, and in any process.
-        rank: the largest of its layers'.
         removed: it gave its slot back.
     """
 
     name: str
-    path: str
     slot: int
     salt: bytes
-    rank: int
     removed: bool = False
 
 
 @dataclass(frozen=True)
 class ReadAdapter:
-    """An adapter that was read and checked, not yet in a slot."""
+    """An adapter that was read, checked and packed, not yet in a slot. `salt` as in `LoadedAdapter`."""
 
     name: str
-    path: str
-    rank: int
-    factors: Factors
+    salt: bytes
+    packed: Any
 
-    def digest(self) -> bytes:
-        """Tells adapters apart by what they add, whatever they are called."""
-        found = hashlib.sha256(b"adapter")
-        for place, parts in sorted(self.factors.items()):
-            for p, part in enumerate(parts):
-                for array in part or ():
-                    found.update(b"%d %d %d %d " % (place, p, *array.shape))
-                    found.update(array.tobytes())
-        return found.digest()
+
+def _digest(factors: Factors) -> bytes:
+    """Tells adapters apart by what they add, whatever they are called."""
+    found = hashlib.sha256(b"adapter")
+    for place, parts in sorted(factors.items()):
+        for p, part in enumerate(parts):
+            for array in part or ():
+                found.update(b"%d %d %d %d " % (place, p, *array.shape))
+                found.update(np.ascontiguousarray(array).data)
+    return found.digest()
 
 
 class AdapterRegistry:
@@ -216,11 +222,6 @@ class AdapterRegistry:
         self._loaded: dict[str, LoadedAdapter] = {}
         self.default: str | None = None
         """What requests use that name none; None is the model as it is."""
-
-    @property
-    def possible(self) -> bool:
-        """Whether the kernels take adapters."""
-        return isinstance(self._executor, TakesAdapters) and self._executor.adapter_places is not None
 
     def names(self) -> list[str]:
         """Those that are loaded, in order."""
@@ -239,20 +240,19 @@ class AdapterRegistry:
         return found
 
     def read(self, name: str, path: str | os.PathLike[str]) -> ReadAdapter:
-        """Read an adapter's folder; nothing changes. Raises InputError or UnsupportedError, naming the file
-        and what is wrong.
+        """Read an adapter's folder, and make of it what a slot takes; nothing changes, so steps may run
+        meanwhile. Raises InputError or UnsupportedError, naming the file and what is wrong.
         """
-        places = self._executor.adapter_places if isinstance(self._executor, TakesAdapters) else None
-        if places is None:
+        executor = self._executor
+        if not isinstance(executor, TakesAdapters) or executor.adapter_places is None:
             raise UnsupportedError(
                 "this artifact's kernels have no places for adapters",
                 remedy="compile the model with --adapters, or the adapter into it with --lora",
             )
         from ..frontend.lora import read_adapter
 
-        adapter = read_adapter(path)
-        rank = max((change.a.shape[0] for change in adapter.changes.values()), default=0)
-        return ReadAdapter(name, str(Path(path)), rank, places.factors(adapter))
+        factors = executor.adapter_places.factors(read_adapter(path))
+        return ReadAdapter(name, _digest(factors), executor.packed_adapter(factors))
 
     def put(self, adapter: ReadAdapter) -> LoadedAdapter:
         """Give an adapter a slot. Raises InputError where the name is taken."""
@@ -264,8 +264,8 @@ class AdapterRegistry:
         assert isinstance(self._executor, TakesAdapters)
         taken = {one.slot for one in self._loaded.values()}
         slot = next(slot for slot in itertools.count() if slot not in taken)
-        self._executor.set_adapter(slot, adapter.factors)
-        loaded = LoadedAdapter(adapter.name, adapter.path, slot, adapter.digest(), adapter.rank)
+        self._executor.set_adapter(slot, adapter.packed)
+        loaded = LoadedAdapter(adapter.name, slot, adapter.salt)
         self._loaded[adapter.name] = loaded
         return loaded
 
@@ -280,10 +280,12 @@ class AdapterRegistry:
                 f"adapter {name!r} is used by {used} running request{'s' if used > 1 else ''}",
                 remedy="try again when they are finished",
             )
+        assert isinstance(self._executor, TakesAdapters)
         del self._loaded[name]
         found.removed = True
         if self.default == name:
             self.default = None
+        self._executor.clear_adapter(found.slot)
 
 
 def check_places(artifact: Artifact, executor: Executor) -> None:
@@ -295,7 +297,8 @@ def check_places(artifact: Artifact, executor: Executor) -> None:
     name = getattr(executor, "target_name", None) or "this target"
     if "tvm-cpu" in artifact.targets and name != "tvm-cpu":
         raise UnsupportedError(
-            f"{name} takes no adapters per request", remedy="open it with --target tvm-cpu"
+            f"{name} takes no adapters per request ({artifact.root.name})",
+            remedy="open it with --target tvm-cpu",
         )
     command = [str(word) for word in artifact.manifest.get("command") or ("llmc", "compile", "MODEL")]
     remedy = f"compile it with --adapters: {' '.join([*command, '--adapters', '-o', artifact.root.name])}"

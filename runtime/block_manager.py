@@ -241,6 +241,11 @@ class BlockManager:
                 window.add(table, sequence.block_table[-1])
         return copies
 
+    def forget_copies(self) -> None:
+        """The step that was planned is not computed: its pages are others' by the next one."""
+        for window in self.windows:
+            window.copies.clear()
+
     def shrink(self, sequence: Sequence) -> None:
         """Give back the pages that hold none of the sequence's computed tokens."""
         while len(sequence.block_table) > self.pages_for(sequence.num_computed):

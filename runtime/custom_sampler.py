@@ -22,6 +22,7 @@ from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -164,8 +165,11 @@ def _find(name: str) -> type[Sampler]:
     return load_sampler(known[name])
 
 
+@cache
 def load_sampler(item: Registered) -> type[Sampler]:
-    """The class of an entry. Raises InputError, naming its package."""
+    """The class of an entry. Raises InputError, naming its package. Kept, for each request asks, and looking
+    for the package's version reads its files.
+    """
     kind: type[Sampler] = item.load_class(Sampler)
     if kind.name != item.name:
         raise item.wrong(f"is a sampler that calls itself {kind.name!r}")

@@ -269,9 +269,10 @@ class Engine:
         )
 
     def check(self) -> None:
-        """Raise AssertionError unless the block manager's books balance; cheap enough whenever the engine is
-        idle.
+        """Raise AssertionError unless the block manager's books balance between two steps; cheap enough
+        whenever the engine is idle.
         """
+        assert not any(window.copies for window in self.blocks.windows), "copies of a step that never was"
         self.blocks.check([*self.scheduler.running, *self.scheduler.waiting])
 
     # Steps -----------------------------------------------------------------------------------------------
@@ -286,6 +287,7 @@ class Engine:
             return self._step()
         except BaseException:
             self.drop_all()
+            self.blocks.forget_copies()
             raise
 
     def _step(self) -> list[StepOutput]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .models import DECODER, save_tokenizer
+from .state_models import MODELS as STATE_MODELS
 
 _DECODER: dict[str, Any] = {
     **DECODER,
@@ -44,11 +45,24 @@ MOE: dict[str, tuple[str, dict[str, Any]]] = {
 normalised or not, sigmoid with groups and a bias, shared experts, clamped gates with biases.
 """
 
+BEHIND_STATES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_next": (
+        "Qwen3Next",
+        {
+            **STATE_MODELS["delta"][1],
+            "mlp_only_layers": [],
+            "num_experts": 6,
+            "shared_expert_intermediate_size": 48,
+        },
+    )
+}
+"""Mixtures behind a recurrence."""
+
 
 def moe_config(name: str, **changes: Any) -> Any:
     import transformers
 
-    kind, options = MOE[name]
+    kind, options = (MOE | BEHIND_STATES)[name]
     return getattr(transformers, f"{kind}Config")(**{**_DECODER, **options, **changes})
 
 
@@ -57,7 +71,7 @@ def tiny_moe(name: str, *, seed: int = 0, **changes: Any) -> Any:
     import torch
     import transformers
 
-    kind, _ = MOE[name]
+    kind, _ = (MOE | BEHIND_STATES)[name]
     generator = torch.Generator().manual_seed(seed)
     model = getattr(transformers, f"{kind}ForCausalLM")(moe_config(name, **changes)).to(torch.float32).eval()
     with torch.no_grad():

@@ -42,7 +42,15 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 MERGED: dict[str, tuple[dict[str, Any], str]] = {
     "DoRA": ({"target_modules": ["q_proj"], "use_dora": True}, r"magnitudes \(DoRA\)"),
-    "modules": ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "modules_to_save"),
+    "modules": (
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        r"lm_head\.weight .*modules_to_save",
+    ),
+    "biases": ({"target_modules": ["q_proj"], "bias": "lora_only"}, r"q_proj\.bias.* biases\)"),
+    "tokens": (
+        {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]},
+        r"embed_tokens\.token_adapter\.trainable_tokens_delta",
+    ),
     "embedding": ({"target_modules": ["embed_tokens"]}, "changes of embeddings"),
 }
 
@@ -220,6 +228,17 @@ def test_what_can_only_be_merged_says_so(llm: LLM, tmp_path: Path, kind: str) ->
         llm.load_adapter(kind, tmp_path / kind)
     assert "--lora" in caught.value.remedy
     assert kind not in llm.adapters
+
+
+def test_saved_embeddings_are_not_forgotten(llm: LLM, tmp_path: Path) -> None:
+    """PEFT saves them unasked where the vocabulary was changed in training, and on request."""
+    adapted = adapter(tiny_model("qwen2"), tmp_path / "a", target_modules=["q_proj"])
+    adapted.save_pretrained(str(tmp_path / "a"), save_embedding_layers=True)
+    with pytest.raises(
+        UnsupportedError, match=r"lm_head\.weight, model\.embed_tokens\.weight .* per request"
+    ):
+        llm.load_adapter("a", tmp_path / "a")
+    assert "a" not in llm.adapters
 
 
 def test_adapters_of_another_model_are_refused_by_name_and_shape(llm: LLM, tmp_path: Path) -> None:

@@ -4,23 +4,29 @@ fake that turns its answer by a number that the adapter holds.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import llmc
 import numpy as np
 import pytest
-from llmc.cli.serve import _named_adapters
+from llmc.cli.serve import _adapters, _named_adapters
 from llmc.ir.errors import InputError
+from llmc.runtime import adapters
 from llmc.runtime.adapters import AdapterPlaces, Factors, Place
 from llmc.runtime.chat_template import ChatTemplate
 from llmc.runtime.engine import Engine, EngineOptions, ModelFacts
 from llmc.runtime.llm import LLM
 from llmc.runtime.server import ServerSettings
+from llmc.runtime.server.service import ServedModel
 
 from .lora_files import write_adapter
+from .models import save_tiny
 from .server_harness import TEMPLATE, GatedExecutor, RunningServer, wait_until
 from .test_runtime_detokenizer import byte_level
 
@@ -34,10 +40,20 @@ class TurningExecutor(GatedExecutor):
         super().__init__(vocab_size)
         self.adapter_places = AdapterPlaces(64, (Place(2, ((MODULE, 3),)),))
         self.turns: dict[int, int] = {}
+        self.engine: Any = None
+        self.packed_while: list[bool] = []
 
-    def set_adapter(self, slot: int, factors: Factors) -> None:
+    def packed_adapter(self, factors: Factors) -> int:
+        if self.engine is not None:
+            self.packed_while.append(self.engine._pauser is not None)
         a, b = factors[0][0] or (np.zeros((1, 1)), np.zeros((1, 1)))
-        self.turns[slot] = int(b[0] @ a[:, 0])
+        return int(b[0] @ a[:, 0])
+
+    def set_adapter(self, slot: int, packed: int) -> None:
+        self.turns[slot] = packed
+
+    def clear_adapter(self, slot: int) -> None:
+        del self.turns[slot]
 
     def step(self, inputs: Any) -> Any:
         logits = super().step(inputs)
@@ -134,6 +150,29 @@ def test_adapters_come_and_go(server: RunningServer) -> None:
     assert answer(server, "two")["choices"] != two
 
 
+def test_an_adapter_is_read_and_packed_while_steps_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine is paused for the swap alone."""
+    llm = turning_llm()
+    executor: Any = llm.executor
+    executor.engine = llm.engine
+    hashed: list[bool] = []
+    digest = adapters._digest
+
+    def watched(factors: Factors) -> bytes:
+        hashed.append(llm.engine._pauser is not None)
+        return digest(factors)
+
+    monkeypatch.setattr(adapters, "_digest", watched)
+    llm.load_adapter("one", adapter(tmp_path / "one", 1))
+    assert executor.packed_while == hashed == [False]
+    assert executor.turns == {0: 1}
+    llm.unload_adapter("one")
+    assert executor.turns == {}
+    llm.close()
+
+
 def test_one_that_answers_is_not_unloaded(server: RunningServer) -> None:
     llm = server.models["base"]
     executor: Any = llm.executor
@@ -158,10 +197,11 @@ def test_one_that_answers_is_not_unloaded(server: RunningServer) -> None:
         ("x", ".", 400, "outside of the server's folder"),
         ("x", "link", 400, "outside of the server's folder"),
         ("x", "a\0b", 400, "outside of the server's folder"),
-        ("x", "nothing", 400, "no adapter_config.json there"),
+        ("x", "nothing", 400, "^adapter nothing: no adapter_config.json there"),
         ("x", "stranger", 400, "changes other.layer, which this model has no place for; it has layer"),
         ("x", "wide", 400, r"model.layer \[5, 2\] where the model has \[3, 2\]"),
         ("x", "dora", 400, "of kind 'IA3'"),
+        ("x", "damaged", 400, "adapter_config.json is no valid JSON"),
         ("one", "turn2", 409, "served here already"),
         ("base", "turn2", 409, "served here already"),
         ("a/b", "turn2", 400, "lora_name: letters"),
@@ -177,10 +217,23 @@ def test_what_is_not_loaded(
     adapter(root / "wide", 1, rows=5)
     ones = np.ones((2, 2), np.float32), np.ones((3, 2), np.float32)
     write_adapter(root / "dora", {MODULE: ones}, peft_type="IA3")
+    (write_adapter(root / "damaged", {MODULE: ones}) / "adapter_config.json").write_text("{")
     found, content = load(server, name, path)
     assert found == status
+    assert str(tmp_path) not in json.dumps(content)  # where adapters lie is the machine's owner's business
     assert re.search(message, content["error"]["message"]), content
     assert list(server.service.models) == ["base", "one"]
+
+
+def test_so_many_and_no_more(tmp_path: Path) -> None:
+    adapter(tmp_path / "turn", 1)
+    settings = ServerSettings(adapter_folder=tmp_path, max_adapters=2)
+    with RunningServer({"base": turning_llm()}, settings) as running:
+        assert [load(running, name, "turn")[0] for name in ("a", "b")] == [200, 200]
+        status, content = load(running, "c", "turn")
+        assert (status, content["error"]["code"]) == (409, "too_many_adapters")
+        assert "2 adapters are loaded" in content["error"]["message"]
+        assert unload(running, "a")[0] == load(running, "c", "turn")[0] == 200
 
 
 def test_what_is_not_unloaded(server: RunningServer) -> None:
@@ -205,3 +258,26 @@ def test_names_on_the_command_line() -> None:
     ):
         with pytest.raises(InputError, match=reason):
             _named_adapters(given, models)
+
+
+def test_only_language_models_are_opened_for_updates(tmp_path: Path) -> None:
+    for name, family in (("chat", "qwen2"), ("encoder", "bert")):
+        llmc.compile(save_tiny(family, tmp_path / name), tmp_path / f"{name}.llmc", targets=["null"])
+    named = {name: tmp_path / f"{name}.llmc" for name in ("chat", "encoder")}
+    options: dict[str, Any] = {"adapters": (), "allow_adapter_updates": tmp_path}
+    assert _adapters(named, options) == {"chat": {}}
+    assert _adapters(named, {**options, "adapters": ("chat:a=x",)}) == {"chat": {"a": Path("x")}}
+    assert _adapters(named, {**options, "allow_adapter_updates": None}) == {}
+    del named["chat"]
+    with pytest.raises(InputError, match="--allow-adapter-updates: no language model is served, only enc"):
+        _adapters(named, options)
+
+
+def test_an_encoder_beside_it_takes_none(server: RunningServer) -> None:
+    encoder = turning_llm()
+    encoder.artifact = SimpleNamespace(kind="encoder")  # type: ignore[assignment]
+    server.service.models["encoder"] = ServedModel("encoder", encoder)
+    status, content = load(server, "x", "turn2", base_model_name="encoder")
+    assert (status, content["error"]["code"]) == (400, "unsupported_model")
+    assert "it is an encoder" in content["error"]["message"]
+    encoder.close()

@@ -102,6 +102,33 @@ def test_check_predicts_without_weights(capsys: Capture, tmp_path: Path, tiny_fo
     assert "2 attention layers" in out
 
 
+def test_check_of_a_hub_id_reads_its_template_too(
+    capsys: Capture, tmp_path: Path, tiny_folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    repository, commit = tmp_path / "models--owner--tiny", "1" * 40
+    folder = repository / "snapshots" / commit
+    folder.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(commit)
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((tiny_folder("llama") / name).read_bytes())
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}"
+        "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}"
+        "{% endfor %}{{ (tools or []) | tojson }}"
+    )
+    code, out, err = run(capsys, "check", "owner/tiny", "--target", "null", "--json")
+    assert code == 0, err
+    code, there, err = run(capsys, "check", folder, "--target", "null", "--json")
+    assert code == 0, err
+    assert json.loads(out)["tool_calls"] == json.loads(there)["tool_calls"]
+    assert json.loads(out)["tool_calls"]["format"] == "hermes"
+
+
 def test_check_names_what_is_wrong(capsys: Capture, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "perpetuum_mobile"}))
     code, out, err = run(capsys, "check", tmp_path, "--target", "null")

@@ -65,6 +65,12 @@ def test_merged_as_peft_merges(kind: str, base: Path, tmp_path: Path) -> None:
     assert worst(logits_of(merged(base, str(tmp_path)), ids), wanted) < 2e-5
 
 
+def test_changed_rows_of_an_embedding_are_not_forgotten(base: Path, tmp_path: Path) -> None:
+    adapter(tiny_model("qwen2"), tmp_path, target_modules=["q_proj"], trainable_token_indices=[1, 2])
+    with pytest.raises(InputError, match=r"embed_tokens\.token_adapter\.trainable_tokens_delta.* not have"):
+        merged(base, str(tmp_path))
+
+
 def test_transposed_weights(tmp_path: Path) -> None:
     """GPT-2's layers are [K, N], and c_proj is square in its attention."""
     base = save_tiny("gpt2", tmp_path / "base")

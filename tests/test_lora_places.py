@@ -4,6 +4,7 @@ interpreter beside PEFT's.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,12 @@ from llmc.passes.adapt.lora_places import PlaceAdapters
 from llmc.passes.base import PassContext
 from llmc.passes.manager import run_passes
 from llmc.passes.quantize.walk import QuantizeRtn
-from llmc.runtime.adapters import AdapterPlaces
+from llmc.runtime.adapters import AdapterPlaces, Place
 from llmc.runtime.executor.adapter_memory import AdapterMemory
+from safetensors.numpy import load_file, save_file
 
 from .graphs import lowered, traced, worst
-from .lora_files import adapter
+from .lora_files import adapter, write_adapter
 from .models import ids_of, reference_logits, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT still calls what transformers deprecates
@@ -72,8 +74,8 @@ def test_numbers_are_those_of_peft(family: str, tmp_path: Path) -> None:
     options = {"gpt2": {"fan_in_fan_out": True, "target_modules": ["c_attn", "c_proj", "c_fc"]}}
     adapted = adapter(tiny_model(family), tmp_path, **options.get(family, {"target_modules": "all-linear"}))
     arrays: dict[str, np.ndarray] = {}
-    memory = AdapterMemory(places_of(graph), lambda s, dtype: np.zeros(s, dtype), arrays.__setitem__)
-    memory.set(1, places_of(graph).factors(read_adapter(tmp_path)))
+    memory = AdapterMemory(places_of(graph), arrays.__setitem__)
+    memory.set(1, memory.packed(places_of(graph).factors(read_adapter(tmp_path))))
     ids = ids_of(21)
     base, wanted = reference_logits(tiny_model(family), ids), reference_logits(adapted, ids)
     assert worst(logits(graph, ids, [1] * 21, arrays), wanted) < 2e-5
@@ -129,7 +131,7 @@ def memory_of(dtype: str) -> tuple[AdapterMemory, dict[str, np.ndarray]]:
     )
     assert places is not None
     arrays: dict[str, np.ndarray] = {}
-    return AdapterMemory(places, lambda s, d: np.zeros(s, d), arrays.__setitem__), arrays
+    return AdapterMemory(places, arrays.__setitem__), arrays
 
 
 def product(arrays: dict[str, np.ndarray], slot: int, part: int) -> np.ndarray:
@@ -154,11 +156,12 @@ def test_memory_grows_and_keeps_what_was_in_it(dtype: str, error: float) -> None
             b = (scale * rng.standard_normal((rows, rank))).astype(np.float32)
             kept[slot, part] = b.astype(np.float64) @ a
             given.append((a, b))
-        memory.set(slot, {0: given})
+        memory.set(slot, memory.packed({0: given}))
         for (known, part), wanted in kept.items():
             found = product(arrays, known, part)
             assert np.abs(found - wanted).max() < error * np.abs(wanted).max()
-    memory.set(1, {})
+    memory.clear(1)
+    assert not arrays["lora_a.0"][1].any() and not arrays["lora_b.0"][1].any()
     assert not arrays["lora_rank.0"][1].any() and arrays["lora_rank.0"][5].tolist() == [40, 40]
 
 
@@ -167,6 +170,91 @@ def test_factors_beyond_floats_are_refused(dtype: str) -> None:
     memory, _ = memory_of(dtype)
     large = np.full((1, 5), 1e30, np.float32), np.full((3, 1), np.inf, np.float32)
     with pytest.raises(InputError, match="the adapter's change of a is beyond what float32 holds"):
-        memory.set(0, {0: [large, None]})
+        memory.packed({0: [large, None]})
     nothing = np.zeros((2, 5), np.float32), np.zeros((3, 2), np.float32)
-    memory.set(0, {0: [nothing, None]})
+    memory.set(0, memory.packed({0: [nothing, None]}))
+
+
+@pytest.mark.parametrize(
+    ("tensor", "config", "refused"),
+    [
+        ("a.base_layer.weight", {}, False),
+        ("a.weight", {}, False),  # as PEFT wrote it before 0.6
+        ("a.base_layer.bias", {}, False),
+        ("a.base_layer.bias", {"bias": "lora_only"}, True),
+        ("a.weight", {"modules_to_save": ["a"]}, True),
+        ("b.weight", {}, True),
+        ("b.bias", {"bias": "all"}, True),
+    ],
+)
+def test_whole_tensors_are_the_bases_own_or_refused(
+    tensor: str, config: dict[str, Any], refused: bool, tmp_path: Path
+) -> None:
+    """PEFT saves the base's weight beside the change of an embedding or a head, which changes nothing."""
+    places = AdapterPlaces(16, (Place(5, (("a", 3),)),))
+    write_adapter(tmp_path, {"a": (np.ones((2, 5), np.float32), np.ones((3, 2), np.float32))}, **config)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({**load_file(file), f"base_model.model.{tensor}": np.ones(3, np.float32)}, file)
+    adapter = read_adapter(tmp_path)
+    if refused:
+        with pytest.raises(UnsupportedError, match=rf"{tensor.replace('.base_layer', '')} .*per request"):
+            places.factors(adapter)
+    else:
+        assert list(places.factors(adapter)) == [0]
+
+
+def one_place(k: int) -> tuple[AdapterMemory, dict[str, np.ndarray]]:
+    arrays: dict[str, np.ndarray] = {}
+    return AdapterMemory(AdapterPlaces(256, (Place(k, (("a", 16),)),)), arrays.__setitem__), arrays
+
+
+def ones(rank: int, k: int) -> Any:
+    return {0: [(np.ones((rank, k), np.float32), np.ones((16, rank), np.float32))]}
+
+
+def resident() -> int:
+    """Bytes of memory that this process has."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+def test_adapters_that_go_give_their_memory_back() -> None:
+    """16 MB each; what stays is as it was, though slots share pages at their edges."""
+    k = (1 << 18) + 3
+    memory, arrays = one_place(k)
+    packed = memory.packed(ones(1, k))
+    memory.set(3, packed)
+    before = resident()
+    for slot in (0, 1, 2):
+        memory.set(slot, packed)
+    assert resident() - before > 40 << 20
+    for slot in (0, 2):
+        memory.clear(slot)
+    assert resident() - before < 24 << 20
+    a, rank = arrays["lora_a.0"], arrays["lora_rank.0"]
+    assert rank[:, 0].tolist()[:4] == [0, 1, 0, 1]
+    assert a[[1, 3], 0, 0, :, 0].all() and not a[[0, 2]].any()
+    memory.set(2, packed)
+    assert a[2, 0, 0, :, 0].all()
+
+
+def test_a_large_rank_that_went_costs_the_others_nothing() -> None:
+    """16 MB with rank 256, 1 MB with rank 16, also after slots were added."""
+    k = 1 << 14
+    memory, _ = one_place(k)
+    memory.set(0, memory.packed(ones(256, k)))
+    memory.clear(0)
+    packed, before = memory.packed(ones(16, k)), resident()
+    for slot in range(9):
+        memory.set(slot, packed)
+    assert memory.blocks == 16 and resident() - before < 40 << 20
+
+
+def test_slots_that_a_kernel_cannot_count_are_refused() -> None:
+    """As many as it can count are made, though twice as many would be too many."""
+    k = 1 << 22
+    memory, _ = one_place(k)  # 2³¹ / (16 · 2²²) = 32, less one
+    memory.set(20, memory.packed(ones(1, k)))
+    assert memory.slots == 31
+    with pytest.raises(InputError, match="32 slots of rank 16 are more than a kernel can count"):
+        memory.set(31, memory.packed(ones(1, k)))
+    assert memory.slots == 31

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from llmc.cli import measure
+from llmc.cli import bench, measure
 from llmc.cli.peer import Peer
-from llmc.ir.errors import LlmcError
+from llmc.ir.errors import InputError, LlmcError
 from llmc.runtime.engine import Engine, EngineOptions, ModelFacts
 from llmc.runtime.executor.null import NullExecutor
 
@@ -49,6 +49,30 @@ def test_prompts_repeat_from_run_to_run_and_never_within() -> None:
     assert taken == [second.take(20) for _ in range(3)]
     assert len({tuple(prompt) for prompt in taken}) == 3
     assert all(0 <= token < 1000 for prompt in taken for token in prompt)
+
+
+@pytest.fixture
+def strangers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current directory with modules of our names; the file that they would leave when imported."""
+    folder, trace = tmp_path / "here", tmp_path / "trace"
+    (folder / "llmc").mkdir(parents=True)
+    for name in ("json.py", "llmc/__init__.py"):
+        (folder / name).write_text(f"open({str(trace)!r}, 'w'); raise SystemExit(7)")
+    monkeypatch.chdir(folder)
+    return trace
+
+
+def test_starts_import_nothing_from_the_current_directory(strangers: Path) -> None:
+    with pytest.raises(InputError, match=r"nothing\.llmc"):
+        bench._starts(Path("nothing.llmc"), {}, repeat=1)
+    assert not strangers.exists()
+
+
+@pytest.mark.slow
+def test_a_peer_imports_nothing_from_the_current_directory(strangers: Path) -> None:
+    with pytest.raises(LlmcError, match="transformers could not be measured"):
+        Peer("nothing", 1)
+    assert not strangers.exists()
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -118,6 +119,24 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "load-balancing loss" in shown and "3 of 8" in shown
 
 
+def test_recurrent_layers_begin_with_an_empty_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each window begins anew: the routers behind a recurrence choose as in transformers."""
+    model = tiny_moe("qwen3_next")
+    paged, _ = lowered(traced(model), "paged")
+    assert paged.facts["state"]
+    monkeypatch.setattr(stored, "stored_graph", lambda artifact: paged)
+    artifact: Any = SimpleNamespace(root="m.llmc", manifest={"page_size": 16})
+    windows = [np.arange(5, 26, dtype=np.int32), np.arange(40, 61, dtype=np.int32)]
+    found = measure_experts(artifact, windows, lambda what, share: None)
+    with torch.no_grad():
+        results = [model(torch.from_numpy(w[None]).long(), output_router_logits=True) for w in windows]
+    assert len(found.layers) == 2
+    for i, layer in enumerate(found.layers):
+        wanted = layer_of(torch.cat([r.router_logits[i] for r in results]), layer.k)
+        np.testing.assert_array_equal(layer.chosen, wanted.chosen)
+        assert abs(layer.loss - wanted.loss) <= 1e-5
+
+
 def test_a_token_reads_the_experts_that_it_chooses() -> None:
     paged, _ = lowered(traced(tiny_moe("olmoe")), "paged")
     shares = chosen_shares(print_graph(paged))
@@ -140,6 +159,11 @@ def test_a_model_without_experts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_picture_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", str(tmp_path), "--ppl", "x", "--picture", "y.svg"]) == 2
     assert "--picture shows what --moe measures" in capsys.readouterr().err
+
+
+def test_an_adapter_is_not_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(tmp_path), "--moe", "x", "--adapter", "a"]) == 2
+    assert "--moe runs the artifact's own weights: leave --adapter away" in capsys.readouterr().err
 
 
 def test_an_artifact_of_another_target() -> None:

@@ -16,7 +16,7 @@ import onnxruntime
 import pytest
 from llmc.codegen.artifact import Artifact
 from llmc.codegen.onnx.cuda import PROVIDER, OnnxCuda
-from llmc.ir.errors import InputError
+from llmc.ir.errors import InputError, LlmcError
 from llmc.runtime.executor import StepInputs, choose_target, open_executor
 from llmc.runtime.executor.onnx_cuda import OnnxCudaExecutor
 from llmc.runtime.sampling_params import SamplingParams
@@ -90,7 +90,7 @@ def test_where_there_is_a_gpu_it_is_asked_first_and_the_cpu_for_what_it_lacks(
     real = onnxruntime.InferenceSession
 
     class Session:
-        def __init__(self, model: bytes, options: Any, providers: list[str]) -> None:
+        def __init__(self, model: bytes, options: Any, providers: list[str], **_: Any) -> None:
             asked.append(providers)
             self._real = real(model, options, providers=["CPUExecutionProvider"])
 
@@ -107,6 +107,50 @@ def test_where_there_is_a_gpu_it_is_asked_first_and_the_cpu_for_what_it_lacks(
     assert isinstance(executor, OnnxCudaExecutor)
     assert asked == [[PROVIDER, "CPUExecutionProvider"]] == [executor.providers]
     assert executor.identity()["provider"] == PROVIDER
+
+
+def test_a_provider_that_fails_while_it_starts_is_named_with_the_reason(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = onnxruntime.InferenceSession
+
+    def session(model: bytes, options: Any, providers: list[str], **how: Any) -> Any:
+        if providers[0] == PROVIDER:
+            raise RuntimeError("CUDA failure 2: out of memory")
+        return real(model, options, providers=providers, **how)
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [PROVIDER, "CPUExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    with caplog.at_level(logging.WARNING):
+        assert open_executor(artifact, "onnx-cuda")
+    assert "out of memory); its CPU kernels run instead" in caplog.text
+    _strict(artifact, monkeypatch)
+    with pytest.raises(InputError, match=r"did not start: .* out of memory"):
+        open_executor(artifact, "onnx-cuda")
+
+
+def test_a_provider_that_fails_in_a_step_ends_the_step(
+    artifact: Artifact, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By custom onnxruntime would print a line, and answer by the CPU from then on."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as states
+
+    class Failing:
+        def __init__(self, real: Any) -> None:
+            self._real = real
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._real, name)
+
+        def run(self, *_: Any) -> Any:
+            raise states.EPFail("the GPU is gone")
+
+    with llmc.load(artifact.root, target="onnx-cuda", kv_tokens=512) as llm:
+        session: Any = llm.executor._session  # type: ignore[attr-defined]
+        session._sess = Failing(session._sess)
+        with pytest.raises(LlmcError, match="the GPU is gone"):
+            llm.generate([5, 6, 7], GREEDY)
+    assert capsys.readouterr().out == ""
 
 
 def test_asked_for_the_cpu_answers_are_those_of_onnx_cpu(

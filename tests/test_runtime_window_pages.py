@@ -8,15 +8,23 @@ and copied as an executor would: a token that is computed must find its whole wi
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, rule
 from llmc.runtime.block_manager import BlockManager
+from llmc.runtime.engine import Engine, EngineOptions, ModelFacts
+from llmc.runtime.executor import StepInputs
+from llmc.runtime.sampling_params import SamplingParams
 from llmc.runtime.scheduler import Plan, Scheduler
 from llmc.runtime.sequence import Sequence, Status
 from llmc.runtime.window_pages import most_pages
 
+from .fake_executor import FakeExecutor
 from .test_runtime_blocks import PAGE, SchedulerMachine
 
 Content = dict[tuple[int, int], tuple[int, ...]]
@@ -170,3 +178,49 @@ def test_pages_of_guesses_are_given_back() -> None:
     blocks.shrink(sequence)
     assert len(sequence.window_tables[0]) == len(sequence.block_table) == 1
     blocks.check([sequence])
+
+
+class WindowedExecutor(FakeExecutor):
+    """Notes which pages of a window's layers it is told to copy; its first copy of the others fails."""
+
+    windows, window_bytes_per_page = (8,), (16,)
+
+    def __init__(self) -> None:
+        super().__init__(page_size=PAGE)
+        self.copied: list[tuple[int, int]] = []
+        self.fails = True
+
+    def allocate_windows(self, pages: Any) -> None:
+        """There are no tensors here."""
+
+    def copy_pages(self, src: Any, dst: Any) -> None:
+        if self.fails:
+            self.fails = False
+            raise RuntimeError("no memory")
+        super().copy_pages(src, dst)
+
+    def copy_window_pages(self, which: int, src: Any, dst: Any) -> None:
+        self.copied += zip(src, dst, strict=True)
+
+    def step(self, inputs: StepInputs) -> np.ndarray:
+        return super().step(dataclasses.replace(inputs, windows=None))
+
+
+def test_copies_of_a_step_that_failed_are_not_made_by_the_next() -> None:
+    executor = WindowedExecutor()
+    engine = Engine(executor, None, ModelFacts(97, 200, ()), EngineOptions(kv_tokens=400))
+    forked = SamplingParams(n=2, max_tokens=4, temperature=1.0, seed=1)
+    engine.add_request([1, 2, 3, 4, 5, 6], forked)
+    engine.step()  # the two choices share the prompt's second page, and both write to it next
+    with pytest.raises(RuntimeError, match="no memory"):
+        engine.step()
+    engine.check()
+    engine.add_request([7, 8, 9], SamplingParams(max_tokens=3))
+    while engine.has_work:
+        engine.step()
+    assert executor.copied == []
+    engine.add_request([1, 2, 3, 4, 5, 6], forked)
+    while engine.has_work:
+        engine.step()
+    assert len(executor.copied) == 1
+    engine.check()

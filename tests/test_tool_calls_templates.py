@@ -148,6 +148,22 @@ def test_the_format_is_the_one_that_the_template_writes(style: str) -> None:
     assert detect(ChatTemplate(source, SPECIALS)) == expected
 
 
+@pytest.mark.parametrize("style", ["a hog", "another style", "hermes"])
+def test_nothing_is_rendered_twice(style: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A template that is slow costs its limit each time."""
+    template = ChatTemplate(STYLES[style][0], SPECIALS)
+    asked: list[str] = []
+    render = template.render
+
+    def noted(messages: Any, **how: Any) -> str:
+        asked.append(json.dumps([messages, how]))
+        return render(messages, **how)
+
+    monkeypatch.setattr(template, "render", noted)
+    assert detect(template) == STYLES[style][1]
+    assert len(asked) == len(set(asked)) == {"a hog": 1, "another style": 5, "hermes": 3}[style]
+
+
 CALL = {"city": "Graz", "days": [1, 2], "exact": True}
 WEATHER = Tool("weather", "Weather of a city", {"type": "object", "properties": {"city": {"type": "string"}}})
 

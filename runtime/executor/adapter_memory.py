@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import contextlib
+import math
+import mmap
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,11 +19,14 @@ if TYPE_CHECKING:
 _LANES = 16
 _MOST = (1 << 31) - 1
 """Elements of an array: the kernels index with 32 bits."""
+_HUGE = 4 << 20
+"""Bytes of an array from which large pages are asked for, as numpy does."""
 
-_Packed = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""Scales, A and B."""
+_Part = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Blocks of scales [L, 16], of A [L, K, 16] and of B [C, r, 16]."""
+Packed = Mapping[int, Sequence[_Part | None]]
+"""By the number of a place, for each of its parts; None where it stays as it is."""
 
-Allocate = Callable[[Sequence[int], "np.dtype[np.generic]"], np.ndarray]
 Bind = Callable[[str, np.ndarray], None]
 
 
@@ -29,43 +34,99 @@ def _blocks(rows: int) -> int:
     return -(-rows // _LANES)
 
 
-@dataclass
+class _Zeros:
+    """An array by slots, of zeros, which begins with a page of memory. Those slots take memory that are
+    written, until they are given back.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> None:
+        size = math.prod(shape) * dtype.itemsize
+        self._map = mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if size >= _HUGE and (advice := getattr(mmap, "MADV_HUGEPAGE", None)) is not None:
+            with contextlib.suppress(OSError):  # a kernel without them
+                self._map.madvise(advice)
+        self.array: np.ndarray = np.ndarray(shape, dtype, buffer=self._map)
+
+    def give_back(self, slot: int) -> None:
+        """Make a slot zeros; its pages take no memory then, but those at its edges, which others share."""
+        content = self.array[slot].reshape(-1).view(np.uint8)
+        first, page = slot * content.nbytes, mmap.PAGESIZE
+        start, stop = -(-first // page) * page, (first + content.nbytes) // page * page
+        advice = getattr(mmap, "MADV_DONTNEED", None)
+        if advice is None or start >= stop:
+            content[:] = 0
+            return
+        content[: start - first] = 0
+        content[stop - first :] = 0
+        self._map.madvise(advice, start, stop - start)
+
+
 class _Arrays:
     """Of one place: rank [A, P] int32, scale [A, P, L, 16], a [A, P, L, K, 16], b [A, C, 16 · L, 16]."""
 
-    rank: np.ndarray
-    scale: np.ndarray
-    a: np.ndarray
-    b: np.ndarray
+    def __init__(self, place: Place, slots: int, blocks: int) -> None:
+        dtype, parts = to_numpy(place.dtype), len(place.parts)
+        columns = _columns(place)
+        self._all = (
+            _Zeros((slots, parts, blocks, _LANES), np.dtype(np.float32)),
+            _Zeros((slots, parts, blocks, place.k, _LANES), dtype),
+            _Zeros((slots, columns, blocks * _LANES, _LANES), dtype),
+        )
+        self._rank = _Zeros((slots, parts), np.dtype(np.int32))
+        self.rank = self._rank.array
+        self.scale, self.a, self.b = (one.array for one in self._all)
+
+    def take(self, old: _Arrays) -> None:
+        """The slots of others. What an adapter does not use of its slot stays untouched."""
+        self.rank[: len(old.rank)] = old.rank
+        for slot in np.flatnonzero(old.rank.any(1)):
+            blocks = _blocks(int(old.rank[slot].max()))
+            self.scale[slot, :, :blocks] = old.scale[slot, :, :blocks]
+            self.a[slot, :, :blocks] = old.a[slot, :, :blocks]
+            self.b[slot, :, : blocks * _LANES] = old.b[slot, :, : blocks * _LANES]
+
+    def clear(self, slot: int) -> None:
+        """Nothing is in the slot any more."""
+        if self.rank[slot].any():
+            self.rank[slot] = 0
+            for one in self._all:
+                one.give_back(slot)
+
+
+def _columns(place: Place) -> int:
+    return sum(_blocks(rows) for _, rows in place.parts)
 
 
 class AdapterMemory:
-    """Slots for adapters, none at first; they grow in number and rank with what is put into them.
+    """Slots for adapters, none at first; they grow in number and rank with what is put into them, and give
+    their memory back when they are cleared.
 
-    `allocate` gives zeros that take memory when they are touched; `bind` is told each array's address anew,
-    by the name of the kernels' argument.
+    `bind` is told each array's address anew, by the name of the kernels' argument.
     """
 
-    def __init__(self, places: AdapterPlaces, allocate: Allocate, bind: Bind) -> None:
-        self._places, self._allocate, self._bind = places.places, allocate, bind
+    def __init__(self, places: AdapterPlaces, bind: Bind) -> None:
+        self._places, self._bind = places.places, bind
         self.slots = 0
         self.blocks = 1
         """Largest rank there is room for, in 16."""
         self._arrays: list[_Arrays] = []
         self._resize(0, 1)
 
-    def set(self, slot: int, factors: Factors) -> None:
-        """Fill a slot; what was in it is gone. Raises InputError where it does not fit into the kernels'
-        arrays or numbers.
+    def packed(self, factors: Factors) -> Packed:
+        """An adapter as the kernels read it; changes nothing, so any thread may call it. Raises InputError
+        where it does not fit into the kernels' numbers.
         """
-        ranks = [a.shape[0] for parts in factors.values() for a, _ in filter(None, parts)]
-        packed = {number: self._packed(number, parts) for number, parts in factors.items()}
+        return {number: self._packed(number, parts) for number, parts in factors.items()}
+
+    def set(self, slot: int, packed: Packed) -> None:
+        """Fill a slot; what was in it is gone. Raises InputError where there are more slots than the kernels
+        count.
+        """
+        ranks = [part[2].shape[1] for parts in packed.values() for part in parts if part is not None]
         blocks = max(self.blocks, _blocks(max(ranks, default=1)))
         if slot >= self.slots or blocks > self.blocks:
-            # Room for as many again: memory that nobody touches costs nothing.
-            self._resize(self.slots if slot < self.slots else 2 * slot + 2, blocks)
-        for arrays in self._arrays:
-            arrays.rank[slot] = 0
+            self._resize(self._room(slot, blocks) if slot >= self.slots else self.slots, blocks)
+        self.clear(slot)
         for number, parts in packed.items():
             arrays, block = self._arrays[number], 0
             for p, ((_, rows), part) in enumerate(zip(self._places[number].parts, parts, strict=True)):
@@ -77,16 +138,36 @@ class AdapterMemory:
                     arrays.b[slot, block : block + len(b), : b.shape[1]] = b
                 block += _blocks(rows)
 
+    def clear(self, slot: int) -> None:
+        """Empty a slot."""
+        for arrays in self._arrays:
+            arrays.clear(slot)
+
+    def _room(self, slot: int, blocks: int) -> int:
+        """How many slots to make: as many again, for memory that nobody touches costs nothing."""
+        return max(slot + 1, min(2 * slot + 2, self._most(blocks)))
+
+    def _most(self, blocks: int) -> int:
+        """The slots that a kernel can count."""
+        largest = max((max(len(p.parts) * p.k, _columns(p) * _LANES) for p in self._places), default=1)
+        return _MOST // (largest * blocks * _LANES)
+
     def _resize(self, slots: int, blocks: int) -> None:
+        if slots > self._most(blocks):
+            raise InputError(
+                f"{slots} slots of rank {blocks * _LANES} are more than a kernel can count",
+                remedy="load fewer adapters at a time, or of smaller ranks",
+            )
         old = self._arrays
-        self._arrays = [self._made(place, slots, blocks) for place in self._places]
+        try:
+            self._arrays = [_Arrays(place, slots, blocks) for place in self._places]
+        except OSError:
+            raise InputError(
+                f"there is no memory for {slots} slots of rank {blocks * _LANES}",
+                remedy="load fewer adapters at a time, or of smaller ranks",
+            ) from None
         for before, now in zip(old, self._arrays, strict=False):
-            count = len(before.rank)
-            now.rank[:count] = before.rank
-            for slot in np.flatnonzero(before.rank.any(1)):  # the others stay untouched
-                now.scale[slot, :, : self.blocks] = before.scale[slot]
-                now.a[slot, :, : self.blocks] = before.a[slot]
-                now.b[slot, :, : self.blocks * _LANES] = before.b[slot]
+            now.take(before)
         self.slots, self.blocks = slots, blocks
         for number, arrays in enumerate(self._arrays):
             self._bind(f"lora_rank.{number}", arrays.rank)
@@ -94,25 +175,8 @@ class AdapterMemory:
             self._bind(f"lora_a.{number}", arrays.a)
             self._bind(f"lora_b.{number}", arrays.b)
 
-    def _made(self, place: Place, slots: int, blocks: int) -> _Arrays:
-        count, columns = len(place.parts), sum(_blocks(rows) for _, rows in place.parts)
-        a, b = (slots, count, blocks, place.k, _LANES), (slots, columns, blocks * _LANES, _LANES)
-        for shape in (a, b):
-            if np.prod(shape, dtype=np.int64) > _MOST:
-                raise InputError(
-                    f"{slots} slots of rank {blocks * _LANES} are more than a kernel can count",
-                    remedy="load fewer adapters at a time, or of smaller ranks",
-                )
-        return _Arrays(
-            self._allocate((slots, count), np.dtype(np.int32)),
-            self._allocate((slots, count, blocks, _LANES), np.dtype(np.float32)),
-            self._allocate(a, to_numpy(place.dtype)),
-            self._allocate(b, to_numpy(place.dtype)),
-        )
-
-    def _packed(self, number: int, parts: Sequence[Factor | None]) -> list[_Packed | None]:
-        """Blocks of scales [L, 16], of A [L, K, 16] and of B [C, r, 16], of each part."""
-        result: list[_Packed | None] = []
+    def _packed(self, number: int, parts: Sequence[Factor | None]) -> list[_Part | None]:
+        result: list[_Part | None] = []
         place = self._places[number]
         for (module, _), part in zip(place.parts, parts, strict=True):
             if part is None:
@@ -131,7 +195,7 @@ class AdapterMemory:
         return result
 
 
-def _steps(a: np.ndarray, b: np.ndarray) -> _Packed:
+def _steps(a: np.ndarray, b: np.ndarray) -> _Part:
     """Scales [r] of float64, and factors in whole steps of them, -127 … 127: each row of A and each column
     of B by the largest of its numbers.
     """
@@ -149,4 +213,4 @@ def _in_blocks(rows: np.ndarray) -> np.ndarray:
     return whole.reshape(count, _LANES, rows.shape[1])
 
 
-__all__ = ["AdapterMemory"]
+__all__ = ["AdapterMemory", "Packed"]

@@ -21,6 +21,7 @@ import numpy as np
 
 from ...codegen.artifact import Artifact
 from ...ir.errors import InputError
+from .indices import within
 from .windows import WindowTables
 
 Kernels = tuple[Mapping[str, Any], Path]
@@ -120,7 +121,7 @@ def check_step(
         *_state_bounds(inputs, states),
     )
     for name, array, limit in bounds:
-        if not _within(array, limit):
+        if not within(array, limit):
             raise InputError(f"{name} holds a value outside of 0 .. {limit - 1}", remedy="check the request")
 
 
@@ -164,18 +165,6 @@ def columns(artifact: Artifact) -> int:
     if artifact.kind == "classifier":
         return len(model["labels"])
     return int(model.get("hidden_size" if artifact.kind == "encoder" else "vocab_size") or 0)
-
-
-_SHORT = 32
-"""Elements up to which Python's own numbers are faster than a call of numpy."""
-
-
-def _within(array: np.ndarray, limit: int) -> bool:
-    """Whether all elements of an int32 array lie in 0 .. limit - 1."""
-    if array.ndim == 1 and len(array) <= _SHORT:
-        return all(0 <= value < limit for value in array.tolist())
-    # As unsigned, a negative one is too large too.
-    return not array.size or bool(array.view(np.uint32).max() < limit)
 
 
 class Executor(Protocol):

@@ -230,7 +230,10 @@ def _open_session(
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     try:
         # From memory: older versions heed the folder only then (onnxruntime pull requests 23557 and 29459).
-        return ort.InferenceSession(path.read_bytes(), options, providers=list(providers))
+        # No fallback: where a provider fails, onnxruntime goes on with the CPU and says so on stdout alone.
+        return ort.InferenceSession(
+            path.read_bytes(), options, providers=list(providers), enable_fallback=False
+        )
     except Exception as error:  # onnxruntime's exceptions share no base class but this one
         raise ArtifactError(
             f"{path}: onnxruntime {ort.__version__} cannot load it ({error})",

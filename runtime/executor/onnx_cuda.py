@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ...codegen.artifact import Artifact
-from ...ir.errors import InputError
+from ...ir.errors import ArtifactError, InputError
 from .base import Executor
 from .onnx import CPU_PROVIDER, OnnxExecutor
 
@@ -49,14 +49,18 @@ def open_target(artifact: Artifact, *, isa: str | None, threads: int | None) -> 
     provider = str(entry["provider"])
     why = f"onnxruntime {ort.__version__} has no {provider}, only {', '.join(ort.get_available_providers())}"
     if provider in ort.get_available_providers():
-        executor = OnnxCudaExecutor(
-            artifact, threads=threads, target=TARGET, providers=(provider, CPU_PROVIDER)
-        )
-        if executor.providers[0] == provider:
-            return executor
+        failed = ""
+        try:
+            executor = OnnxCudaExecutor(
+                artifact, threads=threads, target=TARGET, providers=(provider, CPU_PROVIDER)
+            )
+            if executor.providers[0] == provider:
+                return executor
+        except ArtifactError as error:  # it may start and then find no memory
+            failed = f" ({error.__cause__})"
         why = (
             f"{provider} did not start: there is no GPU, or its driver, CUDA or cuDNN do not fit onnxruntime "
-            f"{ort.__version__}"
+            f"{ort.__version__}{failed}"
         )
     if entry["options"].get("fallback") == "cpu":
         _log.warning("%s: %s; its CPU kernels run instead", artifact.root, why)

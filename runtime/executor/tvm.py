@@ -27,7 +27,7 @@ from ...ir.dtypes import to_numpy
 from ...ir.errors import ArtifactError, InputError, LlmcError
 from .. import cpu
 from ..adapters import AdapterPlaces, Factors
-from .adapter_memory import AdapterMemory
+from .adapter_memory import AdapterMemory, Packed
 from .base import STEP_INPUTS, CallTimes, Kernels, StepInputs, adapter_slots, check_step
 from .pages import pages_as_bytes, pages_from_bytes
 from .windows import tables_of, window_of
@@ -100,12 +100,8 @@ class TvmExecutor:
         self.page_size = int(artifact.manifest.get("page_size", 16))
         last = next(iter(self._outputs.values())).shape
         self.vocab_size = int(last[-1]) if last and isinstance(last[-1], int) else 0
-        self.kv_bytes_per_page = sum(
-            math.prod(d for d in array.shape if isinstance(d, int)) * array.dtype.itemsize
-            for array in self._kv
-        )
-        most = [_MOST // math.prod(d for d in array.shape if isinstance(d, int)) for array in self._kv]
-        self.max_pages: int | None = min(most, default=None)
+        self.kv_bytes_per_page = sum(_size_of(array) * array.dtype.itemsize for array in self._kv)
+        self.max_pages: int | None = min((_MOST // _size_of(array) for array in self._kv), default=None)
         self.num_pages = 0
         self._window_of = [window_of(array.shape[1]) for array in self._kv]
         self.windows = tuple(sorted({w for w in self._window_of if w is not None}))
@@ -122,7 +118,7 @@ class TvmExecutor:
         self._types = int(artifact.model.get("token_types") or 0)
         self.adapter_places = AdapterPlaces.parse(entry)
         places = self.adapter_places
-        self._adapters = AdapterMemory(places, aligned, self._bind) if places is not None else None
+        self._adapters = AdapterMemory(places, self._bind) if places is not None else None
 
     def _bind_weights(self, artifact: Artifact) -> None:
         for name, place in self._arguments.items():
@@ -140,11 +136,22 @@ class TvmExecutor:
     def _bind(self, name: str, array: np.ndarray) -> None:
         self._pointers[self._arguments[name]] = array.ctypes.data
 
-    def set_adapter(self, slot: int, factors: Factors) -> None:
-        """Fill a slot; between two steps. Raises InputError where the factors do not fit."""
+    def packed_adapter(self, factors: Factors) -> Packed:
+        """See `adapters.TakesAdapters`. Raises InputError for numbers that the kernels cannot hold."""
+        return self._adapter_memory().packed(factors)
+
+    def set_adapter(self, slot: int, packed: Packed) -> None:
+        """Fill a slot; between two steps. Raises InputError where there is no room for more."""
+        self._adapter_memory().set(slot, packed)
+
+    def clear_adapter(self, slot: int) -> None:
+        """Empty a slot, whose memory is free then; between two steps."""
+        self._adapter_memory().clear(slot)
+
+    def _adapter_memory(self) -> AdapterMemory:
         if self._adapters is None:
             raise InputError("these kernels take no adapters", remedy="compile with --adapters")
-        self._adapters.set(slot, factors)
+        return self._adapters
 
     # -- the cache -----------------------------------------------------------------------------------------
     def allocate_kv(self, num_pages: int) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 
 from ...ir.errors import InputError
+from .indices import within
 
 if TYPE_CHECKING:
     from .base import StepInputs
@@ -63,7 +64,7 @@ def tables_of(
         if slots.shape != inputs.slot_mapping.shape or table.shape != inputs.block_table.shape:
             raise InputError("a window's tables have other shapes than the step's", remedy="see StepInputs")
         for name, array, limit in (("slot_mapping", slots, count * page_size), ("block_table", table, count)):
-            if array.size and not 0 <= int(array.min()) <= int(array.max()) < limit:
+            if not within(array, limit):
                 raise InputError(
                     f"{name} of a window holds a value outside of 0 .. {limit - 1}",
                     remedy="check the request",

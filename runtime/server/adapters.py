@@ -13,17 +13,17 @@ from pathlib import Path
 
 from fastapi import APIRouter
 
-from ...ir.errors import InputError, UnsupportedError
+from ...ir.errors import InputError, LlmcError, UnsupportedError
 from ..adapters import AdapterInUseError
-from .errors import ApiError, AsciiJsonResponse
+from .errors import ApiError, AsciiJsonResponse, hide_places
 from .schema import LoadAdapterRequest, UnloadAdapterRequest
 from .service import ServedModel, Service
 
 _NAME = re.compile(r"[A-Za-z0-9_][\w.:-]{0,127}", re.ASCII)
 
 
-def adapters_router(service: Service, folder: Path) -> APIRouter:
-    """The endpoints, for adapters below `folder`."""
+def adapters_router(service: Service, folder: Path, most: int) -> APIRouter:
+    """The endpoints, for adapters below `folder`; `most` are loaded at a time."""
     router = APIRouter()
     changing = asyncio.Lock()  # reading takes a while, and a name is one adapter's
 
@@ -43,10 +43,20 @@ def adapters_router(service: Service, folder: Path) -> APIRouter:
                 raise ApiError(
                     409, f"{body.lora_name!r} is served here already", param="lora_name", code="name_taken"
                 )
+            if sum(model.base is not None for model in service.models.values()) >= most:
+                raise ApiError(
+                    409,
+                    f"{most} adapters are loaded, and no more are taken; unload one",
+                    param="lora_name",
+                    code="too_many_adapters",
+                )
             path = _inside(folder, body.lora_path)
             try:
                 await service.prepare(base.llm.load_adapter, body.lora_name, path)
-            except UnsupportedError as error:
+            except LlmcError as error:
+                hide_places(error, {f"{folder.resolve()}/": ""})
+                if not isinstance(error, UnsupportedError):
+                    raise
                 raise ApiError(400, str(error), param="lora_path", code="unsupported_adapter") from None
             return AsciiJsonResponse(service.add_adapter(base, body.lora_name).describe())
 

@@ -75,8 +75,8 @@ def create_app(
         _about_router(service),
     ):
         app.include_router(router)
-    if service.settings.adapter_folder is not None:
-        app.include_router(adapters_router(service, service.settings.adapter_folder))
+    if (folder := service.settings.adapter_folder) is not None:
+        app.include_router(adapters_router(service, folder, service.settings.max_adapters))
     if service.settings.page:
         _add_page(app)
     add_error_handlers(app)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -105,6 +106,16 @@ def as_api_error(error: Exception, *, retry_after: int = 1, path: str = "") -> A
         return ApiError(500, str(error), code="engine_error")
     _log.error("a request failed", exc_info=error)
     return ApiError(500, "internal error; the server's log has the cause", code="internal_error")
+
+
+def hide_places(error: LlmcError, names: Mapping[str, str]) -> None:
+    """Put names that clients know in the place of paths in an error's text: where things lie on this machine
+    is its owner's business.
+    """
+    for place in sorted(names, key=len, reverse=True):
+        error.message = error.message.replace(place, names[place])
+        error.remedy = error.remedy.replace(place, names[place])
+    error.args = (error.message, error.remedy)
 
 
 _PROMPTS = {"/v1/chat/completions": "messages", "/v1/responses": "input", "/v1/embeddings": "input"}

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, TypeVar
 
-from .errors import ApiError
+from ...ir.errors import LlmcError
+from .errors import ApiError, hide_places
 from .service import Service
 
 if TYPE_CHECKING:
@@ -32,8 +34,12 @@ _MOST_UPLOADS = 4
 class Lane:
     """Threads for work of any length, of which a bounded amount may wait."""
 
-    def __init__(self, service: Service, name: str, threads: int, most: int) -> None:
+    def __init__(
+        self, service: Service, name: str, threads: int, most: int, places: Mapping[str, str]
+    ) -> None:
+        """`places`: paths that errors do not tell, each with the name that stands for it."""
         self._service = service
+        self._places = places
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix=f"llmc-{name}")
         self._most = most
         self._waiting = 0
@@ -64,12 +70,24 @@ class Lane:
                     return await loop.run_in_executor(self._pool, work, wanted.is_set)
             except TimeoutError:
                 raise self._service.too_late() from None
+            except LlmcError as error:
+                hide_places(error, self._places)
+                raise
             finally:
                 wanted.clear()
 
     def close(self) -> None:
         """Wait for what runs: its knowledge base must outlive it."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _places(bases: Mapping[str, KnowledgeBase]) -> dict[str, str]:
+    """Where each knowledge base lies → its name; a name without a folder tells nothing."""
+    found: dict[str, str] = {}
+    for name, base in bases.items():
+        location = base.store.location
+        found |= {base.store.cache_folder: "the cache", os.path.realpath(location): name, location: name}
+    return {place: name for place, name in found.items() if "/" in place}
 
 
 class Library:
@@ -80,10 +98,11 @@ class Library:
         self.bases = dict(bases)
         for base in self.bases.values():
             base.patience = _PATIENCE  # a search is not to wait for what a large store derives of a write
-        self.reading = Lane(service, "read", _READERS, _MOST_READING)
+        places = _places(bases)
+        self.reading = Lane(service, "read", _READERS, _MOST_READING, places)
         # One writer: a store has one at a time, and a second would only be refused.
-        self.writing = Lane(service, "write", 1, _MOST_WRITING)
-        self.answering = Lane(service, "answer", _ANSWERERS, _MOST_ANSWERING)
+        self.writing = Lane(service, "write", 1, _MOST_WRITING, places)
+        self.answering = Lane(service, "answer", _ANSWERERS, _MOST_ANSWERING, places)
         self._uploads = 0
 
     @property

@@ -29,5 +29,7 @@ class ServerSettings:
     """Whether requests may add documents to what is served of them, and delete them."""
     adapter_folder: Path | None = None
     """Where adapters lie that requests may load, and unload; None: requests change nothing."""
+    max_adapters: int = 64
+    """Most adapters at a time, where requests load them: each takes memory until it is unloaded."""
     max_upload_bytes: int = 32 << 20
     """Longest document that a request may add."""

@@ -69,8 +69,7 @@ def detect(template: Template) -> Detected:
     """How a chat template writes calls, proved by reading back one that it wrote. Formats of other packages
     are tried where none of ours reads it.
     """
-    found = detect_among(template, FORMATS)
-    return found if found.in_template else detect_among(template, lambda: plugin_formats(FORMATS))
+    return detect_among(template, FORMATS, lambda: plugin_formats(FORMATS))
 
 
 def find_format(name: str) -> ToolFormat:

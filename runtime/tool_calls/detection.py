@@ -110,41 +110,58 @@ Formats = Mapping[str, ToolFormat] | Callable[[], Mapping[str, ToolFormat]]
 """Name → format, in the order in which they are tried; or what makes that, where it takes time."""
 
 
-def detect_among(template: Template, formats: Formats) -> Detected:
-    """The first of `formats` in which a call that `template` writes is read back; NO_TOOLS where there is
-    none, or where the template shows the model no tools.
+def detect_among(template: Template, *groups: Formats) -> Detected:
+    """The first format in which a call that `template` writes is read back, of the first of `groups` where
+    there is one; NO_TOOLS where there is none, or where the template shows the model no tools.
     """
-    if not _shows_tools(template):
+    render = _Render(template)
+    if not _shows_tools(render):
         return NO_TOOLS
-    formats = formats() if callable(formats) else formats
-    if not formats:
-        return NO_TOOLS
+    for group in groups:
+        formats = group() if callable(group) else group
+        if formats and (found := _first(render, formats)) is not None:
+            return found
+    return NO_TOOLS
+
+
+def _first(render: _Render, formats: Mapping[str, ToolFormat]) -> Detected | None:
     for short_ids in (False, True):
         for arguments in ("object", "text"):
-            written = _written(template, 1, arguments, short_ids)
+            written = _written(render, 1, arguments, short_ids)
             if written is None:
                 continue
             for format in formats.values():
                 if _reads(format, written, 1):
-                    two = _written(template, 2, arguments, short_ids)
+                    two = _written(render, 2, arguments, short_ids)
                     parallel = two is not None and _reads(format, two, 2)
                     return Detected(format.name, True, arguments, parallel, short_ids)
-    return NO_TOOLS
+    return None
 
 
-def _render(
-    template: Template, messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool], *, prompt: bool = False
-) -> str | None:
-    """None where the template refuses."""
-    shown = [tool.as_openai() for tool in tools] or None
-    try:
-        return template.render(messages, tools=shown, add_generation_prompt=prompt)
-    except InputError:
-        return None
+class _Render:
+    """What a template writes with the tools above, each conversation once: one that is slow costs its limit
+    each time.
+    """
+
+    def __init__(self, template: Template) -> None:
+        self._template = template
+        self._tools = [tool.as_openai() for tool in _TOOLS]
+        self._written: dict[str, str | None] = {}
+
+    def __call__(self, messages: Sequence[Mapping[str, Any]], *, prompt: bool = False) -> str | None:
+        """None where the template refuses."""
+        key = json.dumps([messages, prompt])
+        if key not in self._written:
+            try:
+                text = self._template.render(messages, tools=self._tools, add_generation_prompt=prompt)
+            except InputError:
+                text = None
+            self._written[key] = text
+        return self._written[key]
 
 
-def _shows_tools(template: Template) -> bool:
-    text = _render(template, [_USER], _TOOLS, prompt=True)
+def _shows_tools(render: _Render) -> bool:
+    text = render([_USER], prompt=True)
     return text is not None and _NAMES[0] in text and _DESCRIPTION in text
 
 
@@ -155,7 +172,7 @@ def _call(number: int, arguments: Arguments, short_ids: bool) -> dict[str, Any]:
     return {"id": call_id, "type": "function", "function": function}
 
 
-def _written(template: Template, calls: int, arguments: Arguments, short_ids: bool) -> str | None:
+def _written(render: _Render, calls: int, arguments: Arguments, short_ids: bool) -> str | None:
     """What the template writes for the assistant's message with so many calls; None where it refuses.
 
     It is what stands behind the prompt for that message or, where a prompt ends otherwise than a message
@@ -166,13 +183,13 @@ def _written(template: Template, calls: int, arguments: Arguments, short_ids: bo
         "content": "",
         "tool_calls": [_call(number, arguments, short_ids) for number in range(calls)],
     }
-    whole = _render(template, [_USER, message], _TOOLS)
+    whole = render([_USER, message])
     if whole is None:
         return None
-    prompt = _render(template, [_USER], _TOOLS, prompt=True)
+    prompt = render([_USER], prompt=True)
     if prompt is not None and whole.startswith(prompt):
         return whole[len(prompt) :]
-    other = _render(template, [_USER, {"role": "assistant", "content": "\x1a"}], _TOOLS)
+    other = render([_USER, {"role": "assistant", "content": "\x1a"}])
     if other is None:
         return None
     same = next((i for i, (a, b) in enumerate(zip(whole, other, strict=False)) if a != b), len(other))
