@@ -364,8 +364,9 @@ def installed(model: torch.nn.Module) -> Generator[None]:
                 variants = _proven(function, form)
             finally:
                 logging.disable(before)
-            stack.callback(setattr, holder, name, function)
-            setattr(holder, name, _standing(function, form, variants))
+            if variants:  # else it is another function, that has parameters of the same names
+                stack.callback(setattr, holder, name, function)
+                setattr(holder, name, _standing(function, form, variants))
         stack.callback(_tracing.reset, _tracing.set(True))
         yield
 

@@ -278,7 +278,7 @@ def test_json(scripted: Any, capsys: Capture, tmp_path: Path) -> None:
 def test_a_model_of_its_own(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     with fake_llm(context=1000) as llm:
         own = llm.generate([{"role": "user", "content": "Hello"}], max_tokens=8, temperature=0)
-        monkeypatch.setattr("llmc.runtime.loader.load", lambda *_, **__: contextlib.nullcontext(llm))
+        monkeypatch.setattr("llmc.load", lambda *_, **__: contextlib.nullcontext(llm))
         words = ("x.llmc", "Hello", "--max-tokens", "8", "--temperature", "0")
         code, out, err = run(capsys, *words, "--no-builtin")
         assert (code, out) == (0, own.text + "\n") and "the answer was cut off; --max-tokens allows" in err

@@ -190,6 +190,6 @@ def test_who_may_change_documents(given: dict[str, Any], writable: bool):
     options: dict[str, Any] = {
         "api_key": (), "allowed_host": (), "cors_origin": (), "host": "127.0.0.1", "max_body": 1 << 20,
         "request_timeout": 1.0, "drain_timeout": 1.0, "no_page": False, "documents_writable": None,
-        "max_upload": 1 << 20, "allow_adapter_updates": None,
+        "max_upload": 1 << 20, "allow_adapter_updates": None, "max_adapters": 64,
     }  # fmt: skip
     assert _settings({**options, **given}).documents_writable is writable
