@@ -244,7 +244,7 @@ def test_eval_scores_answers(kb: Path, run: Run, tmp_path: Path, monkeypatch: py
         known = {"Where do apples grow?": "in Oslo [1].", "What does Ada press?": "Cider [1][2]"}
         return Answer(known.get(question, "not there"), found=question in known)
 
-    monkeypatch.setattr("llmc.load", lambda *_, **__: contextlib.nullcontext(object()))
+    monkeypatch.setattr("llmc.runtime.loader.load", lambda *_, **__: contextlib.nullcontext(object()))
     monkeypatch.setattr("llmc.runtime.rag.answer.answer", answer)
     path = lines(tmp_path / "q.jsonl", *QUESTIONS)
     output = tmp_path / "run.json"
