@@ -144,6 +144,9 @@ def attempt(family: str, folder: Path) -> Outcome:
 
 
 def _child(family: str, result: Any) -> None:
+    import torch
+
+    torch.set_num_threads(1)  # after a fork there are no other threads: a parallel region would wait for them
     os.environ["HF_HUB_OFFLINE"] = "1"
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)

@@ -70,7 +70,7 @@ def test_every_family_of_transformers_is_in_the_document_and_sixty_match() -> No
 def test_families_do_what_the_document_says() -> None:
     """All of them take half an hour of one core: LLMC_LONG_TESTS=1. Else some from everywhere."""
     rows = document()
-    for name in families()[:: 1 if LONG else 16]:
+    for name in families()[:: 1 if LONG else 32]:
         found, (result, int8) = tried(name), rows[name]
         assert {"equal": "matches"}.get(found.status, found.status) == result, (name, found.reason)
         if found.status == "equal":

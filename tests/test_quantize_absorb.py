@@ -25,6 +25,7 @@ from llmc.passes.derived import ScaledColumns, ScaledRows
 from llmc.passes.quantize.absorb import absorb, find_absorption, give_norms_weights
 from llmc.passes.quantize.channels import reshaped
 
+from .conftest import LONG
 from .family_configs import token_ids
 from .graphs import lowered, traced, worst
 from .small_models import FAMILIES
@@ -333,10 +334,10 @@ def test_tiny_models_keep_their_meaning(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_every_family_keeps_its_meaning(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_families_keep_their_meaning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logging.root.manager, "disable", logging.WARNING)
-    compiled = 0
-    for name in FAMILIES:
+    compiled, tried = 0, list(FAMILIES)[:: 1 if LONG else 3]
+    for name in tried:
         outcome = absorb_all(name)
         if isinstance(outcome, str):
             continue
@@ -344,4 +345,4 @@ def test_every_family_keeps_its_meaning(monkeypatch: pytest.MonkeyPatch) -> None
         scaled, total, difference = outcome
         assert difference < TOLERANCE, (name, difference)
         assert (scaled, total) == ABSORBED.get(name, (scaled, total)), name
-    assert compiled >= 45
+    assert compiled > 0.6 * len(tried)
