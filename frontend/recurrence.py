@@ -118,19 +118,20 @@ def _value(x: torch.Tensor) -> Value:
 # -- what stands for the functions, with their names of parameters
 
 
-def _nothing_else(given: Mapping[str, Any]) -> None:
-    """Refuses arguments that nothing here knows: they may change the result."""
+def _nothing_of(**given: Any) -> None:
+    """Refuses arguments that would change the result."""
     for name, x in given.items():
         if x is not None and x is not False:
-            raise UnsupportedError(
-                f"a recurrence is given {name}, which is not supported", remedy="report the model"
-            )
+            raise _refused(name)
 
 
-def _causal_conv1d(
-    hidden_states: Any, weight: Any, bias: Any = None, activation: str | None = None, **rest: Any
-) -> Any:
-    _nothing_else(rest)
+def _refused(name: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"a recurrence is given {name}, which is not supported", remedy="report the model"
+    )
+
+
+def _causal_conv1d(hidden_states: Any, weight: Any, bias: Any = None, activation: str | None = None) -> Any:
     name = _NAMES.get(activation or "", activation)
     inside = name if name in ACTIVATIONS else None
     x, filters = hidden_states.transpose(1, 2), weight.transpose(0, 1)
@@ -154,12 +155,10 @@ def _selective_scan(
     delta_softplus: bool = False,
     use_mambapy: bool = False,
     use_associative_scan: bool = False,
-    **rest: Any,
 ) -> Any:
     """The two flags `use_…` choose among ways to the same numbers."""
     import torch
 
-    _nothing_else(rest)
     x, step, b, c = (v.transpose(1, 2) for v in (hidden_states, dt, B, C))
     y = _operators().selective_scan(x, step, b, c, A.transpose(0, 1), D, delta_bias, delta_softplus)
     if z is not None:
@@ -179,11 +178,10 @@ def _ssd_scan(
     initial_states: Any = None,
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, math.inf),
-    **rest: Any,
 ) -> Any:
     import torch
 
-    _nothing_else({**rest, "initial_states": initial_states})
+    _nothing_of(initial_states=initial_states)
     dt = dt if dt_bias is None else dt + dt_bias
     dt = torch.nn.functional.softplus(dt) if dt_softplus else dt
     low, high = dt_limit
@@ -206,9 +204,8 @@ def _gated_delta_rule(
     initial_state: Any = None,
     output_final_state: bool = False,
     use_qk_l2norm_in_kernel: bool = False,
-    **rest: Any,
 ) -> tuple[Any, None]:
-    _nothing_else({**rest, "initial_state": initial_state, "output_final_state": output_final_state})
+    _nothing_of(initial_state=initial_state, output_final_state=output_final_state)
     scale = key.shape[-1] ** -0.5
     if use_qk_l2norm_in_kernel:
         query, key = (_unit(x, 1e-6) for x in (query, key))
@@ -233,7 +230,7 @@ def _linear_recurrence(
     acc_dtype: Any = None,
 ) -> tuple[Any, None]:
     """`reset` is where a sequence begins, before which there is no state that the gate could keep."""
-    _nothing_else({"recurrent_states": recurrent_states})
+    _nothing_of(recurrent_states=recurrent_states)
     return _operators().linear_recurrence(hidden_states, recurrent_gate), None
 
 
@@ -397,22 +394,19 @@ def _standing(function: Callable[..., Any], form: _Form, variants: frozenset[str
 
 
 def _known(bound: inspect.BoundArguments, form: _Form) -> dict[str, Any]:
-    """A call's arguments by name, without those that `form.stands` has no name for and that are what the
-    function takes anyway. Raises UnsupportedError for other ones.
+    """A call's arguments by name, without those that `form.stands` has no name for and that ask for nothing:
+    they are what the function takes anyway. Raises UnsupportedError for other ones.
     """
-    named = inspect.signature(form.stands).parameters
-    found: dict[str, Any] = {}
+    named, parameters = inspect.signature(form.stands).parameters, bound.signature.parameters
+    given: dict[str, Any] = {}
     for name, x in bound.arguments.items():
-        parameter = bound.signature.parameters[name]
-        if parameter.kind is parameter.VAR_KEYWORD:
-            found |= x
-        elif name in named or not _is_same(x, parameter.default):
-            found[name] = x if name in named or x is not False else _GIVEN
-    return found
-
-
-_GIVEN = object()
-"""In the place of a False that is no default."""
+        given |= x if parameters[name].kind is inspect.Parameter.VAR_KEYWORD else {name: x}
+    for name in given.keys() - named.keys():
+        x = given.pop(name)
+        default = parameters[name].default if name in parameters else False
+        if x is not None and not _is_same(x, default):
+            raise _refused(name)
+    return given
 
 
 def _is_same(x: Any, default: Any) -> bool:

@@ -138,9 +138,8 @@ CASES = [("llama", name) for name in SCALINGS] + [
 ]
 
 
-@pytest.mark.parametrize(("family", "name"), CASES)
-def test_tables_equal_transformers(family: str, name: str, tmp_path: Path) -> None:
-    source, theirs, length = scaled(family, name, tmp_path)
+def assert_same_tables(source: Any, theirs: Any, length: int) -> None:
+    """The tables of the queries and keys of two layers are those of transformers, to the bit."""
     positions = places(length)
     graph, _ = lowered(trace_source(source), "paged")
     cos, sin = rotary_of(theirs)(torch.zeros(1, length, 1), torch.arange(length)[None])
@@ -149,6 +148,12 @@ def test_tables_equal_transformers(family: str, name: str, tmp_path: Path) -> No
     for _, found_cos, found_sin in ours:
         assert np.array_equal(found_cos.reshape(len(positions), -1), cos[0, positions].numpy())
         assert np.array_equal(found_sin.reshape(len(positions), -1), sin[0, positions].numpy())
+
+
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_tables_equal_transformers(family: str, name: str, tmp_path: Path) -> None:
+    source, theirs, length = scaled(family, name, tmp_path)
+    assert_same_tables(source, theirs, length)
 
 
 @pytest.mark.parametrize("name", ["linear", "yarn", "dynamic", "llama3"])
@@ -169,14 +174,7 @@ def test_each_kind_of_layers_has_its_own_tables(name: str, tmp_path: Path) -> No
 def test_partial_rotary_with_a_scaling(tmp_path: Path) -> None:
     """A quarter of each head is turned, by frequencies that are scaled for that width."""
     source, theirs, length = scaled("gpt_neox", "yarn", tmp_path)
-    positions = places(length)
-    graph, _ = lowered(trace_source(source), "paged")
-    cos, sin = rotary_of(theirs)(torch.zeros(1, length, 1), torch.arange(length)[None])
-    ours = tables(graph, positions)
-    assert len(ours) == 4
-    for _, found_cos, found_sin in ours:
-        assert np.array_equal(found_cos.reshape(len(positions), -1), cos[0, positions].numpy())
-        assert np.array_equal(found_sin.reshape(len(positions), -1), sin[0, positions].numpy())
+    assert_same_tables(source, theirs, length)
 
 
 @cache
@@ -192,14 +190,7 @@ def test_models_published_with_a_scaling(kind: str, tmp_path: Path) -> None:
     """Without any option: the kinds that change with the length, and part of a head with its own waves."""
     source, theirs = _published(kind, tmp_path)
     length = source.length = 2 * CONTEXT if kind == "dynamic" else CONTEXT  # up to CONTEXT it does nothing
-    graph, _ = lowered(trace_source(source), "paged")
-    cos, sin = rotary_of(theirs)(torch.zeros(1, length, 1), torch.arange(length)[None])
-    positions = places(length)
-    ours = tables(graph, positions)
-    assert len(ours) == 4
-    for _, found_cos, found_sin in ours:
-        assert np.array_equal(found_cos.reshape(len(positions), -1), cos[0, positions].numpy())
-        assert np.array_equal(found_sin.reshape(len(positions), -1), sin[0, positions].numpy())
+    assert_same_tables(source, theirs, length)
 
 
 def test_kernels_compute_the_same_tables_up_to_131072_tokens(tmp_path: Path) -> None:

@@ -140,8 +140,33 @@ def test_variant_that_is_not_proven_is_refused_by_name() -> None:
             UnsupportedError, match=r"twice in .*\(silu\) does not compute what its parameters"
         ):
             held(torch.randn(1, 3, 6), torch.randn(3, 4), activation="silu")
-        with pytest.raises(UnsupportedError, match="is given initial_states, which is not supported"):
-            recurrence._causal_conv1d(torch.randn(1, 3, 6), torch.randn(3, 4), initial_states=torch.ones(1))
+
+
+def test_arguments_that_nothing_here_knows_are_refused_where_they_ask_for_something() -> None:
+    def filtered(
+        hidden_states: Any,
+        weight: Any,
+        bias: Any = None,
+        activation: Any = None,
+        whole: Any = True,
+        **more: Any,
+    ) -> Any:
+        count, width = hidden_states.shape[-1], weight.shape[-1]
+        return torch.nn.functional.conv1d(
+            hidden_states, weight[:, None], bias, padding=width - 1, groups=len(weight)
+        )[..., :count]
+
+    module = _module(filtered=filtered)
+    given = torch.randn(1, 3, 6), torch.randn(3, 4)
+    nothing: list[dict[str, Any]] = [{"whole": True}, {"whole": None}, {"seq_idx": None}, {"final": False}]
+    with recurrence.installed(module):
+        held = sys.modules["llmc_test_recurrence"].filtered
+        assert held is not filtered
+        for asked in nothing:
+            torch.testing.assert_close(held(*given, **asked), filtered(*given))
+        for name, x in (("whole", False), ("seq_idx", torch.ones(1)), ("final", True)):
+            with pytest.raises(UnsupportedError, match=f"is given {name}, which is not supported"):
+                held(*given, **{name: x})
 
 
 def test_peak_of_memory_is_predicted_where_a_weight_stands_before_the_tokens() -> None:
