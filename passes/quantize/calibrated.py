@@ -24,6 +24,7 @@ import numpy as np
 
 from ...ir.core import Graph, Value
 from ...ir.errors import CompileError, InputError
+from ...ir.ops.moe import Moe
 from ...ir.types import Quantization
 from ..base import PassContext
 from ..calibration import Calibration, too_few_tokens
@@ -154,8 +155,7 @@ def walk(
             reads += read_of_mixtures(mixtures) if known is None else ()
             exact.advance(segment, also=reads, short=True)
             if known is not None:
-                stacked = [w for op in mixtures for w in (op.gate_up, op.down)]
-                codes = {w: {part: known[f"{w.name}.{part}"] for part in PARTS} for w in [*targets, *stacked]}
+                codes = _read_codes(known, targets, mixtures)
             else:
                 inputs = measure_inputs(segment, exact, quantized, targets)
                 codes = _coded(inputs, grid_of, method, found.notes)
@@ -174,6 +174,14 @@ def walk(
             _keep_on_disk(work.load(piece, mapped=True), found)
     quantized.close()
     return found
+
+
+def _read_codes(
+    known: Mapping[str, Array], targets: Sequence[Value], mixtures: Sequence[Moe]
+) -> dict[Value, dict[str, Array]]:
+    """The codes of a segment, out of the piece that an interrupted run left."""
+    stacked = [w for op in mixtures for w in (op.gate_up, op.down)]
+    return {w: {part: known[f"{w.name}.{part}"] for part in PARTS} for w in [*targets, *stacked]}
 
 
 def _keep_on_disk(mapped: Mapping[str, Array], found: Walked) -> None:
