@@ -5,9 +5,12 @@ Exit codes: 0 done, 1 the work failed, 2 the call or the input is wrong.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import importlib
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from typing import Any
@@ -87,6 +90,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
+def script() -> None:
+    """The program: `main`, and the end of the process with its exit code.
+
+    Python takes every module apart before it ends: two seconds where torch and transformers were imported.
+    What was to happen at exit happens; the memory is left to the system.
+    """
+    code = main()
+    others = [one for one in threading.enumerate() if one is not threading.main_thread() and not one.daemon]
+    if others:  # Python waits for them
+        sys.exit(code)
+    atexit._run_exitfuncs()  # pyright: ignore[reportPrivateUsage]  (as multiprocessing ends its processes)
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
 def _replace_closed_streams() -> None:
     """A stream that was closed before we began (`llmc run … >&-`) is None in Python; commands write to it."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
@@ -161,4 +181,4 @@ def _report(message: str, *, code: int, as_json: bool) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script()

@@ -30,9 +30,11 @@ def verdict_facts(quality: Mapping[str, Any] | None) -> list[tuple[str, str | No
     kl, agreement, output = number("kl"), number("top1_agreement"), number("output_error")
     known = None not in (ppl, source, increase)
     layers = worst_layers(quality)
+    errors = number("ppl_increase_percent_stderr"), number("kl_stderr")
+    widths = ["" if error is None else f" ± {error:.2g}" for error in errors]
     return [
-        ("perplexity", f"{increase:+.2f} % ({source:.3f} → {ppl:.3f})" if known else None),
-        ("KL from source", None if kl is None else f"{kl:.4f} nats a token"),
+        ("perplexity", f"{increase:+.2f}{widths[0]} % ({source:.3f} → {ppl:.3f})" if known else None),
+        ("KL from source", None if kl is None else f"{kl:.4f}{widths[1]} nats a token"),
         ("top-1 agreement", None if agreement is None else f"{agreement:.2%}"),
         ("output error", None if output is None else f"{output:.2%}"),
         ("worst layer", f"{layers[0][0]}, error {layers[0][1]:.2%}" if layers else None),

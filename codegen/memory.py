@@ -59,10 +59,10 @@ def processes_at_once(most: int, each: int) -> int:
     """
     if _capped.get():
         return 1
-    return max(1, min(most, _cores(), _memory() // (4 * each)))
+    return max(1, min(most, processors(), _memory() // (4 * each)))
 
 
-def _cores() -> int:
+def processors() -> int:
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

@@ -20,6 +20,7 @@ import json
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -59,6 +60,12 @@ class Target(ABC):
     """The target whose emitters serve this one too, where that is another (`Op.emitters` names those)."""
     kv_dtype: ClassVar[str] = "float16"
     """Element type of a quantized model's cache, where the user names none and the targets agree."""
+
+    def prepared(self) -> AbstractContextManager[None]:
+        """What the target begins before there is a graph, in other processes than this one: entered before
+        the model is opened, left after the last `compile`. Not asked for under a cap of memory.
+        """
+        return nullcontext()
 
     @abstractmethod
     def compile(self, graph: Graph, writer: ArtifactWriter, *, progress: Progress) -> dict[str, Any]:
@@ -150,6 +157,15 @@ def collect(points: Iterable[metadata.EntryPoint]) -> list[TargetEntry]:
     loaded.
     """
     return [TargetEntry(item) for item in collect_entries(GROUP, points).values()]
+
+
+def prepare_targets(targets: Iterable[Target], stack: ExitStack) -> None:
+    """Let targets begin what takes a while, until `stack` is closed; an error of another package's names
+    it.
+    """
+    for target in targets:
+        with blaming(f"target {target.name}", target):
+            stack.enter_context(target.prepared())
 
 
 def emit_target(

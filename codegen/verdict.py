@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from ..ir.errors import InputError
 from ..passes.base import Pass, PassContext
 from ..passes.quantize.quality import (
-    CHEAP_SEQUENCES,
-    SEQUENCES,
+    CHEAP,
+    FULL,
     Limits,
     MeasureQuality,
     TakeReference,
@@ -62,10 +62,10 @@ def with_verdict(scheme: str, passes: Sequence[Pass], options: VerdictOptions) -
     """The passes of a scheme with the measurement around them, where they lose anything."""
     if not options.measure or all(p.name in LOSSLESS for p in passes):
         return list(passes)
-    calibrated = any(p.needs_calibration for p in passes)
+    thorough = options.limits or any(p.needs_calibration for p in passes)
     limits = (options.max_kl, options.max_ppl_increase)
     verdict = MeasureQuality(
-        scheme, SEQUENCES if calibrated else CHEAP_SEQUENCES, *(-1.0 if v is None else v for v in limits)
+        scheme, *(FULL if thorough else CHEAP), *(-1.0 if v is None else v for v in limits)
     )
     return [TakeReference(), *passes, verdict]
 

@@ -151,7 +151,7 @@ def test_a_tree_below_its_cap_is_left_alone_and_a_real_interrupt_stays_one() -> 
 
 
 def test_processes_run_side_by_side_as_cores_and_memory_allow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_cores", lambda: 4)
+    monkeypatch.setattr(memory, "processors", lambda: 4)
     monkeypatch.setattr(memory, "_memory", lambda: 14 << 30)
     assert memory.processes_at_once(3, 1 << 30) == 3
     assert memory.processes_at_once(9, 1 << 30) == 3  # a quarter of the memory

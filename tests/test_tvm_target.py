@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from llmc.codegen.tvm.cpu import OPERATIONS, supports
-from llmc.codegen.tvm.worker import Compilation
+from llmc.codegen.tvm.worker import Compilation, ready_workers
 from llmc.ir import interpreter
 from llmc.ir.core import Graph
 from llmc.ir.errors import CompileError, InputError, UnsupportedError
@@ -276,10 +276,40 @@ def test_a_worker_ends_with_the_compilation(tmp_path: Path) -> None:
     o = Ops()
     o.out("sum", m.Add(o.a, o.b))
     with Compilation(print_graph(o.graph), ISA, tmp_path / "x.so") as compilation:
-        process = compilation._process
+        assert compilation._process is not None
+        process = compilation._process.popen
         assert process.poll() is None
     assert process.poll() is not None
     assert not (tmp_path / "x.so").exists()
+
+
+def test_a_worker_that_is_ready_takes_one_job_after_the_other_and_ends(tmp_path: Path) -> None:
+    o = Ops()
+    o.out("sum", m.Add(o.a, o.b))
+    text = print_graph(o.graph)
+    with ready_workers(1):
+        used: list[subprocess.Popen[bytes]] = []
+        for name in ("1.so", "2.so"):
+            with Compilation(text, ISA, tmp_path / name) as compilation:
+                assert compilation._process is not None
+                used.append(compilation._process.popen)
+                assert compilation.result()["symbols"] is not None
+        assert used[0] is used[1]
+        assert used[0].poll() is None, "it waits for the next job"
+        # A job that fails ends its process; the next one gets another.
+        with (
+            pytest.raises(CompileError, match="no-such-folder"),
+            Compilation(text, ISA, tmp_path / "no-such-folder" / "x.so") as compilation,
+        ):
+            compilation.result()
+        assert used[0].poll() is not None
+        with Compilation(text, ISA, tmp_path / "3.so") as compilation:
+            assert compilation._process is not None
+            used.append(compilation._process.popen)
+            compilation.result()
+    assert used[2].poll() is not None
+    libraries = [(tmp_path / name).read_bytes() for name in ("1.so", "2.so", "3.so")]
+    assert libraries[0] == libraries[1] == libraries[2]
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc here")
@@ -290,7 +320,8 @@ def test_a_worker_ends_where_its_compilation_is_killed(seconds: float, tmp_path:
     script = f"""
 import time
 from llmc.codegen.tvm.worker import Compilation
-print(Compilation({print_graph(o.graph)!r}, {ISA!r}, {str(tmp_path / "x.so")!r})._process.pid, flush=True)
+worker = Compilation({print_graph(o.graph)!r}, {ISA!r}, {str(tmp_path / "x.so")!r})
+print(worker._process.popen.pid, flush=True)
 time.sleep(600)
 """
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:

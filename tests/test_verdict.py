@@ -83,7 +83,8 @@ def test_numbers_are_those_of_the_whole_models(name: str, tmp_path: Path) -> Non
     quantize(graph)
     held = sequences()
     found = measure(source, graph, held, tmp_path)
-    nll = nll_source = kl = agree = 0.0
+    nll = nll_source = agree = 0.0
+    gaps, kls = [], []
     for ids in held:
         p, q = (
             torch.log_softmax(logits_of(g, ids.tolist()).double(), -1).numpy()[:-1] for g in (source, graph)
@@ -91,13 +92,18 @@ def test_numbers_are_those_of_the_whole_models(name: str, tmp_path: Path) -> Non
         rows = np.arange(len(ids) - 1)
         nll -= q[rows, ids[1:]].sum()
         nll_source -= p[rows, ids[1:]].sum()
-        kl += (np.exp(p) * (p - q)).sum()
+        gaps.append((p - q)[rows, ids[1:]])
+        kls.append((np.exp(p) * (p - q)).sum(-1))
         agree += (p.argmax(-1) == q.argmax(-1)).sum()
     count = sum(len(ids) - 1 for ids in held)
     assert found.tokens == count
     assert found.ppl == pytest.approx(math.exp(nll / count), rel=1e-4)
     assert found.ppl_source == pytest.approx(math.exp(nll_source / count), rel=1e-4)
-    assert found.kl == pytest.approx(kl / count, rel=1e-3)
+    kl, gap = np.concatenate(kls), np.concatenate(gaps)
+    assert found.kl == pytest.approx(kl.mean(), rel=1e-3)
+    assert found.kl_stderr == pytest.approx(kl.std(ddof=1) / math.sqrt(count), rel=1e-3)
+    increase = 100 * (found.ppl / found.ppl_source) * gap.std(ddof=1) / math.sqrt(count)
+    assert found.increase_stderr == pytest.approx(increase, rel=1e-3)
     assert found.agreement == pytest.approx(agree / count)
     assert found.kl > 0.01, "two bits lose something"
     assert [one.name.rsplit(".")[-1] for one in found.layers] == ["embedding", "0", "1", "head"]
@@ -230,6 +236,20 @@ def test_the_pass_leaves_the_verdict_in_the_context() -> None:
     assert quality["ppl_increase_percent"] == pytest.approx(
         percent(quality["ppl"], quality["ppl_source"]), abs=0.01
     )
+    shorter = judged(MeasureQuality("int4-g32", 1, 9)).quality
+    assert shorter is not None
+    assert (shorter["tokens"], shorter["text"]["length"]) == (8, 9)
+
+
+def test_a_scheme_of_seconds_is_judged_on_less_text_unless_a_limit_asks_for_more() -> None:
+    def tokens(scheme: str, **limits: float) -> int:
+        options = VerdictOptions(**limits)
+        verdict = with_verdict(scheme, quantization_passes(scheme), options)[-1]
+        assert isinstance(verdict, MeasureQuality)
+        return verdict.sequences * verdict.length
+
+    assert tokens("int4-g64") == 4 * 256
+    assert tokens("int4-g64", max_kl=0.5) == tokens("gptq-int4-g64") == 8 * 512
 
 
 def test_a_limit_that_is_passed_is_a_sentence_and_exit_1() -> None:
@@ -244,7 +264,7 @@ def test_a_limit_that_is_passed_is_a_sentence_and_exit_1() -> None:
 
 def test_both_limits_are_named_and_the_worst_layers() -> None:
     layers = tuple(LayerError(f"model.layers.{i}", i / 100) for i in range(6))
-    lost = Measured(9, 22.0, 20.0, 0.5, 0.7, 0.2, layers)
+    lost = Measured(9, 22.0, 20.0, 0.5, 0.7, 0.01, 0.5, 0.2, layers)
     with pytest.raises(LlmcError) as caught:
         MeasureQuality("int8", max_kl=0.25, max_ppl_increase=9.0)._judge(lost)  # pyright: ignore[reportPrivateUsage]
     assert caught.value.message == (
@@ -262,7 +282,7 @@ def test_limits_that_hold_refuse_nothing() -> None:
 
 
 def test_numbers_that_are_none_pass_every_limit() -> None:
-    broken = Measured(3, math.nan, 1.0, math.nan, 0.0, math.nan, (LayerError("a", math.nan),))
+    broken = Measured(3, math.nan, 1.0, math.nan, 0.0, math.nan, math.nan, math.nan, (LayerError("a", math.nan),))
     with pytest.raises(LlmcError, match="KL nan"):
         MeasureQuality("int8", max_kl=5.0)._judge(broken)  # pyright: ignore[reportPrivateUsage]
     assert report(broken, {})["kl"] is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,6 +19,8 @@ from ...ir.printer import print_graph
 from ...plugins.entries import package_of
 from ..extensions import extensions_key
 from ..legalize import legalize
+from ..memory import processes_at_once, processors
+from ..peak import WORKER_BYTES
 from ..target import Progress, Target
 from .kernels import kv_layout
 from .kernels.isa import LEVELS
@@ -25,7 +28,7 @@ from .kernels.layout import has_bytes
 from .kernels.schedule import Schedule
 from .libraries import Libraries
 from .weights import expert_layouts, page_values, stored_type, weight_specs
-from .worker import Tuning
+from .worker import Tuning, ready_workers
 
 if TYPE_CHECKING:
     from ...ir.core import Graph
@@ -85,6 +88,10 @@ class TvmCpu(Target):
         """
         with Tuning(text, self.levels(), self.tune) as tuning:
             return tuning.result(lambda what, share: progress(f"tvm-cpu: sizes of {what}", 0.5 * share))
+
+    def prepared(self) -> AbstractContextManager[None]:
+        """Kernel compilers that import TVM while the model is opened, where that leaves a processor idle."""
+        return ready_workers(min(processes_at_once(len(self.levels()), WORKER_BYTES), processors() - 1))
 
     def compile(self, graph: Graph, writer: ArtifactWriter, *, progress: Progress) -> dict[str, Any]:
         """Kernels in other processes, a level each, several at once; this one packs the weights meanwhile.

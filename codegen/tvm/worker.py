@@ -1,11 +1,14 @@
-"""Compiles one kernel library, or searches for schedules, in a process of its own: `python -m
+"""Compiles kernel libraries, or searches for schedules, in processes of their own: `python -m
 llmc.codegen.tvm.worker PARENT`, where PARENT is the id of the process that waits for it. Its input is one
-JSON object, the job, with the graph as text.
+JSON object a line, a job each, with the graph as text; it ends with its input.
 
 A process of its own because LLVM ends the process where an instruction cannot be selected, which must become
 an error; because TVM's memory must not add to torch's; and because a graph is text, which passes without
-pickling. Prints a JSON object a line, the result last: the symbols and arguments of the library, or what was
-found; or an error's kind, message and remedy.
+pickling. Prints a JSON object a line, the last of a job its result: the symbols and arguments of the library,
+or what was found; or an error's kind, message and remedy, and then it ends.
+
+Importing TVM takes a second, in which a compilation that reads its model leaves other processors idle: within
+`ready_workers` processes are started at once, and go from one job to the next.
 """
 
 from __future__ import annotations
@@ -13,74 +16,135 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
-from typing import IO, Any, Self
+from threading import Thread
+from typing import Any, Self
 
 from ...ir import errors
 from ...ir.errors import CompileError, LlmcError
 from .kernels.schedule import Schedule
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
-_LOOK = 0.2  # seconds between two looks at what a worker says
+
+
+class _Process:
+    """A process that does one job after the other."""
+
+    def __init__(self, **environment: str) -> None:
+        # Closed by `close`. A file and not a pipe: nobody reads while the worker writes.
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115
+        # -P: a folder named like one of ours in the current directory must not be imported.
+        self.popen = subprocess.Popen(
+            [sys.executable, "-P", "-m", __name__, str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._said,
+            env={**os.environ, **environment},
+        )
+
+    def begin(self, job: Mapping[str, Any]) -> None:
+        """Give it a job; `answers` says what became of it."""
+
+        def write(text: bytes) -> None:
+            assert self.popen.stdin is not None
+            # A process that has died says so where its answer is asked for.
+            with contextlib.suppress(OSError, ValueError):
+                self.popen.stdin.write(text)
+                self.popen.stdin.flush()
+
+        # A thread, since the process reads nothing before it has imported TVM.
+        Thread(target=write, args=(json.dumps(job).encode() + b"\n",), daemon=True).start()
+
+    def answers(self) -> Generator[dict[str, Any]]:
+        """The JSON objects that it prints, until it ends; whatever else stands between them is left out."""
+        assert self.popen.stdout is not None
+        for line in self.popen.stdout:
+            with contextlib.suppress(ValueError):
+                answer = json.loads(line)
+                if isinstance(answer, dict):
+                    yield answer
+
+    def said(self) -> str:
+        """The last lines of its standard error."""
+        self._said.seek(0)
+        lines = self._said.read().decode(errors="replace").splitlines()
+        return " | ".join([line for line in lines if line.strip()][-3:]) or "it said nothing"
+
+    def close(self) -> None:
+        """End it, whatever it is doing."""
+        if self.popen.poll() is None:
+            self.popen.kill()
+        self.popen.wait()
+        for stream in (self.popen.stdin, self.popen.stdout, self._said):
+            with contextlib.suppress(OSError):  # what was still to be written to a process that has ended
+                if stream is not None:
+                    stream.close()
+
+
+_ready: ContextVar[list[_Process] | None] = ContextVar("ready", default=None)
+
+
+@contextmanager
+def ready_workers(count: int) -> Generator[None]:
+    """`count` processes that import TVM meanwhile and then wait; compilations within take them, and leave
+    them for the next.
+    """
+    processes = [_Process() for _ in range(count)]
+    before = _ready.set(processes)
+    try:
+        yield
+    finally:
+        _ready.reset(before)
+        for process in processes:
+            process.close()
 
 
 class Worker:
-    """A process with a job. `result` waits for it; leaving the `with` block ends it."""
+    """A job in a process. `result` waits for it; leaving the `with` block before ends the process."""
 
-    def __init__(self, job: Mapping[str, Any], **environment: str) -> None:
-        # Closed by __exit__. Files and not pipes: nobody reads while the worker writes.
-        self._output = tempfile.TemporaryFile()  # noqa: SIM115
-        self._said = tempfile.TemporaryFile()  # noqa: SIM115
-        with tempfile.TemporaryFile() as given:
-            given.write(json.dumps(job).encode())
-            given.seek(0)
-            # -P: a folder named like one of ours in the current directory must not be imported.
-            command = [sys.executable, "-P", "-m", __name__, str(os.getpid())]
-            self._process = subprocess.Popen(
-                command,
-                stdin=given,
-                stdout=self._output,
-                stderr=self._said,
-                env={**os.environ, **environment},
-            )
+    def __init__(self, job: Mapping[str, Any], process: _Process) -> None:
+        self._process: _Process | None = process
+        process.begin(job)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._process.poll() is None:
-            self._process.kill()
-            self._process.wait()
-        self._output.close()
-        self._said.close()
+        if self._process is not None:
+            self._process.close()
+            self._process = None
 
-    def _last(self) -> dict[str, Any] | None:
-        """What the worker printed last; None where that is nothing, or no whole line yet."""
-        # The worker writes through the same open file: its place in it must not move.
-        size = os.fstat(self._output.fileno()).st_size
-        lines = os.pread(self._output.fileno(), size, 0).decode(errors="replace").split("\n")[:-1]
-        with contextlib.suppress(ValueError, IndexError):
-            return json.loads([line for line in lines if line.strip()][-1])
-        return None
+    def _result(
+        self, what: str, remedy: str, partial: Callable[[dict[str, Any]], bool] = lambda answer: False
+    ) -> dict[str, Any]:
+        """What the worker printed, once `partial` does not take it. Raises what the worker raised, or
+        CompileError where it died.
+        """
+        assert self._process is not None, "a result is asked for once"
+        for answer in self._process.answers():
+            if not partial(answer):
+                _raise_again(answer)
+                self._release(self._process)
+                return answer
+        status = self._process.popen.wait()
+        raise CompileError(f"{what} ended with status {status}: {self._process.said()}", remedy=remedy)
 
-    def _result(self, what: str, remedy: str) -> dict[str, Any]:
-        """What the worker printed. Raises what the worker raised, or CompileError where it died."""
-        status = self._process.wait()
-        last = self._last()
-        if status == 0 and last is not None:
-            return last
-        if status == 1 and last is not None:
-            _raise_again(last)
-        said = " | ".join(_lines(self._said)[-3:]) or "it said nothing"
-        raise CompileError(f"{what} ended with status {status}: {said}", remedy=remedy)
+    def _release(self, process: _Process) -> None:
+        """Leave a process that has done its job to the next one, where there may be one."""
+        ready = _ready.get()
+        if ready is not None:
+            ready.append(process)
+            self._process = None
 
 
 class Compilation(Worker):
@@ -91,7 +155,9 @@ class Compilation(Worker):
     ) -> None:
         self.isa = isa
         given = {key: schedule.as_json() for key, schedule in (schedules or {}).items()}
-        super().__init__({"graph": graph_text, "isa": isa, "out": str(out), "schedules": given})
+        ready = _ready.get()
+        process = ready.pop() if ready else _Process()
+        super().__init__({"graph": graph_text, "isa": isa, "out": str(out), "schedules": given}, process)
 
     def result(self) -> dict[str, Any]:
         """What `build` returned, as JSON. Raises what it raised, or CompileError where the worker died."""
@@ -104,26 +170,24 @@ class Tuning(Worker):
 
     def __init__(self, graph_text: str, levels: Sequence[str], seconds: float) -> None:
         job = {"graph": graph_text, "levels": list(levels), "seconds": seconds}
-        super().__init__(job, TVM_NUM_THREADS="1")
+        super().__init__(job, _Process(TVM_NUM_THREADS="1"))
 
     def result(self, progress: Callable[[str, float], None]) -> tuple[str, dict[str, Schedule], int]:
         """Level, schedules and number of kernels of what `tune` returned. Raises what it raised, or
         CompileError where the worker died.
         """
-        while self._process.poll() is None:
-            time.sleep(_LOOK)
-            last = self._last()
-            if last is not None and "share" in last:
-                progress(last["what"], last["share"])
-        found = self._result("the search for schedules", "compile without --tune, and report the model")
+
+        def told(answer: dict[str, Any]) -> bool:
+            if "share" not in answer:
+                return False
+            progress(answer["what"], answer["share"])
+            return True
+
+        remedy = "compile without --tune, and report the model"
+        found = self._result("the search for schedules", remedy, told)
         parsed = {key: Schedule.parse(value) for key, value in found["schedules"].items()}
         schedules = {key: one for key, one in parsed.items() if one is not None}
         return found["isa"], schedules, found["kernels"]
-
-
-def _lines(file: IO[bytes]) -> list[str]:
-    file.seek(0)
-    return [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
 
 
 def _raise_again(error: Mapping[str, Any]) -> None:
@@ -151,13 +215,21 @@ def main(arguments: list[str]) -> int:
     # tvm_ffi imports torch where it is installed, for tensors that this process never sees. It is our own
     # process.
     sys.modules["torch"] = None  # type: ignore[assignment]
-    try:
-        job = json.load(sys.stdin)
-        result = _build(job) if "out" in job else _tune(job)
-    except LlmcError as error:
-        print(json.dumps({"kind": type(error).__name__, "message": error.message, "remedy": error.remedy}))
-        return 1
-    print(json.dumps(result))
+    # A job makes some million objects and throws away few: looking for cycles among them took a quarter of
+    # its time.
+    gc.disable()
+    from . import build as _imported  # noqa: F401  # pyright: ignore[reportUnusedImport]
+
+    for line in sys.stdin:
+        job = json.loads(line)
+        try:
+            result = _build(job) if "out" in job else _tune(job)
+        except LlmcError as error:
+            failed = {"kind": type(error).__name__, "message": error.message, "remedy": error.remedy}
+            print(json.dumps(failed), flush=True)
+            return 1
+        print(json.dumps(result), flush=True)
+        gc.collect()
     return 0
 
 
@@ -177,6 +249,7 @@ def _tune(job: Mapping[str, Any]) -> dict[str, Any]:
     from .tune import tune
 
     def report(what: str, share: float) -> None:
+        gc.collect()
         print(json.dumps({"what": what, "share": share}), flush=True)
 
     found = tune(parse_graph(job["graph"]), job["levels"], job["seconds"], report)

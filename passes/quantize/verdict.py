@@ -46,7 +46,7 @@ SIDE_BY_SIDE = 4
 _HEAD_BYTES = 16 << 20  # rows of a head that are in memory at a time, and logits of one sequence by them
 _LAYER_SEQUENCES = 2  # that layers are compared on: their errors vary little between texts
 _HEAD_ROWS = 64  # tokens that the head's own error is measured on
-_NO_LOGITS = (math.nan, math.nan, math.nan, math.nan)
+_NO_LOGITS = (math.nan,) * 6
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,8 @@ class LayerError:
 @dataclass(frozen=True)
 class Measured:
     """Means over `tokens` predictions; `kl` is D(source || quantized) in nats, `agreement` a share. All are
-    NaN for a model without logits. `output_error` is that of the model's hidden states before the head (its
+    NaN for a model without logits, and so are the standard errors over predictions of `kl` and of the increase
+    of perplexity in percent. `output_error` is that of the model's hidden states before the head (its
     output where there is none), each model given its own inputs.
     """
 
@@ -71,6 +72,8 @@ class Measured:
     ppl_source: float
     kl: float
     agreement: float
+    kl_stderr: float
+    increase_stderr: float
     output_error: float
     layers: tuple[LayerError, ...]
 
@@ -210,14 +213,27 @@ def measure(
         heads = (source.head, quantized.head)
         error, losses = _through_heads(heads, hidden, sequences, source.values.dims[0], together)
     layers.append(LayerError("head", error))
-    count = sum(len(one.kl) for one in losses)
+    return _summary(losses, math.nan if output is None else output, layers)
 
-    def mean(name: str) -> float:
-        return float(sum(getattr(one, name).double().sum() for one in losses)) / count
 
-    ppl, ppl_source = math.exp(mean("nll")), math.exp(mean("nll_source"))
-    output = math.nan if output is None else output
-    return Measured(count, ppl, ppl_source, mean("kl"), mean("agree"), output, tuple(layers))
+def _summary(losses: Sequence[TokenLoss], output: float, layers: Sequence[LayerError]) -> Measured:
+    """Means over all predictions, and their standard errors."""
+    import torch
+
+    nll, nll_source, kl, agree = (
+        torch.cat([getattr(one, name) for one in losses]).double()
+        for name in ("nll", "nll_source", "kl", "agree")
+    )
+    count = len(kl)
+
+    def stderr(values: torch.Tensor) -> float:
+        return float(values.std()) / math.sqrt(count) if count > 1 else math.nan
+
+    ppl, ppl_source = math.exp(nll.mean()), math.exp(nll_source.mean())
+    # The increase is exp of a mean, of what the two models' likelihoods of the same token differ by.
+    increase = 100 * ppl / ppl_source * stderr(nll - nll_source)
+    means = (ppl, ppl_source, float(kl.mean()), float(agree.mean()))
+    return Measured(count, *means, stderr(kl), increase, output, tuple(layers))
 
 
 @contextmanager
