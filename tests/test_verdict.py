@@ -282,7 +282,9 @@ def test_limits_that_hold_refuse_nothing() -> None:
 
 
 def test_numbers_that_are_none_pass_every_limit() -> None:
-    broken = Measured(3, math.nan, 1.0, math.nan, 0.0, math.nan, math.nan, math.nan, (LayerError("a", math.nan),))
+    broken = Measured(
+        3, math.nan, 1.0, math.nan, 0.0, math.nan, math.nan, math.nan, (LayerError("a", math.nan),)
+    )
     with pytest.raises(LlmcError, match="KL nan"):
         MeasureQuality("int8", max_kl=5.0)._judge(broken)  # pyright: ignore[reportPrivateUsage]
     assert report(broken, {})["kl"] is None

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
-from contextlib import ExitStack
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any, Self
 
+from ...ir.errors import CompileError
 from ..memory import processes_at_once
 from ..peak import WORKER_BYTES
 from .kernels.schedule import Schedule
@@ -29,38 +32,56 @@ class Libraries:
         """`others`: what the libraries depend on besides our sources (`extensions_key`)."""
         self._text, self._outputs, self._schedules = graph_text, outputs, schedules
         self._cache = LibraryCache(graph_text, others=others)
-        self._stack = ExitStack()
         self._built: dict[str, dict[str, Any]] = {}
-        self._waiting: list[str] = []
-        self._started: dict[str, Compilation] = {}
+        self._waiting: dict[str, Future[dict[str, Any]]] = {}
+        self._threads: ThreadPoolExecutor | None = None
+        self._running: set[Compilation] = set()
+        self._lock = threading.Lock()
+        self._left = False
 
     def __enter__(self) -> Self:
+        missing: list[str] = []
         for level, out in self._outputs.items():
             built = self._cache.take(level, self._schedules[level], out)
             if built is None:
-                self._waiting.append(level)
+                missing.append(level)
             else:
                 self._built[level] = built
-        for _ in range(processes_at_once(len(self._waiting), WORKER_BYTES)):
-            self._start_next()
+        if missing:
+            # A thread for each process that runs at once: it waits for a level, and begins the next.
+            self._threads = ThreadPoolExecutor(processes_at_once(len(missing), WORKER_BYTES), "kernels")
+            for level in missing:
+                here = copy_context()  # which knows the workers that are ready
+                self._waiting[level] = self._threads.submit(here.run, self._compile, level)
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._stack.close()
+        with self._lock:
+            self._left = True
+            for compilation in self._running:
+                compilation.kill()
+        if self._threads is not None:
+            self._threads.shutdown(cancel_futures=True)
 
-    def _start_next(self) -> None:
-        if self._waiting:
-            level = self._waiting.pop(0)
+    def _compile(self, level: str) -> dict[str, Any]:
+        with self._lock:
+            if self._left:
+                raise CompileError("the compilation was left", remedy="start it again")
             worker = Compilation(self._text, level, self._outputs[level], self._schedules[level])
-            self._started[level] = self._stack.enter_context(worker)
+            self._running.add(worker)
+        with worker:
+            try:
+                return worker.result()
+            finally:
+                with self._lock:
+                    self._running.discard(worker)
 
     def result(self, level: str) -> dict[str, Any]:
-        """What `build` returned for a level, as JSON; its file is written then. Ask in the order of
-        `outputs`. Raises what `build` raised, or CompileError where a worker died.
+        """What `build` returned for a level, as JSON; its file is written then. Raises what `build` raised,
+        or CompileError where a worker died.
         """
         if level not in self._built:
-            built = self._started[level].result()
-            self._start_next()
+            built = self._waiting[level].result()
             self._cache.keep(level, self._schedules[level], self._outputs[level], built)
             self._built[level] = built
         return self._built[level]

@@ -124,6 +124,12 @@ class Worker:
             self._process.close()
             self._process = None
 
+    def kill(self) -> None:
+        """End the process from another thread than the one that waits for its result, which gets an error."""
+        process = self._process
+        if process is not None:
+            process.popen.kill()
+
     def _result(
         self, what: str, remedy: str, partial: Callable[[dict[str, Any]], bool] = lambda answer: False
     ) -> dict[str, Any]:

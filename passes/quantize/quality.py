@@ -35,7 +35,8 @@ _DIGITS = 6  # that are kept of a measured number: the last ones differ between 
 _HOW = (
     "quantized weights as they are shipped, activations and cache in float32; kl is D(source || quantized) "
     "in nats per predicted token; a layer's error is that of its output, relative to the float layer's, both "
-    "given the float model's input, as a root mean square over tokens; stderr: standard errors over predictions"
+    "given the float model's input, as a root mean square over tokens; _stderr: standard errors over "
+    "predictions"
 )
 
 
@@ -76,8 +77,8 @@ class TakeReference(Pass):
 
 @dataclass(frozen=True)
 class MeasureQuality(Pass):
-    """Compares the graph with the reference on the first `length` tokens of `sequences` held-out sequences, and
-    leaves the result in the context as `quality`, the content of quality.json.
+    """Compares the graph with the reference on the first `length` tokens of `sequences` held-out sequences,
+    and leaves the result in the context as `quality`, the content of quality.json.
 
     Options: the scheme's name, for what a refusal recommends; `max_kl` and `max_ppl_increase` (percent),
     negative for no limit.
@@ -160,7 +161,12 @@ def _unmeasurable(graph: Graph, context: PassContext) -> str | None:
 
 def _empty() -> dict[str, Any]:
     keys = ("ppl", "ppl_source", "ppl_increase_percent", "ppl_increase_percent_stderr", "kl", "kl_stderr")
-    return {"text": None, "tokens": 0, **dict.fromkeys((*keys, "top1_agreement", "output_error")), "layers": []}
+    return {
+        "text": None,
+        "tokens": 0,
+        **dict.fromkeys((*keys, "top1_agreement", "output_error")),
+        "layers": [],
+    }
 
 
 def _number(value: float | None) -> float | None:

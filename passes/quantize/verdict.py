@@ -46,7 +46,7 @@ SIDE_BY_SIDE = 4
 _HEAD_BYTES = 16 << 20  # rows of a head that are in memory at a time, and logits of one sequence by them
 _LAYER_SEQUENCES = 2  # that layers are compared on: their errors vary little between texts
 _HEAD_ROWS = 64  # tokens that the head's own error is measured on
-_NO_LOGITS = (math.nan,) * 6
+_NO_LOGITS = (math.nan, math.nan, math.nan, math.nan, math.nan, math.nan)
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ class LayerError:
 @dataclass(frozen=True)
 class Measured:
     """Means over `tokens` predictions; `kl` is D(source || quantized) in nats, `agreement` a share. All are
-    NaN for a model without logits, and so are the standard errors over predictions of `kl` and of the increase
-    of perplexity in percent. `output_error` is that of the model's hidden states before the head (its
-    output where there is none), each model given its own inputs.
+    NaN for a model without logits, and so are the standard errors over predictions, of `kl` and of the
+    increase of perplexity in percent. `output_error` is that of the model's hidden states before the head
+    (its output where there is none), each model given its own inputs.
     """
 
     tokens: int
