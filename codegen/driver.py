@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..frontend.chat_shapes import Renderer
-from ..frontend.memory import release_freed_memory, without_collection
+from ..frontend.memory import few_collections, release_freed_memory
 from ..frontend.rope import RopeScaling, longest, rope_facts
 from ..frontend.source import ModelSource, context_length, describe, open_source
 from ..frontend.tokenizer import DetectTools, TokenizerFacts, export_tokenizer
@@ -223,12 +223,13 @@ def compile_model(
     # The writer first: a name that cannot be written costs no tracing.
     with ArtifactWriter(output) as writer, ExitStack() as stack, finishing(passing, say):
         prepare_targets(plan.targets if max_ram is None else (), stack)
-        with without_collection():
-            progress("open", 0.0)
-            source = _open(model, scaling)
-            passing.context_length = _context(source, context)
-            progress("trace", 0.02)
-            graph = trace(source, example_inputs)
+        settled = stack.enter_context(few_collections())
+        progress("open", 0.0)
+        source = _open(model, scaling)
+        passing.context_length = _context(source, context)
+        progress("trace", 0.02)
+        graph = trace(source, example_inputs)
+        settled()
         if max_ram is not None or plan.calibrated:
             peak = _peak(source, graph, plan, passing.context_length, capped=max_ram is not None)
             check_peak(peak, max_ram, say)

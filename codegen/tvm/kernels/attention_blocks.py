@@ -59,6 +59,15 @@ def _cells(size: tuple[int, int]) -> list[tuple[int, int, int]]:
     return [(r * heads + h, r, h) for r in range(rows) for h in range(heads)]
 
 
+@contextmanager
+def every_cell(rows: int, heads: int) -> Generator[tuple[Expr, Expr, Expr]]:
+    """Loops over the cells of a block where nothing is won by writing them out one by one, as for registers:
+    (index, row, head).
+    """
+    with T.serial(0, rows) as r, T.serial(0, heads) as h:
+        yield r * heads + h, r, h
+
+
 class Block:
     """`rows` consecutive query rows of one sequence, by `heads` query heads of one key/value head."""
 
@@ -113,17 +122,15 @@ class Block:
         self.last = let(T.floordiv(self.high[self.rows - 1] + (PAGE_SIZE - 1), PAGE_SIZE))
         spec = self.spec
         factor = T.float32(spec.scale / spec.softcap if spec.softcap else spec.scale * LOG2E)
-        for i, r, h in self.cells:
-            with T.serial(0, spec.head_dim) as d:
-                put1(self.query, self.at.q[self.row + r, self.head + h, d] * factor, i, d)
+        with every_cell(self.rows, self.heads) as (i, r, h), T.serial(0, spec.head_dim) as d:
+            put1(self.query, self.at.q[self.row + r, self.head + h, d] * factor, i, d)
 
     def segment(self, segment: Expr) -> None:
         """best, total and acc of one segment; it may hold no page that is seen."""
         put(self.best, f32s(NOTHING), 0)
         put(self.total, f32s(0), 0)
-        for i, _, _ in self.cells:
-            with T.serial(0, self.spec.head_dim) as d:
-                put1(self.acc, T.float32(0), i, d)
+        with every_cell(self.rows, self.heads) as (i, _, _), T.serial(0, self.spec.head_dim) as d:
+            put1(self.acc, T.float32(0), i, d)
         start = let(T.max(self.first, segment * SEGMENT))
         stop = let(T.min(self.last, segment * SEGMENT + SEGMENT))
         with loop(T.floordiv(start, TILE), T.floordiv(stop + (TILE - 1), TILE)) as tile:
@@ -266,6 +273,8 @@ class Block:
                 for i, _, _ in self.cells:
                     for cell, place in zip(acc[i], places, strict=True):
                         put(self.acc, vec(cell, 0), i, place)
+        if self.chunks * LANES == width:
+            return
         with loop(self.chunks * LANES, width) as d:
             for i, _, _ in self.cells:
                 one = scalar(self.acc[i, d] * self.rescale[i])
@@ -356,15 +365,15 @@ class Merged:
 
     def __init__(self, spec: Attention, at: Buffers, row: Expr, head: Expr, size: tuple[int, int]) -> None:
         self.spec, self.at, self.row, self.head = spec, at, row, head
-        self.cells = _cells(size)
-        self.acc = T.alloc_buffer((len(self.cells), spec.head_dim), "float32")
+        self.rows, self.heads = size
+        self.acc = T.alloc_buffer((self.rows * self.heads, spec.head_dim), "float32")
         self.keep, self.take = register(), register()
         self.best = register(f32s(NOTHING))
         self.total = register(f32s(0))
-        for i, _, h in self.cells:
-            with T.serial(0, spec.head_dim) as d:
-                put1(self.acc, T.float32(0), i, d)
-            if at.sinks is not None:
+        with every_cell(*size) as (i, _, _), T.serial(0, spec.head_dim) as d:
+            put1(self.acc, T.float32(0), i, d)
+        if at.sinks is not None:
+            for i, _, h in _cells(size):
                 put1(self.best, at.sinks[head + h] * T.float32(LOG2E), i)
                 put1(self.total, T.float32(1), i)
 
@@ -379,18 +388,19 @@ class Merged:
         put(self.best, new, 0)
         put(self.total, fma(vec(self.total, 0), vec(self.keep, 0), let(total * vec(self.take, 0))), 0)
         whole = self.spec.head_dim // LANES
-        for i, _, _ in self.cells:
-            keep, take = self.keep[i], self.take[i]
+        with every_cell(self.rows, self.heads) as (i, _, _):
+            keep, take = let(self.keep[i]), let(self.take[i])
             with T.serial(0, whole) as c:
                 more = let(vec(acc, first + i, c * LANES) * splat(take))
                 put(self.acc, fma(vec(self.acc, i, c * LANES), splat(keep), more), i, c * LANES)
-            with loop(whole * LANES, self.spec.head_dim) as d:
-                put1(self.acc, fma1(self.acc[i, d], keep, let(acc[first + i, d] * take)), i, d)
+            if whole * LANES < self.spec.head_dim:
+                with loop(whole * LANES, self.spec.head_dim) as d:
+                    put1(self.acc, fma1(self.acc[i, d], keep, let(acc[first + i, d] * take)), i, d)
 
 
 def finish(done: Block | Merged) -> None:
     """out = acc / total; 0 for a row that sees nothing."""
-    for i, r, h in done.cells:
+    with every_cell(done.rows, done.heads) as (i, r, h):
         some = done.total[i] > T.float32(0)
         inverse = let(T.Select(some, T.float32(1) / done.total[i], T.float32(0)))
         with T.serial(0, done.spec.head_dim) as d:
