@@ -39,7 +39,6 @@ from .calibrate import (
     say_nothing,
 )
 from .extensions import load_ops
-from .legalize import legalize
 from .manifest import PAGE_SIZE, begin_manifest
 from .memory import check_peak, processes_at_once, watched
 from .peak import WORKER_BYTES, Peak, predict_peak
@@ -429,7 +428,7 @@ def check_model(
     attentions = sum(isinstance(op, Attention) for op in graph)
     graph, records = lower(graph, plan, PassContext(context_length=length))
     for target in plan.targets:
-        legalize(graph, target.emitted())  # for the op that the target can neither emit nor decompose
+        target.legal(graph)  # for the op that the target can neither emit nor decompose
     total = 0
     narrow = _stored_bits(graph)
     for value in graph.weights.values():

@@ -30,10 +30,11 @@ from ..ir.errors import CompileError, InputError
 from ..plugins.entries import Registered, blaming, check_returned, package_of, registered
 from ..plugins.entries import collect as collect_entries
 from ..plugins.options import make_from_texts
+from .legalize import legalize
 
 if TYPE_CHECKING:
     from ..frontend.source import ModelSource
-    from ..ir.core import Graph
+    from ..ir.core import Graph, Op
     from .artifact import ArtifactWriter
 
 GROUP = "llmc.targets"
@@ -55,7 +56,7 @@ class Target(ABC):
     name: ClassVar[str] = ""
     """The name on the command line and in the manifest; the entry point's name as well."""
     operations: ClassVar[frozenset[str]] = frozenset()
-    """Names of the IR ops that it can emit; `legalize` decomposes the others."""
+    """Names of the IR ops that it can emit; `legal` decomposes the others."""
     emits_as: ClassVar[str] = ""
     """The target whose emitters serve this one too, where that is another (`Op.emitters` names those)."""
     kv_dtype: ClassVar[str] = "float16"
@@ -89,6 +90,16 @@ class Target(ABC):
         """`operations`, and other packages' ops that name an emitter for this target (`Op.emitters`)."""
         table = self.emits_as or self.name
         return self.operations | {name for name, op in OPS.items() if table in op.emitters}
+
+    def supports(self, op: Op) -> bool:
+        """Whether the target takes this instance of an op that it emits; others are decomposed."""
+        return True
+
+    def legal(self, graph: Graph) -> Graph:
+        """A copy of a graph in what the target takes. Raises UnsupportedError for an op that it can neither
+        emit nor decompose.
+        """
+        return legalize(graph, self.emitted(), self.supports)
 
     def options(self) -> dict[str, Any]:
         """Option name → value, for the manifest."""

@@ -199,13 +199,13 @@ def test_target_without_the_kernels_says_so() -> None:
 
 def test_kernels_of_a_step_take_no_recurrence_over_a_whole_sequence() -> None:
     from llmc.codegen.legalize import legalize
-    from llmc.codegen.tvm.cpu import OPERATIONS, supports
+    from llmc.codegen.tvm.cpu import OPERATIONS, TvmCpu
 
     with pytest.raises(
         UnsupportedError, match=r"cannot emit causal_conv1d \(from .*layers.*no decomposition"
     ):
-        legalize(graph_of("selective"), OPERATIONS, supports)
-    legalize(staged("selective", "paged"), OPERATIONS, supports)
+        legalize(graph_of("selective"), OPERATIONS, TvmCpu().supports)
+    legalize(staged("selective", "paged"), OPERATIONS, TvmCpu().supports)
 
 
 def _value(*shape: int) -> Value:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...ir.errors import InputError
-from ..legalize import legalize
 from ..target import Progress, Target
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ class OnnxCpu(Target):
         if self.accuracy_level not in (0, 1, 4):
             raise InputError(f"{self.name}: accuracy_level={self.accuracy_level}", remedy="use 4 or 1")
         progress(f"{self.name}: model", 0.0)
-        lowered = lower(legalize(graph, self.emitted()), accuracy_level=self.accuracy_level)
+        lowered = lower(self.legal(graph), accuracy_level=self.accuracy_level)
         model = f"targets/{self.name}/model.onnx"
         entry: dict[str, Any] = {
             "options": self.options(),

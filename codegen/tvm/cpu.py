@@ -18,7 +18,6 @@ from ...ir.ops.state import Recurrence
 from ...ir.printer import print_graph
 from ...plugins.entries import package_of
 from ..extensions import extensions_key
-from ..legalize import legalize
 from ..memory import processes_at_once, processors
 from ..peak import WORKER_BYTES
 from ..target import Progress, Target
@@ -82,6 +81,24 @@ class TvmCpu(Target):
                 )
         return tuple(level for level in LEVELS if level in asked)
 
+    def supports(self, op: Op) -> bool:
+        """Whether the kernels take this instance of an op: float32, token-major where it matters, and
+        recurrences that leave their state for the next step.
+        """
+        if isinstance(op, Recurrence):
+            return bool(op.kept)
+        if op.opname in ("rms_norm", "layer_norm", "gated_mlp"):
+            return op.operands[0].dtype == "float32" and isinstance(op.result.shape[-1], int)
+        if isinstance(op, Moe | QuantizedMoe):
+            chosen = op.indices.shape[-1]
+            return op.x.dtype == "float32" and isinstance(chosen, int) and _has_expert_kernel(op)
+        if op.opname == "rope":
+            x, cos = op.operands[:2]
+            heads = isinstance(x.shape[-2], int) and isinstance(x.shape[-1], int)
+            floats = x.dtype == cos.dtype == "float32"
+            return floats and x.type.rank == 3 and cos.shape[:-1] == x.shape[:1] and heads
+        return True
+
     def _tuned(self, text: str, progress: Progress) -> tuple[str, dict[str, Schedule], int]:
         """The level that schedules were searched for, what was found, for how many kernels there are; before
         anything else runs, since it measures.
@@ -102,7 +119,7 @@ class TvmCpu(Target):
             from .placed import with_places
 
             graph = with_places(graph)
-        legal = legalize(graph, self.emitted(), supports)
+        legal = self.legal(graph)
         text = print_graph(legal)
         paths = {level: f"targets/{self.name}/{level}.so" for level in levels}
         weights = f"weights/{self.name}.safetensors" if legal.weights else None
@@ -143,25 +160,6 @@ def _has_expert_kernel(op: Moe | QuantizedMoe) -> bool:
         return all(w.is_weight and w.dtype in floats for w in (op.gate_up, op.down))
     books = [lay.codebook for lay in expert_layouts(op)]
     return all(book is None or has_bytes(book) for book in books)
-
-
-def supports(op: Op) -> bool:
-    """Whether the kernels take this instance of an op: float32, token-major where it matters, and recurrences
-    that leave their state for the next step.
-    """
-    if isinstance(op, Recurrence):
-        return bool(op.kept)
-    if op.opname in ("rms_norm", "layer_norm", "gated_mlp"):
-        return op.operands[0].dtype == "float32" and isinstance(op.result.shape[-1], int)
-    if isinstance(op, Moe | QuantizedMoe):
-        return op.x.dtype == "float32" and isinstance(op.indices.shape[-1], int) and _has_expert_kernel(op)
-    if op.opname == "rope":
-        x, cos = op.operands[:2]
-        heads = isinstance(x.shape[-2], int) and isinstance(x.shape[-1], int)
-        return (
-            x.dtype == cos.dtype == "float32" and x.type.rank == 3 and cos.shape[:-1] == x.shape[:1] and heads
-        )
-    return True
 
 
 def step_entry(graph: Graph, built: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,8 +20,7 @@ from ...passes.adapt.lora_places import PlaceAdapters
 from ...passes.base import PassContext
 from ...passes.manager import run_passes
 from ..extensions import extensions_key, parse_graph
-from ..legalize import legalize
-from .cpu import TvmCpu, step_entry, supports
+from .cpu import TvmCpu, step_entry
 from .libraries import Libraries
 from .stored import stored_weights
 
@@ -64,7 +63,7 @@ def placed_kernels(artifact: Artifact, isa: str) -> Generator[tuple[Mapping[str,
             remedy=f"install the package, or {again}",
         ) from None
     target = TvmCpu(isa=isa, adapters=True)
-    legal = legalize(graph, target.emitted(), supports)
+    legal = target.legal(graph)
     stored_weights(artifact, legal, again)
     with tempfile.TemporaryDirectory(prefix="llmc-adapters-") as folder:
         library = Path(folder, f"{isa}.so")

@@ -16,8 +16,7 @@ from ...ir.printer import print_graph
 from ...ir.weights import ArrayTensor, LazyTensor
 from ..artifact import Artifact
 from ..extensions import parse_graph
-from ..legalize import legalize
-from .cpu import TvmCpu, supports
+from .cpu import TvmCpu
 from .kernels.layout import ROWS, unpack_rows
 from .weights import Role, stored_shape, weight_roles
 
@@ -94,7 +93,7 @@ def stored_graph(artifact: Artifact) -> Graph:
     """
     if TvmCpu.name not in artifact.manifest["targets"]:
         raise InputError(f"{artifact.root} has no target {TvmCpu.name}", remedy="compile it for that target")
-    graph = legalize(parse_graph(artifact.read_text("ir.txt")), TvmCpu().emitted(), supports)
+    graph = TvmCpu().legal(parse_graph(artifact.read_text("ir.txt")))
     weights: dict[str, LazyTensor] = {}
     for value, (array, role) in stored_weights(artifact, graph, "compile the model again").items():
         plain = role.layout is None and role.kind != "linear"

@@ -27,7 +27,7 @@ from .verdict import LayerError, Measured, measure
 CHEAP = (4, 256)
 FULL = (8, LENGTH)
 """Held-out sequences that a scheme is judged on, and their tokens: fewer where the scheme itself takes only
-seconds, and no limit asks for more (SmolLM2 at int4-g64: KL 0.34 ± 0.02 of the former).
+seconds, and no limit asks for more (a KL of 0.346 ± 0.010 by the former, 0.341 by 4 of 512).
 """
 
 _WORST = 3  # layers that a sentence names

@@ -12,7 +12,6 @@ from llmc.plugins import (
     Progress,
     Target,
     UnsupportedError,
-    legalize,
     print_graph,
     read_chunks,
 )
@@ -44,7 +43,7 @@ class NumpyCpu(Target):
             raise UnsupportedError(
                 f"numpy-cpu has no cache of {cache}", remedy=f"compile with --kv-dtype {' or '.join(_CACHES)}"
             )
-        legal = legalize(graph, self.emitted())
+        legal = self.legal(graph)
         text, weights = f"targets/{self.name}/graph.txt", f"weights/{self.name}.safetensors"
         writer.path(text).write_text(print_graph(legal), encoding="utf-8", newline="\n")
         progress("numpy-cpu: weights", 0.1)
