@@ -340,6 +340,7 @@ def test_finishing_applies_the_share_that_was_chosen(tmp_path: Path) -> None:
         assert bool(torch.isfinite(as_coded(parts).weight(tuning.found.grids[weight])).all())
 
 
+@pytest.mark.slow
 def test_best_is_no_worse_on_held_text_than_its_first_step() -> None:
     graph = fused("llama")
     data = calibration(4 * BATCH, held=3)

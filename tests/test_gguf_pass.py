@@ -131,6 +131,7 @@ def test_importance_is_the_mean_square_of_inputs() -> None:
         assert np.allclose(found[name], np.maximum(mean, FLOOR * mean.mean()), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_work_is_resumed_with_the_same_bytes(tmp_path: Any) -> None:
     def blocks(work: WorkFolder | None) -> list[np.ndarray]:
         graph = fused(**WIDE)

@@ -151,6 +151,7 @@ def test_over_another_grid_it_becomes_floats_and_that_is_said(tmp_path: Path) ->
     assert result.notes == ["adapter one: 2 quantized weights became floats"]
 
 
+@pytest.mark.slow
 def test_bad_adapters(base: Path, tmp_path: Path) -> None:
     folder = tmp_path / "one"
     adapter(tiny_model("qwen2"), folder, target_modules=["q_proj"])

@@ -84,6 +84,7 @@ def test_the_picture_has_a_cell_for_each_expert() -> None:
     assert cells[0].get("fill") == "#1f5f8f" and cells[3].get("fill") == "#ffffff"
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Loss and shares of a compiled model's own routers are those of the model in transformers."""
     name = "olmoe"

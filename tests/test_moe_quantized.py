@@ -91,12 +91,14 @@ def test_every_scheme_does_something_with_experts(scheme: str, bits: int, note: 
     assert error("mixtral", graph) <= (0.02 if bits == 8 else 0.2)
 
 
+@pytest.mark.slow
 def test_gptq_of_experts_is_better_than_rounding_them() -> None:
     rounded, _ = quantized("mixtral", "int4-g32")
     coded, _ = quantized("mixtral", "gptq-int4-g32")
     assert error("mixtral", coded) < 0.85 * error("mixtral", rounded)
 
 
+@pytest.mark.slow
 def test_experts_that_calibration_did_not_reach_are_rounded_and_named() -> None:
     """With 8 tokens no expert sees 32: all are rounded, and the note says how many each saw."""
     graph, notes = quantized("mixtral", "gptq-int4-g32", (np.array(IDS[:8]),))

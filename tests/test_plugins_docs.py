@@ -72,6 +72,7 @@ def test_everything_that_it_brings_is_listed_without_an_error(site: Path) -> Non
     assert "my-plugin 0.1 (API 1.0)" in text and "Multiply the logits by a number" in text
 
 
+@pytest.mark.slow
 def test_the_tests_of_the_page_pass(site: Path) -> None:
     done = python(site, "-m", "pytest", "-q", "-p", "no:cacheprovider", "my_plugin/test_my_plugin.py")
     assert done.returncode == 0 and "4 passed" in done.stdout, done.stdout + done.stderr

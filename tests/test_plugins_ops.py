@@ -92,6 +92,7 @@ def test_emitters_for_onnx_serve_both_of_its_targets(site: Path, tiny_folder: An
     assert np.abs(found - reference_logits(tiny_model("llama"), ids)).max() < 1e-4
 
 
+@pytest.mark.slow
 def test_adapters_get_places_in_a_model_with_a_packages_op(
     site: Path, tiny_folder: Any, tmp_path: Path
 ) -> None:

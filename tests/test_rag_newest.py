@@ -75,6 +75,8 @@ def test_a_search_goes_on_with_the_state_before(songs: Store, gate: Gate) -> Non
     songs.put([MORE])
     for _ in range(3):
         assert "Nirvana" not in titles(retriever, "rock band formed in Aberdeen", top=9)
+    until(lambda: gate.count > 1)  # a thread has noticed
+    assert "Nirvana" not in titles(retriever, "rock band formed in Aberdeen", top=9)
     assert gate.count == 2, "one at a time is derived"
     facts = retriever.newest.facts()
     assert facts is not None and not facts["current"] and facts["behind_seconds"] > 0

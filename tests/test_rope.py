@@ -313,6 +313,7 @@ def test_yarn_options_of_a_file(tmp_path: Path) -> None:
         open_source(write_gguf(tmp_path / "n.gguf", entries, llama_tensors()))
 
 
+@pytest.mark.slow
 def test_target_gguf_writes_the_scaling(tiny: Path, tmp_path: Path) -> None:
     """From a folder and from a file: what is read back has the same frequencies."""
     first = _written(tiny, tmp_path / "a.llmc", "yarn:4,beta_fast=16")
