@@ -114,6 +114,10 @@ def test_killed_again_and_again_and_resumed(model: Path, tmp_path: Path) -> None
     moments = random.Random(20)
     out = tmp_path / "out" / "whole.llmc"
     killed, resumed = 0, 0
+
+    def pieces() -> int:
+        return sum(1 for _ in out.with_name(f"{out.name}.work").glob("*.piece"))
+
     for attempt in range(200):
         command = [sys.executable, "-c", RUN, str(model), str(out), str(attempt > 0)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ})
@@ -124,7 +128,11 @@ def test_killed_again_and_again_and_resumed(model: Path, tmp_path: Path) -> None
             said.append(line)
             if line == "begin\n":
                 break
-        time.sleep(moments.uniform(0, lasts / 4) if killed < kills else 0)
+        before = pieces()
+        # The first is killed wherever it is, the others when they have something to go on from.
+        while 0 < killed < kills and process.poll() is None and pieces() == before:
+            time.sleep(0.002)
+        time.sleep(moments.uniform(0, lasts / 8) if killed < kills else 0)
         if killed < kills and process.poll() is None:
             process.kill()
             killed += 1
