@@ -162,6 +162,25 @@ def test_a_full_disk_behind_stdout_is_one_line(json_flag: list[str]) -> None:
     assert (done.returncode, done.stderr) == (1, "error: no space left on device\n")
 
 
+@pytest.mark.parametrize("thread", [False, True])
+def test_the_program_ends_with_its_code_and_does_what_was_to_be_done_at_exit(
+    thread: bool, tmp_path: Path
+) -> None:
+    """A thread that goes on is waited for, as Python does."""
+    code = f"""
+import atexit, sys, threading, time
+from llmc.cli.main import script
+atexit.register(lambda: print("at exit"))
+if {thread}:
+    threading.Thread(target=lambda: (time.sleep(0.5), print("thread"))).start()
+sys.argv = ["llmc", "inspect", {str(tmp_path / "none.llmc")!r}]
+script()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout.split("\n") == [*(["thread"] if thread else []), "at exit", ""]
+
+
 def test_streams_closed_from_the_start_are_no_error() -> None:
     words = f"{shlex.quote(sys.executable)} -m llmc.cli.main targets"
     done = subprocess.run(f"{words} <&- >&-", shell=True, stderr=subprocess.PIPE, text=True)

@@ -6,6 +6,7 @@ import json
 import logging
 import subprocess
 import sys
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 from llmc.codegen.artifact import Artifact, ArtifactWriter
 from llmc.codegen.extensions import load_ops, parse_graph
-from llmc.codegen.target import emit_target, get_target
+from llmc.codegen.target import emit_target, get_target, prepare_targets
 from llmc.ir.define import OPS
 from llmc.ir.errors import CompileError, InputError, UnsupportedError
 from llmc.ir.printer import print_graph
@@ -81,6 +82,23 @@ def test_a_target_that_goes_wrong_names_its_package_and_leaves_nothing(
     with pytest.raises(CompileError, match=message), ArtifactWriter(tmp_path / "x.llmc") as writer:
         emit_target(get_target("bad"), None, small(), writer, progress=lambda what, share: None)  # type: ignore
     assert not list(tmp_path.glob("x.llmc*"))
+
+
+@pytest.mark.parametrize("body", ["raise ValueError('chip')", "return 7"])
+def test_what_a_target_begins_names_its_package_where_it_goes_wrong(use: Use, body: str) -> None:
+    use(a_target(f"pass\n\n    def prepared(self):\n        {body}"), TARGETS)
+    with (
+        pytest.raises(CompileError, match="target bad of package bad-plugin raised "),
+        ExitStack() as stack,
+    ):
+        prepare_targets([get_target("bad")], stack)
+
+
+def test_a_target_that_refuses_an_instance_gets_what_it_is_made_of(use: Use) -> None:
+    takes = "operations = frozenset({'relu', 'add'})\n\n    def supports(self, op):\n        return False"
+    use(a_target(f"pass\n\n    {takes}"), TARGETS)
+    with pytest.raises(UnsupportedError, match="cannot emit "):
+        get_target("bad").legal(small())
 
 
 def test_a_target_cannot_change_the_graph_for_those_after_it(use: Use, tmp_path: Path) -> None:

@@ -167,9 +167,9 @@ def _lowering_passes() -> list[Any]:
     """TVM's "s_tir" pipeline without what is for GPUs, and without what costs much and gives nothing.
 
     Our kernels allocate what they need; compacting their allocations (CompactBufferAllocation) changes
-    nothing and took 40 of 49 seconds. RenormalizeSplitPattern finds nothing to do. Expressions that stand
-    twice are found by LLVM as well: CommonSubexprElim took a tenth of the time, and gave a sixteenth more
-    code that is no faster.
+    nothing and took 40 of 49 seconds. RenormalizeSplitPattern finds next to nothing to do. Expressions that
+    stand twice are found by LLVM as well: CommonSubexprElim took a tenth of the time, and gave a sixteenth
+    more code (benchmarks/README.md).
     """
     block, plain = tvm.s_tir.transform, tirx.transform
     return [

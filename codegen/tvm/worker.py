@@ -140,17 +140,9 @@ class Worker:
         for answer in self._process.answers():
             if not partial(answer):
                 _raise_again(answer)
-                self._release(self._process)
                 return answer
         status = self._process.popen.wait()
         raise CompileError(f"{what} ended with status {status}: {self._process.said()}", remedy=remedy)
-
-    def _release(self, process: _Process) -> None:
-        """Leave a process that has done its job to the next one, where there may be one."""
-        ready = _ready.get()
-        if ready is not None:
-            ready.append(process)
-            self._process = None
 
 
 class Compilation(Worker):
@@ -168,7 +160,12 @@ class Compilation(Worker):
     def result(self) -> dict[str, Any]:
         """What `build` returned, as JSON. Raises what it raised, or CompileError where the worker died."""
         remedy = "compile with another --target tvm-cpu:isa=…, and report the model"
-        return self._result(f"the kernel compiler for {self.isa}", remedy)
+        built = self._result(f"the kernel compiler for {self.isa}", remedy)
+        ready = _ready.get()
+        if ready is not None and self._process is not None:  # for the next compilation
+            ready.append(self._process)
+            self._process = None
+        return built
 
 
 class Tuning(Worker):
@@ -221,8 +218,8 @@ def main(arguments: list[str]) -> int:
     # tvm_ffi imports torch where it is installed, for tensors that this process never sees. It is our own
     # process.
     sys.modules["torch"] = None  # type: ignore[assignment]
-    # A job makes some million objects and throws away few: looking for cycles among them took a quarter of
-    # its time.
+    # A job makes many objects and throws away few: looking for cycles among them took up to a quarter of its
+    # time.
     gc.disable()
     from . import build as _imported  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
