@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from llmc.runtime.rag.features import features_of
+from llmc.runtime.rag.features import FEATURES_VERSION, features_of
 from llmc.runtime.rag.features.terms import words_of
 from llmc.runtime.rag.retrieve import Retriever
 from llmc.runtime.rag.store import Record, Settings, Store, open_store
@@ -62,7 +62,14 @@ def record(name: str, title: str, texts: Sequence[str], *, vectors: bool = True)
 def filled(path: Path, records: Iterable[Record], *, vectors: bool = True) -> Store:
     store = open_store(str(path), create=True)
     if vectors:
-        store.set_settings(Settings(embedder="words", embedder_hash="w", dimensions=DIMENSIONS))
+        store.set_settings(
+            Settings(
+                embedder="words",
+                embedder_hash="w",
+                dimensions=DIMENSIONS,
+                features_version=FEATURES_VERSION,
+            )
+        )
     store.put(records)
     return store
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llmc.runtime.rag.features import features_of
+from llmc.runtime.rag.features.demonyms import PLACE_OF
 from llmc.runtime.rag.features.names import name_key, title_keys
 from llmc.runtime.rag.features.terms import fold, hash_of, term_of, words_of
 
@@ -44,6 +45,17 @@ def test_forms_of_one_word_are_one_term() -> None:
     # The same on every machine, in every process: a store keeps these numbers.
     assert hash_of("ed wood") == 0xBA9D22E11910E12E
     assert hash_of("") != hash_of(" ")
+
+
+def test_a_people_is_its_place() -> None:
+    for people, place in (("Mexican", "Mexico"), ("Austrians", "Austria"), ("Dutch", "Netherlands")):
+        assert term_of(fold(people)) == term_of(fold(place))
+        assert entities(f"She became a {people} painter.") == [fold(place)]
+        assert entities(f"She moved to {place} then.") == [fold(place)]
+    assert entities("It is the Mexican Hat Dance.") == ["mexican hat dance"]
+    places = set(PLACE_OF.values())
+    assert not places & PLACE_OF.keys()  # a place is nobody's people: one step, whatever the order
+    assert all(word == fold(word) and word.isalpha() for word in places | PLACE_OF.keys())
 
 
 def test_counts_of_title_and_text() -> None:

@@ -16,6 +16,7 @@ from typing import IO, Any
 import numpy as np
 
 from .arrays import Strings
+from .features.demonyms import entity_key
 from .features.names import FUNCTION_WORDS, name_key, title_keys
 from .features.terms import hash_of, term_of
 from .features.titles import MAX_TITLE_WORDS
@@ -127,7 +128,7 @@ class Derivation:
 
     def relate(self, triple: Triple) -> None:
         """A relation found in a chunk: subject and object are entities of the chunk, and neighbours."""
-        keys = [name_key(name) for name in (triple.subject, triple.object)]
+        keys = [entity_key(name_key(name)) for name in (triple.subject, triple.object)]
         hashes = [hash_of(key) for key in keys]
         if not all(keys) or hashes[0] == hashes[1]:
             return

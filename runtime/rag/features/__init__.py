@@ -8,7 +8,7 @@ from .names import tokens_of
 from .terms import term_arrays
 from .titles import spans_in
 
-FEATURES_VERSION = 1
+FEATURES_VERSION = 2
 """Grows whenever the same title and text would give other features: stores written before are then indexed
 anew."""
 

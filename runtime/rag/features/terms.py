@@ -1,8 +1,9 @@
 """Words as retrieval sees them: accents folded, stemmed, hashed.
 
-A term is the stem of a folded word (Porter2, the Snowball project's "english"), hashed to 64 bits with
-BLAKE2b, which is the same on every machine and in every process. Scripts without spaces between words
-(Chinese, Japanese, Thai …) give pairs of neighbouring characters, the usual stand-in for words there.
+A term is the stem of a folded word (Porter2, the Snowball project's "english"; of "Mexican" that of its
+place, demonyms.py), hashed to 64 bits with BLAKE2b, which is the same on every machine and in every process.
+Scripts without spaces between words (Chinese, Japanese, Thai …) give pairs of neighbouring characters, the
+usual stand-in for words there.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from hashlib import blake2b
 from typing import Any
 
 import numpy as np
+
+from .demonyms import PLACE_OF
 
 MAX_WORD = 64
 """Characters of a word that count: a 10,000-character "word" is data that slipped in, not a word."""
@@ -76,7 +79,7 @@ def term_of(word: str) -> int:
     """The hash of a folded word's stem."""
     found = _term_hashes.get(word)
     if found is None:
-        found = hash_of(stem(word))
+        found = hash_of(stem(PLACE_OF.get(word, word)))
         if len(_term_hashes) >= _MAX_CACHED:
             _term_hashes.clear()
         _term_hashes[word] = found
