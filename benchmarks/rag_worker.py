@@ -1,4 +1,4 @@
-"""Our side of benchmarks/rag.py: each order runs in a process of its own, on the cores that it names.
+"""Our side of benchmarks/rag.py: each order runs in a process of its own.
 
 python -m benchmarks.rag_worker ORDER.json ANSWER.json
 
@@ -10,7 +10,6 @@ python -m benchmarks.rag_worker ORDER.json ANSWER.json
 from __future__ import annotations
 
 import json
-import os
 import resource
 import shutil
 import sys
@@ -155,8 +154,6 @@ def _pool_of(location: str) -> tuple[dict[str, np.ndarray], list[tuple[str, str,
 
 def main() -> int:
     order = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    if cores := order.get("cores"):
-        os.sched_setaffinity(0, cores)  # before any library counts them
     answer = {"ask": ask, "fill": fill}[order["do"]](order)
     Path(sys.argv[2]).write_text(json.dumps(answer), encoding="utf-8")
     return 0
