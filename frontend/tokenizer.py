@@ -8,6 +8,7 @@ with other ids than it was trained on answers worse without anyone noticing.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -124,7 +125,24 @@ def _encoder(tokenizer: Any) -> Encode:
 
 def _save(tokenizer: Any, path: Path) -> None:
     # Not by the library's own `save`: it would turn a full disk into a bare Exception.
-    path.write_text(tokenizer.to_str(pretty=False), encoding="utf-8", newline="")
+    path.write_text(_with_short_merges(tokenizer.to_str(pretty=False)), encoding="utf-8", newline="")
+
+
+def _with_short_merges(text: str) -> str:
+    """A `tokenizer.json` whose merges are "a b" instead of ["a", "b"]: the library reads both, this form in a
+    quarter less time, which every start of a program waits for. As it is where a merge cannot be written so.
+    """
+    file = json.loads(text)
+    merges = file["model"].get("merges")
+    if not merges or not all(isinstance(pair, list) and _is_plain(*pair) for pair in merges):
+        return text
+    file["model"]["merges"] = [f"{one} {other}" for one, other in merges]
+    return json.dumps(file, ensure_ascii=False, separators=(",", ":"))
+
+
+def _is_plain(one: str, other: str) -> bool:
+    """Whether a space tells the two apart, and the library takes their line for no comment."""
+    return " " not in one and " " not in other and not one.startswith("#version")
 
 
 def _reload(path: Path, name: str) -> Any:

@@ -288,6 +288,29 @@ def test_gguf_export(tmp_path: Path) -> None:
     assert (tmp_path / "tokenizer.json").read_bytes() == first
 
 
+@pytest.mark.parametrize(
+    ("left", "right", "short"),
+    [("l", "o", True), (" ", "o", False), ("#version", "o", False)],
+)
+def test_merges_are_short_where_a_line_says_the_same(
+    left: str, right: str, short: bool, tmp_path: Path
+) -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    parts = ["l", "o", "w", left, right, left + right]
+    vocab = {token: i for i, token in enumerate(dict.fromkeys(parts))}
+    given = Tokenizer(models.BPE(vocab=vocab, merges=[(left, right)]))
+    folder = save_tiny("llama", tmp_path / "model")
+    PreTrainedTokenizerFast(tokenizer_object=given).save_pretrained(folder)
+    export_tokenizer(open_source(folder), tmp_path)
+    written = json.loads((tmp_path / "tokenizer.json").read_text())["model"]["merges"]
+    assert written == ([f"{left} {right}"] if short else [[left, right]])
+    read = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert json.loads(read.to_str())["model"] == json.loads(given.to_str())["model"]
+    assert read.encode(left + right).ids == given.encode(left + right).ids
+
+
 def test_folder_export(tmp_path: Path) -> None:
     from tokenizers import Tokenizer
 
