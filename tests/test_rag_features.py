@@ -53,6 +53,8 @@ def test_a_people_is_its_place() -> None:
         assert entities(f"She became a {people} painter.") == [fold(place)]
         assert entities(f"She moved to {place} then.") == [fold(place)]
     assert entities("It is the Mexican Hat Dance.") == ["mexican hat dance"]
+    assert entities("A Polish painter used nail polish.") == ["poland"]
+    assert term_of("polish") == term_of("polishing") != term_of("poland")
     places = set(PLACE_OF.values())
     assert not places & PLACE_OF.keys()  # a place is nobody's people: one step, whatever the order
     assert all(word == fold(word) and word.isalpha() for word in places | PLACE_OF.keys())

@@ -219,6 +219,10 @@ def _table() -> dict[str, str]:
 PLACE_OF = _table()
 """A folded word → the place's folded name."""
 
+OTHER_WORDS = frozenset({"polish"})
+"""Those that are other words when they begin with a small letter, which a folded text does not tell: entities
+are their places, terms are not ("nail polish" is not about Poland)."""
+
 
 def entity_key(key: str) -> str:
     """The folded name of an entity, by which two are compared: of a people, its place's."""

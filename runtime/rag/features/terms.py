@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .demonyms import PLACE_OF
+from .demonyms import OTHER_WORDS, PLACE_OF
 
 MAX_WORD = 64
 """Characters of a word that count: a 10,000-character "word" is data that slipped in, not a word."""
@@ -79,7 +79,7 @@ def term_of(word: str) -> int:
     """The hash of a folded word's stem."""
     found = _term_hashes.get(word)
     if found is None:
-        found = hash_of(stem(PLACE_OF.get(word, word)))
+        found = hash_of(stem(word if word in OTHER_WORDS else PLACE_OF.get(word, word)))
         if len(_term_hashes) >= _MAX_CACHED:
             _term_hashes.clear()
         _term_hashes[word] = found
