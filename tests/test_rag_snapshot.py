@@ -124,3 +124,22 @@ def test_a_name_of_many_documents_links_nothing(tmp_path: Path) -> None:
     few = [*records[:4], records[-1]]
     links = Snapshot.of(filled(tmp_path / "few.kb", few)).links
     assert links.nnz == 4 and np.allclose(links.data, 0.5)  # the root of four namesakes
+
+
+def test_a_people_and_its_place_are_one_entity_and_two_names(tmp_path: Path) -> None:
+    language = record("language", "Dutch", ["It is spoken by many."])
+    painter = record("painter", "Ada Blom", ["She was a Dutch painter."])
+    town = record("town", "Lemmer", ["It lies in the Netherlands."])
+    snapshot = Snapshot.of(filled(tmp_path / "p.kb", [language, painter, town]))
+    names = list(snapshot.entities)
+    assert "netherlands" in names and "dutch" not in names
+    chunks = snapshot.chunks_by_entity[names.index("netherlands")].indices
+    assert {snapshot.documents[int(snapshot.document_of[one])] for one in chunks} == {
+        "language",
+        "painter",
+        "town",
+    }
+    place = {snapshot.documents[int(d)]: i for i, d in enumerate(snapshot.document_of)}
+    to_language = list(snapshot.documents).index("language")
+    assert snapshot.links[place["painter"], to_language] > 0  # called by its name
+    assert snapshot.links[place["town"], to_language] == 0  # the place is another name

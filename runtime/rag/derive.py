@@ -16,9 +16,9 @@ from typing import IO, Any
 import numpy as np
 
 from .arrays import Strings
-from .features.demonyms import entity_key
+from .features.demonyms import PLACE_OF
 from .features.names import FUNCTION_WORDS, name_key, title_keys
-from .features.terms import hash_of, term_of
+from .features.terms import entity_hash, hash_of, term_of
 from .features.titles import MAX_TITLE_WORDS
 from .store.base import BEGINNING, Columns, StoreReader
 from .store.records import mention_hashes, mention_keys, mention_starts
@@ -128,9 +128,9 @@ class Derivation:
 
     def relate(self, triple: Triple) -> None:
         """A relation found in a chunk: subject and object are entities of the chunk, and neighbours."""
-        keys = [entity_key(name_key(name)) for name in (triple.subject, triple.object)]
+        keys = [name_key(name) for name in (triple.subject, triple.object)]
         hashes = [hash_of(key) for key in keys]
-        if not all(keys) or hashes[0] == hashes[1]:
+        if not all(keys) or entity_hash(hashes[0]) == entity_hash(hashes[1]):
             return
         for key, value in zip(hashes, keys, strict=True):
             self._names.setdefault(key, value)
@@ -196,8 +196,8 @@ class Derivation:
         names: list[np.ndarray] = [np.zeros(0, np.int64)]
         for place, key in enumerate(known.tolist()):
             word = self._names[key]
-            if " " in word or key not in self._title_keys:
-                continue
+            if " " in word or key not in self._title_keys or word in PLACE_OF:
+                continue  # the term of "dutch" is that of its place, which the title does not name
             term = term_of(word)
             at = int(np.searchsorted(vocabulary, np.uint64(term)))
             if at == len(vocabulary) or vocabulary[at] != term or bounds[at + 1] - bounds[at] > most:
@@ -230,7 +230,8 @@ class Derivation:
         from scipy.sparse import csr_matrix
 
         mentions = self._mentions.array()
-        known = np.array(sorted(self._names), np.uint64)
+        named = {entity_hash(key): PLACE_OF.get(name, name) for key, name in self._names.items()}
+        known = np.array(sorted(named), np.uint64)
         own = [[(key, 2.0 * weight) for key, weight in row if weight > _ALIAS] for row in names]
         extra = [
             (chunk, key, weight)
@@ -243,17 +244,23 @@ class Derivation:
         rows = np.concatenate([np.repeat(np.arange(count), sizes), [e[0] for e in extra]]).astype(np.int32)
         keys = np.concatenate([np.asarray(mentions), np.array([e[1] for e in extra], np.uint64)])
         weights = np.concatenate([np.ones(len(mentions)), [e[2] for e in extra]]).astype(np.float32)
-        columns = np.searchsorted(known, keys).astype(np.int32)
+        columns = _entity_places(known, keys)
         matrix = csr_matrix((weights, (rows, columns)), shape=(count, len(known)))
         matrix.sum_duplicates()
-        ordered = [int(key) for key in known]
         return {
             "entity_hashes": known,
-            **_strings("entities", [self._names[key] for key in ordered]),
+            **_strings("entities", [named[int(key)] for key in known]),
             "chunk_entity_bounds": matrix.indptr.astype(np.int64),
             "chunk_entities": matrix.indices.astype(np.int32),
             "chunk_entity_counts": matrix.data,
         }
+
+
+def _entity_places(known: np.ndarray, names: np.ndarray) -> np.ndarray:
+    """Of hashes of names the entities that they name: places in `known`, which ascends."""
+    distinct, which = np.unique(names, return_inverse=True)
+    entities = np.array([entity_hash(int(name)) for name in distinct], np.uint64)
+    return np.searchsorted(known, entities)[which].reshape(names.shape).astype(np.int32)
 
 
 def _strings(name: str, values: list[str]) -> dict[str, np.ndarray]:
@@ -316,7 +323,7 @@ def _relations(arrays: dict[str, np.ndarray], triples: list[tuple[str, int, int]
     """Pairs of entities that a model (or a file) related, and how often."""
     known = arrays["entity_hashes"]
     hashes = np.array([ends for _, *ends in triples], np.uint64).reshape(-1, 2)
-    pairs = np.sort(np.searchsorted(known, hashes), axis=1).astype(np.int32)
+    pairs = np.sort(_entity_places(known, hashes), axis=1)
     distinct, counts = np.unique(pairs, axis=0, return_counts=True)
     return {"relations": distinct.astype(np.int32), "relation_counts": counts.astype(np.float32)}
 

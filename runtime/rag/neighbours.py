@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from .features.demonyms import entity_key
 from .features.names import name_key
-from .features.terms import hash_of
+from .features.terms import entity_hash, hash_of
 from .snapshot import Snapshot
 from .store.base import StoreReader
 
@@ -70,7 +69,7 @@ class _Graph:
         if focus.startswith("d:"):
             return None
         name = focus.removeprefix("e:")
-        found = self._snapshot.entity_ids([hash_of(name), hash_of(entity_key(name_key(name)))])
+        found = self._snapshot.entity_ids([hash_of(name), entity_hash(hash_of(name_key(name)))])
         return int(found[0]) if len(found) and self._is_named(int(found[0])) else None
 
     # Choosing -----------------------------------------------------------------------------------------------

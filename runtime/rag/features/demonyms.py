@@ -220,10 +220,5 @@ PLACE_OF = _table()
 """A folded word → the place's folded name."""
 
 OTHER_WORDS = frozenset({"polish"})
-"""Those that are other words when they begin with a small letter, which a folded text does not tell: entities
-are their places, terms are not ("nail polish" is not about Poland)."""
-
-
-def entity_key(key: str) -> str:
-    """The folded name of an entity, by which two are compared: of a people, its place's."""
-    return PLACE_OF.get(key, key)
+"""Those that are other words when they begin with a small letter, which a folded text does not tell: as
+entities they are their places, as terms they are not ("nail polish" is not about Poland)."""

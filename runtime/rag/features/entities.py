@@ -9,7 +9,6 @@ so is the rest.
 from __future__ import annotations
 
 from ..types import Mention
-from .demonyms import entity_key
 from .names import CONNECTING, DATES, FUNCTION_WORDS, SPLITTING, Token, key_of
 
 MAX_MENTIONS = 400
@@ -89,4 +88,4 @@ def _trimmed(span: list[Token]) -> list[Token]:
 
 def _mention(text: str, tokens: list[Token]) -> Mention:
     start, end = tokens[0].start, tokens[-1].end
-    return Mention(entity_key(key_of([token.folded for token in tokens])), text[start:end], start, end)
+    return Mention(key_of([token.folded for token in tokens]), text[start:end], start, end)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable
+from functools import cache
 from hashlib import blake2b
 from typing import Any
 
@@ -84,6 +85,17 @@ def term_of(word: str) -> int:
             _term_hashes.clear()
         _term_hashes[word] = found
     return found
+
+
+@cache
+def _place_hashes() -> dict[int, int]:
+    return {hash_of(word): hash_of(place) for word, place in PLACE_OF.items()}
+
+
+def entity_hash(name: int) -> int:
+    """Of the hash of a folded name that of the entity that it names: of "mexican" that of "mexico". Names of
+    documents stay what they are; a passage that mentions either names the same entity."""
+    return _place_hashes().get(name, name)
 
 
 def stem(word: str) -> str:

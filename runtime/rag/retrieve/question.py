@@ -10,7 +10,7 @@ import numpy as np
 from ....ir.errors import InputError
 from ..features.entities import mentions_in
 from ..features.names import FUNCTION_WORDS, Token, key_of, tokens_of
-from ..features.terms import hash_of, term_of, words_of
+from ..features.terms import entity_hash, hash_of, term_of, words_of
 from ..features.titles import MAX_TITLE_WORDS
 from ..snapshot import Snapshot, find
 
@@ -61,7 +61,7 @@ def parse(text: str, snapshot: Snapshot) -> Question:
     names = _names_in(tokens, snapshot)
     keys = [hash_of(mention.key) for mention in mentions_in(text[:MAX_NAMING], tokens)]
     keys += [int(snapshot.arrays["name_hashes"][name]) for name in names]
-    entities = np.unique(snapshot.entity_ids(keys))
+    entities = np.unique(snapshot.entity_ids([entity_hash(key) for key in keys]))
     named, certainty = _documents_named(names, snapshot)
     return Question(text, terms, idf, entities, named, certainty)
 
@@ -100,7 +100,7 @@ def _names_in(tokens: list[Token], snapshot: Snapshot) -> list[int]:
 
 
 def _mostly_a_name(word: str, snapshot: Snapshot) -> bool:
-    entity, term = snapshot.entity_ids([hash_of(word)]), snapshot.term_ids([term_of(word)])
+    entity, term = snapshot.entity_ids([entity_hash(hash_of(word))]), snapshot.term_ids([term_of(word)])
     if not len(entity) or not len(term):
         return False
     bounds = snapshot.arrays["posting_bounds"]
