@@ -102,7 +102,7 @@ def soak(artifact: Path, rate: float, minutes: float) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="an artifact")
-    parser.add_argument("--gguf", type=Path, help="the file it was made of; not needed with --rate")
+    parser.add_argument("--gguf", type=Path, help="the file it was made of; without it llama.cpp is left out")
     parser.add_argument("--requests", type=int, default=40, help="of a run [default: 40]")
     parser.add_argument("--start", type=float, default=0.5, help="first rate tried, a second [default: 0.5]")
     parser.add_argument("--repeat", type=int, default=1)
@@ -110,14 +110,13 @@ def main() -> int:
     parser.add_argument("--rate", type=float, help="of the soak, requests a second; no search then")
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
-    if arguments.gguf is None and not arguments.rate:
-        parser.error("--gguf is needed to search beside llama.cpp's server")
     knees: dict[str, list[dict[str, Any]]] = {"llmc": [], "llama.cpp": []}
     for _ in range(0 if arguments.rate else arguments.repeat):
         with our_server(arguments.model, CONTEXT) as url:
             knees["llmc"].append(knee(url, arguments.requests, arguments.start))
-        with llama_server(arguments.gguf, context=CONTEXT, slots=SLOTS) as url:
-            knees["llama.cpp"].append(knee(url, arguments.requests, arguments.start))
+        if arguments.gguf is not None:
+            with llama_server(arguments.gguf, context=CONTEXT, slots=SLOTS) as url:
+                knees["llama.cpp"].append(knee(url, arguments.requests, arguments.start))
     record: dict[str, Any] = {
         "machine": machine(),
         "model": (arguments.gguf or arguments.model).name,

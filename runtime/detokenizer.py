@@ -23,6 +23,8 @@ class Decoder(Protocol):
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
 
+    def text_alone(self, token_id: int, *, skip_special_tokens: bool = True) -> str | None: ...
+
 
 class StreamDecoder:
     """Decodes token by token.
@@ -56,7 +58,14 @@ class StreamDecoder:
 
     def push(self, token_id: int) -> str:
         """Add a token; returns the text that is certain now, which may be empty."""
+        whole = self._done == len(self._ids)
         self._ids.append(token_id)
+        text = self._tokenizer.text_alone(token_id, skip_special_tokens=self._skip) if whole else None
+        if text is not None:  # nearly every token of most models, and a window would be decoded twice
+            self._window = self._done = len(self._ids)
+            self._shown = ""
+            self._length += len(text)
+            return text
         if not (self._skip and token_id in self._tokenizer.special_ids):
             self._in_bytes = token_id in self._tokenizer.byte_ids
         if self._in_bytes:

@@ -8,21 +8,24 @@ preemption.
 
 from __future__ import annotations
 
+import math
 import struct
 from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 
 from .custom_sampler import SequenceSampler
 from .sampling_params import SamplingParams
 
-# top_p looks at this many of the most likely tokens before it looks at more.
-_CANDIDATES = 1024
-_BLOCK = 256
+# top_p looks at tokens that are so likely beside the most likely one, and at more where those are too few.
+_LIKELY = (2.0**-6, 2.0**-12, 2.0**-18, 2.0**-24, 0.0)
+_DEPTH = 64  # of the columns that a vocabulary is cut into, so that few numbers stand for all of it
+_FEW = 4096  # numbers whose running sum takes no longer than sums of columns
 _DENSE = 8  # where fewer than one token in 8 is allowed, moving those is faster than masking the others
 _GREEDY = 1e-5  # temperatures below are greedy: float32 logits differ by more than this or are equal
 
@@ -47,8 +50,9 @@ class SamplerRow:
         "custom",
         "forbidden",
         "is_greedy",
+        "known",
         "params",
-        "prompt_ids",
+        "repeated",
         "seed",
     )
 
@@ -62,8 +66,9 @@ class SamplerRow:
         self.forbidden = np.array(sorted(stops), np.int64)
         self.blocked = params.min_tokens > 0 and len(self.forbidden) > 0
         self.counts: Counter[int] = Counter()
-        uses_prompt = params.repetition_penalty != 1.0
-        self.prompt_ids = np.unique(np.frombuffer(prompt, np.int32)) if uses_prompt else np.zeros(0, np.int32)
+        # Each token of the prompt and of the answer once, for the repetition penalty.
+        self.known = set(prompt) if params.repetition_penalty != 1.0 else set[int]()
+        self.repeated = array("i", self.known)
         self.custom: SequenceSampler | None = None
         """The sampler that the request named, at work on the sequence of this row."""
         self.adjusts = (
@@ -84,12 +89,16 @@ class SamplerRow:
             setattr(other, name, getattr(self, name))
         other.choice = choice
         other.counts = Counter(self.counts)
+        other.known, other.repeated = set(self.known), self.repeated[:]
         return other
 
     def note(self, token: int) -> None:
         """Remember a generated token."""
         if self.has_penalties:
             self.counts[token] += 1
+            if self.params.repetition_penalty != 1.0 and token not in self.known:
+                self.known.add(token)
+                self.repeated.append(token)
 
 
 def uniform(seed: int, choice: int, index: int) -> float:
@@ -133,13 +142,9 @@ def sample(
         if row.adjusts or constraint is not None:
             with np.errstate(over="ignore"):  # an infinite logit is found below
                 _adjust(logits[i], row, indices[i], constraint)
-    tokens = np.argmax(logits, axis=1)
-    # argmax finds a NaN first, so the chosen logit tells whether the row is sound.
-    sound = np.isfinite(logits[np.arange(len(rows)), tokens])
-    for i, row in enumerate(rows):
-        if not row.is_greedy and sound[i]:
-            tokens[i] = _draw(logits[i], row, indices[i])
-    chosen = np.where(sound, tokens, -1).tolist()
+    chosen = [
+        _best(logits[i]) if row.is_greedy else _draw(logits[i], row, indices[i]) for i, row in enumerate(rows)
+    ]
     logprobs: list[TokenLogprob | None] = [None] * len(rows)
     for i, row in enumerate(rows):
         if row.params.logprobs is not None and chosen[i] >= 0:
@@ -153,13 +158,13 @@ def _adjust(logits: np.ndarray, row: SamplerRow, index: int, allowed: Allowed) -
     """
     p = row.params
     if row.has_penalties:
-        seen = np.fromiter(row.counts.keys(), np.int64, len(row.counts))
         if p.repetition_penalty != 1.0:
-            ids = np.union1d(seen, row.prompt_ids)
+            ids = np.array(row.repeated, np.int32)
             ids = ids[ids < len(logits)]
             values = logits[ids]
             logits[ids] = np.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
-        if len(seen):
+        if row.counts and (p.presence_penalty or p.frequency_penalty):
+            seen = np.fromiter(row.counts.keys(), np.int64, len(row.counts))
             counts = np.fromiter(row.counts.values(), np.float32, len(row.counts))
             logits[seen] -= np.float32(p.presence_penalty) + np.float32(p.frequency_penalty) * counts
     if p.logit_bias:
@@ -196,81 +201,131 @@ def _constrain(logits: np.ndarray, allowed: np.ndarray | int) -> None:
         logits[ids] = kept
 
 
+def _best(logits: np.ndarray) -> int:
+    """The most likely token of one row [vocab], the first among equals; -1 for a broken row."""
+    token = int(logits.argmax())  # of NaN, the first
+    return token if math.isfinite(logits[token]) else -1
+
+
 def _draw(logits: np.ndarray, row: SamplerRow, index: int) -> int:
-    """Sample from one row [vocab] by inverting its cumulative distribution over the ids that are kept."""
+    """Sample from one row [vocab] by inverting its cumulative distribution over the ids that are kept; -1 for
+    a broken row.
+
+    What top_k leaves is found first, so that the rest of the vocabulary is read once; the logits are used up.
+    """
     p = row.params
-    weight = logits - logits.max()
+    peak = logits.max()
+    if not math.isfinite(peak):
+        return -1
+    u = uniform(row.seed, row.choice, index)
+    ids = _largest(logits, p.top_k) if 0 < p.top_k < len(logits) else None
+    weight = logits if ids is None else logits[ids]
+    weight -= peak
     weight *= np.float32(1.0 / p.temperature)
     np.exp(weight, out=weight)
-    u = uniform(row.seed, row.choice, index)
-    ids = _keep(logits, weight, p)
-    return _invert(weight, u) if ids is None else int(ids[_invert(weight[ids], u)])
+    if p.top_p < 1.0:
+        kept = _nucleus(weight, p.top_p)
+        ids, weight = kept if ids is None else ids[kept], weight[kept]
+    if p.min_p > 0.0:
+        kept = _where(weight >= p.min_p)
+        ids, weight = kept if ids is None else ids[kept], weight[kept]
+    place = _invert(weight, u)
+    return place if ids is None else int(ids[place])
+
+
+def _columns(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A view [_DEPTH, columns] of a vector, whose reduction over the first axis is a matter of microseconds,
+    and the few values that are left.
+    """
+    head = len(values) // _DEPTH * _DEPTH
+    return values[:head].reshape(_DEPTH, -1), values[head:]
+
+
+def _sums(weight: np.ndarray) -> np.ndarray:
+    """Sums of the columns, in float32, and the values that are left; float64."""
+    columns, rest = _columns(weight)
+    return np.concatenate([columns.sum(axis=0), rest], dtype=np.float64)
 
 
 def _invert(weight: np.ndarray, u: float) -> int:
-    """The place where the running sum of `weight` passes the share `u` of its total, in float64.
+    """The place where the running sum of `weight` [n] passes the share `u` of its total.
 
-    Sums of blocks first, then the running sum within one block: a tenth of the time of one long running sum.
+    In a vocabulary the sum runs through its columns, one after the other, and first over their sums: a tenth
+    of the time of one long running sum.
     """
-    head = len(weight) // _BLOCK * _BLOCK
-    sums = weight[:head].reshape(-1, _BLOCK).sum(axis=1, dtype=np.float64)
-    ends = np.cumsum(np.append(sums, np.sum(weight[head:], dtype=np.float64)))
+    if len(weight) <= _FEW:
+        ends = np.cumsum(weight, dtype=np.float64)
+        return _passed(weight, ends, u * ends[-1])
+    ends = np.cumsum(_sums(weight))
     target = u * ends[-1]
-    block = min(int(np.searchsorted(ends, target, side="right")), len(ends) - 1)
-    begin = float(ends[block - 1]) if block else 0.0
-    inside = weight[block * _BLOCK : (block + 1) * _BLOCK]
-    place = int(np.searchsorted(np.cumsum(inside, dtype=np.float64), target - begin, side="right"))
-    # Rounding may put the target at the very end, where weights are perhaps 0.
-    last = int(np.flatnonzero(inside)[-1]) if inside.any() else 0
-    return block * _BLOCK + min(place, last)
+    columns, rest = _columns(weight)
+    column = min(int(np.searchsorted(ends, target, side="right")), len(ends) - 1)
+    width = columns.shape[1]
+    if column >= width:
+        return columns.size + _passed(rest, ends[width:], target)
+    begin = float(ends[column - 1]) if column else 0.0
+    inside = columns[:, column]
+    return _passed(inside, np.cumsum(inside, dtype=np.float64), target - begin) * width + column
+
+
+def _passed(weight: np.ndarray, ends: np.ndarray, target: float) -> int:
+    """The first place whose running sum is above the target, and never one of no weight: rounding may put the
+    target at the very end.
+    """
+    place = int(np.searchsorted(ends, target, side="right"))
+    if place < len(weight) and weight[place] > 0:
+        return place
+    some = _where(weight > 0)
+    return int(some[-1]) if len(some) else 0
+
+
+def _where(mask: np.ndarray) -> np.ndarray:
+    """Places that are true; `np.flatnonzero` takes longer to get there than to do it."""
+    return mask.nonzero()[0]
+
+
+def _nth(values: np.ndarray, n: int) -> Any:
+    """The n-th largest value, from 1."""
+    place = len(values) - n
+    values = values.copy()
+    values.partition(place)
+    return values[place]
 
 
 def _largest(values: np.ndarray, count: int) -> np.ndarray:
-    """Ids of the `count` largest values, in the order of ids; among equals the lower ids are taken."""
+    """Ids of the `count` largest values, in the order of ids; among equals the lower ids are taken.
+
+    Of the columns of a vocabulary, `count` have a maximum that so many values reach: only those are ordered.
+    """
     if count >= len(values):
         return np.arange(len(values))
-    threshold = np.partition(values, len(values) - count)[len(values) - count]
-    ids = np.flatnonzero(values >= threshold)
+    columns, rest = _columns(values)
+    maxima = np.concatenate([columns.max(axis=0), rest])
+    near: np.ndarray | None = None
+    if count < len(maxima):
+        near = _where(values >= _nth(maxima, count))
+        values = values[near]
+    threshold = _nth(values, count)
+    ids = _where(values >= threshold)
     if len(ids) > count:
-        tied = np.flatnonzero(values[ids] == threshold)
+        tied = _where(values[ids] == threshold)
         ids = np.delete(ids, tied[len(tied) - (len(ids) - count) :])
-    return ids
+    return ids if near is None else near[ids]
 
 
-def _keep(logits: np.ndarray, weight: np.ndarray, p: SamplingParams) -> np.ndarray | None:
-    """Ids that top_k, then top_p, then min_p leave, in the order of ids; None for the whole vocabulary.
-
-    `weight`: [vocab] unnormalised probabilities, the largest 1. Nothing sorts more than a few candidates
-    unless the distribution is flat.
+def _nucleus(weight: np.ndarray, top_p: float) -> np.ndarray:
+    """Ids of the fewest weights [n] that reach the share `top_p` of their total, at least one; in the order
+    of ids, among equals the lower ids. The largest weight is 1.
     """
-    ids: np.ndarray | None = None
-    if 0 < p.top_k < len(logits):
-        ids = _largest(logits, p.top_k)
-    if p.top_p < 1.0:
-        values, weights = (logits, weight) if ids is None else (logits[ids], weight[ids])
-        kept = _largest(values, _count_for(weights, p.top_p))
-        ids = kept if ids is None else ids[kept]
-    if p.min_p > 0.0:
-        likely = np.flatnonzero(weight >= p.min_p) if ids is None else ids[weight[ids] >= p.min_p]
-        ids = likely
-    return ids
-
-
-def _count_for(weight: np.ndarray, top_p: float) -> int:
-    """How many of the largest weights it takes to reach the share `top_p` of their total; at least 1."""
-    limit = top_p * float(np.sum(weight, dtype=np.float64))
-    count = _CANDIDATES
-    while True:
-        top = (
-            np.partition(weight, len(weight) - count)[len(weight) - count :]
-            if count < len(weight)
-            else weight
-        )
-        falling = np.sort(top)[::-1]
-        sums = np.cumsum(falling, dtype=np.float64)
-        if count >= len(weight) or sums[-1] >= limit:
-            return min(int(np.searchsorted(sums, limit, side="left")) + 1, len(weight))
-        count *= 8
+    limit = top_p * float(_sums(weight).sum())
+    for likely in _LIKELY if len(weight) > _FEW else (0.0,):
+        near = _where(weight >= likely)
+        values = weight[near]
+        sums = np.cumsum(np.sort(values)[::-1], dtype=np.float64)
+        if sums[-1] >= limit or not likely:
+            count = min(int(np.searchsorted(sums, limit, side="left")) + 1, len(near))
+            return near[_largest(values, count)]
+    raise AssertionError("unreachable: the last one is 0")
 
 
 def token_logprob(logits: np.ndarray, token: int, top: int) -> TokenLogprob:

@@ -31,6 +31,7 @@ class Tokenizer:
         inner.no_truncation()  # neither is the runtime's wish, whatever the file was saved with
         inner.no_padding()
         self._inner = inner
+        self._alone: dict[bool, dict[int, str | None]] = {True: {}, False: {}}
 
     @staticmethod
     def from_file(path: Path) -> Tokenizer:
@@ -64,6 +65,18 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of ids. Bytes that are no UTF-8 become U+FFFD."""
         return self._inner.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def text_alone(self, token_id: int, *, skip_special_tokens: bool = True) -> str | None:
+        """The text of a token behind any whole characters and before any others; None where it depends on
+        its neighbours: part of a character, or a vocabulary that does not spell bytes.
+        """
+        if not self._is_byte_level:
+            return None
+        known = self._alone[skip_special_tokens]
+        if token_id not in known:
+            text = self.decode([token_id], skip_special_tokens=skip_special_tokens)
+            known[token_id] = None if "\ufffd" in text else text
+        return known[token_id]
 
     def to_json(self) -> str:
         """All of it as the text of a `tokenizer.json`."""

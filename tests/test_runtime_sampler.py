@@ -65,20 +65,45 @@ def test_temperature_gives_the_softmax():
         assert np.abs(share - expected).max() < 0.015
 
 
-@given(seed=st.integers(0, 1000), k=st.integers(1, 40))
-@settings(deadline=None, max_examples=30)
-def test_top_k_keeps_the_k_largest_and_the_lower_id_among_equals(seed: int, k: int):
-    logits = np.round(_logits(seed))  # many ties
-    allowed = set(sorted(range(VOCAB), key=lambda i: (-logits[0, i], i))[:k])
-    drawn = _draws(logits, SamplingParams(temperature=5.0, top_k=k), 200)
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+def test_a_large_vocabulary_is_drawn_from_by_its_softmax(temperature: float):
+    # 313 columns of 64 and 17 tokens beside them; each third of the ids has its likely ones, and so have the
+    # first and the last token.
+    vocab = 313 * 64 + 17
+    logits = _logits(11, vocab=vocab)
+    logits[0, [0, vocab - 1, 5_000, 12_345, 20_040]] += 14
+    expected = np.exp(logits[0].astype(np.float64) / temperature)
+    expected /= expected.sum()
+    count = 8_000
+    drawn = _draws(logits, SamplingParams(temperature=temperature), count)
+    seen = np.zeros(vocab)
+    seen[list(drawn)] = np.array(list(drawn.values())) / count
+    likely = np.argsort(-expected)[:8]
+    assert np.abs(seen[likely] - expected[likely]).max() < 0.02  # four standard deviations of a half
+    for part in np.array_split(np.arange(vocab), 7):
+        assert abs(seen[part].sum() - expected[part].sum()) < 0.025
+
+
+@given(seed=st.integers(0, 1000), k=st.integers(1, 40), vocab=st.sampled_from([VOCAB, 5003]))
+@settings(deadline=None, max_examples=40)
+def test_top_k_keeps_the_k_largest_and_the_lower_id_among_equals(seed: int, k: int, vocab: int):
+    logits = np.round(_logits(seed, vocab=vocab))  # many ties
+    allowed = set(sorted(range(vocab), key=lambda i: (-logits[0, i], i))[:k])
+    drawn = _draws(logits, SamplingParams(temperature=1e4, top_k=k), 20 * k)
     assert set(drawn) <= allowed
+    assert len(drawn) > 0.9 * k  # each is missed with a chance of e^-20
 
 
-@given(seed=st.integers(0, 1000), p=st.floats(0.05, 0.99), k=st.sampled_from([0, 5, 50]))
-@settings(deadline=None, max_examples=30)
-def test_top_p_keeps_the_smallest_set_that_reaches_p(seed: int, p: float, k: int):
-    logits = _logits(seed)
-    order = np.argsort(-logits[0], kind="stable")[: k or VOCAB]
+@given(
+    seed=st.integers(0, 1000),
+    p=st.floats(0.05, 0.99),
+    k=st.sampled_from([0, 5, 50]),
+    vocab=st.sampled_from([VOCAB, 5003]),
+)
+@settings(deadline=None, max_examples=40)
+def test_top_p_keeps_the_smallest_set_that_reaches_p(seed: int, p: float, k: int, vocab: int):
+    logits = _logits(seed, vocab=vocab)
+    order = np.argsort(-logits[0], kind="stable")[: k or vocab]
     probability = np.exp(logits[0, order].astype(np.float64))
     probability /= probability.sum()
     count = int(np.searchsorted(np.cumsum(probability), p)) + 1
