@@ -21,6 +21,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from .published_models import fetch
 
 CATEGORIES = ("simple_python", "multiple", "irrelevance")
 _MAX_TOKENS = 256
+_COUNTS = ("called", "calls", "valid_calls", "invalid_calls", "cut_calls", "right")
 _TYPES = {"dict": "object", "float": "number", "tuple": "array", "int": "integer", "list": "array"}
 
 
@@ -146,14 +148,23 @@ def _plain(text: str) -> str:
 # Asking --------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Answer:
+    calls: list[tuple[str, str]]
+    """Name, arguments as text."""
+    error: str | None = None
+    cut: bool = False
+    """Whether it came to an end by `max_tokens`: the last call may be half of one."""
+
+
 async def ask(
     client: openai.AsyncOpenAI, model: str, rows: list[dict[str, Any]], concurrency: int
-) -> list[tuple[list[tuple[str, str]], str | None]]:
-    """For each question the calls (name, arguments as text) and the error, if there was one."""
+) -> list[Answer]:
+    """The answer to each question."""
     gate = asyncio.Semaphore(concurrency)
     done = 0
 
-    async def one(row: dict[str, Any]) -> tuple[list[tuple[str, str]], str | None]:
+    async def one(row: dict[str, Any]) -> Answer:
         nonlocal done
         async with gate:
             try:
@@ -165,23 +176,27 @@ async def ask(
                     max_tokens=_MAX_TOKENS,
                 )
             except openai.APIError as error:
-                return [], str(error)[:200]
+                return Answer([], str(error)[:200])
         done += 1
         if done % 50 == 0:
             print(f"{done} of {len(rows)}", file=sys.stderr, flush=True)
-        calls = answer.choices[0].message.tool_calls or []
-        return [(c.function.name, c.function.arguments) for c in calls if c.type == "function"], None
+        (choice,) = answer.choices
+        calls = [one.function for one in choice.message.tool_calls or [] if one.type == "function"]
+        cut = choice.finish_reason == "length"
+        return Answer([(call.name, call.arguments) for call in calls], cut=cut)
 
     return await asyncio.gather(*(one(row) for row in rows))
 
 
-def grade(
-    rows: list[dict[str, Any]], answers: list[tuple[list[tuple[str, str]], str | None]]
-) -> dict[str, Any]:
-    """The numbers of one category."""
+def grade(rows: list[dict[str, Any]], answers: list[Answer]) -> dict[str, Any]:
+    """The numbers of one category. Calls that `max_tokens` cut are counted by themselves, neither valid nor
+    invalid.
+    """
     count: Counter[str] = Counter()
     errors: list[str] = []
-    for row, (calls, error) in zip(rows, answers, strict=True):
+    invalid: list[str] = []
+    for row, answer in zip(rows, answers, strict=True):
+        calls, error = answer.calls, answer.error
         if error is not None:
             errors.append(f"{row['id']}: {error}")
         tools = tools_of(row)
@@ -189,6 +204,11 @@ def grade(
         count["called"] += bool(calls)
         count["calls"] += len(calls)
         count["valid_calls"] += sum(arguments is not None for _, arguments in parsed)
+        count["cut_calls"] += answer.cut and bool(parsed) and parsed[-1][1] is None
+        judged = calls[:-1] if answer.cut else calls
+        wrong = [call for call, (_, value) in zip(judged, parsed, strict=False) if value is None]
+        count["invalid_calls"] += len(wrong)
+        invalid += [f"{row['id']}: {name} {arguments}" for name, arguments in wrong]
         if "answer" in row:
             right = len(parsed) == 1 and matches(parsed[0], row["answer"][0], tools)
         else:
@@ -196,8 +216,9 @@ def grade(
         count["right"] += right
     return {
         "questions": len(rows),
-        **{name: count[name] for name in ("called", "calls", "valid_calls", "right")},
+        **{name: count[name] for name in _COUNTS},
         "accuracy": round(count["right"] / max(1, len(rows)), 4),
+        "invalid": invalid[:5],
         "errors": errors[:5],
         "error_count": len(errors),
     }

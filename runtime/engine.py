@@ -22,7 +22,7 @@ from .adapters import AdapterRegistry
 from .batch import build_inputs
 from .block_manager import BlockManager
 from .engine_options import ContextLengthError, Counters, EngineOptions, EngineStats, ModelFacts
-from .executor.base import Executor
+from .executor.base import Executor, PreparesSampling
 from .generation import FinishReason, Generation, Request, StepOutput
 from .grammar import MaskWorker
 from .memory import KvPlan, plan_kv_cache
@@ -113,10 +113,13 @@ class Engine:
             max_rows=_LOGITS_BYTES // (4 * max(1, executor.vocab_size)),
         )
         self._masks = MaskWorker(facts.vocab_size)
+        self._prepare = executor.prepare_sampling if isinstance(executor, PreparesSampling) else None
         self._requests: dict[str, Request] = {}
         self._arrivals = itertools.count()
         self.counters = Counters()
-        self.speculator = Speculator(self.scheduler, self.counters, most=options.speculate, limit=self.limit)
+        self.speculator = Speculator(
+            self.scheduler, self.counters, most=options.speculate, limit=self.limit, prepare=self._prepare
+        )
 
     def _context(self, wanted: int | None) -> int:
         most = self.facts.context_length
@@ -358,7 +361,7 @@ class Engine:
             logits = logits[wanted.rows]
         states = [generation.sampler for generation in wanted.generations]
         indices = [generation.num_generated for generation in wanted.generations]
-        tokens, logprobs = sample(logits, states, indices, self._allowed(wanted, masks))
+        tokens, logprobs = sample(logits, states, indices, self._allowed(wanted, masks), self._prepare)
         for generation, token, logprob in zip(wanted.generations, tokens, logprobs, strict=True):
             outputs.append(self._advance(generation, [token], [logprob]))
         return outputs

@@ -12,21 +12,19 @@ import math
 import struct
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any
 
 import numpy as np
 
 from .custom_sampler import SequenceSampler
+from .executor.base import Prepared
+from .probabilities import Probabilities, largest, pick
 from .sampling_params import SamplingParams
 
-# top_p looks at tokens that are so likely beside the most likely one, and at more where those are too few.
-_LIKELY = (2.0**-6, 2.0**-12, 2.0**-18, 2.0**-24, 0.0)
-_DEPTH = 64  # of the columns that a vocabulary is cut into, so that few numbers stand for all of it
-_FEW = 4096  # numbers whose running sum takes no longer than sums of columns
 _DENSE = 8  # where fewer than one token in 8 is allowed, moving those is faster than masking the others
+_LOG2E = math.log2(math.e)
 _GREEDY = 1e-5  # temperatures below are greedy: float32 logits differ by more than this or are equal
 
 
@@ -37,6 +35,10 @@ class TokenLogprob:
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...]
+
+
+Prepare = Callable[[np.ndarray, np.ndarray], Prepared | None]
+"""`PreparesSampling.prepare_sampling`."""
 
 
 class SamplerRow:
@@ -121,6 +123,7 @@ def sample(
     rows: Sequence[SamplerRow],
     indices: Sequence[int],
     allowed: Sequence[Allowed] | None = None,
+    prepare: Prepare | None = None,
 ) -> tuple[list[int], list[TokenLogprob | None]]:
     """Choose a token for each row.
 
@@ -129,6 +132,7 @@ def sample(
         rows: R states.
         indices: R numbers of tokens generated before this one, for the random numbers and `min_tokens`.
         allowed: R constraints; None where no row has one.
+        prepare: the help of the executor, if it has some; tokens are the same for the same executor.
 
     Returns:
         R token ids, and R log probabilities (None where the request asked for none). The id is -1 where the
@@ -142,9 +146,7 @@ def sample(
         if row.adjusts or constraint is not None:
             with np.errstate(over="ignore"):  # an infinite logit is found below
                 _adjust(logits[i], row, indices[i], constraint)
-    chosen = [
-        _best(logits[i]) if row.is_greedy else _draw(logits[i], row, indices[i]) for i, row in enumerate(rows)
-    ]
+    chosen = _choose(logits, rows, indices, prepare)
     logprobs: list[TokenLogprob | None] = [None] * len(rows)
     for i, row in enumerate(rows):
         if row.params.logprobs is not None and chosen[i] >= 0:
@@ -201,138 +203,48 @@ def _constrain(logits: np.ndarray, allowed: np.ndarray | int) -> None:
         logits[ids] = kept
 
 
+def _choose(
+    logits: np.ndarray, rows: Sequence[SamplerRow], indices: Sequence[int], prepare: Prepare | None
+) -> list[int]:
+    """The tokens of rows that are adjusted; -1 for a broken one."""
+    if prepare is not None:
+        scales = [0.0 if row.is_greedy else _LOG2E / row.params.temperature for row in rows]
+        if (prepared := prepare(logits, np.array(scales, np.float32))) is not None:
+            chosen = prepared.best.tolist()
+            for i, row in enumerate(rows):
+                if not row.is_greedy and chosen[i] >= 0:
+                    chosen[i] = _draw(Probabilities.prepared(logits[i], i, prepared), row, indices[i])
+            return chosen
+    return [
+        _best(logits[i])
+        if row.is_greedy
+        else _draw(Probabilities.of(logits[i], row.params.temperature), row, indices[i])
+        for i, row in enumerate(rows)
+    ]
+
+
 def _best(logits: np.ndarray) -> int:
     """The most likely token of one row [vocab], the first among equals; -1 for a broken row."""
     token = int(logits.argmax())  # of NaN, the first
     return token if math.isfinite(logits[token]) else -1
 
 
-def _draw(logits: np.ndarray, row: SamplerRow, index: int) -> int:
-    """Sample from one row [vocab] by inverting its cumulative distribution over the ids that are kept; -1 for
-    a broken row.
-
-    What top_k leaves is found first, so that the rest of the vocabulary is read once; the logits are used up.
+def _draw(weights: Probabilities | None, row: SamplerRow, index: int) -> int:
+    """Sample from one row by inverting its cumulative distribution over the ids that are kept; -1 for a
+    broken row.
     """
-    p = row.params
-    peak = logits.max()
-    if not math.isfinite(peak):
+    if weights is None:
         return -1
-    u = uniform(row.seed, row.choice, index)
-    ids = _largest(logits, p.top_k) if 0 < p.top_k < len(logits) else None
-    weight = logits if ids is None else logits[ids]
-    weight -= peak
-    weight *= np.float32(1.0 / p.temperature)
-    np.exp(weight, out=weight)
-    if p.top_p < 1.0:
-        kept = _nucleus(weight, p.top_p)
-        ids, weight = kept if ids is None else ids[kept], weight[kept]
-    if p.min_p > 0.0:
-        kept = _where(weight >= p.min_p)
-        ids, weight = kept if ids is None else ids[kept], weight[kept]
-    place = _invert(weight, u)
-    return place if ids is None else int(ids[place])
-
-
-def _columns(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A view [_DEPTH, columns] of a vector, whose reduction over the first axis is a matter of microseconds,
-    and the few values that are left.
-    """
-    head = len(values) // _DEPTH * _DEPTH
-    return values[:head].reshape(_DEPTH, -1), values[head:]
-
-
-def _sums(weight: np.ndarray) -> np.ndarray:
-    """Sums of the columns, in float32, and the values that are left; float64."""
-    columns, rest = _columns(weight)
-    return np.concatenate([columns.sum(axis=0), rest], dtype=np.float64)
-
-
-def _invert(weight: np.ndarray, u: float) -> int:
-    """The place where the running sum of `weight` [n] passes the share `u` of its total.
-
-    In a vocabulary the sum runs through its columns, one after the other, and first over their sums: a tenth
-    of the time of one long running sum.
-    """
-    if len(weight) <= _FEW:
-        ends = np.cumsum(weight, dtype=np.float64)
-        return _passed(weight, ends, u * ends[-1])
-    ends = np.cumsum(_sums(weight))
-    target = u * ends[-1]
-    columns, rest = _columns(weight)
-    column = min(int(np.searchsorted(ends, target, side="right")), len(ends) - 1)
-    width = columns.shape[1]
-    if column >= width:
-        return columns.size + _passed(rest, ends[width:], target)
-    begin = float(ends[column - 1]) if column else 0.0
-    inside = columns[:, column]
-    return _passed(inside, np.cumsum(inside, dtype=np.float64), target - begin) * width + column
-
-
-def _passed(weight: np.ndarray, ends: np.ndarray, target: float) -> int:
-    """The first place whose running sum is above the target, and never one of no weight: rounding may put the
-    target at the very end.
-    """
-    place = int(np.searchsorted(ends, target, side="right"))
-    if place < len(weight) and weight[place] > 0:
-        return place
-    some = _where(weight > 0)
-    return int(some[-1]) if len(some) else 0
-
-
-def _where(mask: np.ndarray) -> np.ndarray:
-    """Places that are true; `np.flatnonzero` takes longer to get there than to do it."""
-    return mask.nonzero()[0]
-
-
-def _nth(values: np.ndarray, n: int) -> Any:
-    """The n-th largest value, from 1."""
-    place = len(values) - n
-    values = values.copy()
-    values.partition(place)
-    return values[place]
-
-
-def _largest(values: np.ndarray, count: int) -> np.ndarray:
-    """Ids of the `count` largest values, in the order of ids; among equals the lower ids are taken.
-
-    Of the columns of a vocabulary, `count` have a maximum that so many values reach: only those are ordered.
-    """
-    if count >= len(values):
-        return np.arange(len(values))
-    columns, rest = _columns(values)
-    maxima = np.concatenate([columns.max(axis=0), rest])
-    near: np.ndarray | None = None
-    if count < len(maxima):
-        near = _where(values >= _nth(maxima, count))
-        values = values[near]
-    threshold = _nth(values, count)
-    ids = _where(values >= threshold)
-    if len(ids) > count:
-        tied = _where(values[ids] == threshold)
-        ids = np.delete(ids, tied[len(tied) - (len(ids) - count) :])
-    return ids if near is None else near[ids]
-
-
-def _nucleus(weight: np.ndarray, top_p: float) -> np.ndarray:
-    """Ids of the fewest weights [n] that reach the share `top_p` of their total, at least one; in the order
-    of ids, among equals the lower ids. The largest weight is 1.
-    """
-    limit = top_p * float(_sums(weight).sum())
-    for likely in _LIKELY if len(weight) > _FEW else (0.0,):
-        near = _where(weight >= likely)
-        values = weight[near]
-        sums = np.cumsum(np.sort(values)[::-1], dtype=np.float64)
-        if sums[-1] >= limit or not likely:
-            count = min(int(np.searchsorted(sums, limit, side="left")) + 1, len(near))
-            return near[_largest(values, count)]
-    raise AssertionError("unreachable: the last one is 0")
+    u, p = uniform(row.seed, row.choice, index), row.params
+    ids = weights.kept(p.top_k, p.top_p, p.min_p)
+    return weights.draw(u) if ids is None else int(ids[pick(weights.weights[ids], u)])
 
 
 def token_logprob(logits: np.ndarray, token: int, top: int) -> TokenLogprob:
     """Log-softmax of one row [vocab] at the chosen token and at the `top` most likely ones, best first."""
     peak = logits.max()
     norm = float(peak) + float(np.log(np.sum(np.exp(logits - peak), dtype=np.float64)))
-    ids = _largest(logits, top) if top else np.zeros(0, np.int64)
+    ids = largest(logits, top) if top else np.zeros(0, np.int64)
     ids = ids[np.argsort(-logits[ids], kind="stable")]
     best = tuple((int(i), float(logits[i]) - norm) for i in ids)
     return TokenLogprob(token, float(logits[token]) - norm, best)

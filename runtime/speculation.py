@@ -17,7 +17,7 @@ import numpy as np
 from .drafters import Drafter, PromptLookup
 from .engine_options import Counters
 from .generation import Generation
-from .sampler import TokenLogprob, sample
+from .sampler import Prepare, TokenLogprob, sample
 from .scheduler import Chunk, Plan, Scheduler
 
 
@@ -41,14 +41,23 @@ class Speculator:
     """Guesses for the sequences of one engine. Between two steps no sequence has any."""
 
     def __init__(
-        self, scheduler: Scheduler[Generation], counters: Counters, *, most: int, limit: int
+        self,
+        scheduler: Scheduler[Generation],
+        counters: Counters,
+        *,
+        most: int,
+        limit: int,
+        prepare: Prepare | None,
     ) -> None:
-        """`most`: tokens guessed at a time at most, 0 for none; `limit`: tokens of a sequence at most."""
+        """`most`: tokens guessed at a time at most, 0 for none; `limit`: tokens of a sequence at most;
+        `prepare` as `sample` takes it.
+        """
         self.drafter: Drafter = PromptLookup()
         self._scheduler = scheduler
         self._counters = counters
         self._most = most
         self._limit = limit
+        self._prepare = prepare
 
     def guess(self) -> list[Generation]:
         """Append guesses to sequences that decode, as far as rows are to spare; returns those sequences."""
@@ -100,7 +109,7 @@ class Speculator:
             return {}
         states = [chunk.sequence.sampler for chunk in guessed for _ in range(chunk.count)]
         indices = [chunk.sequence.num_guessed_from + i for chunk in guessed for i in range(chunk.count)]
-        tokens, logprobs = sample(logits[rows], states, indices)
+        tokens, logprobs = sample(logits[rows], states, indices, prepare=self._prepare)
         checked: dict[int, Checked] = {}
         begin = 0
         for chunk in guessed:

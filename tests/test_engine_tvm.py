@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import time
 from collections import Counter
 from pathlib import Path
@@ -17,9 +18,11 @@ import llmc
 import numpy as np
 import pytest
 from llmc.codegen.artifact import Artifact
+from llmc.ir.errors import InputError
 from llmc.runtime.engine import ModelFacts
 from llmc.runtime.executor import Executor, open_executor
-from llmc.runtime.executor.base import Profiles, StepInputs
+from llmc.runtime.executor.base import PreparesSampling, Profiles, StepInputs
+from llmc.runtime.probabilities import Probabilities
 
 from .models import CONTEXT, VOCAB_SIZE, save_tiny
 from .schedules import check_schedule, random_schedule
@@ -134,6 +137,35 @@ def test_a_profile_accounts_for_the_steps_time(compiled: tuple[str, Executor]) -
     before = times.cycles.copy()
     assert np.array_equal(_step(executor, ids, [16, 32], 0), profiled)
     assert np.array_equal(times.cycles, before)  # nobody counts after the block
+
+
+def test_the_executor_prepares_what_numpy_would(compiled: tuple[str, Executor]) -> None:
+    _, executor = compiled
+    assert isinstance(executor, PreparesSampling)
+    executor.allocate_kv(8)
+    logits = _step(executor, np.arange(5, 25, dtype=np.int32), [20], 0)
+    temperatures = np.where(np.arange(20) % 3, np.linspace(0.3, 2, 20), 0)
+    scale = np.divide(math.log2(math.e), temperatures, out=np.zeros(20), where=temperatures > 0)
+    for start in (0, 1, 7):  # memory that is not aligned comes out the same
+        work = np.zeros(logits.size + 16, np.float32)[start:][: logits.size].reshape(logits.shape)
+        work[:] = logits
+        prepared = executor.prepare_sampling(work, scale.astype(np.float32))
+        assert prepared is not None
+        assert prepared.best.tolist() == logits.argmax(axis=1).tolist()
+        for row, temperature in enumerate(temperatures):
+            if not temperature:
+                assert np.array_equal(work[row], logits[row])
+                continue
+            expected = Probabilities.of(logits[row].copy(), temperature)
+            assert expected is not None
+            found = Probabilities.prepared(work[row], row, prepared)
+            np.testing.assert_allclose(found.weights, expected.weights, rtol=1e-5)
+            for u in (0.0, 0.3, 0.77, 1 - 2**-53):
+                assert found.draw(u) == expected.draw(u)
+            kept = [p.kept(40, 0.9, 0.01) for p in (found, expected)]
+            assert kept[0] is not None and kept[1] is not None and np.array_equal(*kept)
+    with pytest.raises(InputError, match="give \\[R"):
+        executor.prepare_sampling(logits, scale[:3].astype(np.float32))
 
 
 class _Heap(ctypes.Structure):

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llmc.ir.errors import InputError
+from llmc.runtime.executor.base import Prepared
 from llmc.runtime.sampler import SamplerRow, sample, uniform
 from llmc.runtime.sampling_params import SamplingParams
 
@@ -27,9 +28,23 @@ def _logits(seed: int, rows: int = 1, vocab: int = VOCAB) -> np.ndarray:
     return np.random.default_rng(seed).normal(0, 3, (rows, vocab)).astype(np.float32)
 
 
+def _prepare(logits: np.ndarray, scale: np.ndarray) -> Prepared:
+    """What an executor does (`PreparesSampling`), in blocks of 64."""
+    peak = logits.max(axis=1)
+    best = np.where(np.isfinite(peak), logits.argmax(axis=1), -1).astype(np.int32)
+    for row in np.flatnonzero((scale > 0) & (best >= 0)):
+        logits[row] = np.exp2((logits[row] - peak[row]) * scale[row])
+    blocks = logits[:, : logits.shape[1] // 64 * 64].reshape(len(logits), -1, 64)
+    return Prepared(best, blocks.sum(axis=2), blocks.max(axis=2), 64)
+
+
 def _draws(logits: np.ndarray, params: SamplingParams, count: int = 4000) -> Counter[int]:
+    """Tokens drawn from one row; the executor's help changes none."""
     row = _row(params)
-    return Counter(sample(logits.copy(), [row], [index])[0][0] for index in range(count))
+    drawn = [sample(logits.copy(), [row], [index])[0][0] for index in range(count)]
+    for index in range(0, count, 7):
+        assert sample(logits.copy(), [row], [index], prepare=_prepare)[0] == [drawn[index]]
+    return Counter(drawn)
 
 
 def test_greedy_takes_the_lowest_id_among_equals():
@@ -51,8 +66,9 @@ def test_nan_or_no_finite_logit_is_reported_for_its_row_alone():
         SamplingParams(temperature=1.0),
         SamplingParams(),
     ]
-    tokens, _ = sample(logits, [_row(p) for p in params], [0] * 4)
-    assert tokens == [-1, -1, -1, best]
+    rows = [_row(p) for p in params]
+    assert sample(logits.copy(), rows, [0] * 4, prepare=_prepare)[0] == [-1, -1, -1, best]
+    assert sample(logits, rows, [0] * 4)[0] == [-1, -1, -1, best]
 
 
 def test_temperature_gives_the_softmax():

@@ -12,11 +12,13 @@ from typing import Any
 from ...ir.core import Graph
 from .backends import require
 from .elf import link
+from .kernels import make_sampling
 from .kernels.isa import Isa, triple
+from .kernels.layout import generates
 from .kernels.schedule import Schedule
 from .lower import lower
 from .optimize import optimize
-from .step import Step, build_step
+from .step import Step, add_entry, build_step
 from .untyped import Module, tirx, tvm
 
 _CPU = 1  # DLPack's kDLCPU
@@ -37,10 +39,11 @@ def build(graph: Graph, isa: Isa, out: Path, schedules: Mapping[str, Schedule] |
     require(isa)
     lowered = lower(graph, isa, schedules)
     step = build_step(optimize(lowered.module, isa), lowered.symbols)
+    sampling = _sampling(step, isa) if generates(lowered.inputs) else ""
     with tempfile.TemporaryDirectory(prefix="llmc-") as folder:
         kernels = Path(folder, "kernels.o")
         compile_object(step.module, isa, kernels)
-        texts = [_entry(step), threads_text(isa.machine)]
+        texts = [_entry(step) + sampling, threads_text(isa.machine)]
         parts = [assemble(text, Path(folder), isa.machine) for text in texts]
         out.write_bytes(link([kernels.read_bytes(), *parts]))
     arguments = [*lowered.inputs, *(f"weight:{name}" for name in lowered.weights)]
@@ -124,6 +127,21 @@ done:
   %status = getelementptr i64, ptr %dims, i64 {dims}
   store i64 %failed, ptr %status
   ret i32 %state1
+}}
+"""
+
+
+def _sampling(step: Step, isa: Isa) -> str:
+    """LLVM IR of `llmc_sampling`, which calls the kernel of that name; its values as `add_entry` says."""
+    count = add_entry(step.module, "sampling", make_sampling(isa=isa.name))
+    row = ", ".join(f"i32 {1 + i}" for i in range(count))
+    return f"""
+@sampling_row = internal constant [{count} x i32] [{row}]
+declare i32 @__tvm_ffi_run_sampling(ptr, ptr, i32, ptr)
+
+define i32 @llmc_sampling(ptr %values) {{
+  %r = call i32 @call_packed(ptr @__tvm_ffi_run_sampling, ptr %values, ptr @sampling_row)
+  ret i32 %r
 }}
 """
 

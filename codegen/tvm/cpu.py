@@ -23,7 +23,7 @@ from ..peak import WORKER_BYTES
 from ..target import Progress, Target
 from .kernels import kv_layout
 from .kernels.isa import LEVELS
-from .kernels.layout import has_bytes
+from .kernels.layout import SAMPLING_BLOCK, generates, has_bytes
 from .kernels.schedule import Schedule
 from .libraries import Libraries
 from .weights import expert_layouts, page_values, stored_type, weight_specs
@@ -163,12 +163,14 @@ def _has_expert_kernel(op: Moe | QuantizedMoe) -> bool:
 
 
 def step_entry(graph: Graph, built: Mapping[str, Any]) -> dict[str, Any]:
-    """What a target's entry says of the step that `build` made: its arguments, and the places for adapters
-    that it has.
+    """What a target's entry says of the step that `build` made: its arguments, the places for adapters that
+    it has, and whether `llmc_sampling` stands beside it.
     """
     entry = {"arguments": built["arguments"], "symbols": built["symbols"], **_interface(graph)}
     if "adapters" in graph.facts:
         entry["adapters"] = {**graph.facts["adapters"], "most_rank": MOST_RANK}
+    if generates(v.name for v in graph.inputs):
+        entry["sampling_block"] = SAMPLING_BLOCK
     return entry
 
 

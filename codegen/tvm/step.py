@@ -95,6 +95,17 @@ def build_step(module: Module, symbols: Sequence[str]) -> Step:
     return Step(out, len(symbols), arguments, writer.count, tuple(rows), calls)
 
 
+def add_entry(module: Module, name: str, kernel: Any) -> int:
+    """Add a kernel that is called by itself, outside of the step, as `run_NAME(values, row)`; the length of
+    its row. Its values: a status, the addresses of its buffers in their order, its symbols in the order in
+    which the buffers' shapes name them.
+    """
+    callee = _Callee(kernel.without_attr("global_symbol"), name)
+    module[callee.name] = callee.function
+    module[GlobalVar(callee.run_name)] = callee.run_function()
+    return len(callee.buffers) + len(callee.symbols)
+
+
 def _site(call: _Call) -> tuple[str, tuple[int, ...]]:
     arguments = tuple(m.index for m in call.operands if m.kind == "argument")
     return call.function.name_hint.rstrip("0123456789"), arguments

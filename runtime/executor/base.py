@@ -241,6 +241,34 @@ class MovesPages(Protocol):
         ...
 
 
+@runtime_checkable
+class PreparesSampling(Protocol):
+    """An executor that reads logits on all its threads, for whoever draws tokens from them."""
+
+    def prepare_sampling(self, logits: np.ndarray, scale: np.ndarray) -> Prepared | None:
+        """Where scale[r] > 0 (float32 [R]), turn row r of logits (float32 [R, vocab_size], those of a step or
+        a copy) into unnormalised probabilities 2^((logit - the largest) · scale[r]), in place. Bit for bit
+        the same for a row, whatever others there are. None where it cannot: then nothing is changed.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What `prepare_sampling` found."""
+
+    best: np.ndarray
+    """int32 [R]: the first place of each row's largest logit; -1 where that is no finite number, or one is
+    NaN: the row is as it was.
+    """
+    sums: np.ndarray
+    """float32 [R, blocks]: of each whole block of the probabilities, where scale[r] > 0."""
+    tops: np.ndarray
+    """float32 [R, blocks]: the largest of each."""
+    block: int
+    """Tokens of a block."""
+
+
 @dataclass(slots=True)
 class CallTimes:
     """What an executor's steps spent their time on."""

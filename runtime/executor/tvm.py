@@ -28,7 +28,7 @@ from ...ir.errors import ArtifactError, InputError, LlmcError
 from .. import cpu
 from ..adapters import AdapterPlaces, Factors
 from .adapter_memory import AdapterMemory, Packed
-from .base import STEP_INPUTS, CallTimes, Kernels, StepInputs, adapter_slots, check_step
+from .base import STEP_INPUTS, CallTimes, Kernels, Prepared, StepInputs, adapter_slots, check_step
 from .pages import pages_as_bytes, pages_from_bytes
 from .windows import tables_of, window_of
 
@@ -89,6 +89,7 @@ class TvmExecutor:
         self._pointers = np.zeros(len(self._arguments), np.uint64)
         self._call = (ctypes.c_void_p(self._dims.ctypes.data), ctypes.c_void_p(self._pointers.ctypes.data))
         self._workspace = aligned((0,), np.dtype(np.uint8))
+        self._sampling_block = entry.get("sampling_block")  # artifacts made before have none
         self._weights = artifact.weights("tvm-cpu")
         self._bind_weights(artifact)
         self._pages: list[np.ndarray] = []
@@ -272,6 +273,37 @@ class TvmExecutor:
             self._pointers[self._arguments[f"output:{output.name}"]] = output.memory.ctypes.data
         self._run()
         return logits
+
+    def prepare_sampling(self, logits: np.ndarray, scale: np.ndarray) -> Prepared | None:
+        """See `base.PreparesSampling`. Raises InputError for other shapes."""
+        if self._sampling_block is None:
+            return None
+        rows, block = len(scale), int(self._sampling_block)
+        if logits.shape != (rows, self.vocab_size) or rows * self.vocab_size > _MOST:
+            raise InputError(
+                f"logits {list(logits.shape)} and {rows} scales",
+                remedy=f"give [R, {self.vocab_size}] and [R]",
+            )
+        blocks = self.vocab_size // block
+        given = self._aligned_copy(scale, np.dtype(np.float32))
+        best = aligned((rows,), np.dtype(np.int32))
+        sums, tops = (aligned((rows, blocks), np.dtype(np.float32)) for _ in range(2))
+        own = logits
+        if logits.ctypes.data % _ALIGNMENT or not logits.flags.c_contiguous:
+            own = self._aligned_copy(logits, logits.dtype)
+        addresses = [array.ctypes.data for array in (given, best, sums, tops, own)]
+        values = np.array([0, *addresses, rows, blocks, self.vocab_size], np.int64)
+        if self._library.llmc_sampling(ctypes.c_void_p(values.ctypes.data)) != 0 or values[0] != 0:
+            raise LlmcError("a kernel got no scratch memory", remedy="free memory or send shorter prompts")
+        if own is not logits:
+            logits[...] = own
+        return Prepared(best, sums, tops, block)
+
+    @staticmethod
+    def _aligned_copy(array: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
+        copy = aligned(array.shape, dtype)
+        copy[...] = array
+        return copy
 
     def _put(self, name: str, value: np.ndarray) -> None:
         array, grown = self._inputs[name].sized(value.shape)

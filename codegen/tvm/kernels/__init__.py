@@ -49,6 +49,9 @@ scale_dtype, zero_point, super_group)`, here L; FORM stands for the last six par
         x [T, width], index int32 [R] → out [R, width]
     make_top_k(width, k)
         x [T, width] → places int64 [T, k]
+    make_sampling()
+        scale [R] → best int32 [R], sums, tops [R, V // 256], and logits [R, V] in place; no op of a graph:
+        it is called behind a step (`build.py`)
     make_moe_rows, make_moe_linear, make_moe_gather, make_moe_quantized_linear, make_moe_gate,
     make_moe_combine: a mixture of experts in steps, with rows by expert (see `moe`)
 
@@ -98,6 +101,7 @@ _MAKERS = {
     "make_quantized_linear": "quantized",
     "make_rms_norm": "norms",
     "make_rope": "elementwise",
+    "make_sampling": "sampling",
     "make_selective_scan": "state",
     "make_ssd_scan": "state",
     "make_top_k": "select",

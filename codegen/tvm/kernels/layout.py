@@ -18,6 +18,7 @@ Rows beyond N and k beyond K are zero.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +29,15 @@ from . import super_scales
 
 ROWS = 16
 """Output rows in a block."""
+SAMPLING_BLOCK = 256
+"""Tokens of a vocabulary whose probabilities `sampling` adds up."""
+
+
+def generates(inputs: Iterable[str]) -> bool:
+    """Whether a step with these inputs is one of a model that generates, and so keeps something of each
+    sequence: then a kernel that prepares sampling comes with it.
+    """
+    return any(name.startswith(("kv_pages.", "state.")) for name in inputs)
 
 
 def round_up(value: int, multiple: int) -> int:
