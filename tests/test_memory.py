@@ -58,6 +58,7 @@ def predicted(folder: Path, scheme: str = "gptq-int4-g32", bits: float | None = 
     return predict_peak(trace_source(open_source(folder)), passes, **options)
 
 
+@pytest.mark.slow
 def test_the_peak_has_the_phases_of_what_is_done(tiny_folder: Any) -> None:
     folder = tiny_folder("llama")
     phases = {
@@ -73,6 +74,7 @@ def test_the_peak_has_the_phases_of_what_is_done(tiny_folder: Any) -> None:
     assert set(predicted(folder, "best-int4-g32", 5.0).phases) == {*phases["best-int4-g32"], "sensitivity"}
 
 
+@pytest.mark.slow
 def test_the_peak_grows_with_what_is_done(tiny_folder: Any) -> None:
     folder = tiny_folder("llama")
     all_ = predicted(folder, "best-int4-g32", 5.0).phases

@@ -59,6 +59,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny("llama", tmp_path_factory.mktemp("model") / "llama", num_hidden_layers=6)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_is_resumed_to_the_same_bytes(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,6 +87,7 @@ def test_an_interrupted_run_is_resumed_to_the_same_bytes(
     assert [p.name for p in out.parent.iterdir()] == [out.name]  # neither work nor partial folder is left
 
 
+@pytest.mark.slow
 def test_without_resume_old_work_is_started_over(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "m.llmc"
     stale = WorkFolder.open(work_path(out), {"scheme": "another"}, resume=False)

@@ -18,7 +18,7 @@ from .constraints import constraint
 from .errors import AsciiJsonResponse
 from .schema import ChatRequest
 from .service import Running, ServedModel, Service, unless_gone
-from .streams import DONE, EventStream, event
+from .streams import DONE, ChoiceEvents, EventStream, event
 from .wire import (
     Usage,
     ask_for_prose,
@@ -151,11 +151,12 @@ class _Answer:
     async def stream(self, *, usage: bool) -> AsyncGenerator[str, None]:
         """The chunks of an answer, as events: the role first, the reason of the end last, then the usage."""
         counted = Usage()
+        made = ChoiceEvents({**self._head, "object": _CHUNK}, usage=usage)
         generator = self._running.outputs()
         try:
             async for outputs in generator:
                 counted.note(outputs)
-                text = "".join(self._chunks(output, usage=usage) for output in outputs)
+                text = "".join(self._chunks(output, made) for output in outputs)
                 if text:
                     yield text
                 await self._go_on(counted)
@@ -174,7 +175,7 @@ class _Answer:
         if all(choice.reader.finish_reason is not None for choice in self._choices):
             self._running.finish(reader.finish_reason)
 
-    def _chunks(self, output: StepOutput, *, usage: bool) -> str:
+    def _chunks(self, output: StepOutput, made: ChoiceEvents) -> str:
         choice = self._choices[output.index]
         if choice.reader.finish_reason is not None:
             return ""
@@ -184,20 +185,18 @@ class _Answer:
         text = ""
         if not choice.begun:
             choice.begun = True
-            text += self._chunk(output.index, {"role": "assistant", "content": ""}, None, None, usage=usage)
+            text += _chunk(made, output.index, {"role": "assistant", "content": ""})
         if delta or output.logprobs:
-            logprobs = self._logprobs(output.logprobs)
-            text += self._chunk(output.index, delta, logprobs, None, usage=usage)
+            text += _chunk(made, output.index, delta, logprobs=self._logprobs(output.logprobs))
         if choice.reader.finish_reason is not None:
-            text += self._chunk(output.index, {}, None, choice.reader.finish_reason, usage=usage)
+            text += _chunk(made, output.index, {}, reason=choice.reader.finish_reason)
         return text
 
-    def _chunk(self, index: int, delta: Any, logprobs: Any, reason: str | None, *, usage: bool) -> str:
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-        data: dict[str, Any] = {**self._head, "object": _CHUNK, "choices": [choice]}
-        if usage:
-            data["usage"] = None
-        return event(data)
+
+def _chunk(
+    made: ChoiceEvents, index: int, delta: Any, *, logprobs: Any = None, reason: str | None = None
+) -> str:
+    return made.event({"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason})
 
 
 _CHUNK = "chat.completion.chunk"

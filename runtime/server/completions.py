@@ -17,7 +17,7 @@ from .constraints import constraint
 from .errors import AsciiJsonResponse
 from .schema import MAX_PROMPTS, CompletionRequest
 from .service import Running, ServedModel, Service, unless_gone
-from .streams import DONE, EventStream, event
+from .streams import DONE, ChoiceEvents, EventStream, event
 from .wire import Usage, completion_logprobs, new_id, now, truncated, wants_usage
 
 
@@ -161,6 +161,7 @@ class _Answer:
     async def stream(self, *, usage: bool) -> AsyncGenerator[str, None]:
         """The chunks of an answer, as events."""
         counted = Usage()
+        made = ChoiceEvents(self._head, usage=usage)
         generator = self._running.outputs()
         try:
             async for outputs in generator:
@@ -173,8 +174,7 @@ class _Answer:
                         continue
                     body = self._body(number, text, entries, len(choice.text), output.finish_reason)
                     choice.text += text
-                    data = {**self._head, "choices": [body]}
-                    events.append(event(data | {"usage": None} if usage else data))
+                    events.append(made.event(body))
                 if events:
                     yield "".join(events)
         finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 from starlette.responses import Response
@@ -19,6 +19,21 @@ def event(data: Any, name: str | None = None) -> str:
     """One event (HTML standard, "Server-sent events"): JSON on one line, as OpenAI's API sends it."""
     head = f"event: {name}\n" if name else ""
     return f"{head}data: {dumps(data)}\n\n"
+
+
+class ChoiceEvents:
+    """Events of one answer that differ in their only choice: what stands around it is rendered once, since a
+    server of many streams renders thousands a second.
+    """
+
+    def __init__(self, head: Mapping[str, Any], *, usage: bool) -> None:
+        """`head`: the members before `choices`; with `usage`, one that is null stands behind."""
+        self._before = f"data: {dumps({**head, 'choices': []})[: -len(']}')]}"
+        self._after = '],"usage":null}\n\n' if usage else "]}\n\n"
+
+    def event(self, choice: Mapping[str, Any]) -> str:
+        """The event of a choice."""
+        return f"{self._before}{dumps(choice)}{self._after}"
 
 
 class EventStream(Response):
