@@ -164,7 +164,7 @@ def test_the_executor_prepares_what_numpy_would(compiled: tuple[str, Executor]) 
                 assert found.draw(u) == expected.draw(u)
             kept = [p.kept(40, 0.9, 0.01) for p in (found, expected)]
             assert kept[0] is not None and kept[1] is not None and np.array_equal(*kept)
-    with pytest.raises(InputError, match="give \\[R"):
+    with pytest.raises(InputError, match="give float32 \\[R"):
         executor.prepare_sampling(logits, scale[:3].astype(np.float32))
 
 

@@ -279,10 +279,11 @@ class TvmExecutor:
         if self._sampling_block is None:
             return None
         rows, block = len(scale), int(self._sampling_block)
-        if logits.shape != (rows, self.vocab_size) or rows * self.vocab_size > _MOST:
+        right = logits.shape == (rows, self.vocab_size) and logits.dtype == np.float32
+        if not right or rows * self.vocab_size > _MOST:
             raise InputError(
-                f"logits {list(logits.shape)} and {rows} scales",
-                remedy=f"give [R, {self.vocab_size}] and [R]",
+                f"logits {logits.dtype}{list(logits.shape)} and {rows} scales",
+                remedy=f"give float32 [R, {self.vocab_size}] and [R]",
             )
         blocks = self.vocab_size // block
         given = self._aligned_copy(scale, np.dtype(np.float32))
