@@ -1,13 +1,14 @@
 """Azure's trace of conversations against `llmc serve`, beside llama.cpp's server with the same GGUF file.
 
-    python -m benchmarks.trace --model ARTIFACT --gguf FILE [--requests 40] [--repeat 1] [--soak MINUTES]
+    python -m benchmarks.trace --model ARTIFACT [--gguf FILE] [--requests 40] [--repeat 1] [--soak MINUTES]
         [--rate R] [-o FILE]
 
-In turns, for each server: the largest rate at which 95 of 100 requests get their first token within 2 seconds
-(`llmc bench --server --trace --find-knee`), the trace stretched to the rate, over its first requests. Then,
-with --soak, `llmc serve` alone under that rate for so long: requests that were lost, and the server's memory
-by `/metrics` every few seconds, as medians of its quarters. It grows until the cache's pages are full of
-prompts that may come again; after that it should be flat, so the soak's cache is small enough to fill soon.
+In turns, for each server (ours alone without --gguf): the largest rate at which 95 of 100 requests get
+their first token within 2 seconds (`llmc bench --server --trace --find-knee`), the trace stretched to the
+rate, over its first requests. Then, with --soak, `llmc serve` alone under that rate for so long: requests
+that were lost, and the server's memory by `/metrics` every few seconds, as medians of its quarters. It grows
+until the cache's pages are full of prompts that may come again; after that it should be flat, so the soak's
+cache is small enough to fill soon.
 With --rate nothing is searched and only the soak runs. A server that holds no rate takes long: rates are
 halved six times.
 """

@@ -1,4 +1,4 @@
-"""From logits to tokens, vectorised over the rows of a step.
+"""From logits to tokens, a row of a step after the other.
 
 A row's token depends on that row alone: every operation is elementwise or reduces along the row in an order
 fixed by its length, and the random number comes from the request's seed, the choice and the token's index,
@@ -24,6 +24,7 @@ from .probabilities import Probabilities, largest, pick
 from .sampling_params import SamplingParams
 
 _DENSE = 8  # where fewer than one token in 8 is allowed, moving those is faster than masking the others
+_FEW_ROWS = 4
 _LOG2E = math.log2(math.e)
 _GREEDY = 1e-5  # temperatures below are greedy: float32 logits differ by more than this or are equal
 
@@ -207,7 +208,8 @@ def _choose(
     logits: np.ndarray, rows: Sequence[SamplerRow], indices: Sequence[int], prepare: Prepare | None
 ) -> list[int]:
     """The tokens of rows that are adjusted; -1 for a broken one."""
-    if prepare is not None:
+    # A few rows that are only searched take numpy less than the call does; the tokens are the same.
+    if prepare is not None and (len(rows) > _FEW_ROWS or not all(row.is_greedy for row in rows)):
         scales = [0.0 if row.is_greedy else _LOG2E / row.params.temperature for row in rows]
         if (prepared := prepare(logits, np.array(scales, np.float32))) is not None:
             chosen = prepared.best.tolist()

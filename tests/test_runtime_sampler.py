@@ -83,8 +83,8 @@ def test_temperature_gives_the_softmax():
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0])
 def test_a_large_vocabulary_is_drawn_from_by_its_softmax(temperature: float):
-    # 313 columns of 64 and 17 tokens beside them; each third of the ids has its likely ones, and so have the
-    # first and the last token.
+    # Whole blocks of 256 (numpy's) and of 64 (`_prepare`'s), and tokens behind the last; some likely ones
+    # stand at both ends.
     vocab = 313 * 64 + 17
     logits = _logits(11, vocab=vocab)
     logits[0, [0, vocab - 1, 5_000, 12_345, 20_040]] += 14

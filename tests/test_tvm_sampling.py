@@ -5,14 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from llmc.codegen.tvm import kernels
+from llmc.codegen.tvm.kernels.layout import SAMPLING_BLOCK as BLOCK
 
 from .kernel_harness import call, normal, vector_levels
 
-BLOCK = 256
-
 
 def sampling(isa: str, logits: np.ndarray, scale: np.ndarray) -> list[np.ndarray]:
-    """(what stands in the place of the logits, best, sums, tops)."""
+    """(best, sums, tops, what stands in the place of the logits)."""
     rows, vocab = logits.shape
     blocks = np.full((rows, vocab // BLOCK), np.nan, np.float32)
     best = np.full(rows, -7, np.int32)
