@@ -166,7 +166,7 @@ def step_entry(graph: Graph, built: Mapping[str, Any]) -> dict[str, Any]:
     """What a target's entry says of the step that `build` made: its arguments, the places for adapters that
     it has, and whether `llmc_sampling` stands beside it.
     """
-    entry = {"arguments": built["arguments"], "symbols": built["symbols"], **_interface(graph)}
+    entry = {"arguments": built["arguments"], "symbols": built["symbols"], **interface(graph)}
     if "adapters" in graph.facts:
         entry["adapters"] = {**graph.facts["adapters"], "most_rank": MOST_RANK}
     if generates(v.name for v in graph.inputs):
@@ -174,7 +174,7 @@ def step_entry(graph: Graph, built: Mapping[str, Any]) -> dict[str, Any]:
     return entry
 
 
-def _interface(graph: Graph) -> dict[str, Any]:
+def interface(graph: Graph) -> dict[str, Any]:
     """Dtypes and shapes of the arrays that a step takes and gives, as they lie in memory."""
     pages = page_values(graph)
 

@@ -100,7 +100,7 @@ def _take(low: Lowering, op: Any) -> Any:
 def _linear(low: Lowering, op: Any, residual: Value | None) -> Any:
     role = low.roles.get(op.weight)
     if role is None or role.kind != "linear" or op.x.dtype != "float32":
-        return _generic_linear(low, op, residual)
+        return generic_linear(low, op, residual)
     n, k = op.weight.shape
     static = {
         "n": n,
@@ -123,7 +123,7 @@ def _product(low: Lowering, op: Any, name: str, make: Any, static: dict[str, Any
     return out if op.x.type.rank == 2 else low.reshape(out, low.shape(op.result.shape))
 
 
-def _generic_linear(low: Lowering, op: Any, residual: Value | None) -> Any:
+def generic_linear(low: Lowering, op: Any, residual: Value | None) -> Any:
     """A product by a weight that no kernel's layout holds (another op reads it too, or it is no weight at
     all).
     """

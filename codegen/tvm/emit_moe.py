@@ -39,7 +39,7 @@ def _floats(low: Lowering, value: Value) -> Any:
     return x if value.dtype == "float32" else low.emit(relax.op.astype(x, "float32"))
 
 
-class _Pairs:
+class Pairs:
     """The pairs of one mixture: indices and what `moe_rows` makes of them."""
 
     def __init__(self, low: Lowering, op: Moe | QuantizedMoe, experts: int) -> None:
@@ -95,7 +95,7 @@ class _Pairs:
 @emits("moe")
 def moe(low: Lowering, op: Any) -> Any:
     experts, wide, width = op.gate_up.shape
-    pairs = _Pairs(low, op, experts)
+    pairs = Pairs(low, op, experts)
 
     def product(x: Any, weight: Value, top_k: int) -> Any:
         _, n, k = weight.shape
@@ -111,7 +111,7 @@ def moe(low: Lowering, op: Any) -> Any:
 @emits("quantized_moe")
 def quantized_moe(low: Lowering, op: Any) -> Any:
     up, down = expert_layouts(op)
-    pairs = _Pairs(low, op, op.up_q.shape[0])
+    pairs = Pairs(low, op, op.up_q.shape[0])
 
     def product(activation: list[Any], layout: Any, parts: list[Value | None]) -> Any:
         static = {"n": layout.n, "k": layout.k, "experts": pairs.experts, **form_of(layout)}

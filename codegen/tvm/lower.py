@@ -77,6 +77,9 @@ class Lowered:
 class Lowering:
     """One pass over a graph. Emitters use `get`, `kernel`, `te` and `type_of`."""
 
+    target = "tvm-cpu"
+    """Whose emitters other packages' ops are asked for."""
+
     def __init__(self, graph: Graph, isa: Isa, schedules: Mapping[str, Schedule] | None = None) -> None:
         self.graph = graph
         self.isa = isa
@@ -209,7 +212,7 @@ class Lowering:
         graph = self.graph
         parameters = [self._parameter(v, v.name, self.type_of(v)) for v in graph.inputs]
         for name, v in graph.weights.items():
-            shape, dtype = stored_shape(v, self.roles[v])
+            shape, dtype = self.stored(v)
             parameters.append(self._parameter(v, f"weight.{name}", relax.TensorType(shape, dtype)))
         with self.builder.function("main", parameters):
             with self.builder.dataflow():
@@ -231,16 +234,24 @@ class Lowering:
         self._values[value] = relax.Var(name, type)
         return self._values[value]
 
-    def _emit_op(self, op: Op) -> Any:
+    def emitter(self, op: Op) -> Emitter | None:
+        """What emits an op; None where nothing does."""
         if op.opname not in EMITTERS:
-            import_emitters(op, "tvm-cpu")
-        emitter = EMITTERS.get(op.opname)
+            import_emitters(op, self.target)
+        return EMITTERS.get(op.opname)
+
+    def stored(self, weight: Value) -> tuple[tuple[int, ...], str]:
+        """Shape and dtype of a weight in memory."""
+        return stored_shape(weight, self.roles[weight])
+
+    def _emit_op(self, op: Op) -> Any:
+        emitter = self.emitter(op)
         if emitter is None:
             raise UnsupportedError(
-                f"target tvm-cpu cannot emit {op.opname} ({op.loc or 'no module'})",
+                f"target {self.target} cannot emit {op.opname} ({op.loc or 'no module'})",
                 remedy="add an emitter to codegen/tvm or a decomposition to codegen/legalize.py",
             )
-        with blaming(f"tvm-cpu's emitter of {op.opname}", emitter):
+        with blaming(f"{self.target}'s emitter of {op.opname}", emitter):
             return emitter(self, op)
 
     def _output(self, index: int) -> Any:

@@ -21,11 +21,8 @@ _SYMBOL_GUESS = 64
 """What a symbolic extent counts as in that estimate."""
 
 
-def optimize(module: Module, isa: Isa) -> Module:
-    """Legalize, fuse and schedule.
-
-    Afterwards `main` holds only `call_tir`, `call_tir_inplace`, tuples and reshapes.
-    """
+def fuse(module: Module, target: Any) -> Module:
+    """Legalize and fuse. Afterwards `main` holds only `call_tir`, `call_tir_inplace`, tuples and reshapes."""
     passes = [
         relax.transform.DeadCodeElimination(["main"]),
         # A reshape moves nothing: the step function aliases the memory.
@@ -35,15 +32,24 @@ def optimize(module: Module, isa: Isa) -> Module:
         relax.transform.FuseTIR(),
         relax.transform.DeadCodeElimination(["main"]),
     ]
-    with tvm.target.Target(isa.target):
-        module = tvm.transform.Sequential(passes)(module)
-    scheduled = {
-        gv: _schedule(function)
+    with tvm.target.Target(target):
+        return tvm.transform.Sequential(passes)(module)
+
+
+def generic_functions(module: Module) -> dict[Any, Any]:
+    """The TIR functions of a module that are no kernels of ours."""
+    return {
+        gv: function
         for gv, function in module.functions.items()
         if isinstance(function, tirx.PrimFunc) and not function.attrs.get("llmc.kernel", False)
     }
-    for gv, function in scheduled.items():
-        module.update_func(gv, function)
+
+
+def optimize(module: Module, isa: Isa) -> Module:
+    """`fuse`, and schedule for a CPU."""
+    module = fuse(module, isa.target)
+    for gv, function in generic_functions(module).items():
+        module.update_func(gv, _schedule(function))
     return module
 
 

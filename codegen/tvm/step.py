@@ -80,11 +80,11 @@ def build_step(module: Module, symbols: Sequence[str]) -> Step:
     Raises CompileError where `main` holds anything but calls, tuples and reshapes (a bug in the passes
     before).
     """
-    program, main = _Reader(module).read()
+    program, main = Reader(module).read()
     variables = {name: tirx.Var(name, "int64") for name in symbols}
-    rename = {v: variables[v.name] for v in _symbols_of(main)}
-    arguments = len(main.params) + len(_outputs(main)) + 1
-    writer = _Writer(program, [variables[name] for name in symbols], rename, arguments)
+    rename = {v: variables[v.name] for v in symbols_of(main)}
+    arguments = len(main.params) + len(outputs_of(main)) + 1
+    writer = Writer(program, [variables[name] for name in symbols], rename, arguments)
     rows = writer.rows(module)
     out = tvm.IRModule({callee.name: callee.function for callee in writer.callees.values()})
     for callee in writer.callees.values():
@@ -100,7 +100,7 @@ def add_entry(module: Module, name: str, kernel: Any) -> int:
     its row. Its values: a status, the addresses of its buffers in their order, its symbols in the order in
     which the buffers' shapes name them.
     """
-    callee = _Callee(kernel.without_attr("global_symbol"), name)
+    callee = Callee(kernel.without_attr("global_symbol"), name)
     module[callee.name] = callee.function
     module[GlobalVar(callee.run_name)] = callee.run_function()
     return len(callee.buffers) + len(callee.symbols)
@@ -111,7 +111,7 @@ def _site(call: _Call) -> tuple[str, tuple[int, ...]]:
     return call.function.name_hint.rstrip("0123456789"), arguments
 
 
-def _symbols_of(main: Any) -> list[Any]:
+def symbols_of(main: Any) -> list[Any]:
     """The TIR variables of main's parameter shapes."""
     found: dict[Any, None] = {}
     for parameter in main.params:
@@ -133,7 +133,7 @@ def _fields(expression: Any) -> list[Any]:
     return list(expression.fields) if isinstance(expression, relax.Tuple) else [expression]
 
 
-def _outputs(main: Any) -> list[Any]:
+def outputs_of(main: Any) -> list[Any]:
     """The variables that `main` returns; several are returned as a variable bound to a tuple."""
     body = main.body.body
     for block in main.body.blocks:
@@ -158,7 +158,7 @@ def _written(value: Any) -> Any:
     return None if others else call.args[1].fields[int(first)]
 
 
-class _Reader:
+class Reader:
     """Walks `main` and turns its bindings into calls over memory."""
 
     def __init__(self, module: Module) -> None:
@@ -174,7 +174,7 @@ class _Reader:
         for block in main.body.blocks:
             for binding in block.bindings:
                 self.memory[binding.var] = self._bind(binding.var, binding.value)
-        for field_ in _outputs(main):
+        for field_ in outputs_of(main):
             memory = self.memory[field_]
             assert memory.kind == "argument" and memory.index >= len(main.params), field_
         return self.program, main
@@ -193,7 +193,7 @@ class _Reader:
                 elif _written(binding.value) is not None:
                     names[binding.var] = _written(binding.value)
         found: dict[Any, int] = {}
-        for i, variable in enumerate(_outputs(main)):
+        for i, variable in enumerate(outputs_of(main)):
             while variable in names:
                 found[variable] = len(main.params) + i
                 variable = names[variable]
@@ -267,12 +267,12 @@ class _Reader:
         )
 
 
-class _Writer:
+class Writer:
     """Numbers the values of a step, and emits `begin` and `workspace`."""
 
     def __init__(self, program: _Program, symbols: list[Any], rename: dict[Any, Any], arguments: int) -> None:
         self.program = program
-        self.callees: dict[Any, _Callee] = {}
+        self.callees: dict[Any, Callee] = {}
         self.symbols = symbols
         self.arguments = arguments
         self.analyzer = _substitution(rename)
@@ -289,6 +289,16 @@ class _Writer:
     def count(self) -> int:
         """How many values there are."""
         return self._slots + len(self.plan.slots) + len(self._numbers)
+
+    @property
+    def slots(self) -> int:
+        """Where the slots' addresses stand among the values: after the status, the symbols, the arguments."""
+        return self._slots
+
+    @property
+    def numbers(self) -> list[Any]:
+        """The expressions whose values stand after the slots' addresses."""
+        return [expression for _, expression in self._numbers.values()]
 
     def _expression(self, e: Any) -> Any:
         """An expression over main's symbols as one over the step's own."""
@@ -322,7 +332,7 @@ class _Writer:
         for call in self.program.calls:
             callee = self.callees.get(call.function)
             if callee is None:
-                callee = _Callee(module[call.function], call.function.name_hint)
+                callee = Callee(module[call.function], call.function.name_hint)
                 self.callees[call.function] = callee
             numbers = [self._expression(e) for e in callee.symbol_values(call.shapes, call.scalars)]
             row = [self._place_of(memory) for memory in call.operands]
@@ -407,7 +417,7 @@ def _substitution(values: dict[Any, Any]) -> Any:
     return analyzer
 
 
-class _Callee:
+class Callee:
     """A kernel as a function of bare pointers and int64 symbols that returns 0, or -1 where it failed."""
 
     def __init__(self, function: Any, name: str) -> None:

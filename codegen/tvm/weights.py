@@ -198,18 +198,18 @@ def _chunks(value: Value, role: Role) -> Iterator[np.ndarray]:
     else:
         pack = np.ascontiguousarray
     wanted = to_numpy(value.dtype)
-    matrices = _experts(value.weight) if role.experts else _aligned_rows(value.weight)
+    matrices = experts_of(value.weight) if role.experts else aligned_rows(value.weight)
     for rows in matrices:
         yield pack(rows.astype(wanted, copy=False)).reshape(-1, *stored_shape(value, role)[0][1:])
 
 
-def _experts(tensor: LazyTensor) -> Iterator[np.ndarray]:
+def experts_of(tensor: LazyTensor) -> Iterator[np.ndarray]:
     """The matrix of each expert: each is packed for itself, so that none shares a block with another."""
     for e in range(tensor.shape[0]):
         yield tensor.read(e, e + 1)[0]
 
 
-def _aligned_rows(tensor: LazyTensor) -> Iterator[np.ndarray]:
+def aligned_rows(tensor: LazyTensor) -> Iterator[np.ndarray]:
     """Chunks of whole blocks: a multiple of 16 rows each but the last."""
     if len(tensor.shape) < 2:
         yield from read_chunks(tensor, CHUNK_BYTES)

@@ -30,11 +30,10 @@ from ..adapters import AdapterPlaces, Factors
 from .adapter_memory import AdapterMemory, Packed
 from .base import STEP_INPUTS, CallTimes, Kernels, Prepared, StepInputs, adapter_slots, check_step
 from .pages import pages_as_bytes, pages_from_bytes
+from .shapes import MOST, evaluate, match_shape, size_of
 from .windows import tables_of, window_of
 
 _ALIGNMENT = 64
-_MOST = (1 << 31) - 1
-"""Elements of an array: the kernels index with 32 bits."""
 
 
 def aligned(shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray:
@@ -52,7 +51,8 @@ class _Array:
 
     def __init__(self, entry: Mapping[str, Any]) -> None:
         self.name: str = entry["name"]
-        self.dtype = to_numpy(entry["dtype"])
+        self.kind: str = entry["dtype"]
+        self.dtype = to_numpy(self.kind)
         self.shape: tuple[int | str, ...] = tuple(entry["shape"])
         self.memory = aligned((0,), self.dtype)
 
@@ -96,19 +96,19 @@ class TvmExecutor:
         self._kv = [array for name, array in self._inputs.items() if name.startswith("kv_pages.")]
         self._recurrent = [array for name, array in self._inputs.items() if name.startswith("state.")]
         self._states: list[np.ndarray] = []
-        self.state_bytes = sum(_size_of(array) * array.dtype.itemsize for array in self._recurrent)
+        self.state_bytes = sum(size_of(array.shape) * array.dtype.itemsize for array in self._recurrent)
         self._num_states = 0
         self.page_size = int(artifact.manifest.get("page_size", 16))
         last = next(iter(self._outputs.values())).shape
         self.vocab_size = int(last[-1]) if last and isinstance(last[-1], int) else 0
-        self.kv_bytes_per_page = sum(_size_of(array) * array.dtype.itemsize for array in self._kv)
-        self.max_pages: int | None = min((_MOST // _size_of(array) for array in self._kv), default=None)
+        self.kv_bytes_per_page = sum(size_of(array.shape) * array.dtype.itemsize for array in self._kv)
+        self.max_pages: int | None = min((MOST // size_of(array.shape) for array in self._kv), default=None)
         self.num_pages = 0
         self._window_of = [window_of(array.shape[1]) for array in self._kv]
         self.windows = tuple(sorted({w for w in self._window_of if w is not None}))
         self.window_bytes_per_page = tuple(
             sum(
-                _size_of(array) * array.dtype.itemsize
+                size_of(array.shape) * array.dtype.itemsize
                 for array, of in zip(self._kv, self._window_of, strict=True)
                 if of == window
             )
@@ -194,7 +194,7 @@ class TvmExecutor:
 
     def allocate_states(self, count: int) -> None:
         """Make the state cache: rows 0 .. count - 1, memory taken when a row is first written."""
-        most = min((_MOST // max(1, _size_of(array)) for array in self._recurrent), default=_MOST)
+        most = min((MOST // max(1, size_of(array.shape)) for array in self._recurrent), default=MOST)
         if not 0 < count <= most:
             raise InputError(
                 f"a state cache of {count} rows", remedy=f"from 1 to {most} rows, which a kernel can count"
@@ -263,10 +263,10 @@ class TvmExecutor:
                 self._put(name, getattr(inputs, name))
         (output,) = self._outputs.values()
         rows = sizes["R"]
-        if rows * self.vocab_size > _MOST:
+        if rows * self.vocab_size > MOST:
             raise InputError(
                 f"logits of {rows} rows are more than a kernel can count",
-                remedy=f"ask for at most {_MOST // self.vocab_size} rows in a step",
+                remedy=f"ask for at most {MOST // self.vocab_size} rows in a step",
             )
         logits, grown = output.sized((rows, self.vocab_size))
         if grown:
@@ -280,7 +280,7 @@ class TvmExecutor:
             return None
         rows, block = len(scale), int(self._sampling_block)
         right = logits.shape == (rows, self.vocab_size) and logits.dtype == np.float32
-        if not right or rows * self.vocab_size > _MOST:
+        if not right or rows * self.vocab_size > MOST:
             raise InputError(
                 f"logits {logits.dtype}{list(logits.shape)} and {rows} scales",
                 remedy=f"give float32 [R, {self.vocab_size}] and [R]",
@@ -326,27 +326,18 @@ class TvmExecutor:
             )
         sizes: dict[str, int] = {}
         for name, value in inputs.items():
-            self._match(self._inputs[name], value, sizes)
+            array = self._inputs[name]
+            match_shape(name, array.shape, array.kind, value, sizes)
         for name, place in self._symbols.items():
             self._dims[place] = sizes[name]
         for name, value in inputs.items():
             self._put(name, value)
         results: dict[str, np.ndarray] = {}
         for name, array in self._outputs.items():
-            results[name] = aligned([_evaluate(d, sizes) for d in array.shape], array.dtype)
+            results[name] = aligned([evaluate(d, sizes) for d in array.shape], array.dtype)
             self._pointers[self._arguments[f"output:{name}"]] = results[name].ctypes.data
         self._run()
         return results
-
-    def _match(self, wanted: _Array, value: np.ndarray, sizes: dict[str, int]) -> None:
-        text = f"{wanted.name} is {value.dtype}{list(value.shape)}, wanted {wanted.dtype}{list(wanted.shape)}"
-        if value.dtype != wanted.dtype or value.ndim != len(wanted.shape):
-            raise InputError(text, remedy="convert it")
-        for d, n in zip(wanted.shape, value.shape, strict=True):
-            if isinstance(d, str) and d.isidentifier():
-                d = sizes.setdefault(d, n)
-            if _evaluate(d, sizes) != n:
-                raise InputError(text, remedy="give that shape")
 
     # -- the call ------------------------------------------------------------------------------------------
     def _run(self) -> None:
@@ -385,26 +376,6 @@ class TvmExecutor:
         finally:
             self._times = None
             self._library.llmc_profile(None)
-
-
-def _size_of(array: _Array) -> int:
-    """Elements of a cache's array for one page, or one sequence."""
-    return math.prod(d for d in array.shape if isinstance(d, int))
-
-
-def _evaluate(dim: int | str, sizes: Mapping[str, int]) -> int:
-    """A dimension of the manifest: a number, or a polynomial such as "2*T+1" or "B*T"."""
-    if isinstance(dim, int):
-        return dim
-    total = 0
-    for term in dim.replace("-", "+-").split("+"):
-        if not term:
-            continue
-        value = -1 if term.startswith("-") else 1
-        for factor in term.lstrip("-").split("*"):
-            value *= int(factor) if factor.isdigit() else sizes[factor]
-        total += value
-    return total
 
 
 def _kernel_entry(artifact: Artifact, entry: Mapping[str, Any], isa: str | None) -> Mapping[str, Any]:
