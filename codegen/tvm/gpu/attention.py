@@ -1,0 +1,91 @@
+"""Attention over the paged cache (`attention.cuh`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..kernels.layout import round_up
+from .launches import KINDS, pages_argument, present
+from .source import Argument, Code, Launch, Size
+
+SPLIT = 256
+"""Positions of a context that are a block of their own in steps of few tokens."""
+FEW = 32
+"""Tokens up to which a context is split."""
+
+
+def paged_attention(
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    kv_dtype: str,
+    page_size: int,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    sinks: bool,
+    slopes: bool,
+) -> Code:
+    """q [T, H, D] over pages of D elements (`attention.cuh`)."""
+    padded, group = round_up(head_dim, 16), heads // kv_heads
+    chunk = 64 if padded <= 128 else 16
+    tokens = max(1, 16 // group)
+    shape: tuple[Size, ...] = ("T", heads, head_dim)
+    arguments = [
+        Argument("q", shape, "float32"),
+        pages_argument(kv_heads, head_dim, kv_dtype, page_size, False),
+        Argument("query_start", ("B1",), "int32"),
+        Argument("context_len", ("B",), "int32"),
+        Argument("block_table", ("B", "P"), "int32"),
+    ]
+    arguments += [
+        Argument(n, (heads,), "float32") for n, there in (("sinks", sinks), ("slopes", slopes)) if there
+    ]
+    arguments.append(Argument("out", shape, "float32", True))
+    given = (
+        *("q", "pages", "query_start", "context_len", "block_table"),
+        *present(("sinks", sinks), ("slopes", slopes)),
+        *("out", "part", "rows", "T", "B", "P", "N"),
+    )
+    both = present(("sinks", sinks))
+    last = ("query_start", "context_len", *both, "out", "part", "rows", "T", "B")
+    shared = 4 * chunk * (padded + 8) * 2
+    count = f"((P * {page_size} + {SPLIT - 1}) // {SPLIT})"
+    by_heads = kv_heads * -(-group // 16)
+    grids: dict[int, Size] = {warps: f"T // {tokens * warps} + B" for warps in (1, 4)}
+    launches = (
+        Launch("few", "attend<P<1>, true>", given, (grids[1], by_heads, count), 32, shared, ("T", 1, FEW)),
+        Launch("sum", "combine<P<1>>", last, ("T", heads, 1), 32, 0, ("T", 1, FEW)),
+        Launch(
+            "many",
+            "attend<P<4>, false>",
+            given,
+            (grids[4], by_heads, 1),
+            128,
+            shared,
+            ("T", FEW + 1, 1 << 30),
+        ),
+    )
+    scratch: dict[str, tuple[str, Size]] = {
+        "part": ("float*", f"min(T, {FEW}) * {count} * {4 * heads * head_dim}"),
+        "rows": ("Row*", f"min(T, {FEW}) * {count} * {8 * heads}"),
+    }
+    parameters: Mapping[str, Any] = {
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "padded": padded,
+        "chunk": chunk,
+        "page_size": page_size,
+        "kind": KINDS[kv_dtype],
+        "scale": float(scale),
+        "causal": causal,
+        "window": window or 0,
+        "softcap": float(softcap or 0.0),
+        "sinks": sinks,
+        "slopes": slopes,
+    }
+    return Code(tuple(arguments), launches, parameters, scratch, warps=True)
