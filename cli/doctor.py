@@ -51,6 +51,7 @@ def examine() -> dict[str, Any]:
         "can": {"run": base_ok, "compile": compile_ok, "wrong_packages": wrong},
         "linker_needed": False,  # codegen/tvm/elf.py links
         "targets": _targets(),
+        "cuda": _cuda(),
     }
 
 
@@ -136,12 +137,25 @@ def _memory() -> dict[str, int | None]:
     return {"total_bytes": fields.get("MemTotal"), "available_bytes": fields.get("MemAvailable")}
 
 
+def _cuda() -> dict[str, Any]:
+    """What of target tvm-cuda this machine can do. `missing`: what it lacks to run kernels, or None."""
+    from ..codegen.tvm.gpu.nvrtc import compiler_name
+    from ..runtime.executor.cuda_driver import why_absent
+
+    return {"missing": why_absent(), "compiler": compiler_name()}
+
+
 def _targets() -> list[dict[str, Any]]:
     try:
         from .targets import listed
     except ImportError:
         return []
     return listed()
+
+
+def _cuda_text(cuda: Mapping[str, Any]) -> str:
+    runs = "run here" if cuda["missing"] is None else f"do not run here ({cuda['missing']})"
+    return f"{runs}; compiled by {cuda['compiler'] or 'nothing: install llmc[cuda]'}"
 
 
 def _text(report: dict[str, Any]) -> str:
@@ -175,6 +189,7 @@ def _text(report: dict[str, Any]) -> str:
             ("runs artifacts", "yes" if report["can"]["run"] else "no"),
             ("C compiler, linker", "not needed"),
             ("compiles models", "yes" if report["can"]["compile"] else "no: pip install 'llmc[compile]'"),
+            ("CUDA kernels", _cuda_text(report["cuda"])),
             ("wrong packages", ", ".join(report["can"]["wrong_packages"]) or None),
         ]
     )

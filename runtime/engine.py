@@ -22,7 +22,7 @@ from .adapters import AdapterRegistry
 from .batch import build_inputs
 from .block_manager import BlockManager
 from .engine_options import ContextLengthError, Counters, EngineOptions, EngineStats, ModelFacts
-from .executor.base import Executor, PreparesSampling
+from .executor.base import Executor, OwnMemory, PreparesSampling
 from .generation import FinishReason, Generation, Request, StepOutput
 from .grammar import MaskWorker
 from .memory import KvPlan, plan_kv_cache
@@ -92,6 +92,7 @@ class Engine:
             max_pages=executor.max_pages,
             kv_tokens=options.kv_tokens,
             kv_bytes=options.kv_cache_bytes,
+            available=executor.free_bytes() if isinstance(executor, OwnMemory) else None,
             beside=0 if states is None else states.bytes,
             windows=window_sizes(executor, options),
         )

@@ -1,6 +1,6 @@
-"""Compiles kernel libraries, or searches for schedules, in processes of their own: `python -m
-llmc.codegen.tvm.worker PARENT`, where PARENT is the id of the process that waits for it. Its input is one
-JSON object a line, a job each, with the graph as text; it ends with its input.
+"""Compiles kernel libraries, makes programs for GPUs, or searches for schedules, in processes of their own:
+`python -m llmc.codegen.tvm.worker PARENT`, where PARENT is the id of the process that waits for it. Its input
+is one JSON object a line, a job each, with the graph as text; it ends with its input.
 
 A process of its own because LLVM ends the process where an instruction cannot be selected, which must become
 an error; because TVM's memory must not add to torch's; and because a graph is text, which passes without
@@ -168,6 +168,18 @@ class Compilation(Worker):
         return built
 
 
+class Programming(Worker):
+    """The program of a step on a GPU that is being made (`gpu/program.py`)."""
+
+    def __init__(self, graph_text: str) -> None:
+        ready = _ready.get()
+        super().__init__({"graph": graph_text, "gpu": True}, ready.pop() if ready else _Process())
+
+    def result(self) -> dict[str, Any]:
+        """A `Program`'s fields. Raises what making it raised, or CompileError where the worker died."""
+        return self._result("the maker of CUDA kernels", "report the model")
+
+
 class Tuning(Worker):
     """A search for schedules that is running (`tune.py`)."""
 
@@ -226,7 +238,7 @@ def main(arguments: list[str]) -> int:
     for line in sys.stdin:
         job = json.loads(line)
         try:
-            result = _build(job) if "out" in job else _tune(job)
+            result = _program(job) if "gpu" in job else _build(job) if "out" in job else _tune(job)
         except LlmcError as error:
             failed = {"kind": type(error).__name__, "message": error.message, "remedy": error.remedy}
             print(json.dumps(failed), flush=True)
@@ -245,6 +257,13 @@ def _build(job: Mapping[str, Any]) -> dict[str, Any]:
     schedules = {key: one for key, one in parsed.items() if one is not None}
     built = build(parse_graph(job["graph"]), get_isa(job["isa"]), Path(job["out"]), schedules)
     return dataclasses.asdict(built)
+
+
+def _program(job: Mapping[str, Any]) -> dict[str, Any]:
+    from ..extensions import parse_graph
+    from .gpu.program import make_program
+
+    return dataclasses.asdict(make_program(parse_graph(job["graph"])))
 
 
 def _tune(job: Mapping[str, Any]) -> dict[str, Any]:

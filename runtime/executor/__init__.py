@@ -29,7 +29,13 @@ MakePlaces = Callable[[Artifact, str], AbstractContextManager[Kernels]]
 _log = logging.getLogger("llmc.runtime")
 
 # Target → module of this package, in the order of preference where an artifact holds several.
-_MODULES = {"tvm-cpu": "tvm", "onnx-cpu": "onnx", "onnx-cuda": "onnx_cuda", "null": "null"}
+_MODULES = {
+    "tvm-cuda": "cuda",
+    "tvm-cpu": "tvm",
+    "onnx-cpu": "onnx",
+    "onnx-cuda": "onnx_cuda",
+    "null": "null",
+}
 
 OURS = frozenset(_MODULES)
 """Targets that llmc itself runs."""
@@ -48,8 +54,9 @@ def choose_target(available: Sequence[str], wanted: str | None = None) -> str:
             f"the artifact was not compiled for target {wanted!r}, only for {', '.join(available)}",
             remedy=f"compile it with --target {wanted}, or leave the target out",
         )
-    for name in [wanted] if wanted is not None else list(_MODULES):
-        if name in available and name in _MODULES:
+    ours = [name for name in _MODULES if name == wanted or (wanted is None and name in available)]
+    for name in ours:
+        if len(ours) == 1 or _usable(name):  # the only one is opened whatever it lacks, and says what
             return name
     others = registered(GROUP)  # asked last: looking for packages takes longer than opening a small model
     for name in [wanted] if wanted is not None else sorted(available):
@@ -59,6 +66,18 @@ def choose_target(available: Sequence[str], wanted: str | None = None) -> str:
         f"no executor for any of the targets {', '.join(available)}",
         remedy=f"compile for one of {', '.join(_MODULES)}, or install the package that brings the target",
     )
+
+
+def _usable(name: str) -> bool:
+    """Whether this machine has what a target runs on, where another could be taken instead."""
+    if name != "tvm-cuda":
+        return True
+    from .cuda_driver import why_absent
+
+    why = why_absent()
+    if why is not None:
+        _log.info("target %s is left out: %s", name, why)
+    return why is None
 
 
 def choose_isa(kernels: Sequence[dict[str, Any]], wanted: str | None = None) -> str | None:

@@ -253,6 +253,15 @@ class PreparesSampling(Protocol):
         ...
 
 
+@runtime_checkable
+class OwnMemory(Protocol):
+    """An executor whose cache lies in other memory than this machine's."""
+
+    def free_bytes(self) -> int:
+        """Bytes there that nobody uses, before the cache is made."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """What `prepare_sampling` found."""
