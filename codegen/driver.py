@@ -44,7 +44,6 @@ from .memory import check_peak, processes_at_once, watched
 from .peak import WORKER_BYTES, Peak, predict_peak
 from .request import DEFAULT_CALIBRATION, DEFAULT_VERDICT, Plan, Request
 from .target import emit_target, prepare_targets, with_adapters, with_tune
-from .tvm.cpu import TvmCpu
 from .verdict import VerdictOptions, prepare_held
 
 if TYPE_CHECKING:
@@ -323,9 +322,9 @@ def _peak(
 ) -> Peak:
     """What compiling the traced graph will take."""
     vocabulary = describe(source)["vocab_size"] if source.config is not None else None
-    levels = [len(t.levels()) for t in plan.targets if isinstance(t, TvmCpu)]
-    at_once = 1 if capped else processes_at_once(max(levels, default=0), WORKER_BYTES)
-    kernels = at_once if levels else 0
+    workers = max((target.workers() for target in plan.targets), default=0)
+    at_once = 1 if capped else processes_at_once(workers, WORKER_BYTES)
+    kernels = at_once if workers else 0
     length = min(LENGTH, context or LENGTH)
     passes = (*plan.extra, *plan.quantize)
     vocabulary = int(vocabulary or 0)

@@ -62,6 +62,10 @@ class Target(ABC):
     kv_dtype: ClassVar[str] = "float16"
     """Element type of a quantized model's cache, where the user names none and the targets agree."""
 
+    def workers(self) -> int:
+        """Other processes that compile kernels, each of some 400 MB (`peak.WORKER_BYTES`)."""
+        return 0
+
     def prepared(self) -> AbstractContextManager[None]:
         """What the target begins before there is a graph, in other processes than this one: entered before
         the model is opened, left after the last `compile`. Not asked for under a cap of memory.

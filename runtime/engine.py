@@ -84,6 +84,7 @@ class Engine:
             )
         self.context = self._context(options.context)
         states = allocate_states(executor, options)
+        own = executor.free_bytes() if isinstance(executor, OwnMemory) else None  # states are taken from it
         self.kv: KvPlan = plan_kv_cache(
             page_size=executor.page_size,
             bytes_per_page=executor.kv_bytes_per_page,
@@ -92,8 +93,8 @@ class Engine:
             max_pages=executor.max_pages,
             kv_tokens=options.kv_tokens,
             kv_bytes=options.kv_cache_bytes,
-            available=executor.free_bytes() if isinstance(executor, OwnMemory) else None,
-            beside=0 if states is None else states.bytes,
+            available=own,
+            beside=0 if states is None or own is not None else states.bytes,
             windows=window_sizes(executor, options),
         )
         executor.allocate_kv(self.kv.pages)

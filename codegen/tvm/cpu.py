@@ -106,6 +106,10 @@ class TvmCpu(Target):
         with Tuning(text, self.levels(), self.tune) as tuning:
             return tuning.result(lambda what, share: progress(f"tvm-cpu: sizes of {what}", 0.5 * share))
 
+    def workers(self) -> int:
+        """One a level."""
+        return len(self.levels())
+
     def prepared(self) -> AbstractContextManager[None]:
         """Kernel compilers that import TVM while the model is opened, where that leaves a processor idle."""
         return ready_workers(min(processes_at_once(len(self.levels()), WORKER_BYTES), processors() - 1))

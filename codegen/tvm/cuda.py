@@ -5,8 +5,6 @@ No GPU is needed to compile, and to run neither TVM nor a CUDA toolkit: the driv
 
 from __future__ import annotations
 
-import json
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -32,7 +30,7 @@ ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "ptx")
 """What kernels are compiled for; a GPU runs those of its own generation that are not newer than it is, and
 "ptx", which its driver compiles when it is opened, from the oldest of them on.
 """
-OLDEST = "compute_80"
+SOURCE, PROGRAM = "kernels.cu", "program.json"
 WITHOUT_KERNEL = frozenset({"attention", "sdpa", "cumsum", "lora"})
 OPERATIONS = frozenset(name for name, op in OPS.items() if package_of(op) is None) - WITHOUT_KERNEL
 _MOST_HEAD_DIM = 512  # beyond 256 registers do not suffice, and part of a row waits in local memory
@@ -93,55 +91,40 @@ class TvmCuda(Target):
             return isinstance(head_dim, int) and head_dim <= _MOST_HEAD_DIM
         return True
 
+    def workers(self) -> int:
+        """One, which makes the program and then has it compiled."""
+        return 1
+
     def prepared(self) -> AbstractContextManager[None]:
         """A process that imports TVM while the model is opened, where that leaves a processor idle."""
         return ready_workers(min(1, processors() - 1))
 
     def compile(self, graph: Graph, writer: ArtifactWriter, *, progress: Progress) -> dict[str, Any]:
         """See `Target.compile`. Raises CompileError where neither NVRTC nor nvcc is installed."""
-        from .gpu.headers import headers
-        from .gpu.nvrtc import compile_text, resources
         from .gpu.weights import weight_specs
 
         legal = self.legal(graph)
-        progress("tvm-cuda: kernels", 0.0)
-        with Programming(print_graph(legal)) as worker:
-            program = worker.result()
         folder = f"targets/{self.name}"
-        writer.path(f"{folder}/kernels.cu").write_text(program["text"] + "\n", encoding="utf-8")
-        writer.path(f"{folder}/program.json").write_text(
-            json.dumps(program["entry"]) + "\n", encoding="utf-8"
-        )
-        text = f"{headers()}\n{program['text']}"
         weights = f"weights/{self.name}.safetensors" if legal.weights else None
-        with ThreadPoolExecutor(2) as pool:  # NVRTC leaves Python's lock alone
-            archs = self.architectures()
-            made = {a: pool.submit(compile_text, text, OLDEST if a == "ptx" else a) for a in archs}
+        inside = writer.path(f"{folder}/{PROGRAM}").parent
+        with Programming(print_graph(legal), inside, self.architectures()) as worker:
             if weights is not None:
                 specs = weight_specs(legal, lambda share: progress("tvm-cuda: weights", 0.5 * share))
                 writer.write_weights(weights, specs)
-            images: list[dict[str, Any]] = []
-            for i, (arch, future) in enumerate(made.items()):
-                progress(f"tvm-cuda: kernels for {arch}", 0.5 + 0.5 * i / len(made))
-                code = future.result()
-                path = f"{folder}/{OLDEST}.ptx" if arch == "ptx" else f"{folder}/{arch}.cubin"
-                writer.path(path).write_bytes(code)
-                image: dict[str, Any] = {"arch": arch, "path": path}
-                if arch != "ptx":
-                    taken = resources(code)
-                    image["most_registers"] = max((r.registers for r in taken.values()), default=0)
-                    image["with_stack"] = sorted(name for name, r in taken.items() if r.stack)
-                images.append(image)
+            progress("tvm-cuda: kernels", 0.5)
+            built = worker.result()
+        for image in built["images"]:
+            image["path"] = f"{folder}/{image.pop('file')}"
         progress("tvm-cuda", 1.0)
         entry: dict[str, Any] = {
             "options": self.options(),
             "batch_invariant": True,
-            "program": f"{folder}/program.json",
-            "source": f"{folder}/kernels.cu",
-            "images": images,
+            "program": f"{folder}/{PROGRAM}",
+            "source": f"{folder}/{SOURCE}",
+            "images": built["images"],
             "kv_layout": "heads",
-            "arguments": program["arguments"],
-            "symbols": program["entry"]["symbols"],
+            "arguments": built["arguments"],
+            "symbols": built["symbols"],
             **interface(legal),
         }
         return entry if weights is None else {**entry, "weights": weights}

@@ -169,14 +169,15 @@ class Compilation(Worker):
 
 
 class Programming(Worker):
-    """The program of a step on a GPU that is being made (`gpu/program.py`)."""
+    """The program and the kernels of a step on a GPU that are being made (`gpu/build.py`)."""
 
-    def __init__(self, graph_text: str) -> None:
+    def __init__(self, graph_text: str, folder: Path, architectures: Sequence[str]) -> None:
         ready = _ready.get()
-        super().__init__({"graph": graph_text, "gpu": True}, ready.pop() if ready else _Process())
+        job = {"graph": graph_text, "folder": str(folder), "architectures": list(architectures)}
+        super().__init__(job, ready.pop() if ready else _Process())
 
     def result(self) -> dict[str, Any]:
-        """A `Program`'s fields. Raises what making it raised, or CompileError where the worker died."""
+        """What `build_cuda` returned. Raises what it raised, or CompileError where the worker died."""
         return self._result("the maker of CUDA kernels", "report the model")
 
 
@@ -238,7 +239,7 @@ def main(arguments: list[str]) -> int:
     for line in sys.stdin:
         job = json.loads(line)
         try:
-            result = _program(job) if "gpu" in job else _build(job) if "out" in job else _tune(job)
+            result = _job_of(job)(job)
         except LlmcError as error:
             failed = {"kind": type(error).__name__, "message": error.message, "remedy": error.remedy}
             print(json.dumps(failed), flush=True)
@@ -246,6 +247,10 @@ def main(arguments: list[str]) -> int:
         print(json.dumps(result), flush=True)
         gc.collect()
     return 0
+
+
+def _job_of(job: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    return _build if "out" in job else _build_cuda if "folder" in job else _tune
 
 
 def _build(job: Mapping[str, Any]) -> dict[str, Any]:
@@ -259,11 +264,11 @@ def _build(job: Mapping[str, Any]) -> dict[str, Any]:
     return dataclasses.asdict(built)
 
 
-def _program(job: Mapping[str, Any]) -> dict[str, Any]:
+def _build_cuda(job: Mapping[str, Any]) -> dict[str, Any]:
     from ..extensions import parse_graph
-    from .gpu.program import make_program
+    from .gpu.build import build_cuda
 
-    return dataclasses.asdict(make_program(parse_graph(job["graph"])))
+    return build_cuda(parse_graph(job["graph"]), Path(job["folder"]), job["architectures"])
 
 
 def _tune(job: Mapping[str, Any]) -> dict[str, Any]:
