@@ -112,10 +112,11 @@ def _linear(low: Lowering, op: Any, residual: Value | None) -> Any:
     args = [low.rows(op.x, k), low.get(op.weight), *_present(low, op.bias)]
     if residual is not None:
         args.append(low.rows(residual, n))
-    return _product(low, op, "linear", kernels.make_linear, static, args)
+    return product(low, op, "linear", kernels.make_linear, static, args)
 
 
-def _product(low: Lowering, op: Any, name: str, make: Any, static: dict[str, Any], args: list[Any]) -> Any:
+def product(low: Lowering, op: Any, name: str, make: Any, static: dict[str, Any], args: list[Any]) -> Any:
+    """The rows [T, n] that a kernel makes of op.x, in the shape of the op's result."""
     rows: Dim = 1
     for d in op.x.shape[:-1]:
         rows = d * rows
@@ -150,9 +151,9 @@ def _quantized_linear(low: Lowering, op: Any, residual: Value | None) -> Any:
         weights.append(low.rows(residual, layout.n))
     if layout.codebook is not None and not has_bytes(layout.codebook):
         args = [low.rows(op.x, layout.k), *weights]
-        return _product(low, op, "codebook_linear", kernels.make_codebook_linear, static, args)
+        return product(low, op, "codebook_linear", kernels.make_codebook_linear, static, args)
     args = [*quantized_activation(low, op.x, layout), *weights]
-    return _product(low, op, "quantized_linear", kernels.make_quantized_linear, static, args)
+    return product(low, op, "quantized_linear", kernels.make_quantized_linear, static, args)
 
 
 def form_of(layout: QuantLayout) -> dict[str, Any]:
@@ -368,29 +369,17 @@ def gated_mlp(low: Lowering, op: Any) -> Any:
     return out if op.gate_up.type.rank == 2 else low.reshape(out, low.shape(op.result.shape))
 
 
-@emits("append_kv")
-def append_kv(low: Lowering, op: Any) -> Any:
-    """Writes in place: the cache is never copied."""
-    k, k_source = source_of(low, op.k)
-    v, v_source = source_of(low, op.v)
-    static = {
-        "kv_heads": op.k.shape[1],
-        "head_dim": op.k.shape[2],
-        "kv_dtype": op.pages.dtype,
-        "k_source": k_source,
-        "v_source": v_source,
-    }
-    args = [k, v, low.get(op.slot_mapping), low.get(op.pages)]
-    return low.kernel_inplace("append_kv", kernels.make_append_kv, static, args, 3, low.type_of(op.pages))
+def cache_form(heads: Value, pages: Value) -> dict[str, Any]:
+    """What a kernel knows of the heads [T, kv_heads, head_dim] that it puts into pages."""
+    return {"kv_heads": heads.shape[1], "head_dim": heads.shape[2], "kv_dtype": pages.dtype}
 
 
-@emits("paged_attention")
-def paged_attention(low: Lowering, op: Any) -> Any:
-    _, heads, head_dim = op.q.shape
-    static = {
-        "heads": heads,
+def attention_form(op: Any) -> dict[str, Any]:
+    """The static parameters of attention over pages."""
+    return {
+        "heads": op.q.shape[1],
         "kv_heads": op.pages.shape[-2],
-        "head_dim": head_dim,
+        "head_dim": op.q.shape[2],
         "kv_dtype": op.pages.dtype,
         "scale": op.scale,
         "causal": op.causal,
@@ -399,8 +388,27 @@ def paged_attention(low: Lowering, op: Any) -> Any:
         "sinks": op.sinks is not None,
         "slopes": op.slopes is not None,
     }
+
+
+def attention_operands(low: Lowering, op: Any) -> list[Any]:
+    """Its operands, those that it has."""
     operands = (op.q, op.pages, op.query_start, op.context_len, op.block_table, op.sinks, op.slopes)
-    args = _present(low, *operands)
+    return _present(low, *operands)
+
+
+@emits("append_kv")
+def append_kv(low: Lowering, op: Any) -> Any:
+    """Writes in place: the cache is never copied."""
+    k, k_source = source_of(low, op.k)
+    v, v_source = source_of(low, op.v)
+    static = {**cache_form(op.k, op.pages), "k_source": k_source, "v_source": v_source}
+    args = [k, v, low.get(op.slot_mapping), low.get(op.pages)]
+    return low.kernel_inplace("append_kv", kernels.make_append_kv, static, args, 3, low.type_of(op.pages))
+
+
+@emits("paged_attention")
+def paged_attention(low: Lowering, op: Any) -> Any:
+    static, args = attention_form(op), attention_operands(low, op)
     return low.kernel("paged_attention", kernels.make_paged_attention, static, args, low.type_of(op.result))
 
 

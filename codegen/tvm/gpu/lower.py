@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 from ....ir.core import Graph, Op, Value
-from ....ir.types import Dim
 from ....plugins.entries import package_of
 from .. import emit_llm, emit_moe, emit_state, emit_tensor
 from ..emit_llm import form_of, source_of
@@ -89,11 +88,7 @@ def _product(low: Lowering, op: Any, residual: Value | None) -> Any:
     args = [low.rows(op.x, k), *weights]
     if residual is not None:
         args.append(low.rows(residual, n))
-    rows: Dim = 1
-    for d in op.x.shape[:-1]:
-        rows = d * rows
-    out = low.kernel(op.opname, _unused, static, args, low.tensor([low.dim(rows), n], "float32"))
-    return out if op.x.type.rank == 2 else low.reshape(out, low.shape(op.result.shape))
+    return emit_llm.product(low, op, op.opname, _unused, static, args)
 
 
 @_emits("linear", "quantized_linear")
@@ -114,9 +109,7 @@ def _append_kv(low: Lowering, op: Any) -> Any:
     k, k_source = source_of(low, op.k)
     v, v_source = source_of(low, op.v)
     static = {
-        "kv_heads": op.k.shape[1],
-        "head_dim": op.k.shape[2],
-        "kv_dtype": op.pages.dtype,
+        **emit_llm.cache_form(op.k, op.pages),
         "page_size": op.pages.shape[2],
         "k_source": k_source,
         "v_source": v_source,
@@ -127,22 +120,9 @@ def _append_kv(low: Lowering, op: Any) -> Any:
 
 @_emits("paged_attention")
 def _paged_attention(low: Lowering, op: Any) -> Any:
-    _, heads, head_dim = op.q.shape
-    static = {
-        "heads": heads,
-        "kv_heads": op.pages.shape[-2],
-        "head_dim": head_dim,
-        "kv_dtype": op.pages.dtype,
-        "page_size": op.pages.shape[2],
-        "scale": op.scale,
-        "causal": op.causal,
-        "window": op.window,
-        "softcap": op.softcap,
-        "sinks": op.sinks is not None,
-        "slopes": op.slopes is not None,
-    }
-    operands = (op.q, op.pages, op.query_start, op.context_len, op.block_table, op.sinks, op.slopes)
-    return low.kernel("paged_attention", _unused, static, _given(low, *operands), low.type_of(op.result))
+    static = {**emit_llm.attention_form(op), "page_size": op.pages.shape[2]}
+    args = emit_llm.attention_operands(low, op)
+    return low.kernel("paged_attention", _unused, static, args, low.type_of(op.result))
 
 
 @_emits("moe", "quantized_moe")
