@@ -30,6 +30,10 @@ class LlmcError(Exception):
         return (_rebuild, (type(self), self.message, self.remedy))
 
 
+class DeviceError(LlmcError):
+    """A device has failed, and computes nothing more for this process."""
+
+
 def _rebuild(kind: type[LlmcError], message: str, remedy: str) -> LlmcError:
     return kind(message, remedy=remedy)
 

@@ -10,7 +10,7 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from collections.abc import Sequence as Seq
 
-from ..ir.errors import LlmcError
+from ..ir.errors import DeviceError, LlmcError
 from .engine import Engine
 from .generation import Request, StepOutput
 from .sampling_params import SamplingParams
@@ -282,6 +282,8 @@ class AsyncEngine:
         running = self.engine.request_ids()
         try:
             outputs = self.engine.step()
+        except DeviceError:
+            raise  # no other step will do better: the engine stops, and says so
         except Exception as error:  # noqa: BLE001  (whatever an executor raises ends its requests, not the server)
             failure = error if isinstance(error, LlmcError) else LlmcError(f"the step failed: {error!r}")
             for request_id in running:

@@ -16,7 +16,8 @@ from .families import save_family
 from .family_configs import NOT_BUILT, families
 from .graphs import lowered
 
-pytestmark = pytest.mark.skipif(not LONG, reason="LLMC_LONG_TESTS=1: minutes of tracing")
+if not LONG:
+    pytest.skip("LLMC_LONG_TESTS=1: minutes of tracing", allow_module_level=True)
 
 
 @pytest.mark.slow

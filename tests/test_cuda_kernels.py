@@ -427,8 +427,8 @@ class Batch:
 
 
 FEW = [(1, 1), (0, 20), (3, 32), (1, 600), (5, 5), (6, 258), (1, 256)]
-MANY = [(1, 1), (34, 280), (0, 40), (3, 20), (2, 64)]
-"""(new tokens, context) of steps with at most 32 tokens, and with more."""
+MANY = [(1, 1), (70, 280), (0, 40), (3, 20), (2, 64)]
+"""(new tokens, context) of steps with at most as many tokens as split a context, and with more."""
 
 
 @pytest.mark.parametrize("name", CASES)

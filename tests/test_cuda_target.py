@@ -22,7 +22,7 @@ from llmc.codegen.tvm.stored import stored_graph
 from llmc.ir import interpreter
 from llmc.ir.core import Graph
 from llmc.ir.dtypes import to_numpy
-from llmc.ir.errors import ArtifactError, CompileError, InputError
+from llmc.ir.errors import ArtifactError, CompileError, InputError, LlmcError
 from llmc.runtime.executor import StepInputs, choose_target, cuda, cuda_driver
 from llmc.runtime.executor.cuda import CudaExecutor, choose_image
 from llmc.runtime.executor.cuda_driver import Driver
@@ -413,3 +413,46 @@ def test_cache_is_sized_by_the_gpus_memory(
         assert model.engine.engine.kv.bytes <= 600_000
     with pytest.raises(InputError, match="MB that are free"):
         llmc.load(artifact.root, target="tvm-cuda", kv_cache_bytes=2_000_000)
+
+
+@needs_compiler
+def test_step_that_found_no_memory_leaves_nothing_behind(
+    llama: tuple[Artifact, Driver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next one takes memory anew; what was freed is used by nobody."""
+    artifact, driver = llama
+    executor = CudaExecutor(artifact, driver)
+    executor.allocate_kv(8)
+    wanted = step(executor, [ids_of(5)], [0], [[1]])
+    real, freed = driver.allocate, list[int]()
+
+    def full(size: int) -> int:
+        raise LlmcError("the GPU's memory is full")
+
+    monkeypatch.setattr(driver, "allocate", full)
+    monkeypatch.setattr(driver, "free", freed.append)
+    with pytest.raises(LlmcError, match="memory is full"):
+        step(executor, [ids_of(100)], [0], [[2, 3, 4, 5, 6, 7, 1]])
+    monkeypatch.setattr(driver, "allocate", real)
+    assert np.array_equal(step(executor, [ids_of(5)], [0], [[1]]), wanted)
+    held = {executor._inbox.address, executor._outbox.address}  # pyright: ignore[reportPrivateUsage]
+    assert freed and not held & set(freed)
+    assert len(freed) == len(set(freed))
+
+
+@needs_compiler
+def test_launches_that_cannot_be_recorded_go_one_by_one(
+    llama: tuple[Artifact, Driver], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    artifact, driver = llama
+    executor = CudaExecutor(artifact, driver)
+    executor.allocate_kv(8)
+    wanted = step(executor, [ids_of(5)], [0], [[1]])
+
+    def refused(launches: object) -> None:
+        raise LlmcError("cuStreamEndCapture: refused")
+
+    monkeypatch.setattr(driver, "recorded", refused)
+    for _ in range(4):
+        assert np.array_equal(step(executor, [ids_of(5)], [0], [[1]]), wanted)
+    assert "launches are not recorded" in caplog.text

@@ -10,7 +10,7 @@ import threading
 import time
 
 import pytest
-from llmc.ir.errors import InputError, LlmcError
+from llmc.ir.errors import DeviceError, InputError, LlmcError
 from llmc.runtime.async_engine import AsyncEngine, QueueFullError
 from llmc.runtime.engine import Engine, EngineOptions, ModelFacts
 from llmc.runtime.sampling_params import SamplingParams
@@ -257,6 +257,20 @@ def test_a_fault_of_the_engine_itself_ends_every_stream(service, monkeypatch: py
     for one in streams:
         with pytest.raises(LlmcError, match="the engine stopped"):
             list(one)
+    with pytest.raises(LlmcError, match="closed"):
+        engine.stream_sync(PROMPT)
+
+
+def test_device_that_has_failed_ends_the_engine(service, monkeypatch: pytest.MonkeyPatch):
+    """Each step after it would fail; other errors end their step's requests alone."""
+    engine, executor = service
+
+    def lost(inputs) -> None:
+        raise DeviceError("an illegal address", remedy="start again")
+
+    monkeypatch.setattr(executor, "step", lost)
+    with pytest.raises(LlmcError, match=r"the engine stopped: .*illegal address"):
+        list(engine.stream_sync(PROMPT, SamplingParams(max_tokens=4)))
     with pytest.raises(LlmcError, match="closed"):
         engine.stream_sync(PROMPT)
 

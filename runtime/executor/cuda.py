@@ -16,7 +16,7 @@ from ...ir.dtypes import to_numpy
 from ...ir.errors import ArtifactError, InputError
 from .base import STEP_INPUTS, Executor, StepInputs, check_step
 from .cuda_driver import Driver
-from .cuda_program import Program, round_up
+from .cuda_program import Program, Room, round_up
 from .shapes import MOST, evaluate, match_shape, size_of
 from .windows import tables_of, window_of
 
@@ -85,8 +85,7 @@ class CudaExecutor:
         self._vocabulary = artifact.model.get("vocab_size")
         self._types = int(artifact.model.get("token_types") or 0)
         self._sent, self._got = driver.pinned(1), driver.pinned(1)
-        self._inbox = self._outbox = 0
-        self._inbox_size = self._outbox_size = 0
+        self._inbox, self._outbox = Room(driver), Room(driver)
         self._send_weights()
 
     def _send_weights(self) -> None:
@@ -119,6 +118,7 @@ class CudaExecutor:
                 f"a layer's cache of {num_pages} pages has more elements than a kernel can count",
                 remedy=f"give at most {self.max_pages} pages",
             )
+        self.num_pages = 0
         for item, page in zip(self._kv, self._page_bytes, strict=True):
             self._replace(item["name"], num_pages * page)
         self.num_pages = num_pages
@@ -187,8 +187,9 @@ class CudaExecutor:
         driver, place = self._driver, self._arguments[name]
         driver.enter()
         self._program.forget()
-        if self._addresses[place]:
-            driver.free(self._addresses[place])
+        old, self._addresses[place] = self._addresses[place], 0  # should there be no room for the new ones
+        if old:
+            driver.free(old)
         self._addresses[place] = driver.allocate(size)
         driver.zero(self._addresses[place], size)
 
@@ -263,12 +264,12 @@ class CudaExecutor:
         for name, at in places.items():
             array = inputs[name]
             self._sent[at : at + array.nbytes] = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
-            self._addresses[self._arguments[name]] = self._inbox + at
+            self._addresses[self._arguments[name]] = self._inbox.address + at
         for name, at in results.items():
-            self._addresses[self._arguments[f"output:{name}"]] = self._outbox + at
-        driver.upload(self._inbox, self._sent[:sent])
+            self._addresses[self._arguments[f"output:{name}"]] = self._outbox.address + at
+        driver.upload(self._inbox.address, self._sent[:sent])
         self._program.prepared(sizes, self._addresses).run(driver)
-        driver.download(self._got[:got], self._outbox)
+        driver.download(self._got[:got], self._outbox.address)
         driver.wait()
         return {
             name: self._got[at : at + bytes_of[name]].view(kinds[name]).reshape(outputs[name])
@@ -277,16 +278,12 @@ class CudaExecutor:
 
     def _make_room(self, sent: int, got: int) -> None:
         """Memory for what a step sends and gets, here and there."""
-        if sent > self._inbox_size:
-            self._inbox, self._inbox_size, self._sent = self._room(self._inbox, 2 * sent)
-        if got > self._outbox_size:
-            self._outbox, self._outbox_size, self._got = self._room(self._outbox, 2 * got)
-
-    def _room(self, old: int, size: int) -> tuple[int, int, np.ndarray]:
-        self._driver.wait()
-        if old:
-            self._driver.free(old)
-        return self._driver.allocate(size), size, self._driver.pinned(size)
+        if sent > min(self._inbox.size, len(self._sent)):
+            self._inbox.grow(sent)
+            self._sent = self._driver.pinned(self._inbox.size)
+        if got > min(self._outbox.size, len(self._got)):
+            self._outbox.grow(got)
+            self._got = self._driver.pinned(self._outbox.size)
 
 
 def _widened(table: np.ndarray, columns: int) -> np.ndarray:

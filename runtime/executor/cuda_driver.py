@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ...ir.errors import ArtifactError, InputError, LlmcError
+from ...ir.errors import ArtifactError, DeviceError, InputError, LlmcError
 
 _MAJOR, _MINOR, _SHARED_OPTIN = 75, 76, 97
 """`CUdevice_attribute`: compute capability, shared memory that a block may opt in to."""
@@ -23,6 +23,8 @@ _DYNAMIC_SHARED = 8
 _THREAD_LOCAL = 1
 """`CU_STREAM_CAPTURE_MODE_THREAD_LOCAL`: other threads may do what they like meanwhile."""
 _OUT_OF_MEMORY = 2
+_FATAL = {700, 702, 709, 710, *range(714, 720), 999}
+"""After these (an illegal address, a timeout, …) every call fails (`CUresult`)."""
 _DEFAULT_SHARED = 48 * 1024
 _NAME = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 
@@ -79,7 +81,8 @@ class Driver:
                 "the GPU's memory is full",
                 remedy="lower kv_tokens, the context or max_sequences, or end what else uses the GPU",
             )
-        raise LlmcError(f"{function}: {why}", remedy="see the driver's messages (dmesg)")
+        kind = DeviceError if status in _FATAL else LlmcError
+        raise kind(f"{function}: {why}", remedy="start again; see the driver's messages (dmesg)")
 
     def _attribute(self, which: int) -> int:
         value = ctypes.c_int()
@@ -172,7 +175,7 @@ class Driver:
         except LlmcError as error:
             raise ArtifactError(
                 f"the driver of {self.name} does not take the kernels ({error.message})",
-                remedy="update the driver, or compile with --target tvm-cuda:arch=all",
+                remedy="update the driver: it must not be older than the CUDA that compiled them",
             ) from None
         return module
 
@@ -197,9 +200,7 @@ class Driver:
         return found
 
     def launch(self, prepared: Launch) -> None:
-        status = self._cuda.cuLaunchKernel(*prepared.head, self._stream, prepared.parameters, None)
-        if status != 0:
-            self._call("cuLaunchKernel", *prepared.head, self._stream, prepared.parameters, None)
+        self._call("cuLaunchKernel", *prepared.head, self._stream, prepared.parameters, None)
 
     # -- graphs --------------------------------------------------------------------------------------------
     def recorded(self, launches: Sequence[Launch]) -> ctypes.c_void_p:
@@ -212,8 +213,12 @@ class Driver:
         try:
             for launch in launches:
                 self.launch(launch)
-        finally:
-            self._call("cuStreamEndCapture", self._stream, ctypes.byref(graph))
+        except LlmcError:
+            self._cuda.cuStreamEndCapture(self._stream, ctypes.byref(graph))  # it fails too, and says less
+            if graph.value:
+                self._cuda.cuGraphDestroy(graph)
+            raise
+        self._call("cuStreamEndCapture", self._stream, ctypes.byref(graph))
         try:
             self._call("cuGraphInstantiateWithFlags", ctypes.byref(executable), graph, ctypes.c_uint64(0))
         finally:

@@ -142,6 +142,28 @@ class Prepared:
             self._recorded = None
 
 
+class Room:
+    """A piece of the GPU's memory that grows; what was in it is lost then."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        self.address = self.size = 0
+
+    def grow(self, size: int) -> None:
+        """At least `size` bytes, and half as much again as there were, where that is there. Nothing that is
+        running uses what it had. Raises LlmcError where the memory is full: then there are none.
+        """
+        old, wanted = self.address, max(size, self.size + self.size // 2)
+        self.address = self.size = 0
+        if old:
+            self._driver.wait()
+            self._driver.free(old)
+        try:
+            self.address, self.size = self._driver.allocate(wanted), wanted
+        except LlmcError:
+            self.address, self.size = self._driver.allocate(size), size
+
+
 class Program:
     """Raises ArtifactError for an entry that is none."""
 
@@ -167,8 +189,7 @@ class Program:
             raise ArtifactError(
                 f"program.json does not describe a step ({error!r})", remedy="compile the model again"
             ) from None
-        self._workspace = self._scratch = 0
-        self._workspace_size = self._scratch_size = 0
+        self._workspace, self._scratch = Room(driver), Room(driver)
         self._made: OrderedDict[tuple[int, ...], Prepared] = OrderedDict()
 
     def _check(self, arguments: int) -> None:
@@ -212,7 +233,7 @@ class Program:
             ((self._own(c, values), *p) for c, p in zip(self._calls, places, strict=True)),
             strict=True,
         ):
-            where = [addresses[a] if a >= 0 else self._workspace + offsets[-1 - a] for a in arrays]
+            where = [addresses[a] if a >= 0 else self._workspace.address + offsets[-1 - a] for a in arrays]
             launches += self._launches(self._kernels[kernel], own, where, scratch)
         made = self._made[key] = Prepared(launches)
         if len(self._made) > _KEPT:
@@ -236,18 +257,10 @@ class Program:
 
     def _grow(self, workspace: int, scratch: int) -> None:
         """Memory for a step, shared by all: steps run one after the other."""
-        if workspace > self._workspace_size:
-            self._workspace = self._replaced(self._workspace, workspace)
-            self._workspace_size = workspace
-        if scratch > self._scratch_size:
-            self._scratch = self._replaced(self._scratch, scratch)
-            self._scratch_size = scratch
-
-    def _replaced(self, old: int, size: int) -> int:
-        self.forget()
-        if old:
-            self._driver.free(old)
-        return self._driver.allocate(size)
+        for memory, size in ((self._workspace, workspace), (self._scratch, scratch)):
+            if size > memory.size:
+                self.forget()
+                memory.grow(size)
 
     def _launches(
         self, kernel: _Kernel, own: Mapping[str, int], arrays: Sequence[int], scratch: Sequence[int]
@@ -266,7 +279,7 @@ class Program:
                     case "array":
                         given.append(ctypes.c_uint64(arrays[which]))
                     case "scratch":
-                        given.append(ctypes.c_uint64(self._scratch + scratch[which]))
+                        given.append(ctypes.c_uint64(self._scratch.address + scratch[which]))
                     case "int32":
                         given.append(ctypes.c_int32(numbers[which]))
                     case _:

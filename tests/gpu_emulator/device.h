@@ -113,6 +113,17 @@ static inline float __shfl_xor_sync(u32, float value, int mask) {
   return other;
 }
 
+static inline u32 __ballot_sync(u32, bool set) {
+  emulated::Warp& w = emulated::warp();
+  w.slots[emulated::lane()][0] = set;
+  emulated::wait(w.barrier);
+  u32 mask = 0;
+  for (int i = 0; i < 32; i++) mask |= w.slots[i][0] << i;
+  emulated::wait(w.barrier);
+  return mask;
+}
+static inline int __popc(u32 mask) { return __builtin_popcount(mask); }
+
 DEVICE float half_to_float(u16 h) {
   _Float16 f;
   memcpy(&f, &h, 2);

@@ -8,7 +8,7 @@
 // result is the same bits alone, in a batch, whole or chunked. What a row may not see has probability 0 in
 // it.
 
-constexpr int SPLIT = 256;
+constexpr int SPLIT = 256, FETCHERS = 128;  // positions; threads of a block
 
 struct Row {
   float most, sum;  // of scores, base 2; of 2^(score - most)
@@ -51,9 +51,9 @@ DEVICE int last_seen(int position, int context) {
 template <class P>
 DEVICE void fetch(u16* to, const void* pages, i64 plane, const int* table, int head, int at, int begin,
                   int context) {
-  constexpr int D = P::head_dim, DP = P::padded, WIDE = P::kind == INT8 ? D + 4 : D, THREADS = 32 * P::warps;
+  constexpr int D = P::head_dim, DP = P::padded, WIDE = P::kind == INT8 ? D + 4 : D;
   if constexpr (P::kind == FLOAT16 && D % 8 == 0) {
-    for (int i = threadIdx.x; i < P::chunk * (DP / 8); i += THREADS) {
+    for (int i = threadIdx.x; i < P::chunk * (DP / 8); i += FETCHERS) {
       int row = i / (DP / 8), column = i % (DP / 8) * 8, position = at + row;
       bool valid = position >= begin && position < context && column < D;
       i64 page = plane + (valid ? table[position / P::page_size] : 0);
@@ -62,19 +62,27 @@ DEVICE void fetch(u16* to, const void* pages, i64 plane, const int* table, int h
       copy_16(to + row * (DP + 8) + column, from + (valid ? column : 0), valid);
     }
   } else {
-    for (int i = threadIdx.x; i < P::chunk * DP; i += THREADS) {
-      int row = i / DP, column = i % DP, position = at + row;
-      float value = 0.0f;
-      if (position >= begin && position < context && column < D) {
+    for (int i = threadIdx.x; i < P::chunk * (DP / 8); i += FETCHERS) {
+      int row = i / (DP / 8), column = i % (DP / 8) * 8, position = at + row;
+      u32 pairs[4] = {};
+      if (position >= begin && position < context) {
         i64 page = plane + table[position / P::page_size];
         i64 from = ((page * P::kv_heads + head) * P::page_size + position % P::page_size) * WIDE;
-        value = load<P::kind>(pages, from + column);
+        float scale = 1.0f;
         if constexpr (P::kind == INT8) {
-          const u8* scale = (const u8*)pages + from + D;
-          value *= __uint_as_float(scale[0] | scale[1] << 8 | scale[2] << 16 | (u32)scale[3] << 24);
+          const u8* bytes = (const u8*)pages + from + D;
+          scale = __uint_as_float(bytes[0] | bytes[1] << 8 | bytes[2] << 16 | (u32)bytes[3] << 24);
         }
+        float eight[8];
+#pragma unroll
+        for (int c = 0; c < 8; c++) {
+          eight[c] = column + c < D ? load<P::kind>(pages, from + column + c) : 0.0f;
+          if constexpr (P::kind == INT8) eight[c] = column + c < D ? eight[c] * scale : 0.0f;
+        }
+#pragma unroll
+        for (int c = 0; c < 4; c++) pairs[c] = pack_half2(eight[2 * c], eight[2 * c + 1]);
       }
-      to[row * (DP + 8) + column] = float_to_half(value);
+      *(uint4*)(to + row * (DP + 8) + column) = {pairs[0], pairs[1], pairs[2], pairs[3]};
     }
   }
 }
@@ -91,6 +99,7 @@ DEVICE void attend(const float* q, const void* pages, const int* query_start, co
   extern __shared__ __align__(16) u16 shared[];
   u16* keys = shared;  // two chunks each
   u16* values = shared + 2 * CHUNK * (DP + 8);
+  static_assert(P::split == SPLIT, "the host counts splits too");
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
 
   // Which sequence this tile is of: tiles stand one after the other, sequence by sequence.
@@ -115,6 +124,8 @@ DEVICE void attend(const float* q, const void* pages, const int* query_start, co
     if (begin >= end) return;
   }
 
+  // All warps fetch; those that have rows compute.
+  bool works = warp < P::warps && (tile * P::warps + warp) * TOKENS < count;
   // The two rows of this lane, g and g + 8: their token, head and position; a row beyond the tile is no row.
   int token[2], head[2], position[2];
   bool real[2];
@@ -122,7 +133,7 @@ DEVICE void attend(const float* q, const void* pages, const int* query_start, co
   for (int i = 0; i < 2; i++) {
     int row = g + 8 * i, within = (tile * P::warps + warp) * TOKENS + row / HEADS,
         of = head_tile * 16 + row % HEADS;
-    real[i] = row < TOKENS * HEADS && within < count && of < GROUP;
+    real[i] = works && row < TOKENS * HEADS && within < count && of < GROUP;
     token[i] = real[i] ? first + within : first;
     head[i] = kv_head * GROUP + (real[i] ? of : 0);
     position[i] = context - count + (real[i] ? within : 0);
@@ -158,6 +169,11 @@ DEVICE void attend(const float* q, const void* pages, const int* query_start, co
     __syncthreads();
     const u16* k = keys + chunk % 2 * CHUNK * (DP + 8);
     const u16* v = values + chunk % 2 * CHUNK * (DP + 8);
+    bool ends = (chunk + 1) * CHUNK % SPLIT == 0 || chunk + 1 == chunks;
+    if (!works) {
+      __syncthreads();
+      continue;
+    }
     if (starts) {
       for (int i = 0; i < 2; i++) now[i] = {NONE, 0.0f};
 #pragma unroll
@@ -234,8 +250,8 @@ DEVICE void attend(const float* q, const void* pages, const int* query_start, co
     }
     __syncthreads();  // the chunk has been read, and may be written over
 
-    starts = (chunk + 1) * CHUNK % SPLIT == 0 || chunk + 1 == chunks;
-    if (!starts) continue;
+    starts = ends;
+    if (!ends) continue;
     if constexpr (SPLITS) {
       for (int i = 0; i < 2; i++)
         if (real[i] && t == 0) rows[((i64)blockIdx.z * tokens + token[i]) * H + head[i]] = now[i];
@@ -277,7 +293,7 @@ DEVICE void combine(const int* query_start, const int* context_len, const float*
   int token = blockIdx.x, head = blockIdx.y, sequence = sequence_of(query_start, sequences, token);
   int context = context_len[sequence], position = context - (query_start[sequence + 1] - token);
   int begin = first_seen<P>(position), end = last_seen<P>(position, context);
-  for (int d = threadIdx.x; d < D; d += 32) {
+  for (int d = threadIdx.x; d < D; d += P::adders) {
     Row before = {NONE, 0.0f};
     float sum = 0.0f, keep, take;
     for (int split = begin / SPLIT; split * SPLIT < end; split++) {

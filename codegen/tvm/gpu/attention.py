@@ -11,8 +11,10 @@ from .source import Argument, Code, Launch, Size
 
 SPLIT = 256
 """Positions of a context that are a block of their own in steps of few tokens."""
-FEW = 32
+FEW = 64
 """Tokens up to which a context is split."""
+THREADS = 128
+"""Of a block; all fetch (`FETCHERS`)."""
 
 
 def paged_attention(
@@ -55,16 +57,19 @@ def paged_attention(
     shared = 4 * chunk * (padded + 8) * 2
     count = f"((P * {page_size} + {SPLIT - 1}) // {SPLIT})"
     by_heads = kv_heads * -(-group // 16)
+    adders = min(THREADS, round_up(head_dim, 32))
     grids: dict[int, Size] = {warps: f"T // {tokens * warps} + B" for warps in (1, 4)}
     launches = (
-        Launch("few", "attend<P<1>, true>", given, (grids[1], by_heads, count), 32, shared, ("T", 1, FEW)),
-        Launch("sum", "combine<P<1>>", last, ("T", heads, 1), 32, 0, ("T", 1, FEW)),
+        Launch(
+            "few", "attend<P<1>, true>", given, (grids[1], by_heads, count), THREADS, shared, ("T", 1, FEW)
+        ),
+        Launch("sum", "combine<P<1>>", last, ("T", heads, 1), adders, 0, ("T", 1, FEW)),
         Launch(
             "many",
             "attend<P<4>, false>",
             given,
             (grids[4], by_heads, 1),
-            128,
+            THREADS,
             shared,
             ("T", FEW + 1, 1 << 30),
         ),
@@ -79,6 +84,8 @@ def paged_attention(
         "head_dim": head_dim,
         "padded": padded,
         "chunk": chunk,
+        "split": SPLIT,
+        "adders": adders,
         "page_size": page_size,
         "kind": KINDS[kv_dtype],
         "scale": float(scale),

@@ -59,7 +59,7 @@ DEVICE u32 code_at(const void* codes, int n, int k) {
   return ((const u16*)codes)[((unit * 4 + step) * 32 + lane) * 8 + operand * 2 + half];
 }
 
-// What a code stands for, before its scale, as float16; `zero` as its bits less 1024's.
+// A number of 16 bits in both halves of a register.
 DEVICE u32 twice(u32 bits) { return bits | bits << 16; }
 
 // The left operand of a step: v are a lane's 16 bytes with it; `low` and `high` are 1024 + zero point of rows
@@ -101,6 +101,7 @@ template <class P, int TOKENS, int TILES>
 DEVICE void product(const u16* x, const float* factors, const float* sums, const void* codes,
                     const void* scales, const void* zeros, const float* bias, const float* residual,
                     float* out, int tokens, const int* source = nullptr, const int* offsets = nullptr) {
+  static_assert(P::k_padded % UNIT == 0, "rows are whole units");
   constexpr int UNITS = P::k_padded / UNIT, V = P::bits / 4, S = P::span, ROWS = 16 * TILES + 4;
   constexpr bool PLAIN = P::bits == 16;
   extern __shared__ float parts[];
