@@ -8,7 +8,7 @@ needed here.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -171,7 +171,16 @@ def weight_specs(graph: Graph, report: Callable[[float], None] = lambda share: N
 
     `report` is told the share of the bytes that were packed.
     """
-    roles = weight_roles(graph)
+    return specs_of(weight_roles(graph), stored_shape, _chunks, report)
+
+
+def specs_of(
+    roles: Mapping[Value, Role],
+    stored_shape: Callable[[Value, Role], tuple[tuple[int, ...], str]],
+    chunks_of: Callable[[Value, Role], Iterator[np.ndarray]],
+    report: Callable[[float], None],
+) -> list[TensorSpec]:
+    """`weight_specs` for any layout: shape and dtype of a weight of some role, and its packed chunks."""
     stored = {value: stored_shape(value, role) for value, role in roles.items()}
     total = sum(math.prod(shape) * itemsize(dtype) for shape, dtype in stored.values())
     done = 0
@@ -181,9 +190,9 @@ def weight_specs(graph: Graph, report: Callable[[float], None] = lambda share: N
         for chunk in chunks:
             yield chunk
             done += chunk.nbytes
-            report(done / total)
+            report(done / max(1, total))
 
-    return [(v.name, *stored[v], counted(_chunks(v, roles[v]))) for v in stored]
+    return [(v.name, *stored[v], counted(chunks_of(v, roles[v]))) for v in stored]
 
 
 def _chunks(value: Value, role: Role) -> Iterator[np.ndarray]:

@@ -17,7 +17,7 @@ from ...ir.errors import ArtifactError, InputError
 from .base import STEP_INPUTS, Executor, StepInputs, check_step
 from .cuda_driver import Driver
 from .cuda_program import Program, Room, round_up
-from .shapes import MOST, evaluate, match_shape, size_of
+from .shapes import MOST, check_names, check_pages, check_states, evaluate, match_shape, size_of
 from .windows import tables_of, window_of
 
 TARGET = "tvm-cuda"
@@ -111,13 +111,7 @@ class CudaExecutor:
     # -- the cache -----------------------------------------------------------------------------------------
     def allocate_kv(self, num_pages: int) -> None:
         """Make the cache: pages 0 .. num_pages - 1."""
-        if num_pages < 1:
-            raise InputError(f"a cache of {num_pages} pages holds nothing", remedy="give at least one page")
-        if self.max_pages is not None and num_pages > self.max_pages:
-            raise InputError(
-                f"a layer's cache of {num_pages} pages has more elements than a kernel can count",
-                remedy=f"give at most {self.max_pages} pages",
-            )
+        check_pages(num_pages, self.max_pages)
         self.num_pages = 0
         for item, page in zip(self._kv, self._page_bytes, strict=True):
             self._replace(item["name"], num_pages * page)
@@ -166,11 +160,7 @@ class CudaExecutor:
 
     def allocate_states(self, count: int) -> None:
         """Make the state cache: rows 0 .. count - 1."""
-        most = min((MOST // max(1, size_of(item["shape"])) for item in self._states), default=MOST)
-        if not 0 < count <= most:
-            raise InputError(
-                f"a state cache of {count} rows", remedy=f"from 1 to {most} rows, which a kernel can count"
-            )
+        check_states(count, (item["shape"] for item in self._states))
         for item, row in zip(self._states, self._row_bytes, strict=True):
             self._replace(item["name"], count * row)
         self._num_states = count
@@ -234,12 +224,7 @@ class CudaExecutor:
         """Named inputs → named outputs. Raises InputError for a missing input, a wrong dtype or shape."""
         if self._kv or "slot_mapping" in self._inputs:
             raise InputError("this artifact is a language model, not a function", remedy="call step")
-        unknown, missing = sorted(set(inputs) - set(self._inputs)), sorted(set(self._inputs) - set(inputs))
-        if unknown or missing:
-            raise InputError(
-                f"inputs missing: {', '.join(missing) or 'none'}; unknown: {', '.join(unknown) or 'none'}",
-                remedy=f"give {', '.join(self._inputs)}",
-            )
+        check_names(inputs, self._inputs)
         sizes: dict[str, int] = {}
         for name, value in inputs.items():
             match_shape(name, self._inputs[name]["shape"], self._inputs[name]["dtype"], value, sizes)
@@ -279,9 +264,11 @@ class CudaExecutor:
     def _make_room(self, sent: int, got: int) -> None:
         """Memory for what a step sends and gets, here and there."""
         if sent > min(self._inbox.size, len(self._sent)):
+            self._program.forget()
             self._inbox.grow(sent)
             self._sent = self._driver.pinned(self._inbox.size)
         if got > min(self._outbox.size, len(self._got)):
+            self._program.forget()
             self._outbox.grow(got)
             self._got = self._driver.pinned(self._outbox.size)
 

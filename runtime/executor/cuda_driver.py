@@ -49,14 +49,14 @@ class Driver:
     Raises InputError where there is no GPU.
     """
 
-    def __init__(self, library: str | None = None, device: int = 0) -> None:
+    def __init__(self, library: str | None = None) -> None:
         """`library`: the driver, where it is not the system's."""
         if library is None and (why := why_absent()) is not None:
             raise InputError(why, remedy="compile for tvm-cpu, or run it where there is a GPU")
         self._cuda = ctypes.CDLL(library or _NAME)
         self._call("cuInit", ctypes.c_uint(0))
         handle, self._context, self._stream = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_void_p()
-        self._call("cuDeviceGet", ctypes.byref(handle), ctypes.c_int(device))
+        self._call("cuDeviceGet", ctypes.byref(handle), ctypes.c_int(0))
         self._device = handle
         self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), handle)
         self.enter()

@@ -214,8 +214,10 @@ class Program:
         self._made.clear()
 
     def prepared(self, sizes: Mapping[str, int], addresses: Sequence[int]) -> Prepared:
-        """The launches of a step of these sizes; `addresses` of its arguments, in the manifest's order."""
-        key = (*(sizes[name] for name in self.symbols), *addresses)
+        """The launches of a step of these sizes; `addresses` of its arguments, in the manifest's order, are
+        the same for the same sizes until `forget`.
+        """
+        key = tuple(sizes[name] for name in self.symbols)
         if key in self._made:
             self._made.move_to_end(key)
             return self._made[key]

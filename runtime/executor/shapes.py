@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -32,6 +32,36 @@ def evaluate(dim: int | str, sizes: Mapping[str, int]) -> int:
             value *= int(factor) if factor.isdigit() else sizes[factor]
         total += value
     return total
+
+
+def check_pages(num_pages: int, most: int | None) -> None:
+    """Raise InputError for a cache of so many pages: none, or more than a kernel can count."""
+    if num_pages < 1:
+        raise InputError(f"a cache of {num_pages} pages holds nothing", remedy="give at least one page")
+    if most is not None and num_pages > most:
+        raise InputError(
+            f"a layer's cache of {num_pages} pages has more elements than a kernel can count",
+            remedy=f"give at most {most} pages",
+        )
+
+
+def check_states(count: int, shapes: Iterable[Sequence[int | str]]) -> None:
+    """Raise InputError for a state cache of so many rows; `shapes` of its arrays."""
+    most = min((MOST // max(1, size_of(shape)) for shape in shapes), default=MOST)
+    if not 0 < count <= most:
+        raise InputError(
+            f"a state cache of {count} rows", remedy=f"from 1 to {most} rows, which a kernel can count"
+        )
+
+
+def check_names(given: Iterable[str], wanted: Iterable[str]) -> None:
+    """Raise InputError where a function's inputs are not those that it has."""
+    unknown, missing = sorted(set(given) - set(wanted)), sorted(set(wanted) - set(given))
+    if unknown or missing:
+        raise InputError(
+            f"inputs missing: {', '.join(missing) or 'none'}; unknown: {', '.join(unknown) or 'none'}",
+            remedy=f"give {', '.join(wanted)}",
+        )
 
 
 def match_shape(

@@ -30,7 +30,7 @@ from ..adapters import AdapterPlaces, Factors
 from .adapter_memory import AdapterMemory, Packed
 from .base import STEP_INPUTS, CallTimes, Kernels, Prepared, StepInputs, adapter_slots, check_step
 from .pages import pages_as_bytes, pages_from_bytes
-from .shapes import MOST, evaluate, match_shape, size_of
+from .shapes import MOST, check_names, check_pages, check_states, evaluate, match_shape, size_of
 from .windows import tables_of, window_of
 
 _ALIGNMENT = 64
@@ -157,13 +157,7 @@ class TvmExecutor:
     # -- the cache -----------------------------------------------------------------------------------------
     def allocate_kv(self, num_pages: int) -> None:
         """Make the cache: pages 0 .. num_pages - 1, memory taken when a page is first written."""
-        if num_pages < 1:
-            raise InputError(f"a cache of {num_pages} pages holds nothing", remedy="give at least one page")
-        if self.max_pages is not None and num_pages > self.max_pages:
-            raise InputError(
-                f"a layer's cache of {num_pages} pages has more elements than a kernel can count",
-                remedy=f"give at most {self.max_pages} pages",
-            )
+        check_pages(num_pages, self.max_pages)
         self._pages = [self._allocated(array, num_pages) for array in self._kv]
         self.num_pages, self._window_pages = num_pages, ()
 
@@ -194,11 +188,7 @@ class TvmExecutor:
 
     def allocate_states(self, count: int) -> None:
         """Make the state cache: rows 0 .. count - 1, memory taken when a row is first written."""
-        most = min((MOST // max(1, size_of(array.shape)) for array in self._recurrent), default=MOST)
-        if not 0 < count <= most:
-            raise InputError(
-                f"a state cache of {count} rows", remedy=f"from 1 to {most} rows, which a kernel can count"
-            )
+        check_states(count, (array.shape for array in self._recurrent))
         self._states = [
             aligned([count if isinstance(d, str) else d for d in array.shape], array.dtype)
             for array in self._recurrent
@@ -317,13 +307,7 @@ class TvmExecutor:
         """Named inputs → named outputs. Raises InputError for a missing input, a wrong dtype or shape."""
         if self._kv or "slot_mapping" in self._inputs:
             raise InputError("this artifact is a language model, not a function", remedy="call step")
-        unknown = sorted(set(inputs) - set(self._inputs))
-        missing = sorted(set(self._inputs) - set(inputs))
-        if unknown or missing:
-            raise InputError(
-                f"inputs missing: {', '.join(missing) or 'none'}; unknown: {', '.join(unknown) or 'none'}",
-                remedy=f"give {', '.join(self._inputs)}",
-            )
+        check_names(inputs, self._inputs)
         sizes: dict[str, int] = {}
         for name, value in inputs.items():
             array = self._inputs[name]

@@ -47,32 +47,27 @@ def paged_attention(
         Argument(n, (heads,), "float32") for n, there in (("sinks", sinks), ("slopes", slopes)) if there
     ]
     arguments.append(Argument("out", shape, "float32", True))
+    count = f"((P * {page_size} + {SPLIT - 1}) // {SPLIT})"
+    adders = min(THREADS, round_up(head_dim, 32))
+    by_heads = kv_heads * -(-group // 16)
+    shared = 4 * chunk * (padded + 8) * 2
     given = (
         *("q", "pages", "query_start", "context_len", "block_table"),
         *present(("sinks", sinks), ("slopes", slopes)),
         *("out", "part", "rows", "T", "B", "P", "N"),
     )
-    both = present(("sinks", sinks))
-    last = ("query_start", "context_len", *both, "out", "part", "rows", "T", "B")
-    shared = 4 * chunk * (padded + 8) * 2
-    count = f"((P * {page_size} + {SPLIT - 1}) // {SPLIT})"
-    by_heads = kv_heads * -(-group // 16)
-    adders = min(THREADS, round_up(head_dim, 32))
-    grids: dict[int, Size] = {warps: f"T // {tokens * warps} + B" for warps in (1, 4)}
+    last = ("query_start", "context_len", *present(("sinks", sinks)), "out", "part", "rows", "T", "B")
+    few, many = ("T", 1, FEW), ("T", FEW + 1, 1 << 30)
+
+    def attend(name: str, warps: int, splits: Size, when: tuple[Size, int, int]) -> Launch:
+        call = f"attend<P<{warps}>, {'true' if when is few else 'false'}>"
+        grid: tuple[Size, Size, Size] = (f"T // {tokens * warps} + B", by_heads, splits)
+        return Launch(name, call, given, grid, THREADS, shared, when)
+
     launches = (
-        Launch(
-            "few", "attend<P<1>, true>", given, (grids[1], by_heads, count), THREADS, shared, ("T", 1, FEW)
-        ),
-        Launch("sum", "combine<P<1>>", last, ("T", heads, 1), adders, 0, ("T", 1, FEW)),
-        Launch(
-            "many",
-            "attend<P<4>, false>",
-            given,
-            (grids[4], by_heads, 1),
-            THREADS,
-            shared,
-            ("T", FEW + 1, 1 << 30),
-        ),
+        attend("few", 1, count, few),
+        Launch("sum", "combine<P<1>>", last, ("T", heads, 1), adders, 0, few),
+        attend("many", 4, 1, many),
     )
     scratch: dict[str, tuple[str, Size]] = {
         "part": ("float*", f"min(T, {FEW}) * {count} * {4 * heads * head_dim}"),

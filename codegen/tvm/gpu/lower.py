@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 from ....ir.core import Graph, Op, Value
-from ....plugins.entries import package_of
 from .. import emit_llm, emit_moe, emit_state, emit_tensor
 from ..emit_llm import form_of, source_of
 from ..kernels.isa import get_isa
@@ -42,9 +41,7 @@ class CudaLowering(Lowering):
 
     def emitter(self, op: Op) -> Emitter | None:
         """Ours, else tvm-cpu's; of another package's op the one that it names for this target."""
-        if op.opname in _OWN:
-            return _OWN[op.opname]
-        return super().emitter(op) if package_of(type(op)) is None else None
+        return _OWN.get(op.opname) or super().emitter(op)
 
     def stored(self, weight: Value) -> tuple[tuple[int, ...], str]:
         """Shape and dtype of a weight in memory."""

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from ....ir.core import Graph, Value
-from ....ir.dtypes import itemsize, to_numpy
+from ....ir.dtypes import to_numpy
 from ....ir.errors import CompileError
 from ...artifact import TensorSpec
-from ..weights import PLAIN, Role, aligned_rows, experts_of, weight_roles
+from ..weights import PLAIN, Role, aligned_rows, experts_of, specs_of, weight_roles
 from .layout import GpuLayout
 
 
@@ -41,19 +40,7 @@ def weight_specs(graph: Graph, report: Callable[[float], None] = lambda share: N
 
     `report` is told the share of the bytes that were packed.
     """
-    roles = weight_roles(graph)
-    stored = {value: stored_shape(value, role) for value, role in roles.items()}
-    total = sum(math.prod(shape) * itemsize(dtype) for shape, dtype in stored.values())
-    done = 0
-
-    def counted(chunks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-        nonlocal done
-        for chunk in chunks:
-            yield chunk
-            done += chunk.nbytes
-            report(done / max(1, total))
-
-    return [(v.name, *stored[v], counted(_chunks(v, roles[v]))) for v in stored]
+    return specs_of(weight_roles(graph), stored_shape, _chunks, report)
 
 
 def _chunks(value: Value, role: Role) -> Iterator[np.ndarray]:
