@@ -13,7 +13,7 @@ from tvm.script.ir_builder import tirx as T
 
 from . import attention_tiles as in_tiles
 from .attention_blocks import Block, Merged, finish
-from .attention_spec import MANY_ROWS, SEGMENT, Attention, Buffers, advance
+from .attention_spec import MANY_ROWS, SEGMENT, Attention, Buffers, Memory, advance
 from .builder import LANES, Expr, Kernel, let, put, put1, scalar, vec
 from .cache import pages_argument
 from .isa import Isa
@@ -83,11 +83,11 @@ def _by_segments(spec: Attention, at: Buffers, tokens: Expr, segments: Expr, isa
         block.segment(segment)
         put(state, vec(block.best, 0), w, 0, 0)
         put(state, vec(block.total, 0), w, 1, 0)
-        for i in range(heads):
-            with T.serial(0, spec.head_dim) as d:
-                put1(acc, block.acc[i, d], w * heads + i, d)
+        block.keep(acc, w * heads)
     with T.serial(0, tokens * columns) as item:
-        merged = Merged(spec, at, let(item // columns), let(item % columns * heads), (1, heads))
+        first = let(item // columns), let(item % columns * heads)
+        merged = Merged(spec, at, first, (1, heads), Memory(heads * spec.head_dim))
+        merged.clear()
         with T.serial(0, segments) as g:
             w = let(item * segments + g)
             merged.add(vec(state, w, 0, 0), vec(state, w, 1, 0), acc, w * heads)

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from tvm.script.ir_builder import tirx as T
 
 from ....ir.dtypes import itemsize
-from .attention_spec import LOG2E, NOTHING, SEGMENT, TILE, Attention, Buffers
+from .attention_spec import LOG2E, NOTHING, SEGMENT, TILE, Attention, Buffers, Memory
 from .builder import (
     LANES,
     Buffer,
@@ -68,6 +68,36 @@ def every_cell(rows: int, heads: int) -> Generator[tuple[Expr, Expr, Expr]]:
         yield r * heads + h, r, h
 
 
+def _for_elements(width: int, body: Callable[[Expr, int], None]) -> None:
+    """`body(first, lanes)` for 16 elements of `width` at a time, then for one."""
+    with T.serial(0, width // LANES) as c:
+        body(c * LANES, LANES)
+    if width % LANES:
+        with loop(width // LANES * LANES, width) as d:
+            body(d, 1)
+
+
+def _get(lanes: int, buffer: Buffer, *index: Expr) -> Expr:
+    return buffer[index] if lanes == 1 else vec(buffer, *index)
+
+
+def _put(lanes: int, buffer: Buffer, value: Expr, *index: Expr) -> None:
+    if lanes == 1:
+        put1(buffer, value, *index)
+    else:
+        put(buffer, value, *index)
+
+
+def _all(lanes: int, value: Expr) -> Expr:
+    return value if lanes == 1 else splat(value)
+
+
+def _clear(acc: Buffer, size: tuple[int, int], width: int) -> None:
+    """0 for each element of each cell."""
+    with every_cell(*size) as (i, _, _):
+        _for_elements(width, lambda d, lanes: _put(lanes, acc, _all(lanes, T.float32(0)), i, d))
+
+
 class Block:
     """`rows` consecutive query rows of one sequence, by `heads` query heads of one key/value head."""
 
@@ -83,9 +113,10 @@ class Block:
         self.chunks = spec.head_dim // LANES
         self.pairs = in_pairs(spec.kv_dtype, spec.head_dim)
         self.cells = _cells(size)
-        self.query = T.alloc_buffer((len(self.cells), spec.head_dim), "float32")
-        self.acc = T.alloc_buffer((len(self.cells), spec.head_dim), "float32")
-        self.weights = T.alloc_buffer((len(self.cells), TILE * PAGE_SIZE), "float32")
+        self.memory = Memory(len(self.cells) * (3 * spec.head_dim + TILE * PAGE_SIZE))
+        self.query = self.memory.take(len(self.cells), spec.head_dim)
+        self.acc = self.memory.take(len(self.cells), spec.head_dim)
+        self.weights = self.memory.take(len(self.cells), TILE * PAGE_SIZE)
         # Enough independent chains of multiply-adds to hide their latency, with few cells too; what they
         # multiply by, a vector for each and one for all, must fit into the registers beside them.
         count = len(self.cells)
@@ -102,9 +133,11 @@ class Block:
         first = let(self.first // SEGMENT)
         stop = let(T.floordiv(self.last + (SEGMENT - 1), SEGMENT))
 
-        merged = Merged(self.spec, self.at, self.row, self.head, (self.rows, self.heads))
         # To merge one segment with nothing would multiply it by 1. A sink is something.
         several = stop - first > (0 if self.at.sinks is not None else 1)
+        merged = Merged(self.spec, self.at, (self.row, self.head), (self.rows, self.heads), self.memory)
+        with T.If(several), T.Then():
+            merged.clear()
         with loop(first, stop) as segment:
             self.segment(segment)
             with T.If(several), T.Then():
@@ -122,15 +155,19 @@ class Block:
         self.last = let(T.floordiv(self.high[self.rows - 1] + (PAGE_SIZE - 1), PAGE_SIZE))
         spec = self.spec
         factor = T.float32(spec.scale / spec.softcap if spec.softcap else spec.scale * LOG2E)
-        with every_cell(self.rows, self.heads) as (i, r, h), T.serial(0, spec.head_dim) as d:
-            put1(self.query, self.at.q[self.row + r, self.head + h, d] * factor, i, d)
+        with every_cell(self.rows, self.heads) as (i, r, h):
+
+            def scale(d: Expr, lanes: int, i: Expr = i, r: Expr = r, h: Expr = h) -> None:
+                q = _get(lanes, self.at.q, self.row + r, self.head + h, d)
+                _put(lanes, self.query, q * _all(lanes, factor), i, d)
+
+            _for_elements(spec.head_dim, scale)
 
     def segment(self, segment: Expr) -> None:
         """best, total and acc of one segment; it may hold no page that is seen."""
         put(self.best, f32s(NOTHING), 0)
         put(self.total, f32s(0), 0)
-        with every_cell(self.rows, self.heads) as (i, _, _), T.serial(0, self.spec.head_dim) as d:
-            put1(self.acc, T.float32(0), i, d)
+        _clear(self.acc, (self.rows, self.heads), self.spec.head_dim)
         start = let(T.max(self.first, segment * SEGMENT))
         stop = let(T.min(self.last, segment * SEGMENT + SEGMENT))
         with loop(T.floordiv(start, TILE), T.floordiv(stop + (TILE - 1), TILE)) as tile:
@@ -138,6 +175,15 @@ class Block:
             self._scores(begin, end)
             self._softmax(begin, end)
             self._values(begin, end)
+
+    def keep(self, acc: Buffer, first: Expr) -> None:
+        """Copy acc of one row's cells to rows first … of another buffer."""
+        with every_cell(self.rows, self.heads) as (i, _, _):
+
+            def copy(d: Expr, lanes: int, i: Expr = i) -> None:
+                _put(lanes, acc, _get(lanes, self.acc, i, d), first + i, d)
+
+            _for_elements(self.spec.head_dim, copy)
 
     def _visible(self) -> None:
         """Token range [low, high) that each row sees."""
@@ -173,9 +219,9 @@ class Block:
                     prefetch(self.at.pages, 1, page, self.kv_head, 0, place)
                 for half in range(width):
                     keys = [(u, self._element(0, page, place, half)) for u, page in enumerate(pages)]
-                    for u, key in keys:
-                        for i, _, _ in self.cells:
-                            query = let(splat(self.query[i, d * width + half]))
+                    for i, _, _ in self.cells:
+                        query = let(splat(self.query[i, d * width + half]))
+                        for u, key in keys:
                             put(score[i][u], fma(query, key, vec(score[i][u], 0)), 0)
             slopes = self._slopes()
             for u, (slot, page) in enumerate(zip(slots, pages, strict=True)):
@@ -264,9 +310,9 @@ class Block:
                 ]
 
                 def add(column: Expr, values: list[Expr], acc: list[list[Buffer]] = acc) -> None:
-                    for u, value in enumerate(values):
-                        for i, _, _ in self.cells:
-                            weight = let(splat(self.weights[i, column]))
+                    for i, _, _ in self.cells:
+                        weight = let(splat(self.weights[i, column]))
+                        for u, value in enumerate(values):
                             put(acc[i][u], fma(weight, value, vec(acc[i][u], 0)), 0)
 
                 self._each_value((begin, end), (c, self.chunks // parts), places, add)
@@ -363,19 +409,24 @@ class Block:
 class Merged:
     """Segments merged so far, of `rows` query rows by `heads` query heads, and what becomes of them."""
 
-    def __init__(self, spec: Attention, at: Buffers, row: Expr, head: Expr, size: tuple[int, int]) -> None:
-        self.spec, self.at, self.row, self.head = spec, at, row, head
+    def __init__(
+        self, spec: Attention, at: Buffers, first: tuple[Expr, Expr], size: tuple[int, int], memory: Memory
+    ) -> None:
+        """first = (row, head). To be cleared before anything is added."""
+        self.spec, self.at = spec, at
+        self.row, self.head = first
         self.rows, self.heads = size
-        self.acc = T.alloc_buffer((self.rows * self.heads, spec.head_dim), "float32")
+        self.acc = memory.take(self.rows * self.heads, spec.head_dim)
         self.keep, self.take = register(), register()
         self.best = register(f32s(NOTHING))
         self.total = register(f32s(0))
-        with every_cell(*size) as (i, _, _), T.serial(0, spec.head_dim) as d:
-            put1(self.acc, T.float32(0), i, d)
         if at.sinks is not None:
             for i, _, h in _cells(size):
-                put1(self.best, at.sinks[head + h] * T.float32(LOG2E), i)
+                put1(self.best, at.sinks[self.head + h] * T.float32(LOG2E), i)
                 put1(self.total, T.float32(1), i)
+
+    def clear(self) -> None:
+        _clear(self.acc, (self.rows, self.heads), self.spec.head_dim)
 
     def add(self, best: Expr, total: Expr, acc: Buffer, first: Expr) -> None:
         """Merge a segment: lane i of best and total, and row first + i of acc, belong to cell i.
@@ -387,15 +438,15 @@ class Merged:
         put(self.take, exp2(best - new), 0)
         put(self.best, new, 0)
         put(self.total, fma(vec(self.total, 0), vec(self.keep, 0), let(total * vec(self.take, 0))), 0)
-        whole = self.spec.head_dim // LANES
         with every_cell(self.rows, self.heads) as (i, _, _):
             keep, take = let(self.keep[i]), let(self.take[i])
-            with T.serial(0, whole) as c:
-                more = let(vec(acc, first + i, c * LANES) * splat(take))
-                put(self.acc, fma(vec(self.acc, i, c * LANES), splat(keep), more), i, c * LANES)
-            if whole * LANES < self.spec.head_dim:
-                with loop(whole * LANES, self.spec.head_dim) as d:
-                    put1(self.acc, fma1(self.acc[i, d], keep, let(acc[first + i, d] * take)), i, d)
+
+            def merge(d: Expr, lanes: int, i: Expr = i, keep: Expr = keep, take: Expr = take) -> None:
+                more = let(_get(lanes, acc, first + i, d) * _all(lanes, take))
+                mine = _get(lanes, self.acc, i, d)
+                _put(lanes, self.acc, (fma1 if lanes == 1 else fma)(mine, _all(lanes, keep), more), i, d)
+
+            _for_elements(self.spec.head_dim, merge)
 
 
 def finish(done: Block | Merged) -> None:
@@ -403,5 +454,9 @@ def finish(done: Block | Merged) -> None:
     with every_cell(done.rows, done.heads) as (i, r, h):
         some = done.total[i] > T.float32(0)
         inverse = let(T.Select(some, T.float32(1) / done.total[i], T.float32(0)))
-        with T.serial(0, done.spec.head_dim) as d:
-            put1(done.at.out, done.acc[i, d] * inverse, done.row + r, done.head + h, d)
+
+        def divide(d: Expr, lanes: int, i: Expr = i, r: Expr = r, h: Expr = h, by: Expr = inverse) -> None:
+            quotient = _get(lanes, done.acc, i, d) * _all(lanes, by)
+            _put(lanes, done.at.out, quotient, done.row + r, done.head + h, d)
+
+        _for_elements(done.spec.head_dim, divide)

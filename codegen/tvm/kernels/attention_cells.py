@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 from tvm.script.ir_builder import tirx as T
@@ -30,23 +29,6 @@ def rows_a_block(spec: Attention) -> int:
 
 Take = Callable[..., Buffer]
 """A function that gives a float32 buffer of a shape."""
-
-
-class Memory:
-    """One piece of memory, cut into float32 buffers: to get one takes longer than to attend to a page."""
-
-    def __init__(self, elements: int) -> None:
-        self._all = T.alloc_buffer((elements,), "float32")
-        self._used = 0
-
-    def take(self, *shape: int) -> Buffer:
-        start, self._used = self._used, self._used + math.prod(shape)
-        return T.decl_buffer(shape, "float32", data=self._all.data, elem_offset=start)
-
-    def again(self) -> Memory:
-        """The same memory, to be cut anew."""
-        self._used = 0
-        return self
 
 
 class Words:

@@ -43,23 +43,39 @@ class Attention:
     @staticmethod
     def most(isa: Isa) -> int:
         """Vectors that are accumulated at once, so that they stay in registers."""
-        most = 16 if isa.live_vectors >= 32 else 6 if isa.live_vectors >= 8 else 3
-        assert most <= LANES
-        return most
+        return 24 if isa.live_vectors >= 32 else 6 if isa.live_vectors >= 8 else 3
 
     def blocking(self, isa: Isa) -> tuple[int, int]:
         """(query heads, query rows) computed together: their scores and weights must fit the registers."""
-        most = self.most(isa)
+        # With half of what fits, two pages share what is read for a row and head, and all fit.
+        most = min(self.most(isa), 12)
         heads = max(h for h in range(1, min(self.group, most) + 1) if self.group % h == 0)
-        return heads, max(1, min(8, most // heads))
+        return heads, max(1, min(12, most // heads))
 
     def row_heads(self, isa: Isa) -> int:
         """Query heads computed together where rows stand alone, as in decoding. 7 heads fill 14 of 16
         registers, and what they are multiplied by does not fit beside them; still they take half the time of
         7 blocks of one head, each of which reads the keys again.
         """
-        most = self.most(isa) + (1 if 8 <= isa.live_vectors < 32 else 0)
+        most = min(self.most(isa) + (1 if 8 <= isa.live_vectors < 32 else 0), LANES)
         return max(h for h in range(1, min(self.group, most) + 1) if self.group % h == 0)
+
+
+class Memory:
+    """One piece of memory, cut into float32 buffers: to get one takes longer than to attend to a page."""
+
+    def __init__(self, elements: int) -> None:
+        self._all = T.alloc_buffer((elements,), "float32")
+        self._used = 0
+
+    def take(self, *shape: int) -> Buffer:
+        start, self._used = self._used, self._used + math.prod(shape)
+        return T.decl_buffer(shape, "float32", data=self._all.data, elem_offset=start)
+
+    def again(self) -> Memory:
+        """The same memory, to be cut anew."""
+        self._used = 0
+        return self
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
-from .attention_cells import DEPTH, Cells, Memory, State, Take, Words, heads_a_tile, rows_a_block
-from .attention_spec import LOG2E, NOTHING, SEGMENT, TILE, Attention, Buffers, advance
+from .attention_cells import DEPTH, Cells, State, Take, Words, heads_a_tile, rows_a_block
+from .attention_spec import LOG2E, NOTHING, SEGMENT, TILE, Attention, Buffers, Memory, advance
 from .builder import (
     LANES,
     Buffer,

@@ -49,6 +49,8 @@ def _fused(plan: Plan, tokens: Expr, to: Quantized, function: Callable[[Expr], E
     """Parallel over (rows, group of the result)."""
     given, group, width = plan.given(tokens), to.layout.group, to.layout.k
     blocks = group // LANES
+    # A panel for vectors is as wide as any: one block's sums alone would wait for each other.
+    together = 1 if plan.tiles else max(n for n in range(1, plan.width + 1) if blocks % n == 0)
     count = let(T.floordiv(tokens + (_ROWS - 1), T.int32(_ROWS)))
     share = T.floordiv(tokens + count - 1, count)
     share = let(T.floordiv(share + (TILE_ROWS - 1), T.int32(TILE_ROWS)) * TILE_ROWS)
@@ -62,9 +64,9 @@ def _fused(plan: Plan, tokens: Expr, to: Quantized, function: Callable[[Expr], E
         def panel(start: int, column: int, c: Expr) -> Unpacked:
             block = let(start // LANES + g * blocks)
             held = Held(products, _ROWS, block, column)
-            return Unpacked(replace(given, held=held), block + c, 1)
+            return Unpacked(replace(given, held=held), block + c * together, together)
 
-        with T.serial(0, blocks) as c:
+        with T.serial(0, blocks // together) as c:
             panels = [panel(0, 0, c), panel(width, group, c)]
             if plan.tiles:
                 multiply_tiles((first, stop), panels, finish_groups)
