@@ -215,7 +215,7 @@ def make_moe_quantized_linear(
             ops = replace(plan.ops, origin=origin)
 
             def many() -> None:
-                unpacked = Unpacked(replace(ops, signed=plan.tiles), start, count)
+                unpacked = Unpacked(replace(given, origin=origin), start, count)
                 if plan.tiles:
                     multiply_tiles((first, stop), [unpacked], finish_groups)
                 else:
@@ -231,6 +231,9 @@ def make_moe_quantized_linear(
                     many()
 
         with kernel.body():
+            # No expert has more rows than there are pairs.
+            used = T.Select(pairs < plan.many, T.int32(0), pairs) if plan.many else T.int32(0)
+            given = plan.given(pairs, used)
             width = min(plan.width, 2) if plan.tiles else plan.width
             _for_each_panel(grouping, lay.blocks, min(width, lay.blocks), panel)
     return kernel.function

@@ -270,13 +270,15 @@ class Plan:
 
         for_each_panel(self.ops.layout.blocks, width, direct)
 
-    def given(self, tokens: Expr) -> Operands:
-        """The operands as unpacked panels are multiplied by."""
+    def given(self, tokens: Expr, used: Expr | None = None) -> Operands:
+        """The operands as unpacked panels are multiplied by. `used`: how many tokens are, where not all."""
         if self.tiles:
             return replace(self.ops, signed=True)
         if self.isa.pairs_rows:
             return replace(self.ops, paired=pair_steps(self.ops.layout) > 0)
-        return _with_unsigned(self.ops, tokens) if self.isa.dot in ("vnni512", "vnni256") else self.ops
+        if self.isa.dot in ("vnni512", "vnni256"):
+            return _with_unsigned(self.ops, tokens, tokens if used is None else used)
+        return self.ops
 
     def multiply_packed(self, rows: tuple[Expr, Expr], panel: Packed) -> None:
         """Rows [first, stop) by a panel as it lies in memory."""
@@ -331,8 +333,10 @@ def finish_groups(panel: Unpacked, row: Expr, c: Expr) -> FinishGroup:
     return lambda g, totals, acc: _finish_group(panel.ops, row, panel, g, totals, acc, [c])
 
 
-def _with_unsigned(ops: Operands, tokens: Expr) -> Operands:
-    """The operands with activations as a + 128 in memory of this call, for weights with a sign."""
+def _with_unsigned(ops: Operands, tokens: Expr, used: Expr) -> Operands:
+    """The operands with activations as a + 128 in memory of this call, for weights with a sign; those of the
+    first `used` tokens.
+    """
     width = ops.layout.k_padded
     unsigned = T.alloc_buffer((tokens, width), "uint8")
 
@@ -341,7 +345,7 @@ def _with_unsigned(ops: Operands, tokens: Expr) -> Operands:
             signed = T.reinterpret(vec(ops.a, t, i * 8, lanes=8), dtype="uint8x8")
             put(unsigned, T.bitwise_xor(signed, T.broadcast(T.uint8(128), 8)), t, i * 8, lanes=8)
 
-    for_each_row(tokens, width, row)
+    for_each_row(used, width, row)
     return replace(ops, a=unsigned, signed=True, shifted=True)
 
 
