@@ -130,7 +130,7 @@ kv_dtype_option = click.option(
 @click.option(
     "--adapters",
     is_flag=True,
-    help="Make places for LoRA adapters that requests choose among (llmc serve --adapter); tvm-cpu only.",
+    help="Make places for LoRA adapters that requests choose among (llmc serve --adapter); tvm-cpu, tvm-cuda.",
 )
 @click.option("--resume", is_flag=True, help="Go on with the calibrated work that an interrupted run left.")
 @json_option

@@ -30,6 +30,8 @@ Factors = Mapping[int, Sequence[Factor | None]]
 """By the number of a place, a factor for each of its parts; None where the part stays as it is."""
 
 _MERGE = "merge it: llmc compile MODEL --lora FOLDER"
+_CHOOSE = ("tvm-cpu", "tvm-cuda")
+"""Targets that can be compiled with places for adapters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,16 +297,19 @@ def check_places(artifact: Artifact, executor: Executor) -> None:
     if isinstance(executor, TakesAdapters) and executor.adapter_places is not None:
         return
     name = getattr(executor, "target_name", None) or "this target"
-    if "tvm-cpu" in artifact.targets and name != "tvm-cpu":
+    other = "tvm-cpu" in artifact.targets and name != "tvm-cpu"
+    if other and name not in _CHOOSE:
         raise UnsupportedError(
             f"{name} takes no adapters per request ({artifact.root.name})",
             remedy="open it with --target tvm-cpu",
         )
     command = [str(word) for word in artifact.manifest.get("command") or ("llmc", "compile", "MODEL")]
     remedy = f"compile it with --adapters: {' '.join([*command, '--adapters', '-o', artifact.root.name])}"
+    if name not in _CHOOSE:
+        remedy = f"{_MERGE}; only {' and '.join(_CHOOSE)} choose adapters per request"
     raise UnsupportedError(
         f"the kernels of {artifact.root.name} have no places for adapters",
-        remedy=remedy if name == "tvm-cpu" else f"{_MERGE}; only tvm-cpu chooses adapters per request",
+        remedy=f"open it with --target tvm-cpu, or {remedy}" if other else remedy,
     )
 
 

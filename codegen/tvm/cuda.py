@@ -19,7 +19,7 @@ from ...ir.printer import print_graph
 from ...plugins.entries import package_of
 from ..memory import processors
 from ..target import Progress, Target
-from .cpu import interface
+from .cpu import adapters_entry, interface
 from .worker import Programming, ready_workers
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "ptx")
 "ptx", which its driver compiles when it is opened, from the oldest of them on.
 """
 SOURCE, PROGRAM = "kernels.cu", "program.json"
-WITHOUT_KERNEL = frozenset({"attention", "sdpa", "cumsum", "lora"})
+WITHOUT_KERNEL = frozenset({"attention", "sdpa", "cumsum"})
 OPERATIONS = frozenset(name for name, op in OPS.items() if package_of(op) is None) - WITHOUT_KERNEL
 _MOST_HEAD_DIM = 512  # beyond 256 registers do not suffice, and part of a row waits in local memory
 
@@ -47,6 +47,11 @@ class TvmCuda(Target):
     arch: str = field(
         default="sm_80+sm_90+ptx",
         metadata={"help": f"GPU architectures, joined by +: {', '.join(ARCHITECTURES)}; or all"},
+    )
+
+    adapters: bool = field(
+        default=False,
+        metadata={"help": "places for LoRA adapters that requests choose among"},
     )
 
     def __post_init__(self) -> None:
@@ -103,6 +108,10 @@ class TvmCuda(Target):
         """See `Target.compile`. Raises CompileError where neither NVRTC nor nvcc is installed."""
         from .gpu.weights import weight_specs
 
+        if self.adapters:
+            from .placed import with_places
+
+            graph = with_places(graph)
         legal = self.legal(graph)
         folder = f"targets/{self.name}"
         weights = f"weights/{self.name}.safetensors" if legal.weights else None
@@ -126,6 +135,7 @@ class TvmCuda(Target):
             "arguments": built["arguments"],
             "symbols": built["symbols"],
             **interface(legal),
+            **adapters_entry(legal),
         }
         return entry if weights is None else {**entry, "weights": weights}
 

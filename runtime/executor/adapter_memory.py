@@ -16,22 +16,23 @@ from ...ir.errors import InputError
 if TYPE_CHECKING:
     from ..adapters import AdapterPlaces, Factor, Factors, Place
 
-_LANES = 16
+LANES = 16
 _MOST = (1 << 31) - 1
 """Elements of an array: the kernels index with 32 bits."""
 _HUGE = 4 << 20
 """Bytes of an array from which large pages are asked for, as numpy does."""
 
-_Part = tuple[np.ndarray, np.ndarray, np.ndarray]
+Part = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Blocks of scales [L, 16], of A [L, K, 16] and of B [C, r, 16]."""
-Packed = Mapping[int, Sequence[_Part | None]]
+Packed = Mapping[int, Sequence[Part | None]]
 """By the number of a place, for each of its parts; None where it stays as it is."""
 
 Bind = Callable[[str, np.ndarray], None]
 
 
-def _blocks(rows: int) -> int:
-    return -(-rows // _LANES)
+def blocks_of(rows: int) -> int:
+    """Blocks of 16 that hold so many."""
+    return -(-rows // LANES)
 
 
 class _Zeros:
@@ -66,11 +67,11 @@ class _Arrays:
 
     def __init__(self, place: Place, slots: int, blocks: int) -> None:
         dtype, parts = to_numpy(place.dtype), len(place.parts)
-        columns = _columns(place)
+        columns = columns_of(place)
         self._all = (
-            _Zeros((slots, parts, blocks, _LANES), np.dtype(np.float32)),
-            _Zeros((slots, parts, blocks, place.k, _LANES), dtype),
-            _Zeros((slots, columns, blocks * _LANES, _LANES), dtype),
+            _Zeros((slots, parts, blocks, LANES), np.dtype(np.float32)),
+            _Zeros((slots, parts, blocks, place.k, LANES), dtype),
+            _Zeros((slots, columns, blocks * LANES, LANES), dtype),
         )
         self._rank = _Zeros((slots, parts), np.dtype(np.int32))
         self.rank = self._rank.array
@@ -80,10 +81,10 @@ class _Arrays:
         """The slots of others. What an adapter does not use of its slot stays untouched."""
         self.rank[: len(old.rank)] = old.rank
         for slot in np.flatnonzero(old.rank.any(1)):
-            blocks = _blocks(int(old.rank[slot].max()))
+            blocks = blocks_of(int(old.rank[slot].max()))
             self.scale[slot, :, :blocks] = old.scale[slot, :, :blocks]
             self.a[slot, :, :blocks] = old.a[slot, :, :blocks]
-            self.b[slot, :, : blocks * _LANES] = old.b[slot, :, : blocks * _LANES]
+            self.b[slot, :, : blocks * LANES] = old.b[slot, :, : blocks * LANES]
 
     def clear(self, slot: int) -> None:
         """Nothing is in the slot any more."""
@@ -93,8 +94,9 @@ class _Arrays:
                 one.give_back(slot)
 
 
-def _columns(place: Place) -> int:
-    return sum(_blocks(rows) for _, rows in place.parts)
+def columns_of(place: Place) -> int:
+    """Blocks of 16 rows of a place's B, each part's last one maybe not full."""
+    return sum(blocks_of(rows) for _, rows in place.parts)
 
 
 class AdapterMemory:
@@ -105,7 +107,7 @@ class AdapterMemory:
     """
 
     def __init__(self, places: AdapterPlaces, bind: Bind) -> None:
-        self._places, self._bind = places.places, bind
+        self._all_places, self._places, self._bind = places, places.places, bind
         self.slots = 0
         self.blocks = 1
         """Largest rank there is room for, in 16."""
@@ -113,17 +115,14 @@ class AdapterMemory:
         self._resize(0, 1)
 
     def packed(self, factors: Factors) -> Packed:
-        """An adapter as the kernels read it; changes nothing, so any thread may call it. Raises InputError
-        where it does not fit into the kernels' numbers.
-        """
-        return {number: self._packed(number, parts) for number, parts in factors.items()}
+        """See `pack`; changes nothing, so any thread may call it."""
+        return pack(self._all_places, factors)
 
     def set(self, slot: int, packed: Packed) -> None:
         """Fill a slot; what was in it is gone. Raises InputError where there are more slots than the kernels
         count.
         """
-        ranks = [part[2].shape[1] for parts in packed.values() for part in parts if part is not None]
-        blocks = max(self.blocks, _blocks(max(ranks, default=1)))
+        blocks = max(self.blocks, blocks_of(rank_of(packed)))
         if slot >= self.slots or blocks > self.blocks:
             self._resize(self._room(slot, blocks) if slot >= self.slots else self.slots, blocks)
         self.clear(slot)
@@ -136,7 +135,7 @@ class AdapterMemory:
                     arrays.scale[slot, p, : len(scale)] = scale
                     arrays.a[slot, p, : len(a)] = a
                     arrays.b[slot, block : block + len(b), : b.shape[1]] = b
-                block += _blocks(rows)
+                block += blocks_of(rows)
 
     def clear(self, slot: int) -> None:
         """Empty a slot."""
@@ -149,13 +148,13 @@ class AdapterMemory:
 
     def _most(self, blocks: int) -> int:
         """The slots that a kernel can count."""
-        largest = max((max(len(p.parts) * p.k, _columns(p) * _LANES) for p in self._places), default=1)
-        return _MOST // (largest * blocks * _LANES)
+        largest = max((max(len(p.parts) * p.k, columns_of(p) * LANES) for p in self._places), default=1)
+        return _MOST // (largest * blocks * LANES)
 
     def _resize(self, slots: int, blocks: int) -> None:
         if slots > self._most(blocks):
             raise InputError(
-                f"{slots} slots of rank {blocks * _LANES} are more than a kernel can count",
+                f"{slots} slots of rank {blocks * LANES} are more than a kernel can count",
                 remedy="load fewer adapters at a time, or of smaller ranks",
             )
         old = self._arrays
@@ -163,7 +162,7 @@ class AdapterMemory:
             self._arrays = [_Arrays(place, slots, blocks) for place in self._places]
         except OSError:
             raise InputError(
-                f"there is no memory for {slots} slots of rank {blocks * _LANES}",
+                f"there is no memory for {slots} slots of rank {blocks * LANES}",
                 remedy="load fewer adapters at a time, or of smaller ranks",
             ) from None
         for before, now in zip(old, self._arrays, strict=False):
@@ -175,27 +174,38 @@ class AdapterMemory:
             self._bind(f"lora_a.{number}", arrays.a)
             self._bind(f"lora_b.{number}", arrays.b)
 
-    def _packed(self, number: int, parts: Sequence[Factor | None]) -> list[_Part | None]:
-        result: list[_Part | None] = []
-        place = self._places[number]
-        for (module, _), part in zip(place.parts, parts, strict=True):
-            if part is None:
-                result.append(None)
-                continue
-            with np.errstate(over="ignore", invalid="ignore"):
-                scale, a, b = _steps(*part) if place.dtype == "int8" else (np.ones(len(part[0])), *part)
-                scales = _in_blocks(scale.astype(np.float32)[:, None])[..., 0]
-            if not all(np.isfinite(one).all() for one in (scales, a, b)):
-                raise InputError(
-                    f"the adapter's change of {module} is beyond what float32 holds",
-                    remedy="merge it: llmc compile MODEL --lora FOLDER",
-                )
-            blocks = [_in_blocks(one.astype(to_numpy(place.dtype))).transpose(0, 2, 1) for one in (a, b)]
-            result.append((scales, blocks[0], blocks[1]))
-        return result
+
+def pack(places: AdapterPlaces, factors: Factors) -> Packed:
+    """An adapter as kernels read it. Raises InputError where it does not fit into the kernels' numbers."""
+    return {number: _packed(places.places[number], parts) for number, parts in factors.items()}
 
 
-def _steps(a: np.ndarray, b: np.ndarray) -> _Part:
+def rank_of(packed: Packed) -> int:
+    """The largest rank in an adapter, at least 1."""
+    ranks = (part[2].shape[1] for parts in packed.values() for part in parts if part is not None)
+    return max(ranks, default=1)
+
+
+def _packed(place: Place, parts: Sequence[Factor | None]) -> list[Part | None]:
+    result: list[Part | None] = []
+    for (module, _), part in zip(place.parts, parts, strict=True):
+        if part is None:
+            result.append(None)
+            continue
+        with np.errstate(over="ignore", invalid="ignore"):
+            scale, a, b = _steps(*part) if place.dtype == "int8" else (np.ones(len(part[0])), *part)
+            scales = _in_blocks(scale.astype(np.float32)[:, None])[..., 0]
+        if not all(np.isfinite(one).all() for one in (scales, a, b)):
+            raise InputError(
+                f"the adapter's change of {module} is beyond what float32 holds",
+                remedy="merge it: llmc compile MODEL --lora FOLDER",
+            )
+        blocks = [_in_blocks(one.astype(to_numpy(place.dtype))).transpose(0, 2, 1) for one in (a, b)]
+        result.append((scales, blocks[0], blocks[1]))
+    return result
+
+
+def _steps(a: np.ndarray, b: np.ndarray) -> Part:
     """Scales [r] of float64, and factors in whole steps of them, -127 … 127: each row of A and each column
     of B by the largest of its numbers.
     """
@@ -207,10 +217,10 @@ def _steps(a: np.ndarray, b: np.ndarray) -> _Part:
 
 def _in_blocks(rows: np.ndarray) -> np.ndarray:
     """[n, m] → [ceil(n / 16), 16, m], the rest zeros."""
-    count = _blocks(len(rows))
-    whole = np.zeros((count * _LANES, rows.shape[1]), rows.dtype)
+    count = blocks_of(len(rows))
+    whole = np.zeros((count * LANES, rows.shape[1]), rows.dtype)
     whole[: len(rows)] = rows
-    return whole.reshape(count, _LANES, rows.shape[1])
+    return whole.reshape(count, LANES, rows.shape[1])
 
 
-__all__ = ["AdapterMemory", "Packed"]
+__all__ = ["AdapterMemory", "Packed", "Part", "blocks_of", "columns_of", "pack", "rank_of"]

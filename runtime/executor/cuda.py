@@ -14,7 +14,10 @@ import numpy as np
 from ...codegen.artifact import Artifact
 from ...ir.dtypes import to_numpy
 from ...ir.errors import ArtifactError, InputError
-from .base import STEP_INPUTS, Executor, StepInputs, check_step
+from ..adapters import AdapterPlaces, Factors
+from .adapter_memory import Packed
+from .base import STEP_INPUTS, Executor, StepInputs, adapter_slots, check_step
+from .cuda_adapters import CudaAdapters
 from .cuda_driver import Driver
 from .cuda_program import Program, Room, round_up
 from .shapes import MOST, check_names, check_pages, check_states, evaluate, match_shape, size_of
@@ -60,7 +63,7 @@ class CudaExecutor:
         entry = artifact.target(TARGET)
         self._artifact, self._driver = artifact, driver
         image = choose_image(entry["images"], driver.capability)
-        self.isa = str(image["arch"])
+        self.target_name, self.isa = TARGET, str(image["arch"])
         module = driver.load(artifact.path(image["path"]).read_bytes())
         self._arguments = {name: i for i, name in enumerate(entry["arguments"])}
         program = json.loads(artifact.read_text(entry["program"]))
@@ -86,6 +89,12 @@ class CudaExecutor:
         self._types = int(artifact.model.get("token_types") or 0)
         self._sent, self._got = driver.pinned(1), driver.pinned(1)
         self._inbox, self._outbox = Room(driver), Room(driver)
+        self.adapter_places = AdapterPlaces.parse(entry)
+        self._adapters = (
+            None
+            if self.adapter_places is None
+            else CudaAdapters(self.adapter_places, driver, self._bind, self._program.forget)
+        )
         self._send_weights()
 
     def _send_weights(self) -> None:
@@ -107,6 +116,27 @@ class CudaExecutor:
         """Of the GPU's memory, which the cache is taken from."""
         self._driver.enter()
         return self._driver.free_bytes()
+
+    # -- adapters ------------------------------------------------------------------------------------------
+    def _bind(self, name: str, address: int) -> None:
+        self._addresses[self._arguments[name]] = address
+
+    def packed_adapter(self, factors: Factors) -> Packed:
+        """See `adapters.TakesAdapters`. Raises InputError for numbers that the kernels cannot hold."""
+        return self._adapter_memory().packed(factors)
+
+    def set_adapter(self, slot: int, packed: Packed) -> None:
+        """Fill a slot; between two steps. Raises InputError where the GPU's memory is full."""
+        self._adapter_memory().set(slot, packed)
+
+    def clear_adapter(self, slot: int) -> None:
+        """Empty a slot; between two steps."""
+        self._adapter_memory().clear(slot)
+
+    def _adapter_memory(self) -> CudaAdapters:
+        if self._adapters is None:
+            raise InputError("these kernels take no adapters", remedy="compile with --adapters")
+        return self._adapters
 
     # -- the cache -----------------------------------------------------------------------------------------
     def allocate_kv(self, num_pages: int) -> None:
@@ -197,8 +227,6 @@ class CudaExecutor:
             types=self._types,
             states=self._num_states if self._states else None,
         )
-        if inputs.adapter is not None:
-            raise InputError("these kernels take no adapters", remedy="merge it with --lora, or use tvm-cpu")
         columns = round_up(inputs.block_table.shape[1], _COLUMNS)
         sizes = {
             "T": len(inputs.token_ids),
@@ -209,6 +237,13 @@ class CudaExecutor:
             "S": self._num_states,
         }
         arrays = {name: getattr(inputs, name) for name in STEP_INPUTS if name in self._inputs}
+        if self._adapters is not None:
+            slots = arrays["adapter"] = adapter_slots(inputs, self._adapters.slots)
+            # Without ranks there is nothing to launch for adapters, where no token has one.
+            blocks = self._adapters.blocks if (slots >= 0).any() else 0
+            sizes |= {"A": self._adapters.slots, "L": blocks}
+        elif inputs.adapter is not None:
+            raise InputError("these kernels take no adapters", remedy="compile with --adapters")
         tables = tables_of(inputs, self._windows, (), self.page_size)
         for window, (slots, table) in zip(self._windows, tables, strict=True):
             sizes[f"N{window}"] = self.num_pages

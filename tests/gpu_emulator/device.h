@@ -19,6 +19,7 @@ typedef signed char i8;
 #define LLMC_EMULATED
 #define __global__
 #define __launch_bounds__(...)
+#define __align__(n) __attribute__((aligned(n)))
 #define __shared__ static
 #define __restrict__
 #define DEVICE static inline
@@ -146,6 +147,21 @@ DEVICE u16 float_to_bfloat(float f) {
   return (u16)((u + 0x7fff + (u >> 16 & 1)) >> 16);
 }
 DEVICE float exp2_fast(float x) { return exp2f(x); }
+
+static inline void check_16(const void* address) {
+  if ((uintptr_t)address % 16) {
+    fprintf(stderr, "16 bytes at an address that is not aligned\n");
+    abort();
+  }
+}
+DEVICE uint4 load_16(const void* from) {
+  check_16(from);
+  return *(const uint4*)from;
+}
+DEVICE void store_16(void* to, uint4 four) {
+  check_16(to);
+  *(uint4*)to = four;
+}
 
 DEVICE void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   emulated::Warp& w = emulated::warp();

@@ -67,6 +67,11 @@ DEVICE float exp2_fast(float x) {
   return y;
 }
 
+// -- 16 bytes at an address that is a multiple of 16 ---------------------------------------------------------
+DEVICE uint4 load_16(const void* from) { return *(const uint4*)from; }
+
+DEVICE void store_16(void* to, uint4 four) { *(uint4*)to = four; }
+
 // -- tensor cores ------------------------------------------------------------------------------------------
 // c [16, 8] += a [16, 16] · b [16, 8]: float16 times float16, added as float32. With g = lane / 4 and
 // t = lane % 4, a lane holds a[g][2t, +1], a[g + 8][2t, +1], a[g][2t + 8, +9], a[g + 8][2t + 8, +9];

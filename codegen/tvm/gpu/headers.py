@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-HEADERS = ("common.cuh", "rows.cuh", "linear.cuh", "experts.cuh", "attention.cuh", "state.cuh")
+HEADERS = ("common.cuh", "rows.cuh", "linear.cuh", "experts.cuh", "attention.cuh", "state.cuh", "lora.cuh")
 
 
 def headers(device: str | None = None) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ....ir.errors import CompileError
 from .attention import paged_attention
+from .lora import lora
 from .products import (
     embedding,
     linear,
@@ -35,6 +36,7 @@ MAKERS: dict[str, Maker] = {
     "layer_norm": layer_norm,
     "linear": linear,
     "linear_recurrence": linear_recurrence,
+    "lora": lora,
     "moe_combine": moe_combine,
     "moe_gate": moe_gate,
     "moe_product": moe_product,

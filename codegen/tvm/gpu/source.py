@@ -142,8 +142,10 @@ def _struct(name: str, parameters: Mapping[str, Any], warps: bool) -> str:
 
 
 def _choice(name: str, values: Sequence[float]) -> str:
-    """A function from a code to its value: selections, which need no memory."""
-    text = f"{float(values[-1])!r}f"
+    """A function from a code to its value: selections, which need no memory. Of whole numbers where all are."""
+    whole = all(isinstance(value, int) for value in values)
+    texts = [str(value) if whole else f"{float(value)!r}f" for value in values]
+    text = texts[-1]
     for code in reversed(range(len(values) - 1)):
-        text = f"c == {code} ? {float(values[code])!r}f : {text}"
-    return f"DEVICE float {name}(u32 c) {{ return {text}; }}"
+        text = f"c == {code} ? {texts[code]} : {text}"
+    return f"DEVICE {'int' if whole else 'float'} {name}(u32 c) {{ return {text}; }}"
