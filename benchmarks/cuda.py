@@ -1,5 +1,5 @@
-"""Registers and stack of a model's CUDA kernels on each architecture, read from the machine code: no GPU is
-needed.
+"""Registers and stack of a model's CUDA kernels on each architecture, of those for adapters too, read from
+the machine code: no GPU is needed.
 
     python -m benchmarks.cuda [--model FILE] [--quant SCHEME] [-o results/cuda_smollm2.json]
 
@@ -21,17 +21,16 @@ from llmc.codegen.tvm.gpu.nvrtc import compiler_name, resources
 
 from .published_models import fetch
 
-HOT = re.compile(r"(linear|moe_product)\d*_by|paged_attention\d*_")
-"""Products and attention: where the time of a step goes."""
+HOT = re.compile(r"(linear|moe_product)\d*_by|paged_attention\d*_|lora\d*_(down|up)")
+"""Products, attention and adapters: where the time of a step goes."""
 
 
 def measured(model: Path, quant: str) -> dict[str, Any]:
     """{"compiler", "seconds", "architectures": {architecture: {kernel: what it takes}}}."""
     with tempfile.TemporaryDirectory(prefix="llmc-cuda-") as folder:
         begun = time.perf_counter()
-        artifact = llmc.compile(
-            model, Path(folder, "model.llmc"), quant=quant, targets=["tvm-cuda:arch=all"], verdict=False
-        )
+        root, targets = Path(folder, "model.llmc"), ["tvm-cuda:arch=all"]
+        artifact = llmc.compile(model, root, quant=quant, targets=targets, adapters=True, verdict=False)
         seconds = time.perf_counter() - begun
         found: dict[str, dict[str, dict[str, int]]] = {}
         for image in artifact.target("tvm-cuda")["images"]:
@@ -58,7 +57,7 @@ def table(found: dict[str, Any]) -> str:
         for name, taken in kernels.items()
         if taken["stack"] and HOT.search(name)
     ]
-    lines.append(f"products and attention with a stack: {', '.join(spilt) or 'none'}")
+    lines.append(f"products, attention and adapters with a stack: {', '.join(spilt) or 'none'}")
     return "\n".join(lines)
 
 

@@ -130,7 +130,8 @@ kv_dtype_option = click.option(
 @click.option(
     "--adapters",
     is_flag=True,
-    help="Make places for LoRA adapters that requests choose among (llmc serve --adapter); tvm-cpu, tvm-cuda.",
+    help="Make places for LoRA adapters that requests choose among (llmc serve --adapter); tvm-cpu and "
+    "tvm-cuda.",
 )
 @click.option("--resume", is_flag=True, help="Go on with the calibrated work that an interrupted run left.")
 @json_option

@@ -39,8 +39,8 @@ TOLERANCE = 0.05
 """Of logits of about 6: weights and tokens are float16 (11 bits) where the oracle has float32. A term that is
 left out shows as 0.5 and more."""
 
-HOT = re.compile(r"(linear|moe_product)\d*_by|paged_attention\d*_")
-"""Products and attention: where the time of a step goes."""
+HOT = re.compile(r"(linear|moe_product)\d*_by|paged_attention\d*_|lora\d*_(down|up)")
+"""Products, attention and adapters: where the time of a step goes."""
 
 needs_compiler = pytest.mark.skipif(compiler_name() is None, reason="neither NVRTC nor nvcc")
 
@@ -199,17 +199,18 @@ def test_functions_run(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("quant", ["int4-g32", "int8", "nf4", "none"])
 def test_every_architecture_is_assembled_without_spills(quant: str, tmp_path: Path) -> None:
-    """Products and attention keep everything in registers, on each architecture."""
-    source = save_moe("qwen3_moe", tmp_path / "moe")
+    """Products, attention and adapters keep everything in registers, on each architecture."""
+    source = str(save_moe("qwen3_moe", tmp_path / "moe"))
+    targets = ["tvm-cuda:arch=all"]
     artifact = llmc.compile(
-        str(source), tmp_path / "out.llmc", quant=quant, targets=["tvm-cuda:arch=all"], verdict=False
+        source, tmp_path / "out.llmc", quant=quant, targets=targets, adapters=True, verdict=False
     )
     images = artifact.target("tvm-cuda")["images"]
     assert [image["arch"] for image in images] == ["sm_80", "sm_86", "sm_89", "sm_90", "ptx"]
     for image in images[:-1]:
         taken = resources(artifact.path(image["path"]).read_bytes())
         hot = {name: r for name, r in taken.items() if HOT.search(name)}
-        assert len(hot) > 10
+        assert len(hot) > 10 and sum("lora" in name for name in hot) >= 8
         assert not {name: r for name, r in hot.items() if r.stack}
         assert max(r.registers for r in taken.values()) == image["most_registers"] <= 255
 
@@ -285,10 +286,6 @@ def test_recurrent_models_equal_transformers(name: str, tmp_path: Path) -> None:
     executor.copy_state(1, 3)
     tail = step(executor, [first[13:]], [13], [[6, 7, 8]], states=[3])
     assert np.array_equal(np.concatenate([head, tail]), whole[:40])
-
-
-def test_adapters_of_requests_are_refused_by_name() -> None:
-    assert "lora" not in get_target("tvm-cuda").emitted()
 
 
 # -- what runs ---------------------------------------------------------------------------------------------

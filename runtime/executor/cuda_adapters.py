@@ -88,17 +88,14 @@ class CudaAdapters:
         """Slot → blocks of 16 ranks of what is in it."""
         self._address = 0
         self._arrays = _Arrays(places.places, 0, 1)
-        self._ranks = [np.zeros((0, len(place.parts)), np.int32) for place in places.places]
+        self._ranks: list[np.ndarray] = [np.zeros((0, len(place.parts)), np.int32) for place in places.places]
 
     def packed(self, factors: Factors) -> Packed:
         """An adapter as the kernels read it; any thread may call it while steps run. Raises InputError where
         it does not fit into the kernels' numbers.
         """
         packed = pack(self._places, factors)
-        return {
-            number: [part and (part[0], *map(np.ascontiguousarray, part[1:])) for part in parts]
-            for number, parts in packed.items()
-        }
+        return {number: [part and _in_order(part) for part in parts] for number, parts in packed.items()}
 
     def set(self, slot: int, packed: Packed) -> None:
         """Fill a slot, an empty one. Raises InputError where the GPU's memory does not suffice; nothing has
@@ -193,6 +190,12 @@ class CudaAdapters:
         new[:, :kept] = old[:, :kept]
         self._driver.upload(to, new)
         self._driver.wait()
+
+
+def _in_order(part: Part) -> Part:
+    """The same, as a copy of memory wants it."""
+    scale, a, b = part
+    return scale, np.ascontiguousarray(a), np.ascontiguousarray(b)
 
 
 __all__ = ["CudaAdapters"]

@@ -142,7 +142,7 @@ def _struct(name: str, parameters: Mapping[str, Any], warps: bool) -> str:
 
 
 def _choice(name: str, values: Sequence[float]) -> str:
-    """A function from a code to its value: selections, which need no memory. Of whole numbers where all are."""
+    """A function from a code to its value, whole where all are: selections, which need no memory."""
     whole = all(isinstance(value, int) for value in values)
     texts = [str(value) if whole else f"{float(value)!r}f" for value in values]
     text = texts[-1]
