@@ -52,7 +52,7 @@ struct Warp {
 struct Thread {
   ucontext_t context;
   dim3_ at;
-  bool done = false;
+  bool done = false, held = false;  // by a barrier of the block
   std::vector<std::vector<Copy>> groups;
   std::vector<Copy> open;
 };
@@ -72,7 +72,9 @@ static void wait(Barrier& b) {
     b.turn++;
     return;
   }
+  threads[current].held = &b == &all;
   while (b.turn == turn) pause();
+  threads[current].held = false;
 }
 static Warp& warp() { return warps[current / 32]; }
 static int lane() { return current % 32; }

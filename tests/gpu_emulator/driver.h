@@ -35,12 +35,20 @@ static void run_block(size_t shared) {
     t.context.uc_link = &scheduler;
     makecontext(&t.context, enter, 0);
   }
+  // A warp goes as far as barriers of the block let it before the next one moves: what a missing one allows
+  // then happens.
   for (int left = count; left > 0;) {
     left = 0;
-    for (current = 0; current < count; current++) {
-      if (threads[current].done) continue;
-      swapcontext(&scheduler, &threads[current].context);
-      left += !threads[current].done;
+    for (int first = 0; first < count; first += 32) {
+      for (bool moving = true; moving;) {
+        moving = false;
+        for (current = first; current < min(first + 32, count); current++) {
+          if (threads[current].done) continue;
+          swapcontext(&scheduler, &threads[current].context);
+          moving |= !threads[current].done && !threads[current].held;
+        }
+      }
+      for (int i = first; i < min(first + 32, count); i++) left += !threads[i].done;
     }
   }
 }
