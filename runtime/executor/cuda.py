@@ -90,11 +90,7 @@ class CudaExecutor:
         self._sent, self._got = driver.pinned(1), driver.pinned(1)
         self._inbox, self._outbox = Room(driver), Room(driver)
         self.adapter_places = AdapterPlaces.parse(entry)
-        self._adapters = (
-            None
-            if self.adapter_places is None
-            else CudaAdapters(self.adapter_places, driver, self._bind, self._program.forget)
-        )
+        self._adapters = self._adapter_slots()
         self._send_weights()
 
     def _send_weights(self) -> None:
@@ -118,8 +114,16 @@ class CudaExecutor:
         return self._driver.free_bytes()
 
     # -- adapters ------------------------------------------------------------------------------------------
-    def _bind(self, name: str, address: int) -> None:
-        self._addresses[self._arguments[name]] = address
+    def _adapter_slots(self) -> CudaAdapters | None:
+        if self.adapter_places is None:
+            return None
+        addresses, arguments = self._addresses, self._arguments
+
+        # Without this executor: a cycle would hold the GPU's memory until it is found.
+        def bind(name: str, address: int) -> None:
+            addresses[arguments[name]] = address
+
+        return CudaAdapters(self.adapter_places, self._driver, bind, self._program.forget)
 
     def packed_adapter(self, factors: Factors) -> Packed:
         """See `adapters.TakesAdapters`. Raises InputError for numbers that the kernels cannot hold."""
