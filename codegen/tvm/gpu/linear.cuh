@@ -138,6 +138,12 @@ DEVICE void product(const u16* x, const float* factors, const float* sums, const
 
   // Few tokens: what counts is how much is on its way from memory, so several units are asked for at once.
   constexpr int AHEAD = TOKENS > 2 || V == 4 ? 1 : 4 / V;
+  // So are their scales and zero points, which no load could overtake otherwise.
+  constexpr int SPANS = UNIT / S;
+  constexpr bool EARLY = !PLAIN && TOKENS <= 2;
+  auto place_of = [&](int r, int k) {
+    return (tile[r] * P::groups + min(k / P::group_size, P::groups - 1)) * 16 + g;
+  };
   int unit = warp * UNITS / P::splits, last = (warp + 1) * UNITS / P::splits;
 #pragma unroll 1
   for (int next = unit; next < last; next += AHEAD) {
@@ -150,6 +156,23 @@ DEVICE void product(const u16* x, const float* factors, const float* sums, const
         for (int i = 0; i < V; i++)
           ahead[u][r][i] =
               ((const uint4*)codes)[((tile[r] * UNITS + min(next + u, last - 1)) * V + i) * 32 + lane];
+    constexpr int KEPT = EARLY ? AHEAD : 1, ROOM = EARLY ? SPANS : 1;
+    float scale_of[KEPT][TILES][ROOM][2];
+    u32 zero_of[KEPT][TILES][ROOM][2];
+    if constexpr (EARLY) {
+#pragma unroll
+      for (int u = 0; u < AHEAD; u++)
+#pragma unroll
+        for (int r = 0; r < TILES; r++)
+#pragma unroll
+          for (int span = 0; span < SPANS; span++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+              i64 at = place_of(r, min(next + u, last - 1) * UNIT + span * S) + 8 * i;
+              scale_of[u][r][span][i] = load<P::scale_kind>(scales, at);
+              if constexpr (P::zero) zero_of[u][r][span][i] = ((const u8*)zeros)[at];
+            }
+    }
 #pragma unroll
     for (int u = 0; u < AHEAD; u++) {
       unit = next + u;
@@ -163,8 +186,13 @@ DEVICE void product(const u16* x, const float* factors, const float* sums, const
         if constexpr (!PLAIN && !P::book && !P::minimum) {
 #pragma unroll
           for (int r = 0; r < TILES; r++) {
-            i64 at = (tile[r] * P::groups + group) * 16 + g;
-            low[r] = offset_of<P>((const u8*)zeros, at), high[r] = offset_of<P>((const u8*)zeros, at + 8);
+            if constexpr (EARLY && P::zero) {
+              low[r] = twice(0x6400u + zero_of[u][r][span][0]);
+              high[r] = twice(0x6400u + zero_of[u][r][span][1]);
+            } else {
+              i64 at = place_of(r, k);
+              low[r] = offset_of<P>((const u8*)zeros, at), high[r] = offset_of<P>((const u8*)zeros, at + 8);
+            }
           }
         } else if constexpr (P::minimum) {
           for (int r = 0; r < TILES; r++) low[r] = high[r] = 0x64006400u;
@@ -200,8 +228,13 @@ DEVICE void product(const u16* x, const float* factors, const float* sums, const
         if constexpr (!PLAIN) {
 #pragma unroll
           for (int r = 0; r < TILES; r++) {
-            i64 at = (tile[r] * P::groups + group) * 16 + g;
-            float scale[2] = {load<P::scale_kind>(scales, at), load<P::scale_kind>(scales, at + 8)};
+            i64 at = place_of(r, k);
+            float scale[2];
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+              if constexpr (EARLY) scale[i] = scale_of[u][r][span][i];
+              else scale[i] = load<P::scale_kind>(scales, at + 8 * i);
+            }
             float least[2] = {};
             if constexpr (P::minimum)
               if (k % P::group_size == 0 && k < P::k)
