@@ -35,6 +35,13 @@ _OPTIONS = (
     click.option("--ignore-eos", is_flag=True, help="Go on past the model's own end of the answer."),
 )
 
+sinks_option = click.option(
+    "--sinks",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Go on beyond the context: evict older tokens, but not the first N (docs/long-context.md).",
+)
+
 _runtime_options = (
     click.option(
         "--target", metavar="NAME", help="Which of the artifact's targets.  [default: the first that runs]"
@@ -44,6 +51,7 @@ _runtime_options = (
         type=click.IntRange(min=1),
         help="Longest sequence, in tokens.  [default: the artifact's]",
     ),
+    sinks_option,
     click.option(
         "--speculate",
         type=click.IntRange(min=0, max=15),
@@ -75,7 +83,7 @@ def runtime_options(function: F) -> F:
 
 def split(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(options of the runtime that were given, options of sampling)."""
-    names = ("target", "context", "threads", "speculate", "draft", "adapter")
+    names = ("target", "context", "sinks", "threads", "speculate", "draft", "adapter")
     runtime = {name: options[name] for name in names if options.get(name) is not None}
     return runtime, {name: value for name, value in options.items() if name not in names}
 

@@ -12,6 +12,7 @@ import click
 
 from ..ir.errors import InputError
 from .output import emit, json_option, note, notes_from_logging
+from .sampling import sinks_option
 
 if TYPE_CHECKING:
     from ..runtime.llm import LLM
@@ -35,6 +36,7 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 @click.option(
     "--context", type=click.IntRange(min=1), help="Longest sequence, in tokens.  [default: the artifact's]"
 )
+@sinks_option
 @click.option("--threads", type=click.IntRange(min=1), help="Threads to compute with.  [default: one a core]")
 @click.option(
     "--target", metavar="NAME", help="Which of the artifacts' targets.  [default: the first that runs]"
@@ -314,6 +316,7 @@ def _load(path: Path, options: dict[str, Any], adapters: dict[str, Path] | None)
         target=options["target"],
         threads=options["threads"],
         context=options["context"],
+        sinks=options["sinks"],
         kv_tokens=options["kv_tokens"],
         max_batch_tokens=max(options["max_batch_tokens"], options["max_sequences"]),
         max_sequences=options["max_sequences"],

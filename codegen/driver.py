@@ -24,6 +24,7 @@ from ..ir.ops.moe import quantized_parts
 from ..ir.printer import print_graph
 from ..ir.weights import num_bytes, num_elements
 from ..passes.base import PassContext, Progress, no_progress
+from ..passes.cache.rotary import rotary_facts
 from ..passes.calibration import LENGTH
 from ..passes.manager import PassRecord, run_passes
 from ..passes.pipelines import function, language_model
@@ -140,6 +141,7 @@ def _model_facts(source: ModelSource, graph: Graph, context: int | None) -> dict
         **source.use,
         **types,
         **({} if rope is None else {"rope_scaling": rope}),
+        **({"rotary": rotary_facts(graph)} if graph.facts["kind"] == "causal_lm" else {}),
         "name": source.name,
         "architecture": facts.get("architecture") or source.name,
         "num_layers": facts.get("num_layers") if "state" in types else len(graph.facts.get("kv", [])),

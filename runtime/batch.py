@@ -24,9 +24,9 @@ def build_inputs(chunks: Seq[Chunk[S]], page_size: int, *, all_rows: bool = Fals
     batch = len(chunks)
     query_start = np.zeros(batch + 1, np.int32)
     np.cumsum([chunk.count for chunk in chunks], out=query_start[1:])
-    context_len = np.array([chunk.start + chunk.count for chunk in chunks], np.int32)
+    context_len = np.array([chunk.place + chunk.count for chunk in chunks], np.int32)
     block_table = _block_table(chunks)
-    starts = np.array([chunk.start for chunk in chunks], np.int32)
+    starts = np.array([chunk.place for chunk in chunks], np.int32)
     token_ids = np.concatenate([_tokens(chunk) for chunk in chunks])
     counts = np.diff(query_start)
     row = np.repeat(np.arange(batch), counts)
@@ -87,7 +87,7 @@ def _decoding(chunks: Seq[Chunk[S]], page_size: int) -> StepInputs:
     numbers in Python are faster than calls of numpy.
     """
     batch = len(chunks)
-    starts = [chunk.start for chunk in chunks]
+    starts = [chunk.place for chunk in chunks]
     slots: list[int] = []
     for chunk, start in zip(chunks, starts, strict=True):
         page, offset = divmod(start, page_size)

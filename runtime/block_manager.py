@@ -13,15 +13,20 @@ A page is in exactly one of three states, hence `num_free + num_cached + num_use
 
 These are the pages of the layers that see everything. Layers that see a window have pages of their own beside
 them (`window_pages.py`), which never run out before these do: whoever plans counts these alone.
+
+With an `Eviction` a sequence that fills its pages gives some back before it goes on (eviction.py). The pages
+behind the gap are then its own, and known by no hash: their keys are turned to other positions.
 """
 
 from __future__ import annotations
 
+import sys
 from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from hashlib import blake2b
 
+from .eviction import Eviction
 from .sequence import Sequence, Status
 from .state_slots import StateSlots
 from .window_pages import WindowPages
@@ -38,12 +43,18 @@ class BlockManager:
         prefix_cache: bool = True,
         states: StateSlots | None = None,
         windows: Iterable[tuple[int, int]] = (),
+        eviction: Eviction | None = None,
     ):
         """`states`: rows of a state cache, of which each sequence that holds pages owns one. Pages hold no
         states, so that a prefix cannot be shared then. `windows`: (tokens, pages) of each window that layers
-        see: as many pages as there are here, or `most_pages`.
+        see: as many pages as there are here, or `most_pages`. `eviction`: what sequences give back when they
+        are as long as that says; windows are then no longer than what stays.
         """
         assert states is None or not prefix_cache
+        assert eviction is None or (states is None and eviction.capacity <= num_pages)
+        self.eviction = eviction
+        self.rotations: list[int] = []
+        """Pages whose keys go back by `eviction.shift` positions before the next step, after all copies."""
         self.states = states
         self.num_pages = num_pages
         self.page_size = page_size
@@ -79,6 +90,11 @@ class BlockManager:
         """Pages that hold this many tokens."""
         return -(-tokens // self.page_size)
 
+    def most_pages(self, tokens: int) -> int:
+        """Pages that a sequence of this many tokens holds at a time at most."""
+        pages = self.pages_for(tokens)
+        return pages if self.eviction is None else min(pages, self.eviction.capacity)
+
     # Prefix cache ----------------------------------------------------------------------------------------
 
     def lookup(self, sequence: Sequence) -> list[int]:
@@ -89,7 +105,7 @@ class BlockManager:
         pages: list[int] = []
         if not self.prefix_cache:
             return pages
-        for index in range((len(sequence.tokens) - 1) // self.page_size):
+        for index in range(self._shareable(sequence)):
             page = self._page_of.get(self._block_hash(sequence, index))
             if page is None:
                 break
@@ -108,9 +124,16 @@ class BlockManager:
         """Hash of the sequence's prefix up to the end of page `index`; None where that page can never be
         shared.
         """
-        if not self.prefix_cache or index >= (len(sequence.tokens) - 1) // self.page_size:
+        if not self.prefix_cache or index >= self._shareable(sequence):
             return None
         return self._block_hash(sequence, index)
+
+    def _shareable(self, sequence: Sequence) -> int:
+        """Pages at the sequence's beginning that may be others' too: full ones before its last token, and
+        before any was evicted.
+        """
+        full = (len(sequence.tokens) - 1) // self.page_size
+        return full if self.eviction is None else min(full, self.eviction.capacity)
 
     def prefix_hash(self, sequence: Sequence, index: int) -> bytes:
         """Hash of the sequence's tokens up to the end of page `index`, which must be full."""
@@ -145,7 +168,7 @@ class BlockManager:
     def claim(self, sequence: Sequence, pages: list[int]) -> None:
         """Start the sequence on the pages that `lookup` found for it."""
         assert not sequence.block_table
-        assert sequence.num_computed == 0
+        assert sequence.num_computed == sequence.evicted == 0
         for page in pages:
             if self._references[page] == 0:
                 del self._cached[page]
@@ -162,7 +185,7 @@ class BlockManager:
         """
         first = sequence.num_computed // self.page_size
         sequence.num_computed += count
-        if self.prefix_cache:
+        if self.prefix_cache and not sequence.evicted:
             self._note_full(sequence, first)
         self._slide(sequence)
 
@@ -174,7 +197,7 @@ class BlockManager:
     def _slide(self, sequence: Sequence) -> None:
         for which, window in enumerate(self.windows):
             table, start = sequence.window_tables[which], sequence.window_starts[which]
-            stop = window.first_seen(sequence.num_computed)
+            stop = window.first_seen(sequence.num_held)
             for index in range(start, stop):
                 window.drop(table, index, keep=self._is_known(sequence.block_table[index]))
             sequence.window_starts[which] = max(start, stop)
@@ -207,48 +230,72 @@ class BlockManager:
     # Allocation ------------------------------------------------------------------------------------------
 
     def pages_to_extend(self, sequence: Sequence, num_tokens: int) -> int:
-        """Pages that `extend` would take: new ones, and copies of shared pages that would be written."""
+        """Pages that `extend` would take: new ones, and copies of shared pages that would be written; less
+        what an eviction gives back before. Tokens beyond `reach` need pages of those that go there.
+        """
+        num_tokens = min(num_tokens, self.reach(sequence))
+        if self._evicts(sequence, num_tokens):
+            return max(0, self.pages_for(num_tokens - sequence.num_computed) - self._gained(sequence))
         held = len(sequence.block_table)
-        new = max(0, self.pages_for(num_tokens) - held)
+        new = max(0, self.pages_for(num_tokens - sequence.evicted) - held)
         shared = sum(1 for index in self._written(sequence, num_tokens) if self._is_shared(sequence, index))
         return new + shared
+
+    def room(self, sequence: Sequence) -> int:
+        """Tokens that the sequence can have with the pages that are available now; to be computed at once."""
+        start = sequence.num_computed
+        if self._evicts(sequence, start + 1):
+            pages = self.num_available + self._gained(sequence)
+            return min(self.reach(sequence), start + max(0, pages) * self.page_size)
+        copies = self.pages_to_extend(sequence, start + 1) if start % self.page_size else 0
+        pages = len(sequence.block_table) + self.num_available - copies
+        return min(self.reach(sequence), sequence.evicted + pages * self.page_size)
 
     def extend(self, sequence: Sequence, num_tokens: int) -> list[tuple[int, int]]:
         """Give the sequence room for its first `num_tokens` tokens, of which those not computed yet are
         written next.
 
         Returns page copies (source, destination) to make before the step: a page that others hold too is
-        copied first. The caller has made sure that `pages_to_extend` pages are available.
+        copied first. The caller has made sure that `pages_to_extend` pages are available, and asks for no
+        more tokens than `reach`.
         """
+        assert num_tokens <= self.reach(sequence), "a chunk beyond an eviction"
         if self.states is not None and sequence.state_slot < 0:
             self.states.give(sequence)
-        copies: list[tuple[int, int]] = []
+        copies = self._evict(sequence) if self._evicts(sequence, num_tokens) else []
         for index in self._written(sequence, num_tokens):
             if self._is_shared(sequence, index):
-                source = sequence.block_table[index]
-                destination = self._take()
-                self._references[source] -= 1
-                sequence.block_table[index] = destination
-                copies.append((source, destination))
-                for window, table in zip(self.windows, sequence.window_tables, strict=True):
-                    window.copy(table, index, destination, keep=self._is_known(source))
+                copies.append(self._copied(sequence, index))
         if self.windows and not sequence.window_tables:  # a sequence that claimed nothing
             sequence.window_tables = [array("i") for _ in self.windows]
             sequence.window_starts = [0 for _ in self.windows]
-        for _ in range(self.pages_for(num_tokens) - len(sequence.block_table)):
+        for _ in range(self.pages_for(num_tokens - sequence.evicted) - len(sequence.block_table)):
             sequence.block_table.append(self._take())
             for window, table in zip(self.windows, sequence.window_tables, strict=True):
                 window.add(table, sequence.block_table[-1])
         return copies
 
+    def _copied(self, sequence: Sequence, index: int) -> tuple[int, int]:
+        """(source, destination): a page of the sequence's own in place of one that it shares."""
+        source = sequence.block_table[index]
+        destination = self._take()
+        self._references[source] -= 1
+        sequence.block_table[index] = destination
+        for which, window in enumerate(self.windows):
+            if index >= sequence.window_starts[which]:
+                window.copy(sequence.window_tables[which], index, destination, keep=self._is_known(source))
+        return source, destination
+
     def forget_copies(self) -> None:
         """The step that was planned is not computed: its pages are others' by the next one."""
+        self.rotations.clear()
         for window in self.windows:
             window.copies.clear()
+            window.rotations.clear()
 
     def shrink(self, sequence: Sequence) -> None:
         """Give back the pages that hold none of the sequence's computed tokens."""
-        while len(sequence.block_table) > self.pages_for(sequence.num_computed):
+        while len(sequence.block_table) > self.pages_for(sequence.num_held):
             for window, table in zip(self.windows, sequence.window_tables, strict=True):
                 window.drop(table, len(table) - 1, keep=False)
                 table.pop()
@@ -276,24 +323,29 @@ class BlockManager:
                 self.windows[which].drop(table, index, keep=self._is_known(sequence.block_table[index]))
         sequence.window_tables, sequence.window_starts = [], []
         for page in reversed(sequence.block_table):
-            self._references[page] -= 1
-            if self._references[page] == 0:
-                if self._hash_of[page] is None:
-                    self._free.append(page)
-                else:
-                    self._cached[page] = None
+            self._drop(page)
         del sequence.block_table[:]
-        sequence.num_computed = 0
+        sequence.num_computed = sequence.evicted = 0
         if self.states is not None and sequence.state_slot >= 0:
             self.states.take(sequence)
 
     def _written(self, sequence: Sequence, num_tokens: int) -> range:
         """Indices of pages that the sequence holds and that the tokens up to `num_tokens` write to."""
         held = len(sequence.block_table)
-        return range(sequence.num_computed // self.page_size, min(held, self.pages_for(num_tokens)))
+        end = self.pages_for(num_tokens - sequence.evicted)
+        return range(sequence.num_held // self.page_size, min(held, end))
 
     def _is_shared(self, sequence: Sequence, index: int) -> bool:
         return self._references[sequence.block_table[index]] > 1
+
+    def _drop(self, page: int) -> None:
+        """One sequence fewer holds the page."""
+        self._references[page] -= 1
+        if self._references[page] == 0:
+            if self._hash_of[page] is None:
+                self._free.append(page)
+            else:
+                self._cached[page] = None
 
     def _take(self) -> int:
         if self._free:
@@ -309,6 +361,70 @@ class BlockManager:
         self._references[page] = 1
         return page
 
+    # Eviction --------------------------------------------------------------------------------------------
+
+    def reach(self, sequence: Sequence) -> int:
+        """Tokens of the sequence up to which the next chunk may go: to where something is evicted again."""
+        if self.eviction is None:
+            return sys.maxsize
+        gone = self.eviction.shift if sequence.num_held == self.eviction.tokens else 0
+        return sequence.evicted + gone + self.eviction.tokens
+
+    def _evicts(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Whether the sequence is full and to go on."""
+        held = sequence.num_held
+        return (
+            self.eviction is not None and held == self.eviction.tokens and num_tokens > sequence.num_computed
+        )
+
+    def _gained(self, sequence: Sequence) -> int:
+        """Pages that an eviction makes available, less the copies that it takes of shared ones that stay;
+        below 0 where it takes more.
+        """
+        assert self.eviction is not None
+        first, last = self.eviction.sinks, self.eviction.sinks + self.eviction.dropped
+        table, count = sequence.block_table, self._references
+        copies = sum(count[page] > 1 for page in table[last:]) if self.eviction.rotates else 0
+        return sum(count[page] == 1 for page in table[first:last]) - copies
+
+    def _evict(self, sequence: Sequence) -> list[tuple[int, int]]:
+        """Give back the pages between the sinks and the newest, which move up; the copies that this takes."""
+        assert self.eviction is not None
+        first, last = self.eviction.sinks, self.eviction.sinks + self.eviction.dropped
+        for page in reversed(sequence.block_table[first:last]):
+            self._drop(page)
+        del sequence.block_table[first:last]
+        for which, table in enumerate(sequence.window_tables):
+            assert sequence.window_starts[which] >= last, "a window that sees what is evicted"
+            del table[first:last]
+            sequence.window_starts[which] -= last - first
+        sequence.evicted += self.eviction.shift
+        if not self.eviction.rotates:
+            return []
+        copies: list[tuple[int, int]] = []
+        for index in range(first, len(sequence.block_table)):
+            if self._is_shared(sequence, index):
+                copies.append(self._copied(sequence, index))
+            else:
+                self._make_unknown(sequence, index)
+            self.rotations.append(sequence.block_table[index])
+            for which, window in enumerate(self.windows):
+                if index >= sequence.window_starts[which]:
+                    window.rotations.append(sequence.window_tables[which][index])
+        return copies
+
+    def _make_unknown(self, sequence: Sequence, index: int) -> None:
+        """Let nobody find a page that this sequence alone holds: it is about to hold something else."""
+        page = sequence.block_table[index]
+        block_hash = self._hash_of[page]
+        if block_hash is None:
+            return
+        del self._page_of[block_hash]
+        self._hash_of[page] = None
+        for which, window in enumerate(self.windows):
+            if index < sequence.window_starts[which]:
+                window.forget(page)
+
     # Checking --------------------------------------------------------------------------------------------
 
     def check(self, sequences: Iterable[Sequence]) -> None:
@@ -322,9 +438,11 @@ class BlockManager:
             assert sequence.status is Status.RUNNING or not sequence.block_table, (
                 "pages held while not running"
             )
-            assert sequence.num_computed <= len(sequence.block_table) * self.page_size, (
-                "tokens without a page"
+            assert sequence.num_held <= len(sequence.block_table) * self.page_size, "tokens without a page"
+            assert len(sequence.block_table) == self.most_pages(len(sequence.block_table) * self.page_size), (
+                "more pages than an eviction leaves"
             )
+            assert not sequence.evicted or not self._known_behind(sequence), "a turned page with a hash"
         assert all(self._references[page] == held[page] for page in range(self.num_pages)), "reference counts"
         free, cached = set(self._free), set(self._cached)
         assert len(free) == len(self._free), "a page was freed twice"
@@ -339,6 +457,12 @@ class BlockManager:
         for which, window in enumerate(self.windows):
             window.check(self._held(which, sequences), [*cached, *held])
 
+    def _known_behind(self, sequence: Sequence) -> bool:
+        """Whether a page behind the sinks can be found, although keys in it may have been turned."""
+        assert self.eviction is not None
+        table = sequence.block_table[self.eviction.sinks :]
+        return self.eviction.rotates and any(self._is_known(page) for page in table)
+
     def _held(self, which: int, sequences: Iterable[Sequence]) -> list[tuple[int, int]]:
         """(page, twin) of every page of a window's layers that a sequence holds."""
         pairs: list[tuple[int, int]] = []
@@ -348,6 +472,6 @@ class BlockManager:
                 continue
             table, start = sequence.window_tables[which], sequence.window_starts[which]
             assert len(table) == len(sequence.block_table), "tables of two lengths"
-            assert start == self.windows[which].first_seen(sequence.num_computed), "not a window's pages"
+            assert start == self.windows[which].first_seen(sequence.num_held), "not a window's pages"
             pairs += zip(table[start:], sequence.block_table[start:], strict=True)
         return pairs

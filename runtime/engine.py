@@ -22,10 +22,12 @@ from .adapters import AdapterRegistry
 from .batch import build_inputs
 from .block_manager import BlockManager
 from .engine_options import ContextLengthError, Counters, EngineOptions, EngineStats, ModelFacts
+from .eviction_plan import plan_eviction, rotate_keys
 from .executor.base import Executor, OwnMemory, PreparesSampling
 from .generation import FinishReason, Generation, Request, StepOutput
 from .grammar import MaskWorker
 from .memory import KvPlan, plan_kv_cache
+from .prompt_ids import prompt_ids
 from .sampler import Allowed, TokenLogprob, sample
 from .sampling_params import SamplingParams
 from .scheduler import Chunk, Plan, Scheduler
@@ -39,6 +41,8 @@ _log = logging.getLogger("llmc.runtime")
 
 _LOGITS_BYTES = 64 << 20
 """Logits of a step at most, where prompts are scored."""
+_ENDLESS = (1 << 31) - 1
+"""Tokens of an answer that nobody bounds, where the context does not."""
 
 
 @dataclass(slots=True)
@@ -97,6 +101,7 @@ class Engine:
             beside=0 if states is None or own is not None else states.bytes,
             windows=window_sizes(executor, options),
         )
+        self.eviction = plan_eviction(options, facts, executor, self.kv, self.context)
         executor.allocate_kv(self.kv.pages)
         self.adapters = AdapterRegistry(executor)
         _log.info("%s", self.kv)
@@ -107,6 +112,7 @@ class Engine:
             prefix_cache=cached,
             states=states,
             windows=allocate_windows(executor, self.kv),
+            eviction=self.eviction,
         )
         self.scheduler: Scheduler[Generation] = Scheduler(
             self.blocks,
@@ -120,7 +126,11 @@ class Engine:
         self._arrivals = itertools.count()
         self.counters = Counters()
         self.speculator = Speculator(
-            self.scheduler, self.counters, most=options.speculate, limit=self.limit, prepare=self._prepare
+            self.scheduler,
+            self.counters,
+            most=options.speculate,
+            limit=self.limit if self.eviction is None else _ENDLESS,
+            prepare=self._prepare,
         )
 
     def _context(self, wanted: int | None) -> int:
@@ -135,8 +145,10 @@ class Engine:
 
     @property
     def limit(self) -> int:
-        """Tokens that one sequence can have: the context, or the cache where it is smaller."""
-        return min(self.context, self.kv.tokens)
+        """Tokens of one sequence that the cache can have at a time: the context, or the cache where it is
+        smaller. Without `sinks`, all that it can have.
+        """
+        return min(self.context, self.kv.tokens) if self.eviction is None else self.eviction.tokens
 
     # Requests --------------------------------------------------------------------------------------------
 
@@ -149,10 +161,10 @@ class Engine:
         """
         params = params or SamplingParams()
         params.validate(self.facts.vocab_size)
-        ids = self._prompt_ids(prompt)
+        ids = prompt_ids(prompt, self.tokenizer, self.facts.vocab_size)
         room = self.limit - len(ids)
         if room < (0 if params.max_tokens == 0 else 1):
-            source = "context" if self.limit == self.context else "KV cache"
+            source = "KV cache" if self.kv.tokens < self.context else "context"
             raise ContextLengthError(
                 f"context_length_exceeded: the prompt has {len(ids)} tokens, the {source} holds {self.limit}"
                 ", one of them for the answer",
@@ -164,39 +176,25 @@ class Engine:
             raise InputError(
                 f"n is {params.n}", remedy=f"allowed: 1 to {self.options.max_sequences} (max_sequences)"
             )
-        wanted = self.context - len(ids) if params.max_tokens is None else params.max_tokens
-        most = min(wanted, self.context - len(ids))
-        if params.max_tokens is not None and most > room:
-            raise InputError(
-                f"the request can never fit: {len(ids)} prompt tokens and {most} more, the KV cache holds "
-                f"{self.kv.tokens}",
-                remedy=f"lower max_tokens to {room} or raise kv_tokens",
-            )
+        most = self._most_tokens(params, len(ids), room)
         request_id = request_id if request_id is not None else secrets.token_hex(8)
         adapter = self.adapters.get(params.adapter)
         eos = self.facts.eos_token_ids
-        return Request(request_id, ids, params, max_tokens=min(most, room), eos=eos, adapter=adapter)
+        return Request(request_id, ids, params, max_tokens=most, eos=eos, adapter=adapter)
 
-    def _prompt_ids(self, prompt: str | Seq[int]) -> array[int]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise InputError("the prompt is text, but there is no tokenizer", remedy="give token ids")
-            ids = self.tokenizer.encode(prompt)
-        else:
-            ids = list(prompt)
-        if not ids:
-            raise InputError("the prompt is empty", remedy="give at least one token")
-        vocab = self.facts.vocab_size
-        try:
-            result = array("i", ids)
-        except (TypeError, OverflowError):
+    def _most_tokens(self, params: SamplingParams, prompt: int, room: int) -> int:
+        """Tokens that an answer may have. Raises InputError where more are asked for than the cache holds."""
+        wanted = params.max_tokens
+        if self.eviction is not None:  # the answer goes on when the cache is full
+            return _ENDLESS if wanted is None else wanted
+        most = self.context - prompt if wanted is None else min(wanted, self.context - prompt)
+        if wanted is not None and most > room:
             raise InputError(
-                "the prompt holds something that is no token id", remedy="give whole numbers"
-            ) from None
-        if min(result) < 0 or max(result) >= vocab:
-            wrong = next(i for i in result if not 0 <= i < vocab)
-            raise InputError(f"prompt token {wrong} is no id", remedy=f"allowed: 0 to {vocab - 1}")
-        return result
+                f"the request can never fit: {prompt} prompt tokens and {most} more, the KV cache holds "
+                f"{self.kv.tokens}",
+                remedy=f"lower max_tokens to {room} or raise kv_tokens",
+            )
+        return min(most, room)
 
     def add_request(
         self, prompt: str | Seq[int], params: SamplingParams | None = None, request_id: str | None = None
@@ -255,7 +253,7 @@ class Engine:
         size = blocks.page_size
         for generation in self.scheduler.running:
             for index, page in enumerate(generation.block_table):
-                filled = min(size, max(0, generation.num_computed - index * size))
+                filled = min(size, max(0, generation.num_held - index * size))
                 pages[page] = max(pages.get(page, 0), filled)
         return EngineStats(
             pages_total=blocks.num_pages,
@@ -277,7 +275,9 @@ class Engine:
         """Raise AssertionError unless the block manager's books balance between two steps; cheap enough
         whenever the engine is idle.
         """
-        assert not any(window.copies for window in self.blocks.windows), "copies of a step that never was"
+        windows = self.blocks.windows
+        assert not any(window.copies or window.rotations for window in windows), "copies of no step"
+        assert not self.blocks.rotations, "keys that were to be turned"
         self.blocks.check([*self.scheduler.running, *self.scheduler.waiting])
 
     # Steps -----------------------------------------------------------------------------------------------
@@ -342,6 +342,7 @@ class Engine:
             sources, destinations = zip(*plan.copies, strict=True)
             self.executor.copy_pages(sources, destinations)
         copy_window_pages(self.blocks, self.executor)
+        rotate_keys(self.blocks, self.executor)
         inputs = build_inputs(plan.chunks, self.executor.page_size)
         self.counters.steps += 1
         self.counters.tokens_computed += len(inputs.token_ids)
@@ -442,7 +443,9 @@ class Engine:
     def score(
         self, ids: Seq[int], chunk: int | None = None, adapter: str | None = None
     ) -> Iterator[np.ndarray]:
-        """Logits of every token of a text, a chunk of rows [c, vocab] float32 at a time, in order.
+        """Logits of every token of a text, a chunk of rows [c, vocab] float32 at a time, in order. With `sinks`
+        a text may be longer than the context: tokens are evicted as from a generation, and each row is what
+        the model says with what is left.
 
         Uses pages of the same cache, taken from running sequences where none are left; they are given back
         when the iterator ends or is closed. Do not `step` in between: `list(engine.score(ids))` or an
@@ -456,8 +459,8 @@ class Engine:
         """A text's token ids, checked. Raises ContextLengthError where they are too many, InputError where
         they are none.
         """
-        prompt = self._prompt_ids(ids)
-        if len(prompt) > self.limit:
+        prompt = prompt_ids(ids, self.tokenizer, self.facts.vocab_size)
+        if len(prompt) > self.limit and self.eviction is None:
             raise ContextLengthError(
                 f"context_length_exceeded: the text has {len(prompt)} tokens, the limit is {self.limit}",
                 remedy="score it in shorter pieces",
@@ -474,9 +477,10 @@ class Engine:
             victim = self.scheduler.preempt_newest()
             assert victim is not None, "the text fits in an empty cache"
         try:
-            for start in range(0, total, size):
-                part = Chunk(sequence, start, min(size, total - start))
+            while (start := sequence.num_computed) < total:
+                part = Chunk(sequence, start, min(start + size, total, self.blocks.reach(sequence)) - start)
                 self.blocks.extend(sequence, start + part.count)
+                rotate_keys(self.blocks, self.executor)
                 yield self.executor.step(build_inputs([part], self.executor.page_size, all_rows=True))
                 self.blocks.advance(sequence, part.count)
         finally:

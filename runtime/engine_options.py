@@ -16,6 +16,8 @@ class ModelFacts:
     vocab_size: int
     context_length: int
     eos_token_ids: tuple[int, ...] = ()
+    moves_keys: bool = True
+    """Whether keys hold their position, so that one that moves in the cache must be turned."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +38,10 @@ class EngineOptions:
     """Tokens guessed at a time at most (speculation.py); the tokens of an answer do not depend on it."""
     prefix_cache: bool = True
     """Keep the pages of finished sequences for prompts that begin in the same way."""
+    sinks: int | None = None
+    """Tokens at the beginning that stay (rounded up to whole pages) when others are evicted, so that an answer
+    can go on beyond the context (eviction.py). None: nothing is evicted, and it ends there.
+    """
 
 
 @dataclass(slots=True)

@@ -15,6 +15,7 @@ from .chat_template import ChatTemplate
 from .drafters import DraftModel
 from .engine import Engine, EngineOptions, ModelFacts
 from .executor import MakePlaces, open_executor
+from .executor.rotation import read_rotary
 from .llm import LLM
 from .prefix_pages import attach
 from .tokenizer import Tokenizer
@@ -40,6 +41,7 @@ def load(
     speculate: int = 0,
     draft: str | os.PathLike[str] | None = None,
     max_waiting: int | None = None,
+    sinks: int | None = None,
     verify: Verify = "once",
     adapters: Mapping[str, str | os.PathLike[str]] | None = None,
     adapter: str | os.PathLike[str] | None = None,
@@ -63,6 +65,10 @@ def load(
             not depend on it, only their speed does.
         draft: an artifact of a smaller model with the same tokenizer, which then guesses.
         max_waiting: unfinished requests accepted at a time; None for any number.
+        sinks: let answers go on beyond the context: whenever the cache of a sequence is full, the older half of
+            its tokens is evicted but for this many at the beginning (rounded up to pages of 16; 4 are enough
+            for most models), and positions are those within the cache (docs/long-context.md). Texts that are
+            scored (`logits`, `token_logprobs`) may be longer too; prompts may not. None: answers end there.
         verify: "once" checks the sha256 of every file where that was not done on this machine before, or a
             file has changed since; "full" checks it anyway, "size" only that they are there and complete.
         adapters: folders of LoRA adapters (PEFT) by the names that requests choose them by
@@ -90,8 +96,9 @@ def load(
         kv_cache_bytes=kv_cache_bytes,
         prefix_cache=prefix_cache,
         speculate=speculate,
+        sinks=sinks,
     )
-    engine = Engine(executor, tokenizer, _facts(artifact), options)
+    engine = Engine(executor, tokenizer, _facts(artifact, sinks), options)
     if prefix_cache_dir is not None:
         if not prefix_cache:
             raise InputError("prefix_cache_dir without prefix_cache", remedy="leave one of both out")
@@ -137,11 +144,17 @@ def _open(path: str | os.PathLike[str], verify: Verify) -> tuple[Artifact, Token
     return artifact, tokenizer
 
 
-def _facts(artifact: Artifact) -> ModelFacts:
+def _facts(artifact: Artifact, sinks: int | None) -> ModelFacts:
     model = artifact.model
+    if sinks is not None and artifact.kind != "causal_lm":
+        raise InputError(
+            f"{artifact.root} is no language model that generates: nothing is evicted from its cache",
+            remedy="leave sinks out",
+        )
+    moves_keys = sinks is None or any(rotary is not None for rotary in read_rotary(artifact))
     try:
         eos = tuple(int(token) for token in model.get("eos_token_ids") or ())
-        return ModelFacts(int(model["vocab_size"]), int(model["context_length"]), eos)
+        return ModelFacts(int(model["vocab_size"]), int(model["context_length"]), eos, moves_keys)
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(
             f"{artifact.root}: the manifest's model facts are incomplete ({error})",

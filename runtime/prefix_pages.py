@@ -68,8 +68,8 @@ class PrefixPages:
         size = self._blocks.page_size
         for chunk in chunks:
             sequence: Sequence = chunk.sequence
-            if sequence.salt or chunk.start >= sequence.num_prompt:
-                continue
+            if sequence.salt or chunk.start >= sequence.num_prompt or sequence.evicted:
+                continue  # a page behind what was evicted holds no prefix any more
             full = min(sequence.num_computed, sequence.num_prompt) // size
             for index in range(sequence.saved, full):
                 block_hash = self._blocks.prefix_hash(sequence, index)

@@ -47,6 +47,11 @@ class Chunk(Generic[S]):
         return self.start + self.count == len(self.sequence.tokens)
 
     @property
+    def place(self) -> int:
+        """Where the first of them goes in the cache: its position for the model."""
+        return self.start - self.sequence.evicted
+
+    @property
     def scored(self) -> range:
         """Tokens whose logits are wanted besides the last one's, as places in the sequence."""
         sequence = self.sequence
@@ -200,7 +205,7 @@ class Scheduler(Generic[S]):
             pages = [] if sequence.to_score else blocks.lookup(sequence)
             if not sequence.to_score and self._is_coming(sequence, len(pages), prefills):
                 continue
-            need = blocks.pages_for(len(sequence.tokens)) - len(pages) + blocks.count_unused(pages)
+            need = blocks.most_pages(len(sequence.tokens)) - len(pages) + blocks.count_unused(pages)
             # One page of slack a running sequence, or the newcomer would soon be preempted by their growth.
             slack = len(self.running)
             if self.running and reserved + need + slack > blocks.num_available:
@@ -214,7 +219,7 @@ class Scheduler(Generic[S]):
             insort(self.running, sequence, key=_by_age)
             prefills.append(sequence)
             slots += sequence.slots
-            reserved += blocks.pages_for(len(sequence.tokens)) - len(pages)
+            reserved += blocks.most_pages(len(sequence.tokens)) - len(pages)
             backlog += sequence.remaining
 
     def _is_coming(self, sequence: S, index: int, prefills: list[S]) -> bool:
@@ -290,17 +295,14 @@ class Scheduler(Generic[S]):
         return budget - left
 
     def _chunk_size(self, sequence: S, share: int) -> int:
-        """Tokens of the sequence to compute: within its share and the pages available, ending on a page if it
-        can.
+        """Tokens of the sequence to compute: within its share and the pages available, not beyond where pages
+        are evicted, and ending on a page if it can.
         """
         blocks = self.blocks
         if sequence.status is not Status.RUNNING:
             return 0
         start, total = sequence.num_computed, len(sequence.tokens)
-        end = min(total, start + share)
-        copies = blocks.pages_to_extend(sequence, start + 1) if start % blocks.page_size else 0
-        room = (len(sequence.block_table) + blocks.num_available - copies) * blocks.page_size
-        end = min(end, room)
+        end = min(total, start + share, blocks.room(sequence))
         if end < total and end - end % blocks.page_size > start:
             end -= end % blocks.page_size
         return max(0, end - start)

@@ -35,8 +35,8 @@ class Sequence:
     """Tokens of one sequence (prompt, then generated) and its place in the cache.
 
     Invariants, checked by the tests: pages are held only while RUNNING; `block_table` has room for the
-    `num_computed` tokens whose keys and values are written; at least the last token is not computed yet,
-    because the next token needs its logits.
+    `num_held` tokens whose keys and values are written and were not evicted; at least the last token is not
+    computed yet, because the next token needs its logits.
     """
 
     __slots__ = (
@@ -44,6 +44,7 @@ class Sequence:
         "block_hashes",
         "block_table",
         "drafted",
+        "evicted",
         "num_computed",
         "num_prompt",
         "order",
@@ -71,6 +72,9 @@ class Sequence:
         self.tokens = array("i", prompt)
         self.num_prompt = len(self.tokens)
         self.num_computed = 0
+        # Computed tokens that are gone from the cache, behind the sinks (eviction.py): a later token's place
+        # there, which is its position for the model, is its index less these.
+        self.evicted = 0
         self.block_table = array("i")
         # Pages of the layers of each window, place by place as in `block_table`; those before `window_starts`
         # were given back, and their entries mean nothing.
@@ -100,6 +104,11 @@ class Sequence:
         return len(self.tokens) - self.num_computed
 
     @property
+    def num_held(self) -> int:
+        """Tokens whose keys and values are in the cache."""
+        return self.num_computed - self.evicted
+
+    @property
     def to_score(self) -> int:
         """Tokens whose logits are wanted and were not given yet, besides the last token's."""
         return self.score_end - self.scored
@@ -114,6 +123,7 @@ class Sequence:
         self.tokens = array("i", parent.tokens)
         self.num_prompt = parent.num_prompt
         self.num_computed = parent.num_computed
+        self.evicted = parent.evicted
         self.block_table = array("i", parent.block_table)
         self.window_tables = [array("i", table) for table in parent.window_tables]
         self.window_starts = list(parent.window_starts)

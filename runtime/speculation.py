@@ -61,8 +61,8 @@ class Speculator:
 
     def guess(self) -> list[Generation]:
         """Append guesses to sequences that decode, as far as rows are to spare; returns those sequences."""
-        running = self._scheduler.running
-        if not self._most or not running or self._scheduler.blocks.num_available < 2 * len(running):
+        running, blocks = self._scheduler.running, self._scheduler.blocks
+        if not self._most or not running or blocks.num_available < 2 * len(running):
             return []
         count = min(self._most, _GUESSING_ROWS // len(running) - 1)
         willing = [g for g in running if g.can_guess and g.patience.ready()] if count > 0 else []
@@ -70,9 +70,9 @@ class Speculator:
             return []
         guessing: list[Generation] = []
         for generation, guesses in zip(willing, self.drafter.propose(willing, count), strict=True):
-            room = min(
-                generation.request.max_tokens - generation.num_generated, self._limit - len(generation.tokens)
-            )
+            # Where pages are evicted, tokens are computed up to there and no further at once.
+            end = min(self._limit, blocks.reach(generation))
+            room = min(generation.request.max_tokens - generation.num_generated, end - len(generation.tokens))
             del guesses[max(0, room - 1) :]
             if guesses:
                 generation.add_draft(guesses)

@@ -39,6 +39,8 @@ class WindowPages:
         """Pages of one sequence at most, but for those of the tokens that a step computes."""
         self.copies: list[Copy] = []
         """Pages to copy before the next step, (source, destination)."""
+        self.rotations: list[int] = []
+        """Pages whose keys are turned back before the next step, as in `BlockManager.rotations`."""
         self._references = [0] * num_pages
         self._free = list(range(num_pages - 1, -1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
@@ -55,9 +57,9 @@ class WindowPages:
         """Pages held by nobody that a prefix may still claim."""
         return len(self._cached)
 
-    def first_seen(self, num_computed: int) -> int:
-        """Index of the first page that the token at place `num_computed` sees."""
-        return max(0, num_computed - self.window + 1) // self.page_size
+    def first_seen(self, num_held: int) -> int:
+        """Index of the first page that the token at place `num_held` sees."""
+        return max(0, num_held - self.window + 1) // self.page_size
 
     def longest_prefix(self, twins: Sequence[int]) -> int:
         """How many of a prefix's first pages can be claimed: those behind which a whole window is there."""

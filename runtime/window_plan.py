@@ -21,6 +21,11 @@ def window_sizes(executor: Executor, options: EngineOptions) -> list[tuple[int, 
     ]
 
 
+def window_sizes_of(executor: Executor) -> tuple[int, ...]:
+    """Tokens of each window whose layers have pages of their own."""
+    return executor.windows if isinstance(executor, KeepsWindows) else ()
+
+
 def allocate_windows(executor: Executor, plan: KvPlan) -> list[tuple[int, int]]:
     """Pages for the layers of each window; (tokens, pages) as `BlockManager` takes them."""
     if not isinstance(executor, KeepsWindows) or not executor.windows:

@@ -51,6 +51,11 @@ class FakeExecutor:
             self.tokens[destination] = self.tokens[source]
             self.positions[destination] = self.positions[source]
 
+    def rotate_keys(self, pages: Sequence[int], shift: int, window: int | None = None) -> None:
+        assert window is None and len(set(pages)) == len(pages)
+        assert (self.positions[pages] >= shift).all(), "a key before the first position"
+        self.positions[pages] -= shift
+
     def step(self, inputs: StepInputs) -> np.ndarray:
         if self.fail_next is not None:
             error, self.fail_next = self.fail_next, None
@@ -130,4 +135,22 @@ def generate_alone(
         tokens.append(int(np.argmax(reference_logits(np.array(tokens), places, vocab_size))))
         if tokens[-1] in stop:
             break
+    return tokens[len(prompt) :]
+
+
+def stream_alone(prompt: Sequence[int], count: int, *, capacity: int, sinks: int, page: int = 4) -> list[int]:
+    """Greedy tokens of the fake model that goes on when `capacity` tokens are in its cache: the first `sinks`
+    stay and the newest half of the rest, in whole pages, and positions are those in the cache. Numbers of
+    tokens, all of them multiples of a page.
+    """
+    tokens, cache = list(prompt), list[tuple[int, int]]()
+    kept = (capacity - sinks) // page // 2 * page
+    for index in range(len(prompt) + count - 1):
+        if len(cache) == capacity:
+            moved = capacity - sinks - kept
+            cache = cache[:sinks] + [(token, place - moved) for token, place in cache[capacity - kept :]]
+        cache.append((tokens[index], len(cache)))
+        if index == len(tokens) - 1:
+            context, places = np.array(cache).T
+            tokens.append(int(np.argmax(reference_logits(context, places, 97))))
     return tokens[len(prompt) :]

@@ -103,6 +103,20 @@ def random_schedule(seed: int, facts: ModelFacts, page_size: int, *, max_jobs: i
     return Schedule(seed, tuple(jobs), options)
 
 
+def endless(schedule: Schedule, facts: ModelFacts, page_size: int) -> Schedule:
+    """The same with answers that go on beyond the context, and a cache of one or two contexts."""
+    rng = random.Random(schedule.seed)
+    jobs = tuple(
+        replace(job, params=replace(job.params, max_tokens=rng.randint(1, 2 * facts.context_length)))
+        for job in schedule.jobs[:6]
+    )
+    tokens = facts.context_length + rng.choice([0, page_size, 8 * page_size, facts.context_length])
+    sinks = rng.choice([0, 1, page_size, 2 * page_size + 1])
+    return replace(
+        schedule, jobs=jobs, options=replace(schedule.options, kv_tokens=tokens, sinks=sinks, speculate=4)
+    )
+
+
 class _Player:
     """An engine, the requests given to it, and what came out."""
 
@@ -114,11 +128,15 @@ class _Player:
         self.to_cancel: dict[str, int] = {}
         self.unfinished: dict[str, int] = {}
         self.checking = check
+        self.bound = facts.context_length + self.engine.blocks.page_size
+        """Tokens of the pages that a sequence holds at most."""
         self.now = 0
 
     def check(self) -> None:
         if self.checking:
             self.engine.check()
+            for sequence in self.engine.scheduler.running:
+                assert len(sequence.block_table) * self.engine.blocks.page_size <= self.bound
 
     def add(self, name: str, prompt: tuple[int, ...], params: SamplingParams) -> None:
         self.engine.add_request(list(prompt), params, name)
@@ -183,7 +201,11 @@ def run_schedule(executor: Executor, facts: ModelFacts, schedule: Schedule, *, c
 
 
 def run_alone(
-    executor: Executor, facts: ModelFacts, prompt: tuple[int, ...], params: SamplingParams
+    executor: Executor,
+    facts: ModelFacts,
+    prompt: tuple[int, ...],
+    params: SamplingParams,
+    sinks: int | None = None,
 ) -> Answers:
     """The request in an engine of its own: one prompt in one step, room for everything, nothing cached
     before.
@@ -194,6 +216,7 @@ def run_alone(
         max_batch_tokens=max(facts.context_length, params.n),
         kv_tokens=tokens,
         prefix_cache=False,
+        sinks=sinks,
     )
     engine = Engine(executor, None, facts, options)
     engine.add_request(list(prompt), params, "alone")
@@ -211,7 +234,7 @@ def check_schedule(executor: Executor, facts: ModelFacts, schedule: Schedule) ->
     """
     outcome = run_schedule(executor, facts, schedule)
     for name, (prompt, params) in outcome.prompts.items():
-        alone = run_alone(executor, facts, prompt, params)
+        alone = run_alone(executor, facts, prompt, params, schedule.options.sinks)
         for choice, tokens in outcome.answers[name].items():
             expected = alone[choice]
             if name in outcome.cancelled:

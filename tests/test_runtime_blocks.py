@@ -11,6 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from llmc.runtime.block_manager import BlockManager
+from llmc.runtime.eviction import Eviction
 from llmc.runtime.scheduler import Scheduler
 from llmc.runtime.sequence import Sequence, Status
 
@@ -22,15 +23,21 @@ class SchedulerMachine(RuleBasedStateMachine):
     beginnings.
     """
 
+    lengths = 1  # what a sequence grows to, in caches
+    rotated = 0
+
+    def eviction(self, pages: int) -> Eviction | None:
+        return None
+
     @initialize(
         pages=st.integers(4, 12), budget=st.integers(3, 20), most=st.integers(1, 3), cache=st.booleans()
     )
     def start(self, pages: int, budget: int, most: int, cache: bool) -> None:
-        self.blocks = BlockManager(pages, PAGE, prefix_cache=cache)
+        self.blocks = BlockManager(pages, PAGE, prefix_cache=cache, eviction=self.eviction(pages))
         self.scheduler: Scheduler[Sequence] = Scheduler(
             self.blocks, max_batch_tokens=budget, max_sequences=most
         )
-        self.limit = pages * PAGE
+        self.limit, self.longest = pages * PAGE, pages * PAGE * self.lengths
         self.arrivals = 0
         self.finished: list[Sequence] = []
 
@@ -57,11 +64,17 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert sequence.status is Status.RUNNING
             assert chunk.count > 0
             assert before.get(id(sequence), chunk.start) == chunk.start == sequence.num_computed
-            for position in range(chunk.start, chunk.start + chunk.count):
+            assert chunk.start + chunk.count <= self.blocks.reach(sequence)
+            for position in range(chunk.place, chunk.place + chunk.count):
                 page = sequence.block_table[position // PAGE]
                 assert self.blocks._references[page] == 1, "a page that others read is never written"
                 written.add(page * PAGE + position % PAGE)
         assert len(written) == sum(chunk.count for chunk in plan.chunks), "no slot is written twice"
+        for page in self.blocks.rotations:
+            assert self.blocks._references[page] == 1 and self.blocks._hash_of[page] is None, "others' keys turn"
+        assert len(set(self.blocks.rotations)) == len(self.blocks.rotations)
+        self.rotated += len(self.blocks.rotations)
+        self.blocks.rotations.clear()
         self.blocks.check(self.alive())
         self.scheduler.commit(plan)
         for chunk in plan.chunks:
@@ -75,7 +88,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for child in children:
             self.scheduler.fork(sequence, child)
         for number, member in enumerate([sequence, *children]):
-            if len(member.tokens) >= self.limit:
+            if len(member.tokens) >= self.longest:
                 self.finish(member)
             else:
                 member.tokens.append((token + number) % 4)
@@ -114,7 +127,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not hasattr(self, "blocks"):
             return
         # Each sequence grows to the limit, and may be preempted and computed again some times on its way.
-        for _ in range(sum(s.slots for s in self.alive()) * self.limit * 4):
+        for _ in range(sum(s.slots for s in self.alive()) * self.longest * 4):
             if not self.alive():
                 break
             self.step(1)
@@ -124,6 +137,19 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 SchedulerMachine.TestCase.settings = settings(max_examples=120, stateful_step_count=30, deadline=None)
 TestScheduler = SchedulerMachine.TestCase
+
+
+class EvictingMachine(SchedulerMachine):
+    """The same with sequences that grow to three times the cache and give pages back on their way."""
+
+    lengths = 3
+
+    def eviction(self, pages: int) -> Eviction | None:
+        return Eviction(PAGE, pages - pages % 3 // 2, sinks=pages % 3)
+
+
+EvictingMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestEvictingScheduler = EvictingMachine.TestCase
 
 
 def _computed(blocks: BlockManager, tokens: list[int]) -> Sequence:

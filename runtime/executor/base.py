@@ -242,6 +242,20 @@ class MovesPages(Protocol):
 
 
 @runtime_checkable
+class RotatesKeys(Protocol):
+    """An executor that can move keys to earlier positions, for sequences that outlive their cache."""
+
+    def rotate_keys(self, pages: Sequence[int], shift: int, window: int | None = None) -> None:
+        """Turn the keys in these pages, of all layers whose pages `copy_pages` copies, back by `shift`
+        positions (`rotation.py`); values stay. With `window` in the layers of window number `window` instead,
+        whose pages `copy_window_pages` copies. Between two steps; no page is there twice.
+
+        Raises InputError where the artifact does not say how its keys turn.
+        """
+        ...
+
+
+@runtime_checkable
 class PreparesSampling(Protocol):
     """An executor that reads logits on all its threads, for whoever draws tokens from them."""
 

@@ -20,6 +20,7 @@ from .base import STEP_INPUTS, Executor, StepInputs, adapter_slots, check_step
 from .cuda_adapters import CudaAdapters
 from .cuda_driver import Driver
 from .cuda_program import Program, Room, round_up
+from .rotation import Rotary, read_rotary, turn_codes, turn_keys
 from .shapes import MOST, check_names, check_pages, check_states, evaluate, match_shape, size_of
 from .windows import tables_of, window_of
 
@@ -85,6 +86,7 @@ class CudaExecutor:
         self._row_bytes = [size_of(item["shape"]) * to_numpy(item["dtype"]).itemsize for item in self._states]
         self.state_bytes = sum(self._row_bytes)
         self._num_states = 0
+        self._rotary: list[Rotary | None] | None = None  # read when keys first turn
         self._vocabulary = artifact.model.get("vocab_size")
         self._types = int(artifact.model.get("token_types") or 0)
         self._sent, self._got = driver.pinned(1), driver.pinned(1)
@@ -191,6 +193,23 @@ class CudaExecutor:
                 for i, page in enumerate(pages):
                     yield i, at, plane + page * half, half
                 at += half
+
+    def rotate_keys(self, pages: Sequence[int], shift: int, window: int | None = None) -> None:
+        """See `base.RotatesKeys`; windows have no pages of their own here. Keys come to this machine and go
+        back: once in half a context.
+        """
+        assert window is None
+        if self._rotary is None:
+            self._rotary = read_rotary(self._artifact)
+        contents, at = self.read_pages(pages), 0
+        for item, size in zip(self._kv, self._page_bytes, strict=True):
+            layer = int(item["name"].rpartition(".")[2])
+            if (rotary := self._rotary[layer]) is not None:
+                keys = contents[:, at : at + size // 2]
+                head_dim = int(self._artifact.model["kv"][layer]["head_dim"])
+                keys[...] = _turned(keys, item, rotary, shift, head_dim)
+            at += size
+        self.write_pages(pages, contents)
 
     def allocate_states(self, count: int) -> None:
         """Make the state cache: rows 0 .. count - 1."""
@@ -310,6 +329,26 @@ class CudaExecutor:
             self._program.forget()
             self._outbox.grow(got)
             self._got = self._driver.pinned(self._outbox.size)
+
+
+def _turned(
+    stored: np.ndarray, item: Mapping[str, Any], rotary: Rotary, shift: int, head_dim: int
+) -> np.ndarray:
+    """Bytes [pages, of all keys of one layer] with the keys turned back. They are [heads, page_size,
+    head_dim], of int8 with a float32 behind each head and token.
+    """
+    dtype = to_numpy(item["dtype"])
+    _, _, heads, size, width = item["shape"]
+    rows = np.ascontiguousarray(stored).view(dtype).reshape(len(stored), heads, size, width)
+    keys = np.ascontiguousarray(rows[..., :head_dim].swapaxes(-1, -2))
+    if dtype == np.int8:
+        scales = np.ascontiguousarray(rows[..., head_dim:]).view(np.float32)[..., 0]
+        turn_codes(rotary, keys, scales, shift)
+        rows[..., head_dim:] = np.ascontiguousarray(scales[..., None]).view(np.int8)
+    else:
+        keys = turn_keys(rotary, keys, shift)
+    rows[..., :head_dim] = keys.swapaxes(-1, -2)
+    return rows.view(np.uint8).reshape(stored.shape)
 
 
 def _widened(table: np.ndarray, columns: int) -> np.ndarray:

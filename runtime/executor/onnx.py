@@ -17,6 +17,7 @@ from ...ir.errors import ArtifactError, InputError
 from .. import cpu
 from .base import STEP_INPUTS, Executor, StepInputs, check_step, columns
 from .pages import pages_as_bytes, pages_from_bytes
+from .rotation import Rotary, read_rotary, turn_rows
 from .windows import tables_of, window_of
 
 CPU_PROVIDER = "CPUExecutionProvider"
@@ -36,7 +37,7 @@ class OnnxExecutor:
         """`providers`: onnxruntime's, by preference. What runs is in `providers` afterwards."""
         entry = artifact.target(target)
         self.target_name = target
-        self._kind = artifact.kind
+        self._artifact, self._kind = artifact, artifact.kind
         self._session = _open_session(artifact, entry, threads, providers)
         self.providers: list[str] = self._session.get_providers()
         self._inputs = {v.name: v for v in self._session.get_inputs()}
@@ -61,6 +62,7 @@ class OnnxExecutor:
             for window in self.windows
         )
         self._window_pages: tuple[int, ...] = ()
+        self._rotary: list[Rotary | None] | None = None  # read when keys first turn
         self.max_pages: int | None = None
         self._num_pages = 0
         self._cache: list[np.ndarray] = []
@@ -108,6 +110,17 @@ class OnnxExecutor:
             for array, wanted in zip(arrays, layers, strict=False):
                 if wanted:
                     array[:, :, target] = array[:, :, source]
+
+    def rotate_keys(self, pages: Sequence[int], shift: int, window: int | None = None) -> None:
+        """See `base.RotatesKeys`."""
+        if self._rotary is None:
+            self._rotary = read_rotary(self._artifact)
+        wanted = None if window is None else self.windows[window]
+        for i, ((layer, _, _), of) in enumerate(zip(self._layers, self._window_of, strict=True)):
+            rotary, own = self._rotary[int(layer)], of if self._window_pages else None
+            if own == wanted and rotary is not None:
+                scales = self._scales[i][0] if self._scales else None
+                turn_rows(rotary, self._cache[i][0], scales, pages, shift)
 
     def step(self, inputs: StepInputs) -> np.ndarray:
         """Run the model, write the new rows to their slots, return its first output: logits [R, vocab_size]

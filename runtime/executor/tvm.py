@@ -30,6 +30,7 @@ from ..adapters import AdapterPlaces, Factors
 from .adapter_memory import AdapterMemory, Packed
 from .base import STEP_INPUTS, CallTimes, Kernels, Prepared, StepInputs, adapter_slots, check_step
 from .pages import pages_as_bytes, pages_from_bytes
+from .rotation import Rotary, read_rotary, turn_pages
 from .shapes import MOST, check_names, check_pages, check_states, evaluate, match_shape, size_of
 from .windows import tables_of, window_of
 
@@ -115,6 +116,7 @@ class TvmExecutor:
             for window in self.windows
         )
         self._window_pages: tuple[int, ...] = ()
+        self._rotary: list[Rotary | None] | None = None  # read when keys first turn
         self._vocabulary = artifact.model.get("vocab_size")
         self._types = int(artifact.model.get("token_types") or 0)
         self.adapter_places = AdapterPlaces.parse(entry)
@@ -185,6 +187,18 @@ class TvmExecutor:
         for pages, window in zip(self._pages, self._window_of, strict=True):
             if window == self.windows[which]:
                 pages[:, dst] = pages[:, src]
+
+    def rotate_keys(self, pages: Sequence[int], shift: int, window: int | None = None) -> None:
+        """See `base.RotatesKeys`."""
+        if self._rotary is None:
+            self._rotary = read_rotary(self._artifact)
+        wanted = None if window is None else self.windows[window]
+        for item, array, of in zip(self._kv, self._pages, self._window_of, strict=True):
+            layer = int(item.name.rpartition(".")[2])
+            rotary, own = self._rotary[layer], of if self._window_pages else None
+            if own == wanted and rotary is not None:
+                size = int(self._artifact.model["kv"][layer]["head_dim"])
+                turn_pages(rotary, array[0], pages, shift, head_dim=size)
 
     def allocate_states(self, count: int) -> None:
         """Make the state cache: rows 0 .. count - 1, memory taken when a row is first written."""
