@@ -372,10 +372,9 @@ class BlockManager:
 
     def _evicts(self, sequence: Sequence, num_tokens: int) -> bool:
         """Whether the sequence is full and to go on."""
-        held = sequence.num_held
-        return (
-            self.eviction is not None and held == self.eviction.tokens and num_tokens > sequence.num_computed
-        )
+        if self.eviction is None or num_tokens <= sequence.num_computed:
+            return False
+        return sequence.num_held == self.eviction.tokens
 
     def _gained(self, sequence: Sequence) -> int:
         """Pages that an eviction makes available, less the copies that it takes of shared ones that stay;

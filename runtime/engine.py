@@ -443,9 +443,10 @@ class Engine:
     def score(
         self, ids: Seq[int], chunk: int | None = None, adapter: str | None = None
     ) -> Iterator[np.ndarray]:
-        """Logits of every token of a text, a chunk of rows [c, vocab] float32 at a time, in order. With `sinks`
-        a text may be longer than the context: tokens are evicted as from a generation, and each row is what
-        the model says with what is left.
+        """Logits of every token of a text, a chunk of rows [c, vocab] float32 at a time, in order.
+
+        With `sinks` a text may be longer than the context: tokens are evicted as from an answer, and a row is
+        what the model says with those that are left.
 
         Uses pages of the same cache, taken from running sequences where none are left; they are given back
         when the iterator ends or is closed. Do not `step` in between: `list(engine.score(ids))` or an

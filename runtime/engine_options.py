@@ -39,8 +39,8 @@ class EngineOptions:
     prefix_cache: bool = True
     """Keep the pages of finished sequences for prompts that begin in the same way."""
     sinks: int | None = None
-    """Tokens at the beginning that stay (rounded up to whole pages) when others are evicted, so that an answer
-    can go on beyond the context (eviction.py). None: nothing is evicted, and it ends there.
+    """Tokens at the beginning that stay (rounded up to whole pages) when others are evicted, so that an
+    answer can go on beyond the context (eviction.py). None: nothing is evicted, and it ends there.
     """
 
 

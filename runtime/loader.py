@@ -65,10 +65,10 @@ def load(
             not depend on it, only their speed does.
         draft: an artifact of a smaller model with the same tokenizer, which then guesses.
         max_waiting: unfinished requests accepted at a time; None for any number.
-        sinks: let answers go on beyond the context: whenever the cache of a sequence is full, the older half of
-            its tokens is evicted but for this many at the beginning (rounded up to pages of 16; 4 are enough
-            for most models), and positions are those within the cache (docs/long-context.md). Texts that are
-            scored (`logits`, `token_logprobs`) may be longer too; prompts may not. None: answers end there.
+        sinks: let answers go on beyond the context: whenever the cache of a sequence is full, the older half
+            of its tokens is evicted but for this many at the beginning (rounded up to whole pages), and
+            positions are those within the cache (docs/long-context.md). Texts that are scored (`logits`,
+            `token_logprobs`) may be longer too; prompts may not. None: answers end there.
         verify: "once" checks the sha256 of every file where that was not done on this machine before, or a
             file has changed since; "full" checks it anyway, "size" only that they are there and complete.
         adapters: folders of LoRA adapters (PEFT) by the names that requests choose them by

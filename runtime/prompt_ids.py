@@ -10,7 +10,7 @@ from .tokenizer import Tokenizer
 
 
 def prompt_ids(prompt: str | Sequence[int], tokenizer: Tokenizer | None, vocab_size: int) -> array[int]:
-    """Ids of a text, or the ids that were given. Raises InputError where they are none of the vocabulary's."""
+    """Ids of a text, or those that were given. Raises InputError where they are none of the vocabulary's."""
     if isinstance(prompt, str):
         if tokenizer is None:
             raise InputError("the prompt is text, but there is no tokenizer", remedy="give token ids")

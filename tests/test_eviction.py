@@ -84,7 +84,9 @@ def test_random_schedules_give_each_request_its_own_tokens() -> None:
 def test_choices_share_pages_until_their_keys_are_turned() -> None:
     prompt = list(range(10, 10 + CONTEXT - 6))
     alone = [
-        answers(engine(), [prompt], SamplingParams(max_tokens=90, temperature=1.0, seed=seed, ignore_eos=True))
+        answers(
+            engine(), [prompt], SamplingParams(max_tokens=90, temperature=1.0, seed=seed, ignore_eos=True)
+        )
         for seed in (1, 2)
     ]
     both = SamplingParams(max_tokens=90, temperature=1.0, seed=1, n=3, ignore_eos=True)

@@ -71,7 +71,9 @@ class SchedulerMachine(RuleBasedStateMachine):
                 written.add(page * PAGE + position % PAGE)
         assert len(written) == sum(chunk.count for chunk in plan.chunks), "no slot is written twice"
         for page in self.blocks.rotations:
-            assert self.blocks._references[page] == 1 and self.blocks._hash_of[page] is None, "others' keys turn"
+            assert self.blocks._references[page] == 1 and self.blocks._hash_of[page] is None, (
+                "others' keys turn"
+            )
         assert len(set(self.blocks.rotations)) == len(self.blocks.rotations)
         self.rotated += len(self.blocks.rotations)
         self.blocks.rotations.clear()

@@ -123,11 +123,9 @@ def _parts(v: Value, start: int, turned: set[Value]) -> Iterable[tuple[int, Rope
         if op.x in turned:
             raise _Refusal(f"keys in {op.loc} turn twice")
         yield start, op
-    elif isinstance(op, m.Cast | Expand | Reshape) and op.x.shape[-1] == v.shape[-1]:
+    elif isinstance(op, m.Cast | Expand | Reshape | Transpose) and _keeps_last_axis(op):
         yield from _parts(op.x, start, turned)
-    elif isinstance(op, Transpose) and op.perm[-1] in (-1, v.type.rank - 1):
-        yield from _parts(op.x, start, turned)
-    elif isinstance(op, Concat) and op.axis in (-1, v.type.rank - 1):
+    elif isinstance(op, Concat) and op.axis == -1:
         for part in op.operands:
             yield from _parts(part, start, turned)
             width = part.shape[-1]
@@ -138,7 +136,13 @@ def _parts(v: Value, start: int, turned: set[Value]) -> Iterable[tuple[int, Rope
         raise _Refusal(f"{op.opname} in {op.loc} changes keys after their rotary embedding")
 
 
-# Frequencies -------------------------------------------------------------------------------------------------
+def _keeps_last_axis(op: m.Cast | Expand | Reshape | Transpose) -> bool:
+    if isinstance(op, Transpose):
+        return op.perm[-1] == -1
+    return op.x.shape[-1] == op.result.shape[-1]
+
+
+# Frequencies ------------------------------------------------------------------------------------------------
 
 
 def _frequencies(graph: Graph, rope: Rope) -> list[float]:
@@ -147,7 +151,7 @@ def _frequencies(graph: Graph, rope: Rope) -> list[float]:
     """
     positions = graph.input("positions")
     cos, sin = (_evaluated(v, positions) for v in (rope.cos, rope.sin))
-    scale = np.hypot(cos[1], sin[1])
+    scale = cos[0]  # nothing turns at position 0: what YaRN and its like multiply both tables by
     if not np.isfinite(scale).all() or not (scale > 0).all():
         raise _Refusal(f"the tables of the rotary embedding in {rope.loc} are not finite")
     if _has_cosine(rope.cos):

@@ -1,9 +1,9 @@
 """Keys that move to an earlier position: turned back by the angles that a rotary embedding gave them.
 
-A key at position p was turned by p · f radians in each of its pairs (Su et al. 2021, arXiv:2104.09864, section
-3.2.2), f the pair's frequency; turned by -s · f more, it is the key of position p - s. Which elements make
-pairs and how fast they turn is in the manifest (`model.rotary`, docs/architecture.md), so this is the same for
-every model. Arithmetic is float32, angles float64; a cache of fewer bits is rounded once more.
+A key at position p was turned by p · f radians in each of its pairs (Su et al. 2021, arXiv:2104.09864,
+section 3.2.2), f the pair's frequency; turned by -s · f more, it is the key of position p - s. Which elements
+make pairs and how fast they turn is in the manifest (`model.rotary`, docs/architecture.md), so this is the
+same for every model. Arithmetic is float32, angles float64; a cache of fewer bits is rounded once more.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _SMALLEST_SCALED = np.float32(1e-30)  # as `append_kv` has it: what is smaller i
 
 @dataclass(frozen=True, slots=True)
 class Rotary:
-    """Elements `start` … `start + dim - 1` of a key turn, in pairs (2i, 2i + 1) if `interleaved`, else (i, i +
-    dim / 2).
+    """Elements `start` … `start + dim - 1` of a key turn, in pairs (2i, 2i + 1) if `interleaved`, else in
+    pairs (i, i + dim / 2).
     """
 
     start: int
@@ -43,8 +43,9 @@ class Rotary:
         else:
             first = keys[..., self.start : self.start + half, :]
             second = keys[..., self.start + half : end, :]
-        turned = first * cos + second * sin
-        second[...] = second * cos - first * sin
+        with np.errstate(invalid="ignore", over="ignore"):  # a key that is not finite stays so
+            turned = first * cos + second * sin
+            second[...] = second * cos - first * sin
         first[...] = turned
 
 
@@ -89,8 +90,8 @@ def _table(entry: Mapping[str, Any]) -> Rotary:
 
 
 def turn_codes(rotary: Rotary, codes: np.ndarray, scales: np.ndarray, shift: int) -> None:
-    """Turn keys of int8 in place: codes [.., head_dim, n] int8, scales [.., n] float32 (x = scale · code). The
-    result is rounded as `append_kv` rounds (ir/ops/cache.py, `quantize_heads`).
+    """Turn keys of int8 in place: codes [.., head_dim, n] int8, scales [.., n] float32 (x = scale · code).
+    The result is rounded as `append_kv` rounds (ir/ops/cache.py, `quantize_heads`).
     """
     keys = codes.astype(np.float32) * scales[..., None, :]
     rotary.turn_back(keys, shift)
@@ -108,7 +109,8 @@ def turn_keys(rotary: Rotary, keys: np.ndarray, shift: int) -> np.ndarray:
     """Keys [.., head_dim, n] of floats turned back, as a new array of their dtype."""
     turned = keys.astype(np.float32)
     rotary.turn_back(turned, shift)
-    return turned.astype(keys.dtype)
+    with np.errstate(over="ignore"):
+        return turned.astype(keys.dtype)
 
 
 def turn_pages(
