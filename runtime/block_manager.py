@@ -48,7 +48,7 @@ class BlockManager:
         """`states`: rows of a state cache, of which each sequence that holds pages owns one. Pages hold no
         states, so that a prefix cannot be shared then. `windows`: (tokens, pages) of each window that layers
         see: as many pages as there are here, or `most_pages`. `eviction`: what sequences give back when they
-        are as long as that says; windows are then no longer than what stays.
+        are as long as that says; windows are then no longer than what stays, or see all of it.
         """
         assert states is None or not prefix_cache
         assert eviction is None or (states is None and eviction.capacity <= num_pages)
@@ -390,13 +390,16 @@ class BlockManager:
         """Give back the pages between the sinks and the newest, which move up; the copies that this takes."""
         assert self.eviction is not None
         first, last = self.eviction.sinks, self.eviction.sinks + self.eviction.dropped
+        for which, table in enumerate(sequence.window_tables):
+            start = sequence.window_starts[which]
+            assert start == 0 or start >= last, "a window that begins within what is evicted"
+            for index in range(max(start, first), last):
+                self.windows[which].drop(table, index, keep=self._is_known(sequence.block_table[index]))
+            del table[first:last]
+            sequence.window_starts[which] = max(0, start - (last - first))
         for page in reversed(sequence.block_table[first:last]):
             self._drop(page)
         del sequence.block_table[first:last]
-        for which, table in enumerate(sequence.window_tables):
-            assert sequence.window_starts[which] >= last, "a window that sees what is evicted"
-            del table[first:last]
-            sequence.window_starts[which] -= last - first
         sequence.evicted += self.eviction.shift
         if not self.eviction.rotates:
             return []

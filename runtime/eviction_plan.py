@@ -49,12 +49,12 @@ def plan_eviction(
             remedy=f"give a context of at most {kv.tokens} tokens, or raise kv_tokens",
         )
     for window in window_sizes_of(executor):
-        if window > eviction.kept * size:
+        if eviction.kept * size < window < eviction.tokens:
             raise InputError(
                 f"sinks: layers see a window of {window} tokens, and {eviction.kept * size} tokens stay when "
                 f"others are evicted from a context of {context}",
                 remedy=f"give a context of at least {eviction.sinks * size + 2 * window + 2 * size} tokens, "
-                "or leave sinks out",
+                f"or of at most {window}",
             )
     return eviction
 

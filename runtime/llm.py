@@ -182,7 +182,7 @@ class LLM:
 
     @property
     def context_length(self) -> int:
-        """Tokens of a sequence at most: prompt and answer together."""
+        """Tokens of a sequence at most, prompt and answer together; with `sinks`, those in the cache."""
         return self.engine.engine.limit
 
     @property

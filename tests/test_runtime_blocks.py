@@ -37,7 +37,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler: Scheduler[Sequence] = Scheduler(
             self.blocks, max_batch_tokens=budget, max_sequences=most
         )
-        self.limit, self.longest = pages * PAGE, pages * PAGE * self.lengths
+        self.limit = pages * PAGE
+        self.longest = self.limit * (1 if self.blocks.eviction is None else self.lengths)
         self.arrivals = 0
         self.finished: list[Sequence] = []
 

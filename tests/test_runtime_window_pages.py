@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import initialize, rule
 from llmc.runtime.block_manager import BlockManager
 from llmc.runtime.engine import Engine, EngineOptions, ModelFacts
+from llmc.runtime.eviction import Eviction
 from llmc.runtime.executor import StepInputs
 from llmc.runtime.sampling_params import SamplingParams
 from llmc.runtime.scheduler import Plan, Scheduler
@@ -27,29 +28,34 @@ from llmc.runtime.window_pages import most_pages
 from .fake_executor import FakeExecutor
 from .test_runtime_blocks import PAGE, SchedulerMachine
 
-Content = dict[tuple[int, int], tuple[int, ...]]
-"""(page, offset) → the tokens up to the one whose keys stand there."""
+Content = dict[tuple[int, int], tuple[tuple[int, ...], int]]
+"""(page, offset) → the tokens up to the one whose keys stand there, and the position that they hold."""
 
 
 class WindowMachine(SchedulerMachine):
     """The scheduler over pages of two windows."""
+
+    sinks = 0
 
     @initialize(
         pages=st.integers(4, 40),
         budget=st.integers(3, 20),
         most=st.integers(1, 3),
         cache=st.booleans(),
-        windows=st.sampled_from([(1,), (2,), (5,), (9,), (3, 8), (4, 1)]),
+        windows=st.sampled_from([(1,), (2,), (5,), (9,), (3, 8), (4, 1), (200,)]),
     )
     def start(self, pages: int, budget: int, most: int, cache: bool, windows: tuple[int, ...]) -> None:
         sizes = [
             (w, min(pages, most_pages(w, PAGE, max_sequences=most, max_batch_tokens=budget))) for w in windows
         ]
-        self.blocks = BlockManager(pages, PAGE, prefix_cache=cache, windows=sizes)
+        self.blocks = BlockManager(
+            pages, PAGE, prefix_cache=cache, windows=sizes, eviction=self.eviction(pages)
+        )
         self.scheduler: Scheduler[Sequence] = Scheduler(
             self.blocks, max_batch_tokens=budget, max_sequences=most
         )
         self.limit = pages * PAGE
+        self.longest = self.limit * (1 if self.blocks.eviction is None else self.lengths)
         self.arrivals = 0
         self.finished: list[Sequence] = []
         self.contents: list[Content] = [{} for _ in windows]
@@ -60,23 +66,29 @@ class WindowMachine(SchedulerMachine):
         """Copy, write and read as an executor would."""
         for which, window in enumerate(self.blocks.windows):
             content = self.contents[which]
-            copied = {(t, o): content.get((s, o), ()) for s, t in window.copies for o in range(PAGE)}
+            copied = {(t, o): content.get((s, o), ((), 0)) for s, t in window.copies for o in range(PAGE)}
             window.copies.clear()
             content.update(copied)
+            assert len(set(window.rotations)) == len(window.rotations)
+            for slot in [(page, offset) for page in window.rotations for offset in range(PAGE)]:
+                assert self.blocks.eviction is not None and window._references[slot[0]] == 1
+                content[slot] = content[slot][0], content[slot][1] - self.blocks.eviction.shift
+            window.rotations.clear()
             written: set[tuple[int, int]] = set()
             for chunk in plan.chunks:
                 tokens, table = chunk.sequence.tokens.tolist(), chunk.sequence.window_tables[which]
-                for position in range(chunk.start, chunk.start + chunk.count):
-                    slot = table[position // PAGE], position % PAGE
+                for place in range(chunk.place, chunk.place + chunk.count):
+                    slot = table[place // PAGE], place % PAGE
                     assert slot not in written, "two tokens in one slot"
                     written.add(slot)
-                    content[slot] = tuple(tokens[: position + 1])
+                    content[slot] = tuple(tokens[: place + chunk.sequence.evicted + 1]), place
             for chunk in plan.chunks:
                 tokens, table = chunk.sequence.tokens.tolist(), chunk.sequence.window_tables[which]
-                for position in range(chunk.start, chunk.start + chunk.count):
-                    for seen in range(max(0, position - window.window + 1), position + 1):
+                for place in range(chunk.place, chunk.place + chunk.count):
+                    for seen in range(max(0, place - window.window + 1), place + 1):
+                        gone = chunk.sequence.evicted if seen // PAGE >= self.sinks else 0
                         found = content.get((table[seen // PAGE], seen % PAGE))
-                        assert found == tuple(tokens[: seen + 1]), "another token's keys"
+                        assert found == (tuple(tokens[: seen + gone + 1]), seen), "another token's keys"
         return plan
 
     @rule(length=st.integers(20, 90))
@@ -86,6 +98,27 @@ class WindowMachine(SchedulerMachine):
 
 WindowMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 TestWindows = WindowMachine.TestCase
+
+
+class EvictingWindowMachine(WindowMachine):
+    """The same with sequences that grow to twice the cache: windows that what stays fills, and one that sees
+    all that is in the cache.
+    """
+
+    lengths = 2
+
+    def eviction(self, pages: int) -> Eviction | None:
+        self.sinks = pages % 3
+        found = Eviction(PAGE, pages, self.sinks)
+        return found if found.kept * PAGE >= 9 else None
+
+    @rule(length=st.integers(20, 90))
+    def add_long(self, length: int) -> None:
+        self.add(1, length, 2)
+
+
+EvictingWindowMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
+TestEvictingWindows = EvictingWindowMachine.TestCase
 
 
 def _running(tokens: list[int]) -> Sequence:

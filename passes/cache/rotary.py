@@ -86,16 +86,15 @@ def _read(graph: Graph) -> dict[str, Any]:
 
 def _check_positions(graph: Graph) -> None:
     """Refuse positions that flow into anything but the tables of rotary embeddings."""
-    inputs = set(graph.inputs)
     positional = {graph.input("positions")}
-    fixed: set[Value] = set(graph.weights.values())
+    fixed: set[Value] = set(graph.weights.values())  # the same for every step
     lengths = graph.input("context_len")
     for op in graph:
         if lengths in op.operands and not isinstance(op, PagedAttention):
             raise _Refusal(f"{op.opname} in {op.loc or graph.name} depends on the length of the sequence")
         found = [v for v in op.operands if v in positional]
         if not found:
-            if all(v in fixed for v in op.operands if v not in inputs) and not inputs & set(op.operands):
+            if all(v in fixed for v in op.operands):
                 fixed.update(op.results)
         elif all(v in positional or v in fixed for v in op.operands):
             positional.update(op.results)
