@@ -17,6 +17,7 @@ from llmc.runtime.sequence import Sequence
 
 from .fake_executor import FakeExecutor, reference_logits, stream_alone
 from .schedules import check_schedule, endless, random_schedule
+from .server_harness import RunningServer, fake_llm
 
 VOCAB, CONTEXT = 97, 40
 FACTS = ModelFacts(VOCAB, CONTEXT)
@@ -74,7 +75,7 @@ def test_random_schedules_give_each_request_its_own_tokens() -> None:
     facts = ModelFacts(VOCAB, 80, (3,))
     executor = FakeExecutor()
     events: Counter[str] = Counter()
-    for seed in range(20):
+    for seed in range(14):
         schedule = endless(random_schedule(seed, facts, executor.page_size), facts, executor.page_size)
         events += check_schedule(executor, facts, schedule)
     for event in ("preempted", "from_cache", "cancelled", "forked"):
@@ -160,6 +161,17 @@ def test_texts_are_scored_beyond_the_context() -> None:
     assert np.array_equal(rows[0], reference_logits(np.array([5]), np.array([0]), VOCAB))
     run.check()
     assert run.stats.pages_used == 0
+
+
+def test_a_server_answers_beyond_the_context() -> None:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 150}
+    with RunningServer({"tiny": fake_llm(context=64, sinks=4)}) as server:
+        status, answer, _ = server.post("/v1/chat/completions", body)
+        assert status == 200 and answer["usage"]["completion_tokens"] == 150
+        assert answer["choices"][0]["finish_reason"] == "length"
+        body["messages"] = [{"role": "user", "content": "x" * 80}]
+        status, answer, _ = server.post("/v1/chat/completions", body)
+        assert status == 400 and answer["error"]["code"] == "context_length_exceeded"
 
 
 # Refusals --------------------------------------------------------------------------------------------------

@@ -199,8 +199,8 @@ def test_schedules_beyond_the_context_give_each_request_its_own_tokens(
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
 def test_a_published_model_beyond_its_cache_equals_transformers(tmp_path: Path, shared_data: Path) -> None:
-    """SmolLM2-135M with its codes as floats, over 1,000 tokens of a book in a cache of 256. Bar: 1e-3 of the
-    largest logit: 30 layers in float32, each of another order of sums.
+    """SmolLM2-135M with its codes as floats, over 600 tokens of a book in a cache of 256. Bar as above; 4e-6
+    of the largest logit was seen, before the first eviction and after it.
     """
     from llmc.cli.peer import load_transformers
 
@@ -208,7 +208,7 @@ def test_a_published_model_beyond_its_cache_equals_transformers(tmp_path: Path, 
     llmc.compile(source, tmp_path / "m.llmc", targets=[f"tvm-cpu:isa={ISA}"])
     with llmc.load(tmp_path / "m.llmc", context=256, sinks=4) as llm:
         text = (shared_data / "longtext" / "alice_in_wonderland.txt").read_text(encoding="utf-8")
-        ids = llm.encode(text)[:1000]
+        ids = llm.encode(text)[:600]
         found = llm.logits(ids)
     wanted = streamed(load_transformers(str(source), "float32"), ids, length=256)
-    assert worst(found, wanted) <= 1e-3
+    assert worst(found, wanted) <= 1e-4

@@ -4,6 +4,7 @@ off a graph, and what it refuses to move.
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,13 @@ import pytest
 import torch
 from llmc.codegen.artifact import Artifact
 from llmc.codegen.tvm.kernels.cache import to_logical, to_physical
+from llmc.ir.core import Graph, Op
 from llmc.ir.dtypes import to_numpy
 from llmc.ir.errors import ArtifactError, InputError
-from llmc.ir.ops.cache import quantize_heads
+from llmc.ir.ops.cache import AppendKv, quantize_heads
+from llmc.ir.ops.math import Cast, Cos, Mul, Neg, Sin
+from llmc.ir.ops.nn import Linear, Rope
+from llmc.ir.ops.shape import Reshape
 from llmc.passes.cache.rotary import rotary_facts
 from llmc.runtime.executor.cuda import _turned
 from llmc.runtime.executor.rotation import Rotary, read_rotary, turn_pages, turn_rows
@@ -179,6 +184,55 @@ def test_a_part_of_the_head_turns() -> None:
 def test_learned_positions_are_refused_by_what_they_enter() -> None:
     refused = facts_of("gpt2")["refused"]
     assert refused == "absolute positions, learned ones, enter add in transformer"
+
+
+@cache
+def _paged() -> Graph:
+    return lowered(traced(tiny_model("llama"), attention="eager"), "paged")[0]
+
+
+def _of(graph: Graph, kind: type[Op], number: int = 0) -> Any:
+    return [op for op in graph if isinstance(op, kind)][number]
+
+
+def test_keys_without_positions_need_no_turning() -> None:
+    graph = _paged().clone()
+    append, rope = _of(graph, AppendKv), _of(graph, Rope, 1)
+    assert append.k is rope.result
+    graph.set_operand(append, 0, rope.x)
+    assert rotary_facts(graph)["layers"] == [None, 0]
+
+
+def test_keys_that_are_changed_after_they_turned_are_refused() -> None:
+    graph = _paged().clone()
+    append = _of(graph, AppendKv, 1)
+    changed = Neg(append.k)
+    changed.loc = "model.layers.1.norm"
+    graph.set_operand(append, 0, graph.insert(changed, before=append).result)
+    refused = "neg in model.layers.1.norm changes keys after their rotary embedding"
+    assert rotary_facts(graph) == {"refused": refused}
+
+
+def test_positions_that_enter_anything_else_are_refused() -> None:
+    graph = _paged().clone()
+    linear = _of(graph, Linear)
+    number = graph.insert(Cast(graph.input("positions"), dtype="float32"), before=linear)
+    column = graph.insert(Reshape(number.result, shape=(*number.result.shape, 1)), before=linear)
+    scaled = Mul(linear.x, column.result)
+    scaled.loc = "model.scale"
+    graph.set_operand(linear, 0, graph.insert(scaled, before=linear).result)
+    assert rotary_facts(graph) == {"refused": "positions enter mul in model.scale"}
+    graph.set_operand(scaled, 1, graph.insert(Cos(column.result), before=scaled).result)
+    assert "model.scale takes cosines of positions, in no form" in rotary_facts(graph)["refused"]
+
+
+def test_angles_that_do_not_grow_with_the_position_are_refused() -> None:
+    graph = _paged().clone()
+    for kind in (Cos, Sin):
+        table = _of(graph, kind)
+        squared = graph.insert(Mul(table.x, table.x), before=table)
+        graph.set_operand(table, 0, squared.result)
+    assert "does not turn in proportion to the position" in rotary_facts(graph)["refused"]
 
 
 class Manifest(Artifact):

@@ -151,7 +151,7 @@ class EvictingMachine(SchedulerMachine):
         return Eviction(PAGE, pages - pages % 3 // 2, sinks=pages % 3)
 
 
-EvictingMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+EvictingMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
 TestEvictingScheduler = EvictingMachine.TestCase
 
 

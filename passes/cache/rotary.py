@@ -53,39 +53,43 @@ def rotary_facts(graph: Graph) -> dict[str, Any]:
 def _read(graph: Graph) -> dict[str, Any]:
     if any(isinstance(op, Recurrence) for op in graph):
         raise _Refusal("its recurrent states keep what was evicted")
-    _check_positions(graph)
+    known = _check_positions(graph)
     turned = _turned(graph)
     tables: list[dict[str, Any]] = []
     layers: dict[int, int | None] = {}
-    known: dict[tuple[Value, Value, bool], list[float]] = {}
+    read: dict[tuple[Value, Value, bool], list[float]] = {}
     for op in graph:
         if not isinstance(op, AppendKv):
             continue
         parts = list(_parts(op.k, 0, turned))
         if len(parts) > 1:
             raise _Refusal(f"keys in {op.loc or graph.name} turn in several parts")
-        layer = int(op.pages.name.rpartition(".")[2])  # kv_pages.LAYER
+        layer = int(op.pages.name.removeprefix("kv_pages."))
         if not parts:
             layers[layer] = None
             continue
         ((start, rope),) = parts
         key = (rope.cos, rope.sin, rope.interleaved)
-        if key not in known:
-            known[key] = _frequencies(graph, rope)
+        if not {rope.cos, rope.sin} <= known:
+            raise _Refusal(f"the rotary embedding in {rope.loc} turns by more than positions")
+        if key not in read:
+            read[key] = _frequencies(graph, rope)
         table = {
             "start": start,
             "dim": rope.rotary_dim,
             "interleaved": rope.interleaved,
-            "frequencies": known[key],
+            "frequencies": read[key],
         }
         if table not in tables:
             tables.append(table)
         layers[layer] = tables.index(table)
-    return {"tables": tables, "layers": [layers[layer] for layer in range(len(layers))]}
+    return {"tables": tables, "layers": [layers.get(layer) for layer in range(len(graph.facts["kv"]))]}
 
 
-def _check_positions(graph: Graph) -> None:
-    """Refuse positions that flow into anything but the tables of rotary embeddings."""
+def _check_positions(graph: Graph) -> set[Value]:
+    """Refuse positions that flow into anything but the tables of rotary embeddings; the values that depend on
+    positions alone, or on nothing.
+    """
     positional = {graph.input("positions")}
     fixed: set[Value] = set(graph.weights.values())  # the same for every step
     lengths = graph.input("context_len")
@@ -99,9 +103,13 @@ def _check_positions(graph: Graph) -> None:
         elif all(v in positional or v in fixed for v in op.operands):
             positional.update(op.results)
         elif not isinstance(op, Rope) or op.x in positional:
-            learned = any(isinstance(v.producer, Embedding | QuantizedEmbedding) for v in found)
-            what = "absolute positions, learned ones," if learned else "positions"
-            raise _Refusal(f"{what} enter {op.opname} in {op.loc or graph.name}")
+            where = f"{op.opname} in {op.loc or graph.name}"
+            if any(isinstance(v.producer, Embedding | QuantizedEmbedding) for v in found):
+                raise _Refusal(f"absolute positions, learned ones, enter {where}")
+            if any(isinstance(made, m.Cos | m.Sin) for v in found for made in _cone(v, {})):
+                raise _Refusal(f"{where} takes cosines of positions, in no form of rotary embedding known")
+            raise _Refusal(f"positions enter {where}")
+    return positional | fixed
 
 
 def _turned(graph: Graph) -> set[Value]:
@@ -169,6 +177,7 @@ def _frequencies(graph: Graph, rope: Rope) -> list[float]:
 
 
 def _has_cosine(v: Value) -> bool:
+    """Whether angles are computed on the way to a table."""
     return any(isinstance(op, m.Cos) for op in _cone(v, {}))
 
 
