@@ -30,7 +30,6 @@ from .tvm_graphs import ISA
 PAGE = 16
 LENGTH = 96
 """Of the cache in tokens: a page of sinks, and two of the other five stay."""
-TARGETS = ("tvm-cpu", "onnx-cpu")
 FACTS = ModelFacts(VOCAB_SIZE, LENGTH, (2,))
 
 
@@ -77,16 +76,16 @@ def turned_back(model: Any, layer: int, keys: Any, shift: int) -> Any:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """(family, kv_dtype) → artifact for all targets, made once."""
+    """(family, kv_dtype, target) → artifact, made once."""
     folder = tmp_path_factory.mktemp("eviction")
 
     @cache
-    def make(family: str, kv_dtype: str = "float32") -> Path:
-        source, out = folder / family, folder / f"{family}-{kv_dtype}.llmc"
+    def make(family: str, kv_dtype: str = "float32", target: str = "tvm-cpu") -> Path:
+        source, out = folder / family, folder / f"{family}-{kv_dtype}-{target}.llmc"
         if not source.exists():
             save_tiny(family, source, **CHANGES.get(family, {}))
-        targets = [f"tvm-cpu:isa={ISA}"] + ["onnx-cpu"] * (kv_dtype != "bfloat16")
-        llmc.compile(source, out, targets=targets, kv_dtype=kv_dtype)
+        chosen = f"{target}:isa={ISA}" if target == "tvm-cpu" else target
+        llmc.compile(source, out, targets=[chosen], kv_dtype=kv_dtype)
         return out
 
     return make
@@ -95,22 +94,22 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Any:
 # Halves that turn; a part of the head; windows of 12 tokens in every other layer; two tables; a window that
 # sees all that is in the cache.
 CASES = [
-    "llama",
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt_neox", "gemma2", "gemma3", "mistral")),
+    pytest.param(name, target, marks=[] if (name, target) == ("llama", "tvm-cpu") else pytest.mark.slow)
+    for name in ("llama", "gpt_neox", "gemma2", "gemma3", "mistral")
+    for target in ("tvm-cpu", "onnx-cpu")
 ]
 CHANGES: dict[str, dict[str, Any]] = {"mistral": {"sliding_window": 128}}
 
 
 # Some of transformers' classes are to call this argument otherwise; it is the one that all of them take now.
 @pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
-@pytest.mark.parametrize("family", CASES)
-def test_logits_beyond_the_context_equal_transformers(family: str, compiled: Any) -> None:
+@pytest.mark.parametrize(("family", "target"), CASES)
+def test_logits_beyond_the_context_equal_transformers(family: str, target: str, compiled: Any) -> None:
     """Bar: largest difference ≤ 1e-4 of the largest logit, as without eviction (tests/test_families.py)."""
     ids = ids_of(5 * LENGTH)
     wanted = streamed(tiny_model(family, **CHANGES.get(family, {})), ids)
-    for target in TARGETS:
-        with llmc.load(compiled(family), target=target, context=LENGTH, sinks=4) as llm:
-            assert worst(llm.logits(ids), wanted) <= 1e-4, target
+    with llmc.load(compiled(family, target=target), context=LENGTH, sinks=4) as llm:
+        assert worst(llm.logits(ids), wanted) <= 1e-4
 
 
 def generated(llm: Any, count: int, **options: Any) -> list[list[int]]:
@@ -123,7 +122,7 @@ def test_answers_beyond_the_context_are_what_their_scores_say(compiled: Any) -> 
     with guesses, and as one of two choices. Bit for bit, so ties do not matter.
     """
     path = compiled("llama")
-    with llmc.load(path, target="tvm-cpu", context=LENGTH, sinks=4, speculate=6) as llm:
+    with llmc.load(path, context=LENGTH, sinks=4, speculate=6) as llm:
         (answer,) = generated(llm, 300)
         rows = llm.logits([*ids_of(40), *answer])
         assert rows[39:-1].argmax(axis=1).tolist() == answer
@@ -131,12 +130,10 @@ def test_answers_beyond_the_context_are_what_their_scores_say(compiled: Any) -> 
         assert llm.context_length == LENGTH and llm.stats.pages_used == 0
         with pytest.raises(InputError, match="the prompt has 200 tokens, the context holds 96"):
             llm.generate(ids_of(200))
-    with llmc.load(
-        path, target="tvm-cpu", context=LENGTH, sinks=4, max_batch_tokens=7, max_sequences=2
-    ) as llm:
+    with llmc.load(path, context=LENGTH, sinks=4, max_batch_tokens=7, max_sequences=2) as llm:
         assert generated(llm, 300) == [answer]
         assert llm.kv_cache.tokens == 2 * LENGTH
-    with llmc.load(path, target="tvm-cpu", context=LENGTH) as llm:
+    with llmc.load(path, context=LENGTH) as llm:
         assert generated(llm, 300) == [answer[: LENGTH - 40]]
 
 
@@ -151,7 +148,7 @@ def test_commands_take_sinks(compiled: Any, capsys: pytest.CaptureFixture[str]) 
 
 def test_prefixes_on_disk_hold_nothing_that_was_turned(compiled: Any, tmp_path: Path) -> None:
     path = compiled("llama")
-    options = {"target": "tvm-cpu", "context": LENGTH, "sinks": 4, "prefix_cache_dir": tmp_path / "kept"}
+    options = {"context": LENGTH, "sinks": 4, "prefix_cache_dir": tmp_path / "kept"}
     prompt = ids_of(LENGTH - 4)
     params = SamplingParams(max_tokens=150, ignore_eos=True)
     with llmc.load(path, **options) as llm:
@@ -159,7 +156,7 @@ def test_prefixes_on_disk_hold_nothing_that_was_turned(compiled: Any, tmp_path: 
     with llmc.load(path, **options) as llm:
         found = llm.generate(prompt, params)
         assert found.cached_tokens == 80  # all full pages of the prompt
-    with llmc.load(path, target="tvm-cpu", context=LENGTH, sinks=4, prefix_cache=False) as llm:
+    with llmc.load(path, context=LENGTH, sinks=4, prefix_cache=False) as llm:
         cold = llm.generate(prompt, params).token_ids
     assert first == again == found.token_ids == cold and len(cold) == 150
 

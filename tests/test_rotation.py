@@ -13,6 +13,8 @@ import pytest
 import torch
 from llmc.codegen.artifact import Artifact
 from llmc.codegen.tvm.kernels.cache import to_logical, to_physical
+from llmc.frontend.source import open_source
+from llmc.frontend.trace import trace_source
 from llmc.ir.core import Graph, Op
 from llmc.ir.dtypes import to_numpy
 from llmc.ir.errors import ArtifactError, InputError
@@ -24,6 +26,7 @@ from llmc.passes.cache.rotary import rotary_facts
 from llmc.runtime.executor.cuda import _turned
 from llmc.runtime.executor.rotation import Rotary, read_rotary, turn_pages, turn_rows
 
+from .families import save_family
 from .graphs import lowered, traced
 from .models import tiny_model
 
@@ -176,9 +179,26 @@ def test_scaled_frequencies_are_read_without_the_scale_of_the_attention() -> Non
     np.testing.assert_allclose(facts["tables"][0]["frequencies"], wanted, rtol=2**-23)
 
 
-def test_a_part_of_the_head_turns() -> None:
-    (table,) = facts_of("gpt_neox")["tables"]
-    assert (table["start"], table["dim"], len(table["frequencies"])) == (0, 4, 2)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "part"),
+    [
+        ("gpt_neox", (0, 4, False)),
+        ("cohere", (0, 16, True)),
+        ("minicpm3", (8, 8, False)),  # behind what is alike for all heads
+        ("bloom", None),  # only the distance counts
+        ("hunyuan_v1_dense", "rms_norm in model.layers.0.self_attn.key_layernorm changes keys"),
+        ("mamba", "its recurrent states keep what was evicted"),
+    ],
+)
+def test_what_families_do_with_keys(family: str, part: Any, tmp_path: Path) -> None:
+    save_family(family, tmp_path)
+    facts = rotary_facts(lowered(trace_source(open_source(tmp_path)), "paged")[0])
+    if isinstance(part, str):
+        assert facts["refused"].startswith(part)
+    else:
+        tables = {(t["start"], t["dim"], t["interleaved"]) for t in facts["tables"]}
+        assert tables == (set() if part is None else {part})
 
 
 def test_learned_positions_are_refused_by_what_they_enter() -> None:

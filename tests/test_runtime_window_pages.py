@@ -117,7 +117,7 @@ class EvictingWindowMachine(WindowMachine):
         self.add(1, length, 2)
 
 
-EvictingWindowMachine.TestCase.settings = settings(max_examples=15, stateful_step_count=30, deadline=None)
+EvictingWindowMachine.TestCase.settings = settings(max_examples=10, stateful_step_count=30, deadline=None)
 TestEvictingWindows = EvictingWindowMachine.TestCase
 
 
