@@ -310,6 +310,10 @@ def merge_heads(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(1, 2).reshape(1, x.shape[2], HEADS * HEAD)
 
 
+def turn_halves(a: torch.Tensor, b: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
 def turn(x: torch.Tensor, style: str, width: int = HEAD, factor: float = 1.0) -> torch.Tensor:
     """[1, H, T, D], the first `width` elements turned."""
     cos, sin = angles(x.shape[2], width, factor)
@@ -317,13 +321,15 @@ def turn(x: torch.Tensor, style: str, width: int = HEAD, factor: float = 1.0) ->
     if style == "half":
         cos, sin = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
         part = part * cos[None, None] + rotate_half(part) * sin[None, None]
+    elif style == "split":
+        part = turn_halves(*part.chunk(2, dim=-1), cos[None], sin[None])
     else:
         cos, sin = cos.repeat_interleave(2, dim=-1), sin.repeat_interleave(2, dim=-1)
         part = (part * cos) + (rotate_pairs(part) * sin)
     return part if width == HEAD else torch.cat((part, rest), dim=-1)
 
 
-@pytest.mark.parametrize("style", ["half", "interleaved"])
+@pytest.mark.parametrize("style", ["half", "interleaved", "split"])
 @pytest.mark.parametrize("width", [HEAD, 4])
 @pytest.mark.parametrize("factor", [1.0, 1.3])
 def test_rope(style: str, width: int, factor: float) -> None:
@@ -347,6 +353,37 @@ def test_rope_of_token_major_heads(style: str) -> None:
 
     graph, _ = checked(forward, 1, 5, WIDTH)
     assert only(graph, Rope).interleaved is (style == "interleaved")
+
+
+def test_rope_that_leaves_pairs_as_halves() -> None:
+    """Every other element against the next, the results behind each other; heads of one table, of one head
+    too, where a table has the shape of what it turns.
+    """
+
+    def forward(s: Holder, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = (t[None, None] for t in angles(x.shape[1], HEAD))
+        heads, one = split_heads(x), x[None, ..., :HEAD]
+        return tuple(turn_halves(y[..., ::2], y[..., 1::2], cos, sin) for y in (heads, one))
+
+    graph, _ = checked(forward, 1, 5, WIDTH)
+    assert [op.interleaved for op in graph if isinstance(op, Rope)] == [False, False]
+    assert "sub" not in opnames(graph)
+
+
+@pytest.mark.parametrize("name", ["the other way", "one angle for all"])
+def test_halves_that_do_not_turn_are_no_rope(name: str) -> None:
+    def forward(s: Holder, x: torch.Tensor) -> torch.Tensor:
+        cos, sin = (t[None, None] for t in angles(x.shape[1], HEAD))
+        if name == "one angle for all":
+            cos, sin = cos[..., :1], sin[..., :1]
+        a, b = split_heads(x).chunk(2, dim=-1)
+        turned = turn_halves(b, a, cos, sin) if name == "one angle for all" else turn_halves(a, b, sin, cos)
+        return merge_heads(turned)
+
+    graph, said = checked(forward, 1, 5, WIDTH)
+    assert "rope" not in opnames(graph)
+    if name == "one angle for all":
+        assert any(note.startswith("FuseHalvesRope: the tables float32[1, 1, 5, 1]") for note in said), said
 
 
 def wrong_sign(x: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
     add(mul(x, cos), mul(concat([neg(slice(x, h:)), slice(x, :h)]), sin))   → rope(x, cos, sin)
     … concat([neg(slice(x, 1::2)), slice(x, ::2)]) side by side instead …   → rope(x, cos, sin, interleaved)
     concat([rope(slice(x, :r)), slice(x, r:)])                              → rope(x, cos, sin)  (partial)
+    concat([a · cos - b · sin, b · cos + a · sin])                          → rope(concat([a, b]), cos, sin)
     a, b = columns of reshape(x, [..., n, 2]):
     reshape(concat([a · cos - b · sin, a · sin + b · cos], side by side))   → rope(x, cos, sin, interleaved)
 
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from ...ir.core import Value
 from ...ir.ops import math as m
 from ...ir.ops.nn import Rope
-from ...ir.ops.shape import Concat, Reshape, Slice, Transpose
+from ...ir.ops.shape import Concat, Expand, Reshape, Slice, Transpose
 from ...ir.rewriter import Any, Match, P, Rewriter, Rule
 from ...ir.types import Dim, divide
 from ..base import RulePass
@@ -254,6 +255,76 @@ class FusePairedRope(Rule):
         return [rw.insert(Transpose(y, perm=SWAP_HEADS))]
 
 
+def _whole(a: Value, b: Value) -> Value | None:
+    """x where a and b are the halves of its last axis."""
+    first, second = a.producer, b.producer
+    if not isinstance(first, Slice) or not isinstance(second, Slice) or first.x is not second.x:
+        return None
+    half, width = a.shape[-1], first.x.shape[-1]
+    cuts = [(op.axis, op.start, op.stop, op.step) for op in (first, second)]
+    return first.x if cuts == [(-1, 0, half, 1), (-1, half, width, 1)] else None
+
+
+def _is_cosine(v: Value) -> bool:
+    """Whether v is a cosine, but for layout and a number that it is multiplied by."""
+    op = v.producer
+    if isinstance(op, m.Cos):
+        return True
+    if isinstance(op, m.Mul):
+        return any(_is_cosine(one) and other.type.rank == 0 for one, other in ((op.a, op.b), (op.b, op.a)))
+    if isinstance(op, Concat):
+        return all(_is_cosine(part) for part in op.operands)
+    return isinstance(op, Reshape | Slice | Transpose | Expand | m.Cast) and _is_cosine(op.x)
+
+
+class FuseHalvesRope(Rule):
+    """concat([a · cos - b · sin, b · cos + a · sin]) → rope(concat([a, b]), [cos, cos], [sin, sin])"""
+
+    pattern = P(Concat, axis=-1)
+
+    def _read(self, found: Match) -> tuple[Value, Value, Value, Value] | None:
+        """a, b, cos, sin."""
+        if len(found.root.operands) != 2:
+            return None
+        real, imag = (v.producer for v in found.root.operands)
+        if not isinstance(real, m.Sub) or not isinstance(imag, m.Add):
+            return None
+        products = [v.producer for op in (real, imag) for v in op.operands]
+        pairs = [(p.a, p.b) for p in products if isinstance(p, m.Mul)]
+        if len(pairs) != 4:
+            return None
+        for cos, a in (pairs[0], pairs[0][::-1]):
+            for sin, b in (pairs[1], pairs[1][::-1]):
+                rest = [set(pair) for pair in pairs[2:]]
+                if _is_cosine(cos) and {cos, b} in rest and {sin, a} in rest:
+                    return a, b, cos, sin
+        return None
+
+    def check(self, found: Match) -> str | None:
+        read = self._read(found)
+        if read is None:
+            return None
+        a, b, cos, sin = read
+        if a.type.rank != 4 or a.shape != b.shape:
+            return "rotary embedding of a tensor that is neither [1, H, T, D] nor [1, T, H, D]"
+        fits = layout(a, cos) is not None and layout(a, cos) == layout(a, sin)
+        return None if fits else f"the tables {cos.type} and {sin.type} are not one row a token of {a.type}"
+
+    def rewrite(self, found: Match, rw: Rewriter) -> Sequence[Value] | None:
+        read = self._read(found)
+        if read is None:
+            return None
+        a, b, cos, sin = read
+        tables = [one_table(rw, rw.insert(Concat([t, t], axis=-1))) for t in (cos, sin)]
+        whole = _whole(a, b)
+        x = whole if whole is not None else rw.insert(Concat([a, b], axis=-1))
+        if layout(a, cos) == "token-major":
+            return [rw.insert(Rope(x, tables[0], tables[1]))]
+        return [
+            rw.insert(Transpose(rw.insert(Rope(token_major(rw, x), tables[0], tables[1])), perm=SWAP_HEADS))
+        ]
+
+
 def _twice(rw: Rewriter, table: Value) -> Value:
     """[..., n] → [..., 2n], each number twice in a row."""
     column = rw.insert(Reshape(table, shape=(*table.shape, 1)))
@@ -289,4 +360,4 @@ class FuseRotary(RulePass):
     """Rotary position embedding."""
 
     name = "fuse-rope"
-    rules = (FuseRope(), FusePairedRope(), WidenRope())
+    rules = (FuseRope(), FuseHalvesRope(), FusePairedRope(), WidenRope())
