@@ -8,7 +8,7 @@ import ctypes
 import mmap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import llmc
 import numpy as np
@@ -24,7 +24,7 @@ from llmc.ir import interpreter
 from llmc.ir.dtypes import to_numpy
 from llmc.ir.errors import InputError, LlmcError, UnsupportedError
 from llmc.ir.ops.lora import Lora
-from llmc.runtime.adapters import check_places
+from llmc.runtime.adapters import AdapterPlaces, Factor, Place, check_places
 from llmc.runtime.executor import StepInputs, cuda
 from llmc.runtime.executor.adapter_memory import AdapterMemory
 from llmc.runtime.executor.cuda_adapters import CudaAdapters
@@ -150,6 +150,129 @@ def _put(arrays: dict[str, np.ndarray], into: dict[str, np.ndarray]) -> None:
             part[...] = old
         else:
             part[:, :, : old.shape[2]] = old
+
+
+# -- memory --------------------------------------------------------------------------------------------------
+class Memory:
+    """A driver that has memory alone, and finds whoever goes beyond what was allocated."""
+
+    def __init__(self) -> None:
+        self.held: dict[int, np.ndarray] = {}
+        self.forgotten = False
+
+    def allocate(self, size: int) -> int:
+        found = np.full(size, 0xFF, np.uint8)
+        self.held[found.ctypes.data] = found
+        self.forgotten = False
+        return found.ctypes.data
+
+    def free(self, address: int) -> None:
+        assert self.forgotten, "launches know this memory"
+        self.held.pop(address)[:] = 0xFF
+
+    def forget(self) -> None:
+        self.forgotten = True
+
+    def view(self, address: int, size: int) -> np.ndarray:
+        if not size:
+            return np.empty(0, np.uint8)
+        for start, memory in self.held.items():
+            if start <= address and address + size <= start + len(memory):
+                return memory[address - start : address - start + size]
+        raise AssertionError(f"{size} bytes at an address that is not allocated")
+
+    def upload(self, address: int, array: np.ndarray) -> None:
+        assert array.flags.c_contiguous
+        self.view(address, array.nbytes)[:] = array.view(np.uint8).reshape(-1)
+
+    def download(self, array: np.ndarray, address: int) -> None:
+        array.view(np.uint8).reshape(-1)[:] = self.view(address, array.nbytes)
+
+    def copy(self, to: int, source: int, size: int) -> None:
+        self.view(to, size)[:] = self.view(source, size)
+
+    def enter(self) -> None: ...
+
+    def wait(self) -> None: ...
+
+
+PLACES = AdapterPlaces(
+    256, (Place(37, (("q", 24), ("k", 8), ("v", 8))), Place(16, (("o", 33),), "int8"), Place(8, (("up", 5),)))
+)
+
+
+def drawn(rng: np.random.Generator, rank: int) -> dict[int, list[Factor | None]]:
+    """Factors of some parts of some places, of ranks up to `rank`."""
+    found: dict[int, list[Factor | None]] = {}
+    for number, place in enumerate(PLACES.places):
+        if rng.random() < 0.7 or not number:
+            found[number] = []
+            for p, (_, rows) in enumerate(place.parts):
+                r = rank if not number and not p else int(rng.integers(1, rank + 1))
+                factor = rng.standard_normal((r, place.k)), rng.standard_normal((rows, r))
+                there = rng.random() < 0.7 or not p
+                found[number].append((factor[0].astype("f4"), factor[1].astype("f4")) if there else None)
+    return found
+
+
+def check_memory(
+    ours: CudaAdapters, memory: Memory, bound: dict[str, int], host: dict[str, np.ndarray]
+) -> None:
+    """What the kernels read is, slot by slot, what tvm-cpu's read."""
+    for number, place in enumerate(PLACES.places):
+        ranks = np.zeros((ours.slots, len(place.parts)), np.int32)
+        memory.download(ranks, bound[f"lora_rank.{number}"])
+        theirs = host[f"lora_rank.{number}"]
+        for slot in range(max(len(ranks), len(theirs))):
+            own = ranks[slot] if slot < len(ranks) else np.zeros(len(place.parts), np.int32)
+            assert np.array_equal(own, theirs[slot] if slot < len(theirs) else 0 * own)
+            for name in ("scale", "a", "b") if own.any() else ():
+                whole = host[f"lora_{name}.{number}"]
+                room = ours.blocks * (16 if name == "b" else 1)
+                got = np.zeros((whole.shape[1], room, *whole.shape[3:]), whole.dtype)
+                memory.download(got, bound[f"lora_{name}.{number}"] + slot * got.nbytes)
+                columns = np.repeat(own, [-(-rows // 16) for _, rows in place.parts]) if name == "b" else own
+                for line, rank in enumerate(columns):
+                    kept = rank if name == "b" else -(-rank // 16)
+                    assert np.array_equal(got[line, :kept], whole[slot, line, :kept]), (name, number, slot)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_memory_holds_what_is_loaded_whatever_comes_and_goes(seed: int) -> None:
+    """Any order of loading and unloading, ranks that grow and shrink, and now and then no memory."""
+    rng, memory = np.random.default_rng(seed), Memory()
+    bound, host = dict[str, int](), dict[str, np.ndarray]()
+    ours = CudaAdapters(PLACES, cast(Driver, memory), bound.__setitem__, memory.forget)
+    theirs, loaded = AdapterMemory(PLACES, host.__setitem__), set[int]()
+    for _ in range(60):
+        if loaded and rng.random() < 0.45:
+            slot = int(rng.choice(sorted(loaded)))
+            loaded.remove(slot)
+            for one in (ours, theirs):
+                one.clear(slot)
+        else:
+            slot = next(slot for slot in range(99) if slot not in loaded)
+            factors = drawn(rng, int(rng.choice([1, 8, 16, 17, 40])))
+            packed = ours.packed(factors)
+            if rng.random() < 0.2 and (slot >= ours.slots or 16 * ours.blocks < 40):
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(memory, "allocate", _full)
+                    with pytest.raises(InputError, match="the GPU has no"):
+                        ours.set(max(slot, ours.slots), packed)
+            else:
+                ours.set(slot, packed)
+                theirs.set(slot, theirs.packed(factors))
+                loaded.add(slot)
+        if bound:
+            check_memory(ours, memory, bound, host)
+        assert len(memory.held) == bool(loaded) and max(loaded, default=-1) < ours.slots
+    for slot in loaded:
+        ours.clear(slot)
+    assert not memory.held
+
+
+def _full(size: int) -> int:
+    raise LlmcError("the GPU's memory is full")
 
 
 # -- whole models ------------------------------------------------------------------------------------------
@@ -289,11 +412,8 @@ def test_where_memory_is_full_nothing_changes(
     llm, driver = opened
     before = llm.logits(ids_of(9), adapter="one")
 
-    def full(size: int) -> int:
-        raise LlmcError("the GPU's memory is full")
-
     with monkeypatch.context() as patch:
-        patch.setattr(driver, "allocate", full)
+        patch.setattr(driver, "allocate", _full)
         with pytest.raises(InputError, match=r"no \d+ MB for 2 adapters of rank 32") as caught:
             llm.load_adapter("two", folder / "two")
     assert "kv_tokens" in caught.value.remedy
