@@ -20,8 +20,9 @@ from llmc.runtime.executor import open_executor
 from llmc.runtime.executor.cuda import CudaExecutor
 from llmc.runtime.sampling_params import SamplingParams
 
+from .families import save_family
 from .graphs import worst
-from .models import VOCAB_SIZE, ids_of, real_model, save_tiny, tiny_model
+from .models import VOCAB_SIZE, ids_of, real_model, save_tiny, save_tokenizer, tiny_model
 from .schedules import check_schedule, endless, random_schedule
 from .test_cuda_target import TOLERANCE, emulated, needs_compiler
 from .test_cuda_target import compiled as cuda_artifact
@@ -43,14 +44,17 @@ def streamed(model: Any, ids: list[int], *, length: int = LENGTH, sinks: int = P
 
     kept = (length - sinks) // PAGE // 2 * PAGE
     held, rows, past = 0, list[Any](), DynamicCache()
+    # Latent attention keeps what all heads share as keys, and as values the part that turns.
+    turns = "values" if hasattr(model.config, "kv_lora_rank") else "keys"
     for start in range(0, len(ids), 8):
         if held == length:
             for index, layer in enumerate(past.layers):
-                new = turned_back(model, index, layer.keys[:, :, length - kept :], length - sinks - kept)
-                layer.keys = torch.cat([layer.keys[:, :, :sinks], new], dim=2)
-                layer.values = torch.cat(
-                    [layer.values[:, :, :sinks], layer.values[:, :, length - kept :]], dim=2
-                )
+                for name in ("keys", "values"):
+                    old = getattr(layer, name)
+                    new = old[:, :, length - kept :]
+                    if name == turns:
+                        new = turned_back(model, index, new, length - sinks - kept)
+                    setattr(layer, name, torch.cat([old[:, :, :sinks], new], dim=2))
             held = sinks + kept
         chunk = torch.tensor([ids[start : start + 8]])
         places = torch.arange(held, held + chunk.shape[1])[None]
@@ -110,6 +114,20 @@ def test_logits_beyond_the_context_equal_transformers(family: str, target: str, 
     wanted = streamed(tiny_model(family, **CHANGES.get(family, {})), ids)
     with llmc.load(compiled(family, target=target), context=LENGTH, sinks=4) as llm:
         assert worst(llm.logits(ids), wanted) <= 1e-4
+
+
+# Halves written apart, and a window in every other layer; behind a part that is alike for all heads, from
+# every other element; the same from halves.
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
+@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3", "minicpm3"])
+def test_other_forms_of_rotary_embedding(family: str, tmp_path: Path) -> None:
+    model, _ = save_family(family, tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    llmc.compile(tmp_path / "model", tmp_path / "m.llmc", targets=[f"tvm-cpu:isa={ISA}"], context=2 * LENGTH)
+    ids = ids_of(4 * LENGTH)
+    with llmc.load(tmp_path / "m.llmc", context=LENGTH, sinks=4) as llm:
+        assert worst(llm.logits(ids), streamed(model, ids)) <= 1e-4
 
 
 def generated(llm: Any, count: int, **options: Any) -> list[list[int]]:
