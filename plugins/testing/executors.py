@@ -17,6 +17,7 @@ from ...codegen.target import Target, emit_target
 from ...ir.core import Graph
 from ...ir.printer import print_graph
 from ...passes.base import PassContext
+from ...passes.cache.rotary import rotary_facts
 from ...passes.manager import run_passes
 from ...passes.quantize.walk import QuantizeRtn
 from ...runtime.executor.base import Executor, StepInputs
@@ -97,6 +98,7 @@ def _model(final: Graph) -> dict[str, Any]:
         "eos_token_ids": [],
         "bos_token_id": None,
         "kv": final.facts["kv"],
+        "rotary": rotary_facts(final),
         "generation": {},
     }
 
