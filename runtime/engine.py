@@ -81,11 +81,7 @@ class Engine:
         """
         options = options or EngineOptions()
         self.executor, self.tokenizer, self.facts, self.options = executor, tokenizer, facts, options
-        if not 0 < options.max_sequences <= options.max_batch_tokens:
-            raise InputError(
-                f"max_sequences is {options.max_sequences} and max_batch_tokens {options.max_batch_tokens}",
-                remedy="allowed: 1 <= max_sequences <= max_batch_tokens",
-            )
+        options.check()
         self.context = self._context(options.context)
         states = allocate_states(executor, options)
         own = executor.free_bytes() if isinstance(executor, OwnMemory) else None  # states are taken from it

@@ -43,6 +43,14 @@ class EngineOptions:
     answer can go on beyond the context (eviction.py). None: nothing is evicted, and it ends there.
     """
 
+    def check(self) -> None:
+        """Raise InputError where sizes contradict each other."""
+        if not 0 < self.max_sequences <= self.max_batch_tokens:
+            raise InputError(
+                f"max_sequences is {self.max_sequences} and max_batch_tokens {self.max_batch_tokens}",
+                remedy="allowed: 1 <= max_sequences <= max_batch_tokens",
+            )
+
 
 @dataclass(slots=True)
 class EngineStats:

@@ -6,7 +6,7 @@ import contextlib
 import math
 import mmap
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -97,6 +97,44 @@ class _Arrays:
 def columns_of(place: Place) -> int:
     """Blocks of 16 rows of a place's B, each part's last one maybe not full."""
     return sum(blocks_of(rows) for _, rows in place.parts)
+
+
+class Slots(Protocol):
+    """Where the factors of loaded adapters are kept, all but `packed` between two steps."""
+
+    slots: int
+    blocks: int
+
+    def packed(self, factors: Factors) -> Packed: ...
+
+    def set(self, slot: int, packed: Packed) -> None: ...
+
+    def clear(self, slot: int) -> None: ...
+
+
+class WithSlots:
+    """`adapters.TakesAdapters` for an executor whose `_adapters` keeps the factors; None where its kernels
+    have no places.
+    """
+
+    _adapters: Slots | None
+
+    def packed_adapter(self, factors: Factors) -> Packed:
+        """See `adapters.TakesAdapters`. Raises InputError for numbers that the kernels cannot hold."""
+        return self._slots().packed(factors)
+
+    def set_adapter(self, slot: int, packed: Packed) -> None:
+        """Fill a slot; between two steps. Raises InputError where there is no room for more."""
+        self._slots().set(slot, packed)
+
+    def clear_adapter(self, slot: int) -> None:
+        """Empty a slot; between two steps."""
+        self._slots().clear(slot)
+
+    def _slots(self) -> Slots:
+        if self._adapters is None:
+            raise InputError("these kernels take no adapters", remedy="compile with --adapters")
+        return self._adapters
 
 
 class AdapterMemory:
@@ -223,4 +261,4 @@ def _in_blocks(rows: np.ndarray) -> np.ndarray:
     return whole.reshape(count, LANES, rows.shape[1])
 
 
-__all__ = ["AdapterMemory", "Packed", "Part", "blocks_of", "columns_of", "pack", "rank_of"]
+__all__ = ["AdapterMemory", "Packed", "Part", "WithSlots", "blocks_of", "columns_of", "pack", "rank_of"]

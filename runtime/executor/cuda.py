@@ -14,8 +14,8 @@ import numpy as np
 from ...codegen.artifact import Artifact
 from ...ir.dtypes import to_numpy
 from ...ir.errors import ArtifactError, InputError
-from ..adapters import AdapterPlaces, Factors
-from .adapter_memory import Packed
+from ..adapters import AdapterPlaces
+from .adapter_memory import WithSlots
 from .base import STEP_INPUTS, Executor, StepInputs, adapter_slots, check_step
 from .cuda_adapters import CudaAdapters
 from .cuda_driver import Driver
@@ -55,7 +55,7 @@ def choose_image(images: Sequence[Mapping[str, Any]], capability: tuple[int, int
     )
 
 
-class CudaExecutor:
+class CudaExecutor(WithSlots):
     """Used by one thread at a time."""
 
     batch_invariant = True
@@ -126,23 +126,6 @@ class CudaExecutor:
             addresses[arguments[name]] = address
 
         return CudaAdapters(self.adapter_places, self._driver, bind, self._program.forget)
-
-    def packed_adapter(self, factors: Factors) -> Packed:
-        """See `adapters.TakesAdapters`. Raises InputError for numbers that the kernels cannot hold."""
-        return self._adapter_memory().packed(factors)
-
-    def set_adapter(self, slot: int, packed: Packed) -> None:
-        """Fill a slot; between two steps. Raises InputError where the GPU's memory is full."""
-        self._adapter_memory().set(slot, packed)
-
-    def clear_adapter(self, slot: int) -> None:
-        """Empty a slot; between two steps."""
-        self._adapter_memory().clear(slot)
-
-    def _adapter_memory(self) -> CudaAdapters:
-        if self._adapters is None:
-            raise InputError("these kernels take no adapters", remedy="compile with --adapters")
-        return self._adapters
 
     # -- the cache -----------------------------------------------------------------------------------------
     def allocate_kv(self, num_pages: int) -> None:

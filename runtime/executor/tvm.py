@@ -26,8 +26,8 @@ from ...codegen.artifact import Artifact
 from ...ir.dtypes import to_numpy
 from ...ir.errors import ArtifactError, InputError, LlmcError
 from .. import cpu
-from ..adapters import AdapterPlaces, Factors
-from .adapter_memory import AdapterMemory, Packed
+from ..adapters import AdapterPlaces
+from .adapter_memory import AdapterMemory, WithSlots
 from .base import STEP_INPUTS, CallTimes, Kernels, Prepared, StepInputs, adapter_slots, check_step
 from .pages import pages_as_bytes, pages_from_bytes
 from .rotation import Rotary, read_rotary, turn_pages
@@ -66,7 +66,7 @@ class _Array:
         return self.memory[:size].reshape(shape), grown
 
 
-class TvmExecutor:
+class TvmExecutor(WithSlots):
     """Runs the kernels of one ISA level. Used by one thread at a time."""
 
     batch_invariant = True
@@ -138,23 +138,6 @@ class TvmExecutor:
 
     def _bind(self, name: str, array: np.ndarray) -> None:
         self._pointers[self._arguments[name]] = array.ctypes.data
-
-    def packed_adapter(self, factors: Factors) -> Packed:
-        """See `adapters.TakesAdapters`. Raises InputError for numbers that the kernels cannot hold."""
-        return self._adapter_memory().packed(factors)
-
-    def set_adapter(self, slot: int, packed: Packed) -> None:
-        """Fill a slot; between two steps. Raises InputError where there is no room for more."""
-        self._adapter_memory().set(slot, packed)
-
-    def clear_adapter(self, slot: int) -> None:
-        """Empty a slot, whose memory is free then; between two steps."""
-        self._adapter_memory().clear(slot)
-
-    def _adapter_memory(self) -> AdapterMemory:
-        if self._adapters is None:
-            raise InputError("these kernels take no adapters", remedy="compile with --adapters")
-        return self._adapters
 
     # -- the cache -----------------------------------------------------------------------------------------
     def allocate_kv(self, num_pages: int) -> None:
