@@ -29,6 +29,7 @@ from llmc.runtime.executor.cuda_driver import Driver
 from llmc.runtime.executor.cuda_program import size_of
 
 from . import gpu_emulated
+from .conftest import LONG
 from .models import ids_of, reference_logits, save_tiny, tiny_model
 from .moe_models import MOE, save_moe, tiny_moe
 from .state_models import MODELS as STATE_MODELS
@@ -43,6 +44,7 @@ HOT = re.compile(r"(linear|moe_product)\d*_by|paged_attention\d*_|lora\d*_(down|
 """Products, attention and adapters: where the time of a step goes."""
 
 needs_compiler = pytest.mark.skipif(compiler_name() is None, reason="neither NVRTC nor nvcc")
+only_long = pytest.mark.skipif(not LONG, reason="LLMC_LONG_TESTS=1: more of what others stand for")
 
 
 def compiled(
@@ -133,12 +135,17 @@ def test_models_equal_transformers(name: str, tmp_path: Path) -> None:
 
 
 @needs_compiler
+# One of each kind; the others are alike, and come with LLMC_LONG_TESTS=1.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
-        *("mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2", "gpt_neox", "olmo2", "granite"),
-        *("gpt_oss", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3"),
+        *("qwen3", "gemma3", "gpt_neox", "gpt_oss", "mixtral", "deepseek_v3"),
+        *(
+            pytest.param(name, marks=only_long)
+            for name in ("mistral", "qwen2", "gemma2", "phi3", "gpt2", "olmo2", "granite")
+        ),
+        *(pytest.param(name, marks=only_long) for name in ("qwen2_moe", "qwen3_moe", "olmoe")),
     ],
 )
 def test_more_models_equal_transformers(name: str, tmp_path: Path) -> None:
@@ -197,7 +204,9 @@ def test_functions_run(tmp_path: Path) -> None:
 # -- what is compiled --------------------------------------------------------------------------------------
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("quant", ["int4-g32", "int8", "nf4", "none"])
+@pytest.mark.parametrize(
+    "quant", ["int4-g32", "none", *(pytest.param(quant, marks=only_long) for quant in ("int8", "nf4"))]
+)
 def test_every_architecture_is_assembled_without_spills(quant: str, tmp_path: Path) -> None:
     """Products, attention and adapters keep everything in registers, on each architecture."""
     source = str(save_moe("qwen3_moe", tmp_path / "moe"))
