@@ -134,7 +134,7 @@ class Block:
         stop = let(T.floordiv(self.last + (SEGMENT - 1), SEGMENT))
 
         # To merge one segment with nothing would multiply it by 1. A sink is something.
-        several = stop - first > (0 if self.at.sinks is not None else 1)
+        several = T.bool(True) if self.at.sinks is not None else stop - first > 1
         merged = Merged(self.spec, self.at, (self.row, self.head), (self.rows, self.heads), self.memory)
         with T.If(several), T.Then():
             merged.clear()
@@ -146,7 +146,7 @@ class Block:
             with T.Then():
                 finish(merged)
             with T.Else():
-                finish(merged if self.at.sinks is not None else self)
+                finish(self)
 
     def prepare(self) -> None:
         """What all segments need: the pages seen, [first, last), and the scaled query."""
