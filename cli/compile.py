@@ -54,8 +54,8 @@ rope_scaling_option = click.option(
 )
 kv_dtype_option = click.option(
     "--kv-dtype",
-    type=click.Choice(["float32", "bfloat16", "float16", "int8"]),
-    help="Element type of the cache; int8 has a scale for each head and token.  "
+    type=click.Choice(["float32", "bfloat16", "float16", "int8", "float8_e4m3fn"]),
+    help="Element type of the cache; int8 has a scale for each head and token, float8 none.  "
     "[default: float32 with --quant none; else bfloat16 for tvm-cpu, float16 for others]",
 )
 

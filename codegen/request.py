@@ -8,6 +8,7 @@ from typing import Any
 
 from ..frontend.rope import RopeScaling
 from ..frontend.source import ModelSource
+from ..ir.dtypes import FLOAT8
 from ..ir.errors import InputError
 from ..passes.base import Pass
 from ..passes.quantize.scheme import weight_passes
@@ -20,7 +21,7 @@ from .verdict import VerdictOptions, is_measured, with_verdict
 DEFAULT_CALIBRATION = CalibrationOptions()
 DEFAULT_VERDICT = VerdictOptions()
 NO_VERDICT = VerdictOptions(measure=False)
-KV_DTYPES = ("float32", "bfloat16", "float16", "int8")
+KV_DTYPES = ("float32", "bfloat16", "float16", "int8", FLOAT8)
 
 
 @dataclass(frozen=True)

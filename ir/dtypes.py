@@ -1,7 +1,8 @@
 """Names of element types, and their numpy counterparts.
 
 llmc writes element types as strings everywhere (graph text, manifest, errors); this table is the only place
-that turns them into numpy's. bfloat16 comes from `ml_dtypes`, which registers it as a numpy extension type.
+that turns them into numpy's. bfloat16 and float8_e4m3fn come from `ml_dtypes`, which registers them as numpy
+extension types.
 """
 
 from __future__ import annotations
@@ -15,10 +16,15 @@ from .errors import UnsupportedError
 
 DType = str
 
+FLOAT8: Final = "float8_e4m3fn"
+"""E4M3: 4 bits of exponent, 3 of fraction, no infinity (Micikevicius et al. 2022, arXiv:2209.05433)."""
+FLOAT8_LARGEST: Final = 448.0
+
 _NUMPY: Final[dict[str, np.dtype[Any]]] = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    FLOAT8: np.dtype(ml_dtypes.float8_e4m3fn),
     "float64": np.dtype(np.float64),
     "int64": np.dtype(np.int64),
     "int32": np.dtype(np.int32),
@@ -32,7 +38,7 @@ _NAMES: Final[dict[np.dtype[Any], str]] = {dtype: name for name, dtype in _NUMPY
 NAMES: Final[frozenset[str]] = frozenset(_NUMPY)
 KV_SCALE_BYTES: Final = 4
 """Bytes of the float32 scale that a KV cache of int8 keeps beside the codes of each head and token."""
-FLOATS: Final[frozenset[str]] = frozenset({"float32", "float16", "bfloat16", "float64"})
+FLOATS: Final[frozenset[str]] = frozenset({"float32", "float16", "bfloat16", FLOAT8, "float64"})
 INTEGERS: Final[frozenset[str]] = frozenset({"int64", "int32", "int16", "int8", "uint8"})
 
 

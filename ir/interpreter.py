@@ -47,13 +47,15 @@ def bind(pattern: Sequence[Dim], shape: Sequence[int], dims: dict[str, int], wha
 
 
 def to_torch(array: Any) -> torch.Tensor:
-    """A numpy array as a tensor; bfloat16 of ml_dtypes goes through its bits."""
+    """A numpy array as a tensor; bfloat16 and float8 of ml_dtypes go through their bits."""
     import numpy as np
     import torch
 
     array = np.ascontiguousarray(array)
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
+    if array.dtype.name == "float8_e4m3fn":
+        return torch.from_numpy(array.view(np.uint8).copy()).view(torch.float8_e4m3fn)
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 

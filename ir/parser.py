@@ -49,7 +49,7 @@ class _Line:
     def type(self) -> TensorType:
         """A type runs to the closing bracket, and to the closing > where a quantization follows."""
         self.take(":")
-        m = re.compile(r"\s*([a-z0-9]+\[[^\]]*\](?:<[^>]*>)?)").match(self.text, self.at)
+        m = re.compile(r"\s*([a-z0-9_]+\[[^\]]*\](?:<[^>]*>)?)").match(self.text, self.at)
         if m is None:
             raise self.fail("expected a type")
         self.at = m.end()

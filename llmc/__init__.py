@@ -108,9 +108,9 @@ def compile(
         bits_per_weight: size of all weights together, in bits a weight: each layer gets the bits that lose
             least within it, by calibration.
         context: longest sequence in tokens; the model's own limit where None.
-        kv_dtype: element type of the cache, "float32", "bfloat16", "float16" or "int8" (a scale for each head
-            and token); where None, "float32" with quant "none", and else "bfloat16" for tvm-cpu and "float16"
-            for others.
+        kv_dtype: element type of the cache, "float32", "bfloat16", "float16", "int8" (a scale for each head
+            and token) or "float8_e4m3fn" (none; not for onnx-cpu); where None, "float32" with
+            quant "none", and else "bfloat16" for tvm-cpu and "float16" for others.
         passes: further passes on the fused graph, `NAME{option=value,…}` (`llmc passes` lists them).
         lora: adapters that PEFT saved, `FOLDER` or `FOLDER:scale`, merged into the weights in this order.
         rope_scaling: `KIND:FACTOR[,key=value…]` makes the context longer than the model was trained on:

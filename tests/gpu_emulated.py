@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from llmc.codegen.tvm.gpu.layout import GpuLayout
+from llmc.codegen.tvm.kernels import stored_dtype
 from llmc.codegen.tvm.kernels.layout import QuantLayout
 from llmc.ir.codebooks import codebook
 from llmc.ir.dtypes import to_numpy
@@ -89,15 +90,17 @@ class Device:
         for a in code.arguments:
             if a.name in arrays:
                 found = arrays[a.name]
-                assert found.dtype == to_numpy(a.dtype) and found.ndim == len(a.shape), (a, found.dtype)
+                kind = stored_dtype(found.dtype.name)
+                assert kind == a.dtype and found.ndim == len(a.shape), (a, found.dtype)
                 for want, got in zip(a.shape, found.shape, strict=True):
                     assert got == (want if isinstance(want, int) else sizes.setdefault(want, got)), a
         memory: dict[str, np.ndarray] = {}
         for a in code.arguments:
             if a.written:
                 shape = [d if isinstance(d, int) else sizes[d] for d in a.shape]
-                memory[a.name] = guarded(int(np.prod(shape)) * to_numpy(a.dtype).itemsize)
-                view = memory[a.name][:-GUARD].view(to_numpy(a.dtype)).reshape(shape)
+                kind = arrays[a.name].dtype if a.name in arrays else to_numpy(a.dtype)
+                memory[a.name] = guarded(int(np.prod(shape)) * kind.itemsize)
+                view = memory[a.name][:-GUARD].view(kind).reshape(shape)
                 if a.name in arrays:
                     view[...] = arrays[a.name]
                 arrays[a.name] = view

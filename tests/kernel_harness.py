@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from llmc.codegen.tvm.kernels import stored_dtype
 from llmc.codegen.tvm.kernels.isa import LEVELS, get_isa
 from llmc.ir.core import Value
 from llmc.ir.dtypes import to_numpy
@@ -61,9 +62,10 @@ def call(
     maker: Callable[..., Any], isa: str, parameters: dict[str, Any], *arrays: np.ndarray, outputs: int = 1
 ) -> Any:
     """Run a kernel; its last `outputs` arrays are written and returned."""
-    tensors = [tvm.runtime.tensor(np.ascontiguousarray(a)) for a in arrays]
+    plain = [np.ascontiguousarray(a).view(stored_dtype(a.dtype.name)) for a in arrays]
+    tensors = [tvm.runtime.tensor(a) for a in plain]
     _build(maker, isa, tuple(sorted(parameters.items())))(*tensors)
-    results = [t.numpy() for t in tensors[-outputs:]]
+    results = [t.numpy().view(a.dtype) for t, a in zip(tensors, arrays, strict=True)][-outputs:]
     return results[0] if outputs == 1 else results
 
 
@@ -74,14 +76,15 @@ def value(array: np.ndarray, quantization: Quantization | None = None) -> Value:
 def meaning(op: Any, *arrays: np.ndarray | None) -> np.ndarray:
     """The op's reference on numpy arrays."""
     result = op.reference({}, *(None if a is None else _tensor(a) for a in arrays))
-    if result.dtype == torch.bfloat16:
-        return result.view(torch.int16).numpy().view(to_numpy("bfloat16"))
+    if result.dtype in (torch.bfloat16, torch.float8_e4m3fn):
+        kind = str(result.dtype).removeprefix("torch.")
+        return result.view(torch.uint8).numpy().view(to_numpy(kind))
     return result.numpy()
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:
-    if array.dtype == to_numpy("bfloat16"):
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    if array.dtype in (to_numpy("bfloat16"), to_numpy("float8_e4m3fn")):
+        return torch.from_numpy(array.view(np.uint8)).view(getattr(torch, array.dtype.name))
     return torch.from_numpy(array)
 
 

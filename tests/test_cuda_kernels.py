@@ -223,7 +223,7 @@ def test_gates_of_experts_and_their_sums(gpu: Device, gate: str, bias: bool) -> 
 
 
 # -- rows and elements ---------------------------------------------------------------------------------------
-KV = ("float32", "float16", "bfloat16", "int8")
+KV = ("float32", "float16", "bfloat16", "int8", "float8_e4m3fn")
 ROPES: dict[str, dict[str, Any]] = {
     "halves": {"interleaved": False, "rotary_dim": 32, "source": None},
     "pairs": {"interleaved": True, "rotary_dim": 32, "source": None},
@@ -334,6 +334,7 @@ def blank_pages(dtype: str, *shape: int) -> np.ndarray:
 def test_append_kv_writes_the_bytes_of_its_meaning(gpu: Device, dtype: str, dim: int) -> None:
     merged = normal(6, 4 * dim + 3)
     merged[0, :8] = [1e-8, 6e-8, 3e-5, -1e-6, 65519, 65520, 1.00390625, 1.01171875]  # where rounding turns
+    merged[5, :8] = [2**-10, 3 * 2**-10, 2**-6 - 2**-10, 1.0625, 1.1875, 463.9, 464, -480]  # and of 8 bits
     merged[1, :dim] = 0
     merged[2, :dim] *= 1e-31
     merged[3, 3], merged[3, dim] = np.nan, np.inf
@@ -363,6 +364,8 @@ CASES: dict[str, dict[str, Any]] = {
     "wide_bytes": {"dim": 256, "heads": (2, 1), "dtype": "int8", "softcap": 20.0},
     "both": {"dim": 80, "heads": (3, 3), "dtype": "int8", "causal": False},
     "both_window": {"dim": 64, "heads": (8, 1), "dtype": "float32", "causal": False, "window": 30},
+    "eight": {"dim": 64, "heads": (6, 2), "dtype": "float8_e4m3fn", "window": 40},
+    "eight_odd": {"dim": 20, "heads": (3, 1), "dtype": "float8_e4m3fn", "page_size": 8},
     "odd": {"dim": 20, "heads": (24, 1), "dtype": "float16", "sinks": True, "window": 1},
     "odd_slopes": {"dim": 33, "heads": (3, 1), "dtype": "bfloat16", "slopes": True, "window": 300},
 }
@@ -398,7 +401,8 @@ class Batch:
             self.table[b, : counts[b]] = order[sum(counts[:b]) : sum(counts[: b + 1])]
             x = rng.standard_normal((2, n, kv_heads, dim)).astype(np.float32)
             flat = blank_pages(dtype, 2, counts[b] * size, kv_heads, wide)
-            flat[:, :n] = cache_ops.quantize_heads(torch.from_numpy(x)) if dtype == "int8" else x
+            held = cache_ops.quantize_heads(torch.from_numpy(x)).numpy() if dtype == "int8" else x
+            flat[:, :n] = held.astype(flat.dtype)
             self.pages[:, self.table[b, : counts[b]]] = flat.reshape(2, counts[b], *self.pages.shape[2:])
         self.start = np.array([0, *accumulate(new for new, _ in lengths)], np.int32)
         self.context = np.array([n for _, n in lengths], np.int32)

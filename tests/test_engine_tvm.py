@@ -28,11 +28,11 @@ from .models import CONTEXT, VOCAB_SIZE, save_tiny
 from .schedules import check_schedule, random_schedule
 from .tvm_graphs import ISA
 
-# Full attention with int4 weights and a float16 cache; a sliding window; soft-capped scores in float32; a
-# cache of int8, and groups that tile registers take.
+# Full attention with int4 weights and a bfloat16 cache; a sliding window in float8; soft-capped scores in
+# float32; a cache of int8, and groups that tile registers take.
 MODELS: dict[str, tuple[str, str | None]] = {
     "llama": ("int4-g32", None),
-    "mistral": ("int8", None),
+    "mistral": ("int8", "float8_e4m3fn"),
     "gemma2": ("none", None),
     "qwen3": ("int4-g64", "int8"),
 }

@@ -7,9 +7,11 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llmc.ir.core import Graph
+from llmc.ir.dtypes import NAMES
 from llmc.ir.errors import LlmcError
 from llmc.ir.parser import parse
-from llmc.ir.printer import print_graph
+from llmc.ir.printer import equal, print_graph
+from llmc.ir.types import TensorType
 
 from .conftest import GOLDEN
 
@@ -66,3 +68,10 @@ def test_every_prefix_of_lines_is_a_graph_without_the_rest() -> None:
     for count in range(0, len(LINES), 7):
         graph = attempt("\n".join(LINES[:count]))
         assert graph is not None and not graph.outputs
+
+
+def test_every_element_type_is_read_as_it_was_written() -> None:
+    graph = Graph("types")
+    for name in sorted(NAMES):
+        graph.add_input(name, TensorType(name, (2,)))
+    assert equal(parse(print_graph(graph)), graph)

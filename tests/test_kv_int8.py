@@ -31,7 +31,7 @@ from llmc.passes.registry import make_pass
 from llmc.runtime.executor import open_executor
 from llmc.runtime.memory import plan_kv_cache
 
-from benchmarks.kv_int8 import compiled, loss
+from benchmarks.kv_types import compiled, loss
 
 from .graphs import PagedRun, opnames, passes_to, traced, worst
 from .models import ids_of, real_model, tiny_model
@@ -216,7 +216,8 @@ def test_other_types_are_refused_by_name(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_smollm2_loses_less_than_half_a_percent(shared_data: Path, tmp_path: Path) -> None:
-    """Perplexity of WikiText-2, 2 windows of 1,024; measured: see benchmarks/kv_int8.py."""
+    """Perplexity of WikiText-2, 2 windows of 1,024; measured: see benchmarks/kv_types.py."""
     real_model("smollm2")
-    found = loss(compiled("smollm2", "none", tmp_path), shared_data / "wikitext2_raw" / "wiki.test.raw", 2)
+    paths = compiled("smollm2", "none", ["int8"], tmp_path)
+    found = loss(paths, shared_data / "wikitext2_raw" / "wiki.test.raw", 2)["int8"]
     assert abs(found["difference_percent"]) <= 0.5 and found["kl"] < 0.01

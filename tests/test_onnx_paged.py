@@ -241,9 +241,10 @@ def test_half_precision_cache(tmp_path: Path) -> None:
     compare(Heads(kv_dtype="float16", layers=2), MIXED, tmp_path, tolerance=2e-3)
 
 
-def test_a_cache_of_bfloat16_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match=r"no cache of bfloat16.*--kv-dtype float16"):
-        compare(Heads(kv_dtype="bfloat16"), MIXED, tmp_path)
+@pytest.mark.parametrize(("dtype", "instead"), [("bfloat16", "float16"), ("float8_e4m3fn", "int8")])
+def test_a_cache_that_numpy_cannot_hand_over_is_refused(dtype: str, instead: str, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match=rf"no cache of {dtype}.*--kv-dtype {instead}"):
+        compare(Heads(kv_dtype=dtype), MIXED, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["grouped", "window", "everything"])

@@ -32,7 +32,7 @@ from .models import tiny_model
 
 PAGES, SIZE, HEADS, SHIFT = 5, 16, 3, 1000
 CHOSEN = [3, 0]
-DTYPES = ("float32", "float16", "bfloat16", "int8")
+DTYPES = ("float32", "float16", "bfloat16", "int8", "float8_e4m3fn")
 FREQUENCIES = tuple(float(np.float32(10000.0 ** (-i / 6))) for i in range(6))
 WAYS = {
     "halves": (Rotary(0, 12, False, FREQUENCIES), 12),
@@ -75,8 +75,8 @@ def exact(keys: np.ndarray, rotary: Rotary) -> np.ndarray:
 
 def check(before: np.ndarray, after: np.ndarray, rotary: Rotary, head_dim: int) -> None:
     """Values and pages that were not chosen keep their bits; the keys of the others are the exact ones up to
-    a rounding to the cache's type: half a step of int8's 127, 2^-11 of a float16, 2^-8 of a bfloat16; and
-    2e-7 of the head's largest for arithmetic in float32 (a few roundings of 6e-8).
+    a rounding to the cache's type: half a step of int8's 127, 2^-11 of a float16, 2^-8 of a bfloat16, 2^-4 of
+    a float8; and 2e-7 of the head's largest for arithmetic in float32 (a few roundings of 6e-8).
     """
     others = [i for i in range(PAGES) if i not in CHOSEN]
     assert np.array_equal(after[1], before[1]) and np.array_equal(after[0, others], before[0, others])
@@ -91,6 +91,7 @@ def check(before: np.ndarray, after: np.ndarray, rotary: Rotary, head_dim: int) 
         "float32": 0.0,
         "float16": np.abs(wanted) * 2.0**-11 + 2.0**-25,
         "bfloat16": np.abs(wanted) * 2.0**-8,
+        "float8_e4m3fn": np.abs(wanted) * 2.0**-4 + 2.0**-10,
         "int8": largest * (0.5 / 127 * (1 + 1e-5)) + 1e-30,
     }[after.dtype.name]
     assert (np.abs(new - wanted) <= rounding + 2e-7 * largest).all()

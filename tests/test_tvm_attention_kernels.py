@@ -100,7 +100,7 @@ def test_gated_mlp_equals_its_reference(width: int, activation: str, isa: str) -
 # Cache and attention
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float8_e4m3fn"])
 @pytest.mark.parametrize("dim", [8, 16, 24, 64])
 @vector_levels
 def test_append_kv_writes_slots_and_nothing_else(dtype: str, dim: int, isa: str) -> None:
@@ -122,6 +122,41 @@ def test_append_kv_writes_slots_and_nothing_else(dtype: str, dim: int, isa: str)
     within = call(make_append_kv, isa, parameters | sources, merged, merged, skipped, before)
     expected[:, 1, 15] = logical[:, 1, 15]
     assert np.array_equal(to_logical(within), expected, equal_nan=True)
+
+
+@vector_levels
+def test_numbers_of_8_bits_are_written_and_read_as_ml_dtypes_has_them(isa: str) -> None:
+    float8 = to_numpy("float8_e4m3fn")
+    codes = np.arange(256, dtype=np.uint8).view(float8)
+    exact = np.sort(codes[:127].astype(np.float32))
+    middles = (exact[1:] + exact[:-1]) / 2  # ties
+    one_more = (np.nextafter(middles, np.float32(side)) for side in (0, np.inf))
+    some = np.concatenate([exact, middles, *one_more, [464, 1e30, np.inf, 1e-40, np.nan]]).astype(np.float32)
+    merged = np.concatenate([some, -some, np.zeros(-2 * len(some) % 64, np.float32)]).reshape(-1, 1, 64)
+    slots = np.arange(len(merged), dtype=np.int32)
+    blank_pages = np.zeros((2, 2, 1, 16, 64), np.uint8).view(float8)
+    parameters = {"kv_heads": 1, "head_dim": 64, "kv_dtype": "float8_e4m3fn"}
+    after = to_logical(call(make_append_kv, isa, parameters, merged, merged, slots, blank_pages))
+    with np.errstate(over="ignore"):
+        # ml_dtypes goes from 464 on to NaN.
+        wanted = np.clip(merged, -448, 448).astype(float8)
+    for written in after.reshape(2, -1, 1, 64):
+        assert np.array_equal(written[: len(merged)], wanted, equal_nan=True)
+    # A sequence of one token has its value as the result.
+    pages = np.zeros((2, 4, 16, 1, 64), float8)
+    pages[1, :, 0, 0] = codes.reshape(4, 64)
+    read = call(
+        make_paged_attention,
+        isa,
+        parameters | {"heads": 1, "scale": 1.0},
+        np.ones((4, 1, 64), np.float32),
+        to_physical(pages),
+        np.arange(5, dtype=np.int32),
+        np.ones(4, np.int32),
+        np.arange(4, dtype=np.int32)[:, None],
+        blank(4, 1, 64),
+    )
+    assert np.array_equal(read.reshape(-1), codes.astype(np.float32), equal_nan=True)
 
 
 class Batch:
@@ -224,10 +259,14 @@ def test_a_batch_of_single_rows_equals_its_reference_and_each_row_alone(case: An
     check_attention(isa, lengths, case, "bfloat16", ())
 
 
-# Pages of float16 are loaded by one function: half of the cases are enough for it.
+# Pages of float16 and of float8 are loaded by one function each: some of the cases are enough for it.
 @pytest.mark.parametrize(
     ("case", "dtype"),
-    [*((c, "float32") for c in ATTENTION), *((c, "float16") for c in ATTENTION[::2])],
+    [
+        *((c, "float32") for c in ATTENTION),
+        *((c, "float16") for c in ATTENTION[::2]),
+        *((c, "float8_e4m3fn") for c in (ATTENTION[0], ATTENTION[3], ATTENTION[8])),
+    ],
     ids=str,
 )
 @vector_levels

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from onnx import FunctionProto, TensorProto, helper
 
 from ...ir.core import Value
+from ...ir.dtypes import FLOAT8
 from ...ir.errors import UnsupportedError
 from ...ir.ops import attention as ir
 from ...ir.ops import cache as ir_cache
@@ -40,10 +41,10 @@ def append_kv(c: Context, op: ir_cache.AppendKv) -> None:
             f"onnx-cpu: append_kv from {op.loc or 'the graph'} must write a cache input, each once",
             remedy="compile for tvm-cpu",
         )
-    if op.pages.dtype == "bfloat16":
+    if op.pages.dtype in ("bfloat16", FLOAT8):
         raise UnsupportedError(
-            "onnx-cpu keeps no cache of bfloat16, which ONNX Runtime does not take from numpy",
-            remedy="pass --kv-dtype float16",
+            f"onnx-cpu keeps no cache of {op.pages.dtype}, which ONNX Runtime does not take from numpy",
+            remedy=f"pass --kv-dtype {'int8' if op.pages.dtype == FLOAT8 else 'float16'}",
         )
     dtype = "float32" if pages.quantized else op.pages.dtype
     k, v = (c.name(x) if x.dtype == dtype else c.scope.cast(c.name(x), dtype) for x in (op.k, op.v))

@@ -26,6 +26,7 @@ from ...ir.ops.quant import QuantizedLinear
 from ...ir.types import Dim, Shape
 from ...plugins.entries import blaming
 from ..extensions import import_emitters
+from .kernels import stored_dtype
 from .kernels.isa import Isa
 from .kernels.schedule import Schedule
 from .untyped import Module, relax, te, tirx, tvm
@@ -116,7 +117,7 @@ class Lowering:
         return self.tensor(self.shape(stored_type(value, value in self.pages).shape), value.dtype)
 
     def tensor(self, shape: list[Any], dtype: str) -> Any:
-        return relax.TensorType(shape, dtype)
+        return relax.TensorType(shape, stored_dtype(dtype))
 
     # -- values --------------------------------------------------------------------------------------------
     def get(self, value: Value) -> Any:

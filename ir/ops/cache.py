@@ -4,8 +4,8 @@
 
 The element type of the pages says how they hold a token's key (or value) of one head, D elements:
 
-    float32, float16    D elements
-    int8                D codes, then the float32 scale of this head and token in 4 bytes: x = scale · code
+    float32, float16, …  D elements, rounded to the nearest; float8_e4m3fn: no further than its largest, 448
+    int8                 D codes, then the float32 scale of this head and token in 4 bytes: x = scale · code
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from ..core import Op
 from ..define import Operand, OptionalOperand, op
-from ..dtypes import KV_SCALE_BYTES
+from ..dtypes import FLOAT8, FLOAT8_LARGEST, KV_SCALE_BYTES, DType
 from ..errors import CompileError
 from ..types import Dim, TensorType
 from .attention import attend, check_per_head
@@ -57,6 +57,17 @@ def dequantize_heads(stored: Any) -> Any:
     return codes.float() * scale.clone(memory_format=torch.contiguous_format).view(torch.float32)
 
 
+def to_cache(x: Any, dtype: DType) -> Any:
+    """Heads [..., D] as a cache of that element type holds them, [..., page_width(dtype, D)]."""
+    import torch
+
+    if dtype == "int8":
+        return quantize_heads(x)
+    if dtype == FLOAT8:  # torch would make NaN of what is larger
+        x = x.clamp(-FLOAT8_LARGEST, FLOAT8_LARGEST)
+    return x.to(getattr(torch, dtype))
+
+
 @op("append_kv")
 class AppendKv(Op):
     """Write k, v [T, Hkv, D] into the slots [T] of `pages` [2, P, page_size, Hkv, D]; slot = page · page_size
@@ -84,11 +95,13 @@ class AppendKv(Op):
 
     def reference(self, dims: Dims, *args: Any) -> Any:
         k, v, pages, slots = args
+        import torch
+
         out = pages.clone()
-        flat = out.view(2, -1, *pages.shape[3:])
+        # torch assigns no rows of float8: as bytes.
+        flat = out.view(2, -1, *pages.shape[3:]).view(torch.uint8)
         for i, x in enumerate((k, v)):
-            new = quantize_heads(x) if self.pages.dtype == "int8" else x.to(pages.dtype)
-            flat[i, slots.long()] = new
+            flat[i, slots.long()] = to_cache(x, self.pages.dtype).contiguous().view(torch.uint8)
         return out
 
 
@@ -138,6 +151,8 @@ class PagedAttention(Op):
             k, v = (pages[i, table].flatten(0, 1)[:n] for i in (0, 1))
             if self.pages.dtype == "int8":
                 k, v = dequantize_heads(k), dequantize_heads(v)
+            elif self.pages.dtype == FLOAT8:  # torch multiplies no numbers of 8 bits
+                k, v = k.float(), v.float()
             where = (torch.arange(n - (last - first), n), torch.arange(n))
             out[first:last] = attend(
                 q[first:last],

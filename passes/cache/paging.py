@@ -277,7 +277,7 @@ class PageKvCache(Pass):
         if not is_float(self.kv_dtype):
             raise InputError(
                 f"pass {self.name}: kv_dtype={self.kv_dtype}",
-                remedy="use float32 or float16; for int8, run quantize-kv-cache after this pass",
+                remedy="use a type of floats; for int8, run quantize-kv-cache after this pass",
             )
 
     def run(self, graph: Graph, context: PassContext) -> PassResult:

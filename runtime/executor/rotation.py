@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ...codegen.artifact import Artifact
-from ...ir.dtypes import KV_SCALE_BYTES
+from ...ir.dtypes import FLOAT8, FLOAT8_LARGEST, KV_SCALE_BYTES, to_numpy
 from ...ir.errors import ArtifactError, InputError
 
 _SMALLEST_SCALED = np.float32(1e-30)  # as `append_kv` has it: what is smaller is stored as zeros
@@ -110,6 +110,8 @@ def turn_keys(rotary: Rotary, keys: np.ndarray, shift: int) -> np.ndarray:
     turned = keys.astype(np.float32)
     rotary.turn_back(turned, shift)
     with np.errstate(over="ignore"):
+        if keys.dtype == to_numpy(FLOAT8):  # what is larger would be NaN; `append_kv` stores the largest then
+            turned = np.clip(turned, -FLOAT8_LARGEST, FLOAT8_LARGEST)
         return turned.astype(keys.dtype)
 
 

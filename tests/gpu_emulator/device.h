@@ -142,6 +142,9 @@ DEVICE u32 pack_half2(float low, float high) { return float_to_half(low) | (u32)
 DEVICE u32 sub_half2(u32 a, u32 b) {
   return pack_half2(half_to_float(a) - half_to_float(b), half_to_float(a >> 16) - half_to_float(b >> 16));
 }
+DEVICE u32 mul_half2(u32 a, u32 b) {
+  return pack_half2(half_to_float(a) * half_to_float(b), half_to_float(a >> 16) * half_to_float(b >> 16));
+}
 DEVICE float bfloat_to_float(u16 b) { return __uint_as_float((u32)b << 16); }
 DEVICE u16 float_to_bfloat(float f) {
   u32 u = __float_as_uint(f);

@@ -73,14 +73,23 @@ DEVICE void fetch(u16* to, const void* pages, i64 plane, const int* table, int h
           const u8* bytes = (const u8*)pages + from + D;
           scale = __uint_as_float(bytes[0] | bytes[1] << 8 | bytes[2] << 16 | (u32)bytes[3] << 24);
         }
-        float eight[8];
+        if constexpr (P::kind == FLOAT8 && D % 8 == 0) {
+          uint2 bytes = column < D ? *(const uint2*)((const u8*)pages + from + column) : uint2{0, 0};
 #pragma unroll
-        for (int c = 0; c < 8; c++) {
-          eight[c] = column + c < D ? load<P::kind>(pages, from + column + c) : 0.0f;
-          if constexpr (P::kind == INT8) eight[c] = column + c < D ? eight[c] * scale : 0.0f;
+          for (int c = 0; c < 4; c++) {
+            u32 two = (c < 2 ? bytes.x : bytes.y) >> c % 2 * 16;
+            pairs[c] = mul_half2(float8_to_half2((two & 0xff) | (two & 0xff00) << 8), 0x5c005c00);  // 256
+          }
+        } else {
+          float eight[8];
+#pragma unroll
+          for (int c = 0; c < 8; c++) {
+            eight[c] = column + c < D ? load<P::kind>(pages, from + column + c) : 0.0f;
+            if constexpr (P::kind == INT8) eight[c] = column + c < D ? eight[c] * scale : 0.0f;
+          }
+#pragma unroll
+          for (int c = 0; c < 4; c++) pairs[c] = pack_half2(eight[2 * c], eight[2 * c + 1]);
         }
-#pragma unroll
-        for (int c = 0; c < 4; c++) pairs[c] = pack_half2(eight[2 * c], eight[2 * c + 1]);
       }
       *(uint4*)(to + row * (DP + 8) + column) = {pairs[0], pairs[1], pairs[2], pairs[3]};
     }

@@ -52,6 +52,12 @@ DEVICE u32 sub_half2(u32 a, u32 b) {
   return d;
 }
 
+DEVICE u32 mul_half2(u32 a, u32 b) {
+  u32 d;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+
 DEVICE float bfloat_to_float(u16 b) { return __uint_as_float((u32)b << 16); }
 
 DEVICE u16 float_to_bfloat(float f) {

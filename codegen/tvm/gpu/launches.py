@@ -4,14 +4,16 @@ usual launches.
 
 from __future__ import annotations
 
+from ....ir.dtypes import FLOAT8
 from ....ir.ops.cache import page_width
+from ..kernels import stored_dtype
 from .source import Argument, Launch, Size
 
 Source = tuple[int, int] | None
 """(row width, first column): an operand that stands in columns of a wider matrix."""
 ROW_THREADS = 128
 FLAT_THREADS = 256
-KINDS = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3}
+KINDS = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3, FLOAT8: 4}
 """`Kind` of common.cuh."""
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "sigmoid": 4}
 """`Activation` of common.cuh."""
@@ -39,4 +41,4 @@ def heads_argument(name: str, heads: int, width: int, source: Source) -> Argumen
 def pages_argument(kv_heads: int, head_dim: int, kv_dtype: str, page_size: int, written: bool) -> Argument:
     width = page_width(kv_dtype, head_dim)
     assert isinstance(width, int)
-    return Argument("pages", (2, "N", kv_heads, page_size, width), kv_dtype, written)
+    return Argument("pages", (2, "N", kv_heads, page_size, width), stored_dtype(kv_dtype), written)

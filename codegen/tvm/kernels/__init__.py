@@ -71,6 +71,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ....ir.dtypes import FLOAT8
+
 PAGE_SIZE = 16
 
 # Maker → module. Resolved on first use: `isa` and `layout` are needed where TVM must not be imported (in the
@@ -106,6 +108,13 @@ _MAKERS = {
     "make_ssd_scan": "state",
     "make_top_k": "select",
 }
+
+
+def stored_dtype(dtype: str) -> str:
+    """The element type by which kernels address a tensor: of float8 the bytes, since TVM would rewrite what
+    computes with it.
+    """
+    return "uint8" if dtype == FLOAT8 else dtype
 
 
 def kv_layout(kv_dtype: str) -> str:

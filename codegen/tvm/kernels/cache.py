@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from tvm.script.ir_builder import tirx as T
 
-from ....ir.dtypes import KV_SCALE_BYTES
+from ....ir.dtypes import FLOAT8, FLOAT8_LARGEST, KV_SCALE_BYTES
 from ....ir.ops.cache import SMALLEST_SCALED
-from . import PAGE_SIZE
+from . import PAGE_SIZE, stored_dtype
 from .builder import (
     LANES,
     Buffer,
@@ -42,6 +42,8 @@ from .gather import load_one
 from .norms import Source, head_argument, head_index
 
 _ABS, _INFINITY = 0x7FFFFFFF, 0x7F800000
+_LARGEST, _SMALLEST_NORMAL = (int(np.float32(x).view(np.int32)) for x in (FLOAT8_LARGEST, 2**-6))
+"""Bits of those numbers of float8, as float32."""
 
 
 def page_width(kv_dtype: str, head_dim: int) -> int:
@@ -52,7 +54,7 @@ def page_width(kv_dtype: str, head_dim: int) -> int:
 def pages_argument(kernel: Kernel, kv_heads: int, head_dim: int, kv_dtype: str) -> Buffer:
     """The parameter `pages`."""
     shape = (2, kernel.symbol("N"), kv_heads, PAGE_SIZE, page_width(kv_dtype, head_dim))
-    return kernel.argument("pages", shape, kv_dtype, large=True)
+    return kernel.argument("pages", shape, stored_dtype(kv_dtype), large=True)
 
 
 def in_pairs(kv_dtype: str, head_dim: int) -> bool:
@@ -79,6 +81,8 @@ def load_page(pages: Buffer, kv_dtype: str, *index: Expr) -> Expr:
     """16 elements of a page in float32: of int8 the codes, not yet scaled."""
     if kv_dtype == "int8":
         return T.Cast("float32x16", vec(pages, *index))
+    if kv_dtype == FLOAT8:
+        return _from_float8(vec(pages, *index))
     return load_float(pages, kv_dtype, *index)
 
 
@@ -86,7 +90,42 @@ def load_page_one(pages: Buffer, kv_dtype: str, *index: Expr) -> Expr:
     """One element of a page, like `load_page`."""
     if kv_dtype == "int8":
         return T.Cast("float32", pages[index])
+    if kv_dtype == FLOAT8:
+        return call("float32", "llmc_max", _from_float8(splat(pages[index])))
     return load_one(pages, kv_dtype, *index)
+
+
+def _from_float8(stored: Expr) -> Expr:
+    """16 bytes of float8_e4m3fn in float32, through float16: there sign, exponent and fraction stand as
+    they do here with 8 added to the exponent's bias, in numbers below the normal ones too. Only NaN, all
+    ones, would be a number there: the sum is 0x4000 for it, the exponent's bit that is missing.
+    """
+    wide = T.shift_left(T.Cast("int16x16", T.reinterpret(stored, dtype="int8x16")), _i16s(7))
+    size = let(T.bitwise_and(wide, _i16s(0x3F80)))
+    nan = T.bitwise_and(size + _i16s(0x80), _i16s(0x4000))
+    half = T.bitwise_or(T.bitwise_or(T.bitwise_and(wide, _i16s(-0x8000)), size), nan)
+    return call("float32x16", "llmc_from_half", T.reinterpret(half, dtype="uint16x16")) * f32s(256)
+
+
+def _to_float8(value: Expr) -> Expr:
+    """16 of float32 as bytes of float8_e4m3fn, to the nearest and ties to even, no further than the largest
+    number; NaN stays one.
+    """
+    bits = let(T.reinterpret(value, dtype="int32x16"))
+    size = let(T.min(T.bitwise_and(bits, i32s(_ABS)), i32s(_LARGEST)))
+    even = T.bitwise_and(T.shift_right(size, i32s(20)), i32s(1))
+    normal = T.shift_right(size + even + i32s(0x7FFFF), i32s(20)) - i32s((127 - 7) << 3)
+    # Below the normal numbers: multiples of 2^-9, which is what the last bit of 2^14 + x is worth.
+    moved = call("float32x16", "llmc_add", T.reinterpret(size, dtype="float32x16"), f32s(2**14))
+    below = T.bitwise_and(T.reinterpret(moved, dtype="int32x16"), i32s(15))
+    code = T.Select(size < i32s(_SMALLEST_NORMAL), below, normal)
+    code = T.Select(T.bitwise_and(bits, i32s(_ABS)) > i32s(_INFINITY), i32s(0x7F), code)
+    sign = T.bitwise_and(T.shift_right(bits, i32s(24)), i32s(0x80))
+    return T.Cast("uint8x16", T.bitwise_or(code, sign))
+
+
+def _i16s(number: int) -> Expr:
+    return T.broadcast(T.int16(number), LANES)
 
 
 def page_scales(pages: Buffer, which: int, page: Expr, head: Expr, head_dim: int) -> Expr:
@@ -104,10 +143,12 @@ def _chunk(x: Buffer, at: Any, start: Expr, count: int) -> Expr:
 
 def _converted(value: Expr, dtype: str) -> Buffer:
     """16 elements in the cache's dtype, to be read one by one."""
-    held = T.alloc_buffer((LANES,), dtype)
+    held = T.alloc_buffer((LANES,), stored_dtype(dtype))
     if dtype in ("float16", "bfloat16"):
         name = "llmc_to_half" if dtype == "float16" else "llmc_to_bfloat"
         value = T.reinterpret(call("uint16x16", name, value), dtype=f"{dtype}x16")
+    elif dtype == FLOAT8:
+        value = _to_float8(value)
     T.buffer_store(held, value, [T.ramp(0, 1, LANES)])
     return held
 
