@@ -77,8 +77,9 @@ def _compiled(function: Any, isa: str) -> Any:
 
 def _tensor(array: Array) -> Any:
     import tvm
+    from llmc.codegen.tvm.kernels import stored_dtype
 
-    return tvm.runtime.tensor(np.ascontiguousarray(array))
+    return tvm.runtime.tensor(np.ascontiguousarray(array).view(stored_dtype(array.dtype.name)))
 
 
 def read_limit(isa: str) -> Measured:
@@ -145,32 +146,100 @@ def multiply_limit(isa: str, dtype: str) -> Measured:
     )
 
 
-def linear(isa: str, n: int, k: int, rows: int, group: int, zero: str | None) -> Measured:
-    """`quantized_linear` of 4 bits."""
-    from llmc.codegen.tvm.kernels.layout import QuantLayout
+@dataclass(frozen=True)
+class Form:
+    """Weights of 4 bits."""
+
+    group: int
+    zero: str | None = None
+
+    def __str__(self) -> str:
+        return f"int4-g{self.group} {'sym' if self.zero is None else 'asym'}"
+
+    def static(self) -> dict[str, Any]:
+        return {
+            "bits": 4,
+            "group_size": self.group,
+            "zero_point": self.zero,
+            "scale_dtype": "float16",
+        }
+
+    def weights(self, n: int, k: int) -> list[Array]:
+        """Codes, scales, and zero points where there are any."""
+        from llmc.codegen.tvm.kernels.layout import QuantLayout
+
+        lay = QuantLayout(n, k, 4, self.group, None, "float16", self.zero, 0)
+        codes = np.random.default_rng(0).integers(0, 256, lay.weight_shape, dtype=np.uint8)
+        found = [codes, np.full(lay.scale_shape, 0.01, lay.scale_storage)]
+        if lay.zero_storage is not None:
+            found.append(np.full(lay.zero_shape, 0x88, lay.zero_storage))
+        return found
+
+    def activations(self, k: int, rows: int) -> list[Any]:
+        """a, sums and a_scale of `quantize_activation` for these weights."""
+        from llmc.codegen.tvm.kernels.layout import QuantLayout
+
+        lay = QuantLayout(1, k, 4, self.group)
+        a = np.random.default_rng(1).integers(-127, 128, (rows, lay.k_padded), dtype=np.int8)
+        sums = a.reshape(rows, lay.groups, -1).sum(2).astype(np.float32)
+        return [_tensor(x) for x in (a, sums, np.ones((rows, lay.groups), np.float32))]
+
+
+def _measured(
+    name: str, function: Any, given: list[Any], weights: list[Array], out: list[Array], rows: int, ops: int
+) -> Measured:
+    """A product with sets of weights of its own."""
+    read = sum(array.nbytes for array in weights)
+    results = [_tensor(array) for array in out]
+    sets = [[*given, *map(_tensor, weights), *results] for _ in range(max(1, SET_BYTES // read))]
+    # Of many rows, weights are read once and used often.
+    return Measured(f"{name}, {rows} rows", function, sets[:2] if rows > 64 else sets, read, ops)
+
+
+def linear(isa: str, n: int, k: int, rows: int, form: Form) -> Measured:
+    """`quantized_linear`."""
     from llmc.codegen.tvm.kernels.quantized import make_quantized_linear
 
-    lay = QuantLayout(n, k, 4, group, None, "float16", zero, 0)
-    form = {"bits": 4, "group_size": group, "zero_point": zero, "scale_dtype": "float16"}
-    function = _compiled(make_quantized_linear(n=n, k=k, **form, isa=isa), isa)
-    rng = np.random.default_rng(0)
-    weights = [
-        rng.integers(0, 256, lay.weight_shape, dtype=np.uint8),
-        np.full(lay.scale_shape, 0.01, lay.scale_storage),
-    ]
-    if lay.zero_storage is not None:
-        weights.append(np.full(lay.zero_shape, 0x88, lay.zero_storage))
-    read = sum(array.nbytes for array in weights)
-    a = rng.integers(-127, 128, (rows, lay.k_padded), dtype=np.int8)
-    sums = a.reshape(rows, lay.groups, -1).sum(2).astype(np.float32)
-    given = [_tensor(a), _tensor(sums), _tensor(np.ones((rows, lay.groups), np.float32))]
-    out = _tensor(np.zeros((rows, n), np.float32))
-    sets = [[*given, *map(_tensor, weights), out] for _ in range(max(1, SET_BYTES // read))]
-    if rows > 64:
-        sets = sets[:2]  # weights are read once and used often
-    kind = "sym" if zero is None else "asym"
-    name = f"quantized_linear {n}x{k} int4-g{group} {kind}, {rows} rows"
-    return Measured(name, function, sets, read, 2 * rows * n * k)
+    function = _compiled(make_quantized_linear(n=n, k=k, **form.static(), isa=isa), isa)
+    given, weights = form.activations(k, rows), form.weights(n, k)
+    out = [np.zeros((rows, n), np.float32)]
+    return _measured(
+        f"quantized_linear {n}x{k} {form}", function, given, weights, out, rows, 2 * rows * n * k
+    )
+
+
+def gated(isa: str, width: int, k: int, rows: int, form: Form) -> Measured:
+    """`quantized_gated_mlp`: both products, the gate, and its result quantized for the next product."""
+    from llmc.codegen.tvm.kernels.activation import activation_layout
+    from llmc.codegen.tvm.kernels.gated import make_quantized_gated_mlp
+    from llmc.codegen.tvm.kernels.layout import QuantLayout
+
+    quantize = (form.group, QuantLayout(1, width, 4, form.group).align)
+    static = {"width": width, "k": k, **form.static(), "activation": "silu", "quantize": quantize}
+    function = _compiled(make_quantized_gated_mlp(**static, isa=isa), isa)
+    lay = activation_layout(width, *quantize)
+    groups = [np.zeros((rows, lay.groups), np.float32) for _ in range(2)]
+    out = [np.zeros((rows, lay.k_padded), np.int8), *groups]
+    given, weights = form.activations(k, rows), form.weights(2 * width, k)
+    name = f"quantized_gated_mlp {width}x{k} {form}"
+    return _measured(name, function, given, weights, out, rows, 4 * rows * width * k)
+
+
+def experts(isa: str, n: int, k: int, count: int, rows: int, form: Form) -> Measured:
+    """`moe_quantized_linear`: rows that are spread evenly over `count` experts."""
+    from llmc.codegen.tvm.kernels.layout import ROWS, round_up
+    from llmc.codegen.tvm.kernels.moe import make_moe_quantized_linear
+
+    maker = make_moe_quantized_linear(n=n, k=k, experts=count, **form.static(), isa=isa)
+    offsets = (rows * np.arange(count + 1) // count).astype(np.int32)
+    used = np.flatnonzero(np.diff(offsets))
+    active = np.zeros(count + 1, np.int32)
+    active[0], active[1 : 1 + len(used)] = len(used), used
+    given = [*form.activations(k, rows), _tensor(offsets), _tensor(active)]
+    weights = form.weights(count * round_up(n, ROWS), k)
+    out = [np.zeros((rows, n), np.float32)]
+    name = f"moe_quantized_linear {count} of {n}x{k} {form}"
+    return _measured(name, _compiled(maker, isa), given, weights, out, rows, 2 * rows * n * k)
 
 
 def attention(
@@ -215,13 +284,18 @@ def attention(
 def cases(isa: str, only: str) -> list[Measured]:
     """The limits, then kernels of SmolLM2-135M and Qwen2.5-0.5B whose name contains `only`."""
     found = [read_limit(isa), multiply_limit(isa, "int32"), multiply_limit(isa, "float32")]
+    asymmetric, symmetric = Form(32, "uint8"), Form(64)
     if only in "quantized_linear":
         for n, k in ((3072, 576), (576, 1536), (9728, 896)):
-            found += [linear(isa, n, k, rows, 32, "uint8") for rows in (1, 8, 32, 512)]
-        found += [linear(isa, 3072, 576, rows, 64, None) for rows in (1, 512)]
+            found += [linear(isa, n, k, rows, asymmetric) for rows in (1, 8, 32, 512)]
+        found += [linear(isa, 3072, 576, rows, symmetric) for rows in (1, 512)]
+    if only in "quantized_gated_mlp":
+        found += [gated(isa, 1536, 576, rows, form) for form in (asymmetric, symmetric) for rows in (1, 512)]
+    if only in "moe_quantized_linear":
+        found += [experts(isa, 1536, 576, 8, rows, symmetric) for rows in (2, 512)]
     if only in "paged_attention":
         smollm2, qwen = (9, 3, 64), (14, 2, 64)
-        kinds = ("bfloat16", "float16", "int8")
+        kinds = ("bfloat16", "float16", "int8", "float8_e4m3fn")
         for heads, dtype in (*((smollm2, kind) for kind in kinds), (qwen, "bfloat16")):
             found += [
                 attention(isa, heads, dtype, sequences)
@@ -247,6 +321,8 @@ def plot(record: dict[str, Any], path: Path) -> None:
         axes.plot(reach, np.minimum(reach * bandwidth, top), style, color="grey", label=f"limit: {name}")
     kinds = {
         "products by 4-bit weights": ("quantized_linear", "o"),
+        "gate and up together": ("quantized_gated_mlp", "^"),
+        "experts": ("moe_quantized_linear", "v"),
         "attention": ("paged_attention", "s"),
     }
     for label, (kind, marker) in kinds.items():
