@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,6 +72,19 @@ def passes_to(
 def lowered(graph: Graph, stage: str, quantize: Sequence[Pass] = ()) -> tuple[Graph, list[PassRecord]]:
     """The graph after the pipeline up to a stage; the graph that is given is left alone."""
     return run_passes(graph.clone(), passes_to(stage, quantize), PassContext())
+
+
+_fused: dict[Any, Graph] = {}
+
+
+def fused_once(key: Any, build: Callable[[], Any], **options: Any) -> Graph:
+    """A copy of the fused graph of the model that `build` makes, which is traced once a process; `key` tells
+    one from another, options are those of `ModelInMemory`.
+    """
+    full = (key, tuple(sorted(options.items())))
+    if full not in _fused:
+        _fused[full] = lowered(traced(build(), **options), "fused")[0]
+    return _fused[full].clone()
 
 
 def notes(records: Sequence[PassRecord]) -> list[str]:

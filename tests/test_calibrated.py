@@ -39,16 +39,18 @@ from llmc.passes.quantize.tune import BATCH, Tuning, divergence, scaled, tune
 from llmc.passes.quantize.walk import QuantizeRtn
 from llmc.passes.work import WorkFolder
 
-from .graphs import logits_of, lowered, traced
+from .conftest import LONG
+from .graphs import fused_once, logits_of
 from .models import TINY, ids_of, tiny_model
 
-FAMILIES = sorted(TINY)
+FAMILIES = sorted(TINY)[:: 1 if LONG else 2]
 
 
 def fused(name: str, **changes: Any) -> Graph:
     attention = "eager" if name == "gemma2" else "sdpa"  # scores with a soft cap
-    model = tiny_model(name, **changes)
-    return lowered(traced(model, encoder=not TINY[name].causal, attention=attention), "fused")[0]
+    key = ("tiny", name, *sorted(changes.items()))
+    options = {"encoder": not TINY[name].causal, "attention": attention}
+    return fused_once(key, lambda: tiny_model(name, **changes), **options)
 
 
 def calibration(count: int, held: int = 2, length: int = 48) -> Calibration:

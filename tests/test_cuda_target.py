@@ -43,6 +43,9 @@ left out shows as 0.5 and more."""
 HOT = re.compile(r"(linear|moe_product)\d*_by|paged_attention\d*_|lora\d*_(down|up)")
 """Products, attention and adapters: where the time of a step goes."""
 
+USUAL = ("int4-g32", "float16")
+"""Scheme and element type of the cache of the artifact that tests of the executor share."""
+
 needs_compiler = pytest.mark.skipif(compiler_name() is None, reason="neither NVRTC nor nvcc")
 only_long = pytest.mark.skipif(not LONG, reason="LLMC_LONG_TESTS=1: more of what others stand for")
 
@@ -156,20 +159,23 @@ def test_more_models_equal_transformers(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("quant", "kv"),
     [
-        ("int4-g32", "float16"),
+        USUAL,
         pytest.param("int8", "int8", marks=pytest.mark.slow),
         pytest.param("nf4", "bfloat16", marks=pytest.mark.slow),
         pytest.param("gguf-q4_k_m", "float16", marks=pytest.mark.slow),
     ],
 )
 def test_engine_answers_as_one_step_does(
-    quant: str, kv: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quant: str, kv: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     """Greedy answers of the whole engine, launches recorded and repeated among them."""
-    artifact = compiled("llama", tmp_path, quant=quant, targets=["tvm-cpu:isa=avx2"], kv_dtype=kv)
-    driver = emulated(artifact, tmp_path)
+    if (quant, kv) == USUAL:
+        artifact, driver = request.getfixturevalue("llama")
+    else:
+        artifact = compiled("llama", tmp_path, quant=quant, targets=["tvm-cpu:isa=avx2"], kv_dtype=kv)
+        driver = emulated(artifact, tmp_path)
     monkeypatch.setattr(cuda, "Driver", lambda: driver)
-    prompts = [ids_of(n, seed=n) for n in (3, 30, 70)]
+    prompts = [ids_of(n, seed=n) for n in (3, 70)]
     with llmc.load(artifact.root, target="tvm-cuda", kv_tokens=1024) as model:
         answers = [list(model.generate(p, max_tokens=12, temperature=0.0).token_ids) for p in prompts]
     executor = CudaExecutor(artifact, driver)
@@ -390,7 +396,8 @@ def test_damaged_program_is_an_error(
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, Driver]:
     folder = tmp_path_factory.mktemp("llama")
-    artifact = compiled("llama", folder, quant="int8")
+    quant, kv = USUAL
+    artifact = compiled("llama", folder, quant=quant, targets=["tvm-cpu:isa=avx2"], kv_dtype=kv)
     return artifact, emulated(artifact, folder)
 
 

@@ -21,14 +21,14 @@ from llmc.passes.quantize.gguf.walk import EncodedTensor, EncodeGguf, QuantizeGg
 from llmc.passes.registry import quantization_passes
 from llmc.passes.work import WorkFolder
 
-from .graphs import logits_of, lowered, traced
+from .graphs import fused_once, logits_of
 from .models import ids_of, tiny_model
 
 WIDE = {"hidden_size": 256, "intermediate_size": 512}
 
 
 def fused(name: str = "llama", **changes: Any) -> Any:
-    return lowered(traced(tiny_model(name, **changes)), "fused")[0]
+    return fused_once(("tiny", name, *sorted(changes.items())), lambda: tiny_model(name, **changes))
 
 
 def calibration(count: int = 3, length: int = 32) -> Calibration:

@@ -39,7 +39,7 @@ from llmc.passes.quantize.walk import QuantizeRtn
 from llmc.passes.work import WorkFolder
 
 from .family_configs import token_ids
-from .graphs import lowered, traced
+from .graphs import fused_once
 from .small_models import FAMILIES
 
 Array = np.ndarray[Any, Any]
@@ -183,7 +183,7 @@ def test_output_error_counts_rows_by_importance() -> None:
 
 # -- the pass
 def tiny(name: str) -> Graph:
-    return lowered(traced(FAMILIES[name].build()), "fused")[0]
+    return fused_once(("small", name), FAMILIES[name].build)
 
 
 def outlier_graph() -> Graph:

@@ -19,14 +19,14 @@ from llmc.passes.quantize.fisher import HeadGradient, head_gradient
 from llmc.passes.quantize.grid import Grid
 from llmc.passes.quantize.head import Head, find_head
 
-from .graphs import lowered, traced
+from .graphs import fused_once
 from .small_models import FAMILIES
 
 CAPPED = ["llama", "gemma2", "granite"]  # nothing, a soft cap, a factor after the head
 
 
 def tiny(name: str) -> Graph:
-    return lowered(traced(FAMILIES[name].build(), attention="eager"), "fused")[0]
+    return fused_once(("small", name), FAMILIES[name].build, attention="eager")
 
 
 def whole(found: Head, hidden: torch.Tensor) -> HeadGradient:

@@ -35,7 +35,7 @@ from llmc.passes.quantize.sensitivity import ChooseBits, SupposeBits, measure
 from llmc.passes.quantize.walk import QuantizeRtn, attach_nearest
 
 from .family_configs import token_ids
-from .graphs import lowered, traced
+from .graphs import fused_once
 from .models import first_layers, real_model
 from .small_models import FAMILIES
 from .test_passes_quantize import tied_model
@@ -49,7 +49,7 @@ def calibration(count: int = 6) -> Calibration:
 
 
 def tiny(name: str = "llama") -> Graph:
-    return lowered(traced(FAMILIES[name].build()), "fused")[0]
+    return fused_once(("small", name), FAMILIES[name].build)
 
 
 def apply(graph: Graph, passes: list[Pass], context: PassContext | None = None) -> PassContext:

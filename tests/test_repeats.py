@@ -14,6 +14,7 @@ from llmc.frontend.trace import (
 )
 from llmc.ir.printer import print_graph
 
+from .conftest import LONG
 from .graphs import ModelInMemory
 from .models import TINY
 
@@ -39,7 +40,8 @@ def texts(source: Any, *, repeated: bool) -> tuple[str, list[str], list[str]]:
     return print_graph(graph), [op.loc for op in graph], list(graph.weights)
 
 
-@pytest.mark.parametrize("family", sorted(TINY))
+# Two kinds of layers, positions that are learned, an encoder, and the usual.
+@pytest.mark.parametrize("family", sorted(TINY) if LONG else ["bert", "gemma3", "gpt2", "llama"])
 def test_the_graph_is_that_of_a_whole_trace(family: str) -> None:
     model = deep(family)
     source = ModelInMemory(model, attention="eager", encoder=not TINY[family].causal)

@@ -11,6 +11,7 @@ from llmc.codegen.tvm.kernels.attention import make_paged_attention
 from llmc.codegen.tvm.kernels.cache import make_append_kv, to_logical, to_physical
 from llmc.ir.ops import cache as ops
 
+from .conftest import LONG
 from .kernel_harness import blank, call, close, meaning, normal, value, vector_levels
 from .test_tvm_attention_kernels import ATTENTION, LENGTHS
 
@@ -120,7 +121,7 @@ def check(
         assert np.array_equal(part, whole[first + start : first + stop])
 
 
-@pytest.mark.parametrize("case", ATTENTION[::2] + ATTENTION[-1:], ids=str)
+@pytest.mark.parametrize("case", (ATTENTION if LONG else ATTENTION[::4]) + ATTENTION[-1:], ids=str)
 @vector_levels
 def test_attention_over_int8_alone_in_a_batch_and_in_chunks(case: Any, isa: str) -> None:
     check(isa, LENGTHS, case, ((5, 0, 1), (5, 29, 30), (5, 3, 20), (5, 7, 30)))

@@ -33,7 +33,7 @@ from llmc.passes.quantize.quality import (
 from llmc.passes.quantize.verdict import LayerError, Measured, measure
 from llmc.passes.registry import quantization_passes
 
-from .graphs import logits_of, lowered, traced
+from .graphs import fused_once, logits_of
 from .models import ids_of, tiny_model
 
 Capture = pytest.CaptureFixture[str]
@@ -45,7 +45,8 @@ def sequences(count: int = 3, length: int = 24) -> list[np.ndarray]:
 
 def fused(name: str) -> Graph:
     attention = "eager" if name == "gemma2" else "sdpa"  # all that transformers has for it
-    return lowered(traced(tiny_model(name), attention=attention, encoder=name == "bert"), "fused")[0]
+    options = {"attention": attention, "encoder": name == "bert"}
+    return fused_once(("tiny", name), lambda: tiny_model(name), **options)
 
 
 def quantize(graph: Graph, only: str = "") -> None:
