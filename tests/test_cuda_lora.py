@@ -31,6 +31,7 @@ from llmc.runtime.executor.cuda_adapters import CudaAdapters
 from llmc.runtime.executor.cuda_driver import Driver
 from llmc.runtime.llm import LLM
 
+from .conftest import LONG
 from .gpu_emulated import Device
 from .kernel_harness import close, meaning, normal, value
 from .lora_files import adapter
@@ -440,7 +441,7 @@ def test_kernels_without_places_name_the_command(opened: tuple[LLM, Driver]) -> 
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("quant", ["int4-g32", "nf4"])
+@pytest.mark.parametrize("quant", ["int4-g32", *(["nf4"] if LONG else [])])
 def test_over_a_quantized_base(quant: str, folder: Path, tmp_path: Path) -> None:
     """Beside the same graph by the ops' meanings, over the same codes; factors are int8 where codes are whole
     numbers.

@@ -143,12 +143,12 @@ def test_models_equal_transformers(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *("qwen3", "gemma3", "gpt_neox", "gpt_oss", "mixtral", "deepseek_v3"),
+        *("gemma3", "gpt_neox", "gpt_oss", "deepseek_v3"),
         *(
             pytest.param(name, marks=only_long)
-            for name in ("mistral", "qwen2", "gemma2", "phi3", "gpt2", "olmo2", "granite")
+            for name in ("mistral", "qwen2", "qwen3", "gemma2", "phi3", "gpt2", "olmo2", "granite")
         ),
-        *(pytest.param(name, marks=only_long) for name in ("qwen2_moe", "qwen3_moe", "olmoe")),
+        *(pytest.param(name, marks=only_long) for name in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")),
     ],
 )
 def test_more_models_equal_transformers(name: str, tmp_path: Path) -> None:
@@ -161,8 +161,8 @@ def test_more_models_equal_transformers(name: str, tmp_path: Path) -> None:
     [
         USUAL,
         pytest.param("int8", "int8", marks=pytest.mark.slow),
-        pytest.param("nf4", "bfloat16", marks=pytest.mark.slow),
-        pytest.param("gguf-q4_k_m", "float16", marks=pytest.mark.slow),
+        pytest.param("nf4", "bfloat16", marks=only_long),
+        pytest.param("gguf-q4_k_m", "float16", marks=only_long),
     ],
 )
 def test_engine_answers_as_one_step_does(

@@ -20,6 +20,7 @@ from llmc.runtime.executor import open_executor
 from llmc.runtime.executor.cuda import CudaExecutor
 from llmc.runtime.sampling_params import SamplingParams
 
+from .conftest import LONG
 from .families import save_family
 from .graphs import worst
 from .models import VOCAB_SIZE, ids_of, real_model, save_tiny, save_tokenizer, tiny_model
@@ -198,7 +199,8 @@ def test_kernels_of_a_gpu_go_on_beyond_the_context(tmp_path: Path) -> None:
 # Bits of every cache type, and of layers with a window, on schedules that preempt, fork, cancel and share.
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("family", "kv_dtype"), [("llama", "int8"), ("llama", "bfloat16"), ("gemma2", "float32")]
+    ("family", "kv_dtype"),
+    [("llama", "int8"), ("gemma2", "float32"), *([("llama", "bfloat16")] if LONG else [])],
 )
 def test_schedules_beyond_the_context_give_each_request_its_own_tokens(
     family: str, kv_dtype: str, compiled: Any

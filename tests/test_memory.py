@@ -179,17 +179,19 @@ def test_qwen_stays_below_a_cap_and_its_codes_do_not_depend_on_it(tmp_path: Path
     from .process_tree import run_measured
 
     cap = 1_500_000_000
-    made: dict[str, Artifact] = {}
+    made: dict[str, dict[str, str]] = {}
     model = first_layers(real_model("qwen2.5-coder"), 2 if LONG else 1, tmp_path / "qwen")
-    for name, more in (("capped", ["--max-ram", "1.5GB"]), ("free", [])):
+    # What is measured of the result takes most of the time: once.
+    for name, more in (("capped", ["--max-ram", "1.5GB"]), ("free", ["--no-verdict"])):
         out = tmp_path / name / "m.llmc"
         command = [sys.executable, "-m", "llmc.cli.main", "compile", str(model), "-o", str(out)]
         command += ["--target", "tvm-cpu:isa=avx2", "--quant", "gptq-int4-g128-sym"]
         command += ["--calib-tokens", "4096", *more]
         status, peak, said = run_measured(command)
         assert status == 0, said
-        if more:
+        if name == "capped":
             assert 400_000_000 < peak < cap
             assert "of 1500MB (--max-ram)" in said
-        made[name] = Artifact.open(out)
-    assert made["capped"].manifest["files"] == made["free"].manifest["files"]
+        files = Artifact.open(out).manifest["files"]
+        made[name] = {path: files[path] for path in files if path != "quality.json"}
+    assert made["capped"] == made["free"] and len(made["free"]) > 2

@@ -31,6 +31,7 @@ from llmc.passes.quantize.rtn import quantize_rtn
 from llmc.passes.quantize.sensitivity import ChooseBits
 from llmc.passes.registry import quantization_passes
 
+from .conftest import LONG
 from .graphs import lowered, traced
 from .models import ids_of
 from .moe_models import save_moe, tiny_moe
@@ -172,7 +173,7 @@ def test_bits_by_layer_are_refused() -> None:
     ("name", "scheme"),
     [
         ("mixtral", "int4-g32"),
-        pytest.param("qwen2_moe", "int8", marks=pytest.mark.slow),
+        *([pytest.param("qwen2_moe", "int8", marks=pytest.mark.slow)] if LONG else []),
         pytest.param("deepseek_v3", "int4-g16-sym", marks=pytest.mark.slow),
         pytest.param("gpt_oss", "gptq-int4-g32", marks=pytest.mark.slow),
     ],
