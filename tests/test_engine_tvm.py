@@ -68,7 +68,7 @@ def test_schedules_give_each_request_its_own_tokens(compiled: tuple[str, Executo
         events += check_schedule(executor, FACTS, random_schedule(seed, FACTS, executor.page_size))
     # The schedules are only worth something if all of this happened.
     for event in ("preempted", "from_cache", "cancelled", "forked", "second_turns"):
-        assert events[event] > 10, events
+        assert events[event] > 5, events
 
 
 def _step(executor: Executor, ids: np.ndarray, cuts: list[int], first_page: int) -> np.ndarray:
