@@ -26,6 +26,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 LONG = bool(os.environ.get("LLMC_LONG_TESTS"))
 """Whether tests that try many things at random try all of them, which takes a quarter of an hour more."""
 
+only_long = pytest.mark.skipif(not LONG, reason="LLMC_LONG_TESTS=1: more of what others stand for")
+
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"
 

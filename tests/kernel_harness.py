@@ -17,6 +17,8 @@ from llmc.ir.dtypes import to_numpy
 from llmc.ir.types import Quantization, TensorType
 from llmc.runtime import cpu
 
+from .conftest import only_long
+
 tvm = pytest.importorskip("tvm")
 
 # As in `llmc.codegen.tvm.build`: these take most of the time and change nothing.
@@ -24,7 +26,7 @@ _SLOW_PASSES = ["s_tir.CompactBufferAllocation", "s_tir.HoistIfThenElse"]
 HERE = cpu.supported_isas()
 
 
-def _levels(names: Sequence[str]) -> Any:
+def _levels(names: Sequence[str], between: pytest.MarkDecorator = pytest.mark.slow) -> Any:
     """Levels between the least and the best of them that this CPU runs are left to the slow tests: compiling
     takes the time.
     """
@@ -33,7 +35,7 @@ def _levels(names: Sequence[str]) -> Any:
     for name in names:
         marks = [pytest.mark.skipif(name not in HERE, reason=f"this CPU does not run {name}")]
         if name not in (here[0], here[-1]):
-            marks.append(pytest.mark.slow)
+            marks.append(between)
         params.append(pytest.param(name, marks=marks))
     return pytest.mark.parametrize("isa", params)
 
@@ -42,9 +44,13 @@ def _levels(names: Sequence[str]) -> Any:
 _OURS = [name for name, isa in LEVELS.items() if isa.machine == platform.machine()]
 levels = _levels(_OURS)
 # One level for each width of vectors: the others differ in how bytes are multiplied, and in nothing else.
-vector_levels = _levels([n for n in _OURS if n in ("generic", "avx2", "avx512vnni", "neon")])
+_VECTORS = [n for n in _OURS if n in ("generic", "avx2", "avx512vnni", "neon")]
+vector_levels = _levels(_VECTORS)
 # And tiles, where there are any.
-tile_levels = _levels([n for n in _OURS if n in ("generic", "avx2", "avx512vnni", "amx", "neon")])
+_TILES = [n for n in _OURS if n in (*_VECTORS, "amx")]
+tile_levels = _levels(_TILES)
+# Where cases are many.
+few_vector_levels, few_tile_levels = _levels(_VECTORS, only_long), _levels(_TILES, only_long)
 
 
 def compiled(function: Any, isa: str) -> Any:

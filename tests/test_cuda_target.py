@@ -29,7 +29,7 @@ from llmc.runtime.executor.cuda_driver import Driver
 from llmc.runtime.executor.cuda_program import size_of
 
 from . import gpu_emulated
-from .conftest import LONG
+from .conftest import LONG, only_long
 from .models import ids_of, reference_logits, save_tiny, tiny_model
 from .moe_models import MOE, save_moe, tiny_moe
 from .state_models import MODELS as STATE_MODELS
@@ -47,7 +47,6 @@ USUAL = ("int4-g32", "float16")
 """Scheme and element type of the cache of the artifact that tests of the executor share."""
 
 needs_compiler = pytest.mark.skipif(compiler_name() is None, reason="neither NVRTC nor nvcc")
-only_long = pytest.mark.skipif(not LONG, reason="LLMC_LONG_TESTS=1: more of what others stand for")
 
 
 def compiled(
@@ -281,7 +280,7 @@ def test_without_a_compiler_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch)
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(STATE_MODELS))
+@pytest.mark.parametrize("name", list(STATE_MODELS)[:: 1 if LONG else 2])
 def test_recurrent_models_equal_transformers(name: str, tmp_path: Path) -> None:
     """And a state that was copied in the middle of a text goes on with the same bits."""
     source = tmp_path / "source"

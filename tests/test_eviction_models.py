@@ -20,7 +20,7 @@ from llmc.runtime.executor import open_executor
 from llmc.runtime.executor.cuda import CudaExecutor
 from llmc.runtime.sampling_params import SamplingParams
 
-from .conftest import LONG
+from .conftest import LONG, only_long
 from .families import save_family
 from .graphs import worst
 from .models import VOCAB_SIZE, ids_of, real_model, save_tiny, save_tokenizer, tiny_model
@@ -216,6 +216,7 @@ def test_schedules_beyond_the_context_give_each_request_its_own_tokens(
     assert events["preempted"] and events["from_cache"] and events["forked"], events
 
 
+@only_long
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
 def test_a_published_model_beyond_its_cache_equals_transformers(tmp_path: Path, shared_data: Path) -> None:

@@ -20,6 +20,7 @@ from llmc.ir.weights import ArrayTensor, quantized_of
 from llmc.passes.registry import quantization_passes
 from llmc.runtime.executor import Executor, StepInputs, open_executor
 
+from .conftest import only_long
 from .graphs import PagedRun, logits_of, lowered, worst
 from .models import ids_of, reference_logits, save_tiny
 from .quantized_files import (
@@ -240,7 +241,11 @@ def first_step(executor: Executor, ids: list[int]) -> np.ndarray:
 @pytest.mark.slow
 @pytest.mark.parametrize("target", [f"tvm-cpu:isa={ISA}", "onnx-cpu:accuracy_level=1"])
 @pytest.mark.parametrize(
-    "name", ["gptq 3 bits, act-order, v2", "gptq 8 bits, rows", "bnb", "compressed int8"]
+    "name",
+    [
+        *("gptq 3 bits, act-order, v2", "bnb"),
+        *(pytest.param(name, marks=only_long) for name in ("gptq 8 bits, rows", "compressed int8")),
+    ],
 )
 def test_kept_checkpoint_from_end_to_end(
     name: str, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -26,7 +26,7 @@ from llmc.passes.pipelines import canonicalize, fuse
 from llmc.passes.quantize.keep import KeepQuantized
 from llmc.passes.stage import MarkStage
 
-from .conftest import LONG
+from .conftest import LONG, only_long
 from .llama_cpp import LlamaCpp
 from .models import real_model
 
@@ -106,7 +106,7 @@ def text(shared_data: Path) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["smollm2", "gemma3"])
+@pytest.mark.parametrize("name", ["smollm2", pytest.param("gemma3", marks=only_long)])
 def test_a_kept_file_scores_as_in_llama_cpp(name: str, text: str) -> None:
     assert compare(f"{name}, kept", real_model(name), text, 2, keep=True)[0] <= 0.005
 

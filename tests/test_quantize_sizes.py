@@ -34,6 +34,7 @@ from llmc.passes.quantize.scheme import weight_passes, without_calibration
 from llmc.passes.quantize.sensitivity import ChooseBits, SupposeBits, measure
 from llmc.passes.quantize.walk import QuantizeRtn, attach_nearest
 
+from .conftest import only_long
 from .family_configs import token_ids
 from .graphs import fused_once
 from .models import first_layers, real_model
@@ -254,6 +255,7 @@ def test_the_artifact_has_the_bits_that_were_asked_for(tiny_folder: Any, tmp_pat
         assert predicted.weight_bytes * 8 <= asked * 1.02 * predicted.weight_bytes * 8 / bits
 
 
+@only_long
 @pytest.mark.slow
 def test_eight_layers_of_smollm2_with_mixed_bits_lose_less_than_uniform_ones(tmp_path: Path) -> None:
     model = first_layers(real_model("smollm2"), 8, tmp_path / "model")

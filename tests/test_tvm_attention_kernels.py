@@ -19,7 +19,19 @@ from llmc.ir.ops import attention, nn
 from llmc.ir.ops import cache as cache_ops
 
 from .conftest import LONG
-from .kernel_harness import HERE, blank, call, close, meaning, normal, tile_levels, value, vector_levels
+from .kernel_harness import (
+    HERE,
+    blank,
+    call,
+    close,
+    few_tile_levels,
+    few_vector_levels,
+    meaning,
+    normal,
+    tile_levels,
+    value,
+    vector_levels,
+)
 
 # Elementwise
 
@@ -270,7 +282,7 @@ def test_a_batch_of_single_rows_equals_its_reference_and_each_row_alone(case: An
     ],
     ids=str,
 )
-@vector_levels
+@few_vector_levels
 def test_paged_attention_equals_its_reference_alone_in_a_batch_and_in_chunks(
     case: Any, dtype: str, isa: str
 ) -> None:
@@ -291,7 +303,7 @@ IN_TILES = [  # heads that fill tiles, and those that fall back to vectors
 
 
 @pytest.mark.parametrize("case", IN_TILES if LONG or "amx" in HERE else IN_TILES[::2], ids=str)
-@tile_levels
+@few_tile_levels
 def test_attention_over_pairs_of_bfloat16(case: Any, isa: str) -> None:
     chunks = ((5, 0, 1), (5, 29, 30), (5, 3, 20), (5, 7, 30), (8, 0, 1), (8, 5, 100))
     check_attention(isa, [*LENGTHS, (150, 101)], case, "bfloat16", chunks)
