@@ -231,7 +231,7 @@ def test_a_quantized_model_is_near_its_references(quantized_model: tuple[Model, 
     model, artifact = quantized_model
     executor = open_tvm(artifact)
     executor.allocate_kv(PAGES)
-    wanted = reference(model, [(IDS, 0, PAGES_OF)], empty_pages(torch.float16))
+    wanted = reference(model, [(IDS, 0, PAGES_OF)], empty_pages(torch.bfloat16))
     got = executor.step(step_inputs([(IDS, 0, PAGES_OF)]))
     # Activations are rounded to 8 bits before each of the eight products.
     assert np.abs(got - wanted).max() < 0.03 * np.abs(wanted).max()

@@ -101,7 +101,9 @@ class AppendKv(Op):
         # torch assigns no rows of float8: as bytes.
         flat = out.view(2, -1, *pages.shape[3:]).view(torch.uint8)
         for i, x in enumerate((k, v)):
-            flat[i, slots.long()] = to_cache(x, self.pages.dtype).contiguous().view(torch.uint8)
+            new = to_cache(x, self.pages.dtype).contiguous()
+            assert new.dtype == pages.dtype, f"pages of {pages.dtype} where the graph has {self.pages.dtype}"
+            flat[i, slots.long()] = new.view(torch.uint8)
         return out
 
 
