@@ -185,7 +185,7 @@ class Form:
         return [_tensor(x) for x in (a, sums, np.ones((rows, lay.groups), np.float32))]
 
 
-def _measured(
+def _product(
     name: str, function: Any, given: list[Any], weights: list[Array], out: list[Array], rows: int, ops: int
 ) -> Measured:
     """A product with sets of weights of its own."""
@@ -203,9 +203,7 @@ def linear(isa: str, n: int, k: int, rows: int, form: Form) -> Measured:
     function = _compiled(make_quantized_linear(n=n, k=k, **form.static(), isa=isa), isa)
     given, weights = form.activations(k, rows), form.weights(n, k)
     out = [np.zeros((rows, n), np.float32)]
-    return _measured(
-        f"quantized_linear {n}x{k} {form}", function, given, weights, out, rows, 2 * rows * n * k
-    )
+    return _product(f"quantized_linear {n}x{k} {form}", function, given, weights, out, rows, 2 * rows * n * k)
 
 
 def gated(isa: str, width: int, k: int, rows: int, form: Form) -> Measured:
@@ -222,7 +220,7 @@ def gated(isa: str, width: int, k: int, rows: int, form: Form) -> Measured:
     out = [np.zeros((rows, lay.k_padded), np.int8), *groups]
     given, weights = form.activations(k, rows), form.weights(2 * width, k)
     name = f"quantized_gated_mlp {width}x{k} {form}"
-    return _measured(name, function, given, weights, out, rows, 4 * rows * width * k)
+    return _product(name, function, given, weights, out, rows, 4 * rows * width * k)
 
 
 def experts(isa: str, n: int, k: int, count: int, rows: int, form: Form) -> Measured:
@@ -239,7 +237,7 @@ def experts(isa: str, n: int, k: int, count: int, rows: int, form: Form) -> Meas
     weights = form.weights(count * round_up(n, ROWS), k)
     out = [np.zeros((rows, n), np.float32)]
     name = f"moe_quantized_linear {count} of {n}x{k} {form}"
-    return _measured(name, _compiled(maker, isa), given, weights, out, rows, 2 * rows * n * k)
+    return _product(name, _compiled(maker, isa), given, weights, out, rows, 2 * rows * n * k)
 
 
 def attention(

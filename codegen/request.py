@@ -80,6 +80,12 @@ class Plan:
         natural = {target.kv_dtype for target in chosen}
         quantized = natural.pop() if len(natural) == 1 else "float16"
         cache = kv_dtype or ("float32" if quant == "none" else quantized)
+        for target in chosen:
+            if target.kv_dtypes and cache not in target.kv_dtypes:
+                raise InputError(
+                    f"target {target.name} keeps no cache of {cache}",
+                    remedy=f"pass --kv-dtype {' or '.join(target.kv_dtypes)}, or another --target",
+                )
         quantize = tuple(with_verdict(quant, weight_passes(quant, quant_head, bits_per_weight), verdict))
         extra = tuple(make_pass(p) for p in passes)
         return Plan(chosen, quant, quantize, extra, cache, adapter_passes(lora))

@@ -61,6 +61,8 @@ class Target(ABC):
     """The target whose emitters serve this one too, where that is another (`Op.emitters` names those)."""
     kv_dtype: ClassVar[str] = "float16"
     """Element type of a quantized model's cache, where the user names none and the targets agree."""
+    kv_dtypes: ClassVar[tuple[str, ...]] = ()
+    """Element types that it takes for the cache; any where this is empty. Others are refused at once."""
 
     def workers(self) -> int:
         """Other processes that compile kernels, each of some 400 MB (`peak.WORKER_BYTES`)."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .core import Graph, Op, Value
+from .dtypes import FLOAT8
 from .errors import CompileError
 from .types import Dim
 
@@ -54,7 +55,7 @@ def to_torch(array: Any) -> torch.Tensor:
     array = np.ascontiguousarray(array)
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
-    if array.dtype.name == "float8_e4m3fn":
+    if array.dtype.name == FLOAT8:
         return torch.from_numpy(array.view(np.uint8).copy()).view(torch.float8_e4m3fn)
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 

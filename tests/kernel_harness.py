@@ -26,16 +26,16 @@ _SLOW_PASSES = ["s_tir.CompactBufferAllocation", "s_tir.HoistIfThenElse"]
 HERE = cpu.supported_isas()
 
 
-def _levels(names: Sequence[str], between: pytest.MarkDecorator = pytest.mark.slow) -> Any:
-    """Levels between the least and the best of them that this CPU runs are left to the slow tests: compiling
-    takes the time.
+def _levels(names: Sequence[str], *between: pytest.MarkDecorator) -> Any:
+    """Levels between the least and the best of them that this CPU runs are left to the slow tests, and have
+    the marks `between` too: compiling takes the time.
     """
     here = [name for name in names if name in HERE]
     params: list[Any] = []
     for name in names:
         marks = [pytest.mark.skipif(name not in HERE, reason=f"this CPU does not run {name}")]
         if name not in (here[0], here[-1]):
-            marks.append(between)
+            marks += [pytest.mark.slow, *between]
         params.append(pytest.param(name, marks=marks))
     return pytest.mark.parametrize("isa", params)
 
@@ -68,10 +68,10 @@ def call(
     maker: Callable[..., Any], isa: str, parameters: dict[str, Any], *arrays: np.ndarray, outputs: int = 1
 ) -> Any:
     """Run a kernel; its last `outputs` arrays are written and returned."""
-    plain = [np.ascontiguousarray(a).view(stored_dtype(a.dtype.name)) for a in arrays]
-    tensors = [tvm.runtime.tensor(a) for a in plain]
+    tensors = [tvm.runtime.tensor(np.ascontiguousarray(a).view(stored_dtype(a.dtype.name))) for a in arrays]
     _build(maker, isa, tuple(sorted(parameters.items())))(*tensors)
-    results = [t.numpy().view(a.dtype) for t, a in zip(tensors, arrays, strict=True)][-outputs:]
+    written = zip(tensors[-outputs:], arrays[-outputs:], strict=True)
+    results = [tensor.numpy().view(array.dtype) for tensor, array in written]
     return results[0] if outputs == 1 else results
 
 

@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from llmc.cli.compile import kv_dtype_option
 from llmc.cli.main import main
+from llmc.codegen.request import KV_DTYPES
 
 pytest.importorskip("torch")
 
@@ -51,6 +53,16 @@ def test_compile_reports_what_it_made(capsys: Capture, tmp_path: Path, tiny_fold
     assert (code, json.loads(out)["model"]["context_length"]) == (0, 128)
 
 
+def test_the_command_offers_every_type_of_the_cache() -> None:
+    """They stand in both: the command's options are made without what a compilation imports."""
+
+    @kv_dtype_option
+    def command() -> None: ...
+
+    (option,) = command.__click_params__  # type: ignore[attr-defined]
+    assert tuple(option.type.choices) == KV_DTYPES
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -62,6 +74,7 @@ def test_compile_reports_what_it_made(capsys: Capture, tmp_path: Path, tiny_fold
         (["--target", "null", "--context", "0"], "--context"),
         (["--target", "null", "--pass", "nonsense"], "no pass is named 'nonsense'"),
         (["--target", "null", "--kv-dtype", "int4"], "--kv-dtype"),
+        (["--target", "onnx-cpu", "--kv-dtype", "bfloat16"], "onnx-cpu keeps no cache of bfloat16"),
     ],
 )
 def test_compile_refuses_impossible_options(

@@ -160,8 +160,8 @@ def test_more_models_equal_transformers(name: str, tmp_path: Path) -> None:
     [
         USUAL,
         pytest.param("int8", "int8", marks=pytest.mark.slow),
-        pytest.param("nf4", "bfloat16", marks=only_long),
-        pytest.param("gguf-q4_k_m", "float16", marks=only_long),
+        pytest.param("nf4", "bfloat16", marks=[pytest.mark.slow, only_long]),
+        pytest.param("gguf-q4_k_m", "float16", marks=[pytest.mark.slow, only_long]),
     ],
 )
 def test_engine_answers_as_one_step_does(

@@ -34,6 +34,8 @@ class OnnxCpu(Target):
 
     name: ClassVar[str] = "onnx-cpu"
     operations: ClassVar[frozenset[str]] = frozenset(_OPERATIONS.split())
+    # Those that ONNX Runtime takes from numpy.
+    kv_dtypes: ClassVar[tuple[str, ...]] = ("float32", "float16", "int8")
 
     accuracy_level: int = field(
         default=4,

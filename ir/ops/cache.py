@@ -94,9 +94,9 @@ class AppendKv(Op):
         return [self.pages.type]
 
     def reference(self, dims: Dims, *args: Any) -> Any:
-        k, v, pages, slots = args
         import torch
 
+        k, v, pages, slots = args
         out = pages.clone()
         # torch assigns no rows of float8: as bytes.
         flat = out.view(2, -1, *pages.shape[3:]).view(torch.uint8)

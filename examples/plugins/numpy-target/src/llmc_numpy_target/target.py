@@ -30,6 +30,7 @@ class NumpyCpu(Target):
     name: ClassVar[str] = "numpy-cpu"
     operations: ClassVar[frozenset[str]] = frozenset(KERNELS)
     kv_dtype: ClassVar[str] = "float32"
+    kv_dtypes: ClassVar[tuple[str, ...]] = _CACHES
 
     rows: int = field(default=256, metadata={"help": "tokens of a sequence that attention takes at a time"})
 
