@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from llmc.codegen.tvm.worker import ready_workers
 
 # Before any test imports transformers or huggingface_hub: a test that needs the hub is a test that fails on
 # a train.
@@ -54,6 +56,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return LONGEST.index(name) if name in LONGEST else len(LONGEST)
 
     items.sort(key=place)  # stable: within a file, and among the others, the order stays
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_kernel_compiler() -> Iterator[None]:
+    """One process compiles kernels for all tests: each compilation would wait for its own to import TVM."""
+    with ready_workers(1, at_once=False):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -7,11 +7,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar, copy_context
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from llmc.codegen.tvm import worker
 from llmc.codegen.tvm.cpu import OPERATIONS, TvmCpu
 from llmc.codegen.tvm.worker import Compilation, ready_workers
 from llmc.ir import interpreter
@@ -283,6 +286,13 @@ def test_a_worker_ends_with_the_compilation(tmp_path: Path) -> None:
     assert not (tmp_path / "x.so").exists()
 
 
+@pytest.fixture
+def no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No processes wait but those that the test has started."""
+    monkeypatch.setattr(worker, "_ready", ContextVar("ready", default=None))
+
+
+@pytest.mark.usefixtures("no_others")
 def test_a_worker_that_is_ready_takes_one_job_after_the_other_and_ends(tmp_path: Path) -> None:
     o = Ops()
     o.out("sum", m.Add(o.a, o.b))
@@ -310,6 +320,39 @@ def test_a_worker_that_is_ready_takes_one_job_after_the_other_and_ends(tmp_path:
     assert used[2].poll() is not None
     libraries = [(tmp_path / name).read_bytes() for name in ("1.so", "2.so", "3.so")]
     assert libraries[0] == libraries[1] == libraries[2]
+
+
+@pytest.mark.usefixtures("no_others")
+def test_compilations_within_a_block_use_its_processes(tmp_path: Path) -> None:
+    o = Ops()
+    o.out("sum", m.Add(o.a, o.b))
+    used: list[subprocess.Popen[bytes]] = []
+
+    def compile_in_thread(name: str) -> None:
+        with Compilation(print_graph(o.graph), ISA, tmp_path / name) as compilation:
+            assert compilation._process is not None
+            used.append(compilation._process.popen)
+            compilation.result()
+
+    def one_compilation(levels: int) -> None:
+        """As the driver's: a pool of threads, which end with it and end the processes that they started."""
+        with ready_workers(1), ThreadPoolExecutor(levels) as threads:
+            context = [copy_context() for _ in range(levels)]
+            list(threads.map(lambda here: here.run(compile_in_thread, f"{len(used)}.so"), context))
+
+    with ready_workers(1, at_once=False):
+        one_compilation(1)
+        one_compilation(2)
+        assert used[0] in used[1:] and len(set(used)) == 2
+        assert used[0].poll() is None
+        (other,) = set(used) - {used[0]}
+        assert other.poll() is not None, "its thread is gone"
+        used[0].kill()
+        used[0].wait()
+        one_compilation(1)
+        one_compilation(1)
+        assert used[-1] is used[-2] is not used[0]
+    assert used[-1].poll() is not None
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc here")

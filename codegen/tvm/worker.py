@@ -8,7 +8,8 @@ pickling. Prints a JSON object a line, the last of a job its result: the symbols
 or what was found; or an error's kind, message and remedy, and then it ends.
 
 Importing TVM takes a second, in which a compilation that reads its model leaves other processors idle: within
-`ready_workers` processes are started at once, and go from one job to the next.
+`ready_workers` processes are started at once, and go from one job to the next, and where the block stands
+around several compilations, from one to the next.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from threading import Thread
+from threading import Thread, get_ident
 from typing import Any, Self
 
 from ...ir import errors
@@ -41,6 +42,7 @@ class _Process:
     """A process that does one job after the other."""
 
     def __init__(self, **environment: str) -> None:
+        self.thread = get_ident()  # which the system has it end with (`_end_with`)
         # Closed by `close`. A file and not a pipe: nobody reads while the worker writes.
         self._said = tempfile.TemporaryFile()  # noqa: SIM115
         # -P: a folder named like one of ours in the current directory must not be imported.
@@ -91,28 +93,68 @@ class _Process:
                     stream.close()
 
 
-_ready: ContextVar[list[_Process] | None] = ContextVar("ready", default=None)
+class _Ready:
+    """Processes that wait for jobs. Those of this block, `count`, stay when a compilation within it ends."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.waiting: list[_Process] = []
+
+    def fill(self, count: int) -> None:
+        """Start what is missing from `count`."""
+        self._keep([process for process in self.waiting if process.popen.poll() is None])
+        self.waiting += [_Process() for _ in range(count - len(self.waiting))]
+
+    def take(self) -> _Process:
+        """One that waits, or a new one."""
+        with contextlib.suppress(IndexError):
+            while True:
+                process = self.waiting.pop()
+                if process.popen.poll() is None:
+                    return process
+                process.close()
+        return _Process()
+
+    def keep(self, count: int) -> None:
+        """End those beyond `count`, and those that another thread started: they would end with it."""
+        self._keep([process for process in self.waiting if process.thread == get_ident()][:count])
+
+    def _keep(self, kept: list[_Process]) -> None:
+        for process in self.waiting:
+            if process not in kept:
+                process.close()
+        self.waiting = kept
+
+
+_ready: ContextVar[_Ready | None] = ContextVar("ready", default=None)
 
 
 @contextmanager
-def ready_workers(count: int) -> Generator[None]:
-    """`count` processes that import TVM meanwhile and then wait; compilations within take them, and leave
-    them for the next.
+def ready_workers(count: int, *, at_once: bool = True) -> Generator[None]:
+    """`count` processes that import TVM meanwhile and then wait; jobs within take them, and leave them for
+    the next. Each compilation has such a block; one around several has them use the same processes, which are
+    started with the first of them where it is not `at_once`.
     """
-    processes = [_Process() for _ in range(count)]
-    before = _ready.set(processes)
+    outer = _ready.get()
+    ready = outer or _Ready(count)
+    if at_once:
+        ready.fill(max(count, ready.count))
+    token = _ready.set(ready)
     try:
         yield
     finally:
-        _ready.reset(before)
-        for process in processes:
-            process.close()
+        _ready.reset(token)
+        ready.keep(0 if outer is None else outer.count)
 
 
 class Worker:
     """A job in a process. `result` waits for it; leaving the `with` block before ends the process."""
 
-    def __init__(self, job: Mapping[str, Any], process: _Process) -> None:
+    def __init__(self, job: Mapping[str, Any], process: _Process | None = None) -> None:
+        """In a process that is ready, where there is one and no other is given."""
+        ready = _ready.get()
+        if process is None:
+            process = _Process() if ready is None else ready.take()
         self._process: _Process | None = process
         process.begin(job)
 
@@ -144,6 +186,13 @@ class Worker:
         status = self._process.popen.wait()
         raise CompileError(f"{what} ended with status {status}: {self._process.said()}", remedy=remedy)
 
+    def _leave_ready(self) -> None:
+        """Its job is done: the process waits for the next one, where `ready_workers` keeps any."""
+        ready = _ready.get()
+        if ready is not None and self._process is not None:
+            ready.waiting.append(self._process)
+            self._process = None
+
 
 class Compilation(Worker):
     """A library that is being compiled; `schedules` as in `build`."""
@@ -153,18 +202,13 @@ class Compilation(Worker):
     ) -> None:
         self.isa = isa
         given = {key: schedule.as_json() for key, schedule in (schedules or {}).items()}
-        ready = _ready.get()
-        process = ready.pop() if ready else _Process()
-        super().__init__({"graph": graph_text, "isa": isa, "out": str(out), "schedules": given}, process)
+        super().__init__({"graph": graph_text, "isa": isa, "out": str(out), "schedules": given})
 
     def result(self) -> dict[str, Any]:
         """What `build` returned, as JSON. Raises what it raised, or CompileError where the worker died."""
         remedy = "compile with another --target tvm-cpu:isa=…, and report the model"
         built = self._result(f"the kernel compiler for {self.isa}", remedy)
-        ready = _ready.get()
-        if ready is not None and self._process is not None:  # for the next compilation
-            ready.append(self._process)
-            self._process = None
+        self._leave_ready()
         return built
 
 
@@ -172,13 +216,13 @@ class Programming(Worker):
     """The program and the kernels of a step on a GPU that are being made (`gpu/build.py`)."""
 
     def __init__(self, graph_text: str, folder: Path, architectures: Sequence[str]) -> None:
-        ready = _ready.get()
-        job = {"graph": graph_text, "folder": str(folder), "architectures": list(architectures)}
-        super().__init__(job, ready.pop() if ready else _Process())
+        super().__init__({"graph": graph_text, "folder": str(folder), "architectures": list(architectures)})
 
     def result(self) -> dict[str, Any]:
         """What `build_cuda` returned. Raises what it raised, or CompileError where the worker died."""
-        return self._result("the maker of CUDA kernels", "report the model")
+        built = self._result("the maker of CUDA kernels", "report the model")
+        self._leave_ready()
+        return built
 
 
 class Tuning(Worker):
