@@ -65,14 +65,10 @@ class Measured:
 
 
 def _compiled(function: Any, isa: str) -> Any:
-    import tvm
+    from llmc.codegen.tvm.build import compile_kernel
     from llmc.codegen.tvm.kernels.isa import get_isa
 
-    module = tvm.IRModule({"f": function.with_attr("global_symbol", "f")})
-    # As in `llmc.codegen.tvm.build`: these take most of the time and change nothing.
-    slow = ["s_tir.CompactBufferAllocation", "s_tir.HoistIfThenElse"]
-    with tvm.transform.PassContext(disabled_pass=slow):
-        return tvm.compile(module, target=tvm.target.Target(get_isa(isa).target))["f"]
+    return compile_kernel(function, get_isa(isa))["f"]
 
 
 def _tensor(array: Array) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from llmc.codegen.tvm.build import compile_kernel
 from llmc.codegen.tvm.kernels import stored_dtype
 from llmc.codegen.tvm.kernels.isa import LEVELS, get_isa
 from llmc.ir.core import Value
@@ -21,8 +22,6 @@ from .conftest import only_long
 
 tvm = pytest.importorskip("tvm")
 
-# As in `llmc.codegen.tvm.build`: these take most of the time and change nothing.
-_SLOW_PASSES = ["s_tir.CompactBufferAllocation", "s_tir.HoistIfThenElse"]
 HERE = cpu.supported_isas()
 
 
@@ -54,9 +53,7 @@ few_vector_levels, few_tile_levels = _levels(_VECTORS, only_long), _levels(_TILE
 
 
 def compiled(function: Any, isa: str) -> Any:
-    target = tvm.target.Target(get_isa(isa).target)
-    with tvm.transform.PassContext(disabled_pass=_SLOW_PASSES):
-        return tvm.compile(tvm.IRModule({"f": function.with_attr("global_symbol", "f")}), target=target)
+    return compile_kernel(function, get_isa(isa))
 
 
 @cache

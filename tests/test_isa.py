@@ -98,7 +98,7 @@ def test_what_llvm_cannot_target_is_refused(change: dict[str, Any], message: str
 def _assembly(maker: Any, isa: str, **parameters: Any) -> str:
     from .kernel_harness import compiled
 
-    return compiled(maker(**parameters, isa=isa), isa).mod.inspect_source("asm")
+    return compiled(maker(**parameters, isa=isa), isa).inspect_source("asm")
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ def test_a_level_multiplies_with_its_own_instruction(isa: str, pattern: str) -> 
     """Assembled for levels that this machine lacks, too."""
     function = make_quantized_linear(n=32, k=64, bits=4, group_size=64, isa=isa)
     module = compiled(function, isa)
-    assembly = module.mod.inspect_source("asm")
+    assembly = module.inspect_source("asm")
     assert re.search(pattern, assembly)
     if isa != "amx":
         assert "tmm" not in assembly
@@ -124,14 +124,14 @@ def test_attention_of_bfloat16_multiplies_in_tiles() -> None:
     heads = {"heads": 2, "kv_heads": 1, "head_dim": 32, "scale": 1.0}
     for kind, tiles in (("bfloat16", True), ("float16", False)):
         function = make_paged_attention(**heads, kv_dtype=kind, isa="amx")
-        assembly = compiled(function, "amx").mod.inspect_source("asm")
+        assembly = compiled(function, "amx").inspect_source("asm")
         assert bool(re.search(r"tdpbf16ps\s.*%tmm", assembly)) == tiles
 
 
 @pytest.mark.parametrize("isa", list(LEVELS))
 def test_half_precision_needs_no_runtime_library(isa: str) -> None:
     function = make_append_kv(kv_heads=1, head_dim=16, kv_dtype="float16", isa=isa)
-    assembly = compiled(function, isa).mod.inspect_source("asm")
+    assembly = compiled(function, isa).inspect_source("asm")
     assert not re.search(r"(call|jmp|bl?)\w*\s+\S*__(extend|trunc)\w+f2", assembly)
 
 

@@ -166,6 +166,17 @@ def compile_object(module: Module, isa: Isa, path: Path) -> None:
 
     Kernels that are private keep their bare-pointer signature.
     """
+    _compile(module, isa).write_to_file(str(path), "o")
+
+
+def compile_kernel(function: Any, isa: Isa) -> Any:
+    """One TIR function → a module in this process, whose function "f" takes TVM's tensors: for searches,
+    tests and benchmarks, by the passes that compile libraries.
+    """
+    return _compile(tvm.IRModule({"f": function.with_attr("global_symbol", "f")}), isa)
+
+
+def _compile(module: Module, isa: Isa) -> Any:
     target = tvm.target.Target(isa.target)
     with tvm.transform.PassContext(opt_level=3):
         module = tirx.transform.BindTarget(target.with_host(target))(module)
@@ -177,8 +188,7 @@ def compile_object(module: Module, isa: Isa, path: Path) -> None:
                 module.update_func(gv, function.with_body(_on_cpu(_freed_before_return(function.body))))
         finish = [tirx.transform.LowerTVMBuiltin(), tirx.transform.LowerIntrin()]
         module = tvm.transform.Sequential(finish)(module)
-        library = tvm.get_global_func("target.build.llvm")(module, target)
-    library.write_to_file(str(path), "o")
+        return tvm.get_global_func("target.build.llvm")(module, target)
 
 
 def _lowering_passes() -> list[Any]:

@@ -29,6 +29,7 @@ from ...ir.dtypes import to_numpy
 from ...ir.errors import InputError
 from ...runtime.cache_folder import cache_folder
 from ...runtime.cpu import supported_isas
+from .build import compile_kernel
 from .kernels.isa import Isa, get_isa
 from .kernels.layout import QuantLayout
 from .kernels.schedule import Schedule, alternatives, default_schedule
@@ -237,12 +238,7 @@ class Search:
                 (p.name, tuple(int(d) if _is_whole(d) else None for d in p.ty.shape), str(p.ty.dtype))
                 for p in buffers
             )
-            module = tvm.IRModule({"f": function.with_attr("global_symbol", "f")})
-            # As in `build.py`: these take most of the time and change nothing.
-            slow = ["s_tir.CompactBufferAllocation", "s_tir.HoistIfThenElse"]
-            with tvm.transform.PassContext(disabled_pass=slow):
-                built = tvm.compile(module, target=tvm.target.Target(self.isa.target))["f"]
-            self._compiled[schedule] = _Compiled(built, parameters)
+            self._compiled[schedule] = _Compiled(compile_kernel(function, self.isa)["f"], parameters)
         return self._compiled[schedule]
 
     def _sets(self, kernel: _Compiled, rows: int) -> list[list[Any]]:
