@@ -15,7 +15,7 @@ from ..frontend.memory import few_collections, release_freed_memory
 from ..frontend.rope import RopeScaling, longest, rope_facts
 from ..frontend.source import ModelSource, context_length, describe, open_source
 from ..frontend.tokenizer import DetectTools, TokenizerFacts, export_tokenizer
-from ..frontend.trace import trace_module, trace_source
+from ..frontend.trace import trace_module
 from ..ir.core import Graph, Value
 from ..ir.dtypes import kv_bytes
 from ..ir.errors import InputError
@@ -45,6 +45,7 @@ from .memory import check_peak, processes_at_once, watched
 from .peak import WORKER_BYTES, Peak, predict_peak
 from .request import DEFAULT_CALIBRATION, DEFAULT_VERDICT, Plan, Request
 from .target import emit_target, prepare_targets, with_adapters, with_tune
+from .trace_cache import trace_once
 from .verdict import VerdictOptions, prepare_held
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def trace(source: ModelSource, example_inputs: Mapping[str, torch.Tensor] | None
                 f"{source.name} is no language model", remedy="give example_inputs (argument name → tensor)"
             )
         return trace_module(source.module, example_inputs, name=source.name)
-    return trace_source(source)
+    return trace_once(source)
 
 
 def lower(

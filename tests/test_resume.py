@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +28,76 @@ from .models import save_tiny
 pytest.importorskip("torch")
 
 SCHEME = "gptq-int4-g32"
-# In a process of its own: what it says goes to stdout line by line, "begin" when quantizing begins.
+# Imports everything, and goes on as a copy of itself for every line (model, output, whether to resume): what
+# is killed is a process of its own, and need not import torch again.
 RUN = """
-import sys
+import json, os, sys
+import torch.export, transformers.models.llama.modeling_llama
 from llmc.codegen.calibrate import CalibrationOptions
 from llmc.codegen.driver import compile_model
 from llmc.codegen.request import NO_VERDICT
-model, out, resume = sys.argv[1:]
-options = CalibrationOptions(tokens=2048, resume=resume == "True")
-compile_model(model, out, targets=["null"], quant="gptq-int4-g32", calibration=options, verdict=NO_VERDICT,
-              progress=lambda what, share: what.startswith("quantizing") and print("begin", flush=True),
-              say=lambda text: print(text, flush=True))
+
+def compile(model, out, resume):
+    compile_model(model, out, targets=["null"], quant="gptq-int4-g32", verdict=NO_VERDICT,
+                  calibration=CalibrationOptions(tokens=2048, resume=resume),
+                  progress=lambda what, share: what.startswith("quantizing") and print("begin", flush=True),
+                  say=lambda text: print(text, flush=True))
+
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        compile(*json.loads(line))
+        os._exit(0)
+    print("process", child, flush=True)
+    print("status", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
+
+
+class Compiling:
+    """Compilations in processes that can be killed, one after the other."""
+
+    def __init__(self, server: subprocess.Popen[str]) -> None:
+        assert server.stdin is not None and server.stdout is not None
+        self._jobs, self._lines = server.stdin, server.stdout
+        self.said: list[str] = []
+        """What the compilation said, with its status at the end."""
+
+    def start(self, model: Path, out: Path, *, resume: bool) -> None:
+        self.said = []
+        self._jobs.write(json.dumps([str(model), str(out), resume]) + "\n")
+        self._jobs.flush()
+        self._process = int(self._until("process ").split()[1])
+
+    def wait_for_quantizing(self) -> None:
+        self._until("begin")
+
+    def status(self) -> int:
+        """0, or a signal as negative number."""
+        return int(self._until("status ").split()[1])
+
+    def _until(self, beginning: str) -> str:
+        while not (self.said and self.said[-1].startswith(("status ", beginning))):
+            self.said.append(self._lines.readline())
+            assert self.said[-1], "the server is gone"
+        return self.said[-1]
+
+    def runs(self) -> bool:
+        try:
+            os.kill(self._process, 0)
+        except ProcessLookupError:
+            return False
+        return True
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._process, signal.SIGKILL)
+
+
+@pytest.fixture
+def compiling() -> Iterator[Compiling]:
+    command = [sys.executable, "-c", RUN]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        yield Compiling(server)
 
 
 def files_of(artifact: Path) -> dict[str, bytes]:
@@ -108,7 +170,7 @@ def test_a_folder_of_the_users_is_not_touched(model: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_killed_again_and_again_and_resumed(model: Path, tmp_path: Path) -> None:
+def test_killed_again_and_again_and_resumed(model: Path, tmp_path: Path, compiling: Compiling) -> None:
     kills = 10 if LONG else 4
     began = time.perf_counter()
     whole, _ = compile_here(model, tmp_path / "whole.llmc")
@@ -121,28 +183,19 @@ def test_killed_again_and_again_and_resumed(model: Path, tmp_path: Path) -> None
         return sum(1 for _ in out.with_name(f"{out.name}.work").glob("*.piece"))
 
     for attempt in range(200):
-        command = [sys.executable, "-c", RUN, str(model), str(out), str(attempt > 0)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ})
-        assert process.stdout is not None
-        lines = iter(process.stdout.readline, "")
-        said = []
-        for line in lines:
-            said.append(line)
-            if line == "begin\n":
-                break
+        compiling.start(model, out, resume=attempt > 0)
+        compiling.wait_for_quantizing()
         before = pieces()
         # The first is killed wherever it is, the others when they have something to go on from.
-        while 0 < killed < kills and process.poll() is None and pieces() == before:
+        while 0 < killed < kills and compiling.runs() and pieces() == before:
             time.sleep(0.002)
-        time.sleep(moments.uniform(0, lasts / 8) if killed < kills else 0)
-        if killed < kills and process.poll() is None:
-            process.kill()
-            killed += 1
-        said += list(lines)
-        status = process.wait()
-        process.stdout.close()
-        resumed += any(line.startswith("resumed: ") for line in said)
-        assert status in (0, -9), said
+        if killed < kills:
+            time.sleep(moments.uniform(0, lasts / 8))
+            compiling.kill()
+        status = compiling.status()
+        assert status in (0, -signal.SIGKILL), compiling.said
+        killed += status != 0
+        resumed += any(line.startswith("resumed: ") for line in compiling.said)
         if status == 0 and killed >= kills:
             break
     assert killed == kills and resumed > 0

@@ -69,7 +69,7 @@ def test_another_compiler_finds_nothing(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept("a", b"library", tmp_path)
-    monkeypatch.setattr(library_cache, "_compiler", lambda: "another")
+    monkeypatch.setattr(library_cache, "fingerprint", lambda *given: "another")
     assert LibraryCache("a").take(ISA, None, tmp_path / "out.so") is None
 
 

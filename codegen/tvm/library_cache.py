@@ -12,32 +12,15 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ...runtime.cache_folder import cache_folder
+from ...runtime.cache_folder import cache_folder, fingerprint, trim, write_whole
 from .kernels.schedule import Schedule
 
 _LIMIT_BYTES = 512 << 20  # of all libraries; those that were not used for longest go first
 _SOURCES = ("codegen/tvm", "ir")
-
-
-@cache
-def _compiler() -> str:
-    """A hash of what turns graphs into libraries: our sources, and TVM's version."""
-    root = Path(__file__).resolve().parents[2]
-    found = hashlib.sha256()
-    for package in ("apache-tvm", "apache-tvm-ffi"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found.update(f"{package} {metadata.version(package)}\n".encode())
-    for folder in _SOURCES:
-        for path in sorted((root / folder).rglob("*")):
-            if path.suffix in (".py", ".ll"):
-                found.update(f"{path.relative_to(root)} {path.stat().st_size}\n".encode())
-                found.update(path.read_bytes())
-    return found.hexdigest()
+_PACKAGES = ("apache-tvm", "apache-tvm-ffi")
 
 
 class LibraryCache:
@@ -49,7 +32,7 @@ class LibraryCache:
 
     def _path(self, isa: str, schedules: Mapping[str, Schedule] | None) -> Path:
         chosen = {key: one.as_json() for key, one in sorted((schedules or {}).items())}
-        parts = json.dumps([_compiler(), self._text, isa, chosen])
+        parts = json.dumps([fingerprint(_SOURCES, _PACKAGES), self._text, isa, chosen])
         return self._folder / f"{hashlib.sha256(parts.encode()).hexdigest()}.so"
 
     def take(self, isa: str, schedules: Mapping[str, Schedule] | None, out: Path) -> dict[str, Any] | None:
@@ -74,28 +57,7 @@ class LibraryCache:
         with contextlib.suppress(OSError):
             content = library.read_bytes()
             record = {"sha256": hashlib.sha256(content).hexdigest(), "isa": isa, "built": dict(built)}
-            self._folder.mkdir(parents=True, exist_ok=True)
-            _write(path, content)
-            _write(path.with_suffix(".json"), json.dumps(record).encode())
-            self._trim()
-
-    def _trim(self) -> None:
-        known = [
-            (entry.stat(), Path(entry)) for entry in os.scandir(self._folder) if entry.name.endswith(".so")
-        ]
-        total = sum(stat.st_size for stat, _ in known)
-        for stat, path in sorted(known, key=lambda one: one[0].st_mtime):
-            if total <= _LIMIT_BYTES:
-                return
-            total -= stat.st_size
-            path.unlink(missing_ok=True)
-            path.with_suffix(".json").unlink(missing_ok=True)
-
-
-def _write(path: Path, content: bytes) -> None:
-    beside = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        beside.write_bytes(content)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+            write_whole(path, content)
+            write_whole(path.with_suffix(".json"), json.dumps(record).encode())
+            for old in trim(self._folder, path.suffix, _LIMIT_BYTES):
+                old.with_suffix(".json").unlink(missing_ok=True)
