@@ -9,7 +9,6 @@ import hashlib
 import os
 from collections.abc import Sequence
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 
 
@@ -24,6 +23,8 @@ def fingerprint(folders: Sequence[str], packages: Sequence[str]) -> str:
     """A hash of our own sources in some folders ("ir"), and of the versions of packages: of what makes a file
     that is kept.
     """
+    from importlib import metadata  # takes longer than all else that opens a small model
+
     root = Path(__file__).resolve().parents[1]
     found = hashlib.sha256()
     for package in packages:

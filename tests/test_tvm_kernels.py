@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 import pytest
+from llmc.codegen.tvm.kernels.activation import make_quantize_activation
 from llmc.codegen.tvm.kernels.attention import make_paged_attention
 from llmc.codegen.tvm.kernels.cache import make_append_kv
 from llmc.codegen.tvm.kernels.elementwise import make_gated_mlp
@@ -133,6 +134,18 @@ def test_half_precision_needs_no_runtime_library(isa: str) -> None:
     function = make_append_kv(kv_heads=1, head_dim=16, kv_dtype="float16", isa=isa)
     assembly = compiled(function, isa).inspect_source("asm")
     assert not re.search(r"(call|jmp|bl?)\w*\s+\S*__(extend|trunc)\w+f2", assembly)
+
+
+@pytest.mark.parametrize("k", [9, 17, 25])
+def test_bytes_are_not_stored_under_a_mask_of_one_lane(k: int) -> None:
+    """LLVM 22.1.0 stores four then (llvm-project#179489). It makes such masks of conditions on a loop's
+    variable, where 8 divides k - 1: our loops end where there is no more to do.
+    """
+    function = make_quantize_activation(k=k, group_size=128, isa="avx512vnni")
+    text = compiled(function, "avx512vnni").inspect_source("ll")
+    assert " store " in text
+    masks = re.findall(r"masked\.store\.v\d+i8.*x i1> <([^>]*)>\)", text)
+    assert not [mask for mask in masks if mask.count("true") == 1]
 
 
 def test_levels_are_those_of_the_runtime() -> None:

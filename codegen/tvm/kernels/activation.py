@@ -151,20 +151,19 @@ def _ragged_group(
     total = scalar(T.int32(0), "int32")
     count = let(T.min(T.int32(lay.real_group), T.int32(lay.k) - g * lay.real_group))
     best = scalar(T.int32(0), "int32")
-    with T.serial(0, lay.group) as i, T.If(i < count), T.Then():
+    with T.serial(0, count) as i:
         bits = T.bitwise_and(T.reinterpret(x[row, g * lay.real_group + i], dtype="int32"), T.int32(_ABS))
         put1(best, T.max(best[0], bits), 0)
     largest = let(T.reinterpret(best[0], dtype="float32"))
     put1(scale, largest / T.float32(127), row, g)
     inverse = _inverse(largest)
-    with T.serial(0, lay.group) as i, T.If(i < count):
-        with T.Then():
-            value = let(_to_int(splat(x[row, g * lay.real_group + i]), splat(inverse)))
-            one = let(call("int32", "llmc_max_i32", value))
-            put1(a, T.Cast("int8", one), row, g * lay.group + i)
-            put1(total, total[0] + one, 0)
-        with T.Else():
-            put1(a, T.int8(0), row, g * lay.group + i)
+    with T.serial(0, count) as i:
+        value = let(_to_int(splat(x[row, g * lay.real_group + i]), splat(inverse)))
+        one = let(call("int32", "llmc_max_i32", value))
+        put1(a, T.Cast("int8", one), row, g * lay.group + i)
+        put1(total, total[0] + one, 0)
+    with T.serial(0, lay.group - count) as i:
+        put1(a, T.int8(0), row, g * lay.group + count + i)
     put1(sums, T.Cast("float32", total[0]), row, g)
 
 
