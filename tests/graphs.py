@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from llmc.codegen.trace_cache import trace_once
 from llmc.frontend.trace import trace_source
 from llmc.ir.core import Graph, Op
 from llmc.ir.interpreter import run
@@ -31,6 +32,7 @@ class ModelInMemory:
     config_only = False
     kind = "hf"
     length: int | None = None
+    gguf = rope_scaling = None
 
     def __init__(
         self, model: Any, *, attention: str = "sdpa", encoder: bool = False, name: str = "model"
@@ -51,9 +53,11 @@ class ModelInMemory:
         return model
 
 
-def traced(model: Any, **options: Any) -> Graph:
+def traced(model: Any, *, attention: str = "sdpa", **options: Any) -> Graph:
     """The traced graph of a transformers model; options of `ModelInMemory`."""
-    return trace_source(ModelInMemory(model, **options))  # type: ignore[arg-type]
+    source: Any = ModelInMemory(model, attention=attention, **options)
+    # What is kept was traced as the driver does, with the usual attention.
+    return trace_once(source) if attention == "sdpa" else trace_source(source)
 
 
 def passes_to(

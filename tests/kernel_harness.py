@@ -18,23 +18,23 @@ from llmc.ir.dtypes import to_numpy
 from llmc.ir.types import Quantization, TensorType
 from llmc.runtime import cpu
 
-from .conftest import only_long
+from .conftest import LONG
 
 tvm = pytest.importorskip("tvm")
 
 HERE = cpu.supported_isas()
 
 
-def _levels(names: Sequence[str], *between: pytest.MarkDecorator) -> Any:
-    """Levels between the least and the best of them that this CPU runs are left to the slow tests, and have
-    the marks `between` too: compiling takes the time.
+def _levels(names: Sequence[str]) -> Any:
+    """Levels between the least and the best of them that this CPU runs are left to the slow tests: compiling
+    takes the time.
     """
     here = [name for name in names if name in HERE]
     params: list[Any] = []
     for name in names:
         marks = [pytest.mark.skipif(name not in HERE, reason=f"this CPU does not run {name}")]
         if name not in (here[0], here[-1]):
-            marks += [pytest.mark.slow, *between]
+            marks.append(pytest.mark.slow)
         params.append(pytest.param(name, marks=marks))
     return pytest.mark.parametrize("isa", params)
 
@@ -48,8 +48,37 @@ vector_levels = _levels(_VECTORS)
 # And tiles, where there are any.
 _TILES = [n for n in _OURS if n in (*_VECTORS, "amx")]
 tile_levels = _levels(_TILES)
-# Where cases are many.
-few_vector_levels, few_tile_levels = _levels(_VECTORS, only_long), _levels(_TILES, only_long)
+
+
+def _cases(names: str, cases: Sequence[Any], levels: Sequence[str]) -> Any:
+    """Parametrizes `names`, and `isa`, where cases are many: all on the best level that this CPU runs, every
+    third on the least, every third on those between in the slow tests; all where tests may be long.
+    """
+    here = [name for name in levels if name in HERE]
+    params: list[Any] = []
+    for isa in here:
+        between = isa not in (here[0], here[-1])
+        first, step = (0, 1) if LONG or isa == here[-1] else (int(between), 3)
+        for case in cases[first::step]:
+            values = case if "," in names else (case,)
+            name = "-".join(map(str, (*values, isa)))
+            params.append(pytest.param(*values, isa, id=name, marks=[pytest.mark.slow] if between else []))
+    return pytest.mark.parametrize(f"{names},isa", params)
+
+
+def vector_cases(names: str, cases: Sequence[Any]) -> Any:
+    """`_cases`, one level for each width of vectors."""
+    return _cases(names, cases, _VECTORS)
+
+
+def tile_cases(names: str, cases: Sequence[Any]) -> Any:
+    """`_cases`, one level for each width of vectors, and tiles."""
+    return _cases(names, cases, _TILES)
+
+
+def level_cases(names: str, cases: Sequence[Any]) -> Any:
+    """`_cases`, every level of this machine's architecture."""
+    return _cases(names, cases, _OURS)
 
 
 def compiled(function: Any, isa: str) -> Any:

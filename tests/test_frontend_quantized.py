@@ -11,10 +11,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llmc.codegen.trace_cache import trace_once
 from llmc.frontend.quantized import open_quantized
 from llmc.frontend.quantized.packing import unpack_stream, words_for
 from llmc.frontend.source import ModelSource, describe, open_source
-from llmc.frontend.trace import trace_source
 from llmc.ir.ops.quant import QuantizedLinear
 from llmc.ir.weights import ArrayTensor, quantized_of
 from llmc.passes.registry import quantization_passes
@@ -95,7 +95,7 @@ def test_kept_model_says_what_the_dequantized_one_says(name: str, tmp_path: Path
         weights[label] = torch.from_numpy(value.astype(np.float32))
     model.load_state_dict(weights, assign=True)
     ids = ids_of(23)
-    graph, _ = lowered(trace_source(source), "paged", quantization_passes("keep"))
+    graph, _ = lowered(trace_once(source), "paged", quantization_passes("keep"))
     (got,) = PagedRun(graph).step([("a", ids)])
     assert worst(got, reference_logits(model, ids)) < 2e-5
     kept = [op.q.type.quant for op in graph if isinstance(op, QuantizedLinear)]
@@ -126,13 +126,13 @@ def test_codes_are_those_of_the_file(tmp_path: Path) -> None:
 
 def test_layers_of_one_order_stay_merged(tmp_path: Path) -> None:
     source, _ = made("gptq act-order", tmp_path)
-    graph, _ = lowered(trace_source(source), "paged", quantization_passes("keep"))
+    graph, _ = lowered(trace_once(source), "paged", quantization_passes("keep"))
     assert sum(isinstance(op, QuantizedLinear) for op in graph) == 2 * 4  # qkv, o, gate and up, down
 
 
 def test_requantizing_reads_dequantized_values(tmp_path: Path) -> None:
     source, values = made("gptq 3 bits", tmp_path)
-    graph, _ = lowered(trace_source(source), "paged", quantization_passes("int8"))
+    graph, _ = lowered(trace_once(source), "paged", quantization_passes("int8"))
     (down,) = [v for n, v in graph.weights.items() if n == "model.layers.0.mlp.down_proj.weight.q"]
     assert down.type.quant is not None and down.type.quant.bits == 8 and down.weight is not None
     wanted = values["model.layers.0.mlp.down_proj.weight"]
@@ -263,7 +263,7 @@ def test_kept_checkpoint_from_end_to_end(
     ids = ids_of(23)
     got = first_step(open_executor(artifact), ids)
     if target.startswith("tvm-cpu"):
-        kept = lowered(trace_source(source), "fused", quantization_passes("keep"))[0]
+        kept = lowered(trace_once(source), "fused", quantization_passes("keep"))[0]
         monkeypatch.setattr(QuantizedLinear, "reference", eight_bit_activations(QuantizedLinear.reference))
         assert worst(got, logits_of(kept, ids)) < 1e-3
         return

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from llmc.codegen.adapters import LoraOption
+from llmc.codegen.trace_cache import trace_once
 from llmc.frontend.lora import read_adapter
 from llmc.frontend.source import open_source
-from llmc.frontend.trace import trace_source
 from llmc.ir.core import Graph
 from llmc.ir.errors import InputError, UnsupportedError
 from llmc.ir.weights import quantized_of
@@ -48,7 +48,7 @@ KINDS: dict[str, dict[str, Any]] = {
 def merged(folder: Path, *options: str) -> Graph:
     parsed = [LoraOption.parse(text) for text in options]
     passes = [MergeLora(read_adapter(one.path), one.scale) for one in parsed]
-    return run_passes(trace_source(open_source(folder)), passes, PassContext())[0]
+    return run_passes(trace_once(open_source(folder)), passes, PassContext())[0]
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ def test_over_another_grid_it_becomes_floats_and_that_is_said(tmp_path: Path) ->
     base = save_tiny("llama", tmp_path / "base")
     save_gptq(base)
     adapter(tiny_model("llama"), tmp_path / "one", target_modules=["q_proj"])
-    source = trace_source(open_source(base))
+    source = trace_once(open_source(base))
     result = MergeLora(read_adapter(tmp_path / "one")).run(source, PassContext())
     assert result.notes == ["adapter one: 2 quantized weights became floats"]
 

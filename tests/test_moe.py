@@ -15,6 +15,7 @@ from llmc.codegen.artifact import Artifact
 from llmc.codegen.legalize import legalize
 from llmc.codegen.onnx.cpu import OnnxCpu
 from llmc.frontend.experts import check_choice, gate_of, installed
+from llmc.frontend.trace import trace_source
 from llmc.ir.core import Graph
 from llmc.ir.errors import InputError, UnsupportedError, VerifyError
 from llmc.ir.interpreter import run
@@ -25,7 +26,7 @@ from llmc.passes.routers import is_router
 from llmc.runtime.executor import StepInputs, open_executor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from .graphs import PagedRun, logits_of, lowered, opnames, traced
+from .graphs import ModelInMemory, PagedRun, logits_of, lowered, opnames, traced
 from .models import ids_of, reference_logits
 from .moe_models import MOE, save_moe, tiny_moe
 from .test_tvm_model import step_inputs
@@ -149,9 +150,9 @@ def test_more_experts_a_token_than_there_are() -> None:
     with pytest.raises(InputError, match=r"chooses 9 experts a token, and there are 8; correct config\.json"):
         traced(model)
     model.config.num_experts_per_tok = 2
-    model.model.layers[1].mlp.gate.top_k = 11
+    model.model.layers[1].mlp.gate.top_k = 11  # which its configuration does not say
     with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.gate chooses 11 experts"):
-        traced(model)
+        trace_source(ModelInMemory(model))  # type: ignore[arg-type]
 
 
 def test_more_groups_than_there_are() -> None:

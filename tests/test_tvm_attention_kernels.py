@@ -24,12 +24,12 @@ from .kernel_harness import (
     blank,
     call,
     close,
-    few_tile_levels,
-    few_vector_levels,
     meaning,
     normal,
+    tile_cases,
     tile_levels,
     value,
+    vector_cases,
     vector_levels,
 )
 
@@ -273,16 +273,14 @@ def test_a_batch_of_single_rows_equals_its_reference_and_each_row_alone(case: An
 
 
 # Pages of float16 and of float8 are loaded by one function each: some of the cases are enough for it.
-@pytest.mark.parametrize(
-    ("case", "dtype"),
+@vector_cases(
+    "case,dtype",
     [
         *((c, "float32") for c in ATTENTION),
         *((c, "float16") for c in ATTENTION[:: 2 if LONG else 4]),
         *((c, "float8_e4m3fn") for c in (ATTENTION[0], ATTENTION[3], ATTENTION[8])),
     ],
-    ids=str,
 )
-@few_vector_levels
 def test_paged_attention_equals_its_reference_alone_in_a_batch_and_in_chunks(
     case: Any, dtype: str, isa: str
 ) -> None:
@@ -302,8 +300,7 @@ IN_TILES = [  # heads that fill tiles, and those that fall back to vectors
 ]
 
 
-@pytest.mark.parametrize("case", IN_TILES if LONG or "amx" in HERE else IN_TILES[::2], ids=str)
-@few_tile_levels
+@tile_cases("case", IN_TILES if LONG or "amx" in HERE else IN_TILES[::2])
 def test_attention_over_pairs_of_bfloat16(case: Any, isa: str) -> None:
     chunks = ((5, 0, 1), (5, 29, 30), (5, 3, 20), (5, 7, 30), (8, 0, 1), (8, 5, 100))
     check_attention(isa, [*LENGTHS, (150, 101)], case, "bfloat16", chunks)

@@ -24,7 +24,18 @@ from llmc.ir.errors import CompileError
 from llmc.ir.ops import quant
 from llmc.ir.types import Quantization
 
-from .kernel_harness import HERE, blank, call, close, levels, meaning, normal, value, vector_levels
+from .kernel_harness import (
+    HERE,
+    blank,
+    call,
+    close,
+    level_cases,
+    levels,
+    meaning,
+    normal,
+    value,
+    vector_levels,
+)
 
 
 @dataclass(frozen=True)
@@ -141,7 +152,6 @@ GENERAL = [  # products in floats
     Case(33, 70, 4, 20, None, "float32", "nf4"),  # a group that 8 does not divide, and a short last one
     Case(5, 9, 4, 64, codebook="nf4"),
 ]
-cases = pytest.mark.parametrize("case", CASES, ids=str)
 WITH_EXTRAS = {CASES[0], CASES[1], CASES[6], CASES[13], CASES[-1], GENERAL[0], GENERAL[2]}
 """Cases that are tried with bias and residual too; adding them is the same code for all."""
 
@@ -295,8 +305,7 @@ def linear_meaning(case: Case, x: np.ndarray) -> np.ndarray:
     return meaning(op, x, q, scale, zero, None)
 
 
-@cases
-@levels
+@level_cases("case", CASES)
 def test_quantized_linear_is_exact_in_integers_and_rows_do_not_depend_on_their_number(
     case: Case, isa: str
 ) -> None:
@@ -347,8 +356,7 @@ def test_products_have_the_same_bits_on_all_levels_with_fma(case: Case) -> None:
         assert np.array_equal(run(name, case, x), first)
 
 
-@pytest.mark.parametrize("case", [*CASES, *GENERAL], ids=str)
-@levels
+@level_cases("case", [*CASES, *GENERAL])
 def test_quantized_embedding_reads_rows_of_the_packed_table(case: Case, isa: str) -> None:
     q, scale, zero = case.parts()
     ids = np.array([0, case.n - 1, case.n // 2, 0, *range(case.n)], np.int32)
