@@ -323,7 +323,9 @@ def test_a_worker_that_is_ready_takes_one_job_after_the_other_and_ends(tmp_path:
 
 
 @pytest.mark.usefixtures("no_others")
-def test_compilations_within_a_block_use_its_processes(tmp_path: Path) -> None:
+def test_compilations_within_a_block_use_its_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     o = Ops()
     o.out("sum", m.Add(o.a, o.b))
     used: list[subprocess.Popen[bytes]] = []
@@ -352,6 +354,9 @@ def test_compilations_within_a_block_use_its_processes(tmp_path: Path) -> None:
         one_compilation(1)
         one_compilation(1)
         assert used[-1] is used[-2] is not used[0]
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # where a package of ops may be
+        one_compilation(1)
+        assert used[-1] is not used[-2]
     assert used[-1].poll() is not None
 
 

@@ -38,10 +38,16 @@ from .kernels.schedule import Schedule
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
+def _imports() -> dict[str, str]:
+    """What of the environment decides what a process imports: packages of ops among it."""
+    return {name: value for name, value in os.environ.items() if name.startswith(("PYTHON", "TVM_"))}
+
+
 class _Process:
     """A process that does one job after the other."""
 
     def __init__(self, **environment: str) -> None:
+        self.imports = _imports()
         self.thread = get_ident()  # which the system has it end with (`_end_with`)
         # Closed by `close`. A file and not a pipe: nobody reads while the worker writes.
         self._said = tempfile.TemporaryFile()  # noqa: SIM115
@@ -102,7 +108,7 @@ class _Ready:
 
     def fill(self, count: int) -> None:
         """Start what is missing from `count`."""
-        self._keep([process for process in self.waiting if process.popen.poll() is None])
+        self._keep([process for process in self.waiting if self._fits(process)])
         self.waiting += [_Process() for _ in range(count - len(self.waiting))]
 
     def take(self) -> _Process:
@@ -110,10 +116,15 @@ class _Ready:
         with contextlib.suppress(IndexError):
             while True:
                 process = self.waiting.pop()
-                if process.popen.poll() is None:
+                if self._fits(process):
                     return process
                 process.close()
         return _Process()
+
+    @staticmethod
+    def _fits(process: _Process) -> bool:
+        """Whether it lives, and began as one would now."""
+        return process.popen.poll() is None and process.imports == _imports()
 
     def keep(self, count: int) -> None:
         """End those beyond `count`, and those that another thread started: they would end with it."""
