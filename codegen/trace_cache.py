@@ -16,11 +16,13 @@ import hashlib
 import io
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..frontend.skeleton import model_class
 from ..frontend.source import ModelSource
 from ..frontend.trace import trace_source
 from ..ir.core import Graph
@@ -57,9 +59,13 @@ def trace_once(source: ModelSource) -> Graph:
 
 def _key(source: ModelSource) -> str | None:
     """A hash of all that a traced graph depends on, its name aside; None where that cannot be told."""
-    # A module of the user's may be anything; handlers of another package may be changed at any time.
+    # A module of the user's may be anything; code of other packages may be changed at any time.
     if source.kind == "module" or source.config_only or registered(GROUP):
         return None
+    module = model_class(source.config)[0].__module__
+    code = getattr(sys.modules[module], "__file__", None)
+    if not module.startswith("transformers.") or code is None:
+        return None  # a class that somebody registered there
     held = source.weights  # before the configuration is read: making a module settles some of it
     config = source.config.to_dict()
     for name in ("_name_or_path", "name_or_path"):
@@ -68,6 +74,7 @@ def _key(source: ModelSource) -> str | None:
     weights = [[name, one.dtype, *one.shape, first.setdefault(id(one), name)] for name, one in held.items()]
     described = [
         fingerprint(_SOURCES, _PACKAGES),
+        hashlib.sha256(Path(code).read_bytes()).hexdigest(),  # versions change later
         source.kind,
         source.task,
         source.length,

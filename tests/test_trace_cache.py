@@ -20,6 +20,7 @@ from llmc.ir.parser import parse
 from llmc.ir.printer import equal, print_graph
 from llmc.ir.weights import ArrayTensor
 from safetensors.numpy import load_file, save_file
+from transformers import LlamaForCausalLM
 
 from .models import TINY, save_tiny
 from .tvm_graphs import ISA
@@ -179,13 +180,16 @@ def test_what_cannot_be_told_or_kept_is_traced(
     with monkeypatch.context() as patch:  # another package's operators
         patch.setattr(trace_cache, "registered", lambda group: {"theirs": None})
         the_same(trace_once(open_source(model)), graph)
+    with monkeypatch.context() as patch:  # a class that is not transformers' own
+        patch.setattr(LlamaForCausalLM, "__module__", __name__)
+        the_same(trace_once(open_source(model)), graph)
     with monkeypatch.context() as patch:  # masks that are too large
         patch.setattr(trace_cache, "_LARGEST", 10)
         the_same(trace_once(open_source(model)), graph)
     assert not folder.exists()
     folder.parent.write_text("no folder")
     the_same(trace_once(open_source(model)), graph)
-    assert len(counted) == 3
+    assert len(counted) == 4
 
 
 def test_a_model_without_its_weights_is_traced(folder: Path, model: Path, graph: Graph) -> None:
