@@ -74,7 +74,7 @@ def _key(source: ModelSource) -> str | None:
     weights = [[name, one.dtype, *one.shape, first.setdefault(id(one), name)] for name, one in held.items()]
     described = [
         fingerprint(_SOURCES, _PACKAGES),
-        hashlib.sha256(Path(code).read_bytes()).hexdigest(),  # versions change later
+        hashlib.sha256(Path(code).read_bytes()).hexdigest(),  # one version may have many states
         source.kind,
         source.task,
         source.length,
