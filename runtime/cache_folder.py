@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from threading import get_native_id
 
 
 def cache_folder() -> Path:
@@ -39,9 +40,9 @@ def fingerprint(folders: Sequence[str], packages: Sequence[str]) -> str:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file beside, then rename it. Raises OSError."""
+    """Write a file beside, whatever other threads and processes do, then rename it. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}")
+    beside = path.with_name(f"{path.name}.{os.getpid()}-{get_native_id()}")
     try:
         beside.write_bytes(content)
         beside.replace(path)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar, copy_context
 from pathlib import Path
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -330,17 +331,20 @@ def test_compilations_within_a_block_use_its_processes(
     o.out("sum", m.Add(o.a, o.b))
     used: list[subprocess.Popen[bytes]] = []
 
-    def compile_in_thread(name: str) -> None:
-        with Compilation(print_graph(o.graph), ISA, tmp_path / name) as compilation:
+    def compile_in_thread(number: int, together: Barrier) -> None:
+        with Compilation(print_graph(o.graph), ISA, tmp_path / f"{number}.so") as compilation:
             assert compilation._process is not None
             used.append(compilation._process.popen)
+            together.wait(60)  # before one has its result, whose process would do for the next
             compilation.result()
 
     def one_compilation(levels: int) -> None:
         """As the driver's: a pool of threads, which end with it and end the processes that they started."""
         with ready_workers(1), ThreadPoolExecutor(levels) as threads:
-            context = [copy_context() for _ in range(levels)]
-            list(threads.map(lambda here: here.run(compile_in_thread, f"{len(used)}.so"), context))
+            together, contexts = Barrier(levels), [copy_context() for _ in range(levels)]
+            work = [threads.submit(c.run, compile_in_thread, i, together) for i, c in enumerate(contexts)]
+            for one in work:
+                one.result()
 
     with ready_workers(1, at_once=False):
         one_compilation(1)

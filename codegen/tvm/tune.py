@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +26,7 @@ import numpy as np
 from ...ir.core import Graph
 from ...ir.dtypes import to_numpy
 from ...ir.errors import InputError
-from ...runtime.cache_folder import cache_folder
+from ...runtime.cache_folder import cache_folder, write_whole
 from ...runtime.cpu import supported_isas
 from .build import compile_kernel
 from .kernels.isa import Isa, get_isa
@@ -95,12 +94,9 @@ def write_cache(path: Path, isa: str, found: Mapping[str, Schedule]) -> None:
     before = stored.get(key)
     new = {name: schedule.as_json() for name, schedule in found.items()}
     stored[key] = {**(before if isinstance(before, Mapping) else {}), **new}
-    beside = path.with_name(f"{path.name}.{os.getpid()}")
     text = json.dumps({"version": VERSION, "schedules": stored}, indent=1, sort_keys=True)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(text + "\n", encoding="utf-8")
-        beside.replace(path)
+        write_whole(path, (text + "\n").encode())
     except OSError as error:
         raise InputError(
             f"--tune keeps what it finds in {path}, which cannot be written: {error.strerror}",

@@ -28,7 +28,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from threading import Thread, get_ident
+from threading import Thread, current_thread
 from typing import Any, Self
 
 from ...ir import errors
@@ -48,7 +48,7 @@ class _Process:
 
     def __init__(self, **environment: str) -> None:
         self.imports = _imports()
-        self.thread = get_ident()  # which the system has it end with (`_end_with`)
+        self.thread = current_thread()  # which the system has it end with (`_end_with`)
         # Closed by `close`. A file and not a pipe: nobody reads while the worker writes.
         self._said = tempfile.TemporaryFile()  # noqa: SIM115
         # -P: a folder named like one of ours in the current directory must not be imported.
@@ -104,6 +104,7 @@ class _Ready:
 
     def __init__(self, count: int) -> None:
         self.count = count
+        self.thread = current_thread()
         self.waiting: list[_Process] = []
 
     def fill(self, count: int) -> None:
@@ -112,13 +113,12 @@ class _Ready:
         self.waiting += [_Process() for _ in range(count - len(self.waiting))]
 
     def take(self) -> _Process:
-        """One that waits, or a new one."""
-        with contextlib.suppress(IndexError):
-            while True:
-                process = self.waiting.pop()
-                if self._fits(process):
+        """One that waits and will not end under its job, or a new one."""
+        for process in list(self.waiting):
+            if process.thread in (self.thread, current_thread()) and self._fits(process):
+                with contextlib.suppress(ValueError):  # another thread was first
+                    self.waiting.remove(process)
                     return process
-                process.close()
         return _Process()
 
     @staticmethod
@@ -128,7 +128,7 @@ class _Ready:
 
     def keep(self, count: int) -> None:
         """End those beyond `count`, and those that another thread started: they would end with it."""
-        self._keep([process for process in self.waiting if process.thread == get_ident()][:count])
+        self._keep([process for process in self.waiting if process.thread is current_thread()][:count])
 
     def _keep(self, kept: list[_Process]) -> None:
         for process in self.waiting:

@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 
 from ...codegen.artifact import MANIFEST
 from ...ir.errors import InputError, LlmcError
-from ..cache_folder import cache_folder
+from ..cache_folder import cache_folder, write_whole
 
 DEFAULT = "sentence-transformers/all-MiniLM-L6-v2"
 """22 million parameters, 384 dimensions, Apache-2.0: small enough for a processor, and good for its size."""
@@ -184,10 +184,7 @@ def _folder_key(folder: Path) -> str:
             f"cannot read {error.filename or folder}: {error.strerror}", remedy="check its permissions"
         ) from None
     with contextlib.suppress(OSError):  # costs the hashing next time
-        record.parent.mkdir(parents=True, exist_ok=True)
-        beside = record.with_suffix(f".{os.getpid()}")
-        beside.write_text(json.dumps({"files": state, "key": key}), encoding="utf-8")
-        beside.replace(record)
+        write_whole(record, json.dumps({"files": state, "key": key}).encode())
     return key
 
 
