@@ -1,6 +1,7 @@
 """Contexts longer than a model was trained on: what rotary scaling gives, and what a long prompt takes.
 
-    python -m benchmarks.long_context [--part ppl,passkey,prefill] [--kinds "none;yarn:4"] [-o F] [--plot F]
+    python -m benchmarks.long_context [--part ppl,texts,passkey,prefill] [--kinds "none;yarn:4"] [-o F]
+                                      [--plot F]
 
 One model (SmolLM2-135M, `--quant keep`) compiled once for each kind of `--rope-scaling`. The steps are called
 with positions beyond what an artifact's manifest promises, so that "none" shows what the unscaled model does
@@ -8,6 +9,7 @@ there.
 
 ppl      perplexity of a public-domain book by position: one pass over its first tokens, buckets of positions;
          the same tokens for every kind.
+texts    perplexity of the same tokens cut into texts of some length, each a sequence of its own.
 passkey  a number is told once in filler text, at five depths, and asked for at the end (Mohtashami & Jaggi
          2023, arXiv:2305.16300): the share of answers whose digits are right, by prompt length.
 prefill  one prompt through the engine, 512 tokens a step, in a process of its own: the time of each step, and
@@ -33,7 +35,7 @@ from .commands import llmc as command
 from .published_models import fetch
 from .steps import CHUNK, Steps
 
-KINDS = ("none", "yarn:4", "linear:4", "dynamic:4")
+KINDS = ("none", "yarn:4", "yarn:4,when=needed", "linear:4", "dynamic:4")
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 
@@ -61,9 +63,10 @@ def tokenizer_of(artifact: Path) -> Any:
 # Perplexity ------------------------------------------------------------------------------------------------
 
 
-def losses(artifact: Path, ids: np.ndarray) -> np.ndarray:
-    """Negative log likelihood of each token but the first, nats."""
-    steps, found = Steps(artifact, len(ids)), []
+def losses(steps: Steps, ids: np.ndarray) -> np.ndarray:
+    """Negative log likelihood of each token of a text but the first, nats."""
+    steps.begin(len(ids))
+    found = list[np.ndarray]()
     for at in range(0, len(ids) - 1, CHUNK):
         chunk = ids[at : at + CHUNK]
         wanted = ids[at + 1 : at + 1 + len(chunk)]
@@ -84,13 +87,28 @@ def perplexities(paths: dict[str, Path], text: Path, length: int, bucket: int) -
     record: dict[str, Any] = {"text": text.name, "tokens": len(ids) - 1, "bucket": bucket, "starts": starts}
     kinds: dict[str, Any] = {}
     for kind, path in paths.items():
-        nll = losses(path, ids)
+        nll = losses(Steps(path, len(ids)), ids)
         kinds[kind] = {
             "ppl": [math.exp(nll[at : at + bucket].mean()) for at in starts],
             **{f"ppl_{n}": math.exp(nll[:n].mean()) for n in (2048, 8192, length) if n <= len(nll)},
         }
         print(kind, json.dumps(kinds[kind]), file=sys.stderr, flush=True)
     return {**record, "kinds": kinds}
+
+
+def by_text(paths: dict[str, Path], text: Path, tokens: int, lengths: Sequence[int]) -> dict[str, Any]:
+    """By kind and length: perplexity of the first tokens of a book as texts of that many tokens."""
+    words = text.read_text(encoding="utf-8")
+    ids = np.array(tokenizer_of(next(iter(paths.values()))).encode(words)[:tokens], np.int32)
+    kinds: dict[str, Any] = {}
+    for kind, path in paths.items():
+        kinds[kind] = {}
+        for length in lengths:
+            steps = Steps(path, length)
+            nll = [losses(steps, ids[at : at + length]) for at in range(0, len(ids) - length + 1, length)]
+            kinds[kind][str(length)] = math.exp(np.concatenate(nll).mean())
+            print(kind, length, kinds[kind][str(length)], file=sys.stderr, flush=True)
+    return {"text": text.name, "tokens": len(ids), "lengths": list(lengths), "kinds": kinds}
 
 
 # Passkey ---------------------------------------------------------------------------------------------------
@@ -128,7 +146,7 @@ def passkey(paths: dict[str, Path], lengths: Sequence[int]) -> dict[str, Any]:
 
 
 def _answer(steps: Steps, prompt: np.ndarray, tokens: int = 8) -> list[int]:
-    logits, answer = steps.prompt(prompt), list[int]()
+    logits, answer = steps.prompt(prompt, tokens), list[int]()
     for _ in range(tokens):
         answer.append(int(logits.argmax()))
         logits = steps.step(np.array(answer[-1:], np.int32), all_rows=False)[0]
@@ -251,10 +269,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """The parts asked for, each with what it was measured on: a record may hold those of several runs."""
     parts = arguments.part.split(",")
     record: dict[str, Any] = {}
-    kinds = arguments.kinds.split(";") if {"ppl", "passkey"} & set(parts) else []
+    kinds = arguments.kinds.split(";") if {"ppl", "texts", "passkey"} & set(parts) else []
     paths = {kind: compiled(kind, arguments.model, "bfloat16") for kind in kinds}
+    text = shared_data() / "longtext" / "alice_in_wonderland.txt"
+    if "texts" in parts:
+        found = by_text(paths, text, arguments.length, [int(n) for n in arguments.text_lengths.split(",")])
+        record["texts"] = {**labels(*paths.values()), **found}
     if "ppl" in parts:
-        text = shared_data() / "longtext" / "alice_in_wonderland.txt"
         found = perplexities(paths, text, arguments.length, arguments.bucket)
         record["ppl"] = {**labels(*paths.values()), **found}
     if "passkey" in parts:
@@ -272,9 +293,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--part", default="ppl,passkey,prefill", help="'' draws what -o has")
+    parser.add_argument("--part", default="ppl,texts,passkey,prefill", help="'' draws what -o has")
     parser.add_argument("--kinds", default=";".join(KINDS), help="separated by ';'")
     parser.add_argument("--length", type=int, default=32768, help="tokens of the text")
+    parser.add_argument("--text-lengths", default="2048,8192,16384", help="of the texts that it is cut into")
     parser.add_argument("--bucket", type=int, default=1024)
     parser.add_argument(
         "--lengths", default="1024,2048,4096,6144,8192,12288,16384", help="of passkey prompts"

@@ -20,28 +20,38 @@ class Steps:
     def __init__(self, artifact: Path, room: int) -> None:
         from llmc.codegen.artifact import Artifact
         from llmc.runtime.executor import open_executor
+        from llmc.runtime.late_scaling import LateScaling
 
-        self.executor: Executor = open_executor(Artifact.open(artifact))
+        opened = Artifact.open(artifact)
+        self.executor: Executor = open_executor(opened)
+        self._late = LateScaling.read(opened.model)
         pages = -(-room // self.executor.page_size)
         self.executor.allocate_kv(pages)
         self.table = np.arange(pages, dtype=np.int32)[None]
+        self.begin(room)
+
+    def begin(self, tokens: int) -> None:
+        """A new sequence, which will have so many tokens."""
         self.done = 0
+        scaled = self._late is not None and tokens > self._late.original
+        self._first = self._late.offset if self._late is not None and scaled else 0
 
     def step(self, ids: np.ndarray, *, all_rows: bool) -> np.ndarray:
         """Compute some tokens more; logits of all of them, or of the last."""
         from llmc.runtime.executor import StepInputs
 
         count = len(ids)
-        positions = np.arange(self.done, self.done + count, dtype=np.int32)
+        places = np.arange(self.done, self.done + count, dtype=np.int32)
         self.done += count
         rows = np.arange(count, dtype=np.int32) if all_rows else np.array([count - 1], np.int32)
         start, context = np.array([0, count], np.int32), np.array([self.done], np.int32)
         table = self.table[:, : -(-self.done // self.executor.page_size)].copy()
-        return self.executor.step(StepInputs(ids, positions, positions.copy(), start, context, table, rows))
+        positions = places + np.int32(self._first)
+        return self.executor.step(StepInputs(ids, positions, places, start, context, table, rows))
 
-    def prompt(self, ids: np.ndarray) -> np.ndarray:
-        """A new sequence; logits of its last token."""
-        self.done = 0
+    def prompt(self, ids: np.ndarray, more: int = 0) -> np.ndarray:
+        """A new sequence, which will have `more` tokens after these; logits of the last of these."""
+        self.begin(len(ids) + more)
         while len(ids) - self.done > CHUNK:
             self.step(ids[self.done : self.done + CHUNK], all_rows=False)
         return self.step(ids[self.done :], all_rows=False)[-1]

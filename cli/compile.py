@@ -50,7 +50,7 @@ rope_scaling_option = click.option(
     "--rope-scaling",
     metavar="KIND:FACTOR[,k=v…]",
     help="Make the context longer than the model was trained on: yarn:4, linear:4, dynamic:2, llama3:8, "
-    "longrope:4,factors=FILE. See docs/long-context.md.",
+    "longrope:4,factors=FILE; with ,when=needed for the sequences that need it. See docs/long-context.md.",
 )
 kv_dtype_option = click.option(
     "--kv-dtype",

@@ -80,6 +80,8 @@ def rope_text(scaling: Mapping[str, Any] | None) -> str | None:
         text += f" × {scaling['factor']:g}"
     if scaling.get("original") is not None:
         text += f", trained on {scaling['original']} tokens"
+    if scaling.get("when") == "needed":
+        text += ", longer sequences only"
     if scaling.get("factors") is not None:
         text += f", its {scaling['factors']} factors"
     elif scaling.get("length") is not None:

@@ -43,7 +43,7 @@ from .extensions import load_ops
 from .manifest import PAGE_SIZE, begin_manifest
 from .memory import check_peak, processes_at_once, watched
 from .peak import WORKER_BYTES, Peak, predict_peak
-from .request import DEFAULT_CALIBRATION, DEFAULT_VERDICT, Plan, Request
+from .request import DEFAULT_CALIBRATION, DEFAULT_VERDICT, Plan, Request, with_scaling
 from .target import emit_target, prepare_targets, with_adapters, with_tune
 from .trace_cache import trace_once
 from .verdict import VerdictOptions, prepare_held
@@ -131,13 +131,21 @@ def count_weights(graph: Graph) -> int:
     return sum(num_elements(v.weight) for v in graph.weights.values() if v.weight and v not in added)
 
 
+def _rope_facts(source: ModelSource) -> dict[str, Any] | None:
+    """`model.rope_scaling` of a manifest (docs/architecture.md)."""
+    facts = rope_facts(source.config, source.length, context_length(source.config))
+    if facts is not None and source.rope_scaling is not None and source.rope_scaling.needed:
+        facts |= {"when": "needed", "offset": source.length}
+    return facts
+
+
 def _model_facts(source: ModelSource, graph: Graph, context: int | None) -> dict[str, Any]:
     facts = describe(source) if source.config is not None else {}
     held = graph.facts.get("positions")
     context = min(context, held) if context is not None and held is not None else context
     width = graph.outputs[0].shape[-1] if graph.outputs[0].type.rank else None
     types = {name: graph.facts[name] for name in ("token_types", "state") if name in graph.facts}
-    rope = rope_facts(source.config, source.length, context_length(source.config))
+    rope = _rope_facts(source)
     return {
         **source.use,
         **types,
@@ -419,7 +427,7 @@ def check_model(
     """
     scaling = None if rope_scaling is None else RopeScaling.parse(rope_scaling)
     asked = Plan.make(targets, quant, kv_dtype, (), quant_head, bits_per_weight)
-    plan = replace(asked, quantize=tuple(without_calibration(asked.quantize)))
+    plan = replace(with_scaling(asked, scaling), quantize=tuple(without_calibration(asked.quantize)))
     load_ops()
     # "keep" asks for the grids of the weights, which stand in the files.
     files = str(model).endswith(".gguf") or (quant == "keep" and Path(model).is_dir())
@@ -443,9 +451,8 @@ def check_model(
     notes = tuple(dict.fromkeys(n for r in records for n in r.notes))
     caches = graph.facts.get("kv", [])
     a_token = sum(2 * kv["heads"] * kv_bytes(plan.kv_dtype, kv["head_dim"]) for kv in caches)
-    rope = rope_facts(source.config, length, facts["context_length"])
     return CheckReport(
-        {**facts, "context": length, "rope_scaling": rope},
+        {**facts, "context": length, "rope_scaling": _rope_facts(source)},
         len(graph.ops),
         attentions or len(caches),
         a_token,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..frontend.rope import RopeScaling
@@ -11,6 +11,7 @@ from ..frontend.source import ModelSource
 from ..ir.dtypes import FLOAT8
 from ..ir.errors import InputError
 from ..passes.base import Pass
+from ..passes.cache.positions import CheckPositions
 from ..passes.quantize.scheme import weight_passes
 from ..passes.registry import make_pass
 from .adapters import LoraOption, adapter_passes
@@ -91,6 +92,13 @@ class Plan:
         return Plan(chosen, quant, quantize, extra, cache, adapter_passes(lora))
 
 
+def with_scaling(plan: Plan, scaling: RopeScaling | None) -> Plan:
+    """The plan, with what must be checked for rotary embeddings that are not scaled for all sequences."""
+    if scaling is None or not scaling.needed:
+        return plan
+    return replace(plan, extra=(CheckPositions(), *plan.extra))
+
+
 @dataclass(frozen=True)
 class Request:
     """The options as they were given; `lora` read from its words."""
@@ -109,7 +117,7 @@ class Request:
 
     def plan(self) -> Plan:
         """Raises InputError for an option that is wrong."""
-        return Plan.make(
+        plan = Plan.make(
             self.targets,
             self.quant,
             self.kv_dtype,
@@ -119,6 +127,7 @@ class Request:
             self.verdict,
             self.lora,
         )
+        return with_scaling(plan, self.rope_scaling)
 
     def key(self, length: int | None) -> dict[str, Any]:
         """What interrupted work depends on besides model and text; `length` is the longest sequence."""

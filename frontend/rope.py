@@ -26,14 +26,15 @@ if TYPE_CHECKING:
     import torch
 
 OPTIONS: Final[Mapping[str, tuple[str, ...]]] = {
-    "linear": ("original",),
-    "dynamic": ("original",),
-    "yarn": ("original", "beta_fast", "beta_slow", "attention_factor", "truncate"),
-    "llama3": ("original", "low_freq_factor", "high_freq_factor"),
-    "longrope": ("original", "factors", "attention_factor"),
+    "linear": ("original", "when"),
+    "dynamic": ("original", "when"),
+    "yarn": ("original", "when", "beta_fast", "beta_slow", "attention_factor", "truncate"),
+    "llama3": ("original", "when", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("original", "when", "factors", "attention_factor"),
 }
 """What each kind of scaling can be told besides its factor. Numbers are transformers' own fields;
-`original` is the context that the model was trained on, `factors` a JSON file.
+`original` is the context that the model was trained on, `when` which sequences are scaled, `factors` a JSON
+file.
 """
 
 _WINDOWED: Final = ("sliding_attention", "chunked_attention")  # layers that never look further than a window
@@ -48,6 +49,8 @@ class RopeScaling:
     Attributes:
         text: as it was given.
         original: tokens that the model was trained on; None: what its configuration says.
+        needed: whether sequences of at most `original` tokens are left as the model was published
+            (rope_by_length.py), rather than all of them scaled.
         parameters: further fields of transformers' `rope_parameters`.
     """
 
@@ -56,6 +59,7 @@ class RopeScaling:
     factor: float
     original: int | None
     parameters: Mapping[str, Any]
+    needed: bool = False
 
     @staticmethod
     def parse(text: str) -> RopeScaling:
@@ -82,11 +86,14 @@ class RopeScaling:
                 )
             given[key] = value
         original = None if "original" not in given else _whole(text, "original", given.pop("original"))
-        return RopeScaling(text, kind, factor, original, _parameters(text, kind, given))
+        when = given.pop("when", "always")
+        if when not in ("always", "needed"):
+            raise InputError(f"--rope-scaling {text}: when={when}", remedy="always or needed")
+        return RopeScaling(text, kind, factor, original, _parameters(text, kind, given), when == "needed")
 
     def key(self) -> list[Any]:
         """What tells whether interrupted work was on the same scaling: a file's content, not its name."""
-        return [self.kind, self.factor, self.original, dict(sorted(self.parameters.items()))]
+        return [self.kind, self.factor, self.original, dict(sorted(self.parameters.items())), self.needed]
 
     def command(self) -> str:
         """The option as given, a file without its folders, so that the same inputs give the same bytes."""
@@ -141,6 +148,12 @@ class RopeScaling:
 
     def _check_same(self, entry: Mapping[str, Any], published: int, name: str) -> None:
         """A configuration that is scaled already must say the same."""
+        if self.needed:
+            raise InputError(
+                f"--rope-scaling {self.text}: {name} was published with a scaling of all sequences "
+                f"({entry['rope_type']})",
+                remedy="leave when=needed away",
+            )
         wanted = {"rope_type": self.kind, "factor": self.factor, **self.parameters}
         if self.original is not None:
             wanted["original_max_position_embeddings"] = self.original
@@ -167,7 +180,7 @@ class RopeScaling:
 
     def check_built(self, model: Any, name: str) -> None:
         """Raises UnsupportedError where the model's code does not look at what `apply` wrote."""
-        kinds = {kind for _, _, kind in _rotary(model)}
+        kinds = {kind for _, _, kind in rotary_modules(model)}
         if self.kind not in kinds:
             raise UnsupportedError(
                 f"--rope-scaling {self.text}: {name} ({type(model).__name__}) computes its rotary embedding "
@@ -193,7 +206,7 @@ def settle(model: torch.nn.Module, length: int) -> None:
     import torch
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    for module, layer_type, kind in list(_rotary(model)):
+    for module, layer_type, kind in list(rotary_modules(model)):
         if not _depends_on_length(kind):
             continue
         prefix = f"{layer_type}_" if layer_type else ""
@@ -214,7 +227,7 @@ def refuse_unsettled(model: torch.nn.Module, name: str) -> None:
     """Raises UnsupportedError for a module from Python whose frequencies change with the length: it is the
     caller's, and stays as it is.
     """
-    for _, _, kind in _rotary(model):
+    for _, _, kind in rotary_modules(model):
         if _depends_on_length(kind):
             raise UnsupportedError(
                 f"{name} has rotary frequencies that change with the length of a sequence ({kind})",
@@ -283,7 +296,7 @@ def _published(config: Any, name: str) -> tuple[str, int]:
     )
 
 
-def _rotary(model: torch.nn.Module) -> Iterator[tuple[Any, str | None, str]]:
+def rotary_modules(model: torch.nn.Module) -> Iterator[tuple[Any, str | None, str]]:
     """Rotary modules of transformers: the module, the type of layers, the kind of its frequencies."""
     for module in model.modules():
         kinds: Any = getattr(module, "rope_type", None)

@@ -6,6 +6,7 @@ transformers model's parameters; `build_model` makes the module to trace, withou
 
 from __future__ import annotations
 
+import copy
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -54,6 +55,7 @@ class ModelSource:
         quantization: `quantization_config` of a folder that holds quantized weights.
         unused_tensors: checkpoint tensors that the model does not take; known once `weights` was asked for.
         rope_scaling: what `scale_rope` wrote into the configuration.
+        unscaled_config: the configuration before, where only some sequences are scaled.
         length: tokens of the longest sequence that is compiled for; the model's own context where None.
     """
 
@@ -70,6 +72,7 @@ class ModelSource:
     quantization: dict[str, Any] | None = None
     unused_tensors: list[str] = field(default_factory=list[str])
     rope_scaling: rope.RopeScaling | None = None
+    unscaled_config: Any = None
     length: int | None = None
 
     @property
@@ -160,6 +163,11 @@ class ModelSource:
         length = self.length or context_length(self.config)
         if length is not None:
             rope.settle(model, length)
+        if self.unscaled_config is not None:
+            from . import rope_by_length  # which needs torch
+
+            assert length is not None, "what is scaled has a length"
+            rope_by_length.install(model, instantiate(self.unscaled_config, attn), length)
         if self.gguf is not None:
             gguf_model.apply_rope_factors(model, self.stored)
         return model
@@ -177,6 +185,13 @@ class ModelSource:
             )
         if self.gguf is not None:
             gguf_model.refuse_rope_factors(self.gguf, scaling.text)
+        if scaling.needed:
+            if self.task != "causal_lm":
+                raise InputError(
+                    f"--rope-scaling {scaling.text}: {self.name} generates nothing, so no sequence grows",
+                    remedy="leave when=needed away",
+                )
+            self.unscaled_config = copy.deepcopy(self.config)
         self.length = scaling.apply(self.config, self.name)
         self.rope_scaling = scaling
 

@@ -114,7 +114,8 @@ def compile(
         passes: further passes on the fused graph, `NAME{option=value,…}` (`llmc passes` lists them).
         lora: adapters that PEFT saved, `FOLDER` or `FOLDER:scale`, merged into the weights in this order.
         rope_scaling: `KIND:FACTOR[,key=value…]` makes the context longer than the model was trained on:
-            "yarn:4", "linear:4", "dynamic:2", "llama3:8": docs/long-context.md.
+            "yarn:4", "linear:4", "dynamic:2", "llama3:8"; with ",when=needed" for the sequences that need
+            it, rather than all: docs/long-context.md.
         dump_ir: a folder that receives the graph's text after every pass, numbered.
         example_inputs: argument name → tensor, for an `nn.Module` only.
         calib: a text or JSONL file that calibrated schemes calibrate on; the text that ships with llmc where

@@ -40,13 +40,14 @@ def build_inputs(chunks: Seq[Chunk[S]], page_size: int, *, all_rows: bool = Fals
         if any(chunk.scored for chunk in chunks):
             output_index = np.array(_rows_wanted(chunks), np.int32)
     adapter = _adapters(chunks)
+    shift = _first_positions(chunks)
     windows = [
         (table[row, positions // page_size] * np.int32(page_size) + positions % page_size, table)
         for table in _window_tables(chunks)
     ]
     return StepInputs(
         token_ids,
-        positions,
+        positions if shift is None else positions + np.repeat(shift, counts),
         slot_mapping,
         query_start,
         context_len,
@@ -56,6 +57,12 @@ def build_inputs(chunks: Seq[Chunk[S]], page_size: int, *, all_rows: bool = Fals
         state_slot=_states(chunks),
         windows=windows or None,
     )
+
+
+def _first_positions(chunks: Seq[Chunk[S]]) -> np.ndarray | None:
+    """[B] int32: what each sequence's positions are counted from; None where it is 0 for all."""
+    first = [chunk.sequence.first_position for chunk in chunks]
+    return np.array(first, np.int32) if any(first) else None
 
 
 def _adapters(chunks: Seq[Chunk[S]]) -> np.ndarray | None:
@@ -93,13 +100,14 @@ def _decoding(chunks: Seq[Chunk[S]], page_size: int) -> StepInputs:
         page, offset = divmod(start, page_size)
         slots.append(chunk.sequence.block_table[page] * page_size + offset)
     steps = np.arange(batch + 1, dtype=np.int32)
+    shift = _first_positions(chunks)
     windows: list[WindowTables] = []
     for table in _window_tables(chunks):
         at, offset = np.divmod(np.array(starts, np.int32), np.int32(page_size))
         windows.append((table[steps[:-1], at] * np.int32(page_size) + offset, table))
     return StepInputs(
         token_ids=np.array([chunk.sequence.tokens[chunk.start] for chunk in chunks], np.int32),
-        positions=np.array(starts, np.int32),
+        positions=np.array(starts, np.int32) if shift is None else np.array(starts, np.int32) + shift,
         slot_mapping=np.array(slots, np.int32),
         query_start=steps,
         context_len=np.array([start + 1 for start in starts], np.int32),

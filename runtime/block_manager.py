@@ -222,7 +222,7 @@ class BlockManager:
         hashes, size = sequence.block_hashes, self.page_size
         while len(hashes) <= index:
             start = len(hashes) * size
-            parent = hashes[-1] if hashes else sequence.salt
+            parent = hashes[-1] if hashes else sequence.prefix_seed
             block = sequence.tokens[start : start + size].tobytes()
             hashes.append(blake2b(block, digest_size=16, key=parent[:64]).digest())
         return hashes[index]

@@ -26,6 +26,7 @@ from .eviction_plan import plan_eviction, rotate_keys
 from .executor.base import Executor, OwnMemory, PreparesSampling
 from .generation import FinishReason, Generation, Request, StepOutput
 from .grammar import MaskWorker
+from .late_scaling import LateScaling
 from .memory import KvPlan, plan_kv_cache
 from .prompt_ids import prompt_ids
 from .sampler import Allowed, TokenLogprob, sample
@@ -83,6 +84,8 @@ class Engine:
         self.executor, self.tokenizer, self.facts, self.options = executor, tokenizer, facts, options
         options.check()
         self.context = self._context(options.context)
+        late = facts.late_scaling
+        self.late_scaling = late if late is not None and self.context > late.original else None
         states = allocate_states(executor, options)
         own = executor.free_bytes() if isinstance(executor, OwnMemory) else None  # states are taken from it
         self.kv: KvPlan = plan_kv_cache(
@@ -126,6 +129,7 @@ class Engine:
             self.counters,
             most=options.speculate,
             limit=self.limit if self.eviction is None else _ENDLESS,
+            late=self.late_scaling,
             prepare=self._prepare,
         )
 
@@ -210,6 +214,8 @@ class Engine:
         generation = Generation(request, self.tokenizer)
         self._requests[request.id] = request
         request.live.append(generation)
+        if self.late_scaling is not None:
+            self.late_scaling.begin(generation)
         self.scheduler.add(generation)
 
     def cancel(self, request_id: str) -> bool:
@@ -292,6 +298,8 @@ class Engine:
             raise
 
     def _step(self) -> list[StepOutput]:
+        if self.late_scaling is not None:
+            self._scale(self.late_scaling)
         guessing = self.speculator.guess()
         plan = self.scheduler.schedule()
         self.speculator.cut(guessing, plan)
@@ -307,6 +315,13 @@ class Engine:
         for generation in guessing:
             self.blocks.shrink(generation)
         return self._sample(plan, logits, masks, checked)
+
+    def _scale(self, late: LateScaling) -> None:
+        """Send the sequences that have outgrown the published frequencies back, to be computed again."""
+        grown = [g for g in self.scheduler.running if late.outgrown(g, len(g.tokens))]
+        for generation in grown:
+            self.scheduler.preempt(generation)
+            late.begin(generation)
 
     def _note_start(self, chunk: Chunk[Generation]) -> None:
         chunk.sequence.started = True
@@ -450,6 +465,8 @@ class Engine:
         """
         sequence = Sequence(self.scorable(ids))
         sequence.use(self.adapters.get(adapter))
+        if self.late_scaling is not None:
+            self.late_scaling.begin(sequence)
         return self._score(sequence, chunk or self.options.max_batch_tokens)
 
     def scorable(self, ids: Seq[int]) -> array[int]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..ir.errors import InputError
+from .late_scaling import LateScaling
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +19,8 @@ class ModelFacts:
     eos_token_ids: tuple[int, ...] = ()
     moves_keys: bool = True
     """Whether keys hold their position, so that one that moves in the cache must be turned."""
+    late_scaling: LateScaling | None = None
+    """Which sequences have their rotary embeddings scaled, where not all or none have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,6 +35,13 @@ def plan_eviction(
             "sinks: this target cannot turn the keys in its cache to other positions",
             remedy="take tvm-cpu, onnx-cpu or tvm-cuda, or leave sinks out",
         )
+    late = facts.late_scaling
+    if late is not None and context > late.original:
+        raise InputError(
+            f"sinks: keys of a context of {context} tokens turn by two kinds of frequencies, since the model "
+            f"was compiled with when=needed for more than its {late.original} tokens",
+            remedy=f"give a context of at most {late.original} tokens, or leave sinks out",
+        )
     size = executor.page_size
     eviction = Eviction(size, context // size, -(-options.sinks // size), rotates=facts.moves_keys)
     if eviction.kept < 1:

@@ -16,6 +16,7 @@ from .drafters import DraftModel
 from .engine import Engine, EngineOptions, ModelFacts
 from .executor import MakePlaces, open_executor
 from .executor.rotation import read_rotary
+from .late_scaling import LateScaling
 from .llm import LLM
 from .prefix_pages import attach
 from .tokenizer import Tokenizer
@@ -154,7 +155,8 @@ def _facts(artifact: Artifact, sinks: int | None) -> ModelFacts:
     moves_keys = sinks is None or any(rotary is not None for rotary in read_rotary(artifact))
     try:
         eos = tuple(int(token) for token in model.get("eos_token_ids") or ())
-        return ModelFacts(int(model["vocab_size"]), int(model["context_length"]), eos, moves_keys)
+        late = LateScaling.read(model)
+        return ModelFacts(int(model["vocab_size"]), int(model["context_length"]), eos, moves_keys, late)
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(
             f"{artifact.root}: the manifest's model facts are incomplete ({error})",

@@ -48,7 +48,7 @@ class Chunk(Generic[S]):
 
     @property
     def place(self) -> int:
-        """Where the first of them goes in the cache: its position for the model."""
+        """Where the first of them goes in the cache."""
         return self.start - self.sequence.evicted
 
     @property
@@ -142,10 +142,15 @@ class Scheduler(Generic[S]):
         """Send the newest running sequence back to the queue; None if nothing runs."""
         if not self.running:
             return None
-        victim = self.running.pop()
-        self.blocks.release(victim)
-        self.add(victim)
+        victim = self.running[-1]
+        self.preempt(victim)
         return victim
+
+    def preempt(self, sequence: S) -> None:
+        """Send a running sequence back to the queue."""
+        self.running.remove(sequence)
+        self.blocks.release(sequence)
+        self.add(sequence)
 
     def commit(self, plan: Plan[S]) -> None:
         """Note that the plan's chunks were computed."""

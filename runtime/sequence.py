@@ -45,6 +45,7 @@ class Sequence:
         "block_table",
         "drafted",
         "evicted",
+        "first_position",
         "num_computed",
         "num_prompt",
         "order",
@@ -75,6 +76,8 @@ class Sequence:
         # Computed tokens that are gone from the cache, behind the sinks (eviction.py): a later token's place
         # there, which is its position for the model, is its index less these.
         self.evicted = 0
+        # What positions are counted from for the model (late_scaling.py); 0 nearly always.
+        self.first_position = 0
         self.block_table = array("i")
         # Pages of the layers of each window, place by place as in `block_table`; those before `window_starts`
         # were given back, and their entries mean nothing.
@@ -97,6 +100,20 @@ class Sequence:
         """Compute the tokens with an adapter; before any of them is."""
         if adapter is not None:
             self.adapter, self.salt = adapter.slot, adapter.salt
+
+    def count_from(self, first_position: int) -> None:
+        """Count positions from another one, for a sequence that holds no pages: no prefix of it is known as
+        one that was counted from 0.
+        """
+        assert self.status is not Status.RUNNING and not self.block_table
+        self.first_position = first_position
+        self.block_hashes.clear()
+        self.restored, self.saved = False, 0
+
+    @property
+    def prefix_seed(self) -> bytes:
+        """What the hashes of its prefixes begin with."""
+        return self.salt + self.first_position.to_bytes(4, "little") if self.first_position else self.salt
 
     @property
     def remaining(self) -> int:
@@ -124,6 +141,7 @@ class Sequence:
         self.num_prompt = parent.num_prompt
         self.num_computed = parent.num_computed
         self.evicted = parent.evicted
+        self.first_position = parent.first_position
         self.block_table = array("i", parent.block_table)
         self.window_tables = [array("i", table) for table in parent.window_tables]
         self.window_starts = list(parent.window_starts)

@@ -164,6 +164,11 @@ def _asked_scaling(source: ModelSource, arch: Architecture) -> dict[str, Any]:
 
 
 def _rope(source: ModelSource) -> dict[str, Any]:
+    if source.rope_scaling is not None and source.rope_scaling.needed:
+        raise UnsupportedError(
+            f"{source.name} is to be scaled for long sequences only: GGUF can say that of all or of none",
+            remedy="leave when=needed away",
+        )
     rope = rope_parameters(source.config)
     kind = rope.get("rope_type", "default")
     partial = rope.get("partial_rotary_factor", 1.0)

@@ -17,23 +17,19 @@ from typing import Any
 
 import numpy as np
 
-from ...ir.core import Graph, Op, Value
+from ...ir.core import Graph, Value
 from ...ir.interpreter import to_torch
 from ...ir.ops import math as m
 from ...ir.ops.cache import AppendKv, PagedAttention
-from ...ir.ops.nn import Embedding, Rope
-from ...ir.ops.quant import QuantizedEmbedding
+from ...ir.ops.nn import Rope
 from ...ir.ops.shape import Concat, Expand, Reshape, Transpose
 from ...ir.ops.state import Recurrence
+from .positions import PositionsError, check_positions, cone
 
 _PROBES = (0, 1, 2, 5, 17, 100)
 """Positions at which tables are compared with what the frequencies give."""
 _CLOSE = 1e-3
 """Largest difference there: angles are float32 and below 100, tables may be rounded to bfloat16's 2^-9."""
-
-
-class _Refusal(Exception):
-    """Why keys cannot be moved."""
 
 
 def rotary_facts(graph: Graph) -> dict[str, Any]:
@@ -46,14 +42,14 @@ def rotary_facts(graph: Graph) -> dict[str, Any]:
     """
     try:
         return _read(graph)
-    except _Refusal as reason:
+    except PositionsError as reason:
         return {"refused": str(reason)}
 
 
 def _read(graph: Graph) -> dict[str, Any]:
     if any(isinstance(op, Recurrence) for op in graph):
-        raise _Refusal("its recurrent states keep what was evicted")
-    known = _check_positions(graph)
+        raise PositionsError("its recurrent states keep what was evicted")
+    known = check_positions(graph, {graph.input("positions")}, graph.input("context_len"))
     turned = _turned(graph)
     tables: list[dict[str, Any]] = []
     layers: dict[int, int | None] = {}
@@ -63,7 +59,7 @@ def _read(graph: Graph) -> dict[str, Any]:
             continue
         parts = list(_parts(op.k, 0, turned))
         if len(parts) > 1:
-            raise _Refusal(f"keys in {op.loc or graph.name} turn in several parts")
+            raise PositionsError(f"keys in {op.loc or graph.name} turn in several parts")
         layer = int(op.pages.name.removeprefix("kv_pages."))
         if not parts:
             layers[layer] = None
@@ -71,7 +67,7 @@ def _read(graph: Graph) -> dict[str, Any]:
         ((start, rope),) = parts
         key = (rope.cos, rope.sin, rope.interleaved)
         if not {rope.cos, rope.sin} <= known:
-            raise _Refusal(f"the rotary embedding in {rope.loc} turns by more than positions")
+            raise PositionsError(f"the rotary embedding in {rope.loc} turns by more than positions")
         if key not in read:
             read[key] = _frequencies(graph, rope)
         table = {
@@ -84,32 +80,6 @@ def _read(graph: Graph) -> dict[str, Any]:
             tables.append(table)
         layers[layer] = tables.index(table)
     return {"tables": tables, "layers": [layers.get(layer) for layer in range(len(graph.facts["kv"]))]}
-
-
-def _check_positions(graph: Graph) -> set[Value]:
-    """Refuse positions that flow into anything but the tables of rotary embeddings; the values that depend on
-    positions alone, or on nothing.
-    """
-    positional = {graph.input("positions")}
-    fixed: set[Value] = set(graph.weights.values())  # the same for every step
-    lengths = graph.input("context_len")
-    for op in graph:
-        if lengths in op.operands and not isinstance(op, PagedAttention):
-            raise _Refusal(f"{op.opname} in {op.loc or graph.name} depends on the length of the sequence")
-        found = [v for v in op.operands if v in positional]
-        if not found:
-            if all(v in fixed for v in op.operands):
-                fixed.update(op.results)
-        elif all(v in positional or v in fixed for v in op.operands):
-            positional.update(op.results)
-        elif not isinstance(op, Rope) or op.x in positional:
-            where = f"{op.opname} in {op.loc or graph.name}"
-            if any(isinstance(v.producer, Embedding | QuantizedEmbedding) for v in found):
-                raise _Refusal(f"absolute positions, learned ones, enter {where}")
-            if any(isinstance(made, m.Cos | m.Sin) for v in found for made in _cone(v, {})):
-                raise _Refusal(f"{where} takes cosines of positions, in no form of rotary embedding known")
-            raise _Refusal(f"positions enter {where}")
-    return positional | fixed
 
 
 def _turned(graph: Graph) -> set[Value]:
@@ -128,7 +98,7 @@ def _parts(v: Value, start: int, turned: set[Value]) -> Iterable[tuple[int, Rope
     op = v.producer
     if isinstance(op, Rope):
         if op.x in turned:
-            raise _Refusal(f"keys in {op.loc} turn twice")
+            raise PositionsError(f"keys in {op.loc} turn twice")
         yield start, op
     elif isinstance(op, m.Cast | Expand | Reshape | Transpose) and _keeps_last_axis(op):
         yield from _parts(op.x, start, turned)
@@ -140,7 +110,7 @@ def _parts(v: Value, start: int, turned: set[Value]) -> Iterable[tuple[int, Rope
             start += width
     elif v in turned:
         assert op is not None
-        raise _Refusal(f"{op.opname} in {op.loc} changes keys after their rotary embedding")
+        raise PositionsError(f"{op.opname} in {op.loc} changes keys after their rotary embedding")
 
 
 def _keeps_last_axis(op: m.Cast | Expand | Reshape | Transpose) -> bool:
@@ -160,7 +130,7 @@ def _frequencies(graph: Graph, rope: Rope) -> list[float]:
     cos, sin = (_evaluated(v, positions) for v in (rope.cos, rope.sin))
     scale = cos[0]  # nothing turns at position 0: what YaRN and its like multiply both tables by
     if not np.isfinite(scale).all() or not (scale > 0).all():
-        raise _Refusal(f"the tables of the rotary embedding in {rope.loc} are not finite")
+        raise PositionsError(f"the tables of the rotary embedding in {rope.loc} are not finite")
     if _has_cosine(rope.cos):
         angles = _evaluated(rope.cos, positions, angles=True)[1] / scale
     else:
@@ -172,22 +142,15 @@ def _frequencies(graph: Graph, rope: Rope) -> list[float]:
         (angles[::2], angles[1::2]) if rope.interleaved else (angles[:half], angles[half : 2 * half])
     )
     if not off <= _CLOSE * scale.max() or not np.array_equal(first, second):
-        raise _Refusal(f"the rotary embedding in {rope.loc} does not turn in proportion to the position")
+        raise PositionsError(
+            f"the rotary embedding in {rope.loc} does not turn in proportion to the position"
+        )
     return [float(f) for f in first]
 
 
 def _has_cosine(v: Value) -> bool:
     """Whether angles are computed on the way to a table."""
-    return any(isinstance(op, m.Cos) for op in _cone(v, {}))
-
-
-def _cone(v: Value, seen: dict[Op, None]) -> dict[Op, None]:
-    """The ops that a value comes from, each after those that it needs."""
-    if v.producer is not None and v.producer not in seen:
-        for operand in v.producer.operands:
-            _cone(operand, seen)
-        seen[v.producer] = None
-    return seen
+    return any(isinstance(op, m.Cos) for op in cone(v))
 
 
 def _evaluated(v: Value, positions: Value, *, angles: bool = False) -> np.ndarray:
@@ -205,7 +168,7 @@ def _evaluated(v: Value, positions: Value, *, angles: bool = False) -> np.ndarra
         return values[operand]
 
     with torch.no_grad():
-        for op in _cone(v, {}):
+        for op in cone(v):
             operands = op.grouped([fetch(operand) for operand in op.operands])
             if angles and isinstance(op, m.Cos):
                 results = [operands[0]]

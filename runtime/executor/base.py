@@ -79,6 +79,13 @@ class StepInputs:
         return {name: array for name, array in arrays.items() if array is not None}
 
 
+def scaled_from(model: Mapping[str, Any]) -> int:
+    """What positions of scaled sequences are counted from, by the facts of a manifest; 0 where no such thing
+    is (docs/architecture.md, `model.rope_scaling`).
+    """
+    return int((model.get("rope_scaling") or {}).get("offset") or 0)
+
+
 def check_step(
     inputs: StepInputs,
     *,
@@ -87,12 +94,14 @@ def check_step(
     vocabulary: int | None,
     types: int = 0,
     states: int | None = None,
+    scaled_from: int = 0,
 ) -> None:
     """Raise InputError where the arrays do not describe a step, or hold an index that leads out of the cache.
 
     For executors whose kernels follow every index unchecked. `vocabulary`: rows of the embedding, None where
     the executor checks ids itself. `types`: rows of the embedding of token types, 0 where there is none.
-    `states`: rows of the state cache, None for a model without one.
+    `states`: rows of the state cache, None for a model without one. `scaled_from`: what positions of scaled
+    sequences are counted from (`model.rope_scaling.offset`), 0 where there is no such thing.
     """
     tokens, sequences = len(inputs.token_ids), len(inputs.context_len)
     starts = inputs.query_start
@@ -112,7 +121,7 @@ def check_step(
     room = inputs.block_table.shape[1] * page_size
     bounds = (
         ("token_ids", inputs.token_ids, 1 << 31 if vocabulary is None else vocabulary),
-        ("positions", inputs.positions, room),
+        ("positions", inputs.positions, scaled_from + room),
         ("slot_mapping", inputs.slot_mapping, num_pages * page_size),
         ("block_table", inputs.block_table, num_pages),
         ("context_len", inputs.context_len, room + 1),

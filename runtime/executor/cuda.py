@@ -16,7 +16,7 @@ from ...ir.dtypes import to_numpy
 from ...ir.errors import ArtifactError, InputError
 from ..adapters import AdapterPlaces
 from .adapter_memory import WithSlots
-from .base import STEP_INPUTS, Executor, StepInputs, adapter_slots, check_step
+from .base import STEP_INPUTS, Executor, StepInputs, adapter_slots, check_step, scaled_from
 from .cuda_adapters import CudaAdapters
 from .cuda_driver import Driver
 from .cuda_program import Program, Room, round_up
@@ -89,6 +89,7 @@ class CudaExecutor(WithSlots):
         self._rotary: list[Rotary | None] | None = None  # read when keys first turn
         self._vocabulary = artifact.model.get("vocab_size")
         self._types = int(artifact.model.get("token_types") or 0)
+        self._scaled_from = scaled_from(artifact.model)
         self._sent, self._got = driver.pinned(1), driver.pinned(1)
         self._inbox, self._outbox = Room(driver), Room(driver)
         self.adapter_places = AdapterPlaces.parse(entry)
@@ -231,6 +232,7 @@ class CudaExecutor(WithSlots):
             page_size=self.page_size,
             vocabulary=self._vocabulary,
             types=self._types,
+            scaled_from=self._scaled_from,
             states=self._num_states if self._states else None,
         )
         columns = round_up(inputs.block_table.shape[1], _COLUMNS)

@@ -15,7 +15,7 @@ from ...codegen.artifact import Artifact
 from ...ir.dtypes import kv_bytes, to_numpy
 from ...ir.errors import ArtifactError, InputError
 from .. import cpu
-from .base import STEP_INPUTS, Executor, StepInputs, check_step, columns
+from .base import STEP_INPUTS, Executor, StepInputs, check_step, columns, scaled_from
 from .pages import pages_as_bytes, pages_from_bytes
 from .rotation import Rotary, read_rotary, turn_rows
 from .windows import tables_of, window_of
@@ -47,6 +47,7 @@ class OnnxExecutor:
         model = artifact.model
         self.vocab_size = columns(artifact)
         self._types = int(model.get("token_types") or 0)
+        self._scaled_from = scaled_from(model)
         self._kv_dtype = str(entry.get("kv_dtype", "float32"))
         self._layers = _cache_layers(self._inputs, self._outputs)
         per_token = sum(2 * heads * kv_bytes(self._kv_dtype, dim) for _, heads, dim in self._layers)
@@ -138,6 +139,7 @@ class OnnxExecutor:
             page_size=self.page_size,
             vocabulary=None,  # the upper end is checked by Gather
             types=self._types,
+            scaled_from=self._scaled_from,
         )
         if not len(inputs.token_ids):  # the model's first group of queries cannot be empty
             return np.zeros((0, self.vocab_size), np.float32)

@@ -28,7 +28,16 @@ from ...ir.errors import ArtifactError, InputError, LlmcError
 from .. import cpu
 from ..adapters import AdapterPlaces
 from .adapter_memory import AdapterMemory, WithSlots
-from .base import STEP_INPUTS, CallTimes, Kernels, Prepared, StepInputs, adapter_slots, check_step
+from .base import (
+    STEP_INPUTS,
+    CallTimes,
+    Kernels,
+    Prepared,
+    StepInputs,
+    adapter_slots,
+    check_step,
+    scaled_from,
+)
 from .pages import pages_as_bytes, pages_from_bytes
 from .rotation import Rotary, read_rotary, turn_pages
 from .shapes import MOST, check_names, check_pages, check_states, evaluate, match_shape, size_of
@@ -119,6 +128,7 @@ class TvmExecutor(WithSlots):
         self._rotary: list[Rotary | None] | None = None  # read when keys first turn
         self._vocabulary = artifact.model.get("vocab_size")
         self._types = int(artifact.model.get("token_types") or 0)
+        self._scaled_from = scaled_from(artifact.model)
         self.adapter_places = AdapterPlaces.parse(entry)
         places = self.adapter_places
         self._adapters = AdapterMemory(places, self._bind) if places is not None else None
@@ -223,6 +233,7 @@ class TvmExecutor(WithSlots):
             page_size=self.page_size,
             vocabulary=self._vocabulary,
             types=self._types,
+            scaled_from=self._scaled_from,
             states=self._num_states if self._recurrent else None,
         )
         sizes = {
