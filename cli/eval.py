@@ -11,6 +11,7 @@ import click
 from ..ir.errors import InputError
 from .output import emit, facts, json_option, note, table
 from .progress import Progress
+from .sampling import sinks_option
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,6 +56,12 @@ _QUESTION_TOKENS = 8192
 @click.option(
     "--window", type=click.IntRange(min=2), default=1024, show_default=True, help="Tokens of a window."
 )
+@click.option(
+    "--context",
+    type=click.IntRange(min=1),
+    help="With --sinks: tokens in the cache.  [default: the artifact's]",
+)
+@sinks_option
 @click.option("--rolling", is_flag=True, help="Predict every token, the first of a window too.")
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first N questions of each file.")
 @click.option(
@@ -90,6 +97,9 @@ def command(
     window before it (the first of all from BOS, or EOS where there is none): lm-evaluation-harness's rolling
     log-likelihood with max_length = --window, from which perplexities by word and byte follow.
 
+    With --sinks a window may be longer than the cache of --context tokens: older tokens are evicted as from
+    an answer (docs/long-context.md).
+
     With --against, KL is the mean over predictions of D(ART2 || ARTIFACT) in nats, and top-1 agreement the
     share of predictions whose most likely token is the same.
 
@@ -107,6 +117,10 @@ def command(
         raise click.UsageError("--picture shows what --moe measures: pass --moe FILE too")
     if routed is not None and options["adapter"] is not None:
         raise click.UsageError("--moe runs the artifact's own weights: leave --adapter away")
+    if options["sinks"] is not None and (text is None or questions or routed is not None):
+        raise click.UsageError("--sinks is for windows of a text: pass --ppl FILE alone")
+    if options["context"] is not None and options["sinks"] is None:
+        raise click.UsageError("--context is the cache of --sinks: pass --sinks N, or a smaller --window")
     if options["rolling"] and options["windows"] is not None:
         raise click.UsageError("--rolling scores the whole text: leave --windows away")
     paths = [path for path in (artifact, against) if path is not None]
@@ -127,16 +141,17 @@ def _perplexity(
     from .loading import load
     from .scoring import lengths, score
 
-    window = options["window"]
+    window, sinks = options["window"], options["sinks"]
     with contextlib.ExitStack() as stack:
-        # Room for one window is all the cache it takes; the default would be most of the memory, twice.
         llms = [
             stack.enter_context(
                 load(
                     path,
                     target=options["target"],
                     threads=options["threads"],
-                    kv_tokens=window,
+                    kv_tokens=_cache(path, options),
+                    context=options["context"],
+                    sinks=sinks,
                     prefix_cache=False,
                     adapter=None if number else options["adapter"],
                 )
@@ -145,9 +160,10 @@ def _perplexity(
         ]
         firsts: list[int] | None = None
         if options["rolling"]:
-            pieces, firsts = rolling_windows(llms, text, window=window)
+            pieces, firsts = rolling_windows(llms, text, window=window, endless=sinks is not None)
         else:
-            pieces = windows_of(llms, text, window=window, count=options["windows"])
+            count = options["windows"]
+            pieces = windows_of(llms, text, window=window, count=count, endless=sinks is not None)
         total = score(
             pieces,
             *(one.iter_logits for one in llms),
@@ -162,6 +178,17 @@ def _perplexity(
         **total.result(against=len(paths) > 1),
     }
     return result | (total.by_length(*lengths(_read(text))) if options["rolling"] else {})
+
+
+def _cache(path: Path, options: dict[str, Any]) -> int:
+    """Tokens of the KV cache: room for one window is all that it takes, where nothing is evicted; the default
+    would be most of the memory, twice.
+    """
+    if options["sinks"] is None:
+        return options["window"]
+    from ..codegen.artifact import Artifact
+
+    return options["context"] or int(Artifact.open(path, "size").model["context_length"])
 
 
 def _experts(
@@ -230,15 +257,18 @@ def _accuracies(
         llm.close()
 
 
-def windows_of(llms: Sequence[LLM], text: Path, *, window: int, count: int | None) -> list[np.ndarray]:
-    """The windows of token ids, int32, that the command scores; at most `count` of them.
+def windows_of(
+    llms: Sequence[LLM], text: Path, *, window: int, count: int | None, endless: bool = False
+) -> list[np.ndarray]:
+    """The windows of token ids, int32, that the command scores; at most `count` of them. `endless`: whether
+    they may be longer than the models' contexts.
 
     Raises InputError where a model predicts no tokens, the models differ in their tokens, or the text does
     not fill one window.
     """
     from .scoring import cut
 
-    ids = _encoded(llms, text, window=window, special=False)
+    ids = _encoded(llms, text, window=None if endless else window, special=False)
     pieces = cut(ids, window=window, count=count, bos=_bos(llms[0]))
     if not pieces:
         raise InputError(
@@ -247,26 +277,30 @@ def windows_of(llms: Sequence[LLM], text: Path, *, window: int, count: int | Non
     return pieces
 
 
-def rolling_windows(llms: Sequence[LLM], text: Path, *, window: int) -> tuple[list[np.ndarray], list[int]]:
-    """The windows of --rolling and the first token that each predicts. Raises as `windows_of` does, and where
-    the model has neither BOS nor EOS to predict the text's first token from.
+def rolling_windows(
+    llms: Sequence[LLM], text: Path, *, window: int, endless: bool = False
+) -> tuple[list[np.ndarray], list[int]]:
+    """The windows of --rolling and the first token that each predicts; `endless` as above. Raises as
+    `windows_of` does, and where the model has neither BOS nor EOS to predict the text's first token from.
     """
     from .scoring import roll
 
-    ids = _encoded(llms, text, window=window, special=True)
+    ids = _encoded(llms, text, window=None if endless else window, special=True)
     if not ids:
         raise InputError(f"{text} is empty", remedy="give a text")
     return roll(ids, window=window, prefix=_prefix(llms[0]))
 
 
-def _encoded(llms: Sequence[LLM], text: Path, *, window: int, special: bool) -> list[int]:
-    """The text in tokens that all models agree on; `special`: with those that the tokenizer adds to texts."""
+def _encoded(llms: Sequence[LLM], text: Path, *, window: int | None, special: bool) -> list[int]:
+    """The text in tokens that all models agree on; `special`: with those that the tokenizer adds to texts.
+    `window`: tokens that their contexts must hold.
+    """
     for one in llms:
         assert one.artifact is not None
         if one.kind != "causal_lm":
             raise InputError(f"an {one.kind} predicts no tokens", remedy="evaluate a language model")
         context = one.artifact.model["context_length"]
-        if window > context:
+        if window is not None and window > context:
             raise InputError(
                 f"--window {window}: the context of {one.artifact.root} is {context} tokens",
                 remedy=f"pass --window {context}",

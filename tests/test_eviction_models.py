@@ -4,6 +4,7 @@ by hand (Xiao et al. 2023, arXiv:2309.17453, section 3.2); tokens the same in an
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -166,6 +167,27 @@ def test_commands_take_sinks(compiled: Any, capsys: pytest.CaptureFixture[str]) 
     assert '"generated_tokens": 200' in out or '"completion_tokens": 200' in out, out
     assert main(["run", *words, "--sinks", "96"]) == 2
     assert "sinks: of a context of 96 tokens" in capsys.readouterr().out
+
+
+def test_texts_longer_than_the_cache_are_measured(
+    compiled: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, file = compiled("llama"), tmp_path / "text.txt"
+    with llmc.load(path, context=LENGTH, sinks=4) as llm:
+        file.write_text(llm.decode(ids_of(700)), encoding="utf-8")
+        ids = llm.encode(file.read_text(encoding="utf-8"))[:300]
+        wanted = float(np.exp(-llm.token_logprobs(ids).mean()))
+    words = ["eval", str(path), "--ppl", str(file), "--window", "300", "--windows", "1", "--json"]
+    assert main([*words, "--context", str(LENGTH), "--sinks", "4"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["tokens"] == 299 and found["ppl"] == pytest.approx(wanted, rel=1e-5)
+    for wrong, said in (
+        (words, "pass --window 256"),
+        ([*words, "--context", "96"], "--context is the cache of --sinks"),
+        (["eval", str(path), "--mcq", str(file), "--sinks", "4"], "--sinks is for windows of a text"),
+    ):
+        assert main(wrong) == 2
+        assert said in "".join(capsys.readouterr())
 
 
 def test_prefixes_on_disk_hold_nothing_that_was_turned(compiled: Any, tmp_path: Path) -> None:
