@@ -6,7 +6,8 @@ from typing import Any
 
 from ..ir.core import Value
 from ..ir.ops import math, quant, shape
-from ..ir.types import divide, product
+from ..ir.ops.moe import Gate
+from ..ir.types import Dim, divide, product
 from .legalize import Builder, activated, decomposes, dequantized
 
 m: Any = math  # as in `legalize.py`
@@ -32,14 +33,11 @@ def _experts(b: Builder, op: Any, up: Value, down: Value) -> Value:
     """
     e, wide, d = up.shape
     rows, k = product(op.x.shape[:-1]), op.indices.shape[-1]
-    half = divide(wide, 2)
-    assert half is not None
     x = b.reshape(b.cast(op.x, "float32"), 1, rows, d)
     products = b(m.MatMul(x, b.swap(b.cast(up, "float32"))))
     if op.up_bias is not None:
         products = b.add(products, b.reshape(b.cast(op.up_bias, "float32"), e, 1, wide))
-    gate, linear = b.part(products, 0, half), b.part(products, half, wide)
-    y = b(m.MatMul(_gated(b, op.gate, gate, linear), b.swap(b.cast(down, "float32"))))
+    y = b(m.MatMul(_gated(b, op.gate, products, wide), b.swap(b.cast(down, "float32"))))
     if op.down_bias is not None:
         y = b.add(y, b.reshape(b.cast(op.down_bias, "float32"), e, 1, d))
 
@@ -53,14 +51,24 @@ def _experts(b: Builder, op: Any, up: Value, down: Value) -> Value:
     return b.cast(b.reshape(b(m.ReduceSum(kept, (-3,), False)), *op.result.shape), op.x.dtype)
 
 
-def _gated(b: Builder, form: Any, gate: Value, up: Value) -> Value:
-    """`ir.ops.moe.Gate` of two halves."""
+def _gated(b: Builder, form: Gate, products: Value, wide: Dim) -> Value:
+    """`ir.ops.moe.Gate` of products [..., wide]."""
+    if not form.gated:
+        return _active(b, form, products)
+    half = divide(wide, 2)
+    assert half is not None
+    gate, up = b.part(products, 0, half), b.part(products, half, wide)
     if form.limit:
         gate = b(m.Minimum(gate, b.scalar(form.limit, gate)))
         up = b(m.Minimum(up, b.scalar(form.limit, up)))
         up = b(m.Maximum(up, b.scalar(-form.limit, up)))
+    return b.mul(_active(b, form, gate), b.add(up, form.offset) if form.offset else up)
+
+
+def _active(b: Builder, form: Gate, x: Value) -> Value:
     if form.activation == "swish":
-        active = b.mul(gate, b(m.Sigmoid(b.mul(gate, form.alpha))))
-    else:
-        active = activated(b, form.activation, gate)
-    return b.mul(active, b.add(up, form.offset) if form.offset else up)
+        return b.mul(x, b(m.Sigmoid(b.mul(x, form.alpha))))
+    if form.activation == "relu2":
+        positive = activated(b, "relu", x)
+        return b.mul(positive, positive)
+    return activated(b, form.activation, x)

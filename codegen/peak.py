@@ -199,7 +199,7 @@ def _shapes(graph: Graph, length: int) -> _Shapes:
             e, d = _count_of(op.down.shape[0]), _count_of(op.x.shape[-1])
             i = _count(op.down) // (e * d)
             layers = found.setdefault(layer_name(op.loc) or op.loc, {})
-            layers[op.gate_up], layers[op.down] = (2 * i, d), (d, i)
+            layers[op.gate_up], layers[op.down] = (op.gate.products * i, d), (d, i)
             continue
         weight = next((w for v in op.operands if (w := _weight(v)) is not None), None)
         if weight is None or not isinstance(op, (Linear, MatMul, Embedding)):

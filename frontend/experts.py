@@ -13,6 +13,7 @@ result is compared with the module's own on a grid.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..ir.core import Value
 from ..ir.errors import InputError, UnsupportedError
-from ..ir.ops.moe import Gate, Moe
+from ..ir.ops.moe import GATES, Gate, Moe
 from ..ir.ops.nn import ACTIVATIONS
 from .aten_table import registered
 from .operators import Definition, define_operators
@@ -39,7 +40,7 @@ _TOLERANCE = 1e-5  # of a gate's result: some compute in float32
 _SCHEMA = (
     "(Tensor hidden, Tensor indices, Tensor weights, Tensor gate_up, Tensor down, Tensor? up_bias, "
     "Tensor? down_bias, str activation, float alpha, float limit, float offset, bool interleaved, "
-    "bool transposed) -> Tensor"
+    "bool gated, bool transposed) -> Tensor"
 )
 
 
@@ -83,9 +84,10 @@ def _forward(gates: dict[int, Gate]) -> Callable[..., Any]:
 
     def forward(module: Any, hidden: Any, indices: Any, weights: Any) -> Any:
         gate = gates[id(module)]
-        biases = (module.gate_up_proj_bias, module.down_proj_bias) if module.has_bias else (None, None)
-        form = (gate.activation, gate.alpha, gate.limit, gate.offset, gate.interleaved, module.is_transposed)
-        experts = (module.gate_up_proj, module.down_proj, *biases)
+        names = ("gate_up_proj" if gate.gated else "up_proj", "down_proj")
+        biases = [getattr(module, f"{name}_bias") if module.has_bias else None for name in names]
+        form = (*dataclasses.astuple(gate), module.is_transposed)
+        experts = (*(getattr(module, name) for name in names), *biases)
         return operator(hidden, indices, weights.to(hidden.dtype), *experts, *form)
 
     return forward
@@ -104,30 +106,25 @@ def _operator() -> Any:
 
 @registered(f"{NAMESPACE}.moe.default")
 def _moe(c: Importer, *args: Any) -> Value:
-    values, (activation, alpha, limit, offset, interleaved, transposed) = args[:7], args[7:]
-    gate = {"activation": activation, "alpha": alpha, "limit": limit, "offset": offset}
-    return c.emit(Moe(*values, **gate, interleaved=interleaved, transposed=transposed))
+    values, form, transposed = args[:7], args[7:-1], args[-1]
+    return c.emit(Moe(*values, **dataclasses.asdict(Gate(*form)), transposed=transposed))
 
 
 def gate_of(path: str, module: Any) -> Gate:
     """What a module of experts computes between its two products. Raises UnsupportedError for what is no
     `Gate`.
     """
-    reason = next(
-        (
-            what
-            for what, is_so in (
-                ("have no gate", not module.has_gate),
-                ("normalise their results", module.has_post_expert_norm),
-            )
-            if is_so
-        ),
-        None,
-    )
-    gate = None if reason else _found(module._apply_gate)
+    gate = None
+    reason = f"have {'a gate' if module.has_gate else 'an activation'} of a kind that is not known"
+    if module.has_post_expert_norm:
+        reason = "normalise their results"
+    elif module.has_gate:
+        gate = _found(module._apply_gate)
+    else:
+        gate = _found_activation(module.act_fn)
     if gate is None:
         raise UnsupportedError(
-            f"the experts of {path} {reason or 'have a gate of a kind that is not known'}",
+            f"the experts of {path} {reason}",
             remedy="add it to Gate in ir/ops/moe.py, or report the model",
         )
     return gate
@@ -159,6 +156,17 @@ def _found(apply: Callable[[Any], Any]) -> Gate | None:
     wanted = apply(products)
     scale = _TOLERANCE * (1 + wanted.abs())
     return next((one for one in candidates if bool(((one(products) - wanted).abs() <= scale).all())), None)
+
+
+def _found_activation(apply: Callable[[Any], Any]) -> Gate | None:
+    """The `Gate` without a gate that computes what `apply` does, element by element."""
+    import torch
+
+    grid = torch.linspace(-12, 12, 4001, dtype=torch.float64)
+    wanted = apply(grid)
+    candidates = [Gate(name, gated=False) for name in GATES if name != "swish"]
+    scale = _TOLERANCE * (1 + wanted.abs())
+    return next((one for one in candidates if bool(((one(grid) - wanted).abs() <= scale).all())), None)
 
 
 def _rounded(value: float) -> float:

@@ -54,9 +54,25 @@ BEHIND_STATES: dict[str, tuple[str, dict[str, Any]]] = {
             "num_experts": 6,
             "shared_expert_intermediate_size": 48,
         },
-    )
+    ),
+    "nemotron_h": (
+        "NemotronH",
+        {
+            "layer_types": ["linear_attention", "moe", "full_attention", "mlp", "moe"],
+            "num_hidden_layers": 5,
+            "head_dim": 16,
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 16,
+            "ssm_state_size": 24,
+            "n_groups": 2,
+            "chunk_size": 8,
+            "n_routed_experts": 8,
+            "moe_intermediate_size": 40,
+            "moe_shared_expert_intermediate_size": 56,
+        },
+    ),
 }
-"""Mixtures behind a recurrence."""
+"""Mixtures behind a recurrence; the second one's experts have no gate."""
 
 
 def moe_config(name: str, **changes: Any) -> Any:

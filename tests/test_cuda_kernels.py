@@ -192,6 +192,7 @@ GATES = {
     "silu": Gate("silu"),
     "swish": Gate("swish", alpha=1.702, limit=1.5, offset=1.0),
     "gelu": Gate("gelu_tanh", limit=0.7),
+    "none": Gate("relu2", gated=False),
 }
 
 
@@ -203,8 +204,9 @@ def test_gates_of_experts_and_their_sums(gpu: Device, gate: str, bias: bool) -> 
     flat, weights = chosen.reshape(-1), normal(20, TOP_K, seed=5)
     place, source, _, _ = gpu("moe_rows", indices=flat)
     x = normal(20, WIDE).astype(np.float64)
-    up, down = normal(EXPERTS, 2 * HIDDEN, WIDE, seed=1) / 8, normal(EXPERTS, WIDE, HIDDEN, seed=2) / 8
-    up_bias, down_bias = normal(EXPERTS, 2 * HIDDEN, seed=3), normal(EXPERTS, WIDE, seed=4)
+    products = GATES[gate].products * HIDDEN
+    up, down = normal(EXPERTS, products, WIDE, seed=1) / 8, normal(EXPERTS, WIDE, HIDDEN, seed=2) / 8
+    up_bias, down_bias = normal(EXPERTS, products, seed=3), normal(EXPERTS, WIDE, seed=4)
     owner = flat[source]
     given = np.einsum("snk,sk->sn", up[owner], x[source // TOP_K]).astype(np.float32)
     more = {"source": source, "indices": flat, "up_bias": up_bias} if bias else {}

@@ -120,11 +120,12 @@ def _norm(cls: Any, weight: bool, bias: bool | None = None) -> Make:
 
 
 def _moe(bias: bool = False, **gate: Any) -> Make:
-    """2 of 4 experts, each [2 · 3, 8] and [8, 3]."""
+    """2 of 4 experts, each [2 · 3, 8] (without a gate [6, 8]) and [8, 3] (without a gate [8, 6])."""
+    inner = 3 if gate.get("gated", True) else 6
 
     def make(g: Graph) -> Value:
         given = (_input(g, "x", T, 8), _input(g, "i", T, 2, dtype="int64"), _input(g, "w", T, 2))
-        experts = (_weight(g, "up", 4, 6, 8), _weight(g, "down", 4, 8, 3))
+        experts = (_weight(g, "up", 4, 6, 8), _weight(g, "down", 4, 8, inner))
         biases = (_weight(g, "b", 4, 6), _weight(g, "bias", 4, 8)) if bias else (None, None)
         return g.append(moe.Moe(*given, *experts, *biases, **gate)).result
 
@@ -143,6 +144,7 @@ CASES: dict[str, Make] = {
     "moe": _moe(),
     "moe/gelu, biased": _moe(bias=True, activation="gelu_tanh"),
     "moe/clamped": _moe(activation="swish", alpha=1.7, limit=0.5, offset=1.0),
+    "moe/without a gate": _moe(bias=True, activation="relu2", gated=False),
     "quantized_moe": _quantized_moe,
     "neg": _unary(math.Neg),
     "abs": _unary(math.Abs),

@@ -93,6 +93,22 @@ def test_artifacts_equal_transformers(name: str, compiled: Any) -> None:
     assert np.abs(got - reference_logits(tiny_moe(name), IDS)).max() <= TOLERANCE
 
 
+@pytest.mark.parametrize(
+    ("quant", "bar"),
+    [("none", 1e-5), pytest.param("int8", 0.1, marks=pytest.mark.slow)],
+)
+def test_experts_without_a_gate_behind_a_recurrence(quant: str, bar: float, compiled: Any) -> None:
+    """In one pass and token by token, beside transformers: root mean squares, of the difference over the
+    values. Rounded weights turn some choices of a router.
+    """
+    wanted = reference_logits(tiny_moe("nemotron_h"), IDS)
+    with llmc.load(compiled("nemotron_h", quant), kv_tokens=512) as llm:
+        assert np.linalg.norm(llm.logits(IDS) - wanted) <= bar * np.linalg.norm(wanted)
+        answer = llm.generate(IDS[:9], max_tokens=12, temperature=0.0, ignore_eos=True).token_ids
+        rows = llm.logits([*IDS[:9], *answer])
+        assert rows[8:-1].argmax(axis=1).tolist() == answer
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MOE)
 def test_answers_equal_transformers(name: str, compiled: Any) -> None:
@@ -243,10 +259,16 @@ def test_a_gate_that_is_not_known(apply: Any) -> None:
         gate_of("layers.0", _Module(apply))
 
 
-def test_experts_without_a_gate() -> None:
-    module = _Module(None)
-    module.has_gate = False
-    with pytest.raises(UnsupportedError, match=r"the experts of layers\.0 have no gate"):
+@pytest.mark.parametrize("name", ["relu2", "silu", "gelu", "gelu_pytorch_tanh"])
+def test_experts_without_a_gate(name: str) -> None:
+    from transformers.activations import ACT2FN
+
+    module: Any = _Module(None)
+    module.has_gate, module.act_fn = False, ACT2FN[name]
+    known = {"gelu_pytorch_tanh": "gelu_tanh"}.get(name, name)
+    assert gate_of("experts", module) == Gate(known, gated=False)
+    module.act_fn = torch.tanh
+    with pytest.raises(UnsupportedError, match=r"the experts of layers\.0 have an activation of a kind"):
         gate_of("layers.0", module)
 
 

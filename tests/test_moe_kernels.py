@@ -172,6 +172,8 @@ GATES = [
     Gate("gelu_tanh"),
     Gate("swish", alpha=1.702, limit=7.0, offset=1.0),
     Gate("silu", limit=0.5),
+    Gate("relu2", gated=False),
+    Gate("gelu", gated=False),
 ]
 
 
@@ -185,7 +187,8 @@ def test_gates(isa: str, gate: Gate, bias: bool, rows: int, width: int) -> None:
     experts, top_k = 3, 2
     indices = _chosen(rows, experts, top_k)
     _, source, _, _ = sorted_pairs(isa, indices, experts)
-    x, b = normal(rows * top_k, 2 * width) * 4, normal(experts, 2 * width, seed=3)
+    wide = gate.products * width
+    x, b = normal(rows * top_k, wide) * 4, normal(experts, wide, seed=3)
     static: dict[str, Any] = {
         "width": width,
         "experts": experts,
@@ -194,6 +197,7 @@ def test_gates(isa: str, gate: Gate, bias: bool, rows: int, width: int) -> None:
         "limit": gate.limit,
         "offset": gate.offset,
         "bias": bias,
+        "gated": gate.gated,
     }
     more = [source, indices.reshape(-1).astype(np.int32), b] if bias else []
     got = call(kernels.make_moe_gate, isa, static, x, *more, blank(rows * top_k, width))

@@ -75,7 +75,7 @@ class Pairs:
         return out if op.x.type.rank == 2 else low.reshape(out, low.shape(op.result.shape))
 
     def gate(self, op: Moe | QuantizedMoe, products: Any, width: int) -> Any:
-        """Products [S, 2 · width] → [S, width]."""
+        """Products [S, 2 · width] (without a gate [S, width]) → [S, width]."""
         gate = op.gate
         static = {
             "width": width,
@@ -85,6 +85,7 @@ class Pairs:
             "limit": gate.limit,
             "offset": gate.offset,
             "bias": op.up_bias is not None,
+            "gated": gate.gated,
         }
         args = [products]
         if op.up_bias is not None:
@@ -104,7 +105,7 @@ def moe(low: Lowering, op: Any) -> Any:
         return low.kernel("moe_linear", kernels.make_moe_linear, static, args, pairs.rows(length(n)))
 
     products = product(low.rows(op.x, width), op.gate_up, pairs.k)
-    held = pairs.gate(op, products, wide // 2)
+    held = pairs.gate(op, products, wide // op.gate.products)
     return pairs.finish(op, product(held, op.down, 0))
 
 
@@ -130,7 +131,7 @@ def quantized_moe(low: Lowering, op: Any) -> Any:
     given = [low.emit(relax.TupleGetItem(parts, i)) for i in range(3)]
     products = product(given, up, [op.up_q, op.up_scale, op.up_zero_point])
 
-    held = pairs.gate(op, products, up.n // 2)
+    held = pairs.gate(op, products, up.n // op.gate.products)
     static = {"k": down.k, "group_size": down.group_size, "align": down.align}
     parts = low.kernel("quantize_activation", kernels.make_quantize_activation, static, [held], types(down))
     given = [low.emit(relax.TupleGetItem(parts, i)) for i in range(3)]

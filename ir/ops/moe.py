@@ -1,4 +1,4 @@
-"""Mixture of experts: gated MLPs of which a router chooses a few for each token.
+"""Mixture of experts: MLPs, gated or not, of which a router chooses a few for each token.
 
 Which experts (`indices`) and with which weights is computed by tensor ops before: softmax or sigmoid, groups,
 biases, `top_k` and normalisation differ from model to model, what experts do with it does not.
@@ -25,15 +25,16 @@ from .quant import (
 )
 
 Dims = Mapping[str, int]
-GATES = (*ACTIVATIONS, "swish")
+GATES = (*ACTIVATIONS, "swish", "relu2")
 
 
 @dataclass(frozen=True)
 class Gate:
-    """activation(min(gate, limit)) · (clamp(up, ±limit) + offset) of products [gate, up].
+    """activation(min(gate, limit)) · (clamp(up, ±limit) + offset) of products [gate, up]; without a gate
+    (`gated` False) activation(products).
 
-    activation: one of `ACTIVATIONS`, or "swish": x · sigmoid(alpha · x). limit 0: none. interleaved: products
-    are [gate0, up0, gate1, up1, …].
+    activation: one of `ACTIVATIONS`, "swish": x · sigmoid(alpha · x), or "relu2": max(x, 0)². limit 0: none.
+    interleaved: products are [gate0, up0, gate1, up1, …].
     """
 
     activation: str = "silu"
@@ -41,24 +42,37 @@ class Gate:
     limit: float = 0.0
     offset: float = 0.0
     interleaved: bool = False
+    gated: bool = True
+
+    @property
+    def products(self) -> int:
+        """Products for each result: 2 with a gate, else 1."""
+        return 2 if self.gated else 1
 
     def __call__(self, products: Any) -> Any:
-        """In torch: [..., 2I] → [..., I]."""
-        import torch
-
+        """In torch: [..., 2I] (without a gate [..., I]) → [..., I]."""
+        if not self.gated:
+            return self._active(products)
         if self.interleaved:
             gate, up = products[..., ::2], products[..., 1::2]
         else:
             gate, up = products.chunk(2, -1)
         if self.limit:
             gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
-        swish = self.activation == "swish"
-        active = gate * torch.sigmoid(self.alpha * gate) if swish else activate(self.activation, gate)
-        return active * (up + self.offset)
+        return self._active(gate) * (up + self.offset)
+
+    def _active(self, x: Any) -> Any:
+        import torch
+
+        if self.activation == "swish":
+            return x * torch.sigmoid(self.alpha * x)
+        if self.activation == "relu2":
+            return torch.relu(x).square()
+        return activate(self.activation, x)
 
 
 Weights = Callable[[int], tuple[Any, Any]]
-"""An expert → its matrices gate_up [2I, D] and down [D, I]."""
+"""An expert → its matrices gate_up [2I, D] (without a gate [I, D]) and down [D, I]."""
 
 
 def mix(
@@ -86,7 +100,9 @@ def mix(
 
 
 def _check(one: Moe | QuantizedMoe, up: TensorType, down: TensorType) -> list[TensorType]:
-    """Shapes of x [..., D], indices and weights [..., k], gate_up [E, 2I, D], down [E, D, I]."""
+    """Shapes of x [..., D], indices and weights [..., k], gate_up [E, 2I, D] (without a gate [E, I, D]), down
+    [E, D, I].
+    """
     x, indices, weights = one.x.type, one.indices.type, one.weights.type
     d = x.shape[-1]
     transposed = isinstance(one, Moe) and one.transposed
@@ -95,11 +111,12 @@ def _check(one: Moe | QuantizedMoe, up: TensorType, down: TensorType) -> list[Te
     (e, wide, k), (e2, n, i) = up.shape, down.shape
     if transposed:
         wide, k, n, i = k, wide, i, n
-    fits = e == e2 and k == d and n == d and isinstance(i, int) and wide == 2 * i
+    fits = e == e2 and k == d and n == d and isinstance(i, int) and wide == one.gate.products * i
     if not fits or indices.shape != weights.shape or indices.shape[:-1] != x.shape[:-1]:
         raise CompileError(
             f"{one.opname}: {x} by {up} and {down}, indices {indices}, weights {weights} ({one.loc})",
-            remedy="gate_up is [E, 2I, D], down [E, D, I], indices and weights are [..., k]",
+            remedy="gate_up is [E, 2I, D], without a gate [E, I, D], down [E, D, I], indices and weights are "
+            "[..., k]",
         )
     for bias, width in ((one.up_bias, wide), (one.down_bias, d)):
         if bias is not None and bias.shape != (e, width):
@@ -112,6 +129,9 @@ def _verify(one: Moe | QuantizedMoe) -> None:
         raise VerifyError(
             f"{one.opname}: no activation {one.activation}", remedy=f"one of {', '.join(GATES)}"
         )
+    gate = one.gate
+    if not gate.gated and (gate.limit or gate.offset or gate.interleaved):
+        raise VerifyError(f"{one.opname}: {gate} has no gate to limit", remedy="leave the constants away")
     if one.indices.dtype not in ("int32", "int64"):
         raise VerifyError(f"{one.opname}: indices {one.indices.type}", remedy="indices are integers")
     k, e = one.indices.shape[-1], one.operands[3].shape[0]
@@ -125,8 +145,8 @@ class Moe(Op):
     e = indices[t, j].
 
     x [..., D], indices and weights [..., k], gate_up [E, 2I, D], down [E, D, I] → [..., D]; the gate is a
-    `Gate` of the attributes' values. As traced, experts may stand `transposed` ([E, D, 2I] and [E, I, D]) and
-    their products be interleaved; canonicalisation turns both.
+    `Gate` of the attributes' values, without which gate_up is [E, I, D]. As traced, experts may stand
+    `transposed` ([E, D, 2I] and [E, I, D]) and their products be interleaved; canonicalisation turns both.
     """
 
     x: Operand
@@ -142,10 +162,11 @@ class Moe(Op):
     offset: float = 0.0
     interleaved: bool = False
     transposed: bool = False
+    gated: bool = True
 
     @property
     def gate(self) -> Gate:
-        return Gate(self.activation, self.alpha, self.limit, self.offset, self.interleaved)
+        return Gate(self.activation, self.alpha, self.limit, self.offset, self.interleaved, self.gated)
 
     def infer(self) -> list[TensorType]:
         return _check(self, self.gate_up.type, self.down.type)
@@ -184,10 +205,11 @@ class QuantizedMoe(Op):
     alpha: float = 1.0
     limit: float = 0.0
     offset: float = 0.0
+    gated: bool = True
 
     @property
     def gate(self) -> Gate:
-        return Gate(self.activation, self.alpha, self.limit, self.offset)
+        return Gate(self.activation, self.alpha, self.limit, self.offset, gated=self.gated)
 
     def infer(self) -> list[TensorType]:
         return _check(self, self.up_q.type, self.down_q.type)

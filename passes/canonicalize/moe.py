@@ -59,6 +59,7 @@ class NormalizeExperts(Pass):
                 alpha=op.alpha,
                 limit=op.limit,
                 offset=op.offset,
+                gated=op.gated,
             )
             rw.loc = op.loc
             graph.insert(rw, before=op)

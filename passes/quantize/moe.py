@@ -58,6 +58,7 @@ def attach_experts(graph: Graph, op: Moe, up: Parts, down: Parts) -> None:
         alpha=op.alpha,
         limit=op.limit,
         offset=op.offset,
+        gated=op.gated,
     )
     made.loc = op.loc
     graph.insert(made, before=op)

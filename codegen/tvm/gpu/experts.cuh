@@ -75,10 +75,11 @@ DEVICE void moe_gate(const float* products, const int* source, const int* indice
   if (at >= (i64)pairs * P::width) return;
   i64 row = at / P::width;
   int i = at % P::width;
-  float gate = products[row * 2 * P::width + i], up = products[row * 2 * P::width + P::width + i];
+  constexpr int wide = P::gated ? 2 * P::width : P::width, second = P::gated ? P::width : 0;
+  float gate = products[row * wide + i], up = products[row * wide + second + i];
   if (P::bias) {
     int e = min(max(indices[source[row]], 0), P::experts - 1);
-    gate += bias[(i64)e * 2 * P::width + i], up += bias[(i64)e * 2 * P::width + P::width + i];
+    gate += bias[(i64)e * wide + i], up += bias[(i64)e * wide + second + i];
   }
   if (P::limit > 0.0f) {
     gate = gate > P::limit ? P::limit : gate;
@@ -87,7 +88,8 @@ DEVICE void moe_gate(const float* products, const int* source, const int* indice
   float active;
   if constexpr (P::swish) active = gate / (1.0f + expf(-P::alpha * gate));
   else active = activated<P::activation>(gate);
-  out[at] = active * (up + P::offset);
+  if constexpr (P::squared) active *= active;
+  out[at] = P::gated ? active * (up + P::offset) : active;
 }
 
 template <class P>

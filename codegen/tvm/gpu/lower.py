@@ -147,5 +147,5 @@ def _moe(low: Lowering, op: Any) -> Any:
         return low.kernel("moe_product", _unused, static, args, pairs.rows(n))
 
     products = product(low.rows(op.x, length(op.x.shape[-1])), 0, pairs.k)
-    held = pairs.gate(op, products, widths[0][0] // 2)
+    held = pairs.gate(op, products, widths[0][0] // op.gate.products)
     return pairs.finish(op, product(held, 1, 0))

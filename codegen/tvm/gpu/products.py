@@ -205,14 +205,23 @@ def moe_product(*, n: int, k: int, experts: int, top_k: int, per_row: int, **for
 
 
 def moe_gate(
-    *, width: int, experts: int, activation: str, alpha: float, limit: float, offset: float, bias: bool
+    *,
+    width: int,
+    experts: int,
+    activation: str,
+    alpha: float,
+    limit: float,
+    offset: float,
+    bias: bool,
+    gated: bool,
 ) -> Code:
-    arguments = [Argument("products", ("S", 2 * width), "float32")]
+    products = (2 if gated else 1) * width
+    arguments = [Argument("products", ("S", products), "float32")]
     if bias:
         arguments += [
             Argument("source", ("S",), "int32"),
             Argument("indices", ("S",), "int32"),
-            Argument("up_bias", (experts, 2 * width), "float32"),
+            Argument("up_bias", (experts, products), "float32"),
         ]
     given = present(
         *(
@@ -230,8 +239,10 @@ def moe_gate(
         {
             "width": width,
             "experts": experts,
+            "gated": gated,
             "swish": activation == "swish",
-            "activation": ACTIVATIONS.get(activation, 0),
+            "squared": activation == "relu2",
+            "activation": ACTIVATIONS.get("relu" if activation == "relu2" else activation, 0),
             "alpha": float(alpha),
             "limit": float(limit),
             "offset": float(offset),

@@ -102,14 +102,26 @@ def make_activation(*, width: int, activation: str, isa: str) -> Any:
         out = kernel.argument("out", (tokens, width), "float32")
 
         def row(t: Expr) -> None:
-            if width < LANES:
-                put_part(out, function(padded(width, lambda i: x[t, i])), width, t, T.int32(0))
-                return
-            for_each_vector(width, lambda i: put(out, function(vec(x, t, i)), t, i))
+            put_active(out, t, width, function, lambda i: vec(x, t, i), lambda i: x[t, i])
 
         with kernel.body():
             for_each_row(tokens, COST * width, row)
     return kernel.function
+
+
+def put_active(
+    out: Buffer,
+    row: Expr,
+    width: int,
+    function: Callable[[Expr], Expr],
+    read: Callable[[Expr], Expr],
+    one: Callable[[Expr], Expr],
+) -> None:
+    """out[row] = function(x). `read` gives 16 elements of x from a column on, `one` a single one."""
+    if width < LANES:
+        put_part(out, function(padded(width, one)), width, row, T.int32(0))
+        return
+    for_each_vector(width, lambda i: put(out, function(read(i)), row, i))
 
 
 def _turn_halves(x: Buffer, cos: Buffer, sin: Buffer, out: Buffer, half: int, where: Any) -> None:

@@ -39,7 +39,7 @@ from .builder import (
     splat,
     vec,
 )
-from .elementwise import COST, activation_function, put_gated
+from .elementwise import COST, activation_function, put_active, put_gated
 from .layout import ROWS, QuantLayout, packed_shape, round_up
 from .linear import float_products, one_panel, store_block, tile_sizes
 from .panels import Operands, Packed, Unpacked, weight_arguments
@@ -248,24 +248,26 @@ def make_moe_gate(
     limit: float = 0.0,
     offset: float = 0.0,
     bias: bool = False,
+    gated: bool = True,
     isa: str,
 ) -> Any:
     """out = gate(products + bias of the row's expert), as `ir.ops.moe.Gate` says.
 
-    products float32 [S, 2 · width] = [gate, up]; with a bias: source int32 [S] of `moe_rows`, indices int32
-    [S] and bias float32 [experts, 2 · width]; out float32 [S, width].
+    products float32 [S, wide], 2 · width = [gate, up], or width without a gate; with a bias: source int32 [S]
+    of `moe_rows`, indices int32 [S] and bias float32 [experts, wide]; out float32 [S, width].
     """
-    function = _swish(alpha) if activation == "swish" else activation_function(activation)
+    function = _function(activation, alpha)
+    wide = 2 * width if gated else width
     kernel = Kernel("moe_gate", isa)
     with kernel:
         pairs = kernel.symbol("S")
-        x = kernel.argument("products", (pairs, 2 * width), "float32")
+        x = kernel.argument("products", (pairs, wide), "float32")
         source: Buffer = kernel.argument("source", (pairs,), "int32") if bias else None
         indices: Buffer = kernel.argument("indices", (pairs,), "int32") if bias else None
-        b: Buffer = kernel.argument("bias", (experts, 2 * width), "float32") if bias else None
+        b: Buffer = kernel.argument("bias", (experts, wide), "float32") if bias else None
         out = kernel.argument("out", (pairs, width), "float32")
 
-        def gated(gate: Expr, up: Expr) -> Expr:
+        def both(gate: Expr, up: Expr) -> Expr:
             if limit:
                 gate = T.min(gate, f32s(limit))
                 up = T.max(T.min(up, f32s(limit)), f32s(-limit))
@@ -280,15 +282,28 @@ def make_moe_gate(
             def one(i: Expr) -> Expr:
                 return x[s, i] + b[e, i] if bias else x[s, i]
 
-            put_gated(out, s, width, gated, read, one)
+            if gated:
+                put_gated(out, s, width, both, read, one)
+            else:
+                put_active(out, s, width, lambda v: function(let(v)), read, one)
 
         with kernel.body():
             for_each_row(pairs, COST * width, row)
     return kernel.function
 
 
-def _swish(alpha: float) -> Callable[[Expr], Expr]:
-    return lambda x: x * sigmoid(let(x * f32s(alpha)))
+def _function(activation: str, alpha: float) -> Callable[[Expr], Expr]:
+    """Of 16 lanes, by its name in `ir.ops.moe.GATES`."""
+    if activation == "swish":
+        return lambda x: x * sigmoid(let(x * f32s(alpha)))
+    if activation == "relu2":
+        return _positive_squared
+    return activation_function(activation)
+
+
+def _positive_squared(x: Expr) -> Expr:
+    positive = let(activation_function("relu")(x))
+    return positive * positive
 
 
 def make_moe_combine(*, width: int, experts: int, top_k: int, bias: bool = False, isa: str) -> Any:
