@@ -335,6 +335,17 @@ def _sdpa(b: Builder, op: Any) -> Value:
     return b(m.MatMul(b(m.Softmax(scores)), v))
 
 
+def _by_distance(b: Builder, distances: Value, t: Dim, s: Dim) -> Value:
+    """[H, t, s] of distances [H, W]."""
+    heads, width = distances.shape
+    assert isinstance(heads, int) and isinstance(width, int)
+    rows, columns = b.reshape(b(shape.Arange(t)), t, 1), b.reshape(b(shape.Arange(s)), 1, s)
+    index = b.add(b(m.Sub(columns, rows)), b.scalar(width // 2, columns))
+    index = b(m.Minimum(b(m.Maximum(index, b.scalar(0, index))), b.scalar(width - 1, index)))
+    table = b(shape.Transpose(distances, (-1, -2)))
+    return b(shape.Transpose(b(nn.Embedding(index, table)), (-1, -3, -2)))
+
+
 @decomposes("attention")
 def _attention(b: Builder, op: Any) -> Value:
     """Heads before tokens, scores, mask, softmax with the sinks as one more column, values, tokens before
@@ -351,6 +362,8 @@ def _attention(b: Builder, op: Any) -> Value:
         slopes = b.reshape(op.slopes, heads, 1, 1)
         # Keys' positions alone: softmax does not see what all scores of a query have in common.
         scores = b.add(scores, b.mul(slopes, b.reshape(b.cast(b(shape.Arange(s)), "float32"), 1, 1, s)))
+    if op.distances is not None:
+        scores = b.add(scores, _by_distance(b, op.distances, t, s))
     scores = _mask(b, scores, _visible(b, t, s, op.causal, op.window))
     if op.sinks is not None:
         column = b.reshape(b.cast(op.sinks, "float32"), heads, 1, 1)

@@ -18,6 +18,8 @@ from llmc.ir.ops.moe import Gate, mix
 from llmc.ir.ops.nn import ACTIVATIONS, activate
 from llmc.ir.ops.select import TopK
 
+from .attention_biases import WIDTH as DISTANCES
+from .attention_biases import distance_table
 from .gpu_emulated import Device, generator, weight
 from .kernel_harness import meaning, normal, value
 
@@ -369,11 +371,15 @@ CASES: dict[str, dict[str, Any]] = {
     "eight": {"dim": 64, "heads": (6, 2), "dtype": "float8_e4m3fn", "window": 40},
     "eight_odd": {"dim": 20, "heads": (3, 1), "dtype": "float8_e4m3fn", "page_size": 8},
     "odd": {"dim": 20, "heads": (24, 1), "dtype": "float16", "sinks": True, "window": 1},
+    "distances": {"dim": 64, "heads": (6, 2), "dtype": "float16", "causal": False, "distances": DISTANCES},
     "odd_slopes": {"dim": 33, "heads": (3, 1), "dtype": "bfloat16", "slopes": True, "window": 300},
 }
 
 
-USUAL = {"page_size": 16, "causal": True, "window": None, "softcap": None, "sinks": False, "slopes": False}
+USUAL = {
+    "page_size": 16, "causal": True, "window": None, "softcap": None, "sinks": False, "slopes": False,
+    "distances": 0,
+}  # fmt: skip
 
 
 def attention_codes() -> dict[str, Code]:
@@ -410,6 +416,8 @@ class Batch:
         self.context = np.array([n for _, n in lengths], np.int32)
         self.q = rng.standard_normal((int(self.start[-1]), heads, dim)).astype(np.float32)
         self.per_head = {n: normal(heads, seed=7) for n in ("sinks", "slopes") if n in case}
+        if "distances" in case:
+            self.per_head["distances"] = distance_table(heads)
 
     def run(self, device: Device, pick: tuple[int, int] | None = None) -> np.ndarray:
         """The whole step, or token `pick` (sequence, place) as a step of its own."""
@@ -425,7 +433,7 @@ class Batch:
 
     def expected(self) -> np.ndarray:
         arrays = (self.q, self.pages, self.start, self.context, self.table)
-        more = [self.per_head.get(name) for name in ("sinks", "slopes")]
+        more = [self.per_head.get(name) for name in ("sinks", "slopes", "distances")]
         fields = {key: self.case.get(key, USUAL[key]) for key in ("causal", "window", "softcap")}
         operands = [None if x is None else value(x) for x in (*arrays, *more)]
         scale = self.case["dim"] ** -0.5
@@ -449,7 +457,8 @@ def test_attention_equals_its_meaning_alone_and_in_steps_of_few_and_many(gpu: De
         assert np.abs(whole - batch.expected()).max() <= 4e-3
         for b, (new, _) in enumerate(batch.lengths):
             # Only the last stands where it stood, if its context stays and it sees a window of that.
-            places = {0, 22, new - 1} if new > 22 and name != "both_window" else {new - 1}
+            moves = new > 22 and name not in ("both_window", "distances")
+            places = {0, 22, new - 1} if moves else {new - 1}
             for place in places if new else ():
                 assert np.array_equal(batch.run(gpu, (b, place))[0], whole[batch.start[b] + place]), place
 

@@ -23,11 +23,12 @@ OF_EACH_KIND = {
     "deepseek_v2": "latent keys, values narrower than keys, complex rotary embedding, experts",
     "gpt_neo": "a stored triangle, a local one in every second layer",
     "openai-gpt": "scores multiplied by a triangle of floats",
+    "mpnet": "a number of each distance, from buckets",
 }
 KERNELS = (*OF_EACH_KIND, "falcon (new)", "deepseek_v3", "xglm", "esm", "roformer", "modernbert-decoder")
 REFUSED = {
     "bart": "is an encoder-decoder",
-    "mpnet": "a bias of positions is added to the scores that is no slope a head",
+    "deberta-v2": "the keys are not transposed in the last two axes",
 }
 
 

@@ -19,6 +19,8 @@ from llmc.ir.verifier import verify
 from llmc.ir.weights import ArrayTensor
 from llmc.passes.quantize.moe import attach_experts, nearest_experts
 
+from .attention_biases import distance_table
+
 T = sym("T")
 SIMPLE = frozenset(OPS) - frozenset(DECOMPOSITIONS)
 """Ops that nothing decomposes: every decomposition must end in these."""
@@ -50,10 +52,14 @@ def _rope(interleaved: bool, rotary: int) -> Make:
     return make
 
 
-def _attention(kv_heads: int = 4, sinks: bool = False, slopes: bool = False, **fields: Any) -> Make:
+def _attention(
+    kv_heads: int = 4, sinks: bool = False, slopes: bool = False, distances: bool = False, **fields: Any
+) -> Make:
     def make(g: Graph) -> Value:
         q, k, v = (_input(g, n, 2, T, h, 8) for n, h in (("q", 4), ("k", kv_heads), ("v", kv_heads)))
         per_head = [_weight(g, "per_head", 4) if one else None for one in (sinks, slopes)]
+        if distances:
+            per_head.append(g.add_weight("distances", ArrayTensor(distance_table(4, 32))))
         return g.append(attention.Attention(q, k, v, *per_head, scale=0.3, **fields)).result
 
     return make
@@ -182,6 +188,7 @@ CASES: dict[str, Make] = {
     "attention/encoder, window": _attention(causal=False, window=2),
     "attention/softcap, sinks": _attention(2, sinks=True, softcap=2.0),
     "attention/slopes": _attention(2, slopes=True, window=5),
+    "attention/distances": _attention(2, distances=True, causal=False),
     "sdpa": _sdpa(),
     "sdpa/causal, grouped": _sdpa(grouped=True, causal=True),
     "sdpa/additive": _sdpa("float32"),

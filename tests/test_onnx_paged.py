@@ -23,6 +23,7 @@ from llmc.ir.types import TensorType
 from llmc.runtime.executor.base import StepInputs
 from llmc.runtime.executor.onnx import OnnxExecutor
 
+from .attention_biases import distance_table
 from .test_onnx_target import (
     RNG,
     B,
@@ -56,6 +57,7 @@ class Heads:
     softcap: float | None = None
     sinks: bool = False
     slopes: bool = False
+    distances: bool = False
     kv_dtype: str = "float32"
     layers: int = 1
 
@@ -90,10 +92,11 @@ def step_graph(h: Heads) -> Graph:
         new = g.append(cache.AppendKv(k, v, pages_in, ins["slot_mapping"])).result
         written.append(new)
         numbers = weight(g, f"per_head.{i}", normal(h.heads, seed=20 + i)) if h.sinks or h.slopes else None
-        per_head = (numbers if h.sinks else None, numbers if h.slopes else None)
-        table = (ins["query_start"], ins["context_len"], ins["block_table"])
+        table = weight(g, f"distances.{i}", distance_table(h.heads, 32, i)) if h.distances else None
+        per_head = (numbers if h.sinks else None, numbers if h.slopes else None, table)
+        where = (ins["query_start"], ins["context_len"], ins["block_table"])
         a = cache.PagedAttention(
-            q, new, *table, *per_head, scale=0.7, causal=h.causal, window=h.window, softcap=h.softcap
+            q, new, *where, *per_head, scale=0.7, causal=h.causal, window=h.window, softcap=h.softcap
         )
         flat = g.append(shape.Reshape(g.append(a).result, (T, width))).result
         x = g.append(math.Add(x, flat)).result
@@ -186,6 +189,8 @@ VARIANTS = {
     "sinks, a head each": Heads(kv_heads=4, sinks=True),
     "slopes": Heads(slopes=True),
     "slopes, a head each": Heads(kv_heads=4, slopes=True, window=7, softcap=1.5),
+    "distances": Heads(distances=True, causal=False),
+    "distances, window": Heads(kv_heads=4, distances=True, window=20),
     "everything": Heads(heads=6, kv_heads=3, dim=10, window=7, softcap=1.5, sinks=True, layers=2),
 }
 
@@ -195,10 +200,11 @@ def test_variants(name: str, tmp_path: Path) -> None:
     compare(VARIANTS[name], MIXED, tmp_path)
 
 
-@pytest.mark.parametrize("slopes", [False, True])
-def test_how_far_keys_stand_is_computed_for_slopes_alone(slopes: bool) -> None:
-    (function,) = lower(step_graph(Heads(slopes=slopes, window=5))).functions
-    assert any("behind" in name for name in function.input) == slopes
+@pytest.mark.parametrize("bias", ["", "slopes", "distances"])
+def test_how_far_keys_stand_is_computed_for_what_needs_it(bias: str) -> None:
+    (function,) = lower(step_graph(Heads(slopes=bias == "slopes", distances=bias == "distances"))).functions
+    assert any("behind" in name for name in function.input) == (bias == "slopes")
+    assert any("_distance" in name for name in function.input) == (bias == "distances")
     assert any("mask" in name for name in function.input)
 
 

@@ -26,6 +26,8 @@ from llmc.ir.types import TensorType, sym
 from llmc.ir.weights import ArrayTensor
 from llmc.runtime.executor.onnx import OnnxExecutor
 
+from .attention_biases import distance_table
+
 T, S, B, P, R, N = (sym(s) for s in "TSBPRN")
 RNG = np.random.default_rng
 
@@ -417,13 +419,24 @@ def test_sdpa(kv_heads: int, mask: str | None, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "variant", [{}, {"causal": False}, {"window": 2}, {"softcap": 0.5}, {"sinks": True}, {"slopes": True}]
+    "variant",
+    [
+        {},
+        {"causal": False},
+        {"window": 2},
+        {"softcap": 0.5},
+        {"sinks": True},
+        {"slopes": True},
+        {"distances": True},
+    ],
 )
 def test_attention_of_whole_sequences(variant: dict[str, Any], tmp_path: Path) -> None:
-    fields = {k: v for k, v in variant.items() if k not in ("sinks", "slopes")}
+    fields = {k: v for k, v in variant.items() if k not in ("sinks", "slopes", "distances")}
 
     def body(g: Graph, q: Value, k: Value, v: Value) -> Op:
-        per_head = [weight(g, n, normal(4, seed=5)) if n in variant else None for n in ("sinks", "slopes")]
+        table = distance_table(4, 32)
+        numbers = {"sinks": normal(4, seed=5), "slopes": normal(4, seed=5), "distances": table}
+        per_head = [weight(g, n, array) if n in variant else None for n, array in numbers.items()]
         return attention.Attention(q, k, v, *per_head, scale=0.4, **fields)
 
     types = {"q": f32(B, T, 4, 8), "k": f32(B, T, 2, 8), "v": f32(B, T, 2, 8)}

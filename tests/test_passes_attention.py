@@ -216,7 +216,7 @@ REFUSED: dict[str, tuple[Attend, str]] = {
     ),
     "biased": (
         lambda q, k, v: mixed(torch.softmax(scores_of(q, k) + torch.arange(9.0), -1), v),
-        "FuseEagerAttention: a bias of positions is added to the scores that is no slope a head",
+        "FuseEagerAttention: a bias of positions is added to the scores that is neither a slope a head",
     ),
     "mask before the cap": (
         lambda q, k, v: mixed(torch.softmax(torch.tanh(scores_of(q, k) + bias(q)) * 2.0, -1), v),

@@ -18,6 +18,8 @@ from llmc.ir.dtypes import to_numpy
 from llmc.ir.ops import attention, nn
 from llmc.ir.ops import cache as cache_ops
 
+from .attention_biases import WIDTH as DISTANCES
+from .attention_biases import distance_table
 from .conftest import LONG
 from .kernel_harness import (
     HERE,
@@ -214,6 +216,8 @@ ATTENTION = [  # heads, kv_heads, head_dim, options
     (13, 1, 16, {}),
     (6, 3, 16, {"slopes": True}),
     (5, 5, 20, {"slopes": True, "window": 9, "softcap": 5.0}),
+    (6, 3, 16, {"distances": DISTANCES, "causal": False}),
+    (4, 4, 20, {"distances": DISTANCES, "softcap": 5.0}),
 ]
 
 
@@ -237,6 +241,7 @@ def attend(
             table[[b]],
         )
     sinks = [batch.sinks] if options.get("sinks") or options.get("slopes") else []
+    sinks += [distance_table(heads)] if options.get("distances") else []
     return call(
         make_paged_attention, isa, parameters, q, batch.pages, start, context, table, *sinks, blank(*q.shape)
     )
@@ -252,9 +257,10 @@ def check_attention(
     heads, kv_heads, dim, options = case
     batch = Batch(lengths, heads, kv_heads, dim, dtype)
     whole = attend(isa, batch, options)
-    fields = {key: v for key, v in options.items() if key not in ("sinks", "slopes")}
+    fields = {key: v for key, v in options.items() if key not in ("sinks", "slopes", "distances")}
     arrays = (batch.q, batch.logical, batch.start, batch.context, batch.table)
     per_head = [batch.sinks if options.get(name) else None for name in ("sinks", "slopes")]
+    per_head.append(distance_table(heads) if options.get("distances") else None)
     operands = [None if x is None else value(x) for x in per_head]
     op = cache_ops.PagedAttention(*map(value, arrays), *operands, scale=0.3, **fields)
     close(whole, meaning(op, *arrays, *per_head), 3e-5 if isa == "amx" else 5e-6)
@@ -297,6 +303,7 @@ IN_TILES = [  # heads that fill tiles, and those that fall back to vectors
     (2, 1, 80, {}),
     (4, 4, 18, {"softcap": 5.0}),
     (4, 2, 64, {"slopes": True}),
+    (4, 2, 64, {"distances": DISTANCES, "causal": False}),
 ]
 
 

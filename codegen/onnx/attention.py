@@ -93,6 +93,7 @@ class _Config:
     softcap: float | None
     sinks: bool
     slopes: bool
+    distances: int  # elements of a head's row, 0 for none
     kv_dtype: str
 
 
@@ -139,6 +140,22 @@ def _slopes(s: Scope, slopes: str, take: Mapping[str, str]) -> str:
     return s.op("Reshape", s.op("Expand", along, shape), merged)
 
 
+def _at_distances(s: Scope, table: str, width: int, distance: str) -> str:
+    """Elements [H, …] of a table [H, width] for distances […] of keys from their queries."""
+    index = s.op("Add", distance, s.scalar(width // 2))
+    index = s.op("Min", s.op("Max", index, s.scalar(0)), s.scalar(width - 1))
+    return s.op("Gather", table, index, axis=1)
+
+
+def _by_distance(s: Scope, cfg: _Config, table: str, distance: str) -> str:
+    """What is added to scores [Hkv, b, G · t, S]: of a table [H, W] for distances [b, t, S]."""
+    found = _at_distances(s, table, cfg.distances, distance)
+    shape = s.op("Concat", s.i64(cfg.kv_heads, cfg.heads // cfg.kv_heads), s.op("Shape", distance), axis=0)
+    split = s.transpose(s.op("Reshape", found, shape), 0, 2, 1, 3, 4)  # [Hkv, b, G, t, S]
+    merged = s.op("Concat", s.i64(0, 0, -1), s.op("Shape", distance, start=2, end=3), axis=0)
+    return s.op("Reshape", split, merged)
+
+
 def _group_rows(s: Scope, cfg: _Config, values: Mapping[str, str], take: Mapping[str, str]) -> str:
     """Attention rows [b · t, H, D] of one group; `take`: its `parts`."""
     ratio = cfg.heads // cfg.kv_heads
@@ -148,6 +165,8 @@ def _group_rows(s: Scope, cfg: _Config, values: Mapping[str, str], take: Mapping
     scores = _capped(s, s.op("FusedMatMul", q, k, domain=CONTRIB, transB=1, alpha=cfg.scale), cfg.softcap)
     if cfg.slopes:
         scores = s.op("Add", scores, _slopes(s, values["slopes"], take))
+    if cfg.distances:
+        scores = s.op("Add", scores, _by_distance(s, cfg, values["distances"], take["distance"]))
     mask = take["mask"] if ratio == 1 else s.op("Tile", take["mask"], take["tiles"])
     column = None
     if cfg.sinks:  # [Hkv, 1, G, 1, 1] → [Hkv, b, G · t, 1]
@@ -162,13 +181,13 @@ def _group_rows(s: Scope, cfg: _Config, values: Mapping[str, str], take: Mapping
 def _function(cfg: _Config, name: str) -> FunctionProto:
     """The local function of one configuration."""
     s = Scope(Names())
-    of_group = parts(cfg.slopes)
+    of_group = parts(cfg.slopes, cfg.distances > 0)
     inputs = ["q", "k", "v", "k_pages", "v_pages"]
     inputs += ["k_scales", "v_scales"] if cfg.kv_dtype == "int8" else []
     inputs += [f"{which}_{part}" for which in ("first", "rest") for part in of_group]
     inputs += ["others", "inverse"]
     per_head = [name for name in ("sinks", "slopes") if getattr(cfg, name)]
-    inputs += per_head
+    inputs += per_head + (["distances"] if cfg.distances else [])
     given = {n: s.names.fresh(n) for n in inputs}
     ratio = cfg.heads // cfg.kv_heads
     values = dict(given)
@@ -215,15 +234,18 @@ def paged_attention(c: Context, op: ir_cache.PagedAttention) -> str:
     assert isinstance(heads, int) and isinstance(kv_heads, int) and isinstance(dim, int)
     assert isinstance(size, int)
     per_head = (op.sinks is not None, op.slopes is not None)
-    cfg = _Config(heads, kv_heads, dim, op.scale, op.softcap, *per_head, op.pages.dtype)
+    distances = 0 if op.distances is None else op.distances.shape[1]
+    assert isinstance(distances, int)
+    cfg = _Config(heads, kv_heads, dim, op.scale, op.softcap, *per_head, distances, op.pages.dtype)
     if cfg not in c.functions:
         c.functions[cfg] = _function(cfg, f"PagedAttention{len(c.functions)}")
     rows = c.new_rows[pages.index]
     k, v = rows.k, rows.v
     if op.pages.dtype == "float16":
         k, v = c.scope.cast(k, "float32"), c.scope.cast(v, "float32")
-    plan = _plan(c, op, Mask(size, kv_heads, heads // kv_heads, op.causal, op.window, per_head[1]))
-    given = [c.name(v) for v in (op.sinks, op.slopes) if v is not None]
+    mask = Mask(size, kv_heads, heads // kv_heads, op.causal, op.window, per_head[1], distances > 0)
+    plan = _plan(c, op, mask)
+    given = [c.name(v) for v in (op.sinks, op.slopes, op.distances) if v is not None]
     caches = [name for name, _ in pages.inputs]
     inputs = [c.name(op.q), k, v, *caches, *plan.names, *given]
     return c.scope.op(c.functions[cfg].name, *inputs, domain=LOCAL)
@@ -271,6 +293,14 @@ def _attend(
         keys = s.arange(s.op("Squeeze", c.dims.value(k_shape[-2]), s.i64(0)))
         along = s.op("Mul", s.unsqueeze(c.name(op.slopes), -1, -2), s.cast(keys, "float32"))
         scores = s.op("Add", scores, along)
+    if isinstance(op, ir.Attention) and op.distances is not None:
+        width = op.distances.shape[1]
+        assert isinstance(width, int)
+        rows, keys = (
+            s.arange(s.op("Squeeze", c.dims.value(n), s.i64(0))) for n in (q_shape[-2], k_shape[-2])
+        )
+        distance = s.op("Sub", s.unsqueeze(keys, 0), s.unsqueeze(rows, 1))
+        scores = s.op("Add", scores, _at_distances(s, c.name(op.distances), width, distance))
     if mask is not None:
         scores = s.op("Add", scores, mask)
     sinks = op.sinks if isinstance(op, ir.Attention) else None

@@ -45,12 +45,14 @@ class Batch:
 _KINDS: dict[str, int] = {
     **dict.fromkeys(("query_rows", "key_rows", "pages", "places", "tiles"), TensorProto.INT64),
     **dict.fromkeys(("mask", "behind"), TensorProto.FLOAT),
+    "distance": TensorProto.INT64,
 }
 
 
-def parts(slopes: bool) -> tuple[str, ...]:
-    """The parts of a plan's groups: `behind` is for slopes alone."""
-    return tuple(part for part in _KINDS if part != "behind" or slopes)
+def parts(slopes: bool, distances: bool) -> tuple[str, ...]:
+    """The parts of a plan's groups: `behind` is for slopes alone, `distance` for distances."""
+    left_out = {"behind": not slopes, "distance": not distances}
+    return tuple(part for part in _KINDS if not left_out.get(part))
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Plan:
     mask        float32 [b, t, S]      0 where the key is seen, else -inf
     behind      float32 [b, S]         position of each key, less the length of the sequence's context; with
                                        slopes only
+    distance    int64 [b, t, S]        position of each key, less that of the query; with distances only
     """
 
     first: tuple[str, ...]  # `parts` of the first group
@@ -178,6 +181,7 @@ class Mask:
     causal: bool
     window: int | None
     slopes: bool
+    distances: bool
 
 
 def _places(s: Scope, column: str, kv_heads: int) -> str:
@@ -230,6 +234,9 @@ def _group(s: Scope, batch: Batch, group: str, m: Mask) -> list[str]:
     found = [s.op("Add", first, steps), s.op("Add", first, new_steps), pages, places, repeat, mask]
     if m.slopes:
         found.append(s.cast(s.op("Sub", key_positions, context), "float32"))
+    if m.distances:
+        own = s.unsqueeze(s.op("Add", past, steps), 2)  # [b, t, 1]
+        found.append(s.op("Sub", s.unsqueeze(key_positions, 1), own))
     return found
 
 
@@ -237,7 +244,7 @@ def make_plan(s: Scope, batch: Batch, m: Mask) -> Plan:
     """All groups: the first one, and the loop over the others. A step has at least one token."""
     first = _group(s, batch, s.scalar(0), m)
     others = s.op("Sub", batch.groups, s.scalar(1))
-    kinds = [_KINDS[part] for part in parts(m.slopes)]
+    kinds = [_KINDS[part] for part in parts(m.slopes, m.distances)]
     empty = [s.op("SequenceEmpty", dtype=kind) for kind in kinds]
     inner = Scope(s.names)
     step, more = s.names.fresh("step"), s.names.fresh("more")

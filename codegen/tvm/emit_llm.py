@@ -387,13 +387,14 @@ def attention_form(op: Any) -> dict[str, Any]:
         "softcap": op.softcap,
         "sinks": op.sinks is not None,
         "slopes": op.slopes is not None,
+        "distances": 0 if op.distances is None else op.distances.shape[1],
     }
 
 
 def attention_operands(low: Lowering, op: Any) -> list[Any]:
     """Its operands, those that it has."""
-    operands = (op.q, op.pages, op.query_start, op.context_len, op.block_table, op.sinks, op.slopes)
-    return _present(low, *operands)
+    operands = (op.q, op.pages, op.query_start, op.context_len, op.block_table)
+    return _present(low, *operands, op.sinks, op.slopes, op.distances)
 
 
 @emits("append_kv")

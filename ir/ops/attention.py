@@ -11,6 +11,8 @@ from ..errors import CompileError, VerifyError
 from ..types import Dim, TensorType, divide
 
 Dims = Mapping[str, int]
+VECTOR = 16
+"""Elements at each end of a row of `distances` that are alike."""
 
 
 @op("sdpa")
@@ -76,9 +78,10 @@ def attend(
     window: int | None,
     softcap: float | None,
     slopes: Any = None,
+    distances: Any = None,
 ) -> Any:
     """Token-major attention of one sequence in float32: q [T, H, D], k [S, Hkv, D], v [S, Hkv, Dv]; positions
-    of queries and keys; slopes [H].
+    of queries and keys; slopes [H]; distances [H, W].
     """
     import torch
 
@@ -90,7 +93,7 @@ def attend(
         visible &= distance >= 0
     if window is not None:
         visible &= (distance < window) & (distance > -window)
-    if sinks is None and softcap is None and slopes is None:
+    if all(one is None for one in (sinks, softcap, slopes, distances)):
         # The same in a fraction of the time: calibration runs thousands of tokens through this.
         q, k, v = (x.float().transpose(0, 1)[None] for x in (q, k, v))
         fused = torch.nn.functional.scaled_dot_product_attention
@@ -103,19 +106,33 @@ def attend(
         scores = softcap * torch.tanh(scores / softcap)
     if slopes is not None:
         scores = scores - slopes.float()[:, None, None] * distance
+    if distances is not None:
+        width = distances.shape[-1]
+        scores = scores + distances.float()[:, (width // 2 - distance).clamp(0, width - 1)]
     return torch.einsum("hts,shd->thd", masked_softmax(scores, visible, sinks), v)
 
 
 def check_per_head(op: Any) -> None:
-    """Sinks and slopes of `attention` and `paged_attention`: a number a query head, and not both at once."""
+    """Sinks, slopes and distances of `attention` and `paged_attention`: one of them at most."""
     for name, value in (("sinks", op.sinks), ("slopes", op.slopes)):
         if value is not None and value.shape != op.q.shape[-2:-1]:
             raise VerifyError(
                 f"{op.opname}: {name} {value.type} for q {op.q.type} ({op.loc})", remedy="one number a head"
             )
-    if op.sinks is not None and op.slopes is not None:
+    if op.distances is not None:
+        shape, most = op.distances.shape, VECTOR
+        fits = len(shape) == 2 and shape[:1] == op.q.shape[-2:-1] and isinstance(shape[1], int)
+        if not fits or shape[1] % (2 * most) or op.distances.dtype != "float32":
+            raise VerifyError(
+                f"{op.opname}: distances {op.distances.type} for q {op.q.type} ({op.loc})",
+                remedy=f"float32 [heads, a multiple of {2 * most}]",
+            )
+    given = [name for name in ("sinks", "slopes", "distances") if getattr(op, name) is not None]
+    if len(given) > 1:
         # A target may add to all scores of a query what it likes, but not to those beside a sink.
-        raise VerifyError(f"{op.opname}: sinks and slopes at once ({op.loc})", remedy="no kernel does both")
+        raise VerifyError(
+            f"{op.opname}: {' and '.join(given)} at once ({op.loc})", remedy="no kernel does both"
+        )
 
 
 @op("attention")
@@ -125,7 +142,10 @@ class Attention(Op):
     causal: key j is seen by query i when j ≤ i. window w: |i - j| < w as well (Mistral's sliding window
     counts the token itself). softcap c: scores become c · tanh(score / c) before the mask (Gemma 2). sinks
     [H]: one extra logit a head (StreamingLLM / gpt-oss). slopes [H] float32: slope · (j - i) is added to a
-    score then (ALiBi, Press et al. 2022).
+    score then (ALiBi, Press et al. 2022). distances [H, W] float32: instead of that the element at
+    clip(W / 2 + j - i, 0, W - 1) of the head's row is added (relative position biases, Raffel et al. 2020,
+    section 2.1). The first `VECTOR` elements of a row are alike, and so are the last: kernels take that many
+    at once.
     """
 
     q: Operand
@@ -133,6 +153,7 @@ class Attention(Op):
     v: Operand
     sinks: OptionalOperand
     slopes: OptionalOperand
+    distances: OptionalOperand
     scale: float
     causal: bool = True
     window: int | None = None
@@ -156,7 +177,7 @@ class Attention(Op):
     def reference(self, dims: Dims, *args: Any) -> Any:
         import torch
 
-        q, k, v, sinks, slopes = args
+        q, k, v, sinks, slopes, distances = args
         steps = torch.arange(q.shape[-3])
         out = [
             attend(
@@ -170,6 +191,7 @@ class Attention(Op):
                 window=self.window,
                 softcap=self.softcap,
                 slopes=slopes,
+                distances=distances,
             )
             for a, b, c in zip(q.flatten(0, -4), k.flatten(0, -4), v.flatten(0, -4), strict=True)
         ]

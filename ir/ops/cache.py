@@ -123,6 +123,7 @@ class PagedAttention(Op):
     block_table: Operand
     sinks: OptionalOperand
     slopes: OptionalOperand
+    distances: OptionalOperand
     scale: float
     causal: bool = True
     window: int | None = None
@@ -142,7 +143,7 @@ class PagedAttention(Op):
     def reference(self, dims: Dims, *args: Any) -> Any:
         import torch
 
-        q, pages, query_start, context_len, block_table, sinks, slopes = args
+        q, pages, query_start, context_len, block_table, sinks, slopes, distances = args
         out = torch.zeros_like(q)
         size = pages.shape[2]
         for b in range(context_len.shape[0]):
@@ -167,6 +168,7 @@ class PagedAttention(Op):
                 window=self.window,
                 softcap=self.softcap,
                 slopes=slopes,
+                distances=distances,
             ).to(q.dtype)
         return out
 

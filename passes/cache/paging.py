@@ -347,6 +347,7 @@ class PageKvCache(Pass):
                 table,
                 op.sinks,
                 op.slopes,
+                op.distances,
                 scale=op.scale,
                 causal=op.causal,
                 window=op.window,

@@ -4,6 +4,7 @@
     matmul(softmax(softcap(matmul(q, kᵀ) · scale) + mask), v)     → attention(q, k, v), softcap as well
     matmul(slice(softmax(concat([scores, sinks]))), v)            → attention(q, k, v, sinks)
     scores + slopes [H, 1, 1] · positions                         → attention(q, k, v, slopes)
+    scores + table[bucket(j - i)]                                 → attention(q, k, v, distances)
 
 `attention` is token-major; the transposes made here cancel with the model's own. Repeated heads (GQA) are
 recognised and dropped. What a mask means is worked out by `masks.py`.
@@ -22,6 +23,7 @@ from ...ir.ops.shape import Arange, Concat, Expand, Reshape, Slice, Transpose
 from ...ir.rewriter import Any, Match, Or, P, Rewriter, Rule, constant, single_use
 from ...ir.types import Shape, product
 from ..base import RulePass
+from .distances import Distances, read_distances
 from .mask_terms import NEGATIVE, Choice, Meaning, Predicate
 from .masks import MaskAnalysis, MaskFacts, classify
 from .rope import SWAP_HEADS, token_major
@@ -74,16 +76,16 @@ def unrepeated(x: Value) -> Heads:
 
 @dataclass(frozen=True)
 class Terms:
-    """What is added to scores: masks, and slopes along the keys."""
+    """What is added to scores: masks, and slopes along the keys or what belongs to their distance."""
 
     masks: tuple[Meaning, ...] = ()
-    slopes: Slopes | None = None
+    along: Slopes | Distances | None = None
 
     def and_mask(self, mask: Meaning) -> Terms:
-        return Terms((*self.masks, mask), self.slopes)
+        return Terms((*self.masks, mask), self.along)
 
     def both(self, other: Terms) -> Terms:
-        return Terms(self.masks + other.masks, self.slopes or other.slopes)
+        return Terms(self.masks + other.masks, self.along or other.along)
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ def _peel_masks(x: Value) -> tuple[Value, Terms]:
             if found is None:
                 break
             x, more = found
-            if terms.slopes is not None and more.slopes is not None:
+            if terms.along is not None and more.along is not None:
                 break
             terms = terms.both(more)
         else:
@@ -215,20 +217,20 @@ def _added(known: MaskAnalysis, op: m.Add | m.Sub) -> tuple[Value, Terms] | None
 
 
 def read_bias(known: MaskAnalysis, bias: Value, heads: object) -> Terms | None:
-    """A bias of scores [..., heads, T, T] as masks and slopes; None where it is something else."""
+    """A bias of scores [..., heads, T, T] as masks, slopes and distances; None where it is something else."""
     meaning = known.meaning(bias)
     if meaning is not None:
         return Terms((meaning,))
-    slopes = read_slopes(known, bias, heads)
-    if slopes is not None:
-        return Terms((), slopes)
+    along = read_slopes(known, bias, heads) or read_distances(bias, heads)
+    if along is not None:
+        return Terms((), along)
     op = bias.producer
     if isinstance(op, m.Where) and (split := _hidden(known, op)) is not None:
         inner = read_bias(known, split[0], heads)
         return None if inner is None else inner.and_mask(split[1])
     if isinstance(op, m.Add):
         parts = [read_bias(known, v, heads) for v in (op.a, op.b)]
-        if parts[0] is None or parts[1] is None or (parts[0].slopes and parts[1].slopes):
+        if parts[0] is None or parts[1] is None or (parts[0].along and parts[1].along):
             return None
         return parts[0].both(parts[1])
     if isinstance(op, Reshape | Expand) and bias.shape[-3:] == op.x.shape[-3:]:
@@ -256,8 +258,8 @@ def read_scores(x: Value) -> Scores | str:
         and any(_reads_positions(v) for v in (product.a, product.b))
     ):
         return (
-            "a bias of positions is added to the scores that is no slope a head, such as one by relative "
-            "positions in buckets"
+            "a bias of positions is added to the scores that is neither a slope a head nor a number of each "
+            "distance"
         )
     if not isinstance(product, m.MatMul):
         return "the softmax is not over a product of queries and keys"
@@ -329,7 +331,7 @@ def _emit(
     k: Heads,
     v: Heads,
     sinks: Value | None,
-    slopes: Slopes | None,
+    along: Slopes | Distances | None,
     *,
     k_token_major: bool = False,
     **fields: Anything,
@@ -339,8 +341,10 @@ def _emit(
         sinks = rw.insert(Reshape(sinks, shape=(product(sinks.shape),)))
     heads = q.shape[1]
     assert isinstance(heads, int)
-    along = None if slopes is None else slopes.emit(rw, heads)
-    y = rw.insert(Attention(token_major(rw, q), keys, token_major(rw, v.emit(rw)), sinks, along, **fields))
+    slopes = along.emit(rw, heads) if isinstance(along, Slopes) else None
+    distances = along.emit(rw) if isinstance(along, Distances) else None
+    values = token_major(rw, v.emit(rw))
+    y = rw.insert(Attention(token_major(rw, q), keys, values, sinks, slopes, distances, **fields))
     return rw.insert(Transpose(y, perm=SWAP_HEADS))
 
 
@@ -349,7 +353,7 @@ class FuseSdpa(Rule):
 
     pattern = P(Sdpa, name="sdpa")
 
-    def _parts(self, found: Match) -> tuple[Sdpa, Heads, Heads, MaskFacts | str, Slopes | None]:
+    def _parts(self, found: Match) -> tuple[Sdpa, Heads, Heads, MaskFacts | str, Slopes | Distances | None]:
         op = found.op("sdpa")
         assert isinstance(op, Sdpa)
         terms = Terms()
@@ -359,17 +363,17 @@ class FuseSdpa(Rule):
         facts = _facts(terms.masks)
         if isinstance(facts, MaskFacts) and op.causal:
             facts = MaskFacts(True, facts.window)
-        return op, unrepeated(op.k), unrepeated(op.v), facts, terms.slopes
+        return op, unrepeated(op.k), unrepeated(op.v), facts, terms.along
 
     def check(self, found: Match) -> str | None:
         op, k, v, facts, _ = self._parts(found)
         return facts if isinstance(facts, str) else _heads_fit(op.q, k, v)
 
     def rewrite(self, found: Match, rw: Rewriter) -> Sequence[Value]:
-        op, k, v, facts, slopes = self._parts(found)
+        op, k, v, facts, along = self._parts(found)
         assert isinstance(facts, MaskFacts)
         fields: dict[str, Anything] = {"scale": op.scale, "causal": facts.causal, "window": facts.window}
-        return [_emit(rw, op.q, k, v, None, slopes, softcap=None, **fields)]
+        return [_emit(rw, op.q, k, v, None, along, softcap=None, **fields)]
 
 
 class FuseEagerAttention(Rule):
@@ -395,8 +399,8 @@ class FuseEagerAttention(Rule):
         scores = read_scores(found["scores"])
         if isinstance(scores, str):
             return scores, scores
-        if scores.sinks is not None and scores.terms.slopes is not None:
-            return "scores have sinks and a slope a head", "sinks"
+        if scores.sinks is not None and scores.terms.along is not None:
+            return "scores have sinks and a bias of positions", "sinks"
         if (scores.sinks is not None) != ("slice" in found):
             return "the sinks' column is not cut off after the softmax", "sinks"
         return scores, _facts(scores.terms.masks)
@@ -422,7 +426,7 @@ class FuseEagerAttention(Rule):
                 unrepeated(scores.k),
                 unrepeated(found["v"]),
                 scores.sinks,
-                scores.terms.slopes,
+                scores.terms.along,
                 k_token_major=scores.k_token_major,
                 scale=scores.scale,
                 causal=facts.causal,

@@ -107,7 +107,7 @@ class _Builder:
         q, k = (self.add(nn.Rope(part, *tables), at) for part in (q, k))
         window = self.window if i % 2 else None
         mixed = self.add(
-            Attention(q, k, v, None, None, scale=self.width**-0.5, causal=True, window=window),
+            Attention(q, k, v, None, None, None, scale=self.width**-0.5, causal=True, window=window),
             f"{at}.attention",
         )
         flat = self.add(shape.Reshape(mixed, shape=(1, _T, self.heads * self.width)))

@@ -101,8 +101,8 @@ DEVICE void fetch(u16* to, const void* pages, i64 plane, const int* table, int h
 // [splits, T, H, D] and `rows` [splits, T, H].
 template <class P, bool SPLITS>
 DEVICE void attend(const float* q, const void* pages, const int* query_start, const int* context_len,
-                   const int* block_table, const float* sinks, const float* slopes, float* out, float* part,
-                   Row* rows, int tokens, int sequences, int columns, i64 num_pages) {
+                   const int* block_table, const float* sinks, const float* slopes, const float* distances,
+                   float* out, float* part, Row* rows, int tokens, int sequences, int columns, i64 num_pages) {
   constexpr int D = P::head_dim, DP = P::padded, H = P::heads, GROUP = H / P::kv_heads, CHUNK = P::chunk;
   constexpr int HEADS = GROUP < 16 ? GROUP : 16, HEAD_TILES = (GROUP + 15) / 16, TOKENS = 16 / HEADS;
   extern __shared__ __align__(16) u16 shared[];
@@ -210,6 +210,10 @@ DEVICE void attend(const float* q, const void* pages, const int* query_start, co
           s = __fmul_rn(P::softcap * 1.4426950408889634f, tanhf(s * (P::scale / P::softcap)));
         else s = __fmul_rn(s, P::scale * 1.4426950408889634f);
         if (P::slopes) s = __fmaf_rn(slope[r], (float)(at - position[r]), s);
+        if (P::distances > 0) {
+          int from = min(max(P::distances / 2 + at - position[r], 0), P::distances - 1);
+          s = __fmaf_rn(distances[(i64)head[r] * P::distances + from], 1.4426950408889634f, s);
+        }
         bool seen = at >= first_seen<P>(position[r]) && at < last_seen<P>(position[r], context);
         score[n][i] = seen ? s : NONE;
         // A NaN is no maximum; it stays in the row's sum.

@@ -30,6 +30,7 @@ def paged_attention(
     softcap: float | None,
     sinks: bool,
     slopes: bool,
+    distances: int = 0,
 ) -> Code:
     """q [T, H, D] over pages of D elements (`attention.cuh`)."""
     padded, group = round_up(head_dim, 16), heads // kv_heads
@@ -46,6 +47,8 @@ def paged_attention(
     arguments += [
         Argument(n, (heads,), "float32") for n, there in (("sinks", sinks), ("slopes", slopes)) if there
     ]
+    if distances:
+        arguments.append(Argument("distances", (heads, distances), "float32"))
     arguments.append(Argument("out", shape, "float32", True))
     count = f"((P * {page_size} + {SPLIT - 1}) // {SPLIT})"
     adders = min(THREADS, round_up(head_dim, 32))
@@ -53,7 +56,7 @@ def paged_attention(
     shared = 4 * chunk * (padded + 8) * 2
     given = (
         *("q", "pages", "query_start", "context_len", "block_table"),
-        *present(("sinks", sinks), ("slopes", slopes)),
+        *present(("sinks", sinks), ("slopes", slopes), ("distances", bool(distances))),
         *("out", "part", "rows", "T", "B", "P", "N"),
     )
     last = ("query_start", "context_len", *present(("sinks", sinks)), "out", "part", "rows", "T", "B")
@@ -89,5 +92,6 @@ def paged_attention(
         "softcap": float(softcap or 0.0),
         "sinks": sinks,
         "slopes": slopes,
+        "distances": distances,
     }
     return Code(tuple(arguments), launches, parameters, scratch, warps=True)

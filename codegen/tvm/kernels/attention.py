@@ -106,6 +106,7 @@ def make_paged_attention(
     softcap: float | None = None,
     sinks: bool = False,
     slopes: bool = False,
+    distances: int = 0,
     isa: str,
 ) -> Any:
     """Attention of each query row over its sequence's context.
@@ -116,9 +117,11 @@ def make_paged_attention(
     block_table int32 [B, P]; sinks float32 [heads] (a logit more in each softmax, with no value); slopes
     float32 [heads]; out float32 [T, heads, head_dim]. Sequences may have no rows. A row sees token j of its
     context where causal: j ≤ its position, and window w: |position - j| < w. softcap c: scores become
-    c · tanh(score / c); then slope · (j - position) is added to each.
+    c · tanh(score / c); then slope · (j - position) is added to each, or element
+    clip(distances / 2 + j - position, 0, distances - 1) of a row of distances float32 [heads, distances], of
+    which the first 16 are alike and so are the last.
     """
-    spec = Attention(heads, kv_heads, head_dim, kv_dtype, scale, causal, window, softcap, slopes)
+    spec = Attention(heads, kv_heads, head_dim, kv_dtype, scale, causal, window, softcap, slopes, distances)
     kernel = Kernel("paged_attention", isa)
     with kernel:
         tokens, sequences, width = kernel.symbol("T"), kernel.symbol("B"), kernel.symbol("P")
@@ -130,6 +133,7 @@ def make_paged_attention(
             block_table=kernel.argument("block_table", (sequences, width), "int32"),
             sinks=kernel.argument("sinks", (heads,), "float32") if sinks else None,
             slopes=kernel.argument("slopes", (heads,), "float32") if slopes else None,
+            distances=kernel.argument("distances", (heads, distances), "float32") if distances else None,
             out=kernel.argument("out", (tokens, heads, head_dim), "float32"),
         )
         with kernel.body():

@@ -227,13 +227,15 @@ class Block:
             for u, (slot, page) in enumerate(zip(slots, pages, strict=True)):
                 seen = self._seen(begin + slot)
                 scale = self._scales(0, page)
-                for i, r, _ in self.cells:
+                for i, r, h in self.cells:
                     s = vec(score[i][u], 0)
                     s = s if scale is None else let(s * scale)
                     if spec.softcap:
                         s = tanh(s) * f32s(spec.softcap * LOG2E)
                     if slopes:
                         s = fma(splat(slopes[i]), self._distances(begin + slot, r), let(s))
+                    if self.at.distances is not None:
+                        s = fma(self._by_distance(begin + slot, r, h), f32s(LOG2E), let(s))
                     put(self.weights, T.Select(seen[r], s, f32s(NOTHING)), i, slot * PAGE_SIZE)
 
     def _element(self, which: int, page: Expr, at: Expr, half: int) -> Expr:
@@ -263,6 +265,15 @@ class Block:
         """j - position for the 16 tokens j of page number `page`."""
         tokens = T.ramp(page * PAGE_SIZE - (self.position + row), 1, LANES)
         return let(T.Cast("float32x16", tokens))
+
+    def _by_distance(self, page: Expr, row: int, head: int) -> Expr:
+        """What is added for the 16 tokens of page number `page`. Where their distances leave the row, all of
+        them take what stands at its end, 16 times.
+        """
+        width = self.spec.distances
+        start = page * PAGE_SIZE - (self.position + row) + T.int32(width // 2)
+        within = let(T.max(T.min(start, T.int32(width - LANES)), T.int32(0)))
+        return let(vec(self.at.distances, self.head + head, within))
 
     def _scales(self, which: int, page: Expr) -> Expr | None:
         """Scales of the page's 16 keys (0) or values (1); None where it holds floats."""

@@ -34,6 +34,8 @@ class Attention:
     window: int | None
     softcap: float | None
     slopes: bool = False
+    distances: int = 0
+    """Elements of a head's row of `distances`; 0 where scores have none."""
 
     @property
     def group(self) -> int:
@@ -87,6 +89,7 @@ class Buffers:
     block_table: Buffer
     sinks: Buffer | None
     slopes: Buffer | None
+    distances: Buffer | None
     out: Buffer
 
 

@@ -58,8 +58,9 @@ _TASKS = 48
 
 
 def fits(spec: Attention) -> bool:
-    """Whether heads fill tiles. Slopes are left to vectors."""
-    return spec.head_dim % DEPTH == 0 and spec.kv_dtype == "bfloat16" and not spec.slopes
+    """Whether heads fill tiles. Slopes and distances are left to vectors."""
+    biased = spec.slopes or spec.distances
+    return spec.head_dim % DEPTH == 0 and spec.kv_dtype == "bfloat16" and not biased
 
 
 def _within(page: Expr, start: Expr, stop: Expr) -> Expr:
