@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,17 +49,28 @@ def first_layers(source: Path, count: int, folder: Path) -> Path:
     """
     if os.environ.get("LLMC_WHOLE_MODELS"):
         return source
-    from llmc.cli.peer import load_transformers
+    import torch
+    from llmc.frontend.skeleton import model_class
     from llmc.frontend.source import open_source
     from llmc.frontend.tokenizer import export_tokenizer
+    from safetensors.torch import save_file
 
-    model: Any = load_transformers(str(source), "bfloat16")
-    model.model.layers = model.model.layers[:count]
-    model.config.num_hidden_layers = count
-    if getattr(model.config, "layer_types", None):
-        model.config.layer_types = model.config.layer_types[:count]
-    model.save_pretrained(folder)
-    assert export_tokenizer(open_source(source), folder) is not None
+    opened = open_source(source)
+    weights, config = opened.weights, opened.config
+    config.architectures = [model_class(config)[0].__name__]
+    config.num_hidden_layers, config.dtype = count, "bfloat16"
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:count]
+    kept: dict[str, Any] = {}
+    for name, tensor in weights.items():
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        tied = config.tie_word_embeddings and name == "lm_head.weight"
+        if not tied and (layer is None or int(layer[1]) < count):
+            kept[name] = torch.from_numpy(tensor.read()).to(torch.bfloat16)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    config.save_pretrained(folder)
+    assert export_tokenizer(opened, folder) is not None
     return folder
 
 
