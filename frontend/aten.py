@@ -315,6 +315,22 @@ for _name, _kind in (("mean", m.ReduceMean), ("sum", m.ReduceSum), ("amax", m.Re
         TABLE[f"{_name}.{_overload}"] = _reduction(_kind)
 
 
+@aten("logsumexp.default")
+def _logsumexp(c: Importer, x: Value, dim: Any, keepdim: bool = False) -> Value:
+    chosen = [dim] if isinstance(dim, int) else list(dim)
+    axes = tuple(sorted(c.axis(a, x) for a in chosen))
+    # A maximum of -inf would make NaN of what is -inf.
+    lowest = c.scalar(-3e38, x.dtype)
+    top = c.emit(m.Maximum(c.emit(m.ReduceMax(x, axes=axes, keepdim=True)), lowest))
+    powers = c.emit(m.Exp(c.emit(m.Sub(x, top))))
+    whole = c.emit(m.Log(c.emit(m.ReduceSum(powers, axes=axes, keepdim=True))))
+    found = c.emit(m.Add(whole, top))
+    if keepdim:
+        return found
+    kept = tuple(d for i, d in enumerate(found.shape) if i - x.type.rank not in axes)
+    return reshaped(c, found, kept)
+
+
 @aten("var.dim")
 def _var_dim(c: Importer, x: Value, dim: Any, unbiased: bool = True, keepdim: bool = False) -> Value:
     return _var(c, x, dim, correction=int(unbiased), keepdim=keepdim)

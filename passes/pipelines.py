@@ -13,6 +13,7 @@ from .fuse.attention import FuseAttention
 from .fuse.norm import FuseNorms
 from .fuse.projections import FuseGatedMlps, MergeProjections
 from .fuse.rope import FuseRotary
+from .fuse.sink_scale import FuseSinkScale
 from .stage import MarkStage
 
 
@@ -29,6 +30,7 @@ def fuse() -> list[Pass]:
         FuseRotary(),
         NormalizeShapes(),
         FuseRotary(),
+        FuseSinkScale(),
         FuseAttention(),
         NormalizeShapes(),
         FuseGatedMlps(),

@@ -101,7 +101,20 @@ def sinks_kept(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.T
     return joined @ padded
 
 
-WITH_SINKS = (with_sinks, sinks_along_queries, sinks_kept)
+def sinks_behind(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
+    """As Granite attends with windows: what a further logit leaves to the others, behind the softmax."""
+    scores = scores_of(q, k) + bias(q, WINDOW)
+    left = (torch.logsumexp(scores, -1) - sinks.view(1, -1, 1)).sigmoid()
+    return mixed(torch.softmax(scores, -1, dtype=torch.float32), v) * left.unsqueeze(-1)
+
+
+def other_sum(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
+    scores = scores_of(q, k) + bias(q)
+    left = (torch.logsumexp(2 * scores, -1) - sinks.view(1, -1, 1)).sigmoid()
+    return mixed(torch.softmax(scores, -1), v) * left.unsqueeze(-1)
+
+
+WITH_SINKS = (with_sinks, sinks_along_queries, sinks_kept, sinks_behind, other_sum)
 
 FUSED: dict[str, tuple[Attend, dict[str, Any]]] = {
     "sdpa, is_causal": (
@@ -141,6 +154,7 @@ FUSED: dict[str, tuple[Attend, dict[str, Any]]] = {
     ),
     "soft-cap": (softcapped, {"causal": True, "softcap": 2.0, "scale": 0.3}),
     "sinks": (with_sinks, {"causal": True, "window": WINDOW}),
+    "sinks behind": (sinks_behind, {"causal": True, "window": WINDOW}),
 }
 
 
@@ -165,10 +179,18 @@ def test_attention_is_fused_and_keeps_its_meaning(name: str) -> None:
     assert op.k.shape[-2] == KV  # the repeated heads are gone
     expected = {"window": None, "softcap": None, "scale": op.scale, **fields}
     assert {key: pytest.approx(getattr(op, key)) for key in expected} == expected
-    assert (op.sinks is not None) is (attend is with_sinks)
+    assert (op.sinks is not None) is (attend in (with_sinks, sinks_behind))
     wanted = block(x)
     torch.testing.assert_close(run(graph, {"x": x})[0], wanted, atol=2e-6, rtol=0)
     torch.testing.assert_close(run(result, {"x": x})[0], wanted, atol=2e-6, rtol=0)
+
+
+def test_a_factor_of_another_sum_is_no_sink() -> None:
+    block, graph, x = traced(other_sum)
+    result, _ = fused(graph)
+    (op,) = [op for op in result if isinstance(op, Attention)]
+    assert op.sinks is None and "sigmoid" in opnames(result)
+    torch.testing.assert_close(run(result, {"x": x})[0], block(x), atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize("kv", [1, 4])

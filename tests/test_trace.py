@@ -93,6 +93,11 @@ OPERATORS: dict[str, Any] = {
         x.max(-1).values,
         x.mean(),
     ),
+    "logarithms of sums": lambda s, x: (
+        torch.logsumexp(50 * x, -1),
+        torch.logsumexp(x, (0, 1), keepdim=True),
+        torch.logsumexp(x.masked_fill(x < 0, float("-inf")), 0),
+    ),
     "variance": lambda s, x: (
         x.var(-1, unbiased=False),
         torch.var(x, dim=(0, 1), correction=0, keepdim=True),

@@ -288,6 +288,12 @@ class PageKvCache(Pass):
                 f"{graph.name} holds no attention that was recognised{why}",
                 remedy="report the model",
             )
+        unknown = next((op for op in graph if isinstance(op, Sdpa)), None)
+        if unknown is not None:
+            raise UnsupportedError(
+                f"attention in {unknown.loc or graph.name} was not recognised{_reason(context)}",
+                remedy="report the model",
+            )
         ahead = next((op for op in attentions if not op.causal), None)
         if ahead is not None and graph.facts.get("kind") == "causal_lm":
             raise UnsupportedError(
