@@ -18,6 +18,7 @@ from .aten_complex import Complex, complex_handler
 from .aten_table import REGISTERED
 from .export import relation_holds
 from .repeats import NAMESPACE, Bodies, CannotRepeat, Repeats
+from .sameness import same
 
 if TYPE_CHECKING:
     import torch
@@ -254,9 +255,12 @@ class Importer:
 
     def write_part(self, node: Any) -> None:
         """A tensor written into a slice of one that the model made: the whole becomes a new value, with what
-        was written between what stands before and behind it.
+        was written between what stands before and behind it. What stands there already changes nothing.
         """
         part, source = node.args[:2]
+        if same(self.values[part], self.cast(self.values[source], self.values[part].dtype)):
+            self.values[node] = self.values[part]
+            return
         whole = part.args[0]
         if self.bodies is not None and self.bodies.is_given(self.values[whole]):
             raise CannotRepeat

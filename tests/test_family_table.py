@@ -24,6 +24,7 @@ OF_EACH_KIND = {
     "gpt_neo": "a stored triangle, a local one in every second layer",
     "openai-gpt": "scores multiplied by a triangle of floats",
     "mpnet": "a number of each distance, from buckets",
+    "qwen3_5_text": "positions of three coordinates, tables put together from parts",
 }
 KERNELS = (*OF_EACH_KIND, "falcon (new)", "deepseek_v3", "xglm", "esm", "roformer", "modernbert-decoder")
 REFUSED = {
