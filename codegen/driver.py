@@ -97,6 +97,13 @@ def _open(
     return source
 
 
+def _left_out(source: ModelSource) -> list[str]:
+    """What a model takes besides text, in a sentence."""
+    if source.whole is None:
+        return []
+    return [f"{source.name} ({source.whole}) takes more than text: its text model is what is compiled"]
+
+
 def trace(source: ModelSource, example_inputs: Mapping[str, torch.Tensor] | None) -> Graph:
     """The traced graph of whatever was opened."""
     if source.task == "function" or example_inputs is not None:
@@ -236,6 +243,7 @@ def compile_model(
         progress("open", 0.0)
         source = _open(model, scaling)
         passing.context_length = _context(source, context)
+        passing.notes += _left_out(source)
         progress("trace", 0.02)
         graph = trace(source, example_inputs)
         settled()
@@ -448,7 +456,7 @@ def check_model(
         else:
             total += num_bytes(value.weight)
     facts = describe(source)
-    notes = tuple(dict.fromkeys(n for r in records for n in r.notes))
+    notes = tuple(dict.fromkeys([*_left_out(source), *(n for r in records for n in r.notes)]))
     caches = graph.facts.get("kv", [])
     a_token = sum(2 * kv["heads"] * kv_bytes(plan.kv_dtype, kv["head_dim"]) for kv in caches)
     return CheckReport(

@@ -23,6 +23,7 @@ from .gguf import GGUFFile, read_gguf
 from .quantized import describe_quantization, open_quantized
 from .sentences import sentence_facts
 from .skeleton import Task, instantiate, model_class
+from .text_part import text_part, text_tensors
 from .weights import open_gguf_tensors
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class ModelSource:
         unused_tensors: checkpoint tensors that the model does not take; known once `weights` was asked for.
         rope_scaling: what `scale_rope` wrote into the configuration.
         unscaled_config: the configuration before, where only some sequences are scaled.
+        whole: the type of a model that takes more than text, of which this is the text model (text_part.py).
         length: tokens of the longest sequence that is compiled for; the model's own context where None.
     """
 
@@ -73,6 +75,7 @@ class ModelSource:
     unused_tensors: list[str] = field(default_factory=list[str])
     rope_scaling: rope.RopeScaling | None = None
     unscaled_config: Any = None
+    whole: str | None = None
     length: int | None = None
 
     @property
@@ -109,6 +112,8 @@ class ModelSource:
             }
         assert self.path is not None
         tensors = hf.open_weights(self.path)
+        if self.whole is not None:
+            tensors = text_tensors(tensors)
         if self.quantization is not None:
             return open_quantized(tensors, self.quantization, self.name)
         return tensors
@@ -245,12 +250,15 @@ def _open_file(path: Path) -> ModelSource:
 
 def _open_folder(folder: Path, name: str, config_only: bool) -> ModelSource:
     config = hf.read_config(folder)
-    _, task = model_class(config)
     facts = GenerationFacts(*hf.generation_facts(folder, config))
+    whole, text = config.model_type, text_part(config)
+    config = config if text is None else text
+    _, task = model_class(config)
     files = [] if config_only else hf.weight_files(folder)
     size = sum(path.stat().st_size for path in files)
     source = ModelSource("hf", name, folder, config, task, size, facts, config_only=config_only)
     source.quantization = hf.quantization_config(folder)
+    source.whole = None if text is None else whole
     if not config_only:
         _ = source.stored  # headers are checked now: a truncated shard is refused before anything is traced
     return source

@@ -1,0 +1,124 @@
+"""Models that take more than text: their text model is compiled, and says what the whole one says of text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import llmc
+import numpy as np
+import pytest
+import torch
+import transformers
+from llmc.codegen.driver import check_model, compile_model
+from llmc.frontend.source import open_source
+from llmc.frontend.text_part import text_part, text_tensors
+from llmc.frontend.trace import trace_source
+from llmc.ir.weights import ArrayTensor
+
+from .graphs import logits_of, lowered, worst
+from .models import DECODER, ids_of, save_tokenizer, tiny_model
+from .state_models import MODELS as STATES
+from .tvm_graphs import ISA
+
+VISION: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "image_size": 28, "patch_size": 14,
+}  # fmt: skip
+TOWER = {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64}
+_DELTA = {name: value for name, value in STATES["delta"][1].items() if name != "mlp_only_layers"}
+
+WHOLE: dict[str, tuple[str, Any, Any, dict[str, Any]]] = {
+    "gemma3": (
+        "Gemma3",
+        ("Gemma3TextConfig", {"head_dim": 16, "sliding_window": 12}),
+        ("SiglipVisionConfig", VISION),
+        {"mm_tokens_per_image": 4, "image_token_index": 380, "boi_token_index": 381, "eoi_token_index": 382},
+    ),
+    "llava": ("Llava", ("LlamaConfig", {}), ("CLIPVisionConfig", VISION), {"image_token_index": 380}),
+    "mistral3": (
+        "Mistral3",
+        ("MistralConfig", {}),
+        ("PixtralVisionConfig", VISION),
+        {"image_token_index": 380},
+    ),
+    "idefics3": ("Idefics3", ("LlamaConfig", {}), ("Idefics3VisionConfig", VISION), {"image_token_id": 380}),
+    "qwen3_5": (
+        "Qwen3_5",
+        ("Qwen3_5TextConfig", _DELTA),
+        (
+            "Qwen3_5VisionConfig",
+            {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64},
+        ),
+        {},
+    ),
+}
+"""Where tensors stand (`language_model.model.`, `model.language_model.`, `model.text_model.`), heads that are
+tied or not, windows, recurrences.
+"""
+
+
+def whole_model(name: str, folder: Path) -> Any:
+    """A small model with its tower for pictures, saved as a folder."""
+    kind, *parts, fields = WHOLE[name]
+    text, vision = (
+        getattr(transformers, config)(**({**DECODER, **options} if number == 0 else options))
+        for number, (config, options) in enumerate(parts)
+    )
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(text_config=text, vision_config=vision, **fields)
+    model = getattr(transformers, f"{kind}ForConditionalGeneration")(config).eval().float()
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return model
+
+
+def said(model: Any, ids: list[int]) -> np.ndarray:
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids])).logits[0].numpy()
+
+
+@pytest.mark.parametrize("name", [*WHOLE])
+def test_the_text_model_says_of_text_what_the_whole_one_says(name: str, tmp_path: Path) -> None:
+    """Largest difference ≤ 1e-5 of the largest logit."""
+    model = whole_model(name, tmp_path)
+    source = open_source(tmp_path)
+    assert source.whole == model.config.model_type and source.task == "causal_lm"
+    graph, _ = lowered(trace_source(source), "fused")
+    assert worst(logits_of(graph, ids_of(40)), said(model, ids_of(40))) <= 1e-5
+    assert not any("vision" in unused for unused in source.unused_tensors)
+
+
+def test_an_artifact_and_what_is_said_of_it(tmp_path: Path) -> None:
+    model = whole_model("gemma3", tmp_path / "model")
+    report = compile_model(tmp_path / "model", tmp_path / "m.llmc", targets=[f"tvm-cpu:isa={ISA}"])
+    sentence = "model (gemma3) takes more than text: its text model is what is compiled"
+    assert sentence in report.notes
+    assert sentence in check_model(tmp_path / "model").notes
+    with llmc.load(tmp_path / "m.llmc") as llm:
+        assert worst(llm.logits(ids_of(40)), said(model, ids_of(40))) <= 1e-5
+        assert llm.artifact is not None and llm.artifact.model["architecture"] == "gemma3_text"
+
+
+def test_other_models_are_what_they_were() -> None:
+    assert text_part(tiny_model("llama").config) is None
+    assert text_part(transformers.BartConfig()) is None
+    gemma = transformers.Gemma3Config(architectures=["Gemma3ForSequenceClassification"])
+    assert text_part(gemma) is None
+
+
+def test_names_of_tensors() -> None:
+    one = ArrayTensor(np.zeros(1, np.float32), "t")
+    names = {
+        "language_model.model.norm.weight": "model.norm.weight",
+        "model.language_model.layers.0.q.weight": "model.layers.0.q.weight",
+        "language_model.lm_head.weight": "lm_head.weight",
+        "model.vision_tower.layers.0.q.weight": None,
+        "multi_modal_projector.weight": None,
+    }
+    assert set(text_tensors(dict.fromkeys(names, one))) == {name for name in names.values() if name}
+    assert set(text_tensors({"lm_head.weight": one, "model.text_model.norm.weight": one})) == {
+        "lm_head.weight",
+        "model.norm.weight",
+    }
+    assert set(text_tensors({"model.norm.weight": one})) == {"model.norm.weight"}
