@@ -250,9 +250,11 @@ def _open_file(path: Path) -> ModelSource:
 
 def _open_folder(folder: Path, name: str, config_only: bool) -> ModelSource:
     config = hf.read_config(folder)
-    facts = GenerationFacts(*hf.generation_facts(folder, config))
     whole, text = config.model_type, text_part(config)
-    config = config if text is None else text
+    facts = GenerationFacts(*hf.generation_facts(folder, config))
+    if text is not None:
+        own = GenerationFacts(*hf.generation_facts(folder, text))
+        config, facts = text, facts if facts.eos_token_ids else own
     _, task = model_class(config)
     files = [] if config_only else hf.weight_files(folder)
     size = sum(path.stat().st_size for path in files)
