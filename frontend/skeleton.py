@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..ir.errors import InputError, LlmcError, UnsupportedError
+from .text_part import headed
 
 if TYPE_CHECKING:
     import torch
@@ -63,6 +64,12 @@ def model_class(config: Any) -> tuple[type[torch.nn.Module], Task]:
         cls = _first(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[kind])
         if cls.__name__ in named:
             return cls, "classifier"
+    if (
+        kind in MODEL_MAPPING
+        and named
+        and (whole := headed(_first(MODEL_MAPPING[kind]), named[0])) is not None
+    ):
+        return whole, "causal_lm"
     if kind in MODEL_MAPPING and (_is_encoder(config) or not named):
         return _first(MODEL_MAPPING[kind]), "encoder"
     if kind in MODEL_MAPPING and (cls := _first(MODEL_MAPPING[kind])).__name__ in named:

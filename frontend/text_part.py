@@ -8,35 +8,78 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from ..ir.weights import LazyTensor
 
 _PART = re.compile(r"^(model\.)?(?:language_model|text_model)\.")
 _HEAD = "lm_head."
+_WHOLE = "ForConditionalGeneration"
+_WITH_HEAD = "WithHead"
 
 
 def text_part(config: Any) -> Any | None:
     """The configuration of the text model of one that takes more than text; None where it takes nothing else,
-    or where transformers has no causal language model of its text.
+    or where transformers has no model of its text alone.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
     named = list(getattr(config, "architectures", None) or [])
     text = config.get_text_config()
     if text is config or getattr(config, "is_encoder_decoder", False):
         return None
-    if named and not any(name.endswith("ForConditionalGeneration") for name in named):
+    if named and not any(name.endswith(_WHOLE) for name in named):
         return None
-    if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return None
-    entry: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(text)]
-    name = (entry[0] if isinstance(entry, tuple) else entry).__name__
-    if name.endswith("ForConditionalGeneration"):
+    if type(text) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        name = _first(MODEL_FOR_CAUSAL_LM_MAPPING[type(text)]).__name__
+        if name.endswith(_WHOLE):
+            return None
+    elif type(text) in MODEL_MAPPING and named:
+        name = _first(MODEL_MAPPING[type(text)]).__name__ + _WITH_HEAD
+    else:
         return None
     text.architectures = [name]
     text.tie_word_embeddings = config.tie_word_embeddings  # the whole model ties by its own
     return text
+
+
+def headed(base: type[Any], name: str) -> type[Any] | None:
+    """The causal language model `name` of a text model that transformers has without its head; None for names
+    that are not from `text_part`.
+    """
+    if name != base.__name__ + _WITH_HEAD:
+        return None
+    import torch
+    from transformers import PreTrainedModel
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    # What the family's models have in common, which knows how they attend.
+    common = next(one for one in base.__mro__[1:] if issubclass(one, PreTrainedModel))
+
+    class WithHead(common):
+        """The text model, and the output head that stands beside it in the whole one."""
+
+        config_class = base.config_class
+        base_model_prefix = "model"
+        _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.model = base(config)
+            self.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.post_init()
+
+        def forward(self, input_ids: Any, **options: Any) -> Any:
+            """Logits of every token."""
+            hidden = self.model(input_ids=input_ids, **options).last_hidden_state
+            return CausalLMOutputWithPast(logits=self.lm_head(hidden))
+
+    WithHead.__name__ = WithHead.__qualname__ = name
+    return WithHead
+
+
+def _first(entry: Any) -> type[Any]:
+    return entry[0] if isinstance(entry, tuple) else entry
 
 
 def text_tensors(stored: Mapping[str, LazyTensor]) -> Mapping[str, LazyTensor]:
@@ -48,4 +91,4 @@ def text_tensors(stored: Mapping[str, LazyTensor]) -> Mapping[str, LazyTensor]:
     return heads | found if found else stored
 
 
-__all__ = ["text_part", "text_tensors"]
+__all__ = ["headed", "text_part", "text_tensors"]

@@ -224,9 +224,9 @@ and the rows are compared with those of transformers in float32.
   is nearly hard, rounding a weight turns choices that it would not turn in a trained model.
 - What does not compile is refused, with the sentence shown. `llmc check` says the same from the
   configuration alone.
-- A model that "takes more than text" is compiled as its text model where transformers has a causal language
-  model of that (Gemma 3, Qwen3.5, Mistral 3, LLaVA, Idefics 3: `tests/test_text_part.py`); for this table it
-  is not built whole.
+- A model that "takes more than text" is compiled as its text model, with or without a class of its own for
+  that (Gemma 3, Qwen3.5, Qwen3-VL, Mistral 3, LLaVA, …: `tests/test_text_part.py`); for this table it is not
+  built whole.
 
 Kernels are compared in `tests/test_families.py`: twelve families (`tests/models.py`) with both targets, and
 `pytest -m slow tests/test_family_table.py` compiles one family of each kind of attention for tvm-cpu.

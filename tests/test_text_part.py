@@ -26,6 +26,7 @@ VISION: dict[str, Any] = {
     "image_size": 28, "patch_size": 14,
 }  # fmt: skip
 TOWER = {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64}
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
 _DELTA = {name: value for name, value in STATES["delta"][1].items() if name != "mlp_only_layers"}
 
 WHOLE: dict[str, tuple[str, Any, Any, dict[str, Any]]] = {
@@ -46,15 +47,24 @@ WHOLE: dict[str, tuple[str, Any, Any, dict[str, Any]]] = {
     "qwen3_5": (
         "Qwen3_5",
         ("Qwen3_5TextConfig", _DELTA),
-        (
-            "Qwen3_5VisionConfig",
-            {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64},
-        ),
+        ("Qwen3_5VisionConfig", TOWER),
+        {},
+    ),
+    "qwen3_vl": (
+        "Qwen3VL",
+        ("Qwen3VLTextConfig", {"head_dim": 16, "rope_parameters": {**ROPE, "mrope_section": [4, 2, 2]}}),
+        ("Qwen3VLVisionConfig", {**TOWER, "deepstack_visual_indexes": [0]}),
+        {},
+    ),
+    "qwen2_5_vl": (
+        "Qwen2_5_VL",
+        ("Qwen2_5_VLTextConfig", {"rope_parameters": {**ROPE, "mrope_section": [4, 2, 2]}}),
+        ("Qwen2_5_VLVisionConfig", TOWER),
         {},
     ),
 }
 """Where tensors stand (`language_model.model.`, `model.language_model.`, `model.text_model.`), heads that are
-tied or not, windows, recurrences.
+tied or not, windows, recurrences; text models that transformers has without a head.
 """
 
 
