@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from ..ir.weights import LazyTensor
 
@@ -61,7 +61,6 @@ def headed(base: type[Any], name: str) -> type[Any] | None:
 
         config_class = base.config_class
         base_model_prefix = "model"
-        _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
 
         def __init__(self, config: Any) -> None:
             super().__init__(config)
@@ -74,8 +73,10 @@ def headed(base: type[Any], name: str) -> type[Any] | None:
             hidden = self.model(input_ids=input_ids, **options).last_hidden_state
             return CausalLMOutputWithPast(logits=self.lm_head(hidden))
 
-    WithHead.__name__ = WithHead.__qualname__ = name
-    return WithHead
+    made: Any = WithHead
+    made.__name__ = made.__qualname__ = name
+    made._tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    return made
 
 
 def _first(entry: Any) -> type[Any]:

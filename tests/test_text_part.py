@@ -54,13 +54,13 @@ WHOLE: dict[str, tuple[str, Any, Any, dict[str, Any]]] = {
         "Qwen3VL",
         ("Qwen3VLTextConfig", {"head_dim": 16, "rope_parameters": {**ROPE, "mrope_section": [4, 2, 2]}}),
         ("Qwen3VLVisionConfig", {**TOWER, "deepstack_visual_indexes": [0]}),
-        {},
+        {"tie_word_embeddings": True},
     ),
     "qwen2_5_vl": (
         "Qwen2_5_VL",
         ("Qwen2_5_VLTextConfig", {"rope_parameters": {**ROPE, "mrope_section": [4, 2, 2]}}),
         ("Qwen2_5_VLVisionConfig", TOWER),
-        {},
+        {"tie_word_embeddings": False},
     ),
 }
 """Where tensors stand (`language_model.model.`, `model.language_model.`, `model.text_model.`), heads that are
