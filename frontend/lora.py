@@ -26,6 +26,7 @@ from ..ir.errors import InputError, UnsupportedError
 from ..ir.weights import LazyTensor, read_chunks
 from .hf import read_json
 from .safetensors import open_safetensors
+from .text_part import text_name
 
 _PREFIX: Final = "base_model.model."
 _PARTS: Final = re.compile(
@@ -66,7 +67,7 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     replaced: dict[str, LazyTensor] = {}
     for name, tensor in open_safetensors(file).items():
         _check_values(tensor)
-        label = name.removeprefix(_PREFIX)
+        label = text_name(name.removeprefix(_PREFIX))
         found = _PARTS.fullmatch(label)
         if found is not None:
             part = found["part"].removesuffix(".weight") if "magnitude" in found["part"] else found["part"]

@@ -83,13 +83,18 @@ def _first(entry: Any) -> type[Any]:
     return entry[0] if isinstance(entry, tuple) else entry
 
 
+def text_name(name: str) -> str:
+    """The name that a tensor or module of the whole model has in its text model."""
+    return _PART.sub(r"\1", name)
+
+
 def text_tensors(stored: Mapping[str, LazyTensor]) -> Mapping[str, LazyTensor]:
     """Tensors of the text model by the names that they have in it: `language_model.model.norm.weight` and
     `model.language_model.norm.weight` are `model.norm.weight`. All of them where none is named as a part's.
     """
-    found = {_PART.sub(r"\1", name): tensor for name, tensor in stored.items() if _PART.match(name)}
+    found = {text_name(name): tensor for name, tensor in stored.items() if _PART.match(name)}
     heads = {name: tensor for name, tensor in stored.items() if name.startswith(_HEAD)}
     return heads | found if found else stored
 
 
-__all__ = ["headed", "text_part", "text_tensors"]
+__all__ = ["headed", "text_name", "text_part", "text_tensors"]

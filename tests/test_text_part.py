@@ -17,6 +17,7 @@ from llmc.frontend.trace import trace_source
 from llmc.ir.weights import ArrayTensor
 
 from .graphs import logits_of, lowered, worst
+from .lora_files import adapter
 from .models import DECODER, ids_of, save_tokenizer, tiny_model
 from .state_models import MODELS as STATES
 from .tvm_graphs import ISA
@@ -108,6 +109,23 @@ def test_an_artifact_and_what_is_said_of_it(tmp_path: Path) -> None:
     with llmc.load(tmp_path / "m.llmc") as llm:
         assert worst(llm.logits(ids_of(40)), said(model, ids_of(40))) <= 1e-5
         assert llm.artifact is not None and llm.artifact.model["architecture"] == "gemma3_text"
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
+def test_adapters_of_the_whole_model(name: str, tmp_path: Path) -> None:
+    """Trained on the text part of the whole one, whose names they have. Largest difference ≤ 1e-5 of the
+    largest logit.
+    """
+    pytest.importorskip("peft")
+    model = whole_model(name, tmp_path / "model")
+    adapted = adapter(model, tmp_path / "adapter", target_modules=r".*language_model.*\.[qv]_proj")
+    wanted = said(adapted, ids_of(40))
+    assert worst(wanted, said(whole_model(name, tmp_path / "again"), ids_of(40))) > 0.01
+    lora = [str(tmp_path / "adapter")]
+    compile_model(tmp_path / "model", tmp_path / "m.llmc", targets=["onnx-cpu"], lora=lora)
+    with llmc.load(tmp_path / "m.llmc") as llm:
+        assert worst(llm.logits(ids_of(40)), wanted) <= 1e-5
 
 
 def test_other_models_are_what_they_were() -> None:
