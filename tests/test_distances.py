@@ -14,6 +14,7 @@ from llmc.frontend.source import open_source
 from llmc.frontend.trace import trace_module, trace_source
 from llmc.ir.core import Graph, Value
 from llmc.ir.errors import VerifyError
+from llmc.ir.interpreter import run
 from llmc.ir.ops.attention import VECTOR, Attention
 from llmc.ir.types import TensorType
 from llmc.ir.weights import ArrayTensor
@@ -125,6 +126,24 @@ def near(i: Any, j: Any) -> Any:
 def test_what_is_no_function_of_distance_is_not_taken_for_one(bucket: Any) -> None:
     assert any(isinstance(op, Attention) and op.distances is not None for op in fused(near))
     assert not any(isinstance(op, Attention) for op in fused(bucket))
+
+
+def test_one_table_by_two_kinds_of_buckets() -> None:
+    class Two(Biased):
+        def forward(self, q: Any, k: Any, v: Any) -> Any:
+            first = super().forward(q, k, v)
+            self.bucket = lambda i, j: near(j, i)
+            return first + super().forward(k, q, v)
+
+    shapes = {name: {2: torch.export.Dim("T", min=2, max=2000)} for name in "qkv"}
+    given = {name: torch.randn(1, 2, 7, 8) for name in "qkv"}
+    model = Two(near)
+    graph = trace_module(model, given, dynamic_shapes=shapes)
+    result, _ = run_passes(graph, function([]), PassContext())
+    tables = [op.distances for op in result if isinstance(op, Attention)]
+    assert len(tables) == 2 and tables[0] is not tables[1]
+    model.bucket = near
+    torch.testing.assert_close(run(result, given)[0], model(**given), atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,10 @@ class RowsByDistance:
         self.shape, self.dtype = (table.shape[1], len(buckets)), "float32"
         self.source = f"by_distance({table.source})"
 
+    def same(self, other: RowsByDistance) -> bool:
+        """Whether another one is made of the same table in the same way."""
+        return self.table is other.table and np.array_equal(self.buckets, other.buckets)
+
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
         rows = self.table.read()[self.buckets].T[start:stop]
         return np.ascontiguousarray(rows, np.float32)
@@ -53,12 +57,16 @@ class Distances:
     buckets: tuple[int, ...]
 
     def emit(self, rw: Rewriter) -> Value:
-        """float32 [H, W]; the same one for the same table."""
-        name = f"{self.table.name}.by_distance"
-        if name in rw.graph.weights:
-            return rw.graph.weights[name]
+        """float32 [H, W]; the same one for the same table and buckets."""
         assert self.table.weight is not None
-        return rw.graph.add_weight(name, RowsByDistance(self.table.weight, np.array(self.buckets)))
+        made = RowsByDistance(self.table.weight, np.array(self.buckets))
+        name = f"{self.table.name}.by_distance"
+        while (known := rw.graph.weights.get(name)) is not None:
+            held = known.weight
+            if isinstance(held, RowsByDistance) and held.same(made):
+                return known
+            name += "_"
+        return rw.graph.add_weight(name, made)
 
 
 def read_distances(bias: Value, heads: object) -> Distances | None:
