@@ -11,6 +11,7 @@ from llmc.codegen.tvm.kernels.attention import make_paged_attention
 from llmc.codegen.tvm.kernels.cache import make_append_kv, to_logical, to_physical
 from llmc.ir.ops import cache as ops
 
+from .attention_biases import distance_table
 from .conftest import LONG
 from .kernel_harness import blank, call, close, meaning, normal, value, vector_levels
 from .test_tvm_attention_kernels import ATTENTION, LENGTHS
@@ -96,6 +97,7 @@ def attend(
         context = context[[b]] - np.int32(batch.lengths[b][1] - stop)
         start, table = np.array([0, stop - first], np.int32), table[[b]]
     sinks = [batch.sinks] if options.get("sinks") or options.get("slopes") else []
+    sinks += [distance_table(heads)] if options.get("distances") else []
     arrays = (q, batch.pages, start, context, table, *sinks, blank(*q.shape))
     return call(make_paged_attention, isa, parameters, *arrays)
 
@@ -107,8 +109,9 @@ def check(
     heads, kv_heads, dim, options = case
     batch = Batch(lengths, heads, kv_heads, dim)
     whole = attend(isa, batch, options)
-    fields = {key: v for key, v in options.items() if key not in ("sinks", "slopes")}
+    fields = {key: v for key, v in options.items() if key not in ("sinks", "slopes", "distances")}
     per_head = [batch.sinks if options.get(name) else None for name in ("sinks", "slopes")]
+    per_head.append(distance_table(heads) if options.get("distances") else None)
     arrays = (batch.q, batch.logical, batch.start, batch.context, batch.table)
     operands = [None if x is None else value(x) for x in per_head]
     op = ops.PagedAttention(*map(value, arrays), *operands, scale=0.3, **fields)

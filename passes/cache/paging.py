@@ -282,16 +282,10 @@ class PageKvCache(Pass):
 
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         attentions = [op for op in graph if isinstance(op, Attention)]
-        if not attentions and not recurrences(graph):
+        if not attentions and (not recurrences(graph) or any(isinstance(op, Sdpa) for op in graph)):
             why = _reason(context) or _candidates(graph)
             raise UnsupportedError(
                 f"{graph.name} holds no attention that was recognised{why}",
-                remedy="report the model",
-            )
-        unknown = next((op for op in graph if isinstance(op, Sdpa)), None)
-        if unknown is not None:
-            raise UnsupportedError(
-                f"attention in {unknown.loc or graph.name} was not recognised{_reason(context)}",
                 remedy="report the model",
             )
         ahead = next((op for op in attentions if not op.causal), None)
