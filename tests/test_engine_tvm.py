@@ -64,7 +64,7 @@ def test_schedules_give_each_request_its_own_tokens(compiled: tuple[str, Executo
     name, executor = compiled
     assert executor.batch_invariant
     events: Counter[str] = Counter()
-    for seed in SCHEDULES[name][:: 1 if LONG else 2]:
+    for seed in SCHEDULES[name][:: 1 if LONG else 3]:
         events += check_schedule(executor, FACTS, random_schedule(seed, FACTS, executor.page_size))
     # The schedules are only worth something if all of this happened.
     for event in ("preempted", "from_cache", "cancelled", "forked", "second_turns"):

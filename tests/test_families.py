@@ -149,7 +149,9 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Any) -> Any
     return artifact
 
 
-@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=pytest.mark.slow if i % 2 else ()) for i, f in enumerate(TINY)]
+)
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiled_artifact_equals_transformers(family: str, target: str, artifacts: Any) -> None:
     llm = llmc.load(artifacts(family), target=target)

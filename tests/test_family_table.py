@@ -33,7 +33,9 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("family", OF_EACH_KIND)
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=pytest.mark.slow if i % 2 else ()) for i, f in enumerate(OF_EACH_KIND)]
+)
 def test_one_family_of_each_kind_of_attention_matches(family: str, tmp_path: Path) -> None:
     found = attempt(family, tmp_path / "model")
     assert (found.status, found.reason) == ("equal", "")

@@ -56,7 +56,12 @@ def both(family: str, name: str, folder: Path) -> tuple[Any, Any, Any, int]:
 
 @pytest.mark.parametrize(
     ("family", "name"),
-    [*(("llama", name) for name in ("linear", "dynamic", "yarn", "longrope")), ("gpt_neox", "yarn")],
+    [
+        ("llama", "yarn"),
+        ("llama", "longrope"),
+        *(pytest.param("llama", name, marks=pytest.mark.slow) for name in ("linear", "dynamic")),
+        pytest.param("gpt_neox", "yarn", marks=pytest.mark.slow),
+    ],
 )
 def test_positions_say_which_table_they_mean(family: str, name: str, tmp_path: Path) -> None:
     """To the bit those of transformers for each."""

@@ -89,7 +89,13 @@ def said(model: Any, ids: list[int]) -> np.ndarray:
         return model(input_ids=torch.tensor([ids])).logits[0].numpy()
 
 
-@pytest.mark.parametrize("name", [*WHOLE])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.slow if n in ("mistral3", "llava", "qwen2_5_vl") else ())
+        for n in WHOLE
+    ],
+)
 def test_the_text_model_says_of_text_what_the_whole_one_says(name: str, tmp_path: Path) -> None:
     """Largest difference ≤ 1e-5 of the largest logit."""
     model = whole_model(name, tmp_path)
@@ -112,7 +118,7 @@ def test_an_artifact_and_what_is_said_of_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-@pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
+@pytest.mark.parametrize("name", ["qwen3_vl", pytest.param("llava", marks=pytest.mark.slow)])
 def test_adapters_of_the_whole_model(name: str, tmp_path: Path) -> None:
     """Trained on the text part of the whole one, whose names they have. Largest difference ≤ 1e-5 of the
     largest logit.
