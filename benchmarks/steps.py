@@ -33,8 +33,7 @@ class Steps:
     def begin(self, tokens: int) -> None:
         """A new sequence, which will have so many tokens."""
         self.done = 0
-        scaled = self._late is not None and tokens > self._late.original
-        self._first = self._late.offset if self._late is not None and scaled else 0
+        self._first = self._late.offset if tokens > self._late.original else 0
 
     def step(self, ids: np.ndarray, *, all_rows: bool) -> np.ndarray:
         """Compute some tokens more; logits of all of them, or of the last."""

@@ -19,28 +19,33 @@ _WITH_HEAD = "WithHead"
 
 
 def text_part(config: Any) -> Any | None:
-    """The configuration of the text model of one that takes more than text; None where it takes nothing else,
+    """The configuration of the text model of one that is published for more than text; None where it is not,
     or where transformers has no model of its text alone.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
-
     named = list(getattr(config, "architectures", None) or [])
-    text = config.get_text_config()
-    if text is config or getattr(config, "is_encoder_decoder", False):
+    if getattr(config, "is_encoder_decoder", False) or not any(name.endswith(_WHOLE) for name in named):
         return None
-    if named and not any(name.endswith(_WHOLE) for name in named):
+    try:
+        text = config.get_text_config()
+        name = None if text is config else _class_name(text)
+    except ValueError:  # it has several texts, or a class that is not there
         return None
-    if type(text) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        name = _first(MODEL_FOR_CAUSAL_LM_MAPPING[type(text)]).__name__
-        if name.endswith(_WHOLE):
-            return None
-    elif type(text) in MODEL_MAPPING and named:
-        name = _first(MODEL_MAPPING[type(text)]).__name__ + _WITH_HEAD
-    else:
+    if name is None:
         return None
     text.architectures = [name]
-    text.tie_word_embeddings = config.tie_word_embeddings  # the whole model ties by its own
+    # The whole model ties by its own configuration, and not where that does not say.
+    text.tie_word_embeddings = getattr(config, "tie_word_embeddings", False)
     return text
+
+
+def _class_name(text: Any) -> str | None:
+    """The causal language model of a text model's configuration, with a head of ours where it has none."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+
+    if type(text) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        name = _first(MODEL_FOR_CAUSAL_LM_MAPPING[type(text)]).__name__
+        return None if name.endswith(_WHOLE) else name
+    return _first(MODEL_MAPPING[type(text)]).__name__ + _WITH_HEAD if type(text) in MODEL_MAPPING else None
 
 
 def headed(base: type[Any], name: str) -> type[Any] | None:

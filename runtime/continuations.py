@@ -179,8 +179,7 @@ class ContinuationScorer:
         for request in wave.requests:
             parent = Sequence(request.context)
             parent.use(self.engine.adapters.get(None))
-            if self.engine.late_scaling is not None:
-                self.engine.late_scaling.begin(parent, request.longest)
+            self.engine.late_scaling.begin(parent, request.longest)
             wave.parents.append(parent)
             self.engine.blocks.claim(parent, self.engine.blocks.lookup(parent))
             branches.append(_Branch(parent, [], len(parent.tokens)))

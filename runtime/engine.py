@@ -26,7 +26,7 @@ from .eviction_plan import plan_eviction, rotate_keys
 from .executor.base import Executor, OwnMemory, PreparesSampling
 from .generation import FinishReason, Generation, Request, StepOutput
 from .grammar import MaskWorker
-from .late_scaling import LateScaling
+from .late_scaling import NEVER
 from .memory import KvPlan, plan_kv_cache
 from .prompt_ids import prompt_ids
 from .sampler import Allowed, TokenLogprob, sample
@@ -84,8 +84,7 @@ class Engine:
         self.executor, self.tokenizer, self.facts, self.options = executor, tokenizer, facts, options
         options.check()
         self.context = self._context(options.context)
-        late = facts.late_scaling
-        self.late_scaling = late if late is not None and self.context > late.original else None
+        self.late_scaling = facts.late_scaling if self.context > facts.late_scaling.original else NEVER
         states = allocate_states(executor, options)
         own = executor.free_bytes() if isinstance(executor, OwnMemory) else None  # states are taken from it
         self.kv: KvPlan = plan_kv_cache(
@@ -178,8 +177,7 @@ class Engine:
             )
         most = self._most_tokens(params, len(ids), room)
         request_id = request_id if request_id is not None else secrets.token_hex(8)
-        adapter = self.adapters.get(params.adapter)
-        eos = self.facts.eos_token_ids
+        adapter, eos = self.adapters.get(params.adapter), self.facts.eos_token_ids
         return Request(request_id, ids, params, max_tokens=most, eos=eos, adapter=adapter)
 
     def _most_tokens(self, params: SamplingParams, prompt: int, room: int) -> int:
@@ -214,8 +212,7 @@ class Engine:
         generation = Generation(request, self.tokenizer)
         self._requests[request.id] = request
         request.live.append(generation)
-        if self.late_scaling is not None:
-            self.late_scaling.begin(generation)
+        self.late_scaling.begin(generation)
         self.scheduler.add(generation)
 
     def cancel(self, request_id: str) -> bool:
@@ -298,8 +295,7 @@ class Engine:
             raise
 
     def _step(self) -> list[StepOutput]:
-        if self.late_scaling is not None:
-            self._scale(self.late_scaling)
+        self.late_scaling.send_back(self.scheduler)
         guessing = self.speculator.guess()
         plan = self.scheduler.schedule()
         self.speculator.cut(guessing, plan)
@@ -315,13 +311,6 @@ class Engine:
         for generation in guessing:
             self.blocks.shrink(generation)
         return self._sample(plan, logits, masks, checked)
-
-    def _scale(self, late: LateScaling) -> None:
-        """Send the sequences that have outgrown the published frequencies back, to be computed again."""
-        grown = [g for g in self.scheduler.running if late.outgrown(g, len(g.tokens))]
-        for generation in grown:
-            self.scheduler.preempt(generation)
-            late.begin(generation)
 
     def _note_start(self, chunk: Chunk[Generation]) -> None:
         chunk.sequence.started = True
@@ -465,8 +454,7 @@ class Engine:
         """
         sequence = Sequence(self.scorable(ids))
         sequence.use(self.adapters.get(adapter))
-        if self.late_scaling is not None:
-            self.late_scaling.begin(sequence)
+        self.late_scaling.begin(sequence)
         return self._score(sequence, chunk or self.options.max_batch_tokens)
 
     def scorable(self, ids: Seq[int]) -> array[int]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..ir.errors import InputError
-from .late_scaling import LateScaling
+from .late_scaling import NEVER, LateScaling
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class ModelFacts:
     eos_token_ids: tuple[int, ...] = ()
     moves_keys: bool = True
     """Whether keys hold their position, so that one that moves in the cache must be turned."""
-    late_scaling: LateScaling | None = None
+    late_scaling: LateScaling = NEVER
     """Which sequences have their rotary embeddings scaled, where not all or none have."""
 
 

@@ -36,7 +36,7 @@ def plan_eviction(
             remedy="take tvm-cpu, onnx-cpu or tvm-cuda, or leave sinks out",
         )
     late = facts.late_scaling
-    if late is not None and context > late.original:
+    if context > late.original:
         raise InputError(
             f"sinks: keys of a context of {context} tokens turn by two kinds of frequencies, since the model "
             f"was compiled with when=needed for more than its {late.original} tokens",

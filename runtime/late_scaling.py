@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .scheduler import S, Scheduler
 from .sequence import Sequence
 
 
@@ -28,13 +29,13 @@ class LateScaling:
     """What positions are counted from where it is scaled; no sequence is as long."""
 
     @staticmethod
-    def read(model: Mapping[str, Any]) -> LateScaling | None:
-        """None where all sequences of the model, or none, are scaled. Raises ValueError for facts that make
-        no sense.
+    def read(model: Mapping[str, Any]) -> LateScaling:
+        """`NEVER` where all sequences of the model, or none, are scaled. Raises ValueError for facts that
+        make no sense.
         """
         facts = model.get("rope_scaling")
         if not isinstance(facts, Mapping) or facts.get("when") != "needed":
-            return None
+            return NEVER
         found = LateScaling(int(facts["original"]), int(facts["offset"]))
         if found.original < 1 or found.offset < int(model["context_length"]):
             raise ValueError("rope_scaling")
@@ -47,9 +48,20 @@ class LateScaling:
         if self.outgrown(sequence, len(sequence.tokens) if tokens is None else tokens):
             sequence.count_from(self.offset)
 
+    def send_back(self, scheduler: Scheduler[S]) -> None:
+        """Let running sequences that have outgrown the published frequencies be computed again."""
+        if self is NEVER:
+            return
+        for sequence in [s for s in scheduler.running if self.outgrown(s, len(s.tokens))]:
+            scheduler.preempt(sequence)
+            self.begin(sequence)
+
     def outgrown(self, sequence: Sequence, tokens: int) -> bool:
         """Whether with so many tokens it can no longer be computed as it is."""
         return tokens > self.original and not sequence.first_position
 
 
-__all__ = ["LateScaling"]
+NEVER = LateScaling(original=(1 << 31) - 1, offset=0)
+"""Of a model whose sequences are all of one kind."""
+
+__all__ = ["NEVER", "LateScaling"]

@@ -17,7 +17,7 @@ import numpy as np
 from .drafters import Drafter, PromptLookup
 from .engine_options import Counters
 from .generation import Generation
-from .late_scaling import LateScaling
+from .late_scaling import NEVER, LateScaling
 from .sampler import Prepare, TokenLogprob, sample
 from .scheduler import Chunk, Plan, Scheduler
 
@@ -49,7 +49,7 @@ class Speculator:
         most: int,
         limit: int,
         prepare: Prepare | None,
-        late: LateScaling | None = None,
+        late: LateScaling = NEVER,
     ) -> None:
         """`most`: tokens guessed at a time at most, 0 for none; `limit`: tokens of a sequence at most;
         `prepare` as `sample` takes it; `late`: from which length on sequences are computed in another way.
@@ -75,7 +75,7 @@ class Speculator:
         for generation, guesses in zip(willing, self.drafter.propose(willing, count), strict=True):
             # Where pages are evicted, tokens are computed up to there and no further at once.
             end = min(self._limit, blocks.reach(generation))
-            if self._late is not None and not generation.first_position:
+            if not generation.first_position:
                 end = min(end, self._late.original)
             room = min(generation.request.max_tokens - generation.num_generated, end - len(generation.tokens))
             del guesses[max(0, room - 1) :]

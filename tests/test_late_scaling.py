@@ -16,7 +16,7 @@ from llmc.runtime.continuations import ContinuationScorer
 from llmc.runtime.continuations import Request as Continuations
 from llmc.runtime.engine import Engine, EngineOptions, ModelFacts
 from llmc.runtime.executor.base import StepInputs
-from llmc.runtime.late_scaling import LateScaling
+from llmc.runtime.late_scaling import NEVER, LateScaling
 from llmc.runtime.sampling_params import SamplingParams
 from llmc.runtime.sequence import Sequence
 
@@ -176,4 +176,4 @@ def test_facts_that_make_no_sense_are_refused() -> None:
         with pytest.raises(ValueError):
             LateScaling.read({**model, "rope_scaling": facts})
     for other in (None, {}, {"type": "yarn", "factor": 4.0, "original": 34}):
-        assert LateScaling.read({**model, "rope_scaling": other}) is None
+        assert LateScaling.read({**model, "rope_scaling": other}) is NEVER

@@ -139,6 +139,22 @@ def test_other_models_are_what_they_were() -> None:
     assert text_part(transformers.BartConfig()) is None
     gemma = transformers.Gemma3Config(architectures=["Gemma3ForSequenceClassification"])
     assert text_part(gemma) is None
+    assert text_part(transformers.LlavaConfig()) is None  # it does not say what it was published for
+
+
+def test_every_configuration_has_an_answer() -> None:
+    """Of what transformers has: several texts in one, classes that are missing, no word about ties."""
+    answers = {}
+    for name, kind in transformers.CONFIG_MAPPING.items():
+        try:
+            config = kind()
+        except Exception:  # noqa: BLE001, S112  (some need arguments)
+            continue
+        config.architectures = [f"{kind.__name__.removesuffix('Config')}ForConditionalGeneration"]
+        part = text_part(config)
+        answers[name] = None if part is None else part.architectures[0]
+    assert answers["musicgen"] is answers["t5"] is answers["llama"] is None
+    assert answers["qwen2_audio"] == "Qwen2ForCausalLM" and answers["qwen3_vl"] == "Qwen3VLTextModelWithHead"
 
 
 def test_names_of_tensors() -> None:
