@@ -14,6 +14,8 @@ from ..ir.ops import math as m
 from ..ir.ops.select import TopK
 from ..ir.ops.shape import Arange, Gather
 from ..ir.types import Dim
+from . import aten_composed as _aten_composed  # noqa: F401  # pyright: ignore[reportUnusedImport]  (registers)
+from . import aten_reduce as _aten_reduce  # noqa: F401  # pyright: ignore[reportUnusedImport]  (registers)
 from . import aten_shapes as _aten_shapes  # noqa: F401  # pyright: ignore[reportUnusedImport]  (registers)
 from .aten_shapes import reshaped
 from .aten_table import TABLE, Handler, aten, lookup
@@ -145,83 +147,9 @@ def _outer(c: Importer, a: Value, b: Value) -> Value:
     return c.emit(m.Mul(*c.promote(reshaped(c, a, (*a.shape, 1)), b)))
 
 
-@aten("square.default")
-def _square(c: Importer, x: Value) -> Value:
-    return c.emit(m.Mul(x, x))
-
-
-@aten("expm1.default")
-def _expm1(c: Importer, x: Value) -> Value:
-    return c.emit(m.Sub(c.emit(m.Exp(x)), c.scalar(1, x.dtype)))
-
-
-@aten("log1p.default")
-def _log1p(c: Importer, x: Value) -> Value:
-    return c.emit(m.Log(c.emit(m.Add(x, c.scalar(1, x.dtype)))))
-
-
-@aten("softplus.default")
-def _softplus(c: Importer, x: Value, beta: Any = 1, threshold: Any = 20) -> Value:
-    """log(1 + exp(x)), so written that nothing overflows: max(x, 0) + log(1 + exp(-|x|))."""
-    if beta != 1:
-        raise c.unsupported("softplus with beta other than 1")
-    small = c.emit(m.Exp(c.emit(m.Neg(c.emit(m.Abs(x))))))
-    rest = c.emit(m.Log(c.emit(m.Add(small, c.scalar(1, x.dtype)))))
-    return c.emit(m.Add(c.emit(m.Relu(x)), rest))
-
-
-@aten("log_sigmoid.default")
-def _log_sigmoid(c: Importer, x: Value) -> Value:
-    return c.emit(m.Neg(_softplus(c, c.emit(m.Neg(x)))))
-
-
-@aten("mish.default")
-def _mish(c: Importer, x: Value) -> Value:
-    return c.emit(m.Mul(x, c.emit(m.Tanh(_softplus(c, x)))))
-
-
-@aten("leaky_relu.default")
-def _leaky_relu(c: Importer, x: Value, negative_slope: float = 0.01) -> Value:
-    below = c.emit(m.Less(x, c.scalar(0, x.dtype)))
-    return c.emit(m.Where(below, c.emit(m.Mul(x, c.scalar(negative_slope, x.dtype))), x))
-
-
-@aten("linalg_vector_norm.default")
-def _vector_norm(
-    c: Importer, x: Value, order: float = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None
-) -> Value:
-    if order != 2 or dim is None:
-        raise c.unsupported("a norm other than Euclid's along given axes")
-    x = c.cast(x, c.result_dtype())
-    axes = tuple(sorted(c.axis(a, x) for a in ([dim] if isinstance(dim, int) else dim)))
-    return c.emit(m.Sqrt(c.emit(m.ReduceSum(c.emit(m.Mul(x, x)), axes=axes, keepdim=keepdim))))
-
-
 @aten("gelu.default")
 def _gelu(c: Importer, x: Value, approximate: str = "none") -> Value:
     return c.emit(m.Gelu(x, tanh=approximate == "tanh"))
-
-
-@aten("relu6.default")
-def _relu6(c: Importer, x: Value) -> Value:
-    return _clamp(c, x, 0, 6)
-
-
-@aten("hardtanh.default")
-def _hardtanh(c: Importer, x: Value, min_val: Any = -1, max_val: Any = 1) -> Value:
-    return _clamp(c, x, min_val, max_val)
-
-
-@aten("clamp.default", "clamp_min.default")
-def _clamp(c: Importer, x: Value, min: Any = None, max: Any = None) -> Value:
-    if min is not None:
-        x = c.emit(m.Maximum(*c.promote(x, min)))
-    return x if max is None else c.emit(m.Minimum(*c.promote(x, max)))
-
-
-@aten("clamp_max.default")
-def _clamp_max(c: Importer, x: Value, max: Any) -> Value:
-    return _clamp(c, x, None, max)
 
 
 @aten("where.self", "where.ScalarOther", "where.ScalarSelf", "where.Scalar")
@@ -298,58 +226,6 @@ def _baddbmm(c: Importer, added: Value, a: Value, b: Value, beta: Any = 1, alpha
 @aten("linear.default")
 def _linear(c: Importer, x: Value, weight: Value, bias: Value | None = None) -> Value:
     return c.emit(nn.Linear(x, weight, bias))
-
-
-def _reduction(kind: Callable[..., Op]) -> Handler:
-    def handler(c: Importer, x: Value, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Value:
-        axes = [dim] if isinstance(dim, int) else list(dim) if dim else list(range(-x.type.rank, 0))
-        if dtype is not None or c.result_dtype() != x.dtype:
-            x = c.cast(x, c.result_dtype())
-        return c.emit(kind(x, axes=tuple(sorted(c.axis(a, x) for a in axes)), keepdim=keepdim))
-
-    return handler
-
-
-for _name, _kind in (("mean", m.ReduceMean), ("sum", m.ReduceSum), ("amax", m.ReduceMax)):
-    for _overload in ("dim", "dim_IntList", "default"):
-        TABLE[f"{_name}.{_overload}"] = _reduction(_kind)
-
-
-@aten("logsumexp.default")
-def _logsumexp(c: Importer, x: Value, dim: Any, keepdim: bool = False) -> Value:
-    chosen = [dim] if isinstance(dim, int) else list(dim)
-    axes = tuple(sorted(c.axis(a, x) for a in chosen))
-    # A maximum of -inf would make NaN of what is -inf.
-    lowest = c.scalar(-3e38, x.dtype)
-    top = c.emit(m.Maximum(c.emit(m.ReduceMax(x, axes=axes, keepdim=True)), lowest))
-    powers = c.emit(m.Exp(c.emit(m.Sub(x, top))))
-    whole = c.emit(m.Log(c.emit(m.ReduceSum(powers, axes=axes, keepdim=True))))
-    found = c.emit(m.Add(whole, top))
-    if keepdim:
-        return found
-    kept = tuple(d for i, d in enumerate(found.shape) if i - x.type.rank not in axes)
-    return reshaped(c, found, kept)
-
-
-@aten("var.dim")
-def _var_dim(c: Importer, x: Value, dim: Any, unbiased: bool = True, keepdim: bool = False) -> Value:
-    return _var(c, x, dim, correction=int(unbiased), keepdim=keepdim)
-
-
-@aten("var.correction")
-def _var(c: Importer, x: Value, dim: Any = None, correction: Any = None, keepdim: bool = False) -> Value:
-    if correction != 0:
-        raise c.unsupported("variance with Bessel's correction")
-    chosen = [dim] if isinstance(dim, int) else dim or range(-x.type.rank, 0)
-    axes = tuple(sorted(c.axis(a, x) for a in chosen))
-    centred = c.emit(m.Sub(x, c.emit(m.ReduceMean(x, axes=axes, keepdim=True))))
-    return c.emit(m.ReduceMean(c.emit(m.Mul(centred, centred)), axes=axes, keepdim=keepdim))
-
-
-@aten("max.dim")
-def _max_dim(c: Importer, x: Value, dim: int, keepdim: bool = False) -> tuple[Value, None]:
-    """The largest values; where they stand is not computed, and asking for it is refused."""
-    return c.emit(m.ReduceMax(x, axes=(c.axis(dim, x),), keepdim=keepdim)), None
 
 
 @aten("topk.default")

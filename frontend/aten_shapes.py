@@ -66,7 +66,7 @@ def _permute(c: Importer, x: Value, dims: Sequence[int]) -> Value:
     return _permuted(c, x, dims)
 
 
-@aten("transpose.int")
+@aten("transpose.int", "swapaxes.default", "swapdims.default")
 def _transpose(c: Importer, x: Value, dim0: int, dim1: int) -> Value:
     perm = list(range(-x.type.rank, 0))
     a, b = c.axis(dim0, x), c.axis(dim1, x)
@@ -195,6 +195,12 @@ def _arange(c: Importer, *args: Any, **__: Any) -> Value:
         raise c.unsupported("arange with a symbolic or fractional start or step")
     (length,) = c.result_shape()
     return c.emit(shape.Arange(length=length, start=start, step=step, dtype=c.result_dtype()))
+
+
+@aten("fill.Scalar", "fill.Tensor", "zero.default")
+def _fill(c: Importer, x: Value, value: Any = 0) -> Value:
+    number = c.cast(value, x.dtype) if isinstance(value, Value) else c.scalar(value, x.dtype)
+    return c.emit(shape.Expand(number, shape=x.shape))
 
 
 @aten("full.default", "full_like.default", "new_full.default", "scalar_tensor.default")

@@ -3,8 +3,8 @@ family.
 
 Each entry takes the `Importer` and the node's arguments (IR values, numbers, dimensions, lists) and returns
 an IR value, a tuple of them for operators with several results, or None for operators that only assert. To
-add an operator, add a function with `@aten("name.overload")` to `aten.py` (arithmetic, layers) or
-`aten_shapes.py`.
+add an operator, add a function with `@aten("name.overload")` to `aten.py` (arithmetic, layers),
+`aten_composed.py` (what others make up), `aten_reduce.py` or `aten_shapes.py`.
 """
 
 from __future__ import annotations
@@ -51,8 +51,28 @@ def _claim(table: dict[str, Handler], shown: str, name: str, handler: Handler) -
     table[name] = handler
 
 
+SYNONYMS = {
+    "absolute": "abs",
+    "clip": "clamp",
+    "divide": "div",
+    "greater": "gt",
+    "greater_equal": "ge",
+    "less": "lt",
+    "less_equal": "le",
+    "multiply": "mul",
+    "negative": "neg",
+    "not_equal": "ne",
+    "special_erf": "erf",
+    "special_expit": "sigmoid",
+    "subtract": "sub",
+}
+"""Operators that torch has under two names."""
+
+
 def lookup(name: str, where: str) -> Handler:
     """The handler of "add.Tensor"; UnsupportedError names the operator and the module that calls it."""
+    stem, _, overload = name.partition(".")
+    name = f"{SYNONYMS.get(stem, stem)}.{overload}"
     if name not in TABLE:
         raise UnsupportedError(
             f"operator aten.{name} in {where or 'the model'} is not supported",

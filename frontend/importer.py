@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, cast
 from ..ir.core import Graph, Op, Value
 from ..ir.errors import UnsupportedError
 from ..ir.ops.math import Cast
-from ..ir.ops.shape import Concat, DimValue, Full, Slice
+from ..ir.ops.shape import Concat, DimValue, Full, Reshape, Slice
 from ..ir.types import Dim, DimExpr, Shape, sym
 from ..plugins.entries import blaming
 from . import aten
 from .aten_complex import Complex, complex_handler
-from .aten_table import REGISTERED
+from .aten_table import REGISTERED, TABLE
+from .constants import Constants
 from .export import relation_holds
 from .repeats import NAMESPACE, Bodies, CannotRepeat, Repeats
 from .sameness import same
@@ -37,6 +38,7 @@ class Importer:
         self.ranges: Any = {}  # torch's symbol → what it may be
         self.bodies = None if repeats is None else Bodies(graph, repeats)
         self.values: dict[Any, Any] = {}
+        self.constants = Constants({})
         self.node: Any = None
 
     # -- what handlers use
@@ -215,13 +217,20 @@ class Importer:
             return
         if not name.startswith("aten."):
             raise self.unsupported(f"operator {name}")
-        name = name.removeprefix("aten.")
+        self.run_aten(node, name.removeprefix("aten."))
+
+    def run_aten(self, node: Any, name: str) -> None:
+        """One of torch's own operators, "add.Tensor"."""
         changes = name.partition(".")[0].endswith("_") and name not in aten.TABLE
-        if name == "copy_.default" and _is_part(node.args[0]):
-            self.write_part(node)
+        part = changes and _is_part(node.args[0])
+        if part and name == "copy_.default":
+            self.write_part(node, self.values[node.args[1]])
+            return
+        if name not in TABLE and not changes and self.number(node):
             return
         if changes:
-            self.check_in_place(node)
+            if not part:
+                self.check_in_place(node)
             name = name.replace("_.", ".", 1)
         given = [self.argument(a) for a in node.args]
         plain = not any(_is_complex(one) for one in given)
@@ -235,30 +244,46 @@ class Importer:
             kwargs["dtype"] = node.kwargs["dtype"]
         with blaming(f"the handler of operator aten.{name}", handler):
             self.values[node] = handler(self, *given, **kwargs)
-        if changes:
+        if part:
+            self.write_part(node, self.values[node])
+        elif changes:
             self.values[node.args[0]] = self.values[node]
+
+    def number(self, node: Any) -> bool:
+        """Take a node that computes numbers from numbers as what it computes, if it is one."""
+        import torch
+
+        made = self.constants.of(node)
+        several = made if isinstance(made, list | tuple) else [made]
+        if not all(isinstance(one, torch.Tensor) and one.numel() == 1 for one in several):
+            return False
+        shapes = self.result_shapes()
+        found = [self.scalar(one.item(), dtype_name(one.dtype)) for one in several]
+        found = [v if not s else self.emit(Reshape(v, shape=s)) for v, s in zip(found, shapes, strict=True)]
+        self.values[node] = tuple(found) if isinstance(made, list | tuple) else found[0]
+        return True
 
     def check_in_place(self, node: Any) -> None:
         """An operator that changes its first operand is taken as one that makes a new value, which is right
         where no other name shares the operand's memory.
         """
-        changed = node.args[0]
-        if self.bodies is not None and self.bodies.is_given(self.values[changed]):
+        changed, memory = node.args[0], _memory(node.args[0])
+        if self.bodies is not None and self.bodies.is_given(self.values[memory]):
             raise CannotRepeat
-        if changed.op == "placeholder":
+        if memory.op == "placeholder":
             raise UnsupportedError(
-                f"{self.graph.name} changes {self.values[changed].name} while it runs",
+                f"{self.graph.name} changes {self.values[memory].name} while it runs",
                 remedy="a compiled function keeps no state",
             )
-        if _is_view(changed) or _is_read_after(node, changed):
+        if _is_read_after(node, changed):
             raise self.unsupported(f"operator {node.target} on a part of another tensor")
 
-    def write_part(self, node: Any) -> None:
-        """A tensor written into a slice of one that the model made: the whole becomes a new value, with what
+    def write_part(self, node: Any, source: Value) -> None:
+        """A value written into a slice of one that the model made: the whole becomes a new value, with what
         was written between what stands before and behind it. What stands there already changes nothing.
         """
-        part, source = node.args[:2]
-        if same(self.values[part], self.cast(self.values[source], self.values[part].dtype)):
+        part = node.args[0]
+        if same(self.values[part], self.cast(source, self.values[part].dtype)):
             self.values[node] = self.values[part]
             return
         whole = part.args[0]
@@ -266,13 +291,13 @@ class Importer:
             raise CannotRepeat
         if whole.op == "placeholder" or _is_view(whole) or _is_read_after(node, whole):
             raise self.unsupported(f"operator {node.target} on a part of a tensor that is read in parts")
-        x, written = self.values[whole], self.cast(self.values[source], self.values[whole].dtype)
+        x, written = self.values[whole], self.cast(source, self.values[whole].dtype)
         cut = self.values[part].producer
         if not isinstance(cut, Slice) or cut.step != 1 or written.shape != cut.result.shape:
             raise self.unsupported(f"operator {node.target} on a part with gaps, or of another shape")
         before, after = (self.part(x, cut.axis, a, b) for a, b in ((0, cut.start), (cut.stop, None)))
         pieces = [*before, written, *after]
-        self.values[node] = written
+        self.values[node] = self.values[part] = written
         self.values[whole] = self.emit(Concat(pieces, axis=cut.axis)) if len(pieces) > 1 else written
 
     def part(self, x: Value, axis: int, start: Dim, stop: Dim | None) -> list[Value]:
@@ -293,6 +318,21 @@ class Importer:
             a, b = max(start, last - size), min(end, last)
             found += self.part(piece, axis, a - last + size, b - last + size) if a < b else []
         return found
+
+
+def unread(nodes: Any) -> set[Any]:
+    """Of a program's nodes those that nothing comes of."""
+    found: set[Any] = set()
+    for node in reversed(nodes):
+        schema = getattr(node.target, "_schema", None)
+        pure = schema is not None and bool(schema.returns) and not schema.is_mutable
+        if (
+            node.op == "call_function"
+            and (pure or node.target is operator.getitem)
+            and found >= set(node.users)
+        ):
+            found.add(node)
+    return found
 
 
 def _is_part(node: Any) -> bool:
@@ -332,13 +372,18 @@ def _is_view(node: Any) -> bool:
     return False
 
 
+def _memory(node: Any) -> Any:
+    """The node whose result lies where a node's does and that made it."""
+    while _shares(node):
+        node = node.args[0]
+    return node
+
+
 def _is_read_after(node: Any, whole: Any) -> bool:
     """Whether something that lies in the memory of `whole`, which `node` writes to, is read behind it under
     another name than `whole`: a view of it from before, or a view of such a view.
     """
-    first = whole
-    while _shares(first):
-        first = first.args[0]
+    first = _memory(whole)
     open_, seen = [first], {first}
     while open_:
         for user in open_.pop().users:

@@ -19,8 +19,9 @@ from ..ir.types import Shape, TensorType
 from ..ir.weights import ArrayTensor, LazyTensor, ShapeOnlyTensor
 from . import experts, recurrence
 from .classifier import score_every_token
+from .constants import Constants
 from .export import export, is_unproven, narrower
-from .importer import Importer, dtype_name
+from .importer import Importer, dtype_name, unread
 from .repeats import CannotRepeat, Repeats
 from .source import context_length
 
@@ -51,11 +52,16 @@ def _import_program(
     held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     held |= signature.inputs_to_lifted_tensor_constants
     importer = Importer(graph, repeats)
+    lifted = signature.inputs_to_lifted_tensor_constants.items()
+    importer.constants = Constants({node: program.constants[label] for node, label in lifted})
     known: dict[int, Value] = {}
     names = iter(inputs)
     used = {held[n.name].removeprefix(prefix) for n in program.graph.nodes if n.name in held and n.users}
+    skipped = unread(program.graph.nodes)
     for node in program.graph.nodes:
         importer.node = node
+        if node in skipped:
+            continue
         if node.op == "call_function":
             importer.run_node(node)
         elif node.op == "output":

@@ -9,6 +9,7 @@ from .canonicalize.cse import DropDead, MergeEqual
 from .canonicalize.fold import FoldConstants
 from .canonicalize.moe import NormalizeExperts
 from .canonicalize.shapes import NormalizeShapes
+from .canonicalize.stacks import Unstack
 from .fuse.attention import FuseAttention
 from .fuse.norm import FuseNorms
 from .fuse.projections import FuseGatedMlps, MergeProjections
@@ -19,7 +20,15 @@ from .stage import MarkStage
 
 def canonicalize() -> list[Pass]:
     """One form for each meaning."""
-    return [FoldConstants(), MergeEqual(), NormalizeShapes(), NormalizeExperts(), MergeEqual(), DropDead()]
+    return [
+        FoldConstants(),
+        MergeEqual(),
+        Unstack(),
+        NormalizeShapes(),
+        NormalizeExperts(),
+        MergeEqual(),
+        DropDead(),
+    ]
 
 
 def fuse() -> list[Pass]:

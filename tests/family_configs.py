@@ -49,6 +49,7 @@ _FIELDS: dict[str, Any] = {
 _DROPOUTS = ("dropout", "pdrop", "layerdrop")
 _HYBRID: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention"]}
 _RECURRENT: dict[str, Any] = {"layer_types": ["linear_attention", "full_attention"]}
+_THREE_AXES: dict[str, Any] = {"rope_parameters": {"rope_type": "default", "mrope_section": [4, 2, 2]}}
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 12},
@@ -57,10 +58,29 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "deepseek_v4": {"layer_types": None, "mlp_layer_types": None},
     "cohere_compass_text": {"layer_types": None},
     "dbrx": {
-        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0},
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
         "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 96, "moe_top_k": 2},
     },
-    "cosmos3_edge_text": {"rope_parameters": {"rope_type": "default", "mrope_section": [4, 2, 2]}},
+    **dict.fromkeys(("cosmos3_edge_text", "qwen2_5_vl_text", "qwen2_vl_text", "glm_ocr_text"), _THREE_AXES),
+    **dict.fromkeys(("glm4v_text", "glm_image_text"), _THREE_AXES),
+    "gemma3n_text": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "activation_sparsity_pattern": [0.95, 0.0, 0.5, 0.0],
+        "hidden_size_per_layer_input": 16,
+        "vocab_size_per_layer_input": VOCAB_SIZE,
+        "laurel_rank": 8,
+    },
+    "gemma4_text (shared)": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+    },
+    "mamba2": {"num_heads": 8, "n_groups": 2, "state_size": 16, "chunk_size": 16},
+    "glm4v_moe_text": {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1]}},
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid"]},
+    "zaya": {"num_experts_per_tok": 1, "layer_types": ["hybrid", "hybrid"]},
     "bert-generation": {"is_decoder": True},
     "gptj": {"rotary_dim": 8},
     "codegen": {"rotary_dim": 8},

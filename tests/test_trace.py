@@ -58,6 +58,12 @@ def same(function_: Any, x: torch.Tensor, tolerance: float = 2e-6) -> Graph:
     return graph
 
 
+def in_place_on_a_view(s: Made, x: torch.Tensor) -> torch.Tensor:
+    y = x + 1
+    y[:, :2].mul_(3)
+    return y
+
+
 OPERATORS: dict[str, Any] = {
     "arithmetic": lambda s, x: (x + 2) * 3 - x / 4 + (1 - x) ** 2 + torch.rsub(x, 1.5),
     "alpha": lambda s, x: torch.add(x, x, alpha=2) - torch.sub(x, 1.0, alpha=3),
@@ -101,6 +107,8 @@ OPERATORS: dict[str, Any] = {
     "variance": lambda s, x: (
         x.var(-1, unbiased=False),
         torch.var(x, dim=(0, 1), correction=0, keepdim=True),
+        x.var(-1),
+        x.std(0),
     ),
     "sums of integers": lambda s, x: (
         s.count.sum(),
@@ -138,6 +146,12 @@ OPERATORS: dict[str, Any] = {
         + torch.ones(4, 1)
     ),
     "literals": lambda s, x: x + torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) * torch.tensor(2.0),
+    "numbers from numbers": lambda s, x: (
+        x * torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(0.95))
+        + torch.lgamma(torch.full((), 2.5))
+        + sum(torch.broadcast_tensors(torch.tensor(2.0), torch.tensor(3.0)))
+    ),
+    "what nobody reads": lambda s, x: (torch.lgamma(x), torch.linalg.det(x[:, :4]) + 1, x * 2)[2],
     "triangles": lambda s, x: (torch.tril(x), torch.triu(x, diagonal=1), torch.tril(x, diagonal=-1)),
     "indexing": lambda s, x: (
         x[s.count[:3]],
@@ -147,6 +161,8 @@ OPERATORS: dict[str, Any] = {
     "embedding": lambda s, x: nn.functional.embedding(s.count[:3], s.layer.weight),
     "casts": lambda s, x: (x.to(torch.float16).float(), x.long(), (x > 0).float(), s.count.bool(), x.int()),
     "in place": lambda s, x: torch.relu_((x + 1).mul_(2).clamp_(-1, 3)),
+    "a part in place": in_place_on_a_view,
+    "places of the largest": lambda s, x: (*x.max(-1), *x.max(-1, keepdim=True), x.argmax(-1)),
     "gelu": lambda s, x: nn.functional.gelu(x) + nn.functional.gelu(x, approximate="tanh"),
     "dropout": lambda s, x: nn.functional.dropout(x, 0.5, training=s.training),
 }  # fmt: skip
@@ -155,12 +171,6 @@ OPERATORS: dict[str, Any] = {
 @pytest.mark.parametrize("name", OPERATORS)
 def test_operators_mean_what_torch_means(name: str) -> None:
     same(OPERATORS[name], torch.randn(4, 6, generator=torch.Generator().manual_seed(5)))
-
-
-def in_place_on_a_view(s: Made, x: torch.Tensor) -> torch.Tensor:
-    y = x + 1
-    y[:, :2].mul_(3)
-    return y
 
 
 def in_place_after_a_view(s: Made, x: torch.Tensor) -> torch.Tensor:
@@ -182,14 +192,16 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
     ),
     "bits": (lambda s, x: s.count & 3, "operator aten.__and__ on integers in the model is not supported"),
     "argmax": (
-        lambda s, x: x.max(-1).indices,
+        lambda s, x: x.max(0).indices,
         "result 1 of operator aten.max.dim in the model is not supported",
     ),
-    "a view in place": (in_place_on_a_view, "operator aten.mul_.Tensor on a part of another tensor"),
     "in place under a view": (in_place_after_a_view, "operator aten.mul_.Tensor on a part of another tensor"),
     "state": (changes_a_buffer, "module changes count while it runs; a compiled function keeps no state"),
     "values in shapes": (lambda s, x: x[x > 0], "indexing by a mask in the model is not supported"),
-    "bessel": (lambda s, x: x.var(-1), "variance with Bessel's correction in the model is not supported"),
+    "bessel": (
+        lambda s, x: x[:, :1].var(-1),
+        "variance with Bessel's correction over tokens, or over a single number in the model is not",
+    ),
     "no tensor": (lambda s, x: (x, 3), "module returns something that is no tensor; return tensors only"),
 }
 

@@ -42,6 +42,21 @@ def _middle(x: torch.Tensor) -> torch.Tensor:
     return before + out
 
 
+def _added(x: torch.Tensor) -> torch.Tensor:
+    out = x * 2
+    out[1:] += x[:2]
+    out[:, 1:3].mul_(3)
+    out[:1].zero_()
+    out[:, 3:] = 7.5
+    return out
+
+
+def _through_another_order(x: torch.Tensor) -> torch.Tensor:
+    out = (x + 1).t()
+    out += 2
+    return out * x.t()
+
+
 def _chosen(x: torch.Tensor) -> torch.Tensor:
     values, places = torch.topk(x.abs(), 2, dim=-1, sorted=False)
     mask = torch.zeros_like(x).scatter_(1, places, 1)
@@ -49,7 +64,7 @@ def _chosen(x: torch.Tensor) -> torch.Tensor:
     return x.masked_fill(~mask.bool(), 0.0) + values.sum(-1, keepdim=True) + hot
 
 
-@pytest.mark.parametrize("function", [_joined, _middle, _chosen])
+@pytest.mark.parametrize("function", [_joined, _middle, _added, _through_another_order, _chosen])
 def test_it_is_what_torch_computes(function: Any) -> None:
     (got,) = run(traced(function), {"x": X})
     assert torch.equal(got, function(X))
@@ -79,6 +94,30 @@ def _with_gaps(x: torch.Tensor) -> torch.Tensor:
     out = x + 1
     out[:, ::2].copy_(x[:, ::2])
     return out
+
+
+def _read_under_an_old_name(x: torch.Tensor) -> torch.Tensor:
+    out = x + 1
+    first = out[:1]
+    out[:2] += 3
+    return first + out
+
+
+def _added_to_what_is_seen(x: torch.Tensor) -> torch.Tensor:
+    out = x + 1
+    out.t().add_(2)
+    return out
+
+
+@pytest.mark.parametrize("function", [_added_to_what_is_seen, _read_under_an_old_name])
+def test_what_is_changed_and_read_under_another_name_is_refused(function: Any) -> None:
+    with pytest.raises(UnsupportedError, match=r"on a part of (another )?tensor|on a part of a tensor"):
+        traced(function)
+
+
+def test_an_input_that_is_changed_through_a_view_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="changes x while it runs"):
+        traced(lambda x: x.t().add_(1))
 
 
 @pytest.mark.parametrize("function", [_seen_before, _through_a_view, _with_gaps])

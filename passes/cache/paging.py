@@ -64,7 +64,10 @@ def row_mixing(op: Op) -> str | None:
             return "reduces over tokens"
         case m.Softmax() if op.axis in inner:
             return "normalises over tokens"
-        case m.MatMul() if axes[1] or (axes[0] and axes[0][0] == -1):
+        case m.MatMul() if axes[0] == [-1] or (
+            axes[1]
+            and (axes[1][0] > -3 or axes[0] not in ([], axes[1]))  # each token's own matrices are fine
+        ):
             return "multiplies along the axis of tokens"
         case Slice() | Concat() if op.axis in inner:
             return "cuts or joins along the axis of tokens"
