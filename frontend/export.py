@@ -37,6 +37,17 @@ def _quiet() -> Generator[None]:
             logging.disable(before)
 
 
+def _uncached() -> Any:
+    """torch keeps what each operator made of which shapes. With a symbolic number of tokens hardly any comes
+    again: to keep it costs a third of a trace.
+    """
+    import torch._dynamo.config as settings
+
+    name = "fake_tensor_cache_enabled"
+    patch: Any = settings.patch  # pyright: ignore[reportAttributeAccessIssue]  (a module that is a class)
+    return patch(name, False) if hasattr(settings, name) else contextlib.nullcontext()
+
+
 def _flat(data: Any) -> tuple[list[Any], list[int]] | None:
     """Numbers of nested lists in order, and their shape; None for anything else."""
     if isinstance(data, bool | int | float):
@@ -135,7 +146,7 @@ def export(
     import torch
 
     try:
-        with _quiet(), torch.no_grad(), _literals():
+        with _quiet(), _uncached(), torch.no_grad(), _literals():
             return torch.export.export(
                 module,
                 args,

@@ -43,6 +43,7 @@ GAIN = 0.03
 _WORSE = 0.05  # and what it may lose at any number of rows
 _TURNS = 7
 _SET_BYTES = 48 << 20  # of weights together: more than caches hold
+_SETS = 256  # of a weight that is so small that more would take longer to make than to multiply by
 _MILLISECOND = 1e-3
 
 Report = Callable[[str, float], None]
@@ -241,7 +242,7 @@ class Search:
         """Arguments for that many rows; as many sets of weights as fill the caches."""
         if rows not in self._arrays:
             fixed = [math.prod(shape) for _, shape, _ in kernel.parameters if None not in shape]  # type: ignore[arg-type]
-            count = max(1, _SET_BYTES // max(1, sum(fixed))) if rows <= 8 else 2
+            count = min(max(1, _SET_BYTES // max(1, sum(fixed))), _SETS) if rows <= 8 else 2
             first = [_array(parameter, rows) for parameter in kernel.parameters]
             self._arrays[rows] = [
                 [
