@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from llmc.codegen.tvm import cpu as target
 from llmc.codegen.tvm.cpu import TvmCpu
 from llmc.codegen.tvm.kernels.codebook import make_codebook_linear
 from llmc.codegen.tvm.kernels.isa import LEVELS, Isa, get_isa
@@ -75,6 +76,36 @@ def test_names_of_levels() -> None:
         assert "isa=all" in caught.value.remedy
     for isa in LEVELS.values():
         assert cpu.ISA_MACHINES[isa.name] == isa.machine
+
+
+@pytest.mark.parametrize(
+    ("best", "usual"),
+    [
+        ("avx512vnni", "avx2+avx512vnni+amx"),  # the same bytes on most machines
+        ("avxvnni", "avx2+avxvnni+avx512vnni+amx"),
+        ("generic", "generic+avx2+avx512vnni+amx"),
+    ],
+)
+def test_native_is_the_best_level_and_among_the_usual_ones(
+    best: str, usual: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(target, "best_isa", lambda: best)
+    monkeypatch.setattr(target, "_USUAL", ("avx2", "avx512vnni", "amx"))
+    assert TvmCpu().options()["isa"] == usual and str(TvmCpu()) == "tvm-cpu"
+    native = TvmCpu(isa="native")
+    assert native.levels() == (best,) and native.options()["isa"] == best
+    assert str(native) == "tvm-cpu:isa=native"
+    assert TvmCpu(isa="native+i8mm").levels() == (best, "i8mm")
+
+
+def test_a_machine_without_a_level_is_told_before_anything_is_compiled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(target, "best_isa", lambda: None)
+    for isa in ("usual", "native"):
+        with pytest.raises(InputError, match="no instruction-set level for this machine"):
+            TvmCpu(isa=isa)
+    assert TvmCpu(isa="neon").levels() == ("neon",)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from ...ir.ops.moe import Moe, QuantizedMoe
 from ...ir.ops.state import Recurrence
 from ...ir.printer import print_graph
 from ...plugins.entries import package_of
+from ...runtime.cpu import best_isa
 from ..extensions import extensions_key
 from ..memory import processes_at_once, processors
 from ..peak import WORKER_BYTES
@@ -38,6 +40,23 @@ OPERATIONS = frozenset(name for name, op in OPS.items() if package_of(op) is Non
 """The ops of `lower.EMITTERS`, which cannot be asked without importing TVM."""
 
 
+_USUAL = ("neon", "i8mm") if platform.machine() == "aarch64" else ("avx2", "avx512vnni", "amx")
+"""Not the compiling machine's own level alone: an artifact runs elsewhere too, and where that one is among
+these, its bytes are the same everywhere.
+"""
+
+
+def native() -> str:
+    """The best level of this machine. Raises InputError where there is none."""
+    level = best_isa()
+    if level is None:
+        raise InputError(
+            f"tvm-cpu has no instruction-set level for this machine ({platform.machine()})",
+            remedy=f"isa={'+'.join(LEVELS)} or some of them, for another machine",
+        )
+    return level
+
+
 @dataclass(frozen=True)
 class TvmCpu(Target):
     """Kernels in TIR, called by one step function; results do not depend on the batch."""
@@ -46,11 +65,12 @@ class TvmCpu(Target):
     operations: ClassVar[frozenset[str]] = OPERATIONS
     kv_dtype: ClassVar[str] = "bfloat16"
 
-    # Not the compiling machine's own level: an artifact runs elsewhere too, and its bytes are the same
-    # everywhere.
     isa: str = field(
-        default="avx2+avx512vnni+amx",
-        metadata={"help": f"instruction-set levels, joined by +: {', '.join(LEVELS)}; or all"},
+        default="usual",
+        metadata={
+            "help": f"instruction-set levels, joined by +: {', '.join(LEVELS)}; all of them; native: the "
+            "best that this machine has, compiled soonest; usual: those of most machines, and native"
+        },
     )
 
     tune: int = field(
@@ -68,16 +88,23 @@ class TvmCpu(Target):
         if self.tune < 0:
             raise InputError(f"tvm-cpu: tune={self.tune}", remedy="give seconds, from 0")
 
+    def options(self) -> dict[str, Any]:
+        """For the manifest: the levels themselves, whatever stands for them."""
+        return {**super().options(), "isa": self.isa if self.isa == "all" else "+".join(self.levels())}
+
     def levels(self) -> tuple[str, ...]:
         """The levels asked for, in the order of `LEVELS`. Raises InputError for an unknown one."""
         if self.isa == "all":
             return tuple(LEVELS)
-        asked = self.isa.split("+")
+        asked: list[str] = []
+        for level in self.isa.split("+"):
+            asked += _USUAL if level == "usual" else ()
+            asked += [native()] if level in ("usual", "native") else [level]
         for level in asked:
             if level not in LEVELS:
                 raise InputError(
                     f"tvm-cpu has no instruction-set level {level!r}",
-                    remedy=f"isa={'+'.join(LEVELS)} or some of them, or isa=all",
+                    remedy=f"isa={'+'.join(LEVELS)} or some of them, or isa=all, native, usual",
                 )
         return tuple(level for level in LEVELS if level in asked)
 
