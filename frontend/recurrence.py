@@ -14,6 +14,7 @@ same numbers, in each variant that the model may ask for (`_proven`).
 from __future__ import annotations
 
 import contextlib
+import dis
 import functools
 import inspect
 import logging
@@ -372,13 +373,16 @@ def _standing(function: Callable[..., Any], form: _Form, variants: frozenset[str
     """What is called in a function's place while a model is traced. It raises UnsupportedError for a variant
     that is not proven, and for arguments that change the result in ways that nothing here knows.
     """
-    signature = inspect.signature(function)
+    signature, ignored = inspect.signature(function), _ignored(function)
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         if not _tracing.get():  # another thread
             return function(*args, **kwargs)
-        given = _known(signature.bind(*args, **kwargs), form)
+        bound = signature.bind(*args, **kwargs)
+        if ignored:
+            bound.arguments.pop(ignored, None)
+        given = _known(bound, form)
         asked = form.variant(given)
         if asked not in variants:
             raise UnsupportedError(
@@ -391,6 +395,17 @@ def _standing(function: Callable[..., Any], form: _Form, variants: frozenset[str
         return form.stands(**given)
 
     return call
+
+
+def _ignored(function: Callable[..., Any]) -> str:
+    """The name under which a function takes arguments by any name (`**kwargs`), where it never reads them; ""
+    where it does, or takes none.
+    """
+    rest = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.VAR_KEYWORD]
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    if not rest or code is None or rest[0] in code.co_cellvars:
+        return ""
+    return "" if any(one.argval == rest[0] for one in dis.get_instructions(code)) else rest[0]
 
 
 def _known(bound: inspect.BoundArguments, form: _Form) -> dict[str, Any]:

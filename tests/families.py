@@ -41,7 +41,7 @@ TOLERANCE = 2e-3
 """Of float32: the largest absolute difference of any logit or hidden state."""
 INT8_TOLERANCE = 0.1
 """Of int8: root mean square of the difference over that of the values."""
-MOST_BYTES = 6 << 30
+MOST_BYTES = 8 << 30
 """Of a process that tries a family."""
 SECONDS = 180
 STATUSES = ("equal", "differs", "bug", "no result", "refused", "not built", "not tried")

@@ -151,6 +151,7 @@ def test_arguments_that_nothing_here_knows_are_refused_where_they_ask_for_someth
         whole: Any = True,
         **more: Any,
     ) -> Any:
+        assert not any(more.values())
         count, width = hidden_states.shape[-1], weight.shape[-1]
         return torch.nn.functional.conv1d(
             hidden_states, weight[:, None], bias, padding=width - 1, groups=len(weight)
@@ -167,6 +168,24 @@ def test_arguments_that_nothing_here_knows_are_refused_where_they_ask_for_someth
         for name, x in (("whole", False), ("seq_idx", torch.ones(1)), ("final", True)):
             with pytest.raises(UnsupportedError, match=f"is given {name}, which is not supported"):
                 held(*given, **{name: x})
+
+
+def test_arguments_that_a_function_never_reads_change_nothing() -> None:
+    """As models hand theirs on by `**kwargs`."""
+
+    def filtered(
+        hidden_states: Any, weight: Any, bias: Any = None, activation: Any = None, **unread: Any
+    ) -> Any:
+        count, width = hidden_states.shape[-1], weight.shape[-1]
+        return torch.nn.functional.conv1d(
+            hidden_states, weight[:, None], bias, padding=width - 1, groups=len(weight)
+        )[..., :count]
+
+    given = torch.randn(1, 3, 6), torch.randn(3, 4)
+    with recurrence.installed(_module(filtered=filtered)):
+        held = sys.modules["llmc_test_recurrence"].filtered
+        assert held is not filtered
+        torch.testing.assert_close(held(*given, position_embeddings=(torch.ones(1),)), filtered(*given))
 
 
 def test_peak_of_memory_is_predicted_where_a_weight_stands_before_the_tokens() -> None:

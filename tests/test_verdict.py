@@ -122,11 +122,13 @@ def test_an_error_is_put_down_to_the_layer_that_made_it(tmp_path: Path) -> None:
 
 
 def test_errors_weigh_tokens_alike(tmp_path: Path) -> None:
-    """The error of an embedding table, from its rows: each token counts by its own length."""
+    """The error of an embedding table, from its rows: each token counts by its own length. Of four sequences
+    two are looked at.
+    """
     graph = fused("qwen2")
     source = graph.clone()
     quantize(graph, "embed_tokens")
-    held = sequences(2)
+    held = sequences(4)
     before, after = (
         {name: value.weight for name, value in g.weights.items() if "embed_tokens" in name}
         for g in (source, graph)
@@ -135,7 +137,7 @@ def test_errors_weigh_tokens_alike(tmp_path: Path) -> None:
     data = {name.rsplit(".", 1)[1]: one.read() for name, one in after.items() if one is not None}
     spread = {k: np.repeat(data[k].astype(np.float64), 16, 1) for k in ("scale", "zero_point")}
     quantized = (data["q"] - spread["zero_point"]) * spread["scale"]
-    ids = np.concatenate(held)
+    ids = np.concatenate(held[:2])
     ratio = np.square(quantized[ids] - table[ids]).sum(1) / np.square(table[ids].astype(np.float64)).sum(1)
     found = {one.name: one.error for one in measure(source, graph, held, tmp_path).layers}
     assert found["embedding"] == pytest.approx(math.sqrt(ratio.mean()), rel=1e-4)
@@ -249,7 +251,7 @@ def test_a_scheme_of_seconds_is_judged_on_less_text_unless_a_limit_asks_for_more
         assert isinstance(verdict, MeasureQuality)
         return verdict.sequences * verdict.length
 
-    assert tokens("int4-g64") == 4 * 256
+    assert tokens("int4-g64") == 2 * 256
     assert tokens("int4-g64", max_kl=0.5) == tokens("gptq-int4-g64") == 8 * 512
 
 

@@ -44,7 +44,7 @@ Together = Callable[[Callable[[int], _T], int], list[_T]]
 SIDE_BY_SIDE = 4
 """Sequences that are computed at a time at most: each has a block's values in memory."""
 _HEAD_BYTES = 16 << 20  # rows of a head that are in memory at a time, and logits of one sequence by them
-_LAYER_SEQUENCES = 2  # that layers are compared on: their errors vary little between texts
+_LAYER_SEQUENCES = 2  # that layers are compared on at most, and half of all: errors vary little with the text
 _HEAD_ROWS = 64  # tokens that the head's own error is measured on
 _NO_LOGITS = (math.nan, math.nan, math.nan, math.nan, math.nan, math.nan)
 
@@ -290,7 +290,8 @@ def _outputs(
     """
     p, q = parts
     own = quantized.advance(q, sequence)
-    if p is None or twins is None or sequence >= _LAYER_SEQUENCES:
+    compared = max(1, min(_LAYER_SEQUENCES, len(quantized.values) // 2))
+    if p is None or twins is None or sequence >= compared:
         return None
     if p is not source.first:  # whose inputs are the token ids, the same for both
         inputs = source.values.load(sequence, p.inputs)
