@@ -1,7 +1,7 @@
 """Nodes of an exported program that are computed from numbers alone, by torch itself.
 
-Models compute some numbers while they run that nothing about the text decides (a quantile of the normal
-distribution: Gemma 3n, "activation sparsity"). What no handler knows is taken from torch's own operator.
+Models compute some numbers while they run that nothing about the text decides: a quantile of the normal
+distribution, from the share of activations that is to stay. What no handler knows is torch's own operator's.
 """
 
 from __future__ import annotations
@@ -50,7 +50,10 @@ class Constants:
         made = node.meta.get("val")
         results = made if isinstance(made, list | tuple) else [made]
         plain = all(isinstance(r, torch.Tensor) and _is_small(r) for r in results)
-        if not plain or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        schema = getattr(node.target, "_schema", None)
+        if not plain or schema is None or schema.is_mutable:
+            return None
+        if torch.Tag.nondeterministic_seeded in node.target.tags:
             return None
         missing = False
 

@@ -55,6 +55,7 @@ KNOWN: dict[str, Callable[[Stacked, torch.Tensor], torch.Tensor]] = {
     "mean": lambda s, h: h.mean(0) + h[1:].sum(0),
     "mean kept": lambda s, h: h.mean(0, keepdim=True) * 2,
     "chosen": lambda s, h: torch.where(h[:1] > 0, h, -h).to(torch.float64).sum(0),
+    "zeros": lambda s, h: (torch.zeros_like(h) + h * 2)[1],
     "layer": lambda s, h: s.layer(h).sum(0),
     "joined again": lambda s, h: torch.cat([h[2:], h[:2] * 3])[0] + torch.cat([h, h])[5],
 }
@@ -62,6 +63,7 @@ OTHER: dict[str, Callable[[Stacked, torch.Tensor], torch.Tensor]] = {
     "over the stack": lambda s, h: torch.softmax(h, 0)[1],
     "largest": lambda s, h: h.amax(0),
     "itself": lambda s, h: h * 2,
+    "of three axes": lambda s, h: (h.sum(-1) * 2).transpose(0, 1),
 }
 
 

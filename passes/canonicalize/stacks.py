@@ -53,7 +53,9 @@ class Unstack(Pass):
                 if made is not None:
                     pieces[op.results[0]] = made
                 continue
-            whole = at.whole() if any(v in pieces for v in op.operands) else None
+            # [n, 1, T] alone may be anything, slopes of n heads for one; [n, 1, T, D] are hidden states.
+            states = any(v in pieces and v.type.rank > 3 for v in op.operands)
+            whole = at.whole() if states else None
             if whole is not None:
                 graph.replace(op, [whole])
                 changed = True
@@ -90,6 +92,8 @@ class _Place:
                 return self.each(count)
             case Reshape() if op.x in self.known and op.x.shape[0] == count:
                 return [self.emit(Reshape(p, shape=op.shape[1:])) for p in self.known[op.x]]
+            case Full():
+                return [self.emit(Full(value=op.value, dtype=op.dtype, shape=op.shape[1:]))] * count
             case Expand():
                 some = self.operand(op.x, count)
                 return None if some is None else [self.emit(Expand(p, shape=op.shape[1:])) for p in some]
