@@ -51,7 +51,7 @@ class Constants:
         results = made if isinstance(made, list | tuple) else [made]
         plain = all(isinstance(r, torch.Tensor) and _is_small(r) for r in results)
         schema = getattr(node.target, "_schema", None)
-        if not plain or schema is None or schema.is_mutable:
+        if not plain or schema is None or (schema.is_mutable and str(node.target) != "aten.detach_.default"):
             return None
         if torch.Tag.nondeterministic_seeded in node.target.tags:
             return None
