@@ -71,7 +71,7 @@ class Constants:
 
 def _is_small(tensor: torch.Tensor) -> bool:
     shape = tensor.shape
-    return all(isinstance(d, int) for d in shape) and shape.numel() <= _LARGEST
+    return all(type(d) is int for d in shape) and shape.numel() <= _LARGEST
 
 
 __all__ = ["Constants"]

@@ -79,7 +79,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "mamba2": {"num_heads": 8, "n_groups": 2, "state_size": 16, "chunk_size": 16},
     "glm4v_moe_text": {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1]}},
-    "zamba": {"layers_block_type": ["linear_attention", "hybrid"]},
+    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
     "zaya": {"num_experts_per_tok": 1, "layer_types": ["hybrid", "hybrid"]},
     "bert-generation": {"is_decoder": True},
     "gptj": {"rotary_dim": 8},
