@@ -64,7 +64,7 @@ def _cosh(c: Importer, x: Value) -> Value:
 
 @aten("ceil.default")
 def _ceil(c: Importer, x: Value) -> Value:
-    if not x.dtype.startswith("float"):
+    if not x.dtype.startswith(("float", "bfloat")):
         return x
     return c.emit(m.Neg(c.emit(m.Floor(c.emit(m.Neg(x))))))
 

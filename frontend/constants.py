@@ -7,7 +7,7 @@ distribution, from the share of activations that is to stay. What no handler kno
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,15 +22,16 @@ class Constants:
 
     Args:
         lifted: placeholder's name → the tensor that the module made from a literal.
+        written: nodes whose memory an operator writes to, under whatever name.
     """
 
-    def __init__(self, lifted: Mapping[str, torch.Tensor]) -> None:
-        self.lifted = lifted
+    def __init__(self, lifted: Mapping[str, torch.Tensor], written: Set[Any] = frozenset()) -> None:
+        self.lifted, self.written = lifted, written
         self.known: dict[Any, Any] = {}
 
     def of(self, node: Any) -> Any:
         """The tensor, or list of them, that a node makes whatever the inputs are, on the CPU; None where
-        that depends on an input, a weight, a size or chance, or is large.
+        that depends on an input, a weight, a size or chance, is written to, or is large.
         """
         if node not in self.known:
             self.known[node] = self._computed(node)
@@ -39,6 +40,8 @@ class Constants:
     def _computed(self, node: Any) -> Any:
         import torch
 
+        if node in self.written:
+            return None
         if node.op == "placeholder":
             given = self.lifted.get(node.name)
             return given if given is not None and not given.is_meta and given.numel() <= _LARGEST else None

@@ -379,6 +379,11 @@ def _memory(node: Any) -> Any:
     return node
 
 
+def written(nodes: Any) -> set[Any]:
+    """Of a program's nodes those whose memory an operator writes to: the ones that made it."""
+    return {_memory(node) for node in nodes if _writes(node) and str(node.target) != "aten.detach_.default"}
+
+
 def _is_read_after(node: Any, whole: Any) -> bool:
     """Whether something that lies in the memory of `whole`, which `node` writes to, is read behind it under
     another name than `whole`: a view of it from before, or a view of such a view.

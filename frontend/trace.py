@@ -21,7 +21,7 @@ from . import experts, recurrence
 from .classifier import score_every_token
 from .constants import Constants
 from .export import export, is_unproven, narrower
-from .importer import Importer, dtype_name, unread
+from .importer import Importer, dtype_name, unread, written
 from .repeats import CannotRepeat, Repeats
 from .source import context_length
 
@@ -53,7 +53,8 @@ def _import_program(
     held |= signature.inputs_to_lifted_tensor_constants
     importer = Importer(graph, repeats)
     lifted = signature.inputs_to_lifted_tensor_constants.items()
-    importer.constants = Constants({node: program.constants[label] for node, label in lifted})
+    numbers = {node: program.constants[label] for node, label in lifted}
+    importer.constants = Constants(numbers, written(program.graph.nodes))
     known: dict[int, Value] = {}
     names = iter(inputs)
     used = {held[n.name].removeprefix(prefix) for n in program.graph.nodes if n.name in held and n.users}

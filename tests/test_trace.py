@@ -83,6 +83,10 @@ OPERATORS: dict[str, Any] = {
     ),
     "softplus far out": lambda s, x: nn.functional.softplus(x * 200),
     "integers in functions": lambda s, x: torch.sqrt(s.count) + torch.sin(s.count) + s.count / 2,
+    "rounded bfloat16": lambda s, x: (
+        torch.ceil(x.to(torch.bfloat16)).float()
+        + torch.trunc(x.to(torch.bfloat16)).float()
+    ),
     "integer division": lambda s, x: (
         s.count // 2,
         s.count % 4,
@@ -185,7 +189,17 @@ def changes_a_buffer(s: Made, x: torch.Tensor) -> torch.Tensor:
     return x + s.count
 
 
+def number_of_what_was_written(s: Made, x: torch.Tensor) -> torch.Tensor:
+    y = torch.ones(3)
+    y[:1] = 2.0
+    return x * y.prod()
+
+
 UNSUPPORTED: dict[str, tuple[Any, str]] = {
+    "numbers that were written": (
+        number_of_what_was_written,
+        "operator aten.prod.default in the model is not supported",
+    ),
     "sort": (
         lambda s, x: x.sort(-1).values,
         "operator aten.sort.default in the model is not supported; add it",

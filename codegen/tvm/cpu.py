@@ -52,7 +52,7 @@ def native() -> str:
     if level is None:
         raise InputError(
             f"tvm-cpu has no instruction-set level for this machine ({platform.machine()})",
-            remedy=f"isa={'+'.join(LEVELS)} or some of them, for another machine",
+            remedy=f"compile with --target onnx-cpu, or for another machine: isa={'+'.join(LEVELS)}, or some",
         )
     return level
 
