@@ -175,11 +175,15 @@ _MOST_SIZES = 1 << 20
 def relation_holds(relation: Any, ranges: Any) -> bool | None:
     """Whether a relation of sizes (torch's expression) holds for every number of tokens, by trying them all;
     None where it is about something else.
+
+    That a size is not one, or not that of two tokens, is not asked for them: torch asks it wherever it might
+    repeat an axis of one (all but one of two tokens is one), and what is traced for more holds for fewer.
     """
     symbols = list(relation.free_symbols)
     if len(symbols) != 1 or symbols[0] not in ranges:
         return None
     least = ranges[symbols[0]].lower
+    least += max(3 - int(least), 0) if relation.is_Relational and relation.rel_op == "!=" else 0
     return _holds(relation, symbols[0], least, int(min(ranges[symbols[0]].upper, _MOST_SIZES)))
 
 

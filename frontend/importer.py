@@ -32,8 +32,9 @@ def dtype_name(dtype: torch.dtype) -> str:
 class Importer:
     """Turns the nodes of an exported program into ops. Handlers of `aten.TABLE` see this object."""
 
-    def __init__(self, graph: Graph, repeats: Repeats | None = None) -> None:
+    def __init__(self, graph: Graph, repeats: Repeats | None = None, *, settles: bool = False) -> None:
         self.graph = graph
+        self.settles = settles
         self.symbols: dict[str, str] = {}  # torch's symbol → ours
         self.ranges: Any = {}  # torch's symbol → what it may be
         self.bodies = None if repeats is None else Bodies(graph, repeats)
@@ -271,12 +272,25 @@ class Importer:
         if self.bodies is not None and self.bodies.is_given(self.values[memory]):
             raise CannotRepeat
         if memory.op == "placeholder":
+            if self.may_settle(memory, changed):
+                return
             raise UnsupportedError(
                 f"{self.graph.name} changes {self.values[memory].name} while it runs",
                 remedy="a compiled function keeps no state",
             )
         if _is_read_after(node, changed):
             raise self.unsupported(f"operator {node.target} on a part of another tensor")
+
+    def may_settle(self, memory: Any, changed: Any) -> bool:
+        """Whether what is written to is a whole weight, that no other name of the program holds, of a model
+        that changes its weights once.
+        """
+        value = self.values[memory]
+        once = sum(other is value for other in self.values.values()) == 1
+        weight = self.settles and changed is memory and once and value.weight is not None
+        if weight and self.bodies is not None:
+            raise CannotRepeat
+        return weight
 
     def write_part(self, node: Any, source: Value) -> None:
         """A value written into a slice of one that the model made: the whole becomes a new value, with what

@@ -53,6 +53,7 @@ OPERATORS: Mapping[str, Kind] = {
         ops.SsdScan,
         ops.GatedDeltaRule,
         ops.LinearRecurrence,
+        ops.Wkv,
     )
 }
 _TOLERANCE = 1e-4
@@ -235,6 +236,13 @@ def _linear_recurrence(
     return _operators().linear_recurrence(hidden_states, recurrent_gate), None
 
 
+def _wkv(
+    time_decay: Any, time_first: Any, key: Any, value: Any, state: Any = None, return_state: bool = False
+) -> tuple[Any, None]:
+    _nothing_of(state=state, return_state=return_state)
+    return _operators().wkv(key, value, -time_decay.exp(), time_first), None
+
+
 @aten("conv1d.default")
 def _conv1d(
     c: Importer,
@@ -321,6 +329,11 @@ _FORMS = (
         ("self", "hidden_states", "recurrent_gate", "reset", "recurrent_states"),
         _linear_recurrence,
         trials.linear_trials,
+    ),
+    _Form(
+        ("time_decay", "time_first", "key", "value", "state", "return_state"),
+        _wkv,
+        trials.wkv_trials,
     ),
 )
 

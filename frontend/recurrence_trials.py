@@ -126,3 +126,14 @@ def linear_trials() -> list[Arguments]:
             "recurrent_states": None,
         }
     ]
+
+
+def wkv_trials() -> list[Arguments]:
+    return [
+        {
+            "time_decay": _normal(3),
+            "time_first": _normal(3) * 2,
+            "key": _normal(1, 7, 3) * 3,
+            "value": _normal(1, 7, 3),
+        }
+    ]

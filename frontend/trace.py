@@ -23,6 +23,7 @@ from .constants import Constants
 from .export import export, is_unproven, narrower
 from .importer import Importer, dtype_name, unread, written
 from .repeats import CannotRepeat, Repeats
+from .settled import settling
 from .source import context_length
 
 if TYPE_CHECKING:
@@ -38,9 +39,11 @@ def _import_program(
     weights: Mapping[str, LazyTensor],
     prefix: str,
     repeats: Repeats | None = None,
+    *,
+    settles: bool = False,
 ) -> None:
     """Fill `graph` from an ExportedProgram; `weights` by names of parameters and buffers. Tied parameters are
-    one weight: the data object says which are.
+    one weight: the data object says which are. A model that `settles` changes weights in its first run alone.
     """
     signature = program.graph_signature
     changed = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
@@ -51,7 +54,7 @@ def _import_program(
     weights = {**weights, **{n.removeprefix(prefix): w for n, w in _constants(program, graph.name).items()}}
     held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     held |= signature.inputs_to_lifted_tensor_constants
-    importer = Importer(graph, repeats)
+    importer = Importer(graph, repeats, settles=settles)
     lifted = signature.inputs_to_lifted_tensor_constants.items()
     numbers = {node: program.constants[label] for node, label in lifted}
     importer.constants = Constants(numbers, written(program.graph.nodes))
@@ -247,10 +250,10 @@ def _trace_source(
     examples = tuple(torch.zeros(1, 6, dtype=torch.int64, device=device) for _ in inputs)
     shapes = (tuple({1: tokens} for _ in inputs),)
     layers = repeats.installed() if repeats else contextlib.nullcontext()
-    with layers, experts.installed(model), recurrence.installed(model):
+    with layers, experts.installed(model), recurrence.installed(model), settling(model) as settled:
         program = export(Wrapper(), examples, shapes, source.name, asserting=asserting)
     graph = Graph(source.name)
-    _import_program(program, graph, inputs, weights, "model_.", repeats)
+    _import_program(program, graph, inputs, weights, "model_.", repeats, settles=settled.noted)
     graph.output_names = [_OUTPUTS[source.task]]
     graph.facts["kind"] = source.task
     if source.task == "classifier":
@@ -330,7 +333,7 @@ def trace_module(
     modes = {m: m.training for m in module.modules()}
     module.eval()
     try:
-        with experts.installed(module):
+        with experts.installed(module), settling(module) as settled:
             if isinstance(example_inputs, Mapping):
                 program = export(module, (), dynamic_shapes, name, named)
             else:
@@ -339,7 +342,7 @@ def trace_module(
         for m, training in modes.items():
             m.training = training
     graph = Graph(name)
-    _import_program(program, graph, list(named), weights, "")
+    _import_program(program, graph, list(named), weights, "", settles=settled.noted)
     graph.output_names = [f"output{i}" for i in range(len(graph.outputs))]
     graph.facts["kind"] = "function"
     return graph

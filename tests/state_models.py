@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "block_types": ["recurrent", "attention"],
         },
     ),
+    # It divides weights when it first runs, of one layer by 1, of the other by 2.
+    "weighted mean": ("Rwkv", {"attention_hidden_size": 80, "rescale_every": 1}),
 }
 """By the recurrence: the model's name in transformers, and what makes it small."""
 
@@ -49,6 +52,7 @@ RECURRENCES = {
     "short convolution": {"causal_conv1d": 1},
     "delta": {"causal_conv1d": 1, "gated_delta_rule": 1},
     "gated linear": {"causal_conv1d": 1, "linear_recurrence": 1},
+    "weighted mean": {"causal_conv1d": 4, "wkv": 2},
 }
 
 
@@ -78,9 +82,11 @@ def save_state_model(name: str, folder: Path) -> Path:
 
 
 def state_logits(name: str, ids: list[int]) -> np.ndarray:
-    """What transformers says: float32 [T, vocab]."""
+    """What transformers says: float32 [T, vocab]. The model that it asks is a copy: one may change itself."""
     with torch.no_grad():
-        return state_model(name)(input_ids=torch.tensor([ids]), use_cache=False).logits[0].numpy()
+        return (
+            copy.deepcopy(state_model(name))(input_ids=torch.tensor([ids]), use_cache=False).logits[0].numpy()
+        )
 
 
 def greedy(name: str, prompt: list[int], count: int) -> list[int]:

@@ -37,6 +37,20 @@ def _linear(t: dict[str, Array], w: dict[str, Array], s: Array) -> tuple[Array, 
     return np.array(rows), s
 
 
+def _wkv(t: dict[str, Array], w: dict[str, Array], s: Array) -> tuple[Array, Array]:
+    rows: list[Array] = []
+    top, below, largest = s
+    largest = np.where(below > 0, largest, -1e38)
+    for k, v in zip(t["k"], t["v"], strict=True):
+        now = np.maximum(largest, w["first"] + k)
+        old, new = np.exp(largest - now), np.exp(w["first"] + k - now)
+        rows.append((old * top + new * v) / (old * below + new))
+        now = np.maximum(largest + w["decay"], k)
+        old, new = np.exp(largest + w["decay"] - now), np.exp(k - now)
+        top, below, largest = old * top + new * v, old * below + new, now
+    return np.array(rows), np.array([top, below, largest])
+
+
 def _selective(t: dict[str, Array], w: dict[str, Array], s: Array) -> tuple[Array, Array]:
     rows: list[Array] = []
     for x, dt, b, c in zip(t["x"], t["dt"], t["b"], t["c"], strict=True):
@@ -80,6 +94,13 @@ CASES: dict[str, Case] = {
         _conv,
     ),
     "linear_recurrence": (states.linear_recurrence, {"channels": 70}, {"x": 70, "a": 70}, {}, _linear),
+    "wkv": (
+        states.wkv,
+        {"channels": 70},
+        {"k": 70, "v": 70},
+        {"decay": (70,), "first": (70,)},
+        _wkv,
+    ),
     "selective_scan": (
         states.selective_scan,
         {"channels": 70, "elements": 12, "d": True, "dt_bias": True, "softplus_of_dt": True},
@@ -120,6 +141,8 @@ def code_of(name: str) -> Code:
             return make(**static, source=places[0])
         case "linear_recurrence":
             return make(**static, x_source=places[0], a_source=places[1])
+        case "wkv":
+            return make(**static, k_source=places[0], v_source=places[1])
         case _:
             return make(**static, sources=places)
 
@@ -144,10 +167,14 @@ def test_recurrence_equals_its_definition(gpu: Device, name: str) -> None:
     if name == "ssd_scan":
         wide["dt"] = np.abs(wide["dt"])
     weights = {n: rng.standard_normal(shape).astype(np.float32) for n, shape in shapes.items()}
+    if "decay" in weights:
+        weights["decay"] = -np.abs(weights["decay"])
     if "a" in weights:
         weights["a"] = -np.abs(weights["a"])
     shape = next(a for a in code.arguments if a.name == "state").shape[1:]
     state = rng.standard_normal((ROWS, *map(int, shape))).astype(np.float32)
+    if name == "wkv":  # the denominator of a sequence that goes on
+        state[:, 1] = 1 + np.abs(state[:, 1])
     cache = {
         "state_slot": np.array(SLOTS, np.int32),
         "query_start": STARTS,

@@ -16,6 +16,7 @@ from llmc.codegen.tvm.kernels.state import (
     make_linear_recurrence,
     make_selective_scan,
     make_ssd_scan,
+    make_wkv,
 )
 from llmc.codegen.tvm.kernels.state_delta import make_gated_delta_rule
 from llmc.ir.core import Value
@@ -46,7 +47,10 @@ class Case:
         return self.kind(*own, cache, **self.attributes)
 
     def state(self, seed: int) -> np.ndarray:
-        return normal(ROWS, *self.op(None).state_shape(), seed=seed)
+        made = normal(ROWS, *self.op(None).state_shape(), seed=seed)
+        if self.kind is ops.Wkv:  # the denominator of a sequence that goes on is at least 1
+            made[:, 1] = 1 + np.abs(made[:, 1])
+        return made
 
     def meaning(self, state: np.ndarray, step: list[np.ndarray], rows: slice) -> list[np.ndarray]:
         own = [*(x[rows] for x in self.tokens), *self.others]
@@ -105,6 +109,14 @@ def linear(channels: int) -> tuple[Case, Any, dict[str, Any]]:
     x, a = normal(T, channels), 1 / (1 + np.exp(-normal(T, channels, seed=1)))
     case = Case(ops.LinearRecurrence, [x, a], [])
     return case, make_linear_recurrence, {"channels": channels, "x_source": source(x), "a_source": source(a)}
+
+
+def wkv(channels: int) -> tuple[Case, Any, dict[str, Any]]:
+    """Keys from which exponents differ by more than float32 holds."""
+    k, v = 40 * normal(T, channels), normal(T, channels, seed=1)
+    others: list[np.ndarray | None] = [-np.exp(normal(channels, seed=2)), 5 * normal(channels, seed=3)]
+    parameters = {"channels": channels, "k_source": source(k), "v_source": source(v)}
+    return Case(ops.Wkv, [k, v], others), make_wkv, parameters
 
 
 def selective(channels: int, elements: int, extras: bool) -> tuple[Case, Any, dict[str, Any]]:
@@ -173,6 +185,8 @@ CASES = {
     "conv of few channels": conv(5, 2, "gelu_tanh", True),
     "conv without memory": conv(16, 1, None, True),
     "linear": linear(35),
+    "wkv": wkv(32),
+    "wkv, odd": wkv(21),
     "selective": selective(32, 16, True),
     "selective, plain, odd": selective(21, 3, False),
     "ssd": ssd(4, 32, 2, 8, True),
@@ -195,7 +209,7 @@ def test_kernel_equals_its_reference_over_a_ragged_batch(name: str, isa: str) ->
         close(ours, theirs, 2e-6 if name.startswith("conv") else 2e-5)
 
 
-@pytest.mark.parametrize("name", ["conv", "linear", "selective", "ssd, odd", "delta"])
+@pytest.mark.parametrize("name", ["conv", "linear", "wkv, odd", "selective", "ssd, odd", "delta"])
 @vector_levels
 def test_rows_do_not_depend_on_chunks_or_neighbours(name: str, isa: str) -> None:
     case, make, parameters = CASES[name]

@@ -73,6 +73,14 @@ def linear_recurrence(low: Lowering, op: Any) -> Any:
     return _call(low, op, kernels.make_linear_recurrence, static, [x, a])
 
 
+@emits("wkv")
+def wkv(low: Lowering, op: Any) -> Any:
+    k, k_source = _source(low, op.k)
+    v, v_source = _source(low, op.v)
+    static = {"channels": op.k.shape[-1], "k_source": k_source, "v_source": v_source}
+    return _call(low, op, kernels.make_wkv, static, [k, v, low.get(op.decay), low.get(op.first)])
+
+
 def _sources(low: Lowering, *values: Value) -> tuple[list[Any], tuple[Source, ...]]:
     found = [_source(low, v) for v in values]
     return [x for x, _ in found], tuple(source for _, source in found)

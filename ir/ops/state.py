@@ -26,6 +26,8 @@ from ..types import Dim, TensorType
 from .nn import ACTIVATIONS, activate
 
 Dims = Mapping[str, int]
+LARGEST = 1e38
+"""Exponents lie between this and its negative (`Wkv`)."""
 _BLOCK = 64
 """Tokens whose decays are computed at once: many are faster than one, all of them would not fit."""
 
@@ -353,3 +355,50 @@ class LinearRecurrence(Recurrence):
             state = a[t] * state + x[t]
             rows.append(state[0])
         return torch.stack(rows), state
+
+
+@op("wkv")
+class Wkv(Recurrence):
+    """The mean of the values so far, weighted by their keys and how long ago they were, of each channel (Peng
+    et al. 2023, "RWKV", section 3.1, the WKV operator):
+
+    y[t] = (Σ_{i<t} exp((t-1-i) · decay + k[i]) · v[i] + exp(first + k[t]) · v[t]) / the same with v = 1
+
+    k, v [..., T, C], decay [C] (not above zero), first [C]; the state [3, C] holds numerator and denominator,
+    both divided by exp(m), and m, the largest exponent so far (appendix D of the paper). The denominator of a
+    sequence that begins is 0, else at least 1.
+    """
+
+    per_token: ClassVar[int] = 2
+
+    k: Operand
+    v: Operand
+    decay: Operand
+    first: Operand
+    cache: Operands
+
+    def _state_dims(self) -> tuple[Dim, ...]:
+        return (3, self.k.shape[-1])
+
+    def _check_shapes(self) -> None:
+        channels = self.k.shape[-1:]
+        if self.k.shape != self.v.shape:
+            raise self._refuse("k and v have one shape")
+        if self.decay.shape != channels or self.first.shape != channels:
+            raise self._refuse("decay and first are [C]")
+
+    def scan(self, state: Any, tokens: Sequence[Any], others: Sequence[Any]) -> tuple[Any, Any]:
+        import torch
+
+        decay, first = others
+        top, below, largest = state
+        largest = torch.where(below > 0, largest, -LARGEST)
+        rows: list[Any] = []
+        for k, v in zip(*tokens, strict=True):
+            now = torch.maximum(largest, first + k)
+            old, new = torch.exp(largest - now), torch.exp(first + k - now)
+            rows.append((old * top + new * v) / (old * below + new))
+            after = torch.maximum(largest + decay, k)
+            old, new = torch.exp(largest + decay - after), torch.exp(k - after)
+            top, below, largest = old * top + new * v, old * below + new, after
+        return torch.stack(rows), torch.stack([top, below, largest])

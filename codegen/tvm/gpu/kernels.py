@@ -22,7 +22,7 @@ from .products import (
 )
 from .rows import activation, append_kv, gated_mlp, gather_last, layer_norm, rms_norm, rope, top_k
 from .source import Code
-from .states import causal_conv1d, gated_delta_rule, linear_recurrence, selective_scan, ssd_scan
+from .states import causal_conv1d, gated_delta_rule, linear_recurrence, selective_scan, ssd_scan, wkv
 
 Maker = Callable[..., Code]
 MAKERS: dict[str, Maker] = {
@@ -47,6 +47,7 @@ MAKERS: dict[str, Maker] = {
     "rms_norm": rms_norm,
     "rope": rope,
     "selective_scan": selective_scan,
+    "wkv": wkv,
     "ssd_scan": ssd_scan,
     "top_k": top_k,
 }

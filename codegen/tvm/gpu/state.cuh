@@ -58,6 +58,28 @@ DEVICE void linear_recurrence(const float* x, const float* a, float* state, cons
   state[(i64)own.slot * C + c] = h;
 }
 
+template <class P>
+DEVICE void wkv(const float* k, const float* v, const float* decay, const float* first, float* state,
+                const int* state_slot, const int* query_start, const int* context_len, float* out) {
+  constexpr int C = P::channels;
+  Tokens own = tokens_of(state_slot, query_start, context_len);
+  int c = blockIdx.x * P::threads + threadIdx.x;
+  if (own.first == own.last || c >= C) return;
+  float* kept = state + (i64)own.slot * 3 * C + c;
+  float top = own.fresh ? 0.0f : kept[0], below = own.fresh ? 0.0f : kept[C];
+  float largest = below > 0.0f ? kept[2 * C] : -1e38f;
+  for (int t = own.first; t < own.last; t++) {
+    float key = k[(i64)t * P::k_stride + P::k_first + c], value = v[(i64)t * P::v_stride + P::v_first + c];
+    float now = fmaxf(largest, first[c] + key);
+    float before = expf(largest - now), add = expf(first[c] + key - now);
+    out[(i64)t * C + c] = fmaf(before, top, add * value) / fmaf(before, below, add);
+    now = fmaxf(largest + decay[c], key);
+    before = expf(largest + decay[c] - now), add = expf(key - now);
+    top = fmaf(before, top, add * value), below = fmaf(before, below, add), largest = now;
+  }
+  kept[0] = top, kept[C] = below, kept[2 * C] = largest;
+}
+
 // Column `at` of a state [N, stride], in registers while it is worked on.
 template <int N>
 struct Column {

@@ -73,6 +73,12 @@ def linear_recurrence(*, channels: int, x_source: Source, a_source: Source) -> C
     return _code("linear_recurrence", rows, [], (1, channels), (channels,), {"channels": channels})
 
 
+def wkv(*, channels: int, k_source: Source, v_source: Source) -> Code:
+    rows = {"k": k_source, "v": v_source}
+    weights = [("decay", (channels,), True), ("first", (channels,), True)]
+    return _code("wkv", rows, weights, (3, channels), (channels,), {"channels": channels})
+
+
 def selective_scan(
     *, channels: int, elements: int, sources: Sequence[Source], d: bool, dt_bias: bool, softplus_of_dt: bool
 ) -> Code:

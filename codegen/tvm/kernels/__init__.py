@@ -108,6 +108,7 @@ _MAKERS = {
     "make_selective_scan": "state",
     "make_ssd_scan": "state",
     "make_top_k": "select",
+    "make_wkv": "state",
 }
 
 

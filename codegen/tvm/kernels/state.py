@@ -1,5 +1,5 @@
-"""Recurrences of a ragged batch: `causal_conv1d`, `linear_recurrence`, `selective_scan`, `ssd_scan`
-(`ir/ops/state.py` says what they compute; `gated_delta_rule` is in `state_delta.py`).
+"""Recurrences of a ragged batch: `causal_conv1d`, `linear_recurrence`, `wkv`, `selective_scan`,
+`ssd_scan` (`ir/ops/state.py` says what they compute; `gated_delta_rule` is in `state_delta.py`).
 
 A kernel goes through the tokens of a sequence once, one after the other, for 16 channels at a time; sequences
 and blocks of channels are computed in parallel. So a row's bits depend on the tokens before it alone, however
@@ -19,6 +19,7 @@ from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
+from ....ir.ops.state import LARGEST
 from .builder import (
     LANES,
     Buffer,
@@ -178,6 +179,51 @@ def make_linear_recurrence(*, channels: int, x_source: Source, a_source: Source,
                 put(held, new, 0)
                 store(out, vec(held, 0), at.count, t, at.start)
             store(step.state, vec(held, 0), at.count, at.slot, 0, at.start)
+
+        with kernel.body():
+            step.tasks(1, channels, task)
+    return kernel.function
+
+
+def make_wkv(*, channels: int, k_source: Source, v_source: Source, isa: str) -> Any:
+    """k [T, k_source], v [T, v_source], decay [channels], first [channels], state [S, 3, channels] → out [T,
+    channels].
+    """
+    kernel = Kernel("wkv", isa)
+    with kernel:
+        k, v = Rows(kernel, "k", k_source), Rows(kernel, "v", v_source)
+        decay = kernel.argument("decay", (channels,), "float32")
+        first = kernel.argument("first", (channels,), "float32")
+        step = Step(kernel, (3, channels))
+        out = kernel.argument("out", (kernel.symbol("T"), channels), "float32")
+
+        def larger(a: Expr, b: Expr) -> Expr:
+            return let(T.Select(a > b, a, b))
+
+        def task(at: Task) -> None:
+            slower = let(load(decay, at.count, at.start))
+            more = let(load(first, at.count, at.start))
+            kept = [let(load(step.state, at.count, at.slot, i, at.start)) for i in range(3)]
+            begun = [let(T.Select(splat(at.fresh), f32s(0), one)) for one in kept]
+            begun[2] = let(T.Select(begun[1] > f32s(0), begun[2], f32s(-LARGEST)))
+            top, below, largest = (register(one) for one in begun)
+
+            def weighed(at_most: Expr, before: Expr, now: Expr, value: Expr) -> tuple[Expr, Expr]:
+                old, new = let(exp(before - at_most)), let(exp(now - at_most))
+                return let(fma(old, vec(top, 0), new * value)), let(fma(old, vec(below, 0), new))
+
+            with loop(at.first, at.last) as t:
+                key, value = let(k.load(at.count, t, at.start)), let(v.load(at.count, t, at.start))
+                before, now = let(vec(largest, 0)), let(more + key)
+                above, under = weighed(larger(before, now), before, now, value)
+                store(out, above / under, at.count, t, at.start)
+                before = let(before + slower)
+                held = larger(before, key)
+                above, under = weighed(held, before, key, value)
+                for one, new in zip((top, below, largest), (above, under, held), strict=True):
+                    put(one, new, 0)
+            for i, one in enumerate((top, below, largest)):
+                store(step.state, vec(one, 0), at.count, at.slot, i, at.start)
 
         with kernel.body():
             step.tasks(1, channels, task)
