@@ -15,6 +15,7 @@ from ..ir.ops.select import TopK
 from ..ir.ops.shape import Arange, Gather
 from ..ir.types import Dim
 from . import aten_composed as _aten_composed  # noqa: F401  # pyright: ignore[reportUnusedImport]  (registers)
+from . import aten_conv as _aten_conv  # noqa: F401  # pyright: ignore[reportUnusedImport]  (registers)
 from . import aten_reduce as _aten_reduce  # noqa: F401  # pyright: ignore[reportUnusedImport]  (registers)
 from . import aten_shapes as _aten_shapes  # noqa: F401  # pyright: ignore[reportUnusedImport]  (registers)
 from .aten_shapes import reshaped

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..ir.core import Op, Value
 from ..ir.ops import math as m
 from ..ir.ops import shape
-from ..ir.ops.state import CausalConv1d
 from ..ir.types import Dim, DimExpr, Shape, divide, product
 from .aten_table import TABLE, Handler, aten
 
@@ -137,47 +135,6 @@ def _slice(c: Importer, x: Value, dim: int = 0, start: Any = None, end: Any = No
     return c.emit(shape.Slice(x, axis=axis, start=first, stop=last, step=step))
 
 
-@aten("constant_pad_nd.default", "pad.default")
-def _pad(
-    c: Importer, x: Value, widths: Sequence[int], mode: Any = "constant", value: float | None = None
-) -> Value:
-    """`widths`: before and behind, of the last axis, of the one before it, …; below zero they cut. Zeros
-    before the tokens and as many of the last ones cut off are tokens from further back.
-    """
-    mode, value = ("constant", mode) if isinstance(mode, int | float) else (mode, value)
-    if mode != "constant":
-        raise c.unsupported(f"padding by {mode}")
-    for axis, before, behind in zip(itertools.count(-1, -1), widths[::2], widths[1::2], strict=False):
-        if before > 0 and behind == -before and not value and tokens_along(x, axis):
-            x = earlier(c, x, before)
-            continue
-        length = x.shape[axis]
-        if before < 0 or behind < 0:
-            end = length + min(behind, 0)
-            x = c.emit(shape.Slice(x, axis=axis, start=max(-before, 0), stop=end))
-        number = c.scalar(value or 0, x.dtype)
-        sides = [(*x.shape[:axis], n, *x.shape[len(x.shape) + axis + 1 :]) for n in (before, behind)]
-        filled = [c.emit(shape.Expand(number, shape=s)) if s[axis] > 0 else None for s in sides]
-        pieces = [one for one in (filled[0], x, filled[1]) if one is not None]
-        x = c.emit(shape.Concat(pieces, axis=axis)) if len(pieces) > 1 else x
-    return x
-
-
-def tokens_along(x: Value, axis: int) -> bool:
-    """Whether the tokens of one sequence lie along an axis, the one before the last: [1, T, C]."""
-    rows, channels = x.shape[-2:] if x.type.rank == 3 else (0, 0)
-    return axis == -2 and x.shape[0] == 1 and isinstance(rows, DimExpr) and isinstance(channels, int)
-
-
-def earlier(c: Importer, x: Value, count: int) -> Value:
-    """[1, T, C] → the same, of each token what stands `count` before it, and zeros where there is none."""
-    channels = x.shape[-1]
-    taken = c.emit(shape.Full(value=1.0, dtype=x.dtype, shape=(channels,)))
-    left = c.emit(shape.Full(value=0.0, dtype=x.dtype, shape=(count * channels,)))
-    filters = c.emit(shape.Concat([taken, left], axis=-1))
-    return c.emit(CausalConv1d(x, reshaped(c, filters, (count + 1, channels)), None, []))
-
-
 @aten("narrow.default")
 def _narrow(c: Importer, x: Value, dim: int, start: Any, length: Any) -> Value:
     axis = c.axis(dim, x)
@@ -210,33 +167,6 @@ def _unbind(c: Importer, x: Value, dim: int = 0) -> tuple[Value, ...]:
         reshaped(c, c.emit(shape.Slice(x, axis=axis, start=i, stop=i + 1)), s)
         for i, s in enumerate(c.result_shapes())
     )
-
-
-@aten("cat.default", "concat.default", "concatenate.default")
-def _cat(c: Importer, xs: Sequence[Value], dim: int = 0) -> Value:
-    dtype = c.result_dtype()
-    axis = c.axis(dim, xs[0])
-    if len(xs) == 1:
-        return c.cast(xs[0], dtype)
-    if len(xs) == 2 and (whole := _all_but_last(xs[1], xs[0].shape[axis], axis)) and _is_zero(xs[0]):
-        return c.cast(earlier(c, whole, xs[0].shape[axis]), dtype)
-    return c.emit(shape.Concat([c.cast(x, dtype) for x in xs], axis=axis))
-
-
-def _all_but_last(x: Value, count: Dim, axis: int) -> Value | None:
-    """The tokens of which a value holds all but the last `count`."""
-    cut = x.producer
-    if not isinstance(cut, shape.Slice) or not isinstance(count, int) or not tokens_along(cut.x, axis):
-        return None
-    first = cut.axis == axis and cut.start == 0 and cut.step == 1
-    return cut.x if first and cut.stop + count == cut.x.shape[axis] else None
-
-
-def _is_zero(x: Value) -> bool:
-    made = x.producer
-    while isinstance(made, shape.Expand | shape.Reshape):
-        made = made.x.producer
-    return isinstance(made, shape.Full) and made.value == 0
 
 
 @aten("stack.default")

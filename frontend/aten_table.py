@@ -4,7 +4,8 @@ family.
 Each entry takes the `Importer` and the node's arguments (IR values, numbers, dimensions, lists) and returns
 an IR value, a tuple of them for operators with several results, or None for operators that only assert. To
 add an operator, add a function with `@aten("name.overload")` to `aten.py` (arithmetic, layers),
-`aten_composed.py` (what others make up), `aten_reduce.py` or `aten_shapes.py`.
+`aten_composed.py` (what others make up), `aten_conv.py` (neighbouring tokens), `aten_reduce.py` or
+`aten_shapes.py`.
 """
 
 from __future__ import annotations

@@ -32,10 +32,9 @@ from ..ir.core import Value
 from ..ir.errors import UnsupportedError
 from ..ir.ops import state as ops
 from ..ir.ops.nn import ACTIVATIONS
-from ..ir.ops.shape import Reshape, Transpose
-from ..ir.types import Dim, TensorType
+from ..ir.types import TensorType
 from . import recurrence_trials as trials
-from .aten_table import Handler, aten, registered
+from .aten_table import Handler, registered
 from .operators import Definition, define_operators, operand_names, schema_of
 
 if TYPE_CHECKING:
@@ -241,41 +240,6 @@ def _wkv(
 ) -> tuple[Any, None]:
     _nothing_of(state=state, return_state=return_state)
     return _operators().wkv(key, value, -time_decay.exp(), time_first), None
-
-
-@aten("conv1d.default")
-def _conv1d(
-    c: Importer,
-    x: Value,
-    weight: Value,
-    bias: Value | None = None,
-    stride: Sequence[int] = (1,),
-    padding: Sequence[int] = (0,),
-    dilation: Sequence[int] = (1,),
-    groups: int = 1,
-) -> Value:
-    """A convolution [1, C, T] → [1, C, T + W - 1] of which only the first T columns are used: each channel's
-    own filter over the last W tokens. The result is those columns; the slice that takes them then takes all.
-    """
-    channels, per_group, width = weight.shape
-    plain = tuple(stride) == tuple(dilation) == (1,) and tuple(padding) == (width - 1,)
-    if not plain or x.type.rank != 3 or groups != channels or per_group != 1:
-        raise c.unsupported("a convolution other than each channel's own over the last tokens")
-    if x.shape[0] != 1:
-        raise c.unsupported("a convolution over the tokens of several sequences")
-    if not all(_takes_first(user, x.shape[-1], c) for user in c.node.users):
-        raise c.unsupported("a convolution that sees later tokens")
-    filters = c.emit(Transpose(c.emit(Reshape(weight, shape=(channels, width))), perm=(-1, -2)))
-    y = c.emit(ops.CausalConv1d(c.emit(Transpose(x, perm=(-1, -2))), filters, bias, []))
-    return c.emit(Transpose(y, perm=(-1, -2)))
-
-
-def _takes_first(node: Any, count: Dim, c: Importer) -> bool:
-    """Whether a node is a slice of the first `count` columns."""
-    if str(node.target) != "aten.slice.Tensor" or node.args[1] not in (2, -1):
-        return False
-    length = node.meta["val"].shape[-1]
-    return node.args[2] in (None, 0) and c.dim(length) == count
 
 
 # -- how functions are known, and proven
