@@ -51,8 +51,7 @@ def _conv1d(
         raise c.unsupported("a convolution that sees other tokens than the last ones")
     rows = c.emit(shape.Transpose(tokens, perm=(-1, -2)))
     if lead is not None:  # columns of one value for all of them: they add the same to every token
-        added = _every_token(c, c.emit(shape.Transpose(lead, perm=(-1, -2))), weight, groups)
-        added = reshaped(c, added, (weight.shape[0],))
+        added = _every_token(c, lead, weight, groups)
         bias = added if bias is None else c.emit(m.Add(added, bias))
     y = _over_the_last(c, rows, weight, bias if count == behind else None, groups)
     if count == behind:
@@ -108,13 +107,14 @@ def _over_the_last(c: Importer, rows: Value, weight: Value, bias: Value | None, 
 
 
 def _every_token(c: Importer, row: Value, weight: Value, groups: int) -> Value:
-    """The convolution of a row [1, 1, C] that every token has."""
-    width = weight.shape[-1]
-    assert isinstance(width, int)
-    total = _by_groups(c, row, weight, 0, None, groups)
-    for w in range(1, width):
-        total = c.emit(m.Add(total, _by_groups(c, row, weight, w, None, groups)))
-    return total
+    """What the convolution makes of a column [1, C, 1] that every token has: [N]. Of products and sums, which
+    are computed once where the column is a weight.
+    """
+    outputs, columns, width = weight.shape
+    assert isinstance(outputs, int)
+    each = reshaped(c, weight, (groups, outputs // groups, columns, width))
+    product = c.emit(m.Mul(each, reshaped(c, row, (groups, 1, columns, 1))))
+    return reshaped(c, c.emit(m.ReduceSum(product, axes=(-2, -1), keepdim=False)), (outputs,))
 
 
 def _by_groups(c: Importer, x: Value, weight: Value, place: int, bias: Value | None, groups: int) -> Value:

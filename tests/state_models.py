@@ -41,6 +41,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "block_types": ["recurrent", "attention"],
         },
     ),
+    # Two convolutions of queries and keys, one behind the other, and values from one token back.
+    "convolved attention": (
+        "Zaya",
+        {"head_dim": 16, "num_experts": 3, "moe_intermediate_size": 32, "router_hidden_size": 24},
+    ),
     # It divides weights when it first runs, of one layer by 1, of the other by 2.
     "weighted mean": ("Rwkv", {"attention_hidden_size": 80, "rescale_every": 1}),
 }
@@ -52,6 +57,7 @@ RECURRENCES = {
     "short convolution": {"causal_conv1d": 1},
     "delta": {"causal_conv1d": 1, "gated_delta_rule": 1},
     "gated linear": {"causal_conv1d": 1, "linear_recurrence": 1},
+    "convolved attention": {"causal_conv1d": 6},
     "weighted mean": {"causal_conv1d": 4, "wkv": 2},
 }
 

@@ -8,6 +8,7 @@ add(weight, 1.0)       → a weight (computed when it is read)
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -364,8 +365,8 @@ def fold_weights(graph: Graph) -> int:
         if not all(v.is_weight or constant(v) is not None for v in op.operands) or op.opname == "embedding":
             continue
         name = weights[0].name + f".{op.opname}"
-        while name in graph.weights:
-            name += "_"
+        if name in graph.weights:
+            name = next(n for i in itertools.count(2) if (n := f"{name}{i}") not in graph.weights)
         shape = [d for d in op.result.shape if isinstance(d, int)]
         data = ComputedTensor(
             shape,
