@@ -104,6 +104,17 @@ def _left_out(source: ModelSource) -> list[str]:
     return [f"{source.name} ({source.whole}) takes more than text: its text model is what is compiled"]
 
 
+def _fewer(source: ModelSource, graph: Graph, context: int | None) -> list[str]:
+    """What a traced model that is another one beyond some number of tokens is compiled for, in a sentence."""
+    held = graph.facts.get("positions")
+    if held is None or context is None or held >= context:
+        return []
+    return [
+        f"{source.name} is compiled for {held} of its {context} tokens: beyond them it computes something "
+        "else (it picks some of its keys, say)"
+    ]
+
+
 def trace(source: ModelSource, example_inputs: Mapping[str, torch.Tensor] | None) -> Graph:
     """The traced graph of whatever was opened."""
     if source.task == "function" or example_inputs is not None:
@@ -246,6 +257,7 @@ def compile_model(
         passing.notes += _left_out(source)
         progress("trace", 0.02)
         graph = trace(source, example_inputs)
+        passing.notes += _fewer(source, graph, passing.context_length)
         settled()
         if max_ram is not None or plan.calibrated:
             peak = _peak(source, graph, plan, passing.context_length, capped=max_ram is not None)
@@ -442,6 +454,7 @@ def check_model(
     source = _open(model, scaling, config_only=not files)
     length = _context(source, context)
     graph = trace(source, None)
+    fewer = _fewer(source, graph, length)
     peak = _peak(source, graph, asked, length).bytes
     attentions = sum(isinstance(op, Attention) for op in graph)
     graph, records = lower(graph, plan, PassContext(context_length=length))
@@ -456,7 +469,7 @@ def check_model(
         else:
             total += num_bytes(value.weight)
     facts = describe(source)
-    notes = tuple(dict.fromkeys([*_left_out(source), *(n for r in records for n in r.notes)]))
+    notes = tuple(dict.fromkeys([*_left_out(source), *fewer, *(n for r in records for n in r.notes)]))
     caches = graph.facts.get("kv", [])
     a_token = sum(2 * kv["heads"] * kv_bytes(plan.kv_dtype, kv["head_dim"]) for kv in caches)
     return CheckReport(

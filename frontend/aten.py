@@ -12,7 +12,7 @@ from ..ir.core import Op, Value
 from ..ir.ops import attention, nn
 from ..ir.ops import math as m
 from ..ir.ops.select import TopK
-from ..ir.ops.shape import Arange, Gather
+from ..ir.ops.shape import Arange, Expand, Gather
 from ..ir.types import Dim
 from . import aten_composed as _aten_composed  # noqa: F401  # pyright: ignore[reportUnusedImport]  (registers)
 from . import aten_conv as _aten_conv  # noqa: F401  # pyright: ignore[reportUnusedImport]  (registers)
@@ -252,6 +252,14 @@ def _hits(c: Importer, x: Value, length: Dim) -> Value:
     return c.emit(m.Equal(*c.promote(column, c.emit(Arange(length=length, dtype=x.dtype)))))
 
 
+def _names_all(index: Value, length: Dim) -> bool:
+    """Whether the last axis names each place once: the places of as many of the largest as there are."""
+    made = index.producer
+    while isinstance(made, m.Cast) and "int" in made.dtype:
+        made = made.x.producer
+    return isinstance(made, TopK) and made.k == length == made.x.shape[-1]
+
+
 @aten("scatter.src")
 def _scatter(c: Importer, x: Value, dim: int, index: Value, src: Value) -> Value:
     """Numbers at the places of the last axis that `index` names, each place at most once: of a place that is
@@ -269,6 +277,8 @@ def _scatter(c: Importer, x: Value, dim: int, index: Value, src: Value) -> Value
 @aten("scatter.value")
 def _scatter_value(c: Importer, x: Value, dim: int, index: Value, value: Any) -> Value:
     """One number at the places of the last axis that `index` names."""
+    if _names_all(index, x.shape[-1]) and c.axis(dim, x) == -1 and index.shape == x.shape:
+        return c.emit(Expand(c.scalar(value, x.dtype), shape=x.shape))
     if c.axis(dim, x) != -1 or index.shape[:-1] != x.shape[:-1]:
         raise c.unsupported("scatter along another axis than the last, or to some of the rows")
     hits = c.cast(_hits(c, index, x.shape[-1]), "int32")

@@ -164,6 +164,15 @@ def export(
         ) from e
 
 
+class OtherSize(UnsupportedError):
+    """A size is not the same function of the number of tokens for all of them."""
+
+    def __init__(self, message: str, *, remedy: str, fewer: int | None) -> None:
+        """`fewer`: up to how many tokens it is, where that is known."""
+        super().__init__(message, remedy=remedy)
+        self.fewer = fewer
+
+
 def is_unproven(error: UnsupportedError) -> bool:
     """Whether a model could not be traced because of a relation of sizes that torch does not see through."""
     return "satisfy the generated guard" in str(error.__cause__)
@@ -213,8 +222,11 @@ def narrower(error: UnsupportedError, bound: int) -> tuple[int, bool] | None:
     it; and whether the model is another above it. None where that is not why it could not be traced.
 
     A model that cuts a table of positions to the number of tokens tells it from the table's own length, where
-    there is nothing to cut: what is traced below that length holds there too.
+    there is nothing to cut: what is traced below that length holds there too. One that picks a number of its
+    keys has them all where there are no more.
     """
+    if isinstance(error, OtherSize):
+        return (error.fewer, True) if error.fewer is not None and 2 <= error.fewer < bound else None
     found = _GUARD.search(str(error.__cause__))
     if found is None:
         return None

@@ -17,7 +17,7 @@ from . import aten
 from .aten_complex import Complex, complex_handler
 from .aten_table import REGISTERED, TABLE
 from .constants import Constants
-from .export import relation_holds
+from .export import OtherSize, relation_holds
 from .repeats import NAMESPACE, Bodies, CannotRepeat, Repeats
 from .sameness import same
 
@@ -138,11 +138,11 @@ class Importer:
 
         if type(e).__name__ not in ("Max", "Min") or len(e.args) != 2:
             return None
-        larger, smaller = e.args if type(e).__name__ == "Max" else e.args[::-1]
-        difference = bound_sympy(larger - smaller, self.ranges)
-        if difference.lower >= 0:
-            return larger
-        return smaller if difference.upper <= 0 else None
+        first, second = e.args if type(e).__name__ == "Max" else e.args[::-1]
+        difference = bound_sympy(e.args[0] - e.args[1], self.ranges)
+        if difference.lower >= 0:  # the first argument is the larger one
+            return first
+        return second if difference.upper <= 0 else None
 
     def expression(self, e: Any) -> Dim:
         if e.is_Integer:
@@ -169,9 +169,10 @@ class Importer:
         one = self.chosen(e)
         if one is not None:
             return self.expression(one)
-        raise UnsupportedError(
+        raise OtherSize(
             f"the size {e} in {self.location() or 'the model'} is no polynomial of the token count",
             remedy="report the model",
+            fewer=_turn(e),
         )
 
     def argument(self, a: Any) -> Any:
@@ -332,6 +333,14 @@ class Importer:
             a, b = max(start, last - size), min(end, last)
             found += self.part(piece, axis, a - last + size, b - last + size) if a < b else []
         return found
+
+
+def _turn(e: Any) -> int | None:
+    """Up to how many tokens the smaller of a number and a number of tokens is that of the tokens."""
+    if type(e).__name__ != "Min" or len(e.args) != 2:
+        return None
+    number, tokens = e.args if e.args[0].is_Integer else e.args[::-1]
+    return int(number) if number.is_Integer and tokens.is_Symbol else None
 
 
 def unread(nodes: Any) -> set[Any]:

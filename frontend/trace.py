@@ -334,10 +334,14 @@ def trace_module(
     module.eval()
     try:
         with experts.installed(module), settling(module) as settled:
-            if isinstance(example_inputs, Mapping):
-                program = export(module, (), dynamic_shapes, name, named)
-            else:
-                program = export(module, tuple(named.values()), dynamic_shapes, name)
+            by_name = isinstance(example_inputs, Mapping)
+            args, kwargs = ((), named) if by_name else (tuple(named.values()), None)
+            try:
+                program = export(module, args, dynamic_shapes, name, kwargs)
+            except UnsupportedError as error:
+                if not is_unproven(error):
+                    raise
+                program = export(module, args, dynamic_shapes, name, kwargs, asserting=True)
     finally:
         for m, training in modes.items():
             m.training = training

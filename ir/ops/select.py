@@ -8,7 +8,7 @@ from typing import Any
 from ..core import Op
 from ..define import Operand, op
 from ..errors import CompileError
-from ..types import TensorType
+from ..types import Dim, TensorType, evaluate
 
 Dims = Mapping[str, int]
 
@@ -22,17 +22,19 @@ class TopK(Op):
     """
 
     x: Operand
-    k: int
+    k: Dim
+    """A number; or the length of the last axis, where that is not known: all of it, in order."""
 
     def infer(self) -> list[TensorType]:
         width = self.x.shape[-1] if self.x.type.rank else 0
-        if not isinstance(width, int) or not 1 <= self.k <= width:
+        known = isinstance(width, int) and isinstance(self.k, int) and 1 <= self.k <= width
+        if not known and (self.k != width or width == 0):
             raise CompileError(
                 f"top_k: {self.k} of {self.x.type} ({self.loc or 'no module'})",
-                remedy="k must be 1 … the length of the last axis, which must be known",
+                remedy="k must be 1 … the length of the last axis, or that length",
             )
         return [TensorType("int64", (*self.x.shape[:-1], self.k))]
 
     def reference(self, dims: Dims, *args: Any) -> Any:
         # A stable sort, which torch.topk is not.
-        return args[0].sort(dim=-1, descending=True, stable=True).indices[..., : self.k]
+        return args[0].sort(dim=-1, descending=True, stable=True).indices[..., : evaluate(self.k, dims)]
