@@ -6,11 +6,13 @@ from .base import Pass
 from .cache.paging import PageKvCache
 from .cache.quantize import QuantizeKvCache
 from .canonicalize.cse import DropDead, MergeEqual
+from .canonicalize.dense_experts import ChooseExperts
 from .canonicalize.fold import FoldConstants
 from .canonicalize.moe import NormalizeExperts
 from .canonicalize.shapes import NormalizeShapes
 from .canonicalize.stacks import Unstack
 from .fuse.attention import FuseAttention
+from .fuse.chunks import OneChunk
 from .fuse.norm import FuseNorms
 from .fuse.projections import FuseGatedMlps, MergeProjections
 from .fuse.rope import FuseRotary
@@ -25,6 +27,7 @@ def canonicalize() -> list[Pass]:
         MergeEqual(),
         Unstack(),
         NormalizeShapes(),
+        ChooseExperts(),
         NormalizeExperts(),
         MergeEqual(),
         DropDead(),
@@ -40,6 +43,7 @@ def fuse() -> list[Pass]:
         NormalizeShapes(),
         FuseRotary(),
         FuseSinkScale(),
+        OneChunk(),
         FuseAttention(),
         NormalizeShapes(),
         FuseGatedMlps(),
