@@ -162,7 +162,7 @@ def _model_facts(source: ModelSource, graph: Graph, context: int | None) -> dict
     held = graph.facts.get("positions")
     context = min(context, held) if context is not None and held is not None else context
     width = graph.outputs[0].shape[-1] if graph.outputs[0].type.rank else None
-    types = {name: graph.facts[name] for name in ("token_types", "state") if name in graph.facts}
+    types = {name: graph.facts[name] for name in ("token_types", "state", "alone") if name in graph.facts}
     rope = _rope_facts(source)
     return {
         **source.use,

@@ -101,14 +101,15 @@ def _repeat_interleave(
 
 @aten("repeat.default")
 def _repeat(c: Importer, x: Value, repeats: Sequence[Dim]) -> Value:
-    times = [n for n in repeats if isinstance(n, int) and n > 0]
-    if len(times) != len(repeats):
-        raise c.unsupported("repeating a tensor a symbolic number of times")
     lead = len(repeats) - x.type.rank
     x = reshaped(c, x, (*(1,) * lead, *x.shape))
-    for i, n in enumerate(times):
-        if n != 1:
-            x = c.emit(shape.Concat([x] * n, axis=i - len(repeats)))
+    for i, n in enumerate(repeats):
+        if isinstance(n, int) and n > 0:
+            x = c.emit(shape.Concat([x] * n, axis=i - len(repeats))) if n != 1 else x
+        elif x.shape[i] == 1:
+            x = c.emit(shape.Expand(x, shape=(*x.shape[:i], n, *x.shape[i + 1 :])))
+        else:
+            raise c.unsupported("repeating a tensor a symbolic number of times")
     return x
 
 

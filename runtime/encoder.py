@@ -31,8 +31,11 @@ STEP_TOKENS = 1024
 class WholeSequences:
     """Steps over an executor whose cache nobody else uses meanwhile."""
 
-    def __init__(self, executor: Executor, pages: int, tokens: int = STEP_TOKENS) -> None:
-        """`pages`: how many were allocated; `tokens` of a step."""
+    def __init__(
+        self, executor: Executor, pages: int, tokens: int = STEP_TOKENS, *, alone: bool = False
+    ) -> None:
+        """`pages`: how many were allocated; `tokens` of a step; `alone`: a step takes one sequence."""
+        self._alone = alone
         self._executor = executor
         self._pages = pages
         self._tokens = tokens
@@ -49,7 +52,7 @@ class WholeSequences:
         start = tokens = pages = 0
         for i, length in enumerate(lengths):
             needed = -(-length // self._executor.page_size)
-            if i > start and (tokens + length > self._tokens or pages + needed > self._pages):
+            if i > start and (self._alone or tokens + length > self._tokens or pages + needed > self._pages):
                 yield slice(start, i)
                 start, tokens, pages = i, 0, 0
             tokens, pages = tokens + length, pages + needed
@@ -110,13 +113,17 @@ def _joined(parts: Sequence[Sequence[int]]) -> np.ndarray:
 
 
 def run_whole(
-    engine: Engine, sequences: Sequence[Sequence[int]], work: Callable[[WholeSequences, slice], np.ndarray]
+    engine: Engine,
+    sequences: Sequence[Sequence[int]],
+    work: Callable[[WholeSequences, slice], np.ndarray],
+    *,
+    alone: bool = False,
 ) -> np.ndarray:
     """What `work` makes of each step's sequences, joined along the first axis, over an engine that nobody
-    steps meanwhile. Raises ContextLengthError for a sequence that is too long.
+    steps meanwhile; `alone`: a step takes one sequence. Raises ContextLengthError for one that is too long.
     """
     checked = [engine.scorable(one) for one in sequences]
-    whole = WholeSequences(engine.executor, engine.kv.pages, max(STEP_TOKENS, engine.limit))
+    whole = WholeSequences(engine.executor, engine.kv.pages, max(STEP_TOKENS, engine.limit), alone=alone)
     parts = whole.batches([len(one) for one in checked])
     done = [work(whole, part).copy() for part in parts]
     return np.concatenate(done) if done else np.zeros(0, np.float32)
@@ -138,6 +145,13 @@ def relevance(scores: np.ndarray) -> np.ndarray:
     than no.
     """
     return scores[:, 0].copy() if scores.shape[1] == 1 else scores[:, 1] - scores[:, 0]
+
+
+def reads_alone(model: Mapping[str, object]) -> bool:
+    """Whether a model, by its manifest, takes one sequence a step: its tokens meet in ways that would have
+    those of several meet too.
+    """
+    return bool(model.get("alone"))
 
 
 def token_types(model: Mapping[str, object]) -> bool:

@@ -18,7 +18,7 @@ from ..ir.errors import InputError
 from .async_engine import AsyncEngine, Stream
 from .chat_template import ChatTemplate, Message
 from .custom_sampler import Sampler, make_sampler
-from .encoder import check_pairs, relevance, run_whole, token_types
+from .encoder import check_pairs, reads_alone, relevance, run_whole, token_types
 from .engine import Engine, EngineStats
 from .executor.base import Executor
 from .function_inputs import checked_inputs
@@ -421,10 +421,11 @@ class LLM:
         """
         if self.kind != "encoder":
             raise InputError("this artifact is no encoder", remedy="compile an encoder model")
-        way = (self.artifact.model.get("pooling") if self.artifact is not None else None) or "mean"
+        facts = self.artifact.model if self.artifact is not None else {}
+        way, alone = facts.get("pooling") or "mean", reads_alone(facts)
         ids = [self.prompt_ids(prompt) for prompt in prompts]
         with self.engine.paused() as engine:
-            return run_whole(engine, ids, lambda whole, part: whole.vectors(ids[part], way))
+            return run_whole(engine, ids, lambda whole, part: whole.vectors(ids[part], way), alone=alone)
 
     def rank(self, query: str, documents: Sequence[str]) -> np.ndarray:
         """How well each document answers a query, [N] float32, by a cross-encoder that reads both: logits, of
@@ -447,6 +448,7 @@ class LLM:
                 engine,
                 ids,
                 lambda whole, part: relevance(whole.step(ids[part], "first", types[part] if told else None)),
+                alone=reads_alone(self.artifact.model),
             )
         return scores, sum(map(len, ids))
 

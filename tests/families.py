@@ -83,7 +83,10 @@ def _rows(graph: Any, task: str, first: list[int], second: list[int]) -> list[An
 
     paged = PagedRun(graph)
     if task != "causal_lm":
-        b, a = paged.step([("b", second), ("a", first)])
+        if graph.facts.get("alone"):
+            a, b = (PagedRun(graph).step([("a", one)])[0] for one in (first, second))
+        else:
+            b, a = paged.step([("b", second), ("a", first)])
         return [a, b] if task == "encoder" else [a[:1], b[:1]]
     head = paged.step([("a", first[:17])])[0]
     tail, whole = paged.step([("a", first[17:]), ("b", second)])

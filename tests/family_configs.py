@@ -77,6 +77,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"] * 2,
         "num_kv_shared_layers": 2,
     },
+    # As published: what queries and keys say of distances, not only of each other.
+    "deberta (disentangled)": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
+    "deberta-v2 (disentangled)": {
+        "relative_attention": True,
+        "pos_att_type": ["p2c", "c2p"],
+        "position_buckets": 8,
+        "share_att_key": True,
+        "norm_rel_ebd": "layer_norm",
+        "position_biased_input": False,
+    },
     "mamba2": {"num_heads": 8, "n_groups": 2, "state_size": 16, "chunk_size": 16},
     "glm4v_moe_text": {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1]}},
     "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},

@@ -26,12 +26,23 @@ OF_EACH_KIND = {
     "mpnet": "a number of each distance, from buckets",
     "qwen3_5_text": "positions of three coordinates, tables put together from parts",
     "gemma3n_text": "hidden states stacked before the batch, layers without keys of their own",
+    "deberta-v2 (disentangled)": "scores of queries, keys and distances, one text a step",
+    "llama4_text": "chunks of positions, experts of weighted inputs",
+    "glm_moe_dsa": "an indexer that picks keys",
 }
-SLOW = ("falcon (alibi)", "deepseek_v2", "openai-gpt", "qwen3_5_text", "gemma3n_text")
+SLOW = (
+    "falcon (alibi)",
+    "deepseek_v2",
+    "openai-gpt",
+    "qwen3_5_text",
+    "gemma3n_text",
+    "llama4_text",
+    "glm_moe_dsa",
+)
 KERNELS = (*OF_EACH_KIND, "falcon (new)", "deepseek_v3", "xglm", "esm", "roformer", "modernbert-decoder")
 REFUSED = {
     "bart": "is an encoder-decoder",
-    "deberta-v2": "the keys are not transposed in the last two axes",
+    "doge": "the mask is not understood",
 }
 
 

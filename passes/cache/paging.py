@@ -268,6 +268,9 @@ def _candidates(graph: Graph) -> str:
 class PageKvCache(Pass):
     """Turn the whole-sequence graph into the ragged paged step.
 
+    An encoder or classifier whose tokens meet otherwise than in attention that was recognised stays as it is:
+    its step takes one sequence, which the graph's fact `alone` says.
+
     Options: `page_size` tokens a page; `kv_dtype` of the cache, a type of floats.
     """
 
@@ -285,7 +288,9 @@ class PageKvCache(Pass):
 
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         attentions = [op for op in graph if isinstance(op, Attention)]
-        if not attentions and (not recurrences(graph) or any(isinstance(op, Sdpa) for op in graph)):
+        whole = graph.facts.get("kind") in ("encoder", "classifier")
+        unknown = not recurrences(graph) or any(isinstance(op, Sdpa) for op in graph)
+        if not attentions and unknown and not whole:
             why = _reason(context) or _candidates(graph)
             raise UnsupportedError(
                 f"{graph.name} holds no attention that was recognised{why}",
@@ -314,6 +319,10 @@ class PageKvCache(Pass):
             refusal = row_mixing(op)
             if refusal is not None and not isinstance(op, (AppendKv, PagedAttention)):
                 where = op.loc or graph.name
+                if whole:
+                    graph.facts["alone"] = True
+                    notes.append(f"{op.opname} in {where} {refusal}: a step takes one text, not many")
+                    break
                 raise UnsupportedError(
                     f"{op.opname} in {where} {refusal}: sequences would meet{_reason(context)}",
                     remedy="report the model",

@@ -20,7 +20,6 @@ from ...ir.core import Graph, Op, Value
 from ...ir.dtypes import to_numpy
 from ...ir.interpreter import to_torch
 from ...ir.ops import math as m
-from ...ir.ops.nn import Linear
 from ...ir.ops.shape import Arange, Concat, Expand, Full, Gather, Index, Reshape, Slice, Transpose
 from ...ir.rewriter import Any, Const, Match, Or, P, Rewriter, Rule, apply_rules, constant
 from ...ir.types import TensorType
@@ -360,7 +359,7 @@ def fold_weights(graph: Graph) -> int:
         for d in op.results[0].shape if op.results else ():
             size = size * d if isinstance(d, int) else FOLD_LIMIT + 1
         weights = [v for v in op.operands if v.is_weight]
-        if len(op.results) != 1 or not weights or size > FOLD_LIMIT or isinstance(op, Linear | Expand):
+        if len(op.results) != 1 or not weights or size > FOLD_LIMIT or isinstance(op, Expand):
             continue
         if not all(v.is_weight or constant(v) is not None for v in op.operands) or op.opname == "embedding":
             continue

@@ -10,7 +10,7 @@ import numpy as np
 
 from ...codegen.artifact import Artifact
 from ...ir.errors import InputError
-from ..encoder import STEP_TOKENS, WholeSequences
+from ..encoder import STEP_TOKENS, WholeSequences, reads_alone
 from ..executor import open_executor
 from ..verified import verify_once
 
@@ -32,7 +32,9 @@ class EncoderSteps:
         tokens = max(STEP_TOKENS, longest)
         pages = WholeSequences.pages_for(executor, tokens)
         executor.allocate_kv(pages)
-        self._sequences: WholeSequences | None = WholeSequences(executor, pages, tokens)
+        self._sequences: WholeSequences | None = WholeSequences(
+            executor, pages, tokens, alone=reads_alone(artifact.model)
+        )
         self._lock = threading.Lock()
         self.width = executor.vocab_size
         """Columns of a result."""
