@@ -157,10 +157,15 @@ def _rope_facts(source: ModelSource) -> dict[str, Any] | None:
     return facts
 
 
+def _held(graph: Graph, context: int | None) -> int | None:
+    """The longest sequence that was asked for, or as long a one as the graph holds for."""
+    held = graph.facts.get("positions")
+    return min(context, held) if context is not None and held is not None else context
+
+
 def _model_facts(source: ModelSource, graph: Graph, context: int | None) -> dict[str, Any]:
     facts = describe(source) if source.config is not None else {}
-    held = graph.facts.get("positions")
-    context = min(context, held) if context is not None and held is not None else context
+    context = _held(graph, context)
     width = graph.outputs[0].shape[-1] if graph.outputs[0].type.rank else None
     types = {name: graph.facts[name] for name in ("token_types", "state", "alone") if name in graph.facts}
     rope = _rope_facts(source)
@@ -473,7 +478,7 @@ def check_model(
     caches = graph.facts.get("kv", [])
     a_token = sum(2 * kv["heads"] * kv_bytes(plan.kv_dtype, kv["head_dim"]) for kv in caches)
     return CheckReport(
-        {**facts, "context": length, "rope_scaling": _rope_facts(source)},
+        {**facts, "context": _held(graph, length), "rope_scaling": _rope_facts(source)},
         len(graph.ops),
         attentions or len(caches),
         a_token,

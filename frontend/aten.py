@@ -255,7 +255,7 @@ def _hits(c: Importer, x: Value, length: Dim) -> Value:
 def _names_all(index: Value, length: Dim) -> bool:
     """Whether the last axis names each place once: the places of as many of the largest as there are."""
     made = index.producer
-    while isinstance(made, m.Cast) and "int" in made.dtype:
+    while isinstance(made, m.Cast) and made.dtype in ("int32", "int64"):
         made = made.x.producer
     return isinstance(made, TopK) and made.k == length == made.x.shape[-1]
 

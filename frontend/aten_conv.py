@@ -157,6 +157,8 @@ def _pad(
     mode, value = ("constant", mode) if isinstance(mode, int | float) else (mode, value)
     if mode != "constant":
         raise c.unsupported(f"padding by {mode}")
+    if not all(isinstance(n, int) for n in widths):
+        raise c.unsupported("padding by as much as there are tokens")
     for axis, before, behind in zip(itertools.count(-1, -1), widths[::2], widths[1::2], strict=False):
         if before > 0 and behind == -before and not value and _tokens_along(x, axis):
             x = earlier(c, x, before)

@@ -283,12 +283,13 @@ class Importer:
             raise self.unsupported(f"operator {node.target} on a part of another tensor")
 
     def may_settle(self, memory: Any, changed: Any) -> bool:
-        """Whether what is written to is a whole weight, that no other name of the program holds, of a model
-        that changes its weights once.
+        """Whether what is written to is a whole weight that no other name of the program holds and that
+        nothing has read, of a model that changes its weights once.
         """
         value = self.values[memory]
         once = sum(other is value for other in self.values.values()) == 1
-        weight = self.settles and changed is memory and once and value.weight is not None
+        unread = all(user >= self.node for user in memory.users)
+        weight = self.settles and changed is memory and once and unread and value.weight is not None
         if weight and self.bodies is not None:
             raise CannotRepeat
         return weight

@@ -1,6 +1,6 @@
 """Models that change their own weights once, the first time they run.
 
-Such a model notes in an attribute that it has done so (weights that are divided for inference, say); what it
+Such a model notes in a flag that it has done so (weights that are divided for inference, say); what it
 computes from then on is what is to be compiled. A trace is its first run, so the change is in the program, as
 an operator on a weight. Without such a note it would change them each time, which a compiled function cannot.
 """
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 @dataclass
 class Settling:
     noted: bool = False
-    """Whether a module's own attributes were others behind its run than before it."""
+    """Whether a flag of some module was another behind its run than before it."""
 
 
 @contextmanager
 def settling(model: torch.nn.Module) -> Generator[Settling]:
     """Within it, a run of the model is looked at for what it notes. (torch.export puts attributes back.)"""
-    before = {module: _plain(module) for module in model.modules()}
+    before = {module: _flags(module) for module in model.modules()}
     found = Settling()
 
     def look(*_: Any) -> None:
-        found.noted = any(_plain(module) != attributes for module, attributes in before.items())
+        found.noted = any(_flags(module) != flags for module, flags in before.items())
 
     hook = model.register_forward_hook(look)
     try:
@@ -38,5 +38,6 @@ def settling(model: torch.nn.Module) -> Generator[Settling]:
         hook.remove()
 
 
-def _plain(module: torch.nn.Module) -> dict[str, Any]:
-    return {n: x for n, x in vars(module).items() if x is None or isinstance(x, bool | int | float | str)}
+def _flags(module: torch.nn.Module) -> dict[str, bool]:
+    """Its attributes that are true or false. A number may count how often it ran."""
+    return {name: x for name, x in vars(module).items() if isinstance(x, bool)}

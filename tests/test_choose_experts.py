@@ -14,7 +14,7 @@ from llmc.ir.interpreter import run
 from llmc.passes.base import PassContext
 from llmc.passes.canonicalize.dense_experts import ChooseExperts
 from llmc.passes.manager import run_passes
-from llmc.passes.pipelines import canonicalize
+from llmc.passes.pipelines import canonicalize, function
 from torch import nn
 
 from .families import save_family
@@ -92,3 +92,17 @@ def test_attention_in_chunks_is_compiled_for_one(tmp_path: Path) -> None:
     checked = check_model(folder)
     assert any("chunks of 16 tokens" in note for note in checked.notes)
     assert not any("chunks of" in note for note in check_model(folder, context=16).notes)
+
+
+def test_chunks_of_a_function_stay_chunks() -> None:
+    """Nobody holds its lengths to one of them."""
+
+    class Chunked(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            at = torch.arange(x.shape[0]) // 4
+            return (at[:, None] == at[None, :]).float() @ x
+
+    graph = trace_module(Chunked(), (torch.zeros(6, 3),), dynamic_shapes=({0: torch.export.Dim("T", min=2)},))
+    graph, _ = run_passes(graph, function([]), PassContext())
+    x = torch.randn(11, 3)
+    torch.testing.assert_close(run(graph, {"x": x})[0], Chunked()(x))

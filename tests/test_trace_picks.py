@@ -72,5 +72,6 @@ def test_a_model_that_picks_keys_is_compiled_for_as_many(tmp_path: Path) -> None
     save_tokenizer(folder)
     checked = check_model(folder)
     assert any("64 of its" in note for note in checked.notes)
+    assert checked.facts["context"] == 64
     artifact = llmc.compile(folder, tmp_path / "artifact", targets=["null"])
     assert artifact.manifest["model"]["context_length"] == 64

@@ -39,8 +39,29 @@ def test_a_weight_that_is_changed_once_is_compiled_as_it_is_behind_that() -> Non
     torch.testing.assert_close(model(X), got)
 
 
-@pytest.mark.parametrize("model", [Halving(once=False), Halving(once=True, part=True)])
-def test_a_weight_that_is_changed_each_time_or_in_part_is_refused(model: nn.Module) -> None:
+class Counting(Halving):
+    """Halves a weight each time, and counts."""
+
+    def __init__(self) -> None:
+        super().__init__(once=False)
+        self.times = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.times += 1
+        return super().forward(x)
+
+
+class Late(Halving):
+    """Halves a weight behind its use: the first result is another than all others."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) + super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "model", [Halving(once=False), Halving(once=True, part=True), Counting(), Late(once=True)]
+)
+def test_a_weight_that_is_changed_each_time_late_or_in_part_is_refused(model: nn.Module) -> None:
     with pytest.raises(UnsupportedError, match=r"linear\.weight while it runs|a part of a tensor"):
         trace_module(model, (X,))
 
