@@ -149,7 +149,7 @@ def _takes_first(node: Any, count: Dim, c: Importer) -> bool:
 
 @aten("constant_pad_nd.default", "pad.default")
 def _pad(
-    c: Importer, x: Value, widths: Sequence[int], mode: Any = "constant", value: float | None = None
+    c: Importer, x: Value, widths: Sequence[Dim], mode: Any = "constant", value: float | None = None
 ) -> Value:
     """`widths`: before and behind, of the last axis, of the one before it, …; below zero they cut. Zeros
     before the tokens and as many of the last ones cut off are tokens from further back.
@@ -157,9 +157,10 @@ def _pad(
     mode, value = ("constant", mode) if isinstance(mode, int | float) else (mode, value)
     if mode != "constant":
         raise c.unsupported(f"padding by {mode}")
-    if not all(isinstance(n, int) for n in widths):
+    known = [n for n in widths if isinstance(n, int)]
+    if len(known) != len(widths):
         raise c.unsupported("padding by as much as there are tokens")
-    for axis, before, behind in zip(itertools.count(-1, -1), widths[::2], widths[1::2], strict=False):
+    for axis, before, behind in zip(itertools.count(-1, -1), known[::2], known[1::2], strict=False):
         if before > 0 and behind == -before and not value and _tokens_along(x, axis):
             x = earlier(c, x, before)
             continue
@@ -167,12 +168,17 @@ def _pad(
         if before < 0 or behind < 0:
             end = length + min(behind, 0)
             x = c.emit(shape.Slice(x, axis=axis, start=max(-before, 0), stop=end))
-        number = c.scalar(value or 0, x.dtype)
-        sides = [(*x.shape[:axis], n, *x.shape[len(x.shape) + axis + 1 :]) for n in (before, behind)]
-        filled = [c.emit(shape.Expand(number, shape=s)) if s[axis] > 0 else None for s in sides]
-        pieces = [one for one in (filled[0], x, filled[1]) if one is not None]
-        x = c.emit(shape.Concat(pieces, axis=axis)) if len(pieces) > 1 else x
+        left, right = (_sides(c, x, axis, count, value or 0) for count in (before, behind))
+        x = c.emit(shape.Concat([*left, x, *right], axis=axis)) if left or right else x
     return x
+
+
+def _sides(c: Importer, x: Value, axis: int, count: int, number: float) -> list[Value]:
+    """A number `count` times along an axis, to join with a value; nothing where it is not above zero."""
+    if count <= 0:
+        return []
+    side = (*x.shape[:axis], count, *x.shape[x.type.rank + axis + 1 :])
+    return [c.emit(shape.Expand(c.scalar(number, x.dtype), shape=side))]
 
 
 @aten("cat.default", "concat.default", "concatenate.default")
@@ -181,15 +187,18 @@ def _cat(c: Importer, xs: Sequence[Value], dim: int = 0) -> Value:
     axis = c.axis(dim, xs[0])
     if len(xs) == 1:
         return c.cast(xs[0], dtype)
-    if len(xs) == 2 and (whole := _all_but_last(xs[1], xs[0].shape[axis], axis)) and is_zero(xs[0]):
-        return c.cast(earlier(c, whole, xs[0].shape[axis]), dtype)
+    count = xs[0].shape[axis]
+    if len(xs) == 2 and isinstance(count, int) and is_zero(xs[0]):
+        whole = _all_but_last(xs[1], count, axis)
+        if whole is not None:
+            return c.cast(earlier(c, whole, count), dtype)
     return c.emit(shape.Concat([c.cast(x, dtype) for x in xs], axis=axis))
 
 
-def _all_but_last(x: Value, count: Dim, axis: int) -> Value | None:
+def _all_but_last(x: Value, count: int, axis: int) -> Value | None:
     """The tokens of which a value holds all but the last `count`."""
     cut = x.producer
-    if not isinstance(cut, shape.Slice) or not isinstance(count, int) or not _tokens_along(cut.x, axis):
+    if not isinstance(cut, shape.Slice) or not _tokens_along(cut.x, axis):
         return None
     first = cut.axis == axis and cut.start == 0 and cut.step == 1
     return cut.x if first and cut.stop + count == cut.x.shape[axis] else None

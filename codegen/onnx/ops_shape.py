@@ -88,4 +88,4 @@ def gather(c: Context, op: ir.Gather) -> str:
 @emits("top_k")
 def top_k(c: Context, op: TopK) -> str:
     """ONNX breaks ties as the op does: the lower index first."""
-    return c.scope.many("TopK", [c.name(op.x), c.scope.i64(op.k)], 2, axis=-1, largest=1, sorted=1)[1]
+    return c.scope.many("TopK", [c.name(op.x), c.dims.shape((op.k,))], 2, axis=-1, largest=1, sorted=1)[1]
