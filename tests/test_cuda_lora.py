@@ -335,6 +335,7 @@ def memory(llm: LLM) -> CudaAdapters:
     return found
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_adapters_come_and_go_between_steps(opened: tuple[LLM, Driver], folder: Path) -> None:
     """Logits are PEFT's as nearly as the base's are transformers'; each answer of a batch is the one that its

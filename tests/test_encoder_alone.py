@@ -65,7 +65,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-@pytest.fixture(scope="module", params=TARGETS)
+@pytest.fixture(scope="module", params=[pytest.param("tvm-cpu", marks=pytest.mark.slow), "onnx-cpu"])
 def artifacts(request: pytest.FixtureRequest, folder: Path) -> dict[str, Artifact]:
     """The encoder and the classifier, for each target."""
     target = request.param

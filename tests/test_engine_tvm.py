@@ -47,7 +47,13 @@ HERE = f"tvm-cpu:isa={ISA}"
 FACTS = ModelFacts(vocab_size=VOCAB_SIZE, context_length=CONTEXT, eos_token_ids=(2,))
 
 
-@pytest.fixture(scope="module", params=sorted(MODELS))
+SLOW = ("gemma2", "qwen3")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in sorted(MODELS)],
+)
 def compiled(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, Executor]:

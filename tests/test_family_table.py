@@ -76,6 +76,7 @@ def document() -> dict[str, tuple[str, bool]]:
     return {row[0]: (row[2], "!" not in row[4]) for row in cells[1:]}
 
 
+@pytest.mark.slow
 def test_every_family_of_transformers_is_in_the_document_and_sixty_match() -> None:
     rows = document()
     assert list(rows) == families()
