@@ -88,9 +88,26 @@ def _forward(gates: dict[int, Gate]) -> Callable[..., Any]:
         biases = [getattr(module, f"{name}_bias") if module.has_bias else None for name in names]
         form = (*dataclasses.astuple(gate), module.is_transposed)
         experts = (*(getattr(module, name) for name in names), *biases)
-        return operator(hidden, indices, weights.to(hidden.dtype), *experts, *form)
+
+        def computed(places: Any, shares: Any) -> Any:
+            return operator(hidden, places, shares, *experts, *form)
+
+        weights = weights.to(hidden.dtype)
+        if module.has_post_expert_norm:
+            return _normalised(module.post_expert_norm, computed, indices, weights)
+        return computed(indices, weights)
 
     return forward
+
+
+def _normalised(norm: Any, computed: Callable[..., Any], indices: Any, weights: Any) -> Any:
+    """The weighted sum of normalised results: each token's first choice, its second, …, one operator each."""
+    import torch
+
+    whole = torch.ones_like(weights[:, :1])
+    return sum(
+        norm(computed(indices[:, j : j + 1], whole)) * weights[:, j : j + 1] for j in range(indices.shape[-1])
+    )
 
 
 @functools.cache
@@ -114,17 +131,11 @@ def gate_of(path: str, module: Any) -> Gate:
     """What a module of experts computes between its two products. Raises UnsupportedError for what is no
     `Gate`.
     """
-    gate = None
-    reason = f"have {'a gate' if module.has_gate else 'an activation'} of a kind that is not known"
-    if module.has_post_expert_norm:
-        reason = "normalise their results"
-    elif module.has_gate:
-        gate = _found(module._apply_gate)
-    else:
-        gate = _found_activation(module.act_fn)
+    gate = _found(module._apply_gate) if module.has_gate else _found_activation(module.act_fn)
     if gate is None:
+        kind = "a gate" if module.has_gate else "an activation"
         raise UnsupportedError(
-            f"the experts of {path} {reason}",
+            f"the experts of {path} have {kind} of a kind that is not known",
             remedy="add it to Gate in ir/ops/moe.py, or report the model",
         )
     return gate

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..ir.errors import InputError, LlmcError, UnsupportedError
-from .text_part import headed
+from .text_part import built, headed
 
 if TYPE_CHECKING:
     import torch
@@ -64,11 +64,7 @@ def model_class(config: Any) -> tuple[type[torch.nn.Module], Task]:
         cls = _first(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[kind])
         if cls.__name__ in named:
             return cls, "classifier"
-    if (
-        kind in MODEL_MAPPING
-        and named
-        and (whole := headed(_first(MODEL_MAPPING[kind]), named[0])) is not None
-    ):
+    if kind in MODEL_MAPPING and named and (whole := headed(_first(MODEL_MAPPING[kind]), config)) is not None:
         return whole, "causal_lm"
     if kind in MODEL_MAPPING and (_is_encoder(config) or not named):
         return _first(MODEL_MAPPING[kind]), "encoder"
@@ -131,6 +127,15 @@ def instantiate(config: Any, attn: str = "sdpa") -> torch.nn.Module:
         ) from error
     model.tie_weights()
     return model.eval()
+
+
+def instantiate_whole(config: Any) -> torch.nn.Module:
+    """The model that takes more than text, whose text model has the configuration `config`."""
+    import torch
+    from transformers.initialization import no_init_weights
+
+    with _meta_parameters(), no_init_weights(), torch.no_grad():
+        return built(config.whole)
 
 
 def _check_layers(config: Any, name: str) -> None:

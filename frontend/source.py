@@ -22,8 +22,8 @@ from .conversions import apply_conversions, complete, to_numpy_array
 from .gguf import GGUFFile, read_gguf
 from .quantized import describe_quantization, open_quantized
 from .sentences import sentence_facts
-from .skeleton import Task, instantiate, model_class
-from .text_part import text_part, text_tensors
+from .skeleton import Task, instantiate, instantiate_whole, model_class
+from .text_part import stands_alone, text_part, text_tensors
 from .weights import open_gguf_tensors
 
 if TYPE_CHECKING:
@@ -110,13 +110,16 @@ class ModelSource:
             return {
                 name: ArrayTensor(to_numpy_array(one), f"{self.name}:{name}") for name, one in state.items()
             }
-        assert self.path is not None
-        tensors = hf.open_weights(self.path)
-        if self.whole is not None:
-            tensors = text_tensors(tensors)
+        tensors = self._files if self.whole is None else text_tensors(self._files)
         if self.quantization is not None:
             return open_quantized(tensors, self.quantization, self.name)
         return tensors
+
+    @cached_property
+    def _files(self) -> Mapping[str, LazyTensor]:
+        """The tensors of a folder's files, by their names there."""
+        assert self.path is not None
+        return hf.open_weights(self.path)
 
     @cached_property
     def weights(self) -> Mapping[str, LazyTensor]:
@@ -130,12 +133,20 @@ class ModelSource:
         if self.gguf is not None:
             weights = gguf_model.map_weights(self.gguf, model, self.stored)
         else:
-            from transformers.conversion_mapping import get_model_conversion_mapping
-
-            weights, self.unused_tensors = apply_conversions(
-                model, self.stored, get_model_conversion_mapping(model)
-            )
+            weights = self._converted(model)
         return complete(model, weights, self.name)
+
+    def _converted(self, model: Any) -> dict[str, LazyTensor]:
+        """The checkpoint's tensors by the model's names, converted as transformers does."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        if self.whole is None or self.quantization is not None or stands_alone(self.config, self._files):
+            mapping = get_model_conversion_mapping(model)
+            weights, self.unused_tensors = apply_conversions(model, self.stored, mapping)
+            return weights
+        whole: Any = instantiate_whole(self.config)
+        weights, _ = apply_conversions(whole, self._files, get_model_conversion_mapping(whole))
+        return dict(text_tensors(weights))
 
     @property
     def quantization_of_source(self) -> str | None:

@@ -6,10 +6,12 @@ of a class that transformers has too; its tensors stand in the same files under 
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping
 from typing import Any
 
+from ..ir.errors import UnsupportedError
 from ..ir.weights import LazyTensor
 
 _PART = re.compile(r"^(model\.)?(?:language_model|text_model)\.")
@@ -32,7 +34,8 @@ def text_part(config: Any) -> Any | None:
         return None
     if name is None:
         return None
-    text.architectures = [name]
+    text = copy.deepcopy(text)
+    text.architectures, text.whole = [name], config
     # The whole model ties by its own configuration, and not where that does not say.
     text.tie_word_embeddings = getattr(config, "tie_word_embeddings", False)
     return text
@@ -48,13 +51,13 @@ def _class_name(text: Any) -> str | None:
     return _first(MODEL_MAPPING[type(text)]).__name__ + _WITH_HEAD if type(text) in MODEL_MAPPING else None
 
 
-def headed(base: type[Any], name: str) -> type[Any] | None:
-    """The causal language model `name` of a text model that transformers has without its head; None for names
-    that are not from `text_part`.
+def headed(base: type[Any], config: Any) -> type[Any] | None:
+    """The causal language model of a text model that transformers has without its head; None for
+    configurations that are not from `text_part`.
     """
-    if name != base.__name__ + _WITH_HEAD:
+    name, whole = base.__name__ + _WITH_HEAD, getattr(config, "whole", None)
+    if whole is None or name not in config.architectures:
         return None
-    import torch
     from transformers import PreTrainedModel
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -62,7 +65,7 @@ def headed(base: type[Any], name: str) -> type[Any] | None:
     common = next(one for one in base.__mro__[1:] if issubclass(one, PreTrainedModel))
 
     class WithHead(common):
-        """The text model, and the output head that stands beside it in the whole one."""
+        """The text model, and what the whole one makes of its hidden states."""
 
         config_class = base.config_class
         base_model_prefix = "model"
@@ -70,18 +73,71 @@ def headed(base: type[Any], name: str) -> type[Any] | None:
         def __init__(self, config: Any) -> None:
             super().__init__(config)
             self.model = base(config)
-            self.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            head = _Head(whole)
+            self.lm_head = head.linear
+            self._head = (head,)  # no module of this one
             self.post_init()
 
         def forward(self, input_ids: Any, **options: Any) -> Any:
             """Logits of every token."""
             hidden = self.model(input_ids=input_ids, **options).last_hidden_state
-            return CausalLMOutputWithPast(logits=self.lm_head(hidden))
+            return CausalLMOutputWithPast(logits=self._head[0](input_ids, hidden))
 
     made: Any = WithHead
     made.__name__ = made.__qualname__ = name
     made._tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     return made
+
+
+def built(config: Any) -> Any:
+    """A model that takes more than text, of its configuration, in float32."""
+    import torch
+    import transformers
+
+    cls = getattr(transformers, config.architectures[0], None)
+    if getattr(cls, "config_class", None) is not type(config):
+        raise UnsupportedError(
+            f"transformers has no {config.architectures[0]}, in which the text model stands",
+            remedy="give its text model alone",
+        )
+    return cls._from_config(copy.deepcopy(config), dtype=torch.float32, attn_implementation="eager")
+
+
+class _Head:
+    """What a model that takes more than text makes of hidden states: logits, which it may scale and cap.
+
+    It is the model's own forward, in which what comes before the head is told the hidden states.
+    """
+
+    def __init__(self, config: Any) -> None:
+        import torch
+
+        class Told(torch.nn.Module):
+            hidden: Any = None
+
+            def forward(self, *_: Any, **__: Any) -> _Outputs:
+                return _Outputs((self.hidden,))
+
+        self._whole = built(config)
+        self.linear = self._whole.lm_head
+        self._told = Told()
+        for name, _ in list(self._whole.named_children()):
+            if f"{name}." != _HEAD:
+                setattr(self._whole, name, self._told)
+        self._whole.eval()
+
+    def __call__(self, input_ids: Any, hidden: Any) -> Any:
+        self._told.hidden = hidden
+        return self._whole(input_ids=input_ids).logits
+
+
+class _Outputs(tuple[Any, ...]):
+    """Hidden states as a model returns them, and nothing else."""
+
+    __slots__ = ()
+
+    def __getattr__(self, name: str) -> Any:
+        return self[0] if name == "last_hidden_state" else None
 
 
 def _first(entry: Any) -> type[Any]:
@@ -95,11 +151,19 @@ def text_name(name: str) -> str:
 
 def text_tensors(stored: Mapping[str, LazyTensor]) -> Mapping[str, LazyTensor]:
     """Tensors of the text model by the names that they have in it: `language_model.model.norm.weight` and
-    `model.language_model.norm.weight` are `model.norm.weight`. All of them where none is named as a part's.
+    `model.language_model.norm.weight` are `model.norm.weight`. All of them where none is named as a part's
+    (`stands_alone`).
     """
     found = {text_name(name): tensor for name, tensor in stored.items() if _PART.match(name)}
     heads = {name: tensor for name, tensor in stored.items() if name.startswith(_HEAD)}
     return heads | found if found else stored
 
 
-__all__ = ["headed", "text_name", "text_part", "text_tensors"]
+def stands_alone(config: Any, stored: Mapping[str, LazyTensor]) -> bool:
+    """Whether transformers takes the text model's tensors from a whole one's files as from those of the text
+    model: they are named after the part, and it has the text model as one of its own.
+    """
+    return not config.architectures[0].endswith(_WITH_HEAD) and any(_PART.match(name) for name in stored)
+
+
+__all__ = ["built", "headed", "stands_alone", "text_name", "text_part", "text_tensors"]

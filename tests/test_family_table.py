@@ -29,6 +29,7 @@ OF_EACH_KIND = {
     "deberta-v2 (disentangled)": "scores of queries, keys and distances, one text a step",
     "llama4_text": "chunks of positions, experts of weighted inputs",
     "glm_moe_dsa": "an indexer that picks keys",
+    "muse_spark_text": "results of experts that are normalised",
 }
 SLOW = (
     "falcon (alibi)",
@@ -38,6 +39,7 @@ SLOW = (
     "gemma3n_text",
     "llama4_text",
     "glm_moe_dsa",
+    "muse_spark_text",
 )
 KERNELS = (*OF_EACH_KIND, "falcon (new)", "deepseek_v3", "xglm", "esm", "roformer", "modernbert-decoder")
 REFUSED = {

@@ -63,9 +63,56 @@ WHOLE: dict[str, tuple[str, Any, Any, dict[str, Any]]] = {
         ("Qwen2_5_VLVisionConfig", TOWER),
         {"tie_word_embeddings": False},
     ),
+    "muse_glimmer": (
+        "MuseGlimmer",
+        ("MuseGlimmerTextConfig", {"head_dim": 16, "sliding_window": 12}),
+        (
+            "MuseGlimmerVisionConfig",
+            {**VISION, "out_hidden_size": 32, "pos_emb_height": 2, "pos_emb_width": 2},
+        ),
+        {"out_hidden_size": 128, "projector_hidden_size": 32},
+    ),
+    "granite_docling": (
+        "GraniteDocling",
+        ("GraniteDoclingTextConfig", {"tie_word_embeddings": True}),
+        ("GraniteDoclingVisionConfig", {**VISION, "out_hidden_size": 64}),
+        {"image_token_id": 380},
+    ),
+    "molmo2": (
+        "Molmo2",
+        ("Molmo2TextConfig", {"head_dim": 16, "additional_vocab_size": 8}),
+        ("Molmo2VisionConfig", {**VISION, "image_size": [28, 28], "head_dim": 16, "num_key_value_heads": 2}),
+        {
+            "adapter_config": {
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "vision_feature_layer": [0, 0],
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "head_dim": 16,
+            }
+        },
+    ),
+    "glm4v_moe": (
+        "Glm4vMoe",
+        (
+            "Glm4vMoeTextConfig",
+            {
+                "head_dim": 16,
+                "n_routed_experts": 4,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 24,
+                "first_k_dense_replace": 1,
+                "rope_parameters": {**ROPE, "mrope_section": [2, 1, 1]},
+            },
+        ),
+        ("Glm4vMoeVisionConfig", TOWER),
+        {},
+    ),
 }
 """Where tensors stand (`language_model.model.`, `model.language_model.`, `model.text_model.`), heads that are
-tied or not, windows, recurrences; text models that transformers has without a head.
+tied or not, windows, recurrences; text models that transformers has without a head; logits that are scaled
+and capped by the whole model alone; names and stacks of experts that only its conversions know.
 """
 
 
