@@ -59,6 +59,11 @@ def model_class(config: Any) -> tuple[type[torch.nn.Module], Task]:
             raise UnsupportedError(
                 f"architecture {label} takes more than text", remedy="give its text model alone"
             )
+        if getattr(config, "use_bidirectional_attention", None) is True:
+            raise UnsupportedError(
+                f"architecture {label} lets tokens attend to later ones",
+                remedy="llmc compiles causal decoders",
+            )
         return cls, "causal_lm"
     if kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and _is_encoder(config):
         cls = _first(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[kind])

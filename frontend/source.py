@@ -23,7 +23,7 @@ from .gguf import GGUFFile, read_gguf
 from .quantized import describe_quantization, open_quantized
 from .sentences import sentence_facts
 from .skeleton import Task, instantiate, instantiate_whole, model_class
-from .text_part import stands_alone, text_part, text_tensors
+from .text_part import text_part, text_tensors
 from .weights import open_gguf_tensors
 
 if TYPE_CHECKING:
@@ -137,15 +137,19 @@ class ModelSource:
         return complete(model, weights, self.name)
 
     def _converted(self, model: Any) -> dict[str, LazyTensor]:
-        """The checkpoint's tensors by the model's names, converted as transformers does."""
+        """The checkpoint's tensors by the model's names, converted as transformers does. Those of a text part
+        may have names that only the conversions of the whole model know.
+        """
         from transformers.conversion_mapping import get_model_conversion_mapping
 
-        if self.whole is None or self.quantization is not None or stands_alone(self.config, self._files):
-            mapping = get_model_conversion_mapping(model)
-            weights, self.unused_tensors = apply_conversions(model, self.stored, mapping)
+        mapping = get_model_conversion_mapping(model)
+        weights, self.unused_tensors = apply_conversions(model, self.stored, mapping)
+        lacking = dict(model.named_parameters()).keys() - weights.keys()
+        if not lacking or self.whole is None or self.quantization is not None:
             return weights
         whole: Any = instantiate_whole(self.config)
-        weights, _ = apply_conversions(whole, self._files, get_model_conversion_mapping(whole))
+        mapping = get_model_conversion_mapping(whole)
+        weights, self.unused_tensors = apply_conversions(whole, self._files, mapping)
         return dict(text_tensors(weights))
 
     @property

@@ -151,19 +151,11 @@ def text_name(name: str) -> str:
 
 def text_tensors(stored: Mapping[str, LazyTensor]) -> Mapping[str, LazyTensor]:
     """Tensors of the text model by the names that they have in it: `language_model.model.norm.weight` and
-    `model.language_model.norm.weight` are `model.norm.weight`. All of them where none is named as a part's
-    (`stands_alone`).
+    `model.language_model.norm.weight` are `model.norm.weight`. All of them where none is named as a part's.
     """
     found = {text_name(name): tensor for name, tensor in stored.items() if _PART.match(name)}
     heads = {name: tensor for name, tensor in stored.items() if name.startswith(_HEAD)}
     return heads | found if found else stored
 
 
-def stands_alone(config: Any, stored: Mapping[str, LazyTensor]) -> bool:
-    """Whether transformers takes the text model's tensors from a whole one's files as from those of the text
-    model: they are named after the part, and it has the text model as one of its own.
-    """
-    return not config.architectures[0].endswith(_WITH_HEAD) and any(_PART.match(name) for name in stored)
-
-
-__all__ = ["built", "headed", "stands_alone", "text_name", "text_part", "text_tensors"]
+__all__ = ["built", "headed", "text_name", "text_part", "text_tensors"]

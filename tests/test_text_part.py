@@ -14,6 +14,7 @@ from llmc.codegen.driver import check_model, compile_model
 from llmc.frontend.source import open_source
 from llmc.frontend.text_part import text_part, text_tensors
 from llmc.frontend.trace import trace_source
+from llmc.ir.errors import UnsupportedError
 from llmc.ir.weights import ArrayTensor
 
 from .graphs import logits_of, lowered, worst
@@ -179,6 +180,14 @@ def test_adapters_of_the_whole_model(name: str, tmp_path: Path) -> None:
     compile_model(tmp_path / "model", tmp_path / "m.llmc", targets=["onnx-cpu"], lora=lora)
     with llmc.load(tmp_path / "m.llmc") as llm:
         assert worst(llm.logits(ids_of(40)), wanted) <= 1e-5
+
+
+def test_text_that_sees_later_tokens_is_refused(tmp_path: Path) -> None:
+    config = transformers.PaliGemmaConfig(text_config=transformers.GemmaConfig(**DECODER))
+    config.architectures = ["PaliGemmaForConditionalGeneration"]
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedError, match=r"gemma .* lets tokens attend to later ones"):
+        check_model(tmp_path)
 
 
 def test_other_models_are_what_they_were() -> None:
