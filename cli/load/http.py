@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit
 
 from ...ir.errors import InputError
@@ -22,7 +22,17 @@ _MOST_BODY = 1 << 26
 _MOST_LINE = 1 << 22
 _READ = 1 << 16
 
+_Result = TypeVar("_Result")
 _Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+def run_loop(main: Coroutine[Any, Any, _Result]) -> _Result:
+    """`asyncio.run`, in uvloop's event loop where there is one: a sixth less for each event of a stream."""
+    try:
+        import uvloop
+    except ImportError:  # Windows
+        return asyncio.run(main)
+    return uvloop.run(main)
 
 
 class RequestFailed(Exception):

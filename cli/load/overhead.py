@@ -19,7 +19,7 @@ from typing import Any
 
 from .answers import request_body, send
 from .arrivals import at_once
-from .http import Address, Client
+from .http import Address, Client, run_loop
 from .records import Record
 from .runner import run
 from .statistics import summarize
@@ -99,7 +99,7 @@ def measure(*, requests: int = 256, pause: float = 0.0) -> dict[str, Any]:
     server.start()
     there.close()  # so that a server that dies ends the wait for its port
     try:
-        return asyncio.run(_measure(ready.recv(), requests, _CONCURRENCY))
+        return run_loop(_measure(ready.recv(), requests, _CONCURRENCY))
     finally:
         server.terminate()
         server.join()

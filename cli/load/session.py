@@ -17,7 +17,7 @@ from ...ir.errors import InputError, LlmcError
 from . import arrivals as arrival_times
 from .answers import error_message, request_body, send
 from .health import HealthPoller
-from .http import Address, Client, RequestFailed
+from .http import Address, Client, RequestFailed, run_loop
 from .knee import Trial, find_knee, holds, too_many_late
 from .prompts import Prompts, random_prompts, read_prompts
 from .records import Arrival, Record
@@ -110,7 +110,7 @@ def bench(load: Load, report: Report) -> tuple[dict[str, Any], list[Record]]:
     the server cannot be reached or no request came through, InputError where the options are wrong.
     """
     load.validate()
-    return asyncio.run(_bench(load, report))
+    return run_loop(_bench(load, report))
 
 
 async def _bench(load: Load, report: Report) -> tuple[dict[str, Any], list[Record]]:
