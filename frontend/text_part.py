@@ -94,7 +94,7 @@ def built(config: Any) -> Any:
     import torch
     import transformers
 
-    cls = getattr(transformers, config.architectures[0], None)
+    cls: Any = getattr(transformers, config.architectures[0], None)
     if getattr(cls, "config_class", None) is not type(config):
         raise UnsupportedError(
             f"transformers has no {config.architectures[0]}, in which the text model stands",
@@ -128,7 +128,10 @@ class _Head:
 
     def __call__(self, input_ids: Any, hidden: Any) -> Any:
         self._told.hidden = hidden
-        return self._whole(input_ids=input_ids).logits
+        try:
+            return self._whole(input_ids=input_ids).logits
+        finally:
+            self._told.hidden = None
 
 
 class _Outputs(tuple[Any, ...]):
