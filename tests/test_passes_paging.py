@@ -153,8 +153,8 @@ def test_rows_that_are_used_twice_are_chosen_after_the_join() -> None:
 MIXING: dict[str, tuple[Change, str]] = {
     "mean": (lambda x: x - x.mean(1, keepdim=True), "reduce_mean in inner reduces over tokens"),
     "softmax": (lambda x: torch.softmax(x, 1), "softmax in inner normalises over tokens"),
-    "shift": (
-        lambda x: torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), 1),
+    "look ahead": (
+        lambda x: torch.cat((x[:, 1:], torch.zeros_like(x[:, :1])), 1),
         "slice in inner cuts or joins along the axis of tokens",
     ),
     "sum": (lambda x: x.cumsum(1), "cumsum in inner runs along the tokens"),

@@ -59,7 +59,7 @@ def test_a_pass_by_name_with_options() -> None:
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("fuse-magic", "no pass is named 'fuse-magic'; known: choose-bits, drop-dead, "),
+        ("fuse-magic", "no pass is named 'fuse-magic'; known: choose-bits, choose-experts, drop-dead, "),
         ("fuse-magic{a=1}", "no pass is named 'fuse-magic'; known: "),
         ("quantize-rtn{bits=4", "'quantize-rtn{bits=4' is no pass; write NAME or NAME{option=value,…}"),
         ("quantize-rtn{bitz=4}", "pass quantize-rtn has no option 'bitz'; options: bits, group, "),
