@@ -68,7 +68,8 @@ def _key(source: ModelSource) -> str | None:
         return None  # a class that somebody registered there
     held = source.weights  # before the configuration is read: making a module settles some of it
     config = source.config.to_dict()
-    for name in ("_name_or_path", "name_or_path"):
+    # Where it lies, and of a text part the whole model: neither changes what a class computes.
+    for name in ("_name_or_path", "name_or_path", "whole"):
         config.pop(name, None)
     first: dict[int, str] = {}  # of tied weights, which are one object
     weights = [[name, one.dtype, *one.shape, first.setdefault(id(one), name)] for name, one in held.items()]

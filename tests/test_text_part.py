@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from llmc.codegen import trace_cache
 from llmc.codegen.driver import check_model, compile_model
+from llmc.frontend import source as source_module
 from llmc.frontend.source import open_source
 from llmc.frontend.text_part import text_part, text_tensors
 from llmc.frontend.trace import trace_source
-from llmc.ir.errors import UnsupportedError
+from llmc.ir.errors import InputError, UnsupportedError
 from llmc.ir.weights import ArrayTensor
+from safetensors.numpy import load_file, save_file
 
 from .graphs import logits_of, lowered, worst
 from .lora_files import adapter
@@ -180,6 +183,30 @@ def test_adapters_of_the_whole_model(name: str, tmp_path: Path) -> None:
     compile_model(tmp_path / "model", tmp_path / "m.llmc", targets=["onnx-cpu"], lora=lora)
     with llmc.load(tmp_path / "m.llmc") as llm:
         assert worst(llm.logits(ids_of(40)), wanted) <= 1e-5
+
+
+def test_what_is_lacking_is_said_of_the_text_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the whole one, whose names might differ, cannot be built."""
+    whole_model("gemma3", tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    save_file(
+        {name: x for name, x in stored.items() if "layers.1.mlp" not in name}, tmp_path / "model.safetensors"
+    )
+    for step in ("built", "not built"):
+        with pytest.raises(
+            InputError, match=r"lacks 3 of the tensors of Gemma3ForCausalLM: model\.layers\.1\.mlp"
+        ):
+            _ = open_source(tmp_path).weights
+        if step == "built":
+            monkeypatch.setattr(source_module, "instantiate_whole", lambda config: 1 / 0)
+
+
+def test_traced_text_parts_are_found_again_in_another_folder(tmp_path: Path) -> None:
+    keys = []
+    for name in ("a", "b"):
+        whole_model("gemma3", tmp_path / name)
+        keys.append(trace_cache._key(open_source(tmp_path / name)))  # pyright: ignore[reportPrivateUsage]
+    assert keys[0] == keys[1] and keys[0] is not None
 
 
 def test_text_that_sees_later_tokens_is_refused(tmp_path: Path) -> None:
