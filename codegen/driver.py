@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..frontend.chat_shapes import Renderer
+from ..frontend.dense import project
 from ..frontend.memory import few_collections, release_freed_memory
 from ..frontend.rope import RopeScaling, longest, rope_facts
 from ..frontend.source import ModelSource, context_length, describe, open_source
@@ -123,7 +124,9 @@ def trace(source: ModelSource, example_inputs: Mapping[str, torch.Tensor] | None
                 f"{source.name} is no language model", remedy="give example_inputs (argument name → tensor)"
             )
         return trace_module(source.module, example_inputs, name=source.name)
-    return trace_once(source)
+    graph = trace_once(source)
+    project(graph, source)
+    return graph
 
 
 def lower(
@@ -178,7 +181,7 @@ def _model_facts(source: ModelSource, graph: Graph, context: int | None) -> dict
         "architecture": facts.get("architecture") or source.name,
         "num_layers": facts.get("num_layers") if "state" in types else len(graph.facts.get("kv", [])),
         "vocab_size": width if graph.facts["kind"] == "causal_lm" else facts.get("vocab_size"),
-        "hidden_size": facts.get("hidden_size"),
+        "hidden_size": width if graph.facts["kind"] == "encoder" else facts.get("hidden_size"),
         "context_length": context,
         "eos_token_ids": source.generation.eos_token_ids,
         "bos_token_id": source.generation.bos_token_id,

@@ -28,6 +28,7 @@ _SMALL_FILES: Final = (
     "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
     "chat_template.jinja", "chat_template.json",
     "1_Pooling/config.json", "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json",
+    "*_Dense/config.json",
 )  # fmt: skip
 _SAMPLING: Final = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
@@ -115,6 +116,7 @@ def download(repo_id: str, *, weights: bool) -> Path:
         if weights:
             sharded = (folder / _INDEX).is_file()
             names = sorted(set(_weight_map(folder).values())) if sharded else [_SINGLE]
+            names.append(f"*_Dense/{_SINGLE}")
             folder = Path(snapshot_download(repo_id, allow_patterns=names))
         return folder
     except InputError:

@@ -7,8 +7,9 @@ from typing import Any, Final
 
 from ..ir.errors import InputError
 from . import hf
+from .text_part import first_class
 
-_PARTS: Final = ("Transformer", "Pooling", "Normalize")
+_PARTS: Final = ("Transformer", "Pooling", "Dense", "Normalize")
 _MAX_PROMPT: Final = 4096
 
 
@@ -16,10 +17,8 @@ def sentence_facts(folder: Path) -> dict[str, Any]:
     """`max_seq_length` (tokens that texts are cut to) and `prompts` (name → what is written before a text),
     each only where the folder gives it (`sentence_bert_config.json`, `config_sentence_transformers.json`).
 
-    Raises InputError for a folder whose vectors go through more than pooling (`modules.json`), and for a
-    prompt that is none.
+    Raises InputError for a prompt that is none.
     """
-    _check_parts(folder / "modules.json")
     facts: dict[str, Any] = {}
     length = _read(folder / "sentence_bert_config.json").get("max_seq_length")
     if isinstance(length, int) and not isinstance(length, bool) and length > 0:
@@ -41,13 +40,32 @@ def _is_prompt(text: Any) -> bool:
     return text is None or (isinstance(text, str) and len(text) <= _MAX_PROMPT)
 
 
-def _check_parts(path: Path) -> None:
-    if not path.is_file():
+def made_encoder(folder: Path, config: Any) -> None:
+    """Change the configuration of a decoder that sentence-transformers uses as an encoder, which a folder is
+    that says how its hidden states are pooled, to that of the model without its head.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+
+    kind = type(config)
+    if hf.pooling(folder) is None or kind not in MODEL_FOR_CAUSAL_LM_MAPPING or kind not in MODEL_MAPPING:
         return
-    kinds = [str(part.get("type", "")).rpartition(".")[2] for part in hf.read_json_list(path)]
+    config.architectures = [first_class(MODEL_MAPPING[kind]).__name__]
+
+
+def dense_places(folder: Path) -> list[str]:
+    """The subfolders of the layers that vectors go through behind the pooling (`modules.json`).
+
+    Raises InputError where there is anything else behind it, or a layer elsewhere.
+    """
+    path = folder / "modules.json"
+    if not path.is_file():
+        return []
+    parts = hf.read_json_list(path)
+    kinds = [str(part.get("type", "")).rpartition(".")[2] for part in parts]
     others = [kind for kind in kinds if kind not in _PARTS]
-    if others:
+    if others or [_PARTS.index(kind) for kind in kinds] != sorted(_PARTS.index(kind) for kind in kinds):
         raise InputError(
-            f"{path} puts {', '.join(others)} behind the pooling, which is not compiled",
-            remedy="give an encoder whose vectors are its pooled hidden states",
+            f"{path} puts {', '.join(others or kinds)} one behind the other, which is not compiled",
+            remedy="give an encoder whose vectors are pooled hidden states, or those through dense layers",
         )
+    return [str(part.get("path", "")) for part, kind in zip(parts, kinds, strict=True) if kind == "Dense"]

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..ir.errors import InputError, LlmcError, UnsupportedError
-from .text_part import built, headed
+from .text_part import built, first_class, headed
 
 if TYPE_CHECKING:
     import torch
@@ -54,26 +54,31 @@ def model_class(config: Any) -> tuple[type[torch.nn.Module], Task]:
         any(name in causal_names for name in named) or (not named and not _is_encoder(config))
     )
     if causal:
-        cls = _first(MODEL_FOR_CAUSAL_LM_MAPPING[kind])
+        cls = first_class(MODEL_FOR_CAUSAL_LM_MAPPING[kind])
         if cls.__name__.endswith("ForConditionalGeneration"):
             raise UnsupportedError(
                 f"architecture {label} takes more than text", remedy="give its text model alone"
             )
-        if getattr(config, "use_bidirectional_attention", None) is True:
+        both_ways = getattr(config, "use_bidirectional_attention", None) is True
+        if both_ways or getattr(config, "is_causal", True) is False:
             raise UnsupportedError(
                 f"architecture {label} lets tokens attend to later ones",
                 remedy="llmc compiles causal decoders",
             )
         return cls, "causal_lm"
     if kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and _is_encoder(config):
-        cls = _first(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[kind])
+        cls = first_class(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[kind])
         if cls.__name__ in named:
             return cls, "classifier"
-    if kind in MODEL_MAPPING and named and (whole := headed(_first(MODEL_MAPPING[kind]), config)) is not None:
+    if (
+        kind in MODEL_MAPPING
+        and named
+        and (whole := headed(first_class(MODEL_MAPPING[kind]), config)) is not None
+    ):
         return whole, "causal_lm"
     if kind in MODEL_MAPPING and (_is_encoder(config) or not named):
-        return _first(MODEL_MAPPING[kind]), "encoder"
-    if kind in MODEL_MAPPING and (cls := _first(MODEL_MAPPING[kind])).__name__ in named:
+        return first_class(MODEL_MAPPING[kind]), "encoder"
+    if kind in MODEL_MAPPING and (cls := first_class(MODEL_MAPPING[kind])).__name__ in named:
         if "input_ids" not in inspect.signature(cls.forward).parameters:
             raise UnsupportedError(
                 f"architecture {label} takes no token ids", remedy="llmc compiles models of text"
@@ -83,11 +88,6 @@ def model_class(config: Any) -> tuple[type[torch.nn.Module], Task]:
         f"unknown architecture {label}: transformers has no causal language model or encoder of that name",
         remedy="give a model whose architecture transformers implements",
     )
-
-
-def _first(entry: Any) -> type[torch.nn.Module]:
-    """Of a mapping's value: a class, or a tuple of alternatives with the usual one first."""
-    return entry[0] if isinstance(entry, tuple) else entry
 
 
 def _is_encoder(config: Any) -> bool:

@@ -19,9 +19,10 @@ from ..ir.errors import InputError
 from ..ir.weights import ArrayTensor, LazyTensor, num_elements
 from . import gguf_model, hf, rope
 from .conversions import apply_conversions, complete, to_numpy_array
+from .dense import Dense, dense_layers
 from .gguf import GGUFFile, read_gguf
 from .quantized import describe_quantization, open_quantized
-from .sentences import sentence_facts
+from .sentences import dense_places, made_encoder, sentence_facts
 from .skeleton import Task, instantiate, instantiate_whole, model_class
 from .text_part import text_part, text_tensors
 from .weights import open_gguf_tensors
@@ -82,6 +83,13 @@ class ModelSource:
     def pooling(self) -> str | None:
         """How an encoder makes one vector of a text, where it says: "cls", "mean", "last" or "max"."""
         return hf.pooling(self.path) if self.kind == "hf" and self.path is not None else None
+
+    @cached_property
+    def dense(self) -> list[Dense]:
+        """The layers that an encoder's vectors go through behind the pooling; mostly none."""
+        if self.kind != "hf" or self.path is None or self.task != "encoder":
+            return []
+        return dense_layers(self.path, dense_places(self.path), config_only=self.config_only)
 
     @property
     def use(self) -> dict[str, Any]:
@@ -273,6 +281,7 @@ def _open_folder(folder: Path, name: str, config_only: bool) -> ModelSource:
     if text is not None:
         own = GenerationFacts(*hf.generation_facts(folder, text))
         config, facts = text, facts if facts.eos_token_ids else own
+    made_encoder(folder, config)
     _, task = model_class(config)
     files = [] if config_only else hf.weight_files(folder)
     size = sum(path.stat().st_size for path in files)

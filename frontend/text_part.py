@@ -46,9 +46,10 @@ def _class_name(text: Any) -> str | None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
     if type(text) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        name = _first(MODEL_FOR_CAUSAL_LM_MAPPING[type(text)]).__name__
+        name = first_class(MODEL_FOR_CAUSAL_LM_MAPPING[type(text)]).__name__
         return None if name.endswith(_WHOLE) else name
-    return _first(MODEL_MAPPING[type(text)]).__name__ + _WITH_HEAD if type(text) in MODEL_MAPPING else None
+    known = type(text) in MODEL_MAPPING
+    return first_class(MODEL_MAPPING[type(text)]).__name__ + _WITH_HEAD if known else None
 
 
 def headed(base: type[Any], config: Any) -> type[Any] | None:
@@ -143,7 +144,8 @@ class _Outputs(tuple[Any, ...]):
         return self[0] if name == "last_hidden_state" else None
 
 
-def _first(entry: Any) -> type[Any]:
+def first_class(entry: Any) -> type[Any]:
+    """Of a value in transformers' mappings: a class, or a tuple of alternatives with the usual one first."""
     return entry[0] if isinstance(entry, tuple) else entry
 
 

@@ -17,7 +17,7 @@ from ..ir.core import Graph, Value
 from ..ir.errors import CompileError, InputError, UnsupportedError
 from ..ir.types import Shape, TensorType
 from ..ir.weights import ArrayTensor, LazyTensor, ShapeOnlyTensor
-from . import experts, recurrence
+from . import experts, masks, recurrence
 from .classifier import score_every_token
 from .constants import Constants
 from .export import export, is_unproven, narrower
@@ -250,7 +250,8 @@ def _trace_source(
     examples = tuple(torch.zeros(1, 6, dtype=torch.int64, device=device) for _ in inputs)
     shapes = (tuple({1: tokens} for _ in inputs),)
     layers = repeats.installed() if repeats else contextlib.nullcontext()
-    with layers, experts.installed(model), recurrence.installed(model), settling(model) as settled:
+    ways = experts.installed(model), recurrence.installed(model), masks.installed()
+    with layers, ways[0], ways[1], ways[2], settling(model) as settled:
         program = export(Wrapper(), examples, shapes, source.name, asserting=asserting)
     graph = Graph(source.name)
     _import_program(program, graph, inputs, weights, "model_.", repeats, settles=settled.noted)

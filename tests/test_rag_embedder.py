@@ -187,10 +187,10 @@ def test_a_closed_embedder_says_so(artifact: Artifact):
 
 def test_modules_that_are_not_compiled_are_refused(tmp_path: Path):
     folder = tiny_folder_of_sentences(tmp_path / "m")
-    kinds = ["Transformer", "Pooling", "Dense"]
+    kinds = ["Transformer", "Pooling", "LSTM"]
     parts = [{"idx": i, "type": f"sentence_transformers.models.{kind}"} for i, kind in enumerate(kinds)]
     (folder / "modules.json").write_text(json.dumps(parts))
-    with pytest.raises(InputError, match=r"modules\.json puts Dense behind the pooling"):
+    with pytest.raises(InputError, match=r"modules\.json puts LSTM"):
         llmc.compile(folder, tmp_path / "m.llmc", targets=["null"])
     (folder / "modules.json").write_text("{}")
     with pytest.raises(InputError, match=r"modules\.json holds no list"):

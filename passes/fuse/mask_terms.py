@@ -69,6 +69,16 @@ class Predicate:
     def both(self, other: Predicate) -> Predicate:
         return Predicate(self.atoms | other.atoms, self.never or other.never)
 
+    def implies(self, other: Predicate) -> bool:
+        """Whether the other is known to hold wherever this one does: each of its functions is one of this
+        one's, or larger.
+        """
+        if self.never or other.never:
+            return self.never
+        return all(
+            any(wanted.plus(given, -1).never_negative for given in self.atoms) for wanted in other.atoms
+        )
+
     def negated(self) -> Predicate | None:
         """None for a conjunction of several: its negation is none."""
         if self.never or not self.atoms:

@@ -244,11 +244,9 @@ class MaskAnalysis:
         a, b = self.meaning(op.a), self.meaning(op.b)
         if not isinstance(a, Predicate) or not isinstance(b, Predicate):
             return None
-        if a.never or a == b:
+        if a.implies(b):
             return b
-        if b.never:
-            return a
-        return Predicate() if a.always or b.always else None
+        return a if b.implies(a) else None
 
     def _where(self, op: m.Where) -> Meaning:
         condition, a, b = self.meaning(op.condition), self.meaning(op.a), self.meaning(op.b)

@@ -162,7 +162,8 @@ def _folder_key(folder: Path) -> str:
     times, so that a large model is not read again at every start.
     """
     files = [folder / name for name in _FILES if (folder / name).is_file()]
-    files += sorted(folder.glob("*.safetensors"))
+    files += sorted([*folder.glob("*.safetensors"), *folder.glob("*_Dense/*.json")])
+    files += sorted(folder.glob("*_Dense/*.safetensors"))
     if not files:
         raise InputError(
             f"{folder} holds neither an artifact nor a model", remedy="give a folder with config.json"

@@ -1,0 +1,185 @@
+"""Encoders whose vectors go through dense layers behind the pooling, and decoders that were made encoders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import llmc
+import numpy as np
+import pytest
+import torch
+import transformers
+from llmc.codegen.driver import check_model
+from llmc.frontend.source import open_source
+from llmc.ir.errors import InputError, UnsupportedError
+from llmc.runtime.rag.embedder import Embedder
+from safetensors.torch import save_file
+
+from .family_configs import small_config
+from .graphs import logits_of, lowered, traced
+from .models import CONTEXT, ids_of, save_tiny, save_tokenizer
+from .tvm_graphs import ISA
+
+TARGETS = ["onnx-cpu", f"tvm-cpu:isa={ISA}"]
+TEXTS = ["The capital of France is Paris.", "a", "The river was wide and slow. " * 3]
+WINDOW = 6
+
+
+def looking_both_ways() -> Any:
+    """A tiny model of the kind of EmbeddingGemma: a decoder whose tokens attend to later ones, in windows and
+    without.
+    """
+    config = small_config("gemma3_text")
+    config.use_bidirectional_attention = True
+    config.use_cache = False
+    config.sliding_window = WINDOW
+    config.architectures = ["Gemma3TextModel"]
+    torch.manual_seed(0)
+    return transformers.Gemma3TextModel(config).eval()
+
+
+def put_behind_the_pooling(folder: Path, pooling: str, layers: list[tuple[int, int, str, bool]]) -> None:
+    """The files of sentence-transformers for layers (out, in, activation, with a bias)."""
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({f"pooling_mode_{pooling}": True}))
+    kinds = ["Transformer", "Pooling", *(["Dense"] * len(layers)), "Normalize"]
+    paths = ["", "1_Pooling", *(f"{i + 2}_Dense" for i in range(len(layers))), "9_Normalize"]
+    parts = [
+        {"idx": i, "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (kind, path) in enumerate(zip(kinds, paths, strict=True))
+    ]
+    (folder / "modules.json").write_text(json.dumps(parts))
+    drawn = torch.Generator().manual_seed(3)
+    for i, (rows, columns, activation, biased) in enumerate(layers):
+        place = folder / f"{i + 2}_Dense"
+        place.mkdir()
+        config = {
+            "in_features": columns,
+            "out_features": rows,
+            "bias": biased,
+            "activation_function": f"torch.nn.modules.x.{activation}",
+        }
+        (place / "config.json").write_text(json.dumps(config))
+        held = {"linear.weight": torch.randn(rows, columns, generator=drawn) / columns**0.5}
+        held |= {"linear.bias": torch.randn(rows, generator=drawn) / 4} if biased else {}
+        save_file(held, place / "model.safetensors")
+
+
+def expected(folder: Path, model: Any, pooling: str, count: int) -> np.ndarray:
+    """[N, width]: transformers' hidden states, pooled, through torch's layers, of length 1."""
+    from safetensors.torch import load_file
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    rows: list[np.ndarray] = []
+    for text in TEXTS:
+        with torch.inference_mode():
+            ids = tokenizer(text, return_tensors="pt").input_ids
+            states = model(input_ids=ids).last_hidden_state[0]
+            x = {"mean_tokens": states.mean(0), "cls_token": states[0], "lasttoken": states[-1]}[pooling]
+            for i in range(count):
+                place = folder / f"{i + 2}_Dense"
+                held = load_file(place / "model.safetensors")
+                x = torch.nn.functional.linear(x, held["linear.weight"], held.get("linear.bias"))
+                name = json.loads((place / "config.json").read_text())["activation_function"]
+                x = getattr(torch.nn, name.rpartition(".")[2])()(x)
+        rows.append(torch.nn.functional.normalize(x, dim=0).numpy())
+    return np.stack(rows)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_affine_layers_behind_the_mean_are_one(tmp_path: Path, target: str):
+    """As EmbeddingGemma is published: a bidirectional decoder, its mean through D → 3 D → D."""
+    model, folder = looking_both_ways(), tmp_path / "m"
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    put_behind_the_pooling(folder, "mean_tokens", [(192, 64, "Identity", True), (64, 192, "Identity", False)])
+    artifact = llmc.compile(folder, tmp_path / "m.llmc", targets=[target], kv_dtype="float32")
+    with Embedder(artifact) as embedder:
+        assert embedder.dimensions == 64
+        # Sums in float32, in another order: 1e-5 is twenty times what was seen.
+        np.testing.assert_allclose(
+            embedder.embed_passages(TEXTS), expected(folder, model, "mean_tokens", 2), atol=1e-5
+        )
+    own = sum(p.numel() for p in open_source(folder).build_model().parameters())
+    stored = check_model(folder, targets=["null"], kv_dtype="float32").weight_bytes
+    assert 4 * (own + 64 * 64 + 64) <= stored < 4 * (own + 64 * 64 + 64) + 4096  # rotary frequencies
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_layers_of_any_activation_behind_the_first_token(tmp_path: Path, target: str):
+    folder = save_tiny("bert", tmp_path / "m")
+    put_behind_the_pooling(folder, "cls_token", [(64, 64, "Tanh", True), (24, 64, "ReLU", False)])
+    model = transformers.AutoModel.from_pretrained(folder).eval()
+    artifact = llmc.compile(folder, tmp_path / "m.llmc", targets=[target], kv_dtype="float32")
+    with Embedder(artifact) as embedder:
+        assert embedder.dimensions == 24
+        np.testing.assert_allclose(
+            embedder.embed_passages(TEXTS), expected(folder, model, "cls_token", 2), atol=1e-5
+        )
+
+
+def test_layers_that_cannot_be_are_refused(tmp_path: Path):
+    folder = save_tiny("bert", tmp_path / "m")
+    put_behind_the_pooling(folder, "mean_tokens", [(32, 64, "Identity", True)])
+    config, parts = folder / "2_Dense" / "config.json", folder / "modules.json"
+
+    def refused(path: Path, change: dict[str, Any] | list[Any], match: str) -> None:
+        before = path.read_text()
+        held = json.loads(before)
+        path.write_text(json.dumps({**held, **change} if isinstance(change, dict) else change))
+        with pytest.raises(InputError, match=match):
+            llmc.compile(folder, tmp_path / "m.llmc", targets=["null"])
+        path.write_text(before)
+
+    refused(config, {"activation_function": "torch.nn.Tanh"}, "cannot be applied before it")
+    refused(config, {"activation_function": "os.system"}, "asks for the activation system")
+    refused(config, {"out_features": 31}, r"linear\.weight of .* has shape \[32, 64\]")
+    refused(config, {"in_features": 0}, "no out_features and in_features")
+    given = json.loads(parts.read_text())
+    refused(parts, [*given[:2], {**given[2], "path": "../m/2_Dense"}], "reaches for other files")
+    refused(parts, [given[0], given[2], given[1]], "one behind the other")
+    refused(parts, [*given, {**given[2], "type": "models.LSTM"}], "puts LSTM")
+    refused(parts, [*given[:2], *([given[2]] * 2)], "takes vectors of 64, not of 32")
+    refused(parts, [*given[:2], *([given[2]] * 99)], "99 layers behind")
+    (folder / "2_Dense" / "model.safetensors").unlink()
+    assert check_model(folder, targets=["null"]).ops > 0  # for which no weights are opened
+    with pytest.raises(InputError, match="pickle"):
+        llmc.compile(folder, tmp_path / "m.llmc", targets=["null"])
+
+
+@pytest.mark.parametrize("length", [2, WINDOW, 2 * WINDOW, CONTEXT // 2])
+def test_windows_that_see_both_ways(length: int):
+    """The window of a bidirectional model is the union of the causal one and one on both sides."""
+    model, ids = looking_both_ways(), ids_of(length)
+    graph, _ = lowered(traced(model, encoder=True), "fused")
+    seen = sorted((op.window or 0) for op in graph if type(op).__name__ == "Attention" and not op.causal)
+    with torch.inference_mode():
+        want = model(input_ids=torch.tensor([ids])).last_hidden_state[0]
+    assert seen == [0, model.config.sliding_window]
+    np.testing.assert_allclose(logits_of(graph, ids), want, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["Qwen3ForCausalLM", "Qwen3Model"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_decoders_that_are_pooled(tmp_path: Path, kind: str, causal: bool):
+    """As Qwen3-Embedding is published: a decoder, with a head or without, whose last hidden state is the
+    vector; and as others are, whose configuration takes the causal mask away.
+    """
+    config, folder = small_config("qwen3"), tmp_path / "m"
+    config.is_causal = causal
+    torch.manual_seed(0)
+    getattr(transformers, kind)(config).eval().save_pretrained(folder)
+    save_tokenizer(folder)
+    if not causal and kind == "Qwen3ForCausalLM":
+        with pytest.raises(UnsupportedError, match="attend to later ones"):
+            llmc.compile(folder, tmp_path / "m.llmc", targets=["null"])
+    put_behind_the_pooling(folder, "lasttoken", [])
+    model = transformers.AutoModel.from_pretrained(folder).eval()
+    artifact = llmc.compile(folder, tmp_path / "m.llmc", targets=["onnx-cpu"], kv_dtype="float32")
+    assert artifact.kind == "encoder" and artifact.model["pooling"] == "last"
+    with Embedder(artifact) as embedder:
+        np.testing.assert_allclose(
+            embedder.embed_passages(TEXTS), expected(folder, model, "lasttoken", 0), atol=1e-5
+        )
