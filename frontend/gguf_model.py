@@ -26,6 +26,8 @@ from .weights import MergedTensor, open_gguf_tensors, transformed
 _ROPE_FREQS: Final = "rope_freqs.weight"
 _ROPE_LONG: Final = "rope_factors_long.weight"
 _ROPE_SHORT: Final = "rope_factors_short.weight"
+_HEAD: Final = "output.weight"
+_POOLINGS: Final = {1: "mean", 2: "cls", 3: "last"}  # llama.cpp's enum llama_pooling_type
 _PATCHING = threading.Lock()  # the reader class below is swapped in a module that every thread sees
 
 # Texts that end a turn or a document, where a file marks them as control tokens: llama.cpp's list
@@ -134,7 +136,15 @@ def read_config(file: GGUFFile) -> Any:
         logger.setLevel(level)
     _apply_softcaps(file, config)
     _apply_rope_scaling(file, config)
+    if file.metadata.get(f"{arch}.attention.causal") is False:
+        config.is_causal = False
     return config
+
+
+def pooling(file: GGUFFile) -> str | None:
+    """How a file that is used as an encoder pools its hidden states (`pooling_type`); None for others."""
+    asked = file.metadata.get(f"{file.architecture}.pooling_type")
+    return _POOLINGS.get(asked) if type(asked) is int else None
 
 
 def _counted(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -284,7 +294,8 @@ def map_weights(file: GGUFFile, model: Any, tensors: Mapping[str, LazyTensor]) -
         weights, unused = apply_conversions(model, tensors, mapping)
     else:
         weights, unused = _processed(file, model, tensors)
-    unused = [name for name in unused if name not in (_ROPE_FREQS, _ROPE_LONG, _ROPE_SHORT)]
+    known = {_ROPE_FREQS, _ROPE_LONG, _ROPE_SHORT, *([_HEAD] if pooling(file) else [])}
+    unused = [name for name in unused if name not in known]
     if unused:
         raise UnsupportedError(
             f"{file.path.name}: tensor {unused[0]} has no place in {type(model).__name__}",
@@ -325,7 +336,7 @@ def _processed(
     unused: list[str] = []
     for name in tensors:
         target = names.get(name) or names.get(name.removesuffix(".weight"))
-        if target is None and name == "output.weight" and "lm_head.weight" in model.state_dict():
+        if target is None and name == _HEAD and "lm_head.weight" in model.state_dict():
             target = "lm_head.weight"
         if target is None:
             unused.append(name)

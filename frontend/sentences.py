@@ -40,16 +40,15 @@ def _is_prompt(text: Any) -> bool:
     return text is None or (isinstance(text, str) and len(text) <= _MAX_PROMPT)
 
 
-def made_encoder(folder: Path, config: Any) -> None:
-    """Change the configuration of a decoder that sentence-transformers uses as an encoder, which a folder is
-    that says how its hidden states are pooled, to that of the model without its head.
+def made_encoder(config: Any) -> None:
+    """Change the configuration of a decoder that is used as an encoder, as files that say how its hidden
+    states are pooled tell, to that of the model without its head.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
     kind = type(config)
-    if hf.pooling(folder) is None or kind not in MODEL_FOR_CAUSAL_LM_MAPPING or kind not in MODEL_MAPPING:
-        return
-    config.architectures = [first_class(MODEL_MAPPING[kind]).__name__]
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING and kind in MODEL_MAPPING:
+        config.architectures = [first_class(MODEL_MAPPING[kind]).__name__]
 
 
 def dense_places(folder: Path) -> list[str]:

@@ -82,6 +82,8 @@ class ModelSource:
     @property
     def pooling(self) -> str | None:
         """How an encoder makes one vector of a text, where it says: "cls", "mean", "last" or "max"."""
+        if self.gguf is not None:
+            return gguf_model.pooling(self.gguf)
         return hf.pooling(self.path) if self.kind == "hf" and self.path is not None else None
 
     @cached_property
@@ -266,6 +268,8 @@ def _open_file(path: Path) -> ModelSource:
             f"{path.name} holds no tensors (a vocabulary-only file)", remedy="give a file with weights"
         )
     config = gguf_model.read_config(header)
+    if gguf_model.pooling(header) is not None:
+        made_encoder(config)
     _, task = model_class(config)
     name = " ".join(str(header.metadata.get("general.name", "")).split())[:120] or path.stem
     facts = GenerationFacts(*gguf_model.generation_facts(header))
@@ -281,7 +285,8 @@ def _open_folder(folder: Path, name: str, config_only: bool) -> ModelSource:
     if text is not None:
         own = GenerationFacts(*hf.generation_facts(folder, text))
         config, facts = text, facts if facts.eos_token_ids else own
-    made_encoder(folder, config)
+    if hf.pooling(folder) is not None:
+        made_encoder(config)
     _, task = model_class(config)
     files = [] if config_only else hf.weight_files(folder)
     size = sum(path.stat().st_size for path in files)

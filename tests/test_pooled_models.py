@@ -1,4 +1,4 @@
-"""Encoders whose vectors go through dense layers behind the pooling, and decoders that were made encoders."""
+"""Decoders that are used as encoders, and encoders with dense layers behind the pooling."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from llmc.runtime.rag.embedder import Embedder
 from safetensors.torch import save_file
 
 from .family_configs import small_config
+from .gguf_files import BOOL, U32, byte_vocabulary, entry, llama_entries, llama_tensors, write_gguf
 from .graphs import logits_of, lowered, traced
 from .models import CONTEXT, ids_of, save_tiny, save_tokenizer
 from .tvm_graphs import ISA
@@ -183,3 +184,29 @@ def test_decoders_that_are_pooled(tmp_path: Path, kind: str, causal: bool):
         np.testing.assert_allclose(
             embedder.embed_passages(TEXTS), expected(folder, model, "lasttoken", 0), atol=1e-5
         )
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_gguf_files_that_are_pooled(tmp_path: Path, causal: bool):
+    """`pooling_type` and `attention.causal` of a file, which may hold a head that is not used."""
+    rng, path = np.random.default_rng(0), tmp_path / "m.gguf"
+    tensors = {name: 0.1 * array for name, array in llama_tensors().items()}
+    table = rng.standard_normal((257, 64)).astype(np.float32)
+    tensors |= {"token_embd.weight": table, "output.weight": table[::-1].copy()}
+    entries = [one for one in llama_entries() if b"vocab_size" not in one]
+    entries += [
+        *byte_vocabulary(["<|end|>"]),
+        entry("tokenizer.ggml.eos_token_id", U32, 256),
+        entry("llama.pooling_type", U32, 1),
+        entry("llama.attention.causal", BOOL, causal),
+    ]
+    write_gguf(path, entries, tensors)
+    source = open_source(path)
+    model = transformers.LlamaModel(source.config).eval()
+    model.load_state_dict({name: torch.tensor(one.read()) for name, one in source.weights.items()})
+    artifact = llmc.compile(path, tmp_path / "m.llmc", targets=["onnx-cpu"], kv_dtype="float32")
+    with llmc.load(artifact.root) as llm, torch.inference_mode():
+        for text in TEXTS:
+            states = model(input_ids=torch.tensor([llm.prompt_ids(text)])).last_hidden_state[0]
+            want = torch.nn.functional.normalize(states.mean(0), dim=0)
+            np.testing.assert_allclose(llm.embeddings([text])[0], want, atol=1e-5)
