@@ -44,7 +44,7 @@ def command(model: str, as_json: bool, **options: Any) -> None:
     result = {
         "supported": True,
         **dataclasses.asdict(report),
-        "tool_calls": _tool_calls(model),
+        "tool_calls": _tool_calls(model) if report.facts["task"] == "causal_lm" else None,
         "seconds": round(time.perf_counter() - began, 3),
     }
     emit(result, as_json=as_json, text=_text(result))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..frontend.chat_shapes import Renderer
+from ..frontend.classifier import score_by_tokens
 from ..frontend.dense import project
 from ..frontend.memory import few_collections, release_freed_memory
 from ..frontend.rope import RopeScaling, longest, rope_facts
@@ -125,6 +126,8 @@ def trace(source: ModelSource, example_inputs: Mapping[str, torch.Tensor] | None
             )
         return trace_module(source.module, example_inputs, name=source.name)
     graph = trace_once(source)
+    if source.scored:
+        score_by_tokens(graph, source.scored)
     project(graph, source)
     return graph
 
@@ -170,7 +173,8 @@ def _model_facts(source: ModelSource, graph: Graph, context: int | None) -> dict
     facts = describe(source) if source.config is not None else {}
     context = _held(graph, context)
     width = graph.outputs[0].shape[-1] if graph.outputs[0].type.rank else None
-    types = {name: graph.facts[name] for name in ("token_types", "state", "alone") if name in graph.facts}
+    known = ("token_types", "state", "alone", "scored")
+    types = {name: graph.facts[name] for name in known if name in graph.facts}
     rope = _rope_facts(source)
     return {
         **source.use,

@@ -244,11 +244,19 @@ def _index(c: Importer, x: Value, indices: Sequence[Value | None]) -> Value:
     given = [i for i in indices if i is not None]
     if any(i.dtype == "bool" for i in given):
         raise c.unsupported("indexing by a mask")
+    if len(indices) == 1 and _is_every(given[0], x.shape[0]):
+        return x
     if len(given) == 1 and indices[0] is None:
         return _picked(c, x, len(indices) - 1 - x.type.rank, given[0])
     if list(indices[: len(given)]) != given:
         raise c.unsupported("indexing by several tensors behind a full axis")
     return c.emit(shape.Index(x, list(given)))
+
+
+def _is_every(index: Value, length: Dim) -> bool:
+    """Whether an index counts all places of an axis, in order."""
+    made = index.producer
+    return isinstance(made, shape.Arange) and (made.start, made.step, made.length) == (0, 1, length)
 
 
 def _picked(c: Importer, x: Value, axis: int, index: Value) -> Value:

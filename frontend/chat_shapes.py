@@ -84,6 +84,21 @@ MESSAGE_SHAPES: Final = (
     MessageShape("an empty list of tool calls", (_ASK, _said("assistant", "Sunny", tool_calls=[]), _ASK)),
 )
 
+PAIR_SHAPES: Final = (
+    MessageShape(
+        "a question and a passage",
+        (_said("query", "Where?"), _said("document", "Here.")),
+        required=True,
+        add_generation_prompt=False,
+    ),
+    MessageShape(
+        "a question and a passage in parts",
+        tuple(_said(role, [{"type": "text", "text": "Here."}]) for role in ("query", "document")),
+        add_generation_prompt=False,
+    ),
+)
+"""Of rerankers that were made of language models (sentence-transformers' CrossEncoder)."""
+
 
 def render_shape(
     template: str, shape: MessageShape, special_tokens: Mapping[str, str], render: Renderer
@@ -127,7 +142,10 @@ class TemplateCheck:
 
 
 def check_template(
-    template: str, special_tokens: Mapping[str, str], render: Renderer | None
+    template: str,
+    special_tokens: Mapping[str, str],
+    render: Renderer | None,
+    shapes: Sequence[MessageShape] = MESSAGE_SHAPES,
 ) -> TemplateCheck:
     """Try every shape. A fault is a template that is no jinja2, reaches out, or fails on a required shape.
 
@@ -137,7 +155,7 @@ def check_template(
     if problem is not None:
         return TemplateCheck(("any message", problem))
     refused: list[str] = []
-    for shape in MESSAGE_SHAPES if render is not None else ():
+    for shape in shapes if render is not None else ():
         assert render is not None
         problem = render_shape(template, shape, special_tokens, render)
         if problem is not None and (problem.dangerous or shape.required):

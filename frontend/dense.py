@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -23,6 +23,7 @@ from ..ir.ops.nn import Linear
 from ..ir.weights import ArrayTensor, LazyTensor, ShapeOnlyTensor
 from . import hf
 from .safetensors import open_safetensors
+from .sentences import subfolder
 
 if TYPE_CHECKING:
     from .source import ModelSource
@@ -51,17 +52,21 @@ def dense_layers(folder: Path, places: list[str], *, config_only: bool = False) 
 
 
 def _layer(folder: Path, place: str, *, config_only: bool) -> Dense:
-    if PurePosixPath(place).name != place or place in ("", ".", "..") or "\\" in place or "\0" in place:
-        raise InputError(
-            f"modules.json of {folder} names {place!r}, which is no folder in it",
-            remedy="do not use this checkpoint: such a list reaches for other files",
-        )
-    path = folder / place / "config.json"
+    path = subfolder(folder, place) / "config.json"
     config = hf.read_json(path)
-    name = str(config.get("activation_function", "Tanh")).rpartition(".")[2]
-    if name not in _ACTIVATIONS:
+    given = str(config.get("activation_function", "torch.nn.Tanh"))
+    name = given.rpartition(".")[2]
+    if name not in _ACTIVATIONS or not given.startswith("torch."):
         raise InputError(
-            f"{path} asks for the activation {name}", remedy=f"known: {', '.join(sorted(_ACTIVATIONS))}"
+            f"{path} asks for the activation {given}", remedy=f"known: {', '.join(sorted(_ACTIVATIONS))}"
+        )
+    reads = config.get("module_input_name", "sentence_embedding")
+    if config.get("use_residual") or {reads, config.get("module_output_name") or reads} != {
+        "sentence_embedding"
+    }:
+        raise InputError(
+            f"{path} asks for a residual, or takes or gives something other than the vector of a text",
+            remedy="report the model",
         )
     sizes = [config.get(key) for key in ("out_features", "in_features")]
     if not all(isinstance(n, int) and not isinstance(n, bool) and 0 < n <= 1 << 20 for n in sizes):

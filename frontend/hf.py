@@ -28,7 +28,7 @@ _SMALL_FILES: Final = (
     "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
     "chat_template.jinja", "chat_template.json",
     "1_Pooling/config.json", "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json",
-    "*_Dense/config.json",
+    "*_Dense/config.json", "*_LogitScore/config.json",
 )  # fmt: skip
 _SAMPLING: Final = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 

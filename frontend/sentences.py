@@ -1,8 +1,8 @@
-"""What a folder of sentence-transformers says of the use of its encoder, beside the encoder itself."""
+"""What a folder of sentence-transformers says of the use of its encoder or reranker."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from ..ir.errors import InputError
@@ -11,6 +11,8 @@ from .text_part import first_class
 
 _PARTS: Final = ("Transformer", "Pooling", "Dense", "Normalize")
 _MAX_PROMPT: Final = 4096
+_ROUTED: Final = ("padding", "truncation", "max_length", "return_tensors", "restore_suffix", "messages")
+"""Of what a chat template is told in sentence-transformers, what it does not see, or from elsewhere."""
 
 
 def sentence_facts(folder: Path) -> dict[str, Any]:
@@ -19,17 +21,77 @@ def sentence_facts(folder: Path) -> dict[str, Any]:
 
     Raises InputError for a prompt that is none.
     """
-    facts: dict[str, Any] = {}
+    facts, prompts = _length(folder), _prompts(folder)
+    return {**facts, "prompts": prompts} if prompts else facts
+
+
+def _length(folder: Path) -> dict[str, Any]:
     length = _read(folder / "sentence_bert_config.json").get("max_seq_length")
-    if isinstance(length, int) and not isinstance(length, bool) and length > 0:
-        facts["max_seq_length"] = length
+    given = isinstance(length, int) and not isinstance(length, bool) and length > 0
+    return {"max_seq_length": length} if given else {}
+
+
+def _prompts(folder: Path) -> dict[str, str]:
     path = folder / "config_sentence_transformers.json"
     prompts = _read(path).get("prompts") or {}
     if not isinstance(prompts, dict) or not all(_is_prompt(text) for text in prompts.values()):
         raise InputError(f"{path} has prompts that are no texts", remedy="correct the file")
-    if any(prompts.values()):
-        facts["prompts"] = {str(name): text for name, text in prompts.items() if text}
-    return facts
+    return {str(name): text for name, text in prompts.items() if text}
+
+
+def reranker_facts(folder: Path) -> dict[str, Any]:
+    """`max_seq_length` as of `sentence_facts`; and `pairs` where a question and a passage are messages of the
+    roles "query" and "document" for the chat template: `system` is the text of a system message before them,
+    or null, `variables` what the template is told besides.
+    """
+    facts, given = _length(folder), _read(folder / "sentence_bert_config.json")
+    config = given.get("modality_config")
+    if not isinstance(config, dict) or "message" not in config:
+        return facts
+    message = config["message"]
+    form = message.get("format") if isinstance(message, dict) else None
+    if form not in (None, "flat", "structured"):
+        raise InputError(
+            f"{folder / 'sentence_bert_config.json'} has messages in the form {str(form)[:80]!r}",
+            remedy="known: flat, structured",
+        )
+    named = _read(folder / "config_sentence_transformers.json").get("default_prompt_name")
+    system = _prompts(folder).get(named) if isinstance(named, str) else None
+    kwargs = given.get("processing_kwargs")
+    told = kwargs.get("chat_template") if isinstance(kwargs, dict) else None
+    variables = {n: v for n, v in told.items() if n not in _ROUTED} if isinstance(told, dict) else {}
+    return {**facts, "pairs": {"system": system, "parts": form == "structured", "variables": variables}}
+
+
+def scored_tokens(folder: Path) -> tuple[int, ...]:
+    """The tokens whose logits are a text's scores, the one that means no before the one that means yes, where
+    there is one: of a language model that sentence-transformers uses as a reranker (`LogitScore` in
+    modules.json). None for any other folder.
+
+    Raises InputError where the files do not say which tokens.
+    """
+    path = folder / "modules.json"
+    parts = hf.read_json_list(path) if path.is_file() else []
+    kinds = [str(part.get("type", "")).rpartition(".")[2] for part in parts]
+    if "LogitScore" not in kinds:
+        return ()
+    if kinds != ["Transformer", "LogitScore"]:
+        raise InputError(f"{path} has {', '.join(kinds)}", remedy="known: Transformer, LogitScore")
+    config = hf.read_json(subfolder(folder, str(parts[1].get("path", ""))) / "config.json")
+    ids = [config.get(key) for key in ("false_token_id", "true_token_id")]
+    if ids[1] is None or not all(i is None or (type(i) is int and i >= 0) for i in ids):
+        raise InputError(f"{path} names a LogitScore without ids of tokens", remedy="download it again")
+    return tuple(i for i in ids if i is not None)
+
+
+def subfolder(folder: Path, place: str) -> Path:
+    """A folder that modules.json names. Raises InputError where it is none directly in that folder."""
+    if PurePosixPath(place).name != place or place in ("", ".", "..") or "\\" in place or "\0" in place:
+        raise InputError(
+            f"modules.json of {folder} names {place!r}, which is no folder in it",
+            remedy="do not use this checkpoint: such a list reaches for other files",
+        )
+    return folder / place
 
 
 def _read(path: Path) -> dict[str, Any]:

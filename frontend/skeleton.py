@@ -66,7 +66,7 @@ def model_class(config: Any) -> tuple[type[torch.nn.Module], Task]:
                 remedy="llmc compiles causal decoders",
             )
         return cls, "causal_lm"
-    if kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and _is_encoder(config):
+    if kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         cls = first_class(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[kind])
         if cls.__name__ in named:
             return cls, "classifier"

@@ -22,7 +22,7 @@ from .conversions import apply_conversions, complete, to_numpy_array
 from .dense import Dense, dense_layers
 from .gguf import GGUFFile, read_gguf
 from .quantized import describe_quantization, open_quantized
-from .sentences import dense_places, made_encoder, sentence_facts
+from .sentences import dense_places, made_encoder, reranker_facts, scored_tokens, sentence_facts
 from .skeleton import Task, instantiate, instantiate_whole, model_class
 from .text_part import text_part, text_tensors
 from .weights import open_gguf_tensors
@@ -60,6 +60,7 @@ class ModelSource:
         unscaled_config: the configuration before, where only some sequences are scaled.
         whole: the type of a model that takes more than text, of which this is the text model (text_part.py).
         length: tokens of the longest sequence that is compiled for; the model's own context where None.
+        scored: tokens of a language model whose logits are its scores as a classifier (sentences.py).
     """
 
     kind: Literal["hf", "gguf", "module"]
@@ -78,6 +79,12 @@ class ModelSource:
     unscaled_config: Any = None
     whole: str | None = None
     length: int | None = None
+    scored: tuple[int, ...] = ()
+
+    @property
+    def does(self) -> Task | Literal["function"]:
+        """What it is compiled to do: `task`, but a language model that is scored by tokens classifies."""
+        return "classifier" if self.scored else self.task
 
     @property
     def pooling(self) -> str | None:
@@ -98,15 +105,18 @@ class ModelSource:
         """What the runtime must know to use an encoder or a classifier as its makers do; JSON values.
 
         An encoder: `pooling`, and where they are given `max_seq_length` and `prompts`. A classifier: `labels`
-        in the order of its scores.
+        in the order of its scores, and where they are given `max_seq_length` and `pairs`.
         """
         folder = self.path if self.kind == "hf" else None
         if self.task == "encoder":
             return {"pooling": self.pooling, **(sentence_facts(folder) if folder is not None else {})}
-        if self.task == "classifier":
-            names: Mapping[int, str] = self.config.id2label
-            return {"labels": [str(names[i]) for i in sorted(names)]}
-        return {}
+        if self.does != "classifier":
+            return {}
+        names: Mapping[int, str] = self.config.id2label
+        labels = (
+            ["false", "true"][-len(self.scored) :] if self.scored else [str(names[i]) for i in sorted(names)]
+        )
+        return {"labels": labels, **(reranker_facts(folder) if folder is not None else {})}
 
     @cached_property
     def stored(self) -> Mapping[str, LazyTensor]:
@@ -293,6 +303,7 @@ def _open_folder(folder: Path, name: str, config_only: bool) -> ModelSource:
     source = ModelSource("hf", name, folder, config, task, size, facts, config_only=config_only)
     source.quantization = hf.quantization_config(folder)
     source.whole = None if text is None else whole
+    source.scored = scored_tokens(folder) if task == "causal_lm" else ()
     if not config_only:
         _ = source.stored  # headers are checked now: a truncated shard is refused before anything is traced
     return source
@@ -329,7 +340,7 @@ def describe(source: ModelSource) -> dict[str, Any]:
     return {
         "name": source.name,
         "kind": source.kind,
-        "task": source.task,
+        "task": source.does,
         "architecture": getattr(config, "model_type", None),
         "parameters": parameters,
         "bytes": source.bytes_on_disk,

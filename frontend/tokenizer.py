@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
 from ..ir.errors import CompileError, InputError, UnsupportedError
 from . import tokenizer_gguf
-from .chat_shapes import Renderer, check_template
+from .chat_shapes import MESSAGE_SHAPES, PAIR_SHAPES, MessageShape, Renderer, check_template
 from .gguf import GGUFFile
 from .hard_strings import hard_strings
 from .hf import read_json
@@ -90,9 +90,11 @@ def export_tokenizer(
     release_freed_memory()
     if not isinstance(template, str) or not template.strip():
         return facts
-    refused = check_chat_template(template, facts.special_tokens, source.name, render)
+    pairs = "pairs" in source.use
+    shapes = PAIR_SHAPES if pairs else MESSAGE_SHAPES
+    refused = check_chat_template(template, facts.special_tokens, source.name, render, shapes)
     (out_dir / TEMPLATE_FILE).write_text(template, encoding="utf-8", newline="")
-    calls = detect(template, facts.special_tokens) if detect is not None else None
+    calls = detect(template, facts.special_tokens) if detect is not None and not pairs else None
     return replace(facts, chat_template=TEMPLATE_FILE, refused_shapes=refused, tool_calls=calls)
 
 
@@ -252,18 +254,23 @@ def _hf_template(folder: Path, tokenizer: Any) -> str | None:
 
 
 def check_chat_template(
-    template: str, special_tokens: Mapping[str, str], name: str, render: Renderer | None = None
+    template: str,
+    special_tokens: Mapping[str, str],
+    name: str,
+    render: Renderer | None = None,
+    shapes: Sequence[MessageShape] = MESSAGE_SHAPES,
 ) -> list[str]:
     """Try a template on the message shapes of `chat_shapes`; the names of those that it refuses by itself.
 
     Args:
         render: the runtime's renderer (the frontend does not import the runtime); without it, the template is
             only searched for names like `__class__`.
+        shapes: those that it is tried on.
 
     Raises InputError naming the template's line, where it is not jinja2, fails on a plain conversation, or
     reaches for attributes that the sandbox guards.
     """
-    check = check_template(template, special_tokens, render)
+    check = check_template(template, special_tokens, render, shapes)
     if check.fault is not None:
         shape, problem = check.fault
         line = f" (line {problem.line})" if problem.line else ""

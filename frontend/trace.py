@@ -18,7 +18,7 @@ from ..ir.errors import CompileError, InputError, UnsupportedError
 from ..ir.types import Shape, TensorType
 from ..ir.weights import ArrayTensor, LazyTensor, ShapeOnlyTensor
 from . import experts, masks, recurrence
-from .classifier import score_every_token
+from .classifier import score_every_token, unpadded
 from .constants import Constants
 from .export import export, is_unproven, narrower
 from .importer import Importer, dtype_name, unread, written
@@ -225,6 +225,8 @@ def _trace_source(
     import torch
 
     model: Any = source.build_model().eval()
+    if source.task == "classifier":
+        unpadded(model)
     repeats = Repeats(model) if repeated else None
     stored = _shapes(model) if source.config_only else source.weights
     # A router's bias is a buffer that checkpoints hold; the module's own is what it was made with.

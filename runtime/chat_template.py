@@ -13,6 +13,7 @@ from typing import Any
 
 import jinja2
 
+from ..codegen.artifact import Artifact
 from ..ir.errors import InputError
 from .template_sandbox import MAX_OUTPUT, LimitError, SandboxEnvironment, rendering
 
@@ -137,3 +138,12 @@ def render_once(
     """Compile and render in one call: what the compiler tries a template with before it ships it."""
     template = ChatTemplate(source, special_tokens)
     return template.render(messages, tools=tools, add_generation_prompt=add_generation_prompt)
+
+
+def template_of(artifact: Artifact) -> ChatTemplate | None:
+    """An artifact's chat template; None where it has none."""
+    entry: Mapping[str, Any] = artifact.manifest.get("tokenizer") or {}
+    rel = entry.get("chat_template")
+    if rel is None:
+        return None
+    return ChatTemplate(artifact.read_text(rel), entry.get("special_tokens") or {}, name=rel)

@@ -154,6 +154,11 @@ def reads_alone(model: Mapping[str, object]) -> bool:
     return bool(model.get("alone"))
 
 
+def scored_row(model: Mapping[str, object]) -> Rows:
+    """Whose scores are a text's, by a classifier's manifest: its first token's, or of a decoder its last."""
+    return "last" if model.get("scored") == "last" else "first"
+
+
 def token_types(model: Mapping[str, object]) -> bool:
     """Whether a model, by its manifest, is told which text of a pair each token is of."""
     return bool(model.get("token_types"))

@@ -18,7 +18,7 @@ from ..ir.errors import InputError
 from .async_engine import AsyncEngine, Stream
 from .chat_template import ChatTemplate, Message
 from .custom_sampler import Sampler, make_sampler
-from .encoder import check_pairs, reads_alone, relevance, run_whole, token_types
+from .encoder import check_pairs, reads_alone, relevance, run_whole, scored_row, token_types
 from .engine import Engine, EngineStats
 from .executor.base import Executor
 from .function_inputs import checked_inputs
@@ -442,12 +442,12 @@ class LLM:
         check_pairs(self.artifact)
         pairs = self._pairs.encode_pairs(query, documents)
         ids, types = [ids for ids, _ in pairs], [kinds for _, kinds in pairs]
-        told = token_types(self.artifact.model)
+        told, row = token_types(self.artifact.model), scored_row(self.artifact.model)
         with self.engine.paused() as engine:
             scores = run_whole(
                 engine,
                 ids,
-                lambda whole, part: relevance(whole.step(ids[part], "first", types[part] if told else None)),
+                lambda whole, part: relevance(whole.step(ids[part], row, types[part] if told else None)),
                 alone=reads_alone(self.artifact.model),
             )
         return scores, sum(map(len, ids))

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from ..codegen.artifact import Artifact
 from ..ir.errors import ArtifactError, InputError
 from .adapters import check_places
-from .chat_template import ChatTemplate
+from .chat_template import template_of
 from .drafters import DraftModel
 from .engine import Engine, EngineOptions, ModelFacts
 from .executor import MakePlaces, open_executor
@@ -116,7 +116,7 @@ def load(
         executor,
         artifact=artifact,
         engine=engine,
-        template=_template(artifact),
+        template=template_of(artifact),
         defaults=artifact.model.get("generation"),
         max_waiting=max_waiting,
     )
@@ -171,11 +171,3 @@ def _entry(artifact: Artifact) -> Mapping[str, Any]:
 def _tokenizer(artifact: Artifact) -> Tokenizer | None:
     rel = _entry(artifact).get("path")
     return Tokenizer.from_file(artifact.path(rel)) if rel is not None else None
-
-
-def _template(artifact: Artifact) -> ChatTemplate | None:
-    rel = _entry(artifact).get("chat_template")
-    if rel is None:
-        return None
-    specials = _entry(artifact).get("special_tokens") or {}
-    return ChatTemplate(artifact.read_text(rel), specials, name=rel)

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer as _Tokenizer
 
 from ..codegen.artifact import Artifact
 from ..ir.errors import ArtifactError, InputError
+from .pair_prompts import PairPrompts
 
 _CUT = 16
 """Characters a token, at first: no more of a text is tokenized, so that one of megabytes costs no more than
@@ -55,6 +56,8 @@ class TextTokenizer:
             ) from None
         self._inner.no_padding()
         self._inner.enable_truncation(longest)  # of a pair, the longer text is cut first
+        pairs = artifact.model.get("pairs")
+        self._prompts = None if pairs is None else PairPrompts(artifact, self._inner, pairs)
 
     def count(self, text: str) -> int:
         """Tokens of a whole text, without special ones."""
@@ -74,7 +77,11 @@ class TextTokenizer:
     def encode_pairs(self, first: str, second: Sequence[str]) -> list[tuple[list[int], list[int]]]:
         """Token ids and token types of the pairs of one text with each of others."""
         # It is tokenized for each pair, and all of it where it is long: no more than can be kept.
-        first = clean(first)[: _CUT * self.longest]
+        reach = _CUT * self.longest
+        first = clean(first)[:reach]
+        if self._prompts is not None:
+            found = self._prompts.encode(first, [clean(text[:reach]) for text in second])
+            return [(ids, [0] * len(ids)) for ids in found]
         return [(one.ids, one.type_ids) for one in self._encodings(first, second)]
 
     def _encodings(self, first: str | None, texts: Sequence[str]) -> list[Any]:

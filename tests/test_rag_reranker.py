@@ -15,7 +15,7 @@ import transformers
 from llmc.codegen.artifact import Artifact
 from llmc.frontend.trace import trace_source
 from llmc.ir.core import Graph
-from llmc.ir.errors import InputError, UnsupportedError
+from llmc.ir.errors import InputError
 from llmc.ir.interpreter import run
 from llmc.runtime.encoder import WholeSequences
 from llmc.runtime.executor.base import STEP_INPUTS, StepInputs
@@ -138,13 +138,6 @@ def test_scores_of_a_step_are_the_classifiers(family: str):
         with torch.inference_mode():
             wanted = model(input_ids=torch.tensor([ids]), **given).logits[0].numpy()
         np.testing.assert_allclose(row, wanted, atol=2e-5)
-
-
-def test_a_classifier_that_pools_all_tokens_is_refused():
-    source = ModelInMemory(classifier("ModernBert", classifier_pooling="mean"), encoder=True)
-    source.task = "classifier"  # type: ignore[assignment]
-    with pytest.raises(UnsupportedError, match="do not come from the first token's hidden state alone"):
-        trace_source(source)  # type: ignore[arg-type]
 
 
 def test_a_table_of_positions_bounds_the_context(tmp_path: Path):

@@ -43,7 +43,10 @@ _FILES = (
     "config_sentence_transformers.json",
     "modules.json",
     "1_Pooling/config.json",
+    "chat_template.jinja",
 )
+_PARTS = ("Dense", "LogitScore")
+_READ = (".json", ".safetensors")
 
 Say = Callable[[str], None]
 
@@ -162,8 +165,8 @@ def _folder_key(folder: Path) -> str:
     times, so that a large model is not read again at every start.
     """
     files = [folder / name for name in _FILES if (folder / name).is_file()]
-    files += sorted([*folder.glob("*.safetensors"), *folder.glob("*_Dense/*.json")])
-    files += sorted(folder.glob("*_Dense/*.safetensors"))
+    files += sorted(folder.glob("*.safetensors"))
+    files += sorted(path for part in _PARTS for path in folder.glob(f"*_{part}/*") if path.suffix in _READ)
     if not files:
         raise InputError(
             f"{folder} holds neither an artifact nor a model", remedy="give a folder with config.json"

@@ -21,7 +21,7 @@ import numpy as np
 from ...codegen.artifact import Artifact
 from ...ir.errors import InputError
 from ..continuations import ContinuationScorer, Request
-from ..encoder import check_pairs, relevance, token_types
+from ..encoder import Rows, check_pairs, relevance, scored_row, token_types
 from ..llm import LLM
 from ..loader import load
 from ..text_encoding import TextTokenizer, longest_text
@@ -71,6 +71,7 @@ class CrossEncoder:
         longest = longest_text(artifact)
         self.name = str(artifact.model.get("name") or artifact.root.stem)
         self._types = token_types(artifact.model)
+        self._row: Rows = scored_row(artifact.model)
         self._tokenizer = TextTokenizer(artifact, longest)
         self._steps = EncoderSteps(artifact, longest=longest, threads=threads)
 
@@ -81,7 +82,7 @@ class CrossEncoder:
         found = self._steps.run(
             [len(one) for one in ids],
             lambda whole, part: relevance(
-                whole.step(ids[part], "first", types[part] if self._types else None)
+                whole.step(ids[part], self._row, types[part] if self._types else None)
             ),
         )
         return np.concatenate([scores for _, scores in found]) if found else np.zeros(0, np.float32)
