@@ -73,7 +73,7 @@ class CompileReport:
 
 def _context(source: ModelSource, asked: int | None) -> int | None:
     """The longest sequence that is compiled for; `source.length` says it to the tracing."""
-    made_for = source.length or context_length(source.config)
+    made_for = source.length or context_length(source.config) or source.use.get("max_seq_length")
     limit = longest(source.config, context_length(source.config))
     if asked is not None and asked < 1:
         raise InputError(f"--context {asked} is no length", remedy="ask for at least one token")

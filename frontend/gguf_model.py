@@ -27,7 +27,8 @@ _ROPE_FREQS: Final = "rope_freqs.weight"
 _ROPE_LONG: Final = "rope_factors_long.weight"
 _ROPE_SHORT: Final = "rope_factors_short.weight"
 _HEAD: Final = "output.weight"
-_POOLINGS: Final = {1: "mean", 2: "cls", 3: "last"}  # llama.cpp's enum llama_pooling_type
+# `pooling_type` as llama.cpp numbers it.
+_POOLINGS: Final = {1: "mean", 2: "cls", 3: "last"}
 _PATCHING = threading.Lock()  # the reader class below is swapped in a module that every thread sees
 
 # Texts that end a turn or a document, where a file marks them as control tokens: llama.cpp's list

@@ -38,6 +38,7 @@ def model_class(config: Any) -> tuple[type[torch.nn.Module], Task]:
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+        MODEL_FOR_TEXT_ENCODING_MAPPING,
         MODEL_MAPPING,
     )
 
@@ -46,6 +47,10 @@ def model_class(config: Any) -> tuple[type[torch.nn.Module], Task]:
     causal_name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     causal_names = [causal_name] if isinstance(causal_name, str) else list(causal_name or [])
     label = f"{config.model_type} ({', '.join(named) or 'no architectures'})"
+    if kind in MODEL_FOR_TEXT_ENCODING_MAPPING and kind in MODEL_MAPPING:
+        encoder = first_class(MODEL_FOR_TEXT_ENCODING_MAPPING[kind])
+        if encoder.__name__ in named and encoder is not first_class(MODEL_MAPPING[kind]):
+            return encoder, "encoder"  # half of an encoder-decoder, saved alone
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedError(
             f"architecture {label} is an encoder-decoder", remedy="llmc compiles decoders and encoders"

@@ -48,6 +48,7 @@ _FIELDS: dict[str, Any] = {
 }
 _DROPOUTS = ("dropout", "pdrop", "layerdrop")
 _HYBRID: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention"]}
+_T5 = {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 24}
 _RECURRENT: dict[str, Any] = {"layer_types": ["linear_attention", "full_attention"]}
 _THREE_AXES: dict[str, Any] = {"rope_parameters": {"rope_type": "default", "mrope_section": [4, 2, 2]}}
 
@@ -87,6 +88,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "norm_rel_ebd": "layer_norm",
         "position_biased_input": False,
     },
+    # The encoder alone, as sentence-t5 is published; and a decoder that was made an encoder.
+    "t5 (encoder)": {"architectures": ["T5EncoderModel"], **_T5},
+    "mt5 (encoder)": {"architectures": ["MT5EncoderModel"], **_T5},
+    "umt5 (encoder)": {"architectures": ["UMT5EncoderModel"], **_T5},
+    "gemma3_text (both ways)": {"use_bidirectional_attention": True, "architectures": ["Gemma3TextModel"]},
     "mamba2": {"num_heads": 8, "n_groups": 2, "state_size": 16, "chunk_size": 16},
     "glm4v_moe_text": {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1]}},
     "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
