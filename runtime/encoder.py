@@ -7,7 +7,7 @@ of one step, given out from the first page again each time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -162,3 +162,12 @@ def scored_row(model: Mapping[str, object]) -> Rows:
 def token_types(model: Mapping[str, object]) -> bool:
     """Whether a model, by its manifest, is told which text of a pair each token is of."""
     return bool(model.get("token_types"))
+
+
+def prompts(model: Mapping[str, Any]) -> tuple[str, str]:
+    """What a model wants before a question and before a passage; mostly nothing. The names are those of
+    sentence-transformers (`config_sentence_transformers.json`).
+    """
+    given: Mapping[str, Any] = model.get("prompts") or {}
+    passage = next((given[name] for name in ("document", "passage", "corpus") if name in given), "")
+    return str(given.get("query", "")), str(passage)

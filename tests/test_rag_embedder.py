@@ -25,6 +25,7 @@ from llmc.runtime.text_encoding import TextTokenizer, clean
 
 from .fake_executor import FakeExecutor
 from .models import real_model, save_tiny
+from .server_harness import RunningServer
 from .tvm_graphs import ISA
 
 LONGEST = 40
@@ -195,6 +196,18 @@ def test_modules_that_are_not_compiled_are_refused(tmp_path: Path):
     (folder / "modules.json").write_text("{}")
     with pytest.raises(InputError, match=r"modules\.json holds no list"):
         llmc.compile(folder, tmp_path / "m.llmc", targets=["null"])
+
+
+def test_the_server_ranks_by_the_same_vectors(artifact: Artifact, embedder: Embedder):
+    """Before the query and the documents stands what the model wants there."""
+    documents = ["The river was wide and slow.", "河は広かった。", "x"]
+    with RunningServer({"m": llmc.load(artifact.root)}) as server:
+        asked = {"query": "How wide?", "documents": documents}
+        status, answer, _ = server.post("/v1/rerank", asked)
+    assert status == 200
+    found = {one["index"]: one["relevance_score"] for one in answer["results"]}
+    wanted = embedder.embed_passages(documents) @ embedder.embed_query("How wide?")
+    np.testing.assert_allclose([found[i] for i in range(3)], wanted, atol=1e-6)
 
 
 # Which vectors can be compared -----------------------------------------------------------------------------

@@ -55,8 +55,11 @@ def test_vectors_are_the_models(server: RunningServer, expected: np.ndarray):
         # Float32 sums in another order: 1e-5 is a hundred times what was seen.
         np.testing.assert_allclose(found, expected, atol=1e-5)
         assert answer.usage.prompt_tokens == sum(len(server.models["minilm"].encode(text)) for text in TEXTS)
+        short = client.embeddings.create(model="minilm", input=TEXTS, dimensions=128)
+        first = expected[:, :128] / np.linalg.norm(expected[:, :128], axis=1, keepdims=True)
+        np.testing.assert_allclose([entry.embedding for entry in short.data], first, atol=1e-5)
         with pytest.raises(openai.BadRequestError, match="vectors have 384"):
-            client.embeddings.create(model="minilm", input="x", dimensions=7)
+            client.embeddings.create(model="minilm", input="x", dimensions=385)
         with pytest.raises(openai.BadRequestError, match="it is an encoder"):
             client.completions.create(model="minilm", prompt="x")
         with pytest.raises(openai.BadRequestError, match="context_length_exceeded"):

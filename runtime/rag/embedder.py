@@ -16,6 +16,7 @@ import numpy as np
 
 from ...codegen.artifact import Artifact
 from ...ir.errors import InputError
+from ..encoder import prompts
 from ..executor import choose_target
 from ..text_encoding import TextTokenizer, longest_text
 from .embedder_source import DEFAULT, Say, find_artifact, say_on_stderr
@@ -100,15 +101,6 @@ class Embedder:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def prompts(model: Mapping[str, Any]) -> tuple[str, str]:
-    """What a model wants before a question and before a passage; mostly nothing. The names are those of
-    sentence-transformers (`config_sentence_transformers.json`).
-    """
-    given: Mapping[str, Any] = model.get("prompts") or {}
-    passage = next((given[name] for name in ("document", "passage", "corpus") if name in given), "")
-    return str(given.get("query", "")), str(passage)
 
 
 def embedder_hash(artifact: Artifact) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from fastapi import APIRouter, Request
 
 from ...ir.errors import InputError
-from ..encoder import STEP_TOKENS
+from ..encoder import STEP_TOKENS, prompts
 from .completions import listed
 from .errors import ApiError, AsciiJsonResponse
 from .schema import EmbeddingRequest, RerankRequest
@@ -58,6 +58,14 @@ def _vectors(
     return np.concatenate(vectors), sum(map(len, ids))
 
 
+def _shortened(vectors: np.ndarray, dimensions: int) -> np.ndarray:
+    """The first elements of vectors, of length 1 again, which models that were trained for it keep their
+    meaning in (Kusupati et al. 2022, "Matryoshka Representation Learning", arXiv:2205.13147).
+    """
+    short = vectors[:, :dimensions]
+    return short / np.maximum(np.linalg.norm(short, axis=1, keepdims=True), 1e-12)
+
+
 def _parts(ids: Sequence[list[int]]) -> Iterator[list[list[int]]]:
     """What is computed at a time: a step or two, after which is asked whether the client is still there."""
     part: list[list[int]] = []
@@ -78,11 +86,12 @@ def _embed_body(model: ServedModel, body: EmbeddingRequest, goes_on: Callable[[]
             param="model",
             code="unsupported_model",
         )
+    width = model.llm.executor.vocab_size
+    if body.dimensions is not None and body.dimensions > width:
+        raise InputError(f"dimensions is {body.dimensions}", remedy=f"this model's vectors have {width}")
     vectors, tokens = _vectors(model, listed(body.input, "input"), body.truncate_prompt_tokens, goes_on)
-    if body.dimensions is not None and body.dimensions != vectors.shape[1]:
-        raise InputError(
-            f"dimensions is {body.dimensions}", remedy=f"this model's vectors have {vectors.shape[1]}"
-        )
+    if body.dimensions is not None:
+        vectors = _shortened(vectors, body.dimensions)
     as_text = body.encoding_format == "base64"
     data = [
         {
@@ -99,7 +108,10 @@ def _embed_body(model: ServedModel, body: EmbeddingRequest, goes_on: Callable[[]
 
 
 def _likeness(model: ServedModel, body: RerankRequest, goes_on: Callable[[], bool]) -> tuple[np.ndarray, int]:
-    vectors, tokens = _vectors(model, [body.query, *body.documents], body.truncate_prompt_tokens, goes_on)
+    artifact = model.llm.artifact
+    asked, told = prompts(artifact.model) if artifact is not None else ("", "")
+    texts = [asked + body.query, *(told + document for document in body.documents)]
+    vectors, tokens = _vectors(model, texts, body.truncate_prompt_tokens, goes_on)
     return vectors[1:] @ vectors[0], tokens
 
 
