@@ -17,8 +17,9 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from ..ir.errors import InputError, UnsupportedError
+from ..ir.errors import InputError, LlmcError, UnsupportedError
 from ..ir.weights import LazyTensor
+from . import gguf_architectures
 from .conversions import apply_conversions, to_numpy_array
 from .gguf import GGUFFile
 from .weights import MergedTensor, open_gguf_tensors, transformed
@@ -111,11 +112,15 @@ def read_config(file: GGUFFile) -> Any:
             f"{file.path.name} is one part of several", remedy="join them with llama-gguf-split --merge"
         )
     arch = file.architecture
+    tabled = gguf_architectures.readable(arch)
     logger = logging.getLogger("transformers")  # its advice is for those who train
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        if arch in GGUF_CONFIG_ARCHS:
+        if tabled is not None:
+            kind, row = tabled
+            values = {"model_type": kind, **gguf_architectures.configuration(file, row)}
+        elif arch in GGUF_CONFIG_ARCHS:
             values = get_gguf_config(_counted(file.metadata), tuple(file.tensors))
         else:
             with _reader_of(file):
@@ -127,6 +132,8 @@ def read_config(file: GGUFFile) -> Any:
         if "vocab_size" not in values and isinstance(tokens, list):
             values["vocab_size"] = len(tokens)
         config = CONFIG_MAPPING[model_type].from_dict(values)
+    except LlmcError:
+        raise
     except Exception as error:  # transformers indexes into metadata that a file may lack or mistype
         reason = f"{type(error).__name__}: {error}"
         raise InputError(
@@ -137,6 +144,11 @@ def read_config(file: GGUFFile) -> Any:
         logger.setLevel(level)
     _apply_softcaps(file, config)
     _apply_rope_scaling(file, config)
+    refusal = None if tabled is None else tabled[1].check(config)
+    if refusal is not None:
+        raise UnsupportedError(
+            f"{file.path.name} has {refusal}", remedy="give the model as a Hugging Face folder"
+        )
     if file.metadata.get(f"{arch}.attention.causal") is False:
         config.is_causal = False
     return config
@@ -290,7 +302,10 @@ def map_weights(file: GGUFFile, model: Any, tensors: Mapping[str, LazyTensor]) -
     """
     from transformers.integrations.gguf.utils import get_gguf_conversion_mapping, is_gguf_arch_supported
 
-    if is_gguf_arch_supported(file.architecture):
+    tabled = gguf_architectures.readable(file.architecture)
+    if tabled is not None:
+        weights, unused = gguf_architectures.weights(file, tabled[1], model, tensors)
+    elif is_gguf_arch_supported(file.architecture):
         mapping = get_gguf_conversion_mapping(file.architecture, model.config)
         weights, unused = apply_conversions(model, tensors, mapping)
     else:

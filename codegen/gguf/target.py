@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from ...frontend.gguf_architectures import Architecture, named, paired_rows, rope_parameters
 from ...frontend.source import ModelSource
 from ...ir import ops as _ops  # noqa: F401  # pyright: ignore[reportUnusedImport]  (registers the ops)
 from ...ir.define import OPS
@@ -21,7 +22,7 @@ from ...ir.errors import CompileError, InputError, UnsupportedError
 from ...ir.ggml import BLOCK_TYPES
 from ...ir.weights import ArrayTensor, LazyTensor, num_elements
 from ..target import Progress, Target
-from .metadata import Architecture, architecture, file_type, model_metadata, rope_parameters
+from .metadata import architecture, file_type, model_metadata
 from .tensors import FLOATS, Converted, Rows, parameters
 from .vocabulary import tokenizer_metadata
 from .writer import TensorEntry, tensor_bytes, write_gguf
@@ -89,7 +90,7 @@ def gguf_tensors(source: ModelSource, graph: Graph, arch: Architecture, floats: 
     """
     known = source.weights
     found = parameters(graph, known, floats)
-    names = _name_map(source, arch)
+    names = named(arch, source.config.num_hidden_layers)
     out: dict[str, Rows] = {}
     for parameter in known:
         rows = found.get(parameter)
@@ -116,14 +117,6 @@ def _tied(known: Mapping[str, LazyTensor], head: str, rows: Rows | None, same: S
     return shared and (rows is None or all(one.value_name == rows.value_name for one in same))
 
 
-def _name_map(source: ModelSource, arch: Architecture) -> Any:
-    import gguf
-
-    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
-    table = gguf.get_tensor_name_map(kinds[arch.name], source.config.num_hidden_layers)
-    return lambda parameter: table.get_name(parameter, try_suffixes=(".weight", ".bias"))
-
-
 def _stored(parameter: str, name: str, rows: Rows, source: ModelSource, arch: Architecture) -> Rows:
     """A parameter as the architecture stores it: q and k rows in another order, norms with one added."""
     part = name.split(".")[-2]
@@ -138,13 +131,6 @@ def _stored(parameter: str, name: str, rows: Rows, source: ModelSource, arch: Ar
         data = Converted(rows.data, "float32", plus=arch.norm_offset)
         return Rows(rows.ggml_type, rows.shape, data, rows.value_name)
     return rows
-
-
-def paired_rows(rows: int, heads: int) -> np.ndarray[Any, Any]:
-    """Which row of transformers' q or k stands where in GGUF: of each head, row i of the first half, then row
-    i of the second half.
-    """
-    return np.arange(rows).reshape(heads, 2, rows // heads // 2).swapaxes(1, 2).reshape(-1)
 
 
 def _rope_factors(source: ModelSource) -> dict[str, Rows]:

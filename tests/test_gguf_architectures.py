@@ -1,0 +1,116 @@
+"""GGUF files of each architecture that the table of frontend/gguf_architectures.py reads: llama.cpp computes
+of them what transformers' model does, and so do we.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from llmc.codegen.gguf.metadata import model_metadata
+from llmc.frontend.gguf_architectures import ARCHITECTURES, named, paired_rows, readable
+from llmc.frontend.skeleton import model_class
+from llmc.frontend.source import open_source
+from llmc.frontend.trace import trace_source
+from llmc.ir.errors import InputError, UnsupportedError
+
+from .family_configs import random_model, small_config
+from .gguf_files import BOOL, F32, STRING, U32, byte_vocabulary, entry, write_gguf
+from .graphs import ModelInMemory, logits_of
+from .llama_cpp import LlamaCpp
+from .models import ids_of
+
+READ = sorted(kind for kind, row in ARCHITECTURES.items() if row.fields is not None)
+FOUR: dict[str, Any] = {"num_hidden_layers": 4, "sliding_window": None}
+CHANGES: dict[str, dict[str, Any]] = {
+    "smollm3": {**FOUR, "no_rope_layers": [1, 1, 1, 0], "layer_types": ["full_attention"] * 4},
+    "exaone4": {"sliding_window": None, "layer_types": ["full_attention"] * 2},
+    "cohere2": {**FOUR, "sliding_window": 12, "layer_types": [*["sliding_attention"] * 3, "full_attention"]},
+}
+_KINDS = {bool: BOOL, int: U32, float: F32, str: STRING}
+
+
+def tiny(kind: str, **changes: Any) -> Any:
+    config = small_config(kind)
+    for name, value in {**CHANGES.get(kind, {}), **changes}.items():
+        setattr(config, name, value)
+    config.use_cache = False
+    return random_model(config, model_class(config)[0])
+
+
+def written(model: Any, kind: str, path: Path, *further: bytes) -> Path:
+    """A file of a model: key-values by the table, tensors by the package gguf's names, in float32."""
+    arch = ARCHITECTURES[kind]
+    source: Any = ModelInMemory(model)
+    source.rope_scaling = None
+    config, name_of = model.config, named(arch, model.config.num_hidden_layers)
+    tensors: dict[str, np.ndarray[Any, Any]] = {}
+    for parameter, value in model.named_parameters():
+        name, array = name_of(parameter), value.detach().numpy().copy()
+        assert name is not None, parameter
+        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+        part = name.split(".")[-2]
+        if arch.permuted and part in heads:
+            array = array[paired_rows(len(array), heads[part])]
+        tensors[name] = array + arch.norm_offset if name.endswith("norm.weight") else array
+    entries = [entry(k, _KINDS[type(v)], v) for k, v in model_metadata(source, arch).items()]
+    vocabulary = byte_vocabulary([f"<x{i}>" for i in range(config.vocab_size - 256)])
+    ends = [entry(f"tokenizer.ggml.{name}_token_id", U32, i) for name, i in (("bos", 1), ("eos", 2))]
+    return write_gguf(path, [*entries, *vocabulary, *ends, *further], tensors)
+
+
+@pytest.mark.parametrize("kind", READ)
+def test_a_file_means_what_llama_cpp_computes(kind: str, tmp_path: Path):
+    model, ids = tiny(kind), ids_of(40)
+    with torch.inference_mode():
+        wanted = model(input_ids=torch.tensor([ids])).logits[0].numpy()
+    path = written(model, kind, tmp_path / "m.gguf")
+    with LlamaCpp(path) as opened:  # its cache is of float16
+        assert np.abs(opened.logits(ids) - wanted).max() <= 0.01 * np.abs(wanted).max()
+    source = open_source(path)
+    assert source.task == "causal_lm" and source.config.model_type == kind
+    np.testing.assert_allclose(logits_of(trace_source(source), ids), wanted, atol=2e-5)
+
+
+def test_a_head_of_its_own_and_scaled_positions(tmp_path: Path):
+    """What a file says by what it holds: an untied head, biases; and by keys that all architectures have."""
+    scaled = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e4}
+    model, ids = tiny("arcee", tie_word_embeddings=False, rope_parameters=scaled), ids_of(40)
+    with torch.inference_mode():
+        wanted = model(input_ids=torch.tensor([ids])).logits[0].numpy()
+    source = open_source(written(model, "arcee", tmp_path / "m.gguf"))
+    assert source.config.tie_word_embeddings is False
+    np.testing.assert_allclose(logits_of(trace_source(source), ids), wanted, atol=2e-5)
+
+
+def test_what_is_not_understood_is_refused(tmp_path: Path):
+    model = tiny("olmo2")
+    odd = entry("olmo2.attention.sliding_window", U32, 12)
+    with pytest.raises(UnsupportedError, match=r"sets olmo2\.attention\.sliding_window, which is not"):
+        open_source(written(model, "olmo2", tmp_path / "m.gguf", odd))
+    config = tiny("smollm3", no_rope_layers=[1, 0, 1, 1])
+    path = written(config, "smollm3", tmp_path / "s.gguf")
+    assert open_source(path).config.no_rope_layers == [1, 1, 1, 0]  # all that such a file can mean
+    from llmc.frontend import gguf_architectures
+
+    file = open_source(path).gguf
+    assert file is not None
+    found = readable("smollm3")
+    assert found is not None
+    for key in ("smollm3.block_count", "smollm3.attention.layer_norm_rms_epsilon"):
+        held = {k: v for k, v in file.metadata.items() if k != key}
+        with pytest.raises(InputError, match=f"lacks {key}"):
+            gguf_architectures.configuration(_with(file, held), found[1])
+    held = {**file.metadata, "smollm3.attention.head_count": [1, 2]}
+    with pytest.raises(InputError, match="has an array of"):
+        gguf_architectures.configuration(_with(file, held), found[1])
+    assert readable("llama") is None and readable("nothing") is None
+
+
+def _with(file: Any, metadata: dict[str, Any]) -> Any:
+    import dataclasses
+
+    return dataclasses.replace(file, metadata=metadata)
