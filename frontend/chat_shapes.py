@@ -84,20 +84,21 @@ MESSAGE_SHAPES: Final = (
     MessageShape("an empty list of tool calls", (_ASK, _said("assistant", "Sunny", tool_calls=[]), _ASK)),
 )
 
-PAIR_SHAPES: Final = (
-    MessageShape(
+
+def pair_shape(pairs: Mapping[str, Any]) -> MessageShape:
+    """A question and a passage, for a reranker that was made of a language model; `pairs` of the manifest.
+    Where the template is told more, which is not tried here, it may fail.
+    """
+    said = [("query", "Where?"), ("document", "Here.")]
+    if pairs["system"] is not None:
+        said.insert(0, ("system", pairs["system"]))
+    parts = [(role, [{"type": "text", "text": text}] if pairs["parts"] else text) for role, text in said]
+    return MessageShape(
         "a question and a passage",
-        (_said("query", "Where?"), _said("document", "Here.")),
-        required=True,
+        tuple(_said(role, content) for role, content in parts),
+        required=not pairs["variables"],
         add_generation_prompt=False,
-    ),
-    MessageShape(
-        "a question and a passage in parts",
-        tuple(_said(role, [{"type": "text", "text": "Here."}]) for role in ("query", "document")),
-        add_generation_prompt=False,
-    ),
-)
-"""Of rerankers that were made of language models (sentence-transformers' CrossEncoder)."""
+    )
 
 
 def render_shape(

@@ -14,7 +14,8 @@ of those rows of its own (`score_by_tokens`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -29,11 +30,19 @@ from ..ir.weights import ArrayTensor, LazyTensor, ShapeOnlyTensor
 _TOKENS = sym("T")
 
 
-def unpadded(model: Any) -> None:
-    """Tell a decoder that classifies that there is no padding: its scores are the last token's then, not
-    those of the last one that is no padding.
+@contextmanager
+def unpadded(model: Any) -> Generator[None]:
+    """Within it, a decoder that classifies takes no token for padding: its scores are the last token's then,
+    not those of the last one that is no padding. The runtime leaves padding at the end out.
     """
-    model.config.get_text_config().pad_token_id = None
+    # Some configurations check what is set on them, and the user's own module may be this one.
+    config = model.config.get_text_config()
+    before = config.pad_token_id
+    object.__setattr__(config, "pad_token_id", None)
+    try:
+        yield
+    finally:
+        object.__setattr__(config, "pad_token_id", before)
 
 
 def score_every_token(graph: Graph) -> None:

@@ -60,10 +60,9 @@ def _layer(folder: Path, place: str, *, config_only: bool) -> Dense:
         raise InputError(
             f"{path} asks for the activation {given}", remedy=f"known: {', '.join(sorted(_ACTIVATIONS))}"
         )
-    reads = config.get("module_input_name", "sentence_embedding")
-    if config.get("use_residual") or {reads, config.get("module_output_name") or reads} != {
-        "sentence_embedding"
-    }:
+    vector = "sentence_embedding"
+    reads, gives = config.get("module_input_name", vector), config.get("module_output_name") or vector
+    if config.get("use_residual") or reads != vector or gives != vector:
         raise InputError(
             f"{path} asks for a residual, or takes or gives something other than the vector of a text",
             remedy="report the model",
@@ -88,10 +87,11 @@ def _tensors(path: Path, shape: tuple[int, ...], biased: bool) -> tuple[LazyTens
     held = open_safetensors(path)
     wanted = {"linear.weight": shape, **({"linear.bias": shape[:1]} if biased else {})}
     for name, expected in wanted.items():
-        if name not in held or tuple(held[name].shape) != expected:
-            what = f"has shape {list(held[name].shape)}" if name in held else "is missing"
+        floats = name in held and held[name].dtype.startswith(("float", "bfloat"))
+        if not floats or tuple(held[name].shape) != expected:
+            what = f"is {held[name].dtype}{list(held[name].shape)}" if name in held else "is missing"
             raise InputError(
-                f"tensor {name} of {path} {what}, config.json beside it asks for {list(expected)}",
+                f"tensor {name} of {path} {what}, config.json beside it asks for floats {list(expected)}",
                 remedy="download the folder again",
             )
     return held["linear.weight"], held["linear.bias"] if biased else None

@@ -8,27 +8,29 @@ called once with indices that broadcast together, which is how they are called w
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
+_LOCK = threading.RLock()  # the makers are in a table that every thread sees
+
 
 @contextmanager
 def installed() -> Generator[None]:
-    """Within it, masks are made by broadcasting. For threads that trace at once: each leaves in place what it
-    found, which makes the same masks.
-    """
+    """Within it, masks are made by broadcasting, in this process; other threads that trace wait for it."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
     makers: Any = ALL_MASK_ATTENTION_FUNCTIONS
-    before = {name: makers[name] for name in ("sdpa", "eager")}
-    for name, make in before.items():
-        makers[name] = _broadcasting(make)
-    try:
-        yield
-    finally:
+    with _LOCK:
+        before = {name: makers[name] for name in ("sdpa", "eager")}
         for name, make in before.items():
-            makers[name] = make
+            makers[name] = _broadcasting(make)
+        try:
+            yield
+        finally:
+            for name, make in before.items():
+                makers[name] = make
 
 
 def _broadcasting(make: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
@@ -11,8 +12,10 @@ from .text_part import first_class
 
 _PARTS: Final = ("Transformer", "Pooling", "Dense", "Normalize")
 _MAX_PROMPT: Final = 4096
-_ROUTED: Final = ("padding", "truncation", "max_length", "return_tensors", "restore_suffix", "messages")
-"""Of what a chat template is told in sentence-transformers, what it does not see, or from elsewhere."""
+_MAX_LENGTH: Final = 1 << 24
+_ROUTED: Final = ("padding", "truncation", "max_length", "return_tensors", "restore_suffix")
+"""Of what a chat template is told in sentence-transformers, what it does not see."""
+_TAKEN: Final = ("self", "messages", "tools", "documents")
 
 
 def sentence_facts(folder: Path) -> dict[str, Any]:
@@ -26,9 +29,12 @@ def sentence_facts(folder: Path) -> dict[str, Any]:
 
 
 def _length(folder: Path) -> dict[str, Any]:
-    length = _read(folder / "sentence_bert_config.json").get("max_seq_length")
-    given = isinstance(length, int) and not isinstance(length, bool) and length > 0
-    return {"max_seq_length": length} if given else {}
+    """The longest text: of sentence-transformers' own files, else (since 5.4) of the tokenizer's."""
+    own = _read(folder / "sentence_bert_config.json").get("max_seq_length")
+    parts = (folder / "modules.json").is_file()
+    other = _read(folder / "tokenizer_config.json").get("model_max_length") if parts else None
+    given = [n for n in (own, other) if type(n) is int and 1 < n <= _MAX_LENGTH]
+    return {"max_seq_length": given[0]} if given else {}
 
 
 def _prompts(folder: Path) -> dict[str, str]:
@@ -42,12 +48,15 @@ def _prompts(folder: Path) -> dict[str, str]:
 def reranker_facts(folder: Path) -> dict[str, Any]:
     """`max_seq_length` as of `sentence_facts`; and `pairs` where a question and a passage are messages of the
     roles "query" and "document" for the chat template: `system` is the text of a system message before them,
-    or null, `variables` what the template is told besides.
+    or null, `variables` what the template is told besides. Without that, a text before the question is the
+    prompt "query" of `prompts`.
     """
     facts, given = _length(folder), _read(folder / "sentence_bert_config.json")
     config = given.get("modality_config")
+    named = _read(folder / "config_sentence_transformers.json").get("default_prompt_name")
+    system = _prompts(folder).get(named) if isinstance(named, str) else None
     if not isinstance(config, dict) or "message" not in config:
-        return facts
+        return facts if system is None else {**facts, "prompts": {"query": system}}
     message = config["message"]
     form = message.get("format") if isinstance(message, dict) else None
     if form not in (None, "flat", "structured"):
@@ -55,11 +64,15 @@ def reranker_facts(folder: Path) -> dict[str, Any]:
             f"{folder / 'sentence_bert_config.json'} has messages in the form {str(form)[:80]!r}",
             remedy="known: flat, structured",
         )
-    named = _read(folder / "config_sentence_transformers.json").get("default_prompt_name")
-    system = _prompts(folder).get(named) if isinstance(named, str) else None
     kwargs = given.get("processing_kwargs")
     told = kwargs.get("chat_template") if isinstance(kwargs, dict) else None
     variables = {n: v for n, v in told.items() if n not in _ROUTED} if isinstance(told, dict) else {}
+    odd = [n for n, v in variables.items() if not n.isidentifier() or n in _TAKEN or not _is_plain(v)]
+    if odd:
+        raise InputError(
+            f"{folder / 'sentence_bert_config.json'} tells the chat template {odd[0][:80]!r}",
+            remedy="known: names with a text, a number, or true or false",
+        )
     return {**facts, "pairs": {"system": system, "parts": form == "structured", "variables": variables}}
 
 
@@ -71,7 +84,7 @@ def scored_tokens(folder: Path) -> tuple[int, ...]:
     Raises InputError where the files do not say which tokens.
     """
     path = folder / "modules.json"
-    parts = hf.read_json_list(path) if path.is_file() else []
+    parts = [] if not path.is_file() or isinstance(hf.read_json_any(path), dict) else hf.read_json_list(path)
     kinds = [str(part.get("type", "")).rpartition(".")[2] for part in parts]
     if "LogitScore" not in kinds:
         return ()
@@ -98,18 +111,31 @@ def _read(path: Path) -> dict[str, Any]:
     return hf.read_json(path) if path.is_file() else {}
 
 
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, str):
+        return len(value) <= _MAX_PROMPT and not any("\ud800" <= c <= "\udfff" for c in value)
+    if isinstance(value, int | float):
+        return math.isfinite(value) and abs(value) < 1 << 62
+    return value is None
+
+
 def _is_prompt(text: Any) -> bool:
     return text is None or (isinstance(text, str) and len(text) <= _MAX_PROMPT)
 
 
 def made_encoder(config: Any) -> None:
     """Change the configuration of a decoder that is used as an encoder, as files that say how its hidden
-    states are pooled tell, to that of the model without its head.
+    states are pooled tell, to that of the model without its head. One that classifies stays as it is.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as CLASSIFIERS,
+    )
 
-    kind = type(config)
-    if kind in MODEL_FOR_CAUSAL_LM_MAPPING and kind in MODEL_MAPPING:
+    kind, named = type(config), list(getattr(config, "architectures", None) or [])
+    classifies = kind in CLASSIFIERS and first_class(CLASSIFIERS[kind]).__name__ in named
+    generates = kind in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "whole", None) is not None
+    if kind in MODEL_MAPPING and generates and not classifies:
         config.architectures = [first_class(MODEL_MAPPING[kind]).__name__]
 
 
@@ -124,6 +150,8 @@ def dense_places(folder: Path) -> list[str]:
     parts = hf.read_json_list(path)
     kinds = [str(part.get("type", "")).rpartition(".")[2] for part in parts]
     others = [kind for kind in kinds if kind not in _PARTS]
+    if "Dense" in kinds and kinds.count("Pooling") != 1:
+        others = kinds
     if others or [_PARTS.index(kind) for kind in kinds] != sorted(_PARTS.index(kind) for kind in kinds):
         raise InputError(
             f"{path} puts {', '.join(others or kinds)} one behind the other, which is not compiled",

@@ -56,7 +56,7 @@ def model_class(config: Any) -> tuple[type[torch.nn.Module], Task]:
             f"architecture {label} is an encoder-decoder", remedy="llmc compiles decoders and encoders"
         )
     causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING and (
-        any(name in causal_names for name in named) or (not named and not _is_encoder(config))
+        any(name in causal_names for name in named) or (not named and not is_encoder(config))
     )
     if causal:
         cls = first_class(MODEL_FOR_CAUSAL_LM_MAPPING[kind])
@@ -81,7 +81,7 @@ def model_class(config: Any) -> tuple[type[torch.nn.Module], Task]:
         and (whole := headed(first_class(MODEL_MAPPING[kind]), config)) is not None
     ):
         return whole, "causal_lm"
-    if kind in MODEL_MAPPING and (_is_encoder(config) or not named):
+    if kind in MODEL_MAPPING and (is_encoder(config) or not named):
         return first_class(MODEL_MAPPING[kind]), "encoder"
     if kind in MODEL_MAPPING and (cls := first_class(MODEL_MAPPING[kind])).__name__ in named:
         if "input_ids" not in inspect.signature(cls.forward).parameters:
@@ -95,7 +95,7 @@ def model_class(config: Any) -> tuple[type[torch.nn.Module], Task]:
     )
 
 
-def _is_encoder(config: Any) -> bool:
+def is_encoder(config: Any) -> bool:
     """An encoder is a model that transformers also offers for masked-token prediction and that is not set to
     decode.
     """

@@ -23,7 +23,7 @@ from .dense import Dense, dense_layers
 from .gguf import GGUFFile, read_gguf
 from .quantized import describe_quantization, open_quantized
 from .sentences import dense_places, made_encoder, reranker_facts, scored_tokens, sentence_facts
-from .skeleton import Task, instantiate, instantiate_whole, model_class
+from .skeleton import Task, instantiate, instantiate_whole, is_encoder, model_class
 from .text_part import text_part, text_tensors
 from .weights import open_gguf_tensors
 
@@ -105,18 +105,21 @@ class ModelSource:
         """What the runtime must know to use an encoder or a classifier as its makers do; JSON values.
 
         An encoder: `pooling`, and where they are given `max_seq_length` and `prompts`. A classifier: `labels`
-        in the order of its scores, and where they are given `max_seq_length` and `pairs`.
+        in the order of its scores, `padding`, the token that a decoder ignores at the end, and where they are
+        given `max_seq_length`, `pairs` and `prompts`.
         """
         folder = self.path if self.kind == "hf" else None
         if self.task == "encoder":
             return {"pooling": self.pooling, **(sentence_facts(folder) if folder is not None else {})}
         if self.does != "classifier":
             return {}
+        padding = None if self.scored or is_encoder(self.config) else self.config.pad_token_id
         names: Mapping[int, str] = self.config.id2label
         labels = (
             ["false", "true"][-len(self.scored) :] if self.scored else [str(names[i]) for i in sorted(names)]
         )
-        return {"labels": labels, **(reranker_facts(folder) if folder is not None else {})}
+        facts = {"labels": labels} if padding is None else {"labels": labels, "padding": padding}
+        return {**facts, **(reranker_facts(folder) if folder is not None else {})}
 
     @cached_property
     def stored(self) -> Mapping[str, LazyTensor]:
@@ -229,7 +232,7 @@ class ModelSource:
         if self.gguf is not None:
             gguf_model.refuse_rope_factors(self.gguf, scaling.text)
         if scaling.needed:
-            if self.task != "causal_lm":
+            if self.does != "causal_lm":
                 raise InputError(
                     f"--rope-scaling {scaling.text}: {self.name} generates nothing, so no sequence grows",
                     remedy="leave when=needed away",

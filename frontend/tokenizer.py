@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from ..ir.errors import CompileError, InputError, UnsupportedError
 from . import tokenizer_gguf
-from .chat_shapes import MESSAGE_SHAPES, PAIR_SHAPES, MessageShape, Renderer, check_template
+from .chat_shapes import MESSAGE_SHAPES, MessageShape, Renderer, check_template, pair_shape
 from .gguf import GGUFFile
 from .hard_strings import hard_strings
 from .hf import read_json
@@ -88,13 +88,18 @@ def export_tokenizer(
     else:
         return None
     release_freed_memory()
+    pairs = source.use.get("pairs")
     if not isinstance(template, str) or not template.strip():
+        if pairs is not None:
+            raise InputError(
+                f"{source.name} puts pairs of texts into a chat template, and has none",
+                remedy="add chat_template.jinja to its folder",
+            )
         return facts
-    pairs = "pairs" in source.use
-    shapes = PAIR_SHAPES if pairs else MESSAGE_SHAPES
+    shapes = MESSAGE_SHAPES if pairs is None else (pair_shape(pairs),)
     refused = check_chat_template(template, facts.special_tokens, source.name, render, shapes)
     (out_dir / TEMPLATE_FILE).write_text(template, encoding="utf-8", newline="")
-    calls = detect(template, facts.special_tokens) if detect is not None and not pairs else None
+    calls = detect(template, facts.special_tokens) if detect is not None and pairs is None else None
     return replace(facts, chat_template=TEMPLATE_FILE, refused_shapes=refused, tool_calls=calls)
 
 

@@ -24,6 +24,7 @@ from .export import export, is_unproven, narrower
 from .importer import Importer, dtype_name, unread, written
 from .repeats import CannotRepeat, Repeats
 from .settled import settling
+from .skeleton import is_encoder
 from .source import context_length
 
 if TYPE_CHECKING:
@@ -225,8 +226,6 @@ def _trace_source(
     import torch
 
     model: Any = source.build_model().eval()
-    if source.task == "classifier":
-        unpadded(model)
     repeats = Repeats(model) if repeated else None
     stored = _shapes(model) if source.config_only else source.weights
     # A router's bias is a buffer that checkpoints hold; the module's own is what it was made with.
@@ -239,6 +238,9 @@ def _trace_source(
     causal = source.task == "causal_lm"
     inputs = ["input_ids", *(["token_type_ids"] if _tells_types(model, source.task) else [])]
 
+    caches = "use_cache" in inspect.signature(model.forward).parameters
+    options = {"use_cache": False} if causal or caches else {}
+
     class Wrapper(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -246,14 +248,17 @@ def _trace_source(
 
         def forward(self, *given: torch.Tensor) -> torch.Tensor:
             named = dict(zip(inputs, given, strict=True))
-            return self.model_(**named, use_cache=False).logits if causal else self.model_(**named)[0]
+            result = self.model_(**named, **options)
+            return result.logits if causal else result[0]
 
     tokens = torch.export.Dim("T", min=2, max=bound or _longest(source))
     examples = tuple(torch.zeros(1, 6, dtype=torch.int64, device=device) for _ in inputs)
     shapes = (tuple({1: tokens} for _ in inputs),)
     layers = repeats.installed() if repeats else contextlib.nullcontext()
     ways = experts.installed(model), recurrence.installed(model), masks.installed()
-    with layers, ways[0], ways[1], ways[2], settling(model) as settled:
+    decides = source.task == "classifier" and not is_encoder(source.config)
+    padding = unpadded(model) if decides else contextlib.nullcontext()
+    with layers, ways[0], ways[1], ways[2], padding, settling(model) as settled:
         program = export(Wrapper(), examples, shapes, source.name, asserting=asserting)
     graph = Graph(source.name)
     _import_program(program, graph, inputs, weights, "model_.", repeats, settles=settled.noted)

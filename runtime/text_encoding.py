@@ -9,6 +9,7 @@ from tokenizers import Tokenizer as _Tokenizer
 
 from ..codegen.artifact import Artifact
 from ..ir.errors import ArtifactError, InputError
+from .encoder import prompts
 from .pair_prompts import PairPrompts
 
 _CUT = 16
@@ -56,8 +57,10 @@ class TextTokenizer:
             ) from None
         self._inner.no_padding()
         self._inner.enable_truncation(longest)  # of a pair, the longer text is cut first
-        pairs = artifact.model.get("pairs")
-        self._prompts = None if pairs is None else PairPrompts(artifact, self._inner, pairs)
+        model = artifact.model
+        self._prompts = None if model.get("pairs") is None else PairPrompts(artifact, self._inner, longest)
+        self._before = prompts(model)[0]
+        self._padding = model.get("padding")
 
     def count(self, text: str) -> int:
         """Tokens of a whole text, without special ones."""
@@ -81,8 +84,17 @@ class TextTokenizer:
         first = clean(first)[:reach]
         if self._prompts is not None:
             found = self._prompts.encode(first, [clean(text[:reach]) for text in second])
-            return [(ids, [0] * len(ids)) for ids in found]
-        return [(one.ids, one.type_ids) for one in self._encodings(first, second)]
+            return [(ids, [0] * len(ids)) for ids in map(self._unpadded, found)]
+        pairs = self._encodings(self._before + first, second)
+        found = [self._unpadded(one.ids) for one in pairs]
+        return [(ids, one.type_ids[: len(ids)]) for ids, one in zip(found, pairs, strict=True)]
+
+    def _unpadded(self, ids: list[int]) -> list[int]:
+        """Without padding at the end (a decoder's end of text, mostly), where scores are the last token's."""
+        end = len(ids)
+        while end > 1 and ids[end - 1] == self._padding:
+            end -= 1
+        return ids[:end]
 
     def _encodings(self, first: str | None, texts: Sequence[str]) -> list[Any]:
         reach = _CUT * self.longest

@@ -161,6 +161,62 @@ def test_decoders_with_a_head_that_classifies(tmp_path: Path, family: str):
         np.testing.assert_allclose(llm.rank(QUESTION, PASSAGES), want, atol=1e-5)
 
 
+def test_padding_at_the_end_is_left_out(tmp_path: Path):
+    """A decoder's padding is mostly its end of text, which a tokenizer may append: transformers takes the
+    last token before it.
+    """
+    from tokenizers import processors
+
+    folder = tmp_path / "m"
+    model = saved(folder, "qwen3", "Qwen3ForSequenceClassification", num_labels=1, pad_token_id=2)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    end = tokenizer.convert_ids_to_tokens(2)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {end}", pair=f"$A {end} $B:1 {end}:1", special_tokens=[(end, 2)]
+    )
+    tokenizer.save_pretrained(folder)
+    artifact = llmc.compile(folder, tmp_path / "m.llmc", targets=["onnx-cpu"], kv_dtype="float32")
+    assert artifact.model["padding"] == 2
+    want = []
+    for passage in PASSAGES[:3]:
+        ids = tokenizer([[QUESTION, passage]], return_tensors="pt").input_ids
+        assert ids[0, -1] == 2
+        with torch.inference_mode():
+            want.append(float(model(ids).logits[0, 0]))
+    with llmc.load(artifact.root) as llm:
+        np.testing.assert_allclose(llm.rank(QUESTION, PASSAGES[:3]), want, atol=1e-5)
+
+
+def test_a_prompt_before_the_question_without_a_template(tmp_path: Path):
+    folder = tmp_path / "m"
+    model = saved(folder, "llama", "LlamaForSequenceClassification", num_labels=1)
+    write_sentence_files(folder, scored=None)
+    prompts = {"prompts": {"judge": SYSTEM}, "default_prompt_name": "judge"}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(prompts))
+    artifact = llmc.compile(folder, tmp_path / "m.llmc", targets=["onnx-cpu"], kv_dtype="float32")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer([[SYSTEM + QUESTION, PASSAGES[0]]], return_tensors="pt").input_ids
+    with llmc.load(artifact.root) as llm, torch.inference_mode():
+        np.testing.assert_allclose(llm.rank(QUESTION, PASSAGES[:1]), model(ids).logits[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["gpt2:GPT2", "xlm-roberta:XLMRoberta"])
+def test_the_users_own_module_stays_as_it_is(kind: str, tmp_path: Path):
+    name, _, cls = kind.partition(":")
+    config = small_config(name)
+    config.pad_token_id, config.architectures = 1, [f"{cls}ForSequenceClassification"]
+    model = getattr(transformers, config.architectures[0])(config).eval()
+    llmc.compile(model, tmp_path / "m.llmc", targets=["null"])
+    assert model.config.pad_token_id == 1
+
+
+def test_a_configuration_that_checks_its_fields(tmp_path: Path):
+    """No padding is a value that some configurations refuse."""
+    folder = tmp_path / "m"
+    saved(folder, "nomic_bert", "NomicBertForSequenceClassification")
+    assert llmc.compile(folder, tmp_path / "m.llmc", targets=["null"]).kind == "classifier"
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_classifier_of_the_mean(tmp_path: Path, target: str):
     """As gte-reranker-modernbert-base is published: a head behind the mean, which no single token gives."""
@@ -202,9 +258,18 @@ def test_rerankers_that_cannot_be_are_refused(tmp_path: Path):
     outside = json.dumps([there[0], {**there[1], "path": "../m/1_LogitScore"}])
     refused(folder / "modules.json", outside, "reaches for other files")
     refused(config, '{"modality_config": {"message": {"format": "xml"}}}', "in the form 'xml'")
+    for told in ('{"self": 1}', '{"x": NaN}', '{"x": [1]}', '{"x": "\\ud800"}', '{"a b": 1}'):
+        kwargs = f'{{"chat_template": {told}}}'
+        given = f'{{"modality_config": {{"message": {{}}}}, "processing_kwargs": {kwargs}}}'
+        refused(config, given, "tells the chat template")
+    short = json.dumps({**json.loads(config.read_text()), "max_seq_length": 20})
+    refused(config, short, "tokens, and a prompt may have 20")
     template = folder / "chat_template.jinja"
+    kept = config.read_text()
+    config.write_text('{"modality_config": {"message": {}}}')
     refused(template, "{{ messages[0].content.x.y }}", "fails on a question and a passage")
+    config.write_text(kept)
     refused(template, "{{ messages[-1].content }}", "leaves out the question or the passage")
     template.unlink()
-    with pytest.raises(InputError, match="no chat template"):
+    with pytest.raises(InputError, match="into a chat template, and has none"):
         CrossEncoder(llmc.compile(folder, tmp_path / f"{next(numbers)}.llmc", targets=["null"]))

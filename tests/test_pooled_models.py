@@ -21,6 +21,7 @@ from .family_configs import small_config
 from .gguf_files import BOOL, U32, byte_vocabulary, entry, llama_entries, llama_tensors, write_gguf
 from .graphs import logits_of, lowered, traced
 from .models import CONTEXT, ids_of, save_tiny, save_tokenizer
+from .test_text_part import whole_model
 from .tvm_graphs import ISA
 
 TARGETS = ["onnx-cpu", f"tvm-cpu:isa={ISA}"]
@@ -129,8 +130,9 @@ def test_the_encoder_of_an_encoder_decoder(tmp_path: Path):
     model.save_pretrained(folder)
     save_tokenizer(folder)
     put_behind_the_pooling(folder, "mean_tokens", [(32, 64, "Identity", False)])
-    with pytest.raises(InputError, match="does not say how many tokens"):
-        llmc.compile(folder, tmp_path / "m.llmc", targets=["null"])
+    length = json.loads((folder / "tokenizer_config.json").read_text())["model_max_length"]
+    artifact = llmc.compile(folder, tmp_path / "l.llmc", targets=["null"])
+    assert artifact.model["context_length"] == length
     (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 48}')
     artifact = llmc.compile(folder, tmp_path / "m.llmc", targets=["onnx-cpu"], kv_dtype="float32")
     assert artifact.model["context_length"] == 48
@@ -155,7 +157,7 @@ def test_layers_that_cannot_be_are_refused(tmp_path: Path):
 
     refused(config, {"activation_function": "torch.nn.Tanh"}, "cannot be applied before it")
     refused(config, {"activation_function": "os.system"}, r"asks for the activation os\.system")
-    refused(config, {"out_features": 31}, r"linear\.weight of .* has shape \[32, 64\]")
+    refused(config, {"out_features": 31}, r"linear\.weight of .* is float32\[32, 64\]")
     refused(config, {"in_features": 0}, "no out_features and in_features")
     given = json.loads(parts.read_text())
     refused(parts, [*given[:2], {**given[2], "path": "../m/2_Dense"}], "reaches for other files")
@@ -203,6 +205,27 @@ def test_decoders_that_are_pooled(tmp_path: Path, kind: str, causal: bool):
         np.testing.assert_allclose(
             embedder.embed_passages(TEXTS), expected(folder, model, "lasttoken", 0), atol=1e-5
         )
+
+
+def test_what_classifies_stays_a_classifier(tmp_path: Path):
+    folder = tmp_path / "m"
+    transformers.BertForSequenceClassification(small_config("bert")).save_pretrained(folder)
+    save_tokenizer(folder)
+    put_behind_the_pooling(folder, "cls_token", [])
+    assert open_source(folder).task == "classifier"
+
+
+def test_the_text_of_a_model_of_more(tmp_path: Path):
+    """As Qwen3-VL-Embedding is published: a text model that transformers has without a head."""
+    folder = tmp_path / "m"
+    model = whole_model("qwen3_vl", folder)
+    put_behind_the_pooling(folder, "lasttoken", [])
+    artifact = llmc.compile(folder, tmp_path / "m.llmc", targets=["onnx-cpu"], kv_dtype="float32")
+    assert artifact.kind == "encoder"
+    with Embedder(artifact) as embedder:
+        found = embedder.embed_passages(TEXTS)
+    text = model.model.language_model
+    np.testing.assert_allclose(found, expected(folder, text, "lasttoken", 0), atol=1e-5)
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -198,6 +198,25 @@ def test_modules_that_are_not_compiled_are_refused(tmp_path: Path):
         llmc.compile(folder, tmp_path / "m.llmc", targets=["null"])
 
 
+def test_a_snapshot_says_how_vectors_are_made_or_the_hub_is_asked(tmp_path: Path):
+    """Another program keeps no more of a repository than it reads."""
+    snapshot = tmp_path / "models--x--y" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    assert not embedder_source._says_all(snapshot)
+    missing = tmp_path / "models--x--y" / ".no_exist" / "0123"
+    missing.mkdir(parents=True)
+    (missing / "modules.json").touch()
+    assert embedder_source._says_all(snapshot)
+    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Dense": "Dense", "3_Normalize": "Normalize"}
+    parts = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in kinds.items()]
+    (snapshot / "modules.json").write_text(json.dumps(parts))
+    for name in ("1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors"):
+        assert not embedder_source._says_all(snapshot)
+        (snapshot / name).parent.mkdir(exist_ok=True)
+        (snapshot / name).touch()
+    assert embedder_source._says_all(snapshot)
+
+
 def test_the_server_ranks_by_the_same_vectors(artifact: Artifact, embedder: Embedder):
     """Before the query and the documents stands what the model wants there."""
     documents = ["The river was wide and slow.", "河は広かった。", "x"]

@@ -38,7 +38,7 @@ def architecture(source: ModelSource) -> Architecture:
 
 
 def file_type(ggml_type: str) -> int:
-    """`general.file_type` of a file whose matrices are mostly of a block type (`LLAMA_FTYPE_MOSTLY_*`)."""
+    """`general.file_type` of a file whose matrices are mostly of a block type, as llama.cpp numbers it."""
     return _FILE_TYPES[ggml_type]
 
 

@@ -30,6 +30,8 @@ DEFAULT = "sentence-transformers/all-MiniLM-L6-v2"
 """22 million parameters, 384 dimensions, Apache-2.0: small enough for a processor, and good for its size."""
 
 SCHEME = "int8"
+_REVISION = "2"
+"""Of what is made of a model's files: a compilation of an earlier revision is not taken."""
 VARIABLE = "LLMC_EMBEDDER"
 _NONE = ("", "none")
 _HUB_SECONDS = 3.0
@@ -44,6 +46,7 @@ _FILES = (
     "modules.json",
     "1_Pooling/config.json",
     "chat_template.jinja",
+    "chat_template.json",
 )
 _PARTS = ("Dense", "LogitScore")
 _READ = (".json", ".safetensors")
@@ -86,13 +89,19 @@ def named_artifact(spec: str, say: Say) -> Path:
 
 def _of_hub(repo: str, say: Say) -> Path:
     """Of a hub id what was compiled first is kept: the hub is not asked again."""
-    key = hashlib.sha256(repo.encode()).hexdigest()[:16]
-    return _compiled(str(_snapshot(repo) or repo), key, repo.replace("/", "--"), say)
+    folder = _snapshot(repo)
+    if folder is not None and not _says_all(folder) and _unreachable() is None:
+        folder = None  # another program has put it there, and left out how vectors are made
+    return _compiled(str(folder or repo), _hub_key(repo), repo.replace("/", "--"), say)
+
+
+def _hub_key(repo: str) -> str:
+    return hashlib.sha256(f"{repo} {_REVISION}".encode()).hexdigest()[:16]
 
 
 def _default(say: Say) -> Path | None:
     """The default embedder, or None with a note of what that costs."""
-    name, key = DEFAULT.replace("/", "--"), hashlib.sha256(DEFAULT.encode()).hexdigest()[:16]
+    name, key = DEFAULT.replace("/", "--"), _hub_key(DEFAULT)
     reason = None
     if not (_place(name, key) / MANIFEST).is_file() and _snapshot(DEFAULT) is None:
         reason = _unreachable()
@@ -126,6 +135,22 @@ def _snapshot(repo: str) -> Path | None:
     snapshot = folder / "snapshots" / revision
     whole = ("config.json", "tokenizer.json", "model.safetensors")
     return snapshot if revision.isalnum() and all((snapshot / name).is_file() for name in whole) else None
+
+
+def _says_all(snapshot: Path) -> bool:
+    """Whether a snapshot has sentence-transformers' files with all that they name, or is known to have none
+    (the cache keeps the names of files that the hub does not have).
+    """
+    names = snapshot / "modules.json"
+    if not names.is_file():
+        return (snapshot.parent.parent / ".no_exist" / snapshot.name / names.name).exists()
+    parts = _read(names)
+    if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+        return True  # what is wrong with it is the compiler's to say
+    held = [(snapshot / str(part.get("path", "")), str(part.get("type", ""))) for part in parts]
+    needed = [path / "config.json" for path, kind in held if not kind.endswith(("Transformer", "Normalize"))]
+    needed += [path / "model.safetensors" for path, kind in held if kind.endswith("Dense")]
+    return all(path.is_file() for path in needed)
 
 
 def _unreachable() -> str | None:
@@ -180,7 +205,7 @@ def _folder_key(folder: Path) -> str:
         place = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
         record = cache_folder() / f"{place}.json"
         known = _read(record)
-        if isinstance(known, dict) and known.get("files") == state and isinstance(known.get("key"), str):
+        if isinstance(known, dict) and known.get("files") == state and known.get("of") == _REVISION:
             return str(known["key"])
         key = _hashed(folder, files)
     except OSError as error:
@@ -188,12 +213,12 @@ def _folder_key(folder: Path) -> str:
             f"cannot read {error.filename or folder}: {error.strerror}", remedy="check its permissions"
         ) from None
     with contextlib.suppress(OSError):  # costs the hashing next time
-        write_whole(record, json.dumps({"files": state, "key": key}).encode())
+        write_whole(record, json.dumps({"files": state, "of": _REVISION, "key": key}).encode())
     return key
 
 
 def _hashed(folder: Path, files: Sequence[Path]) -> str:
-    whole = hashlib.sha256()
+    whole = hashlib.sha256(_REVISION.encode())
     for path in files:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
