@@ -312,4 +312,6 @@ def paired_rows(rows: int, heads: int) -> np.ndarray[Any, Any]:
 
 
 def _unpaired(x: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
+    if len(x) % (2 * heads):
+        return x  # of another shape than the model's, which is refused later
     return x[np.argsort(paired_rows(len(x), heads))]
