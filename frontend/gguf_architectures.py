@@ -6,7 +6,7 @@ of tensors from the package gguf. A key-value that is not understood is an error
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -14,10 +14,11 @@ import numpy as np
 
 from ..ir.errors import InputError, UnsupportedError
 from ..ir.weights import LazyTensor
-from .gguf import GGUFFile
+from .gguf import GGUFFile, GGUFTensorInfo
 from .weights import transformed
 
 Keys = Mapping[str, Any]
+Tensors = Mapping[str, GGUFTensorInfo]
 _FOLDER: Final = "give the model as a Hugging Face folder"
 
 
@@ -27,6 +28,8 @@ class Architecture:
 
     Attributes:
         name: `general.architecture`, also the name of its tensor table in the package gguf.
+        kind: transformers' `model_type`, where it is not the row's key.
+        turns: positions are rotary.
         permuted: q and k rows are stored with rotary pairs side by side.
         norm_offset: norms are stored with this added.
         partial: rotary embeddings may turn a part of a head only.
@@ -34,12 +37,15 @@ class Architecture:
         check: what of a configuration cannot be said in GGUF, as a sentence, or None.
         extra: further key-values without their prefix.
         written: whether target gguf writes it.
-        reads: further key-values that `fields` understands.
+        reads: further key-values that `fields` understands, all of which a file has.
+        ignores: those that say no more than the tensors do.
         fields: of a file's key-values without their prefix, and the names of its tensors, what the
             configuration has beyond what all have; None where transformers reads the file itself.
     """
 
     name: str
+    kind: str = ""
+    turns: bool = True
     permuted: bool = False
     norm_offset: float = 0.0
     partial: bool = False
@@ -49,7 +55,8 @@ class Architecture:
     extra: Callable[[Any], dict[str, Any]] = lambda config: {}
     written: bool = True
     reads: frozenset[str] = frozenset()
-    fields: Callable[[Keys, Collection[str]], dict[str, Any]] | None = None
+    ignores: frozenset[str] = frozenset()
+    fields: Callable[[Keys, Tensors], dict[str, Any]] | None = None
 
 
 def _window_short(config: Any) -> str | None:
@@ -120,11 +127,21 @@ def _fourth_full(config: Any) -> str | None:
     return None
 
 
-def _exaone4_fields(keys: Keys, tensors: Collection[str]) -> dict[str, Any]:
+def _exaone4_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
     return {"sliding_window": None, "layer_types": ["full_attention"] * int(keys["block_count"])}
 
 
-def _granite_fields(keys: Keys, tensors: Collection[str]) -> dict[str, Any]:
+def _both_ways_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
+    """A window counts both sides, in GGUF and in the configuration, which halves it as it is made."""
+    return {
+        "architectures": ["Gemma3TextModel"],
+        "use_bidirectional_attention": True,
+        "sliding_window": keys["attention.sliding_window"],
+        "query_pre_attn_scalar": keys["attention.key_length"],
+    }
+
+
+def _granite_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
     return {
         "embedding_multiplier": keys["embedding_scale"],
         "attention_multiplier": keys["attention.scale"],
@@ -160,6 +177,23 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
         "seed_oss", fields=lambda k, t: {"attention_out_bias": "blk.0.attn_output.bias" in t}
     ),
     "exaone4": Architecture("exaone4", check=_no_windows, fields=_exaone4_fields),
+    "bert": Architecture(
+        "bert",
+        turns=False,
+        written=False,
+        fields=lambda k, t: {"type_vocab_size": t["token_types.weight"].shape[0]},
+        norm_key=_LAYER_NORM,
+        norm_field="layer_norm_eps",
+    ),
+    "gemma3_text (encoder)": Architecture(
+        "gemma-embedding",
+        kind="gemma3_text",
+        norm_offset=1.0,
+        written=False,
+        reads=frozenset({"attention.sliding_window"}),
+        ignores=frozenset({"dense_2_feat_in", "dense_2_feat_out", "dense_3_feat_in", "dense_3_feat_out"}),
+        fields=_both_ways_fields,
+    ),
     # Queries, keys, values and the gate are one matrix in our graphs, whose name does not say all of them.
     "cohere": Architecture(
         "command-r",
@@ -224,7 +258,7 @@ def readable(name: str) -> tuple[str, Architecture] | None:
     reads such files, or nobody.
     """
     rows = ((kind, row) for kind, row in ARCHITECTURES.items() if row.name == name)
-    return next(((kind, row) for kind, row in rows if row.fields is not None), None)
+    return next(((row.kind or kind, row) for kind, row in rows if row.fields is not None), None)
 
 
 def configuration(file: GGUFFile, arch: Architecture) -> dict[str, Any]:
@@ -237,7 +271,7 @@ def configuration(file: GGUFFile, arch: Architecture) -> dict[str, Any]:
     keys = {
         k.removeprefix(f"{arch.name}."): v for k, v in file.metadata.items() if k.startswith(f"{arch.name}.")
     }
-    known = {*_COMMON, *_BESIDE, *arch.reads, arch.norm_key}
+    known = {*_COMMON, *_BESIDE, *arch.reads, *arch.ignores, arch.norm_key}
     odd = sorted(k for k in keys if k not in known and not k.startswith(_LATER))
     if odd:
         raise UnsupportedError(
@@ -255,16 +289,17 @@ def configuration(file: GGUFFile, arch: Architecture) -> dict[str, Any]:
     turned = int(keys.get("rope.dimension_count", head_dim))
     tokens = file.metadata.get("tokenizer.ggml.tokens")
     values: dict[str, Any] = {field: keys[key] for key, field in _COMMON.items()}
-    values |= {
-        "num_key_value_heads": keys.get("attention.head_count_kv", heads),
-        "head_dim": head_dim,
-        arch.norm_field: keys[arch.norm_key],
-        "rope_theta": keys.get("rope.freq_base", 10000.0),
-        "partial_rotary_factor": turned / head_dim,
-        "tie_word_embeddings": "output.weight" not in file.tensors,
-        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
-        "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
-    }
+    values[arch.norm_field] = keys[arch.norm_key]
+    if arch.turns:
+        values |= {
+            "num_key_value_heads": keys.get("attention.head_count_kv", heads),
+            "head_dim": head_dim,
+            "rope_theta": keys.get("rope.freq_base", 10000.0),
+            "partial_rotary_factor": turned / head_dim,
+            "tie_word_embeddings": "output.weight" not in file.tensors,
+            "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+            "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
+        }
     values["vocab_size"] = keys.get("vocab_size", len(tokens) if isinstance(tokens, list) else None)
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         values[f"{name}_token_id"] = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
@@ -294,8 +329,8 @@ def weights(
             unused.append(name)
             continue
         part = name.split(".")[-2]
-        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(part)
-        if arch.permuted and heads is not None:
+        if arch.permuted and part in ("attn_q", "attn_k"):
+            heads = config.num_attention_heads if part == "attn_q" else config.num_key_value_heads
             found[parameter] = transformed(tensor, lambda x, heads=heads: _unpaired(x, heads))
         elif arch.norm_offset and name.endswith("norm.weight"):
             found[parameter] = transformed(tensor, lambda x: x - np.float32(arch.norm_offset))

@@ -28,6 +28,8 @@ _ROPE_FREQS: Final = "rope_freqs.weight"
 _ROPE_LONG: Final = "rope_factors_long.weight"
 _ROPE_SHORT: Final = "rope_factors_short.weight"
 _HEAD: Final = "output.weight"
+DENSE: Final = ("dense_2.weight", "dense_3.weight")
+"""Layers behind the pooling of a file that is used as an encoder, in their order."""
 # `pooling_type` as llama.cpp numbers it.
 _POOLINGS: Final = {1: "mean", 2: "cls", 3: "last"}
 _PATCHING = threading.Lock()  # the reader class below is swapped in a module that every thread sees
@@ -149,7 +151,8 @@ def read_config(file: GGUFFile) -> Any:
         raise UnsupportedError(
             f"{file.path.name} has {refusal}", remedy="give the model as a Hugging Face folder"
         )
-    if file.metadata.get(f"{arch}.attention.causal") is False:
+    both_ways = getattr(config, "use_bidirectional_attention", None) is True
+    if file.metadata.get(f"{arch}.attention.causal") is False and not both_ways:
         config.is_causal = False
     return config
 
@@ -310,7 +313,7 @@ def map_weights(file: GGUFFile, model: Any, tensors: Mapping[str, LazyTensor]) -
         weights, unused = apply_conversions(model, tensors, mapping)
     else:
         weights, unused = _processed(file, model, tensors)
-    known = {_ROPE_FREQS, _ROPE_LONG, _ROPE_SHORT, *([_HEAD] if pooling(file) else [])}
+    known = {_ROPE_FREQS, _ROPE_LONG, _ROPE_SHORT, *([_HEAD, *DENSE] if pooling(file) else [])}
     unused = [name for name in unused if name not in known]
     if unused:
         raise UnsupportedError(

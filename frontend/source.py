@@ -96,6 +96,8 @@ class ModelSource:
     @cached_property
     def dense(self) -> list[Dense]:
         """The layers that an encoder's vectors go through behind the pooling; mostly none."""
+        if self.gguf is not None:
+            return [Dense(self.stored[name], None, None) for name in gguf_model.DENSE if name in self.stored]
         if self.kind != "hf" or self.path is None or self.task != "encoder":
             return []
         return dense_layers(self.path, dense_places(self.path), config_only=self.config_only)

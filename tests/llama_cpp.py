@@ -63,6 +63,9 @@ def library() -> Any:
         ("llama_batch_free", None, [_Batch]),
         ("llama_decode", ctypes.c_int32, [pointer, _Batch]),
         ("llama_get_logits", _FLOATS, [pointer]),
+        ("llama_get_embeddings", _FLOATS, [pointer]),
+        ("llama_set_embeddings", None, [pointer, ctypes.c_bool]),
+        ("llama_model_n_embd", ctypes.c_int32, [pointer]),
         ("llama_get_memory", pointer, [pointer]),
         ("llama_memory_clear", None, [pointer, ctypes.c_bool]),
         ("llama_free", None, [pointer]),
@@ -127,9 +130,18 @@ class LlamaCpp:
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Logits of every token of one sequence, float32 [T, vocab], with an empty cache."""
+        return self._computed(ids, self._lib.llama_get_logits, self.vocab_size)
+
+    def hidden(self, ids: Sequence[int]) -> np.ndarray:
+        """Hidden states of every token, float32 [T, hidden], of a file that says no pooling."""
+        self._lib.llama_set_embeddings(self._context, True)
+        return self._computed(ids, self._lib.llama_get_embeddings, self._lib.llama_model_n_embd(self._model))
+
+    def _computed(self, ids: Sequence[int], results: Any, width: int) -> np.ndarray:
         lib = self._lib
         assert len(ids) <= self._window
-        lib.llama_memory_clear(lib.llama_get_memory(self._context), True)
+        if (memory := lib.llama_get_memory(self._context)) is not None:  # encoders have none
+            lib.llama_memory_clear(memory, True)
         batch = lib.llama_batch_init(len(ids), 0, 1)
         try:
             batch.n_tokens = len(ids)
@@ -137,7 +149,6 @@ class LlamaCpp:
                 batch.token[i], batch.pos[i] = int(token), i
                 batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = 1, 0, 1
             assert lib.llama_decode(self._context, batch) == 0
-            shape = (len(ids), self.vocab_size)
-            return np.ctypeslib.as_array(lib.llama_get_logits(self._context), shape).copy()
+            return np.ctypeslib.as_array(results(self._context), (len(ids), width)).copy()
         finally:
             lib.llama_batch_free(batch)

@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
+from llmc.codegen.driver import compile_model
 from llmc.codegen.gguf.metadata import model_metadata
 from llmc.frontend.gguf_architectures import ARCHITECTURES, named, paired_rows, readable
 from llmc.frontend.skeleton import model_class
 from llmc.frontend.source import open_source
 from llmc.frontend.trace import trace_source
 from llmc.ir.errors import InputError, UnsupportedError
+from llmc.runtime.loader import load
 
 from .family_configs import random_model, small_config
 from .gguf_files import BOOL, F32, STRING, U32, byte_vocabulary, entry, write_gguf
@@ -23,7 +26,8 @@ from .graphs import ModelInMemory, logits_of
 from .llama_cpp import LlamaCpp
 from .models import ids_of
 
-READ = sorted(kind for kind, row in ARCHITECTURES.items() if row.fields is not None)
+ENCODERS = ("bert", "gemma3_text (encoder)")
+READ = sorted(k for k, row in ARCHITECTURES.items() if row.fields is not None and k not in ENCODERS)
 FOUR: dict[str, Any] = {"num_hidden_layers": 4, "sliding_window": None}
 CHANGES: dict[str, dict[str, Any]] = {
     "smollm3": {**FOUR, "no_rope_layers": [1, 1, 1, 0], "layer_types": ["full_attention"] * 4},
@@ -73,6 +77,66 @@ def test_a_file_means_what_llama_cpp_computes(kind: str, tmp_path: Path):
     source = open_source(path)
     assert source.task == "causal_lm" and source.config.model_type == kind
     np.testing.assert_allclose(logits_of(trace_source(source), ids), wanted, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_an_encoder_is_what_llama_cpp_computes(kind: str, tmp_path: Path):
+    """Hidden states; and vectors of a file that says how it is pooled, through layers behind the pooling."""
+    config = small_config(kind.partition(" ")[0])
+    if kind != "bert":
+        config.use_bidirectional_attention, config.sliding_window = True, 9
+        config.num_hidden_layers, config.query_pre_attn_scalar = 6, config.head_dim
+        config.layer_types = [*["sliding_attention"] * 5, "full_attention"]
+    config.use_cache = False
+    cls = transformers.BertModel if kind == "bert" else transformers.Gemma3TextModel
+    model: Any = random_model(config, cls)
+    ids, arch = ids_of(40), ARCHITECTURES[kind]
+    with torch.inference_mode():
+        wanted = model(input_ids=torch.tensor([ids])).last_hidden_state[0]
+    window = {} if kind == "bert" else {"attention.sliding_window": 2 * (config.sliding_window - 1)}
+    keys = {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": getattr(config, "num_key_value_heads", config.num_attention_heads),
+        "attention.key_length": config.hidden_size // 4 if kind == "bert" else config.head_dim,
+        "attention.value_length": config.hidden_size // 4 if kind == "bert" else config.head_dim,
+        arch.norm_key: float(getattr(config, arch.norm_field)),
+        "attention.causal": False,
+        **({} if kind == "bert" else {"rope.freq_base": 1e6}),
+        **window,
+    }
+    entries = [entry("general.architecture", STRING, arch.name)]
+    entries += [entry(f"{arch.name}.{k}", _KINDS[type(v)], v) for k, v in keys.items()]
+    entries += byte_vocabulary([f"<x{i}>" for i in range(config.vocab_size - 256)])
+    entries += [
+        entry("tokenizer.ggml.token_type_count", U32, 2),
+        entry("tokenizer.ggml.eos_token_id", U32, 2),
+    ]
+    name_of, tensors = named(arch, config.num_hidden_layers), dict[str, np.ndarray[Any, Any]]()
+    for parameter, value in model.named_parameters():
+        if (name := name_of(parameter)) is not None:
+            plus = arch.norm_offset if name.endswith("norm.weight") else 0.0
+            tensors[name] = value.detach().numpy() + np.float32(plus)
+    path = write_gguf(tmp_path / "m.gguf", entries, tensors)
+    with LlamaCpp(path) as opened:  # its products are of float16
+        assert np.abs(opened.hidden(ids) - wanted.numpy()).max() <= 0.01 * float(wanted.abs().max())
+    source = open_source(path)
+    assert source.task == "encoder"
+    np.testing.assert_allclose(logits_of(trace_source(source), ids), wanted, atol=2e-5)
+    pooled = entry(f"{arch.name}.pooling_type", U32, 1)
+    drawn = np.random.default_rng(0)
+    dense = [drawn.standard_normal(s).astype(np.float32) / 8 for s in ((96, 64), (64, 96))]
+    more = {} if kind == "bert" else {"dense_2.weight": dense[0], "dense_3.weight": dense[1]}
+    path = write_gguf(tmp_path / "p.gguf", [*entries, pooled], {**tensors, **more})
+    artifact = compile_model(path, tmp_path / "p.llmc", targets=["onnx-cpu"], kv_dtype="float32").artifact
+    with load(artifact.root) as llm:
+        found = llm.embeddings([ids])[0]
+    vector = wanted.mean(0).numpy()
+    vector = vector if kind == "bert" else dense[1] @ (dense[0] @ vector)
+    np.testing.assert_allclose(found, vector / np.linalg.norm(vector), atol=1e-5)
 
 
 def test_a_head_of_its_own_and_scaled_positions(tmp_path: Path):
