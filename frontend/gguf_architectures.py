@@ -38,6 +38,7 @@ class Architecture:
         extra: further key-values without their prefix.
         written: whether target gguf writes it.
         reads: further key-values that `fields` understands, all of which a file has.
+        may: those that it understands where they are there.
         ignores: those that say no more than the tensors do.
         fields: of a file's key-values without their prefix, and the names of its tensors, what the
             configuration has beyond what all have; None where transformers reads the file itself.
@@ -55,6 +56,7 @@ class Architecture:
     extra: Callable[[Any], dict[str, Any]] = lambda config: {}
     written: bool = True
     reads: frozenset[str] = frozenset()
+    may: frozenset[str] = frozenset()
     ignores: frozenset[str] = frozenset()
     fields: Callable[[Keys, Tensors], dict[str, Any]] | None = None
 
@@ -138,6 +140,7 @@ def _both_ways_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
         "use_bidirectional_attention": True,
         "sliding_window": keys["attention.sliding_window"],
         "query_pre_attn_scalar": keys["attention.key_length"],
+        "rope_local_base_freq": keys.get("rope.freq_base_swa", 10000.0),
     }
 
 
@@ -190,8 +193,9 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
         kind="gemma3_text",
         norm_offset=1.0,
         written=False,
-        reads=frozenset({"attention.sliding_window"}),
+        reads=frozenset({"attention.sliding_window", "attention.key_length"}),
         ignores=frozenset({"dense_2_feat_in", "dense_2_feat_out", "dense_3_feat_in", "dense_3_feat_out"}),
+        may=frozenset({"rope.freq_base_swa"}),
         fields=_both_ways_fields,
     ),
     # Queries, keys, values and the gate are one matrix in our graphs, whose name does not say all of them.
@@ -271,7 +275,7 @@ def configuration(file: GGUFFile, arch: Architecture) -> dict[str, Any]:
     keys = {
         k.removeprefix(f"{arch.name}."): v for k, v in file.metadata.items() if k.startswith(f"{arch.name}.")
     }
-    known = {*_COMMON, *_BESIDE, *arch.reads, *arch.ignores, arch.norm_key}
+    known = {*_COMMON, *_BESIDE, *arch.reads, *arch.may, *arch.ignores, arch.norm_key}
     odd = sorted(k for k in keys if k not in known and not k.startswith(_LATER))
     if odd:
         raise UnsupportedError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
@@ -79,7 +78,7 @@ def reranker_facts(folder: Path) -> dict[str, Any]:
 def scored_tokens(folder: Path) -> tuple[int, ...]:
     """The tokens whose logits are a text's scores, the one that means no before the one that means yes, where
     there is one: of a language model that sentence-transformers uses as a reranker (`LogitScore` in
-    modules.json). None for any other folder.
+    modules.json). Empty for any other folder.
 
     Raises InputError where the files do not say which tokens.
     """
@@ -114,9 +113,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _is_plain(value: Any) -> bool:
     if isinstance(value, str):
         return len(value) <= _MAX_PROMPT and not any("\ud800" <= c <= "\udfff" for c in value)
-    if isinstance(value, int | float):
-        return math.isfinite(value) and abs(value) < 1 << 62
-    return value is None
+    return value is None or (isinstance(value, int | float) and abs(value) < 1 << 62)
 
 
 def _is_prompt(text: Any) -> bool:

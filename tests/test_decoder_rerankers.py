@@ -258,7 +258,14 @@ def test_rerankers_that_cannot_be_are_refused(tmp_path: Path):
     outside = json.dumps([there[0], {**there[1], "path": "../m/1_LogitScore"}])
     refused(folder / "modules.json", outside, "reaches for other files")
     refused(config, '{"modality_config": {"message": {"format": "xml"}}}', "in the form 'xml'")
-    for told in ('{"self": 1}', '{"x": NaN}', '{"x": [1]}', '{"x": "\\ud800"}', '{"a b": 1}'):
+    for told in (
+        '{"self": 1}',
+        '{"x": NaN}',
+        f'{{"x": 1{"0" * 400}}}',
+        '{"x": [1]}',
+        '{"x": "\\ud800"}',
+        '{"a b": 1}',
+    ):
         kwargs = f'{{"chat_template": {told}}}'
         given = f'{{"modality_config": {{"message": {{}}}}, "processing_kwargs": {kwargs}}}'
         refused(config, given, "tells the chat template")

@@ -87,6 +87,7 @@ def test_an_encoder_is_what_llama_cpp_computes(kind: str, tmp_path: Path):
         config.use_bidirectional_attention, config.sliding_window = True, 9
         config.num_hidden_layers, config.query_pre_attn_scalar = 6, config.head_dim
         config.layer_types = [*["sliding_attention"] * 5, "full_attention"]
+        config.rope_parameters["sliding_attention"]["rope_theta"] = 5e3
     config.use_cache = False
     cls = transformers.BertModel if kind == "bert" else transformers.Gemma3TextModel
     model: Any = random_model(config, cls)
@@ -105,7 +106,7 @@ def test_an_encoder_is_what_llama_cpp_computes(kind: str, tmp_path: Path):
         "attention.value_length": config.hidden_size // 4 if kind == "bert" else config.head_dim,
         arch.norm_key: float(getattr(config, arch.norm_field)),
         "attention.causal": False,
-        **({} if kind == "bert" else {"rope.freq_base": 1e6}),
+        **({} if kind == "bert" else {"rope.freq_base": 1e6, "rope.freq_base_swa": 5e3}),
         **window,
     }
     entries = [entry("general.architecture", STRING, arch.name)]
