@@ -22,13 +22,14 @@ _SINGLE: Final = "model.safetensors"
 _INDEX: Final = "model.safetensors.index.json"
 _REPO_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
+_PLACE: Final = re.compile(r"[\w-]+")
+
 _SMALL_FILES: Final = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
     "chat_template.jinja", "chat_template.json",
     "1_Pooling/config.json", "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json",
-    "*_Dense/config.json", "*_LogitScore/config.json",
 )  # fmt: skip
 _SAMPLING: Final = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
@@ -118,12 +119,11 @@ def download(repo_id: str, *, weights: bool) -> Path:
     disable_progress_bars()
     try:
         folder = Path(snapshot_download(repo_id, allow_patterns=[*_SMALL_FILES, _INDEX]))
+        names = _part_files(folder, weights=weights)
         if weights:
             sharded = (folder / _INDEX).is_file()
-            names = sorted(set(_weight_map(folder).values())) if sharded else [_SINGLE]
-            names.append(f"*_Dense/{_SINGLE}")
-            folder = Path(snapshot_download(repo_id, allow_patterns=names))
-        return folder
+            names += sorted(set(_weight_map(folder).values())) if sharded else [_SINGLE]
+        return Path(snapshot_download(repo_id, allow_patterns=names)) if names else folder
     except InputError:
         raise
     except Exception as error:  # network, authorisation, unknown repository, offline without a cached copy
@@ -134,6 +134,15 @@ def download(repo_id: str, *, weights: bool) -> Path:
         ) from error
     finally:
         enable_progress_bars()
+
+
+def _part_files(folder: Path, *, weights: bool) -> list[str]:
+    """The files of what sentence-transformers puts behind a model, by its list (modules.json)."""
+    path = folder / "modules.json"
+    parts = read_json_list(path) if path.is_file() else []
+    places = [str(part.get("path", "")) for part in parts]
+    kept = ("config.json", _SINGLE) if weights else ("config.json",)
+    return [f"{place}/{name}" for place in places if _PLACE.fullmatch(place) for name in kept]
 
 
 def downloaded(repo_id: str) -> Path | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from llmc.frontend import hf
 from llmc.frontend.hf import is_repo_id
 from llmc.frontend.source import open_source
 from llmc.ir.errors import InputError, LlmcError
@@ -191,6 +192,27 @@ def test_hub_id_offline_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     with pytest.raises(InputError, match="owner/absent-model is no file or folder here") as raised:
         open_source("owner/absent-model")
     assert "\n" not in str(raised.value)
+
+
+def test_hub_download_asks_for_the_parts_of_sentence_transformers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """By name, whatever the list of them says."""
+    import huggingface_hub
+
+    folder, asked = save_tiny("bert", tmp_path), list[str]()
+    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Dense": "Dense", "*": "Dense", "../x": "Dense"}
+    parts = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in kinds.items()]
+    (folder / "modules.json").write_text(json.dumps(parts))
+
+    def snapshot_download(repo_id: str, allow_patterns: list[str]) -> str:
+        asked.extend(allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert hf.download("owner/model", weights=True) == folder
+    assert {"2_Dense/config.json", "2_Dense/model.safetensors", "model.safetensors"} <= set(asked)
+    assert not any("*" in pattern or ".." in pattern for pattern in asked)
 
 
 @pytest.mark.parametrize("shards", [False, True])

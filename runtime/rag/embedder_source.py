@@ -48,8 +48,7 @@ _FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-_PARTS = ("Dense", "LogitScore")
-_READ = (".json", ".safetensors")
+_OF_PARTS = ("config.json", "model.safetensors")
 
 Say = Callable[[str], None]
 
@@ -191,7 +190,7 @@ def _folder_key(folder: Path) -> str:
     """
     files = [folder / name for name in _FILES if (folder / name).is_file()]
     files += sorted(folder.glob("*.safetensors"))
-    files += sorted(path for part in _PARTS for path in folder.glob(f"*_{part}/*") if path.suffix in _READ)
+    files += sorted(path for name in _OF_PARTS for path in folder.glob(f"*/{name}") if path not in files)
     if not files:
         raise InputError(
             f"{folder} holds neither an artifact nor a model", remedy="give a folder with config.json"
