@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -256,21 +256,37 @@ def our_server(artifact: Path, context: int, *options: str) -> Iterator[str]:
         process.wait()
 
 
-def measure(url: str, rows: Mapping[str, list[dict[str, Any]]], concurrency: int) -> dict[str, Any]:
-    """All categories against one server."""
+def measure(
+    url: str,
+    rows: Mapping[str, list[dict[str, Any]]],
+    concurrency: int,
+    result: dict[str, Any],
+    keep: Callable[[], None],
+) -> None:
+    """All categories against one server, but those that `result` holds; `keep` is called after each."""
 
-    async def run() -> dict[str, Any]:
-        result: dict[str, Any] = {}
+    async def run() -> None:
         async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=600) as client:
             for category, questions in rows.items():
+                if category in result:
+                    continue
                 began = time.perf_counter()
                 answers = await ask(client, "model", questions, concurrency)
                 result[category] = grade(questions, answers)
                 result[category]["seconds"] = round(time.perf_counter() - began, 1)
                 print(f"{category}: {result[category]}", file=sys.stderr, flush=True)
-        return result
+                keep()
 
-    return asyncio.run(run())
+    asyncio.run(run())
+
+
+def earlier(path: Path | None, model: str, limit: int | None) -> dict[str, Any]:
+    """The results of a run that was interrupted: llama.cpp's server takes an hour and more for all."""
+    if path is None or not path.is_file():
+        return {}
+    record = json.loads(path.read_text(encoding="utf-8"))
+    same = record.get("model") == model and record.get("limit") == limit
+    return record["results"] if same else {}
 
 
 def main() -> int:
@@ -285,7 +301,9 @@ def main() -> int:
     parser.add_argument("--concurrency", type=int, default=8)
     parser.add_argument("--categories", default=",".join(CATEGORIES))
     parser.add_argument("--no-peer", action="store_true", help="leave llama.cpp out")
-    parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument(
+        "-o", "--output", type=Path, help="kept after each category; what it has is not asked again"
+    )
     arguments = parser.parse_args()
     gguf = arguments.gguf or fetch("qwen2.5-coder")
     artifact = arguments.ours or SCRATCH / f"{gguf.stem}-keep.llmc"
@@ -293,13 +311,18 @@ def main() -> int:
         command("compile", gguf, "-o", artifact, "--quant", "keep")
     folder = shared_data() / "bfcl"
     rows = {name: rows_of(folder, name, arguments.limit) for name in arguments.categories.split(",")}
-    context, results = 4096, dict[str, Any]()
-    with our_server(artifact, context) as url:
-        results["llmc"] = measure(url, rows, arguments.concurrency)
+    context, slots = 4096, arguments.concurrency
+    results = earlier(arguments.output, gguf.name, arguments.limit)
+    record = {"machine": machine(), "model": gguf.name, "limit": arguments.limit, "results": results}
+    servers = {"llmc": lambda: our_server(artifact, context)}
     if not arguments.no_peer:
-        with llama_server(gguf, context=context, slots=arguments.concurrency) as url:
-            results["llama.cpp"] = measure(url, rows, arguments.concurrency)
-    report({"machine": machine(), "model": gguf.name, "results": results}, arguments.output)
+        servers["llama.cpp"] = lambda: llama_server(gguf, context=context, slots=slots)
+    for name, server in servers.items():
+        found = results.setdefault(name, {})
+        if rows.keys() - found.keys():
+            with server() as url:
+                measure(url, rows, slots, found, lambda: report(record, arguments.output))
+    report(record, arguments.output)
     return 0
 
 
