@@ -37,7 +37,7 @@ def unpadded(model: Any) -> Generator[None]:
     """
     # Some configurations check what is set on them, and the user's own module may be this one.
     config = model.config.get_text_config()
-    before = config.pad_token_id
+    before = getattr(config, "pad_token_id", None)
     object.__setattr__(config, "pad_token_id", None)
     try:
         yield

@@ -115,7 +115,8 @@ class ModelSource:
             return {"pooling": self.pooling, **(sentence_facts(folder) if folder is not None else {})}
         if self.does != "classifier":
             return {}
-        padding = None if self.scored or is_encoder(self.config) else self.config.pad_token_id
+        decides = not self.scored and not is_encoder(self.config)
+        padding = getattr(self.config.get_text_config(), "pad_token_id", None) if decides else None
         names: Mapping[int, str] = self.config.id2label
         labels = (
             ["false", "true"][-len(self.scored) :] if self.scored else [str(names[i]) for i in sorted(names)]
