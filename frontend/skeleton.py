@@ -59,18 +59,7 @@ def model_class(config: Any) -> tuple[type[torch.nn.Module], Task]:
         any(name in causal_names for name in named) or (not named and not is_encoder(config))
     )
     if causal:
-        cls = first_class(MODEL_FOR_CAUSAL_LM_MAPPING[kind])
-        if cls.__name__.endswith("ForConditionalGeneration"):
-            raise UnsupportedError(
-                f"architecture {label} takes more than text", remedy="give its text model alone"
-            )
-        both_ways = getattr(config, "use_bidirectional_attention", None) is True
-        if both_ways or getattr(config, "is_causal", True) is False:
-            raise UnsupportedError(
-                f"architecture {label} lets tokens attend to later ones",
-                remedy="llmc compiles causal decoders",
-            )
-        return cls, "causal_lm"
+        return _generator(MODEL_FOR_CAUSAL_LM_MAPPING[kind], config, label), "causal_lm"
     if kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         cls = first_class(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[kind])
         if cls.__name__ in named:
@@ -93,6 +82,23 @@ def model_class(config: Any) -> tuple[type[torch.nn.Module], Task]:
         f"unknown architecture {label}: transformers has no causal language model or encoder of that name",
         remedy="give a model whose architecture transformers implements",
     )
+
+
+def _generator(entry: Any, config: Any, label: str) -> type[torch.nn.Module]:
+    """The causal language model of an entry of transformers' table. Raises UnsupportedError for one that is
+    more, or that sees what it is to generate.
+    """
+    cls = first_class(entry)
+    if cls.__name__.endswith("ForConditionalGeneration"):
+        raise UnsupportedError(
+            f"architecture {label} takes more than text", remedy="give its text model alone"
+        )
+    both_ways = getattr(config, "use_bidirectional_attention", None) is True
+    if both_ways or getattr(config, "is_causal", True) is False:
+        raise UnsupportedError(
+            f"architecture {label} lets tokens attend to later ones", remedy="llmc compiles causal decoders"
+        )
+    return cls
 
 
 def is_encoder(config: Any) -> bool:
