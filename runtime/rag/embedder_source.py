@@ -204,7 +204,8 @@ def _folder_key(folder: Path) -> str:
         place = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
         record = cache_folder() / f"{place}.json"
         known = _read(record)
-        if isinstance(known, dict) and known.get("files") == state and known.get("of") == _REVISION:
+        fresh = isinstance(known, dict) and known.get("files") == state and known.get("of") == _REVISION
+        if fresh and isinstance(known.get("key"), str):
             return str(known["key"])
         key = _hashed(folder, files)
     except OSError as error:
