@@ -126,7 +126,7 @@ class AsyncEngine:
         stream = self.open_stream()
         stream.add(prompt, params, request_id)
         try:
-            async for outputs in stream:
+            while outputs := await stream.take():
                 for output in outputs:
                     if output.error is not None:
                         raise output.error
@@ -364,13 +364,12 @@ class AsyncStream:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    def __aiter__(self) -> AsyncStream:
-        return self
-
-    async def __anext__(self) -> list[StepOutput]:
-        """The next outputs, at least one; a choice that failed ends with an output that holds its error."""
+    async def take(self) -> list[StepOutput]:
+        """The next outputs, at least one; none once every choice has ended. A choice that failed ends with an
+        output that holds its error.
+        """
         if not self._unfinished:
-            raise StopAsyncIteration
+            return []
         while not self._arrived or self._interruption is not None:
             if self._interruption is not None:
                 raise self._interruption

@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from llmc.cli.load import arrivals, knee, prompts, runner, statistics
-from llmc.cli.load.http import Address, Chunks, Events, RequestFailed
+from llmc.cli.load.connection import Chunks, RequestFailed
+from llmc.cli.load.http import Address, Events
 from llmc.cli.load.prompts import WORDS
 from llmc.cli.load.records import Arrival, Failure, Record
 from llmc.ir.errors import InputError

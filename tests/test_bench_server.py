@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 from llmc.cli.load import overhead, plot, session
-from llmc.cli.load.http import Address, Client, RequestFailed
+from llmc.cli.load.connection import RequestFailed
+from llmc.cli.load.http import Address, Client
 from llmc.cli.load.prompts import WORDS
 from llmc.cli.load.session import Load
 from llmc.cli.main import main

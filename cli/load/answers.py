@@ -8,7 +8,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from .http import Client, Events, RequestFailed
+from .connection import RequestFailed
+from .http import Client, Events
 from .records import Failure, Record
 
 PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}

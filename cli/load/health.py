@@ -6,7 +6,8 @@ import asyncio
 import time
 from typing import Any, Self
 
-from .http import Client, RequestFailed
+from .connection import RequestFailed
+from .http import Client
 from .statistics import percentile
 
 INTERVAL = 0.05  # seconds

@@ -1,4 +1,4 @@
-"""A small HTTP/1.1 client on asyncio's streams, which spends little on each server-sent event.
+"""A small HTTP/1.1 client that spends little on each server-sent event.
 
 The load generator shares its machine with the server that it measures, so what it spends itself counts
 (`overhead.py` says how much that is). It does what a benchmark needs (POST, GET, chunked bodies, kept
@@ -9,21 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit
 
 from ...ir.errors import InputError
-from .records import Failure
+from .connection import Connection, Receive, RequestFailed
 
-_MOST_HEAD = 1 << 16
 _MOST_BODY = 1 << 26
 _MOST_LINE = 1 << 22
-_READ = 1 << 16
 
 _Result = TypeVar("_Result")
-_Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 def run_loop(main: Coroutine[Any, Any, _Result]) -> _Result:
@@ -33,14 +30,6 @@ def run_loop(main: Coroutine[Any, Any, _Result]) -> _Result:
     except ImportError:  # Windows
         return asyncio.run(main)
     return uvloop.run(main)
-
-
-class RequestFailed(Exception):
-    """A request that brought no complete answer; `failure` says why."""
-
-    def __init__(self, kind: str, detail: str = "") -> None:
-        super().__init__(kind, detail)
-        self.failure = Failure(kind, " ".join(detail.split())[:200])
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,14 +84,14 @@ class Client:
         lines += [f"Authorization: Bearer {api_key}"] if api_key else []
         self._headers = "\r\n".join(lines)
         self._tls = ssl.create_default_context() if address.tls else None
-        self._idle: list[_Connection] = []
+        self._idle: list[Connection] = []
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
         while self._idle:
-            self._idle.pop()[1].close()
+            self._idle.pop().close()
         await asyncio.sleep(0)  # transports close in the loop's next turn
 
     async def fetch(self, method: str, path: str, body: bytes | None = None) -> tuple[int, bytes]:
@@ -124,182 +113,41 @@ class Client:
             raise RequestFailed("timeout", f"no end after {self._timeout:g} s") from error
         return status, b"".join(parts)
 
-    async def stream(
-        self, method: str, path: str, body: bytes | None, receive: Callable[[int, bytes], None]
-    ) -> int:
+    async def stream(self, method: str, path: str, body: bytes | None, receive: Receive) -> int:
         """Calls `receive(status, data)` with each piece of the body as it comes; returns the status.
 
         Raises RequestFailed (`connect`, `disconnected`, `malformed`) and whatever `receive` raises.
         """
-        (reader, writer), head = await self._begin(self._message(method, path, body))
-        keep = False
-        try:
-            keep = await _read_body(reader, head, receive)
-        finally:
-            if keep:
-                self._idle.append((reader, writer))
-            else:
-                writer.close()
-        return head.status
-
-    async def _begin(self, message: bytes) -> tuple[_Connection, _Head]:
-        """Sends over a kept connection or a new one; returns it with the head of the answer.
-
-        A kept connection that the server has closed meanwhile shows so by ending before any answer; that is
-        no failure of the request, which goes over another one.
-        """
+        message = self._message(method, path, body)
         while self._idle:
             kept = self._idle.pop()
-            if kept[0].at_eof() or kept[1].is_closing():
-                kept[1].close()
-            elif (head := await _send(*kept, message, fresh=False)) is not None:
-                return kept, head
+            if not kept.usable:
+                continue
+            try:
+                return await self._ask(kept, message, receive)
+            except RequestFailed as error:
+                # A kept connection that the server has closed meanwhile shows so by ending before any answer;
+                # that is no failure of the request, which goes over another one.
+                if kept.answered or error.failure.kind != "disconnected":
+                    raise
+        loop, address = asyncio.get_running_loop(), self.address
         try:
-            fresh = await asyncio.open_connection(
-                self.address.host, self.address.port, ssl=self._tls, limit=_MOST_HEAD
-            )
+            _, fresh = await loop.create_connection(Connection, address.host, address.port, ssl=self._tls)
         except OSError as error:
             raise RequestFailed("connect", error.strerror or str(error)) from error
-        head = await _send(*fresh, message, fresh=True)
-        assert head is not None, "only a kept connection may end without an answer"
-        return fresh, head
+        return await self._ask(fresh, message, receive)
+
+    async def _ask(self, connection: Connection, message: bytes, receive: Receive) -> int:
+        status = await connection.ask(message, receive)
+        if connection.usable:
+            self._idle.append(connection)
+        return status
 
     def _message(self, method: str, path: str, body: bytes | None) -> bytes:
         head = f"{method} {self.address.prefix}{path} HTTP/1.1\r\n{self._headers}\r\n"
         if body is not None:
             head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
         return f"{head}\r\n".encode("ascii") + (body or b"")
-
-
-@dataclass(frozen=True, slots=True)
-class _Head:
-    status: int
-    length: int | None  # None: until the connection ends, or chunked
-    chunked: bool
-    keep: bool
-
-
-async def _send(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, message: bytes, *, fresh: bool
-) -> _Head | None:
-    """Sends and reads the answer's head; the connection is closed where there is none. None: it had ended."""
-    head = None
-    try:
-        writer.write(message)
-        await writer.drain()
-        head = _parse_head(await reader.readuntil(b"\r\n\r\n"))
-    except asyncio.IncompleteReadError as error:
-        if fresh or error.partial:
-            raise RequestFailed("disconnected", "the connection ended before an answer") from error
-    except asyncio.LimitOverrunError as error:
-        raise RequestFailed("malformed", "the answer's head does not end") from error
-    except OSError as error:
-        if fresh:
-            raise RequestFailed("disconnected", error.strerror or str(error)) from error
-    finally:
-        if head is None:
-            writer.close()
-    return head
-
-
-def _parse_head(head: bytes) -> _Head:
-    first, *lines = head.decode("latin-1").split("\r\n")
-    version, _, rest = first.partition(" ")
-    status = rest[:3]
-    if not version.startswith("HTTP/1.") or not (status.isascii() and status.isdigit() and len(status) == 3):
-        raise RequestFailed("malformed", f"not an HTTP/1.1 answer: {first[:80]!r}")
-    headers = {
-        name.strip().lower(): value.strip().lower() for name, _, value in (x.partition(":") for x in lines)
-    }
-    chunked = headers.get("transfer-encoding", "").endswith("chunked")
-    length = headers.get("content-length")
-    if length is not None and not (length.isascii() and length.isdigit()):
-        raise RequestFailed("malformed", f"content-length {length[:40]!r}")
-    code = int(status)
-    empty = code in (204, 304)
-    size = 0 if empty else None if chunked or length is None else int(length)
-    keep = version != "HTTP/1.0" and headers.get("connection") != "close"
-    return _Head(code, size, chunked and not empty, keep and (chunked or size is not None))
-
-
-async def _read_body(
-    reader: asyncio.StreamReader, head: _Head, receive: Callable[[int, bytes], None]
-) -> bool:
-    """Hands on the body; returns whether the connection can be used again."""
-    chunks = Chunks() if head.chunked else None
-    left = head.length
-    while left != 0 and not (chunks is not None and chunks.done):
-        try:
-            data = await reader.read(_READ)
-        except OSError as error:
-            raise RequestFailed("disconnected", error.strerror or str(error)) from error
-        if not data:
-            if chunks is None and left is None:
-                return False  # the end of the connection is the end of the body
-            raise RequestFailed("disconnected", "the connection ended inside the body")
-        if chunks is not None:
-            data = chunks.feed(data)
-        elif left is not None:
-            if len(data) > left:
-                raise RequestFailed("malformed", "the body is longer than its content-length")
-            left -= len(data)
-        if data:
-            receive(head.status, data)
-    return head.keep
-
-
-class Chunks:
-    """Takes the chunked transfer coding off (RFC 9112, section 7.1), however the bytes were split."""
-
-    def __init__(self) -> None:
-        self.done = False
-        self._rest = b""
-        self._left = 0  # bytes of the chunk that have not come yet
-        self._within = False  # in a chunk, up to and with the line end behind it
-        self._last = False  # after the chunk of size 0: trailers
-
-    def feed(self, data: bytes) -> bytes:
-        """What the next bytes hold of the body. Raises RequestFailed for bytes that are no chunks."""
-        data = self._rest + data
-        out: list[bytes] = []
-        at = 0
-        while not self.done:
-            if self._within:
-                piece = data[at : at + self._left]
-                out.append(piece)
-                at += len(piece)
-                self._left -= len(piece)
-                if self._left or len(data) - at < 2:
-                    break
-                if data[at : at + 2] != b"\r\n":
-                    raise RequestFailed("malformed", "a chunk is longer than its size")
-                at += 2
-                self._within = False
-            end = data.find(b"\r\n", at)
-            if end < 0:
-                if len(data) - at > _MOST_HEAD:
-                    raise RequestFailed("malformed", "the size of a chunk does not end")
-                break
-            line, at = data[at:end], end + 2
-            self._line(line)
-        self._rest = data[at:]
-        if self.done and self._rest:
-            raise RequestFailed("malformed", "there are bytes after the last chunk")
-        return b"".join(out)
-
-    def _line(self, line: bytes) -> None:
-        if self._last:
-            self.done = not line  # a trailer, or the empty line that ends all
-            return
-        size = line.partition(b";")[0].strip()
-        try:
-            self._left = int(size, 16)
-        except ValueError:
-            self._left = -1
-        if not 0 <= self._left < 1 << 31:
-            raise RequestFailed("malformed", f"size of a chunk: {size[:40]!r}")
-        self._last = self._left == 0
-        self._within = not self._last
 
 
 class Events:

@@ -18,7 +18,8 @@ from typing import Any, Protocol
 from ...ir.errors import InputError, LlmcError
 from .answers import PATHS, error_message
 from .arrivals import BLOCK_TOKENS
-from .http import Client, RequestFailed
+from .connection import RequestFailed
+from .http import Client
 from .records import Arrival
 
 _FEWEST_WORDS = 16  # of one token each; with fewer, prompts would repeat themselves

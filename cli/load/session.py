@@ -16,8 +16,9 @@ from typing import Any
 from ...ir.errors import InputError, LlmcError
 from . import arrivals as arrival_times
 from .answers import error_message, request_body, send
+from .connection import RequestFailed
 from .health import HealthPoller
-from .http import Address, Client, RequestFailed, run_loop
+from .http import Address, Client, run_loop
 from .knee import Trial, find_knee, holds, too_many_late
 from .prompts import Prompts, random_prompts, read_prompts
 from .records import Arrival, Record

@@ -112,14 +112,15 @@ class _Answer:
     async def whole(self) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
         usage = Usage()
-        async for outputs in self._running.outputs():
-            usage.note(outputs)
-            for output in outputs:
-                choice = self._choices[output.index]
-                if choice.reader.finish_reason is None:
-                    choice.logprobs += output.logprobs
-                choice.reader.push(output)
-            await self._go_on(usage)
+        with self._running as running:
+            while outputs := await running.take():
+                usage.note(outputs)
+                for output in outputs:
+                    choice = self._choices[output.index]
+                    if choice.reader.finish_reason is None:
+                        choice.logprobs += output.logprobs
+                    choice.reader.push(output)
+                await self._go_on(usage)
         return {
             **self._head,
             "object": "chat.completion",
@@ -151,17 +152,14 @@ class _Answer:
     async def stream(self, *, usage: bool) -> AsyncGenerator[str, None]:
         """The chunks of an answer, as events: the role first, the reason of the end last, then the usage."""
         counted = Usage()
-        made = ChoiceEvents({**self._head, "object": _CHUNK}, usage=usage)
-        generator = self._running.outputs()
-        try:
-            async for outputs in generator:
+        made = ChoiceEvents({**self._head, "object": _CHUNK}, '"delta":{"content":%s}', usage=usage)
+        with self._running as running:
+            while outputs := await running.take():
                 counted.note(outputs)
-                text = "".join(self._chunks(output, made) for output in outputs)
+                text = "".join([self._chunks(output, made) for output in outputs])
                 if text:
                     yield text
                 await self._go_on(counted)
-        finally:
-            await generator.aclose()
         if usage:
             yield event({**self._head, "object": _CHUNK, "choices": [], "usage": counted.body()})
         yield DONE
@@ -186,7 +184,9 @@ class _Answer:
         if not choice.begun:
             choice.begun = True
             text += _chunk(made, output.index, {"role": "assistant", "content": ""})
-        if delta or output.logprobs:
+        if delta.keys() == _PLAIN and not self._with_logprobs:
+            text += made.text(output.index, delta["content"])
+        elif delta or output.logprobs:
             text += _chunk(made, output.index, delta, logprobs=self._logprobs(output.logprobs))
         if choice.reader.finish_reason is not None:
             text += _chunk(made, output.index, {}, reason=choice.reader.finish_reason)
@@ -199,4 +199,5 @@ def _chunk(
     return made.event({"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason})
 
 
+_PLAIN = {"content"}
 _CHUNK = "chat.completion.chunk"

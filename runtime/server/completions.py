@@ -134,12 +134,13 @@ class _Answer:
     async def whole(self) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
         usage = Usage()
-        async for outputs in self._running.outputs():
-            usage.note(outputs)
-            for output in outputs:
-                number, text, entries = self._take(output)
-                self._choices[number].text += text
-                self._choices[number].entries += entries
+        with self._running as running:
+            while outputs := await running.take():
+                usage.note(outputs)
+                for output in outputs:
+                    number, text, entries = self._take(output)
+                    self._choices[number].text += text
+                    self._choices[number].entries += entries
         choices = [
             self._body(number, choice.text, choice.entries, 0, choice.finish_reason)
             for number, choice in enumerate(self._choices)
@@ -161,24 +162,25 @@ class _Answer:
     async def stream(self, *, usage: bool) -> AsyncGenerator[str, None]:
         """The chunks of an answer, as events."""
         counted = Usage()
-        made = ChoiceEvents(self._head, usage=usage)
-        generator = self._running.outputs()
-        try:
-            async for outputs in generator:
+        made = ChoiceEvents(self._head, '"text":%s', usage=usage)
+        with self._running as running:
+            while outputs := await running.take():
                 counted.note(outputs)
-                events: list[str] = []
-                for output in outputs:
-                    number, text, entries = self._take(output)
-                    choice = self._choices[number]
-                    if not text and not entries and output.finish_reason is None:
-                        continue
-                    body = self._body(number, text, entries, len(choice.text), output.finish_reason)
-                    choice.text += text
-                    events.append(made.event(body))
+                events = "".join([self._event(output, made) for output in outputs])
                 if events:
-                    yield "".join(events)
-        finally:
-            await generator.aclose()
+                    yield events
         if usage:
             yield event({**self._head, "choices": [], "usage": counted.body()})
         yield DONE
+
+    def _event(self, output: StepOutput, made: ChoiceEvents) -> str:
+        number, text, entries = self._take(output)
+        if not text and not entries and output.finish_reason is None:
+            return ""
+        choice = self._choices[number]
+        if self._params.logprobs is None and output.finish_reason is None:
+            rendered = made.text(number, text)
+        else:
+            rendered = made.event(self._body(number, text, entries, len(choice.text), output.finish_reason))
+        choice.text += text
+        return rendered

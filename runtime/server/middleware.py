@@ -19,6 +19,9 @@ OPEN_PATHS = frozenset({"/", "/health", "/ready"})
 
 STATIC = "/static/"
 
+DIRECT = "llmc.send"
+"""In a request's scope: the server's own `send`."""
+
 UPLOADS = "/v1/rag/documents"
 
 
@@ -48,6 +51,7 @@ class Gate:
             return
         limited = _Limited(receive, self._most(scope))
         sender = _Sender(send, self._service, origin)
+        scope[DIRECT] = send
         if free:
             await self._app(scope, limited, sender)
             return

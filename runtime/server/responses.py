@@ -181,12 +181,13 @@ class _Answer:
 
     async def whole(self) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
-        async for outputs in self._running.outputs():
-            self._usage.note(outputs)
-            for output in outputs:
-                for one in self._reader.push(output):
-                    self._take(one)
-            await self._go_on()
+        with self._running as running:
+            while outputs := await running.take():
+                self._usage.note(outputs)
+                for output in outputs:
+                    for one in self._reader.push(output):
+                        self._take(one)
+                await self._go_on()
         return self._body()
 
     async def _go_on(self) -> None:
@@ -244,18 +245,15 @@ class _Answer:
 
     async def stream(self) -> AsyncGenerator[str, None]:
         """The events of an answer."""
-        yield self._event("response.created", response=self._body("in_progress"))
-        yield self._event("response.in_progress", response=self._body("in_progress"))
-        generator = self._running.outputs()
-        try:
-            async for outputs in generator:
+        with self._running as running:
+            yield self._event("response.created", response=self._body("in_progress"))
+            yield self._event("response.in_progress", response=self._body("in_progress"))
+            while outputs := await running.take():
                 self._usage.note(outputs)
-                text = "".join(self._events(output) for output in outputs)
+                text = "".join([self._events(output) for output in outputs])
                 if text:
                     yield text
                 await self._go_on()
-        finally:
-            await generator.aclose()
         if self._items:
             yield self._close(self._items[-1])
         body = self._body()

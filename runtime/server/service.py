@@ -7,7 +7,7 @@ import hashlib
 import hmac
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -255,6 +255,7 @@ class Running:
         self._stream = model.llm.engine.open_stream()
         self._place: dict[str, int] = {}
         self._ended = False
+        self._reason = "error"  # unless it ends otherwise
         seconds = service.settings.request_seconds
         self._timer = (
             None if seconds is None else asyncio.get_running_loop().call_later(seconds, self._expire)
@@ -282,21 +283,28 @@ class Running:
         """Which of the prompts an output belongs to."""
         return self._place[output.request_id]
 
-    async def outputs(self) -> AsyncGenerator[list[StepOutput], None]:
-        """All that the prompts give, as it comes. Raises ApiError where one fails or the deadline passes."""
-        reason = "error"
-        try:
-            while (outputs := await anext(self._stream, None)) is not None:
-                self.timing.note(outputs)
-                for output in outputs:
+    def __enter__(self) -> Running:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Closes it, whether the answer is complete, failed, or nobody waits for it any more."""
+        gone = kind is not None and issubclass(kind, GeneratorExit | asyncio.CancelledError)
+        self.close("abort" if gone else self._reason)
+
+    async def take(self) -> list[StepOutput]:
+        """The next outputs of the prompts, at least one, and none behind the last.
+
+        Raises ApiError where one fails or the deadline passes. Inside `with` only.
+        """
+        outputs = await self._stream.take()
+        if outputs:
+            self._reason = "error"
+            self.timing.note(outputs)
+            for output in outputs:
+                if output.finish_reason is not None:
                     _check(output)
-                reason = outputs[-1].finish_reason or "error"
-                yield outputs
-        except (GeneratorExit, asyncio.CancelledError):
-            reason = "abort"
-            raise
-        finally:
-            self.close(reason)
+            self._reason = outputs[-1].finish_reason or "error"
+        return outputs
 
     def _expire(self) -> None:
         self._stream.interrupt(self._service.too_late())

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping
+from json.encoder import encode_basestring_ascii
 from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from .errors import ApiError, as_api_error, dumps
+from .middleware import DIRECT
 from .service import gone
 
 DONE = "data: [DONE]\n\n"
@@ -26,14 +28,22 @@ class ChoiceEvents:
     server of many streams renders thousands a second.
     """
 
-    def __init__(self, head: Mapping[str, Any], *, usage: bool) -> None:
-        """`head`: the members before `choices`; with `usage`, one that is null stands behind."""
+    def __init__(self, head: Mapping[str, Any], member: str, *, usage: bool) -> None:
+        """`head`: the members before `choices`; with `usage`, one that is null stands behind. `member`: the
+        member of a choice that holds new text, with %s for the text.
+        """
         self._before = f"data: {dumps({**head, 'choices': []})[: -len(']}')]}"
         self._after = '],"usage":null}\n\n' if usage else "]}\n\n"
+        before, after = self._before.replace("%", "%%"), self._after
+        self._text = f'{before}{{"index":%d,{member},"logprobs":null,"finish_reason":null}}{after}'
 
     def event(self, choice: Mapping[str, Any]) -> str:
         """The event of a choice."""
         return f"{self._before}{dumps(choice)}{self._after}"
+
+    def text(self, index: int, text: str) -> str:
+        """The event of a choice that has new text, and nothing else."""
+        return self._text % (index, encode_basestring_ascii(text))
 
 
 class EventStream(Response):
@@ -53,7 +63,8 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends until the end, or until the client has gone; `events` is closed in either case."""
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        sender = asyncio.ensure_future(self._send(send))
+        # Bodies go past the layers between, which have to do with the head of an answer only.
+        sender = asyncio.ensure_future(self._send(scope.get(DIRECT, send)))
         watcher = asyncio.ensure_future(gone(receive))
         try:
             await asyncio.wait({sender, watcher}, return_when=asyncio.FIRST_COMPLETED)
