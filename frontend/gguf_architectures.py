@@ -10,16 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-import numpy as np
-
-from ..ir.errors import InputError, UnsupportedError
-from ..ir.weights import LazyTensor
-from .gguf import GGUFFile, GGUFTensorInfo
-from .weights import transformed
+from .gguf import GGUFTensorInfo
 
 Keys = Mapping[str, Any]
 Tensors = Mapping[str, GGUFTensorInfo]
-_FOLDER: Final = "give the model as a Hugging Face folder"
 
 
 @dataclass(frozen=True)
@@ -33,6 +27,7 @@ class Architecture:
         permuted: q and k rows are stored with rotary pairs side by side.
         norm_offset: norms are stored with this added.
         partial: rotary embeddings may turn a part of a head only.
+        experts_in_turns: transformers has an expert's gate and up in turns, and its matrices transposed.
         norm_key, norm_field: what is added to a norm's variance, in GGUF and in the configuration.
         check: what of a configuration cannot be said in GGUF, as a sentence, or None.
         extra: further key-values without their prefix.
@@ -40,6 +35,7 @@ class Architecture:
         reads: further key-values that `fields` understands, all of which a file has.
         may: those that it understands where they are there.
         ignores: those that say no more than the tensors do.
+        when: of the key-values without their prefix, whether a file of that name is of this row.
         fields: of a file's key-values without their prefix, and the names of its tensors, what the
             configuration has beyond what all have; None where transformers reads the file itself.
     """
@@ -50,6 +46,7 @@ class Architecture:
     permuted: bool = False
     norm_offset: float = 0.0
     partial: bool = False
+    experts_in_turns: bool = False
     norm_key: str = "attention.layer_norm_rms_epsilon"
     norm_field: str = "rms_norm_eps"
     check: Callable[[Any], str | None] = lambda config: None
@@ -58,6 +55,7 @@ class Architecture:
     reads: frozenset[str] = frozenset()
     may: frozenset[str] = frozenset()
     ignores: frozenset[str] = frozenset()
+    when: Callable[[Keys], bool] = lambda keys: True
     fields: Callable[[Keys, Tensors], dict[str, Any]] | None = None
 
 
@@ -153,15 +151,85 @@ def _granite_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
     }
 
 
+def _gemma2_check(config: Any) -> str | None:
+    heads = config.hidden_size // config.num_attention_heads
+    if config.num_hidden_layers == _GEMMA2_27B and config.query_pre_attn_scalar == heads:
+        return None
+    return _full_layers(config, 2)
+
+
+def _gemma2_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
+    """llama.cpp tells the 27B model, whose queries are scaled by another length, by its layers."""
+    large = keys["block_count"] == _GEMMA2_27B
+    heads = int(keys["embedding_length"]) // max(int(keys["attention.head_count"]), 1)
+    return {
+        "sliding_window": keys["attention.sliding_window"],
+        "query_pre_attn_scalar": heads if large else keys.get("attention.key_length", heads),
+    }
+
+
+def _experts_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
+    return {
+        "num_experts": keys["expert_count"],
+        "num_experts_per_tok": keys["expert_used_count"],
+        "moe_intermediate_size": tensors["blk.0.ffn_gate_exps.weight"].shape[1],
+        "norm_topk_prob": True,
+    }
+
+
+def _shared_expert_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
+    return {
+        **_experts_fields(keys, tensors),
+        "shared_expert_intermediate_size": tensors["blk.0.ffn_gate_shexp.weight"].shape[0],
+        "norm_topk_prob": False,
+    }
+
+
+def _local_experts_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
+    return {"num_local_experts": keys["expert_count"], "num_experts_per_tok": keys["expert_used_count"]}
+
+
+def _sinks_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
+    """transformers' default has the published model's yarn, which is not cut to whole dimensions."""
+    yarn = keys.get("rope.scaling.type") == "yarn"
+    rope = {"rope_type": "default", "rope_theta": keys["rope.freq_base"]}
+    return {
+        **_local_experts_fields(keys, tensors),
+        "intermediate_size": tensors["blk.0.ffn_gate_exps.weight"].shape[1],
+        "sliding_window": keys["attention.sliding_window"],
+        "rope_parameters": {**rope, "truncate": False} if yarn else rope,
+    }
+
+
+def _phi3_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
+    original = keys.get("rope.scaling.original_context_length", keys["context_length"])
+    window = keys.get("attention.sliding_window") or None
+    return {"sliding_window": window, "original_max_position_embeddings": original}
+
+
 _LAYER_NORM: Final = "attention.layer_norm_epsilon"
+_EXPERTS: Final = frozenset({"expert_count", "expert_used_count"})
+_EXPERT_SIZES: Final = frozenset({"expert_feed_forward_length", "expert_shared_feed_forward_length"})
+_SEEN: Final = frozenset({"rope.dimension_sections", "n_deepstack_layers"})
+"""What says how tokens of pictures are placed and taken up."""
+_GEMMA2_27B: Final = 46
+"""Layers of it."""
 
 
 ARCHITECTURES: Final[dict[str, Architecture]] = {
     "llama": Architecture("llama", permuted=True),
     "mistral": Architecture("llama", permuted=True, check=_window_short),
     "qwen2": Architecture("qwen2", check=_window_short),
-    "qwen3": Architecture("qwen3", check=_window_short),
-    "gemma2": Architecture("gemma2", norm_offset=1.0, check=lambda c: _full_layers(c, 2), extra=_gemma2_keys),
+    "qwen3": Architecture("qwen3", check=_window_short, fields=lambda k, t: {}),
+    "gemma2": Architecture(
+        "gemma2",
+        norm_offset=1.0,
+        check=_gemma2_check,
+        extra=_gemma2_keys,
+        reads=frozenset({"attention.sliding_window"}),
+        may=frozenset({"attn_logit_softcapping", "final_logit_softcapping"}),
+        fields=_gemma2_fields,
+    ),
     "gemma3_text": Architecture("gemma3", norm_offset=1.0, check=_gemma3_check, extra=_gemma3_keys),
     "olmo2": Architecture("olmo2", fields=lambda k, t: {}),
     "granite": Architecture(
@@ -180,6 +248,101 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
         "seed_oss", fields=lambda k, t: {"attention_out_bias": "blk.0.attn_output.bias" in t}
     ),
     "exaone4": Architecture("exaone4", check=_no_windows, fields=_exaone4_fields),
+    "mixtral": Architecture(
+        "llama",
+        permuted=True,
+        written=False,
+        reads=_EXPERTS,
+        when=lambda k: k.get("expert_count", 0) != 0,
+        fields=_local_experts_fields,
+    ),
+    "qwen2_moe": Architecture(
+        "qwen2moe",
+        written=False,
+        reads=_EXPERTS,
+        ignores=_EXPERT_SIZES,
+        fields=_shared_expert_fields,
+    ),
+    "qwen3_moe": Architecture(
+        "qwen3moe", written=False, reads=_EXPERTS, ignores=_EXPERT_SIZES, fields=_experts_fields
+    ),
+    "olmoe": Architecture(
+        "olmoe",
+        written=False,
+        reads=_EXPERTS,
+        fields=lambda k, t: {
+            "num_experts": k["expert_count"],
+            "num_experts_per_tok": k["expert_used_count"],
+            "norm_topk_prob": False,
+        },
+    ),
+    "granitemoe": Architecture(
+        "granitemoe",
+        kind="granitemoe",
+        permuted=True,
+        written=False,
+        reads=_EXPERTS | {"embedding_scale", "attention.scale", "residual_scale", "logit_scale"},
+        fields=lambda k, t: {**_granite_fields(k, t), **_local_experts_fields(k, t)},
+    ),
+    "gpt_oss": Architecture(
+        "gpt-oss",
+        written=False,
+        experts_in_turns=True,
+        reads=_EXPERTS | {"attention.sliding_window", "rope.freq_base"},
+        ignores=_EXPERT_SIZES,
+        fields=_sinks_fields,
+    ),
+    "phi3": Architecture(
+        "phi3",
+        written=False,
+        partial=True,
+        may=frozenset({"attention.sliding_window"}),
+        fields=_phi3_fields,
+    ),
+    "starcoder2": Architecture(
+        "starcoder2",
+        written=False,
+        fields=lambda k, t: {"use_bias": "blk.0.attn_q.bias" in t, "sliding_window": None},
+        norm_key=_LAYER_NORM,
+        norm_field="norm_epsilon",
+    ),
+    "stablelm": Architecture(
+        "stablelm",
+        written=False,
+        partial=True,
+        reads=frozenset({"use_parallel_residual"}),
+        fields=lambda k, t: {
+            "use_parallel_residual": k["use_parallel_residual"],
+            "use_qkv_bias": "blk.0.attn_q.bias" in t,
+            "qk_layernorm": "blk.0.attn_q_norm.weight" in t,
+        },
+        norm_key=_LAYER_NORM,
+        norm_field="layer_norm_eps",
+    ),
+    # What a model that sees has for text is the model without eyes: positions of text are the same on all
+    # axes.
+    "qwen3 (of qwen3vl)": Architecture(
+        "qwen3vl",
+        kind="qwen3",
+        written=False,
+        ignores=_SEEN,
+        fields=lambda k, t: {},
+    ),
+    "qwen3_moe (of qwen3vlmoe)": Architecture(
+        "qwen3vlmoe",
+        kind="qwen3_moe",
+        written=False,
+        reads=_EXPERTS,
+        ignores=_EXPERT_SIZES | _SEEN,
+        fields=_experts_fields,
+    ),
+    "qwen2 (of qwen2vl)": Architecture(
+        "qwen2vl",
+        kind="qwen2",
+        written=False,
+        ignores=_SEEN,
+        fields=lambda k, t: {},
+    ),
     "bert": Architecture(
         "bert",
         turns=False,
@@ -233,124 +396,3 @@ def rope_parameters(config: Any, layer_type: str = "full_attention") -> dict[str
     """The rotary parameters of layers of one type."""
     found = getattr(config, "rope_parameters", None) or {}
     return found.get(layer_type, found)
-
-
-_COMMON: Final = {
-    "context_length": "max_position_embeddings",
-    "block_count": "num_hidden_layers",
-    "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size",
-    "attention.head_count": "num_attention_heads",
-}
-_BESIDE: Final = frozenset(
-    {
-        "attention.head_count_kv",
-        "attention.key_length",
-        "attention.value_length",
-        "rope.freq_base",
-        "rope.dimension_count",
-        "vocab_size",
-        "pooling_type",
-        "attention.causal",
-    }
-)
-_LATER: Final = "rope.scaling."  # gguf_model.py reads it, of every architecture
-
-
-def readable(name: str) -> tuple[str, Architecture] | None:
-    """transformers' `model_type` and the table's row of a `general.architecture`; None where transformers
-    reads such files, or nobody.
-    """
-    rows = ((kind, row) for kind, row in ARCHITECTURES.items() if row.name == name)
-    return next(((row.kind or kind, row) for kind, row in rows if row.fields is not None), None)
-
-
-def configuration(file: GGUFFile, arch: Architecture) -> dict[str, Any]:
-    """The configuration's values that a file's metadata gives.
-
-    Raises InputError for metadata that is missing or of another kind, UnsupportedError for a key-value that
-    is not understood.
-    """
-    assert arch.fields is not None
-    keys = {
-        k.removeprefix(f"{arch.name}."): v for k, v in file.metadata.items() if k.startswith(f"{arch.name}.")
-    }
-    known = {*_COMMON, *_BESIDE, *arch.reads, *arch.may, *arch.ignores, arch.norm_key}
-    odd = sorted(k for k in keys if k not in known and not k.startswith(_LATER))
-    if odd:
-        raise UnsupportedError(
-            f"{file.path.name} sets {arch.name}.{odd[0]}, which is not understood", remedy=_FOLDER
-        )
-    numbers = [k for k, v in keys.items() if not isinstance(v, int | float | str)]
-    missing = [k for k in (*_COMMON, arch.norm_key, *arch.reads) if k not in keys]
-    if numbers or missing:
-        what, which = ("lacks", missing) if missing else ("has an array of", numbers)
-        raise InputError(f"{file.path.name} {what} {arch.name}.{which[0]}", remedy="download the file again")
-    heads = max(int(keys["attention.head_count"]), 1)
-    head_dim = int(keys.get("attention.key_length", int(keys["embedding_length"]) // heads))
-    if keys.get("attention.value_length", head_dim) != head_dim:
-        raise UnsupportedError(f"{file.path.name} has heads of two lengths", remedy=_FOLDER)
-    turned = int(keys.get("rope.dimension_count", head_dim))
-    tokens = file.metadata.get("tokenizer.ggml.tokens")
-    values: dict[str, Any] = {field: keys[key] for key, field in _COMMON.items()}
-    values[arch.norm_field] = keys[arch.norm_key]
-    if arch.turns:
-        values |= {
-            "num_key_value_heads": keys.get("attention.head_count_kv", heads),
-            "head_dim": head_dim,
-            "rope_theta": keys.get("rope.freq_base", 10000.0),
-            "partial_rotary_factor": turned / head_dim,
-            "tie_word_embeddings": "output.weight" not in file.tensors,
-            "attention_bias": "blk.0.attn_q.bias" in file.tensors,
-            "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
-        }
-    values["vocab_size"] = keys.get("vocab_size", len(tokens) if isinstance(tokens, list) else None)
-    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-        values[f"{name}_token_id"] = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
-    return values | arch.fields(keys, file.tensors)
-
-
-def named(arch: Architecture, layers: int) -> Callable[[str], str | None]:
-    """A model's parameter → its name in GGUF, or None."""
-    import gguf
-
-    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
-    table = gguf.get_tensor_name_map(kinds[arch.name], layers)
-    return lambda parameter: table.get_name(parameter, try_suffixes=(".weight", ".bias"))
-
-
-def weights(
-    file: GGUFFile, arch: Architecture, model: Any, tensors: Mapping[str, LazyTensor]
-) -> tuple[dict[str, LazyTensor], list[str]]:
-    """Lazy tensors by the model's parameter names, and the names of tensors without a place."""
-    config, name_of = model.config, named(arch, model.config.num_hidden_layers)
-    names = {name_of(parameter): parameter for parameter, _ in model.named_parameters()}
-    found: dict[str, LazyTensor] = {}
-    unused: list[str] = []
-    for name, tensor in tensors.items():
-        parameter = names.get(name)
-        if parameter is None:
-            unused.append(name)
-            continue
-        part = name.split(".")[-2]
-        if arch.permuted and part in ("attn_q", "attn_k"):
-            heads = config.num_attention_heads if part == "attn_q" else config.num_key_value_heads
-            found[parameter] = transformed(tensor, lambda x, heads=heads: _unpaired(x, heads))
-        elif arch.norm_offset and name.endswith("norm.weight"):
-            found[parameter] = transformed(tensor, lambda x: x - np.float32(arch.norm_offset))
-        else:
-            found[parameter] = tensor
-    return found, unused
-
-
-def paired_rows(rows: int, heads: int) -> np.ndarray[Any, Any]:
-    """Which row of transformers' q or k stands where in GGUF: of each head, row i of the first half, then row
-    i of the second half.
-    """
-    return np.arange(rows).reshape(heads, 2, rows // heads // 2).swapaxes(1, 2).reshape(-1)
-
-
-def _unpaired(x: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
-    if len(x) % (2 * heads):
-        return x  # of another shape than the model's, which is refused later
-    return x[np.argsort(paired_rows(len(x), heads))]

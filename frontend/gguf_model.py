@@ -19,7 +19,7 @@ import numpy as np
 
 from ..ir.errors import InputError, LlmcError, UnsupportedError
 from ..ir.weights import LazyTensor
-from . import gguf_architectures
+from . import gguf_tabled
 from .conversions import apply_conversions, to_numpy_array
 from .gguf import GGUFFile
 from .weights import MergedTensor, open_gguf_tensors, transformed
@@ -114,14 +114,14 @@ def read_config(file: GGUFFile) -> Any:
             f"{file.path.name} is one part of several", remedy="join them with llama-gguf-split --merge"
         )
     arch = file.architecture
-    tabled = gguf_architectures.readable(arch)
+    tabled = gguf_tabled.readable(file)
     logger = logging.getLogger("transformers")  # its advice is for those who train
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         if tabled is not None:
             kind, row = tabled
-            values = {"model_type": kind, **gguf_architectures.configuration(file, row)}
+            values = {"model_type": kind, **gguf_tabled.configuration(file, row)}
         elif arch in GGUF_CONFIG_ARCHS:
             values = get_gguf_config(_counted(file.metadata), tuple(file.tensors))
         else:
@@ -305,9 +305,9 @@ def map_weights(file: GGUFFile, model: Any, tensors: Mapping[str, LazyTensor]) -
     """
     from transformers.integrations.gguf.utils import get_gguf_conversion_mapping, is_gguf_arch_supported
 
-    tabled = gguf_architectures.readable(file.architecture)
+    tabled = gguf_tabled.readable(file)
     if tabled is not None:
-        weights, unused = gguf_architectures.weights(file, tabled[1], model, tensors)
+        weights, unused = gguf_tabled.weights(file, tabled[1], model, tensors)
     elif is_gguf_arch_supported(file.architecture):
         mapping = get_gguf_conversion_mapping(file.architecture, model.config)
         weights, unused = apply_conversions(model, tensors, mapping)

@@ -4,6 +4,8 @@ of them what transformers' model does, and so do we.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ import torch
 import transformers
 from llmc.codegen.driver import compile_model
 from llmc.codegen.gguf.metadata import model_metadata
-from llmc.frontend.gguf_architectures import ARCHITECTURES, named, paired_rows, readable
+from llmc.frontend.gguf_architectures import ARCHITECTURES, Architecture
+from llmc.frontend.gguf_tabled import configuration, named, paired_rows, readable
 from llmc.frontend.skeleton import model_class
 from llmc.frontend.source import open_source
 from llmc.frontend.trace import trace_source
@@ -21,18 +24,50 @@ from llmc.ir.errors import InputError, UnsupportedError
 from llmc.runtime.loader import load
 
 from .family_configs import random_model, small_config
-from .gguf_files import BOOL, F32, STRING, U32, byte_vocabulary, entry, write_gguf
+from .gguf_files import BOOL, F32, STRING, U32, array, byte_vocabulary, entry, write_gguf
 from .graphs import ModelInMemory, logits_of
 from .llama_cpp import LlamaCpp
 from .models import ids_of
 
 ENCODERS = ("bert", "gemma3_text (encoder)")
-READ = sorted(k for k, row in ARCHITECTURES.items() if row.fields is not None and k not in ENCODERS)
+READ = sorted(
+    k for k, row in ARCHITECTURES.items() if row.fields is not None and k not in ENCODERS and " " not in k
+)
+SEEN = sorted(k for k in ARCHITECTURES if "(of " in k)
 FOUR: dict[str, Any] = {"num_hidden_layers": 4, "sliding_window": None}
 CHANGES: dict[str, dict[str, Any]] = {
     "smollm3": {**FOUR, "no_rope_layers": [1, 1, 1, 0], "layer_types": ["full_attention"] * 4},
     "exaone4": {"sliding_window": None, "layer_types": ["full_attention"] * 2},
     "cohere2": {**FOUR, "sliding_window": 12, "layer_types": [*["sliding_attention"] * 3, "full_attention"]},
+}
+FULL: dict[str, Any] = {"sliding_window": None, "layer_types": ["full_attention"] * 2}
+HALF = {"rope_type": "default", "rope_theta": 5e4, "partial_rotary_factor": 0.5}
+"""Not what a configuration has by itself: a file's own values have to arrive."""
+CHANGES |= {
+    "qwen2": FULL,
+    "qwen3": {**FULL, "head_dim": 24},
+    "gemma2": {"head_dim": 24, "query_pre_attn_scalar": 24},
+    "mixtral": {"sliding_window": None},
+    "qwen2_moe": {**FULL, "sliding_window": 256, "use_sliding_window": False, "norm_topk_prob": False},
+    "qwen3_moe": {**FULL, "head_dim": 24, "norm_topk_prob": True},
+    "olmoe": {"num_key_value_heads": 4},
+    "gpt_oss": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}},
+    "phi3": {"sliding_window": None, "rope_parameters": HALF},
+    "starcoder2": {"sliding_window": None, "rope_parameters": {**HALF, "partial_rotary_factor": 1.0}},
+    "stablelm": {"rope_parameters": HALF, "use_qkv_bias": True},
+}
+KEYS: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "granitemoe": ARCHITECTURES["granite"].extra,
+    "qwen2_moe": lambda c: {
+        "expert_feed_forward_length": c.moe_intermediate_size,
+        "expert_shared_feed_forward_length": c.shared_expert_intermediate_size,
+    },
+    "qwen3_moe": lambda c: {"expert_feed_forward_length": c.moe_intermediate_size},
+    "gpt_oss": lambda c: {
+        "attention.sliding_window": c.sliding_window,
+        "expert_feed_forward_length": c.intermediate_size,
+    },
+    "stablelm": lambda c: {"use_parallel_residual": c.use_parallel_residual},
 }
 _KINDS = {bool: BOOL, int: U32, float: F32, str: STRING}
 
@@ -45,14 +80,17 @@ def tiny(kind: str, **changes: Any) -> Any:
     return random_model(config, model_class(config)[0])
 
 
-def written(model: Any, kind: str, path: Path, *further: bytes) -> Path:
+def written(model: Any, kind: str, path: Path, *further: bytes, arch: Architecture | None = None) -> Path:
     """A file of a model: key-values by the table, tensors by the package gguf's names, in float32."""
-    arch = ARCHITECTURES[kind]
+    arch = arch or ARCHITECTURES[kind]
     source: Any = ModelInMemory(model)
     source.rope_scaling = None
     config, name_of = model.config, named(arch, model.config.num_hidden_layers)
     tensors: dict[str, np.ndarray[Any, Any]] = {}
     for parameter, value in model.named_parameters():
+        if (experts := _experts(parameter, value.detach().numpy(), arch)) is not None:
+            tensors |= experts
+            continue
         name, array = name_of(parameter), value.detach().numpy().copy()
         assert name is not None, parameter
         heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
@@ -60,10 +98,36 @@ def written(model: Any, kind: str, path: Path, *further: bytes) -> Path:
         if arch.permuted and part in heads:
             array = array[paired_rows(len(array), heads[part])]
         tensors[name] = array + arch.norm_offset if name.endswith("norm.weight") else array
-    entries = [entry(k, _KINDS[type(v)], v) for k, v in model_metadata(source, arch).items()]
+    keys = model_metadata(source, arch)
+    count = getattr(config, "num_experts", 0) or getattr(config, "num_local_experts", 0)
+    more = {"expert_count": count, "expert_used_count": config.num_experts_per_tok} if count else {}
+    more |= KEYS.get(kind, lambda c: {})(config)
+    keys |= {f"{arch.name}.{key}": value for key, value in more.items()}
+    entries = [entry(k, _KINDS[type(v)], v) for k, v in keys.items()]
     vocabulary = byte_vocabulary([f"<x{i}>" for i in range(config.vocab_size - 256)])
     ends = [entry(f"tokenizer.ggml.{name}_token_id", U32, i) for name, i in (("bos", 1), ("eos", 2))]
     return write_gguf(path, [*entries, *vocabulary, *ends, *further], tensors)
+
+
+def _experts(
+    parameter: str, value: np.ndarray[Any, Any], arch: Architecture
+) -> dict[str, np.ndarray[Any, Any]] | None:
+    """A parameter that holds all experts of a layer, as GGUF has it; None for others."""
+    match = re.fullmatch(r".*layers\.(\d+)\..*?(experts\.|put_linear)(.*)", parameter)
+    if match is None:
+        return None
+    down = "down" in match[3] or "output_linear" in parameter
+    kind = "bias" if match[3].endswith("bias") else "weight"
+    if arch.experts_in_turns and kind == "weight":
+        value = value.swapaxes(1, 2)
+    half = value.shape[1] // 2
+    if down:
+        parts = {"down": value}
+    elif arch.experts_in_turns:
+        parts = {"gate": value[:, 0::2], "up": value[:, 1::2]}
+    else:
+        parts = {"gate": value[:, :half], "up": value[:, half:]}
+    return {f"blk.{match[1]}.ffn_{p}_exps.{kind}": np.ascontiguousarray(x) for p, x in parts.items()}
 
 
 @pytest.mark.parametrize("kind", READ)
@@ -159,20 +223,48 @@ def test_what_is_not_understood_is_refused(tmp_path: Path):
     config = tiny("smollm3", no_rope_layers=[1, 0, 1, 1])
     path = written(config, "smollm3", tmp_path / "s.gguf")
     assert open_source(path).config.no_rope_layers == [1, 1, 1, 0]  # all that such a file can mean
-    from llmc.frontend import gguf_architectures
-
     file = open_source(path).gguf
     assert file is not None
-    found = readable("smollm3")
+    found = readable(file)
     assert found is not None
     for key in ("smollm3.block_count", "smollm3.attention.layer_norm_rms_epsilon"):
         held = {k: v for k, v in file.metadata.items() if k != key}
         with pytest.raises(InputError, match=f"lacks {key}"):
-            gguf_architectures.configuration(_with(file, held), found[1])
+            configuration(_with(file, held), found[1])
     held = {**file.metadata, "smollm3.attention.head_count": [1, 2]}
     with pytest.raises(InputError, match="has an array of"):
-        gguf_architectures.configuration(_with(file, held), found[1])
-    assert readable("llama") is None and readable("nothing") is None
+        configuration(_with(file, held), found[1])
+    for name in ("llama", "nothing"):
+        assert readable(_with(file, {"general.architecture": name})) is None
+
+
+@pytest.mark.parametrize("kind", SEEN)
+def test_the_text_of_a_model_that_sees(kind: str, tmp_path: Path):
+    """The same tensors as the text model alone has, under another name, with positions of three axes."""
+    plain, arch = kind.partition(" ")[0], ARCHITECTURES[kind]
+    model, ids = tiny(plain), ids_of(40)
+    with torch.inference_mode():
+        wanted = model(input_ids=torch.tensor([ids])).logits[0].numpy()
+    head = getattr(model.config, "head_dim", None)
+    half = (head or model.config.hidden_size // model.config.num_attention_heads) // 2
+    sections = array(f"{arch.name}.rope.dimension_sections", U32, [half // 2, half // 4, half // 4, 0])
+    path = written(model, plain, tmp_path / "m.gguf", sections, arch=arch)
+    with LlamaCpp(path) as opened:
+        assert np.abs(opened.logits(ids) - wanted).max() <= 0.01 * np.abs(wanted).max()
+    source = open_source(path)
+    assert source.config.model_type == plain
+    np.testing.assert_allclose(logits_of(trace_source(source), ids), wanted, atol=2e-5)
+
+
+def test_a_yarn_that_is_not_cut(tmp_path: Path):
+    """llama.cpp cuts the dimensions that yarn turns to whole ones; the published model does not."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 5e4}
+    model, ids = tiny("gpt_oss", rope_parameters={**yarn, "truncate": False}), ids_of(40)
+    with torch.inference_mode():
+        wanted = model(input_ids=torch.tensor([ids])).logits[0].numpy()
+    model.config.rope_parameters["truncate"] = True
+    source = open_source(written(model, "gpt_oss", tmp_path / "m.gguf"))
+    np.testing.assert_allclose(logits_of(trace_source(source), ids), wanted, atol=2e-5)
 
 
 def _with(file: Any, metadata: dict[str, Any]) -> Any:

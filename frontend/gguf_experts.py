@@ -1,0 +1,67 @@
+"""The experts of a mixture as GGUF has them and as transformers has them, both stacked along axis 0."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+
+from ..ir.weights import LazyTensor
+from .weights import transformed
+
+_STACKED: Final = re.compile(
+    r".*\blayers\.(?P<layer>\d+)\..*"
+    r"(?P<part>experts\.gate_up_proj|experts\.down_proj|input_linear\.weight|output_linear\.weight)"
+    r"(?P<bias>_bias)?"
+)
+
+
+class JoinedTensor:
+    """Two tensors [E, I, …] as one of [E, 2 I, …]: the second's rows behind the first's, or in turns."""
+
+    def __init__(self, parts: Sequence[LazyTensor], *, in_turns: bool) -> None:
+        first, second = parts
+        self._parts = parts
+        self._in_turns = in_turns
+        self.shape: tuple[int, ...] = (first.shape[0], first.shape[1] + second.shape[1], *first.shape[2:])
+        self.dtype = first.dtype
+        self.source = f"{first.source} and {second.source}"
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
+        arrays = [part.read(start, stop) for part in self._parts]
+        if not self._in_turns:
+            return np.concatenate(arrays, axis=1)
+        return np.stack(arrays, axis=2).reshape(len(arrays[0]), *self.shape[1:])
+
+    def __repr__(self) -> str:
+        return f"JoinedTensor({self.dtype}{list(self.shape)}, {self.source!r})"
+
+
+def stacked_experts(
+    model: Any, tensors: Mapping[str, LazyTensor], *, in_turns: bool
+) -> tuple[dict[str, LazyTensor], set[str]]:
+    """The model's parameters that hold all experts of a layer, and the names of the tensors behind them.
+
+    GGUF has ffn_gate_exps, ffn_up_exps [E, I, H] and ffn_down_exps [E, H, I], some with biases. transformers
+    has gate and up in one, [E, 2 I, H]; `in_turns`: [E, H, 2 I] in turns, and down [E, I, H].
+    """
+    found, used = dict[str, LazyTensor](), set[str]()
+    for parameter, _ in model.named_parameters():
+        match = _STACKED.fullmatch(parameter)
+        if match is None:
+            continue
+        kind = "bias" if match["bias"] else "weight"
+        down = match["part"] in ("experts.down_proj", "output_linear.weight")
+        names = [
+            f"blk.{match['layer']}.ffn_{part}_exps.{kind}" for part in (("down",) if down else ("gate", "up"))
+        ]
+        held = [tensors[name] for name in names if name in tensors]
+        if len(held) < len(names) or any(part.shape != held[0].shape for part in held):
+            continue  # a parameter without a tensor is an error that is told later
+        used |= set(names)
+        joined = held[0] if down else JoinedTensor(held, in_turns=in_turns)
+        turned = in_turns and kind == "weight"
+        found[parameter] = transformed(joined, lambda x: x.swapaxes(1, 2)) if turned else joined
+    return found, used

@@ -1,0 +1,161 @@
+"""GGUF files of the architectures in `gguf_architectures.py`: their configurations and their tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import numpy as np
+
+from ..ir.errors import InputError, UnsupportedError
+from ..ir.weights import LazyTensor
+from .gguf import GGUFFile
+from .gguf_architectures import ARCHITECTURES, Architecture
+from .gguf_experts import stacked_experts
+from .weights import transformed
+
+_FOLDER: Final = "give the model as a Hugging Face folder"
+_COMMON: Final = {
+    "context_length": "max_position_embeddings",
+    "block_count": "num_hidden_layers",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+}
+_BESIDE: Final = frozenset(
+    {
+        "attention.head_count_kv",
+        "attention.key_length",
+        "attention.value_length",
+        "rope.freq_base",
+        "rope.dimension_count",
+        "vocab_size",
+        "pooling_type",
+        "attention.causal",
+    }
+)
+_LATER: Final = "rope.scaling."  # gguf_model.py reads it, of every architecture
+
+
+def readable(file: GGUFFile) -> tuple[str, Architecture] | None:
+    """transformers' `model_type` and the table's row of a file; None where transformers reads such files, or
+    nobody.
+    """
+    rows = ((kind, row) for kind, row in ARCHITECTURES.items() if row.name == file.architecture)
+    keys = _keys(file)
+    found = ((row.kind or kind, row) for kind, row in rows if row.fields is not None and row.when(keys))
+    return next(found, None)
+
+
+def _keys(file: GGUFFile) -> dict[str, Any]:
+    prefix = f"{file.architecture}."
+    return {k.removeprefix(prefix): v for k, v in file.metadata.items() if k.startswith(prefix)}
+
+
+def configuration(file: GGUFFile, arch: Architecture) -> dict[str, Any]:
+    """The configuration's values that a file's metadata gives.
+
+    Raises InputError for metadata that is missing or of another kind, UnsupportedError for a key-value that
+    is not understood.
+    """
+    assert arch.fields is not None
+    keys = _keys(file)
+    known = {*_COMMON, *_BESIDE, *arch.reads, *arch.may, *arch.ignores, arch.norm_key}
+    if keys.get("rope.freq_base_swa") == keys.get("rope.freq_base"):
+        known = {*known, "rope.freq_base_swa"}
+    odd = sorted(k for k in keys if k not in known and not k.startswith(_LATER))
+    if odd:
+        raise UnsupportedError(
+            f"{file.path.name} sets {arch.name}.{odd[0]}, which is not understood", remedy=_FOLDER
+        )
+    numbers = [k for k, v in keys.items() if k not in arch.ignores and not isinstance(v, int | float | str)]
+    missing = [k for k in (*_COMMON, arch.norm_key, *arch.reads) if k not in keys]
+    if numbers or missing:
+        what, which = ("lacks", missing) if missing else ("has an array of", numbers)
+        raise InputError(f"{file.path.name} {what} {arch.name}.{which[0]}", remedy="download the file again")
+    heads = max(int(keys["attention.head_count"]), 1)
+    head_dim = int(keys.get("attention.key_length", int(keys["embedding_length"]) // heads))
+    if keys.get("attention.value_length", head_dim) != head_dim:
+        raise UnsupportedError(f"{file.path.name} has heads of two lengths", remedy=_FOLDER)
+    turned = int(keys.get("rope.dimension_count", head_dim))
+    tokens = file.metadata.get("tokenizer.ggml.tokens")
+    values: dict[str, Any] = {field: keys[key] for key, field in _COMMON.items()}
+    values[arch.norm_field] = keys[arch.norm_key]
+    if arch.turns:
+        values |= {
+            "num_key_value_heads": keys.get("attention.head_count_kv", heads),
+            "head_dim": head_dim,
+            "rope_theta": keys.get("rope.freq_base", 10000.0),
+            "tie_word_embeddings": "output.weight" not in file.tensors,
+            "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+            "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
+        }
+        if arch.partial:
+            values["partial_rotary_factor"] = turned / head_dim
+        elif turned != head_dim:
+            raise UnsupportedError(
+                f"{file.path.name} turns {turned} of {head_dim} dimensions of a head", remedy=_FOLDER
+            )
+    values["vocab_size"] = keys.get("vocab_size", len(tokens) if isinstance(tokens, list) else None)
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        values[f"{name}_token_id"] = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
+    return values | arch.fields(keys, file.tensors)
+
+
+def named(arch: Architecture, layers: int) -> Callable[[str], str | None]:
+    """A model's parameter → its name in GGUF, or None."""
+    import gguf
+
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    table = gguf.get_tensor_name_map(kinds[arch.name], layers)
+
+    def name_of(parameter: str) -> str | None:
+        for known in (parameter, parameter.replace(".router.weight", ".router.layer.weight")):
+            name = table.get_name(known, try_suffixes=(".weight", ".bias"))
+            if name is not None:
+                return name if name.endswith((".weight", ".bias")) else f"{name}.weight"
+        return None
+
+    return name_of
+
+
+def weights(
+    file: GGUFFile, arch: Architecture, model: Any, tensors: Mapping[str, LazyTensor]
+) -> tuple[dict[str, LazyTensor], list[str]]:
+    """Lazy tensors by the model's parameter names, and the names of tensors without a place."""
+    config, name_of = model.config, named(arch, model.config.num_hidden_layers)
+    names = {name_of(parameter): parameter for parameter, _ in model.named_parameters()}
+    shapes = {parameter: tuple(value.shape) for parameter, value in model.named_parameters()}
+    found, stacked = stacked_experts(model, tensors, in_turns=arch.experts_in_turns)
+    unused: list[str] = []
+    for name, tensor in tensors.items():
+        parameter = names.get(name)
+        if name in stacked:
+            continue
+        if parameter is None:
+            unused.append(name)
+            continue
+        part = name.split(".")[-2]
+        if arch.permuted and part in ("attn_q", "attn_k"):
+            heads = config.num_attention_heads if part == "attn_q" else config.num_key_value_heads
+            found[parameter] = transformed(tensor, lambda x, heads=heads: _unpaired(x, heads))
+        elif arch.norm_offset and name.endswith("norm.weight"):
+            found[parameter] = transformed(tensor, lambda x: x - np.float32(arch.norm_offset))
+        elif (shape := shapes[parameter]) == (1, *tensor.shape):  # llama.cpp drops axes of length 1
+            found[parameter] = transformed(tensor, lambda x, shape=shape: x.reshape(shape))
+        else:
+            found[parameter] = tensor
+    return found, unused
+
+
+def paired_rows(rows: int, heads: int) -> np.ndarray[Any, Any]:
+    """Which row of transformers' q or k stands where in GGUF: of each head, row i of the first half, then row
+    i of the second half.
+    """
+    return np.arange(rows).reshape(heads, 2, rows // heads // 2).swapaxes(1, 2).reshape(-1)
+
+
+def _unpaired(x: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
+    if len(x) % (2 * heads):
+        return x  # of another shape than the model's, which is refused later
+    return x[np.argsort(paired_rows(len(x), heads))]
