@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+import numpy as np
+
 from .gguf import GGUFTensorInfo
 
 Keys = Mapping[str, Any]
@@ -35,6 +37,8 @@ class Architecture:
         reads: further key-values that `fields` understands, all of which a file has.
         may: those that it understands where they are there.
         ignores: those that say no more than the tensors do.
+        lists: those that may have a value a layer.
+        unneeded: whether a model of this configuration has no place for a tensor that files have.
         when: of the key-values without their prefix, whether a file of that name is of this row.
         fields: of a file's key-values without their prefix, and the names of its tensors, what the
             configuration has beyond what all have; None where transformers reads the file itself.
@@ -55,6 +59,8 @@ class Architecture:
     reads: frozenset[str] = frozenset()
     may: frozenset[str] = frozenset()
     ignores: frozenset[str] = frozenset()
+    lists: frozenset[str] = frozenset()
+    unneeded: Callable[[Any, str], bool] = lambda config, name: False
     when: Callable[[Keys], bool] = lambda keys: True
     fields: Callable[[Keys, Tensors], dict[str, Any]] | None = None
 
@@ -207,6 +213,61 @@ def _phi3_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
     return {"sliding_window": window, "original_max_position_embeddings": original}
 
 
+def _gemma4_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
+    """Layers with a window and without differ in the length of heads, and some in the heads of keys. Where a
+    layer without has no values of its own, its keys are the values too.
+    """
+    layers = range(int(keys["block_count"]))
+    sliding, widths, heads = (
+        _by_layer(keys[name], len(layers))
+        for name in ("attention.sliding_window_pattern", "feed_forward_length", "attention.head_count_kv")
+    )
+    full = [i for i in layers if not sliding[i]]
+    shared = int(keys.get("attention.shared_kv_layers", 0))
+    experts = int(keys.get("expert_count", 0))
+    by_layer = tensors.get("per_layer_token_embd.weight")
+    turns = {"rope_type": "default", "rope_theta": keys.get("rope.freq_base_swa", 10000.0)}
+    return {
+        "layer_types": ["sliding_attention" if one else "full_attention" for one in sliding],
+        "sliding_window": keys["attention.sliding_window"],
+        "head_dim": keys["attention.key_length_swa"],
+        "global_head_dim": keys["attention.key_length"],
+        "num_key_value_heads": next((heads[i] for i in layers if sliding[i]), heads[0]),
+        "num_global_key_value_heads": next((heads[i] for i in full), None),
+        "attention_k_eq_v": any(
+            f"blk.{i}.attn_v.weight" not in tensors for i in full if i < len(layers) - shared
+        ),
+        "num_kv_shared_layers": shared,
+        "intermediate_size": widths[0],
+        "use_double_wide_mlp": len(set(widths)) > 1,
+        "hidden_size_per_layer_input": keys.get("embedding_length_per_layer_input", 0),
+        "vocab_size_per_layer_input": by_layer.shape[0] if by_layer is not None else 0,
+        "rope_parameters": {
+            "sliding_attention": turns,
+            "full_attention": {
+                "rope_type": "proportional",
+                "partial_rotary_factor": 0.25,
+                "rope_theta": keys["rope.freq_base"],
+            },
+        },
+        "enable_moe_block": experts > 0,
+        "num_experts": experts or None,
+        "top_k_experts": keys.get("expert_used_count"),
+        "moe_intermediate_size": keys.get("expert_feed_forward_length"),
+    }
+
+
+def _by_layer(value: Any, layers: int) -> list[Any]:
+    return [value] * layers if isinstance(value, int | float) else np.asarray(value).tolist()[:layers]
+
+
+def _of_shared_layers(config: Any, name: str) -> bool:
+    """Whether a tensor makes keys or values of a layer that takes another's."""
+    parts = name.split(".")
+    made = parts[0] == "blk" and parts[2] in ("attn_k", "attn_v", "attn_k_norm")
+    return made and int(parts[1]) >= config.num_hidden_layers - config.num_kv_shared_layers
+
+
 _LAYER_NORM: Final = "attention.layer_norm_epsilon"
 _EXPERTS: Final = frozenset({"expert_count", "expert_used_count"})
 _EXPERT_SIZES: Final = frozenset({"expert_feed_forward_length", "expert_shared_feed_forward_length"})
@@ -248,6 +309,33 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
         "seed_oss", fields=lambda k, t: {"attention_out_bias": "blk.0.attn_output.bias" in t}
     ),
     "exaone4": Architecture("exaone4", check=_no_windows, fields=_exaone4_fields),
+    "gemma4_text": Architecture(
+        "gemma4",
+        written=False,
+        reads=frozenset(
+            {
+                "attention.key_length",
+                "attention.key_length_swa",
+                "attention.sliding_window",
+                "attention.sliding_window_pattern",
+                "rope.freq_base",
+            }
+        ),
+        may=_EXPERTS
+        | {
+            "attention.shared_kv_layers",
+            "embedding_length_per_layer_input",
+            "final_logit_softcapping",
+            "expert_feed_forward_length",
+            "rope.freq_base_swa",
+        },
+        ignores=frozenset({"attention.value_length_swa", "rope.dimension_count_swa"}),
+        lists=frozenset(
+            {"attention.sliding_window_pattern", "feed_forward_length", "attention.head_count_kv"}
+        ),
+        unneeded=_of_shared_layers,
+        fields=_gemma4_fields,
+    ),
     "mixtral": Architecture(
         "llama",
         permuted=True,

@@ -54,9 +54,12 @@ def stacked_experts(
             continue
         kind = "bias" if match["bias"] else "weight"
         down = match["part"] in ("experts.down_proj", "output_linear.weight")
-        names = [
-            f"blk.{match['layer']}.ffn_{part}_exps.{kind}" for part in (("down",) if down else ("gate", "up"))
-        ]
+        block = f"blk.{match['layer']}.ffn"
+        if not down and f"{block}_gate_up_exps.{kind}" in tensors and not in_turns:
+            found[parameter] = tensors[f"{block}_gate_up_exps.{kind}"]
+            used.add(f"{block}_gate_up_exps.{kind}")
+            continue
+        names = [f"{block}_{part}_exps.{kind}" for part in (("down",) if down else ("gate", "up"))]
         held = [tensors[name] for name in names if name in tensors]
         if len(held) < len(names) or any(part.shape != held[0].shape for part in held):
             continue  # a parameter without a tensor is an error that is told later

@@ -38,7 +38,8 @@ _PATCHING = threading.Lock()  # the reader class below is swapped in a module th
 # (llama-vocab.cpp, "special_eog_ids"), since a GGUF names one end token and chat models use several.
 _END_TEXTS: Final = frozenset(
     {"<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>",
-     "<|eom_id|>", "<EOT>", "<|END_OF_TURN_TOKEN|>", "<end_of_utterance>", "<turn|>"}
+     "<|eom_id|>", "<EOT>", "<|END_OF_TURN_TOKEN|>", "<end_of_utterance>", "<turn|>",
+     "<|tool_response>"}
 )  # fmt: skip
 
 
@@ -285,12 +286,12 @@ def apply_rope_factors(model: Any, tensors: Mapping[str, LazyTensor]) -> None:
     import torch
 
     factors = torch.from_numpy(tensors[_ROPE_FREQS].read())
-    found = False
-    for name, buffer in model.named_buffers():
-        if name.endswith("inv_freq") and buffer.shape == factors.shape:
-            buffer.div_(factors)
-            found = True
-    if not found:
+    buffers = [b for b in model.named_buffers() if b[0].endswith("inv_freq") and b[1].shape == factors.shape]
+    # Where layers with a window have frequencies of their own, the factors are the others'.
+    full = [buffer for name, buffer in buffers if "full_attention" in name]
+    for buffer in full or [buffer for _, buffer in buffers]:
+        buffer.div_(factors)
+    if not buffers:
         raise UnsupportedError(
             f"{tensors[_ROPE_FREQS].source} scales rotary frequencies, which {type(model).__name__} lacks",
             remedy="give the model as a Hugging Face folder",

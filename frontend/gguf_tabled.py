@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -37,6 +38,10 @@ _BESIDE: Final = frozenset(
 _LATER: Final = "rope.scaling."  # gguf_model.py reads it, of every architecture
 
 
+_SCALE: Final = re.compile(r".*\blayers\.(\d+)\.router\.(scale|per_expert_scale)")
+_SCALES: Final = {"scale": "ffn_gate_inp", "per_expert_scale": "ffn_down_exps"}
+
+
 def readable(file: GGUFFile) -> tuple[str, Architecture] | None:
     """transformers' `model_type` and the table's row of a file; None where transformers reads such files, or
     nobody.
@@ -68,7 +73,8 @@ def configuration(file: GGUFFile, arch: Architecture) -> dict[str, Any]:
         raise UnsupportedError(
             f"{file.path.name} sets {arch.name}.{odd[0]}, which is not understood", remedy=_FOLDER
         )
-    numbers = [k for k, v in keys.items() if k not in arch.ignores and not isinstance(v, int | float | str)]
+    free = arch.ignores | arch.lists
+    numbers = [k for k, v in keys.items() if k not in free and not isinstance(v, int | float | str)]
     missing = [k for k in (*_COMMON, arch.norm_key, *arch.reads) if k not in keys]
     if numbers or missing:
         what, which = ("lacks", missing) if missing else ("has an array of", numbers)
@@ -110,6 +116,9 @@ def named(arch: Architecture, layers: int) -> Callable[[str], str | None]:
     table = gguf.get_tensor_name_map(kinds[arch.name], layers)
 
     def name_of(parameter: str) -> str | None:
+        scale = _SCALE.fullmatch(parameter)
+        if scale is not None:
+            return f"blk.{scale[1]}.{_SCALES[scale[2]]}.scale"
         for known in (parameter, parameter.replace(".router.weight", ".router.layer.weight")):
             name = table.get_name(known, try_suffixes=(".weight", ".bias"))
             if name is not None:
@@ -124,8 +133,8 @@ def weights(
 ) -> tuple[dict[str, LazyTensor], list[str]]:
     """Lazy tensors by the model's parameter names, and the names of tensors without a place."""
     config, name_of = model.config, named(arch, model.config.num_hidden_layers)
-    names = {name_of(parameter): parameter for parameter, _ in model.named_parameters()}
-    shapes = {parameter: tuple(value.shape) for parameter, value in model.named_parameters()}
+    shapes = {parameter: tuple(value.shape) for parameter, value in model.state_dict().items()}
+    names = {name_of(parameter): parameter for parameter in shapes}
     found, stacked = stacked_experts(model, tensors, in_turns=arch.experts_in_turns)
     unused: list[str] = []
     for name, tensor in tensors.items():
@@ -133,7 +142,7 @@ def weights(
         if name in stacked:
             continue
         if parameter is None:
-            unused.append(name)
+            unused += [] if arch.unneeded(config, name) else [name]
             continue
         part = name.split(".")[-2]
         if arch.permuted and part in ("attn_q", "attn_k"):

@@ -18,7 +18,7 @@ def build(source: str, tokenizer: GGUFTokenizer) -> Any:
     Args:
         source: the file's name, for errors.
     """
-    makers = {"bpe": _byte_level, "spm": _sentencepiece, "wordpiece": _wordpiece}
+    makers = {"bpe": _byte_level, "spm": _sentencepiece, "ranked": _sentencepiece, "wordpiece": _wordpiece}
     try:
         built = makers[tokenizer.kind](tokenizer)
         _add_special(built, tokenizer)
@@ -44,12 +44,13 @@ def _byte_level(t: GGUFTokenizer) -> Any:
 
 
 def _sentencepiece(t: GGUFTokenizer) -> Any:
-    from tokenizers import Tokenizer, decoders, models, normalizers
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     vocab = {token: i for i, token in enumerate(t.tokens)}
+    listed = [(a, b) for a, b in t.merges if a in vocab and b in vocab and a + b in vocab]
     model = models.BPE(
         vocab=vocab,
-        merges=_merges_of_scores(t, vocab),
+        merges=listed if t.kind == "ranked" else _merges_of_scores(t, vocab),
         unk_token=None if t.unk is None else t.tokens[t.unk],
         byte_fallback=True,
         fuse_unk=False,
@@ -58,6 +59,9 @@ def _sentencepiece(t: GGUFTokenizer) -> Any:
     replace = normalizers.Replace(" ", _SPACE)
     prefixed = normalizers.Sequence([normalizers.Prepend(_SPACE), replace])
     tokenizer.normalizer = prefixed if t.space_prefix else replace
+    if t.splits:
+        cuts = [pre_tokenizers.Split(Regex(split), behavior="isolated") for split in t.splits]
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cuts)
     steps: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if t.space_prefix:
         steps.append(decoders.Strip(" ", 1, 0))

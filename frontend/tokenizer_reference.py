@@ -58,7 +58,9 @@ class ReferenceEncoder:
             if t.kind == "bpe":
                 ids += self._bpe(piece)
             elif t.kind == "spm":
-                ids += self._spm(" " + piece if t.space_prefix and after_special else piece)
+                ids += self._spm(" " + piece if t.space_prefix and after_special else piece, self._cost)
+            elif t.kind == "ranked":
+                ids += self._ranked(piece)
             else:
                 ids += self._wordpiece(piece)
             after_special = False
@@ -103,9 +105,18 @@ class ReferenceEncoder:
     def _rank(self, left: str, right: str) -> float | None:
         return self._ranks.get((left, right))
 
-    def _spm(self, text: str) -> list[int]:
+    def _ranked(self, text: str) -> list[int]:
         ids: list[int] = []
-        for symbol in _merge(list(text.replace(" ", "\u2581")), self._cost):
+        for line in _cut(self._splits[0], text):
+            if line[0] == "\n" and line in self._id_of:
+                ids.append(self._id_of[line])
+            else:
+                ids += self._spm(line, self._rank)
+        return ids
+
+    def _spm(self, text: str, cost: Callable[[str, str], float | None]) -> list[int]:
+        ids: list[int] = []
+        for symbol in _merge(list(text.replace(" ", "\u2581")), cost):
             if symbol in self._id_of:
                 ids.append(self._id_of[symbol])
                 continue

@@ -76,6 +76,9 @@ _WHOLE_PIECES: Final = frozenset(
 )
 
 
+_LINES: Final = r"[^\n]+|\n+"
+
+
 def known_pre_tokenizers() -> frozenset[str]:
     """Names of `tokenizer.ggml.pre` whose rules are known."""
     return frozenset({*_SPLITS, *_SAME})
@@ -91,9 +94,10 @@ class GGUFTokenizer:
     """A GGUF file's tokenizer, checked.
 
     Attributes:
-        kind: "bpe" (byte-level), "spm" (SentencePiece BPE with scores) or "wordpiece".
+        kind: "bpe" (byte-level), "spm" (SentencePiece BPE with scores), "ranked" (the same with merges) or
+            "wordpiece".
         tokens, types, scores: by id; scores are empty for kinds without.
-        merges: of a byte-level BPE, best first.
+        merges: of "bpe" and "ranked", best first.
         splits: its expressions, applied one inside the other.
         whole_pieces: a piece that is in the vocabulary is taken before merging.
         space_prefix: SPM puts a space before the text and after every special token.
@@ -130,7 +134,7 @@ def read_tokenizer(file: GGUFFile) -> GGUFTokenizer:
     """
     meta = file.metadata
     model = meta.get("tokenizer.ggml.model")
-    kinds = {"gpt2": "bpe", "llama": "spm", "bert": "wordpiece"}
+    kinds = {"gpt2": "bpe", "llama": "spm", "gemma4": "ranked", "bert": "wordpiece"}
     if model not in kinds:
         raise UnsupportedError(
             f"{file.path.name} has the tokenizer model {model!r}; llmc reads {', '.join(kinds)}",
@@ -141,7 +145,7 @@ def read_tokenizer(file: GGUFFile) -> GGUFTokenizer:
     if not isinstance(tokens, list) or not tokens:
         raise InputError(f"{file.path.name} has no tokenizer.ggml.tokens", remedy="give a complete GGUF file")
     pre = str(meta.get("tokenizer.ggml.pre", "default"))
-    splits: tuple[str, ...] = ()
+    splits: tuple[str, ...] = (_LINES,) if kind == "ranked" else ()
     if kind == "bpe":
         splits = _SPLITS.get(_SAME.get(pre, pre), ())
         if not splits:
@@ -155,14 +159,14 @@ def read_tokenizer(file: GGUFFile) -> GGUFTokenizer:
         types=_numbers(file, "token_type", len(tokens), default=NORMAL),
         scores=_numbers(file, "scores", len(tokens), default=0.0 if kind == "spm" else None),
         merges=[_pair(file, merge) for merge in meta.get("tokenizer.ggml.merges", [])]
-        if kind == "bpe"
+        if kind in ("bpe", "ranked")
         else [],
         splits=splits,
         whole_pieces=pre in _WHOLE_PIECES,
         space_prefix=kind == "spm" and bool(meta.get("tokenizer.ggml.add_space_prefix", True)),
         bos=_token_id(file, "bos", len(tokens), 101 if kind == "wordpiece" else None),
         eos=_token_id(file, "seperator" if kind == "wordpiece" else "eos", len(tokens), None),
-        unk=_token_id(file, "unknown", len(tokens), {"spm": 0, "wordpiece": 100}.get(kind)),
+        unk=_token_id(file, "unknown", len(tokens), {"spm": 0, "ranked": 3, "wordpiece": 100}.get(kind)),
         pad=_token_id(file, "padding", len(tokens), None),
         # llama.cpp's defaults where the file does not say.
         add_bos=bool(meta.get("tokenizer.ggml.add_bos_token", kind != "bpe" or pre in _WHOLE_PIECES)),
