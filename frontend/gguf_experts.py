@@ -13,7 +13,7 @@ from .weights import transformed
 
 _STACKED: Final = re.compile(
     r".*\blayers\.(?P<layer>\d+)\..*"
-    r"(?P<part>experts\.gate_up_proj|experts\.down_proj|input_linear\.weight|output_linear\.weight)"
+    r"(?P<part>\bexperts\.gate_up_proj|\bexperts\.down_proj|input_linear\.weight|output_linear\.weight)"
     r"(?P<bias>_bias)?"
 )
 

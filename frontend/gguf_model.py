@@ -225,7 +225,12 @@ def _apply_yarn_options(file: GGUFFile, target: dict[str, Any], prefix: str) -> 
     attention = file.metadata.get(prefix + "attn_factor", 1.0)  # on top of the paper's temperature
     if attention != 1.0:
         target["attention_factor"] = float(attention) * (0.1 * math.log(target["factor"]) + 1.0)
-    for key, plain in (("yarn_ext_factor", 1.0), ("yarn_attn_factor", 1.0), ("yarn_log_multiplier", 0.0)):
+    temperature = file.metadata.get(f"{prefix}yarn_log_multiplier", 0.0)
+    latent = f"{file.architecture}.attention.kv_lora_rank" in file.metadata
+    if temperature and latent:  # there it is a tenth of the published number
+        target["mscale"] = target["mscale_all_dim"] = 10.0 * float(temperature)
+    zero = () if latent else (("yarn_log_multiplier", 0.0),)
+    for key, plain in (("yarn_ext_factor", 1.0), ("yarn_attn_factor", 1.0), *zero):
         value = file.metadata.get(prefix + key, plain)
         if value not in (plain, -1.0):
             raise UnsupportedError(

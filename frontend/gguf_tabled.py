@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -13,7 +13,7 @@ from ..ir.weights import LazyTensor
 from .gguf import GGUFFile
 from .gguf_architectures import ARCHITECTURES, Architecture
 from .gguf_experts import stacked_experts
-from .weights import transformed
+from .weights import MergedTensor, transformed
 
 _FOLDER: Final = "give the model as a Hugging Face folder"
 _COMMON: Final = {
@@ -38,8 +38,13 @@ _BESIDE: Final = frozenset(
 _LATER: Final = "rope.scaling."  # gguf_model.py reads it, of every architecture
 
 
-_SCALE: Final = re.compile(r".*\blayers\.(\d+)\.router\.(scale|per_expert_scale)")
-_SCALES: Final = {"scale": "ffn_gate_inp", "per_expert_scale": "ffn_down_exps"}
+# What the package gguf has no names for: it has them for weights and biases.
+_ODD_NAMES: Final = {
+    "router.scale": "ffn_gate_inp.scale",
+    "router.per_expert_scale": "ffn_down_exps.scale",
+    "mlp.gate.e_score_correction_bias": "exp_probs_b.bias",
+}
+_ODD: Final = re.compile(rf".*\blayers\.(\d+)\.({'|'.join(map(re.escape, _ODD_NAMES))})")
 
 
 def readable(file: GGUFFile) -> tuple[str, Architecture] | None:
@@ -81,7 +86,7 @@ def configuration(file: GGUFFile, arch: Architecture) -> dict[str, Any]:
         raise InputError(f"{file.path.name} {what} {arch.name}.{which[0]}", remedy="download the file again")
     heads = max(int(keys["attention.head_count"]), 1)
     head_dim = int(keys.get("attention.key_length", int(keys["embedding_length"]) // heads))
-    if keys.get("attention.value_length", head_dim) != head_dim:
+    if not arch.latent and keys.get("attention.value_length", head_dim) != head_dim:
         raise UnsupportedError(f"{file.path.name} has heads of two lengths", remedy=_FOLDER)
     turned = int(keys.get("rope.dimension_count", head_dim))
     tokens = file.metadata.get("tokenizer.ggml.tokens")
@@ -96,7 +101,9 @@ def configuration(file: GGUFFile, arch: Architecture) -> dict[str, Any]:
             "attention_bias": "blk.0.attn_q.bias" in file.tensors,
             "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
         }
-        if arch.partial:
+        if arch.latent:
+            values.pop("head_dim")
+        elif arch.partial:
             values["partial_rotary_factor"] = turned / head_dim
         elif turned != head_dim:
             raise UnsupportedError(
@@ -116,9 +123,9 @@ def named(arch: Architecture, layers: int) -> Callable[[str], str | None]:
     table = gguf.get_tensor_name_map(kinds[arch.name], layers)
 
     def name_of(parameter: str) -> str | None:
-        scale = _SCALE.fullmatch(parameter)
-        if scale is not None:
-            return f"blk.{scale[1]}.{_SCALES[scale[2]]}.scale"
+        odd = _ODD.fullmatch(parameter)
+        if odd is not None:
+            return f"blk.{odd[1]}.{_ODD_NAMES[odd[2]]}"
         for known in (parameter, parameter.replace(".router.weight", ".router.layer.weight")):
             name = table.get_name(known, try_suffixes=(".weight", ".bias"))
             if name is not None:
@@ -135,11 +142,14 @@ def weights(
     config, name_of = model.config, named(arch, model.config.num_hidden_layers)
     shapes = {parameter: tuple(value.shape) for parameter, value in model.state_dict().items()}
     names = {name_of(parameter): parameter for parameter in shapes}
-    found, stacked = stacked_experts(model, tensors, in_turns=arch.experts_in_turns)
+    found, joined = stacked_experts(model, tensors, in_turns=arch.experts_in_turns)
+    if arch.latent:
+        made, parts = _from_latents(shapes, tensors)
+        found, joined = found | made, joined | parts
     unused: list[str] = []
     for name, tensor in tensors.items():
         parameter = names.get(name)
-        if name in stacked:
+        if name in joined:
             continue
         if parameter is None:
             unused += [] if arch.unneeded(config, name) else [name]
@@ -155,6 +165,29 @@ def weights(
         else:
             found[parameter] = tensor
     return found, unused
+
+
+def _from_latents(
+    shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, LazyTensor]
+) -> tuple[dict[str, LazyTensor], set[str]]:
+    """The matrices that make keys and values of a latent, of files that have them as attn_k_b [heads, latent,
+    key] and attn_v_b [heads, value, latent]: the rows of a head's keys, then those of its values.
+    """
+
+    def rows(parts: Mapping[str, Sequence[np.ndarray[Any, Any]]]) -> np.ndarray[Any, Any]:
+        (k,), (v,) = parts["k"], parts["v"]
+        both = np.concatenate([k.swapaxes(1, 2), v], axis=1)
+        return both.reshape(-1, both.shape[2])
+
+    found, used = dict[str, LazyTensor](), set[str]()
+    for parameter, shape in shapes.items():
+        match = re.fullmatch(r".*\blayers\.(\d+)\.self_attn\.kv_b_proj\.weight", parameter)
+        names = [f"blk.{match[1]}.attn_{part}_b.weight" for part in "kv"] if match is not None else []
+        if names and all(name in tensors for name in names):
+            sources = {part: [tensors[name]] for part, name in zip("kv", names, strict=True)}
+            found[parameter] = MergedTensor(parameter, shape, rows, sources, stacks_rows=False)
+            used |= set(names)
+    return found, used
 
 
 def paired_rows(rows: int, heads: int) -> np.ndarray[Any, Any]:

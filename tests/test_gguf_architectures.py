@@ -16,11 +16,13 @@ import transformers
 from llmc.codegen.driver import compile_model
 from llmc.codegen.gguf.metadata import model_metadata
 from llmc.frontend.gguf_architectures import ARCHITECTURES, Architecture
-from llmc.frontend.gguf_tabled import configuration, named, paired_rows, readable
+from llmc.frontend.gguf_tabled import configuration, named, paired_rows, readable, weights
 from llmc.frontend.skeleton import model_class
 from llmc.frontend.source import open_source
 from llmc.frontend.trace import trace_source
+from llmc.frontend.weights import open_gguf_tensors
 from llmc.ir.errors import InputError, UnsupportedError
+from llmc.ir.weights import ArrayTensor
 from llmc.runtime.loader import load
 
 from .family_configs import random_model, small_config
@@ -70,6 +72,44 @@ KEYS: dict[str, Callable[[Any], dict[str, Any]]] = {
     },
     "stablelm": lambda c: {"use_parallel_residual": c.use_parallel_residual},
 }
+
+
+def _routed(config: Any) -> dict[str, Any]:
+    return {
+        "expert_feed_forward_length": config.moe_intermediate_size,
+        "expert_shared_count": config.n_shared_experts,
+        "leading_dense_block_count": config.first_k_dense_replace,
+        "expert_weights_scale": float(config.routed_scaling_factor),
+        "expert_weights_norm": bool(config.norm_topk_prob),
+    }
+
+
+def _latent(config: Any) -> dict[str, Any]:
+    """As llama.cpp's converter has written them since it takes the latent for one head."""
+    key = config.qk_nope_head_dim + config.qk_rope_head_dim
+    return {
+        **_routed(config),
+        "attention.head_count_kv": 1,
+        "attention.q_lora_rank": config.q_lora_rank,
+        "attention.kv_lora_rank": config.kv_lora_rank,
+        "attention.key_length": config.kv_lora_rank + config.qk_rope_head_dim,
+        "attention.value_length": config.kv_lora_rank,
+        "attention.key_length_mla": key,
+        "attention.value_length_mla": config.v_head_dim,
+        "rope.dimension_count": config.qk_rope_head_dim,
+    }
+
+
+KEYS |= {
+    "glm4_moe": lambda c: {**_routed(c), "expert_gating_func": 2},
+    "deepseek_v2": _latent,
+    "deepseek_v3": lambda c: {**_latent(c), "expert_gating_func": 2},
+}
+CHANGES |= {
+    "glm4_moe": {"rope_parameters": HALF, "routed_scaling_factor": 1.5},
+    "deepseek_v2": {"rope_parameters": {**HALF, "partial_rotary_factor": 1.0}},
+    "deepseek_v3": {"rope_parameters": {**HALF, "partial_rotary_factor": 1.0}},
+}
 _KINDS = {bool: BOOL, int: U32, float: F32, str: STRING}
 
 
@@ -88,9 +128,12 @@ def written(model: Any, kind: str, path: Path, *further: bytes, arch: Architectu
     source.rope_scaling = None
     config, name_of = model.config, named(arch, model.config.num_hidden_layers)
     tensors: dict[str, np.ndarray[Any, Any]] = {}
-    for parameter, value in model.named_parameters():
-        if (experts := _experts(parameter, value.detach().numpy(), arch)) is not None:
-            tensors |= experts
+    state = model.state_dict()
+    for parameter, value in state.items():
+        if parameter == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        if (parts := _parts(parameter, value.detach().numpy(), arch, config)) is not None:
+            tensors |= parts
             continue
         name, array = name_of(parameter), value.detach().numpy().copy()
         assert name is not None, parameter
@@ -100,7 +143,8 @@ def written(model: Any, kind: str, path: Path, *further: bytes, arch: Architectu
             array = array[paired_rows(len(array), heads[part])]
         tensors[name] = array + arch.norm_offset if name.endswith("norm.weight") else array
     keys = model_metadata(source, arch)
-    count = getattr(config, "num_experts", 0) or getattr(config, "num_local_experts", 0)
+    counts = ("num_experts", "num_local_experts", "n_routed_experts")
+    count = next((getattr(config, name) for name in counts if getattr(config, name, 0)), 0)
     more = {"expert_count": count, "expert_used_count": config.num_experts_per_tok} if count else {}
     more |= KEYS.get(kind, lambda c: {})(config)
     keys |= {f"{arch.name}.{key}": value for key, value in more.items()}
@@ -110,11 +154,18 @@ def written(model: Any, kind: str, path: Path, *further: bytes, arch: Architectu
     return write_gguf(path, [*entries, *vocabulary, *ends, *further], tensors)
 
 
-def _experts(
-    parameter: str, value: np.ndarray[Any, Any], arch: Architecture
+def _parts(
+    parameter: str, value: np.ndarray[Any, Any], arch: Architecture, config: Any
 ) -> dict[str, np.ndarray[Any, Any]] | None:
-    """A parameter that holds all experts of a layer, as GGUF has it; None for others."""
-    match = re.fullmatch(r".*layers\.(\d+)\..*?(experts\.|put_linear)(.*)", parameter)
+    """A parameter that GGUF has in parts (experts of a layer; what makes keys and values of a latent)."""
+    if parameter.endswith("kv_b_proj.weight"):
+        both = value.reshape(config.num_attention_heads, -1, value.shape[1])
+        block, key = f"blk.{parameter.split('.')[2]}", config.qk_nope_head_dim
+        return {
+            f"{block}.attn_k_b.weight": np.ascontiguousarray(both[:, :key].swapaxes(1, 2)),
+            f"{block}.attn_v_b.weight": np.ascontiguousarray(both[:, key:]),
+        }
+    match = re.fullmatch(r".*layers\.(\d+)\..*?(\bexperts\.|put_linear)(.*)", parameter)
     if match is None:
         return None
     down = "down" in match[3] or "output_linear" in parameter
@@ -255,6 +306,41 @@ def test_the_text_of_a_model_that_sees(kind: str, tmp_path: Path):
     source = open_source(path)
     assert source.config.model_type == plain
     np.testing.assert_allclose(logits_of(trace_source(source), ids), wanted, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v2", "deepseek_v3"])
+def test_latents_under_yarn_and_as_older_files_have_them(kind: str, tmp_path: Path):
+    """yarn changes the temperature by a number of its own, a tenth of which the file has."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 5e4}
+    model, ids = tiny(kind, rope_parameters={**yarn, "mscale": 0.7, "mscale_all_dim": 0.7}), ids_of(40)
+    with torch.inference_mode():
+        wanted = model(input_ids=torch.tensor([ids])).logits[0].numpy()
+    yarned = entry("deepseek2.rope.scaling.yarn_log_multiplier", F32, 0.07)
+    path = written(model, kind, tmp_path / "m.gguf", yarned)
+    with LlamaCpp(path) as opened:
+        assert np.abs(opened.logits(ids) - wanted).max() <= 0.01 * np.abs(wanted).max()
+    source = open_source(path)
+    np.testing.assert_allclose(logits_of(trace_source(source), ids), wanted, atol=2e-5)
+
+    file, config = source.gguf, model.config
+    assert file is not None
+    key = config.qk_nope_head_dim + config.qk_rope_head_dim
+    held = {k: v for k, v in file.metadata.items() if not k.endswith("_mla")}
+    held |= {"deepseek2.attention.key_length": key, "deepseek2.attention.value_length": config.v_head_dim}
+    row = readable(file)
+    assert row is not None
+    older = _with(file, held)
+    assert {**configuration(older, row[1])} == {**configuration(file, row[1])}
+    whole = {
+        f"blk.{i}.attn_kv_b.weight": layer.self_attn.kv_b_proj for i, layer in enumerate(model.model.layers)
+    }
+    tensors = {k: v for k, v in open_gguf_tensors(file).items() if "_b.weight" not in k or "attn_q" in k}
+    tensors |= {name: ArrayTensor(linear.weight.detach().numpy()) for name, linear in whole.items()}
+    found, unused = weights(older, row[1], model, tensors)
+    assert not unused
+    for name, linear in whole.items():
+        parameter = f"model.layers.{name.split('.')[1]}.self_attn.kv_b_proj.weight"
+        assert np.array_equal(found[parameter].read(), linear.weight.detach().numpy())
 
 
 def test_a_yarn_that_is_not_cut(tmp_path: Path):

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from typing import Any, Final
 
-from ...frontend.gguf_architectures import ARCHITECTURES, Architecture, rope_parameters
+from ...frontend.gguf_architectures import ARCHITECTURES, Architecture
+from ...frontend.gguf_fields import rope_parameters
 from ...frontend.source import ModelSource
 from ...ir.errors import UnsupportedError
 

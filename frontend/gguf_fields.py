@@ -1,0 +1,271 @@
+"""What the key-values of GGUF's named layouts mean in transformers' configurations, and what of these they
+cannot say. `gguf_architectures.py` names for each layout which of these functions it takes:
+
+    fields(key-values without their prefix, tensors)  → values of the configuration
+    keys(configuration)                               → key-values beyond what all layouts have
+    check(configuration)                              → what cannot be said, as a sentence, or None
+    of_…(configuration, name of a tensor)             → whether the model has no place for it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import numpy as np
+
+from .gguf import GGUFTensorInfo
+
+Keys = Mapping[str, Any]
+Tensors = Mapping[str, GGUFTensorInfo]
+_GEMMA2_27B: Final = 46
+"""Layers of it."""
+
+
+def rope_parameters(config: Any, layer_type: str = "full_attention") -> dict[str, Any]:
+    """The rotary parameters of layers of one type."""
+    found = getattr(config, "rope_parameters", None) or {}
+    return found.get(layer_type, found)
+
+
+def window_short(config: Any) -> str | None:
+    window = getattr(config, "sliding_window", None)
+    used = getattr(config, "use_sliding_window", True)
+    if used and window is not None and window < config.max_position_embeddings:
+        return f"a sliding window of {window} tokens in all layers"
+    return None
+
+
+def full_layers(config: Any, every: int) -> str | None:
+    """Gemma's layers: every n-th one sees everything, and q is scaled by its head's length."""
+    for i, kind in enumerate(config.layer_types):
+        wanted = "full_attention" if i % every == every - 1 else "sliding_attention"
+        if kind != wanted:
+            return f"layer {i} with {kind}, where llama.cpp takes {wanted}"
+    if config.query_pre_attn_scalar != config.head_dim:
+        return f"query_pre_attn_scalar {config.query_pre_attn_scalar} beside heads of {config.head_dim}"
+    return None
+
+
+def gemma2_keys(config: Any) -> dict[str, Any]:
+    return {
+        "attention.sliding_window": config.sliding_window,
+        "attn_logit_softcapping": float(config.attn_logit_softcapping or 0.0),
+        "final_logit_softcapping": float(config.final_logit_softcapping or 0.0),
+    }
+
+
+def gemma3_keys(config: Any) -> dict[str, Any]:
+    local = rope_parameters(config, "sliding_attention").get("rope_theta", 10000.0)
+    return {"attention.sliding_window": config.sliding_window, "rope.freq_base_swa": float(local)}
+
+
+def gemma3_check(config: Any) -> str | None:
+    if rope_parameters(config, "sliding_attention").get("rope_type", "default") != "default":
+        return "scaled rotary frequencies in sliding layers"
+    return full_layers(config, 6)
+
+
+def granite_keys(config: Any) -> dict[str, Any]:
+    return {
+        "embedding_scale": float(config.embedding_multiplier),
+        "attention.scale": float(config.attention_multiplier),
+        "residual_scale": float(config.residual_multiplier),
+        "logit_scale": float(config.logits_scaling),
+    }
+
+
+def no_windows(config: Any) -> str | None:
+    return "windows in some layers" if "sliding_attention" in (config.layer_types or []) else None
+
+
+def fourth_without_rope(config: Any) -> str | None:
+    """SmolLM3's layers: every fourth has no positions."""
+    wanted = [int((i + 1) % 4 != 0) for i in range(config.num_hidden_layers)]
+    held = list(config.no_rope_layers)
+    return (
+        None if held == wanted else f"rotary embeddings in the layers {held}, where llama.cpp takes {wanted}"
+    )
+
+
+def fourth_full(config: Any) -> str | None:
+    for i, kind in enumerate(config.layer_types):
+        wanted = "sliding_attention" if (i + 1) % 4 else "full_attention"
+        if kind != wanted:
+            return f"layer {i} with {kind}, where llama.cpp takes {wanted}"
+    return None
+
+
+def exaone4_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
+    return {"sliding_window": None, "layer_types": ["full_attention"] * int(keys["block_count"])}
+
+
+def both_ways_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
+    """A window counts both sides, in GGUF and in the configuration, which halves it as it is made."""
+    return {
+        "architectures": ["Gemma3TextModel"],
+        "use_bidirectional_attention": True,
+        "sliding_window": keys["attention.sliding_window"],
+        "query_pre_attn_scalar": keys["attention.key_length"],
+        "rope_local_base_freq": keys.get("rope.freq_base_swa", 10000.0),
+    }
+
+
+def granite_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
+    return {
+        "embedding_multiplier": keys["embedding_scale"],
+        "attention_multiplier": keys["attention.scale"],
+        "residual_multiplier": keys["residual_scale"],
+        "logits_scaling": keys["logit_scale"],
+    }
+
+
+def gemma2_check(config: Any) -> str | None:
+    heads = config.hidden_size // config.num_attention_heads
+    if config.num_hidden_layers == _GEMMA2_27B and config.query_pre_attn_scalar == heads:
+        return None
+    return full_layers(config, 2)
+
+
+def gemma2_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
+    """llama.cpp tells the 27B model, whose queries are scaled by another length, by its layers."""
+    large = keys["block_count"] == _GEMMA2_27B
+    heads = int(keys["embedding_length"]) // max(int(keys["attention.head_count"]), 1)
+    return {
+        "sliding_window": keys["attention.sliding_window"],
+        "query_pre_attn_scalar": heads if large else keys.get("attention.key_length", heads),
+    }
+
+
+def experts_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
+    return {
+        "num_experts": keys["expert_count"],
+        "num_experts_per_tok": keys["expert_used_count"],
+        "moe_intermediate_size": tensors["blk.0.ffn_gate_exps.weight"].shape[1],
+        "norm_topk_prob": True,
+    }
+
+
+def shared_expert_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
+    return {
+        **experts_fields(keys, tensors),
+        "shared_expert_intermediate_size": tensors["blk.0.ffn_gate_shexp.weight"].shape[0],
+        "norm_topk_prob": False,
+    }
+
+
+def local_experts_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
+    return {"num_local_experts": keys["expert_count"], "num_experts_per_tok": keys["expert_used_count"]}
+
+
+def sinks_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
+    """transformers' default has the published model's yarn, which is not cut to whole dimensions."""
+    yarn = keys.get("rope.scaling.type") == "yarn"
+    rope = {"rope_type": "default", "rope_theta": keys["rope.freq_base"]}
+    return {
+        **local_experts_fields(keys, tensors),
+        "intermediate_size": tensors["blk.0.ffn_gate_exps.weight"].shape[1],
+        "sliding_window": keys["attention.sliding_window"],
+        "rope_parameters": {**rope, "truncate": False} if yarn else rope,
+    }
+
+
+def phi3_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
+    original = keys.get("rope.scaling.original_context_length", keys["context_length"])
+    window = keys.get("attention.sliding_window") or None
+    return {"sliding_window": window, "original_max_position_embeddings": original}
+
+
+def gemma4_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
+    """Layers with a window and without differ in the length of heads, and some in the heads of keys. Where a
+    layer without has no values of its own, its keys are the values too.
+    """
+    layers = range(int(keys["block_count"]))
+    sliding, widths, heads = (
+        by_layer(keys[name], len(layers))
+        for name in ("attention.sliding_window_pattern", "feed_forward_length", "attention.head_count_kv")
+    )
+    full = [i for i in layers if not sliding[i]]
+    shared = int(keys.get("attention.shared_kv_layers", 0))
+    experts = int(keys.get("expert_count", 0))
+    embeddings = tensors.get("per_layer_token_embd.weight")
+    turns = {"rope_type": "default", "rope_theta": keys.get("rope.freq_base_swa", 10000.0)}
+    return {
+        "layer_types": ["sliding_attention" if one else "full_attention" for one in sliding],
+        "sliding_window": keys["attention.sliding_window"],
+        "head_dim": keys["attention.key_length_swa"],
+        "global_head_dim": keys["attention.key_length"],
+        "num_key_value_heads": next((heads[i] for i in layers if sliding[i]), heads[0]),
+        "num_global_key_value_heads": next((heads[i] for i in full), None),
+        "attention_k_eq_v": any(
+            f"blk.{i}.attn_v.weight" not in tensors for i in full if i < len(layers) - shared
+        ),
+        "num_kv_shared_layers": shared,
+        "intermediate_size": widths[0],
+        "use_double_wide_mlp": len(set(widths)) > 1,
+        "hidden_size_per_layer_input": keys.get("embedding_length_per_layer_input", 0),
+        "vocab_size_per_layer_input": embeddings.shape[0] if embeddings is not None else 0,
+        "rope_parameters": {
+            "sliding_attention": turns,
+            "full_attention": {
+                "rope_type": "proportional",
+                "partial_rotary_factor": 0.25,
+                "rope_theta": keys["rope.freq_base"],
+            },
+        },
+        "enable_moe_block": experts > 0,
+        "num_experts": experts or None,
+        "top_k_experts": keys.get("expert_used_count"),
+        "moe_intermediate_size": keys.get("expert_feed_forward_length"),
+    }
+
+
+def routed_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
+    """Experts after layers without, beside shared ones; layers that predict later tokens are left out."""
+    return {
+        "num_hidden_layers": int(keys["block_count"]) - int(keys.get("nextn_predict_layers", 0)),
+        "n_routed_experts": keys["expert_count"],
+        "num_experts_per_tok": keys["expert_used_count"],
+        "moe_intermediate_size": keys["expert_feed_forward_length"],
+        "n_shared_experts": keys.get("expert_shared_count", 0),
+        "first_k_dense_replace": keys.get("leading_dense_block_count", 0),
+        "routed_scaling_factor": keys.get("expert_weights_scale") or 1.0,
+        "norm_topk_prob": keys.get("expert_weights_norm", False),
+        "n_group": keys.get("expert_group_count", 1),
+        "topk_group": keys.get("expert_group_used_count", 1),
+    }
+
+
+def latent_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
+    """Files from before llama.cpp took the latent for one head have `key_length` where others have
+    `key_length_mla`.
+    """
+    turned = int(keys["rope.dimension_count"])
+    key = int(keys.get("attention.key_length_mla", keys["attention.key_length"]))
+    return {
+        **routed_fields(keys, tensors),
+        "num_key_value_heads": keys["attention.head_count"],
+        "q_lora_rank": keys.get("attention.q_lora_rank"),
+        "kv_lora_rank": keys["attention.kv_lora_rank"],
+        "qk_rope_head_dim": turned,
+        "qk_nope_head_dim": key - turned,
+        "v_head_dim": keys.get("attention.value_length_mla", keys["attention.value_length"]),
+        "topk_method": "group_limited_greedy" if keys.get("expert_group_count", 1) > 1 else "greedy",
+    }
+
+
+def of_later_layers(config: Any, name: str) -> bool:
+    """Whether a tensor belongs to layers that predict tokens after the next one."""
+    parts = name.split(".")
+    return parts[0] == "blk" and int(parts[1]) >= config.num_hidden_layers
+
+
+def by_layer(value: Any, layers: int) -> list[Any]:
+    return [value] * layers if isinstance(value, int | float) else np.asarray(value).tolist()[:layers]
+
+
+def of_shared_layers(config: Any, name: str) -> bool:
+    """Whether a tensor makes keys or values of a layer that takes another's."""
+    parts = name.split(".")
+    made = parts[0] == "blk" and parts[2] in ("attn_k", "attn_v", "attn_k_norm")
+    return made and int(parts[1]) >= config.num_hidden_layers - config.num_kv_shared_layers
