@@ -36,7 +36,8 @@ class Architecture:
         ignores: those that say no more than the tensors do.
         lists: those that may have a value a layer.
         unneeded: whether a model of this configuration has no place for a tensor that files have.
-        when: of the key-values without their prefix, whether a file of that name is of this row.
+        when: of the key-values without their prefix and the tensors, whether a file of that name is of this
+            row.
         fields: of a file's key-values without their prefix, and the names of its tensors, what the
             configuration has beyond what all have; None where transformers reads the file itself.
     """
@@ -59,7 +60,7 @@ class Architecture:
     ignores: frozenset[str] = frozenset()
     lists: frozenset[str] = frozenset()
     unneeded: Callable[[Any, str], bool] = lambda config, name: False
-    when: Callable[[Keys], bool] = lambda keys: True
+    when: Callable[[Keys, Tensors], bool] = lambda keys, tensors: True
     fields: Callable[[Keys, Tensors], dict[str, Any]] | None = None
 
 
@@ -79,8 +80,6 @@ _ROUTED: Final = frozenset(
 _LATENT: Final = frozenset(
     {"attention.q_lora_rank", "attention.key_length_mla", "attention.value_length_mla"}
 )
-_SIGMOID: Final = 2
-"""`expert_gating_func`; 1, and none, is the softmax."""
 _EXPERT_SIZES: Final = frozenset({"expert_feed_forward_length", "expert_shared_feed_forward_length"})
 _SEEN: Final = frozenset({"rope.dimension_sections", "n_deepstack_layers"})
 """What says how tokens of pictures are placed and taken up."""
@@ -150,7 +149,7 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
         permuted=True,
         written=False,
         reads=_EXPERTS,
-        when=lambda k: k.get("expert_count", 0) != 0,
+        when=lambda k, t: k.get("expert_count", 0) != 0,
         fields=its.local_experts_fields,
     ),
     "qwen2_moe": Architecture(
@@ -187,7 +186,7 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
         partial=True,
         reads=_EXPERTS | {"expert_feed_forward_length"},
         may=_ROUTED | {"expert_gating_func"},
-        when=lambda k: k.get("expert_gating_func", _SIGMOID) == _SIGMOID,
+        when=lambda k, t: k.get("expert_gating_func", its.SIGMOID) == its.SIGMOID,
         unneeded=its.of_later_layers,
         fields=lambda k, t: {**its.routed_fields(k, t), "use_qk_norm": "blk.0.attn_q_norm.weight" in t},
     ),
@@ -197,7 +196,7 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
         latent=True,
         reads=_EXPERTS | {"expert_feed_forward_length", "attention.kv_lora_rank", "rope.dimension_count"},
         may=_ROUTED | _LATENT | {"expert_gating_func"},
-        when=lambda k: k.get("expert_gating_func", 1) != _SIGMOID,
+        when=lambda k, t: not its.scores_by_sigmoid(k, t),
         fields=its.latent_fields,
     ),
     "deepseek_v3": Architecture(

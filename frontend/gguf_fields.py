@@ -18,6 +18,8 @@ from .gguf import GGUFTensorInfo
 
 Keys = Mapping[str, Any]
 Tensors = Mapping[str, GGUFTensorInfo]
+SIGMOID: Final = 2
+"""`expert_gating_func`; 1 is the softmax."""
 _GEMMA2_27B: Final = 46
 """Layers of it."""
 
@@ -252,6 +254,14 @@ def latent_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
         "v_head_dim": keys.get("attention.value_length_mla", keys["attention.value_length"]),
         "topk_method": "group_limited_greedy" if keys.get("expert_group_count", 1) > 1 else "greedy",
     }
+
+
+def scores_by_sigmoid(keys: Keys, tensors: Tensors) -> bool:
+    """Whether experts are scored by a sigmoid; where a file does not say, those with a bias are, which
+    llama.cpp knows by the sizes of the only model of that kind.
+    """
+    said = keys.get("expert_gating_func", 0)
+    return said == SIGMOID or (not said and any(name.endswith("exp_probs_b.bias") for name in tensors))
 
 
 def of_later_layers(config: Any, name: str) -> bool:

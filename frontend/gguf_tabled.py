@@ -51,10 +51,11 @@ def readable(file: GGUFFile) -> tuple[str, Architecture] | None:
     """transformers' `model_type` and the table's row of a file; None where transformers reads such files, or
     nobody.
     """
-    rows = ((kind, row) for kind, row in ARCHITECTURES.items() if row.name == file.architecture)
     keys = _keys(file)
-    found = ((row.kind or kind, row) for kind, row in rows if row.fields is not None and row.when(keys))
-    return next(found, None)
+    for kind, row in ARCHITECTURES.items():
+        if row.name == file.architecture and row.fields is not None and row.when(keys, file.tensors):
+            return row.kind or kind, row
+    return None
 
 
 def _keys(file: GGUFFile) -> dict[str, Any]:
