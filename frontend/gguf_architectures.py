@@ -93,13 +93,21 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
     "gemma2": Architecture(
         "gemma2",
         norm_offset=1.0,
-        check=its.gemma2_check,
+        check=lambda c: its.full_layers(c, 2),
         extra=its.gemma2_keys,
         reads=frozenset({"attention.sliding_window"}),
         may=frozenset({"attn_logit_softcapping", "final_logit_softcapping"}),
         fields=its.gemma2_fields,
     ),
-    "gemma3_text": Architecture("gemma3", norm_offset=1.0, check=its.gemma3_check, extra=its.gemma3_keys),
+    "gemma3_text": Architecture(
+        "gemma3",
+        norm_offset=1.0,
+        check=its.gemma3_check,
+        extra=its.gemma3_keys,
+        reads=frozenset({"attention.sliding_window"}),
+        may=frozenset({"rope.freq_base_swa", "final_logit_softcapping"}),
+        fields=its.gemma3_fields,
+    ),
     "olmo2": Architecture("olmo2", fields=lambda k, t: {}),
     "granite": Architecture(
         "granite",

@@ -20,8 +20,10 @@ Keys = Mapping[str, Any]
 Tensors = Mapping[str, GGUFTensorInfo]
 SIGMOID: Final = 2
 """`expert_gating_func`; 1 is the softmax."""
-_GEMMA2_27B: Final = 46
-"""Layers of it."""
+_LARGEST: Final = {2: 46, 6: 62}
+"""Layers of Gemma 2 27B and Gemma 3 27B, by which llama.cpp knows them: their queries are scaled by another
+length.
+"""
 
 
 def rope_parameters(config: Any, layer_type: str = "full_attention") -> dict[str, Any]:
@@ -39,12 +41,14 @@ def window_short(config: Any) -> str | None:
 
 
 def full_layers(config: Any, every: int) -> str | None:
-    """Gemma's layers: every n-th one sees everything, and q is scaled by its head's length."""
+    """Gemma's layers: every n-th one sees everything; q is scaled by its head's length but in the largest."""
     for i, kind in enumerate(config.layer_types):
         wanted = "full_attention" if i % every == every - 1 else "sliding_attention"
         if kind != wanted:
             return f"layer {i} with {kind}, where llama.cpp takes {wanted}"
-    if config.query_pre_attn_scalar != config.head_dim:
+    large = config.num_hidden_layers == _LARGEST[every]
+    head = config.hidden_size // config.num_attention_heads if large else config.head_dim
+    if config.query_pre_attn_scalar != head:
         return f"query_pre_attn_scalar {config.query_pre_attn_scalar} beside heads of {config.head_dim}"
     return None
 
@@ -122,21 +126,22 @@ def granite_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
     }
 
 
-def gemma2_check(config: Any) -> str | None:
-    heads = config.hidden_size // config.num_attention_heads
-    if config.num_hidden_layers == _GEMMA2_27B and config.query_pre_attn_scalar == heads:
-        return None
-    return full_layers(config, 2)
-
-
 def gemma2_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
-    """llama.cpp tells the 27B model, whose queries are scaled by another length, by its layers."""
-    large = keys["block_count"] == _GEMMA2_27B
-    heads = int(keys["embedding_length"]) // max(int(keys["attention.head_count"]), 1)
+    return {"sliding_window": keys["attention.sliding_window"], "query_pre_attn_scalar": _scaled(keys, 2)}
+
+
+def gemma3_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
     return {
         "sliding_window": keys["attention.sliding_window"],
-        "query_pre_attn_scalar": heads if large else keys.get("attention.key_length", heads),
+        "query_pre_attn_scalar": _scaled(keys, 6),
+        "rope_local_base_freq": keys.get("rope.freq_base_swa", 10000.0),
     }
+
+
+def _scaled(keys: Keys, every: int) -> int:
+    """Of what length queries are scaled, in a model whose every n-th layer sees everything."""
+    head = int(keys["embedding_length"]) // max(int(keys["attention.head_count"]), 1)
+    return head if keys["block_count"] == _LARGEST[every] else int(keys.get("attention.key_length", head))
 
 
 def experts_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:

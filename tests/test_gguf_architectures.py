@@ -50,6 +50,12 @@ CHANGES |= {
     "qwen2": FULL,
     "qwen3": {**FULL, "head_dim": 24},
     "gemma2": {"head_dim": 24, "query_pre_attn_scalar": 24},
+    "gemma3_text": {
+        "head_dim": 24,
+        "query_pre_attn_scalar": 24,
+        "num_hidden_layers": 6,
+        "layer_types": [*["sliding_attention"] * 5, "full_attention"],
+    },
     "mixtral": {"sliding_window": None},
     "qwen2_moe": {**FULL, "sliding_window": 256, "use_sliding_window": False, "norm_topk_prob": False},
     "qwen3_moe": {**FULL, "head_dim": 24, "norm_topk_prob": True},
@@ -254,6 +260,17 @@ def test_an_encoder_is_what_llama_cpp_computes(kind: str, tmp_path: Path):
     vector = wanted.mean(0).numpy()
     vector = vector if kind == "bert" else dense[1] @ (dense[0] @ vector)
     np.testing.assert_allclose(found, vector / np.linalg.norm(vector), atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "layers", "every"), [("gemma2", 46, 2), ("gemma3", 62, 6)])
+def test_the_largest_scales_queries_by_another_length(name: str, layers: int, every: int):
+    """Gemma 2 27B: 4608 / 32, Gemma 3 27B: 5376 / 32, as published; llama.cpp goes by their layers."""
+    row = next(r for r in ARCHITECTURES.values() if r.name == name)
+    keys = {"embedding_length": 5376, "attention.head_count": 32, "attention.key_length": 128}
+    keys |= {"block_count": layers, "attention.sliding_window": 1024}
+    assert row.fields is not None
+    assert row.fields(keys, {})["query_pre_attn_scalar"] == 168
+    assert row.fields({**keys, "block_count": layers - 2}, {})["query_pre_attn_scalar"] == 128
 
 
 def test_a_head_of_its_own_and_scaled_positions(tmp_path: Path):
