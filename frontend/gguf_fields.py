@@ -9,6 +9,7 @@ cannot say. `gguf_architectures.py` names for each layout which of these functio
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -18,6 +19,7 @@ from .gguf import GGUFTensorInfo
 
 Keys = Mapping[str, Any]
 Tensors = Mapping[str, GGUFTensorInfo]
+_BLOCK: Final = re.compile(r"blk\.(\d{1,9})\.(.+)\.(?:weight|bias|scale)")
 SIGMOID: Final = 2
 """`expert_gating_func`; 1 is the softmax."""
 _LARGEST: Final = {2: 46, 6: 62}
@@ -271,8 +273,8 @@ def scores_by_sigmoid(keys: Keys, tensors: Tensors) -> bool:
 
 def of_later_layers(config: Any, name: str) -> bool:
     """Whether a tensor belongs to layers that predict tokens after the next one."""
-    parts = name.split(".")
-    return parts[0] == "blk" and int(parts[1]) >= config.num_hidden_layers
+    made = _BLOCK.fullmatch(name)
+    return made is not None and int(made[1]) >= config.num_hidden_layers
 
 
 def by_layer(value: Any, layers: int) -> list[Any]:
@@ -281,6 +283,6 @@ def by_layer(value: Any, layers: int) -> list[Any]:
 
 def of_shared_layers(config: Any, name: str) -> bool:
     """Whether a tensor makes keys or values of a layer that takes another's."""
-    parts = name.split(".")
-    made = parts[0] == "blk" and parts[2] in ("attn_k", "attn_v", "attn_k_norm")
-    return made and int(parts[1]) >= config.num_hidden_layers - config.num_kv_shared_layers
+    made = _BLOCK.fullmatch(name)
+    own = config.num_hidden_layers - config.num_kv_shared_layers
+    return made is not None and made[2] in ("attn_k", "attn_v", "attn_k_norm") and int(made[1]) >= own

@@ -35,6 +35,8 @@ _BESIDE: Final = frozenset(
         "attention.causal",
     }
 )
+_MOST_LAYERS: Final = 1024
+"""That a file may name without tensors for them."""
 _LATER: Final = "rope.scaling."  # gguf_model.py reads it, of every architecture
 
 
@@ -85,6 +87,12 @@ def configuration(file: GGUFFile, arch: Architecture) -> dict[str, Any]:
     if numbers or missing:
         what, which = ("lacks", missing) if missing else ("has an array of", numbers)
         raise InputError(f"{file.path.name} {what} {arch.name}.{which[0]}", remedy="download the file again")
+    if int(keys["block_count"]) > max(len(file.tensors), _MOST_LAYERS):
+        raise InputError(
+            f"{file.path.name} says {arch.name}.block_count {keys['block_count']}, and has "
+            f"{len(file.tensors)} tensors",
+            remedy="download the file again",
+        )
     heads = max(int(keys["attention.head_count"]), 1)
     head_dim = int(keys.get("attention.key_length", int(keys["embedding_length"]) // heads))
     if not arch.latent and keys.get("attention.value_length", head_dim) != head_dim:

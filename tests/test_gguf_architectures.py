@@ -300,6 +300,9 @@ def test_what_is_not_understood_is_refused(tmp_path: Path):
         held = {k: v for k, v in file.metadata.items() if k != key}
         with pytest.raises(InputError, match=f"lacks {key}"):
             configuration(_with(file, held), found[1])
+    many = {**file.metadata, "smollm3.block_count": 1 << 31}
+    with pytest.raises(InputError, match=r"block_count 2147483648, and has \d+ tensors"):
+        configuration(_with(file, many), found[1])
     held = {**file.metadata, "smollm3.attention.head_count": [1, 2]}
     with pytest.raises(InputError, match="has an array of"):
         configuration(_with(file, held), found[1])

@@ -13,7 +13,7 @@ import torch
 from llmc.codegen.driver import compile_model
 from llmc.frontend.gguf import read_gguf
 from llmc.frontend.gguf_architectures import ARCHITECTURES
-from llmc.frontend.gguf_tabled import named
+from llmc.frontend.gguf_tabled import named, weights
 from llmc.frontend.hard_strings import hard_strings
 from llmc.frontend.skeleton import model_class
 from llmc.frontend.source import open_source
@@ -21,6 +21,8 @@ from llmc.frontend.tokenizer_gguf import build
 from llmc.frontend.tokenizer_reference import ReferenceEncoder
 from llmc.frontend.tokenizer_rules import read_tokenizer
 from llmc.frontend.trace import trace_source
+from llmc.frontend.weights import open_gguf_tensors
+from llmc.ir.weights import ArrayTensor, LazyTensor
 from llmc.runtime.loader import load
 from transformers import Gemma4TextConfig
 
@@ -151,6 +153,14 @@ def test_a_file_means_what_llama_cpp_computes(kind: str, tmp_path: Path) -> None
     with LlamaCpp(path) as opened:  # its cache is of float16
         assert np.abs(opened.logits(ids) - wanted).max() <= 0.01 * np.abs(wanted).max()
     np.testing.assert_allclose(logits_of(trace_source(open_source(path)), ids), wanted, atol=5e-5)
+
+
+def test_a_tensor_of_no_layer_is_not_left_out(tmp_path: Path) -> None:
+    file, row = read_gguf(written(tiny("shared keys"), tmp_path / "m.gguf")), ARCHITECTURES["gemma4_text"]
+    tensors: dict[str, LazyTensor] = {**open_gguf_tensors(file)}
+    assert weights(file, row, tiny("shared keys"), tensors)[1] == ["rope_freqs.weight"]  # read elsewhere
+    tensors["blk.x.attn_k.weight"] = ArrayTensor(np.zeros((32, 64), np.float32))
+    assert weights(file, row, tiny("shared keys"), tensors)[1][-1] == "blk.x.attn_k.weight"
 
 
 def test_the_vocabulary(tmp_path: Path) -> None:
