@@ -77,9 +77,13 @@ _ROUTED: Final = frozenset(
         "nextn_predict_layers",
     }
 )
-_LATENT: Final = frozenset(
-    {"attention.q_lora_rank", "attention.key_length_mla", "attention.value_length_mla"}
-)
+_LATENT: Final = _EXPERTS | {"expert_feed_forward_length", "attention.kv_lora_rank", "rope.dimension_count"}
+_MAY_LATENT: Final = _ROUTED | {
+    "attention.q_lora_rank",
+    "attention.key_length_mla",
+    "attention.value_length_mla",
+    "expert_gating_func",
+}
 _EXPERT_SIZES: Final = frozenset({"expert_feed_forward_length", "expert_shared_feed_forward_length"})
 _SEEN: Final = frozenset({"rope.dimension_sections", "n_deepstack_layers"})
 """What says how tokens of pictures are placed and taken up."""
@@ -202,8 +206,8 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
         "deepseek2",
         written=False,
         latent=True,
-        reads=_EXPERTS | {"expert_feed_forward_length", "attention.kv_lora_rank", "rope.dimension_count"},
-        may=_ROUTED | _LATENT | {"expert_gating_func"},
+        reads=_LATENT,
+        may=_MAY_LATENT,
         when=lambda k, t: not its.scores_by_sigmoid(k, t),
         fields=its.latent_fields,
     ),
@@ -211,8 +215,8 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
         "deepseek2",
         written=False,
         latent=True,
-        reads=_EXPERTS | {"expert_feed_forward_length", "attention.kv_lora_rank", "rope.dimension_count"},
-        may=_ROUTED | _LATENT | {"expert_gating_func"},
+        reads=_LATENT,
+        may=_MAY_LATENT,
         unneeded=its.of_later_layers,
         fields=its.latent_fields,
     ),

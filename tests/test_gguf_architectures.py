@@ -364,6 +364,18 @@ def test_latents_under_yarn_and_as_older_files_have_them(kind: str, tmp_path: Pa
         assert np.array_equal(found[parameter].read(), linear.weight.detach().numpy())
 
 
+def test_another_family_of_the_same_layout(tmp_path: Path):
+    """GLM-4.7-Flash: llama.cpp's converter writes it as deepseek2, and what is read computes the same."""
+    model, ids = tiny("glm4_moe_lite", first_k_dense_replace=1), ids_of(40)
+    with torch.inference_mode():
+        wanted = model(input_ids=torch.tensor([ids])).logits[0].numpy()
+    path = written(model, "deepseek_v3", tmp_path / "m.gguf")
+    with LlamaCpp(path) as opened:
+        assert np.abs(opened.logits(ids) - wanted).max() <= 0.01 * np.abs(wanted).max()
+    source = open_source(path)
+    np.testing.assert_allclose(logits_of(trace_source(source), ids), wanted, atol=2e-5)
+
+
 def test_a_yarn_that_is_not_cut(tmp_path: Path):
     """llama.cpp cuts the dimensions that yarn turns to whole ones; the published model does not."""
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 5e4}
