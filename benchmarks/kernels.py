@@ -148,9 +148,12 @@ class Form:
 
     group: int
     zero: str | None = None
+    apart: int = 1
+    """How many of a row's largest activations are kept apart."""
 
     def __str__(self) -> str:
-        return f"int4-g{self.group} {'sym' if self.zero is None else 'asym'}"
+        kind = "sym" if self.zero is None else "asym"
+        return f"int4-g{self.group} {kind}, {self.apart} apart"
 
     def static(self) -> dict[str, Any]:
         return {
@@ -158,6 +161,7 @@ class Form:
             "group_size": self.group,
             "zero_point": self.zero,
             "scale_dtype": "float16",
+            "apart": self.apart,
         }
 
     def weights(self, n: int, k: int) -> list[Array]:
@@ -178,7 +182,11 @@ class Form:
         lay = QuantLayout(1, k, 4, self.group)
         a = np.random.default_rng(1).integers(-127, 128, (rows, lay.k_padded), dtype=np.int8)
         sums = a.reshape(rows, lay.groups, -1).sum(2).astype(np.float32)
-        return [_tensor(x) for x in (a, sums, np.ones((rows, lay.groups), np.float32))]
+        if self.apart:
+            sums = np.hstack(
+                (sums, np.random.default_rng(2).integers(0, k, (rows, self.apart)).astype(np.float32))
+            )
+        return [_tensor(x) for x in (a, sums, np.ones(sums.shape, np.float32))]
 
 
 def _product(

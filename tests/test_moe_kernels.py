@@ -114,8 +114,9 @@ def _chosen(rows: int, experts: int, k: int) -> np.ndarray:
     ("bits", "group", "zero"), [(8, 64, None), (4, 32, "uint8"), (4, 64, None), (5, 16, "float16")]
 )
 @pytest.mark.parametrize(("rows", "n", "k"), [(1, 48, 64), (90, 40, 128)])
+@pytest.mark.parametrize("apart", [0, 1])
 def test_products_by_quantized_experts(
-    isa: str, bits: int, group: int, zero: str | None, rows: int, n: int, k: int
+    isa: str, bits: int, group: int, zero: str | None, rows: int, n: int, k: int, apart: int
 ) -> None:
     experts, top_k = 3, 2
     rng = np.random.default_rng(bits)
@@ -125,12 +126,12 @@ def test_products_by_quantized_experts(
     zeros = None
     if zero is not None:
         zeros = rng.integers(0, 1 << bits, scale.shape).astype(zero)
-    form = {"bits": bits, "group_size": group}
-    acts = {"k": k, "group_size": group, "align": lay.align}
+    form = {"bits": bits, "group_size": group, "apart": apart}
+    acts = {"k": k, "group_size": group, "align": lay.align, "apart": apart}
     shapes = [
         ((rows, lay.k_padded), np.int8),
-        ((rows, lay.groups), np.float32),
-        ((rows, lay.groups), np.float32),
+        ((rows, lay.groups + apart), np.float32),
+        ((rows, lay.groups + apart), np.float32),
     ]
     x = normal(rows, k)
     given = call(kernels.make_quantize_activation, isa, acts, x, *(np.zeros(*s) for s in shapes), outputs=3)

@@ -6,7 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from llmc.codegen.tvm.kernels.activation import activation_layout, reference_quantize_activation
+from llmc.codegen.tvm.kernels.activation import (
+    activation_layout,
+    reference_quantize_activation,
+    whole_groups,
+)
 from llmc.codegen.tvm.kernels.elementwise import make_gated_mlp
 from llmc.codegen.tvm.kernels.gated import fits_gated, make_quantized_gated_mlp
 from llmc.codegen.tvm.kernels.layout import QuantLayout
@@ -31,7 +35,8 @@ def run(isa: str, rows: int, form: dict[str, Any]) -> None:
     rng = np.random.default_rng(0)
     q = rng.integers(0, 1 << bits, (2 * width, lay.k)).astype(np.uint8)
     scale = (rng.random((2 * width, lay.groups)) * 0.02).astype(np.float16)
-    given = [*reference_quantize_activation(normal(rows, lay.k), groups, lay.align)]
+    options["apart"] = int(whole_groups(lay))
+    given = [*reference_quantize_activation(normal(rows, lay.k), groups, lay.align, options["apart"])]
     given += [lay.pack(q), lay.pack_scales(scale)]
     if lay.zero_point is not None:
         zeros = rng.integers(0, 1 << bits, (2 * width, lay.groups)).astype(np.uint8)

@@ -12,7 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llmc.codegen.tvm.kernels import super_scales
-from llmc.codegen.tvm.kernels.activation import make_quantize_activation, reference_quantize_activation
+from llmc.codegen.tvm.kernels.activation import (
+    make_quantize_activation,
+    reference_quantize_activation,
+    whole_groups,
+)
 from llmc.codegen.tvm.kernels.codebook import make_codebook_linear, reference_codebook_linear
 from llmc.codegen.tvm.kernels.elementwise import make_gated_mlp
 from llmc.codegen.tvm.kernels.gather import make_quantized_embedding
@@ -214,27 +218,35 @@ def test_scales_that_have_no_two_levels_are_refused() -> None:
 
 @pytest.mark.parametrize("align", [8, 16])
 @pytest.mark.parametrize(
-    ("k", "group"), [(64, 32), (576, 576), (50, 16), (20, 12), (9, 128), (1, 8), (48, 16)]
+    ("k", "group", "apart"),
+    [
+        *((64, 32, apart) for apart in (0, 1, 3)),
+        *((576, 576, apart) for apart in (0, 1)),
+        *((48, 16, apart) for apart in (0, 4)),
+        *((k, group, 0) for k, group in ((50, 16), (20, 12), (9, 128), (1, 8))),
+    ],
 )
 @pytest.mark.parametrize("rows", [1, 300])
 @vector_levels
 def test_quantize_activation_rounds_to_even_exactly(
-    k: int, group: int, rows: int, align: int, isa: str
+    k: int, group: int, rows: int, align: int, apart: int, isa: str
 ) -> None:
+    layout = QuantLayout(1, k, 8 if align == 8 else 6, group)
     x = normal(rows, k) * np.float32(3)
     x[0] = np.clip(np.arange(k) - k // 2, -253, 253)
     x[0, ::group] = 127 * 2  # a scale of 2 in every group: odd elements lie halfway between integers
     x[-1] = 0 if rows > 1 else x[-1]
-    layout = QuantLayout(1, k, 8 if align == 8 else 6, group)
-    outputs = (
-        np.full((rows, layout.k_padded), 99, np.int8),
-        blank(rows, layout.groups),
-        blank(rows, layout.groups),
-    )
-    parameters = {"k": k, "group_size": group, "align": align}
+    outputs = quantized_outputs(rows, layout, apart)
+    parameters = {"k": k, "group_size": group, "align": align, "apart": apart}
     got = call(make_quantize_activation, isa, parameters, x, *outputs, outputs=3)
-    for actual, expected in zip(got, reference_quantize_activation(x, group, align), strict=True):
+    for actual, expected in zip(got, reference_quantize_activation(x, group, align, apart), strict=True):
         assert np.array_equal(actual, expected)
+
+
+def quantized_outputs(rows: int, layout: QuantLayout, apart: int) -> tuple[np.ndarray, ...]:
+    """Where a, sums and a_scale go."""
+    factors = (rows, layout.groups + apart)
+    return np.full((rows, layout.k_padded), 99, np.int8), blank(*factors), blank(*factors)
 
 
 @vector_levels
@@ -246,6 +258,18 @@ def test_quantize_activation_survives_what_is_no_number(isa: str) -> None:
     assert np.isnan(scale[1, 2]) and np.isinf(scale[2, 0]) and np.isfinite(scale[[0, 3]]).all()
     assert np.isfinite(scale[1, :2]).all() and np.isfinite(scale[2, 1:]).all()
     assert np.array_equal(a.reshape(4, 3, 16).sum(2, dtype=np.int32), sums)
+
+
+@vector_levels
+def test_what_is_no_number_is_what_is_kept_apart(isa: str) -> None:
+    x = normal(4, 48)
+    x[1, 35], x[2, 3], x[3, 47], x[3, 20] = np.nan, -np.inf, np.nan, np.inf
+    sizes = {"k": 48, "group_size": 16, "apart": 1}
+    outputs = quantized_outputs(4, QuantLayout(1, 48, 8, 16), 1)
+    _, sums, scale = call(make_quantize_activation, isa, sizes, x, *outputs, outputs=3)
+    assert sums[1:, 3].tolist() == [35, 3, 47]
+    assert np.isnan(scale[1, 3]) and scale[2, 3] == -np.inf and np.isnan(scale[3, 3])
+    assert np.isfinite(scale[:3, :3]).all() and np.isinf(scale[3, 1])
 
 
 @pytest.mark.parametrize(
@@ -267,35 +291,37 @@ def test_what_is_quantized_as_it_is_made_has_the_same_bits(
         parameters = {"width": width, "eps": 1e-5, "weight": kernel == "rms_norm"}
         inputs = [x, normal(width, seed=1)] if parameters["weight"] else [x]
     floats = call(maker, isa, parameters, *inputs, blank(rows, width))
-    outputs = (
-        np.full((rows, width), 99, np.int8),
-        blank(rows, width // group),
-        blank(rows, width // group),
-    )
-    sizes = {"k": width, "group_size": group, "align": align}
+    apart = 0 if kernel == "gated_mlp" else 2 if width > 64 else 1
+    outputs = quantized_outputs(rows, QuantLayout(1, width, 8, group), apart)
+    sizes = {"k": width, "group_size": group, "align": align, "apart": apart}
     expected = call(make_quantize_activation, isa, sizes, floats, *outputs, outputs=3)
-    fused = call(maker, isa, {**parameters, "quantize": (group, align)}, *inputs, *outputs, outputs=3)
+    parameters["quantize"] = (group, align)
+    if apart:
+        parameters["apart"] = apart
+    fused = call(maker, isa, parameters, *inputs, *outputs, outputs=3)
     for a, b in zip(fused, expected, strict=True):
         assert np.array_equal(a, b, equal_nan=a.dtype == np.float32)
 
 
-def run(isa: str, case: Case, x: np.ndarray, extras: tuple[np.ndarray, ...] = ()) -> np.ndarray:
+def run(
+    isa: str, case: Case, x: np.ndarray, extras: tuple[np.ndarray, ...] = (), apart: int = 0
+) -> np.ndarray:
     parameters = {"n": case.n, "k": case.k, **case.form, "bias": bool(extras), "residual": bool(extras)}
     operands = [*case.packed(), *extras, blank(len(x), case.n)]
     if case.codebook is not None and not has_bytes(case.codebook):
         return call(make_codebook_linear, isa, parameters, x, *operands)
-    activations = reference_quantize_activation(x, case.group, case.layout.align)
-    return call(make_quantized_linear, isa, parameters, *activations, *operands)
+    activations = reference_quantize_activation(x, case.group, case.layout.align, apart)
+    return call(make_quantized_linear, isa, {**parameters, "apart": apart}, *activations, *operands)
 
 
-def check_rows(isa: str, case: Case, x: np.ndarray, whole: np.ndarray) -> None:
+def check_rows(isa: str, case: Case, x: np.ndarray, whole: np.ndarray, apart: int) -> None:
     """Results of some rows are those of all, bias and residual added last."""
     for start, stop in ((0, 1), (26, 27), (5, 7), (2, 9), (3, 11), (8, 27)):
-        assert np.array_equal(run(isa, case, x[start:stop]), whole[start:stop])
+        assert np.array_equal(run(isa, case, x[start:stop], (), apart), whole[start:stop])
     if case not in WITH_EXTRAS:
         return
     bias, residual = normal(case.n, seed=5), normal(27, case.n, seed=6)
-    assert np.array_equal(run(isa, case, x, (bias, residual)), whole + bias + residual)
+    assert np.array_equal(run(isa, case, x, (bias, residual), apart), whole + bias + residual)
 
 
 def linear_meaning(case: Case, x: np.ndarray) -> np.ndarray:
@@ -305,17 +331,19 @@ def linear_meaning(case: Case, x: np.ndarray) -> np.ndarray:
     return meaning(op, x, q, scale, zero, None)
 
 
-@level_cases("case", CASES)
+@level_cases("case,apart", [(c, n) for c in CASES for n in (0, 1, 4) if n == 0 or whole_groups(c.layout)])
 def test_quantized_linear_is_exact_in_integers_and_rows_do_not_depend_on_their_number(
-    case: Case, isa: str
+    case: Case, apart: int, isa: str
 ) -> None:
     x = normal(27, case.k)
+    if apart:  # each in a column of its own: of every word and byte of a step
+        x[np.arange(27), np.arange(27) * 37 % case.k] *= 40
     x[4] = 0
-    whole = run(isa, case, x)
-    a, sums, a_scale = reference_quantize_activation(x, case.group, case.layout.align)
+    whole = run(isa, case, x, (), apart)
+    a, sums, a_scale = reference_quantize_activation(x, case.group, case.layout.align, apart)
     close(whole, reference_quantized_linear(case.layout, a, sums, a_scale, *case.parts()), 1e-6)
     assert not whole[4].any()
-    check_rows(isa, case, x, whole)
+    check_rows(isa, case, x, whole, apart)
     # The op's own meaning takes x in float: what remains is the rounding of x to 8 bits.
     close(whole, linear_meaning(case, x), 0.02)
 
@@ -328,7 +356,7 @@ def test_codebook_linear_multiplies_in_floats(case: Case, isa: str) -> None:
     q, scale, _ = case.parts()
     close(whole, reference_codebook_linear(case.layout, x, q, scale), 1e-6)
     close(whole, linear_meaning(case, x), 2e-6)
-    check_rows(isa, case, x, whole)
+    check_rows(isa, case, x, whole, apart=0)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

@@ -12,6 +12,11 @@ from .lower import Lowering, emits
 from .untyped import relax, te
 from .weights import quant_layout
 
+LOGITS_APART = 4
+"""Activations kept apart of each row that logits are wanted of: of a small model's head they take 3/4 of what
+int8 loses there, and of a step with few rows little time.
+"""
+
 Source = tuple[int, int]
 """(row width, first column): an operand that stands in columns of a wider matrix."""
 
@@ -152,6 +157,7 @@ def _quantized_linear(low: Lowering, op: Any, residual: Value | None) -> Any:
     if layout.codebook is not None and not has_bytes(layout.codebook):
         args = [low.rows(op.x, layout.k), *weights]
         return product(low, op, "codebook_linear", kernels.make_codebook_linear, static, args)
+    static["apart"] = kept_apart(op.x, layout)
     args = [*quantized_activation(low, op.x, layout), *weights]
     return product(low, op, "quantized_linear", kernels.make_quantized_linear, static, args)
 
@@ -168,6 +174,26 @@ def form_of(layout: QuantLayout) -> dict[str, Any]:
     }
 
 
+def kept_apart(x: Value, layout: QuantLayout) -> int:
+    """How many of each row's largest activations are kept apart where x is quantized for weights of that
+    layout: of norms, through which the few large columns of the residual stream go; more of the rows that
+    logits are wanted of, which are few and decide alone. Attention has no such columns, and rows of gated
+    MLPs are made in parts, by several threads.
+    """
+    from .kernels.activation import whole_groups
+
+    op: Any = x.producer
+    if op is None or not whole_groups(layout):
+        return 0
+    if op.opname in ("rms_norm", "layer_norm"):
+        return LOGITS_APART if _is_wanted_rows(op.x) else 1
+    return LOGITS_APART if _is_wanted_rows(x) else 0
+
+
+def _is_wanted_rows(x: Value) -> bool:
+    return x.producer is not None and x.producer.opname == "gather_last"
+
+
 def quantized_activation(low: Lowering, x: Value, layout: QuantLayout) -> list[Any]:
     """x quantized per token and group to int8; ops that read the same x by the same groups share it."""
     key = ("quantized", x, layout.k, layout.group_size, layout.group)
@@ -175,17 +201,17 @@ def quantized_activation(low: Lowering, x: Value, layout: QuantLayout) -> list[A
         rows: Dim = 1
         for d in x.shape[:-1]:
             rows = d * rows
-        t = low.dim(rows)
+        t, apart = low.dim(rows), kept_apart(x, layout)
         out = [
             low.tensor([t, layout.k_padded], "int8"),
-            low.tensor([t, layout.groups], "float32"),
-            low.tensor([t, layout.groups], "float32"),
+            low.tensor([t, layout.groups + apart], "float32"),
+            low.tensor([t, layout.groups + apart], "float32"),
         ]
         name, make, static, args = _made_quantized(low, x, layout) or (
             "quantize_activation",
             kernels.make_quantize_activation,
             # All widths that pad groups alike share one kernel.
-            {"k": layout.k, "group_size": layout.group_size, "align": layout.align},
+            {"k": layout.k, "group_size": layout.group_size, "align": layout.align, "apart": apart},
             [low.rows(x, layout.k)],
         )
         parts = low.kernel(name, make, static, args, out)
@@ -215,6 +241,7 @@ def _made_quantized(low: Lowering, x: Value, layout: QuantLayout) -> tuple[Any, 
     if op.x.type.rank == 3 and isinstance(op.x.shape[1], int):
         return None  # norms of heads
     static = {"width": layout.k, "eps": op.eps, "weight": op.weight is not None, "quantize": quantize}
+    static["apart"] = kept_apart(x, layout)
     args = [low.rows(op.x, layout.k), *_present(low, op.weight)]
     return "rms_norm", kernels.make_rms_norm, static, args
 
@@ -239,6 +266,7 @@ def _whole_gated_mlp(low: Lowering, op: Any, layout: QuantLayout) -> tuple[Any, 
         "k": weight.k,
         **form_of(weight),
         "bias": product.bias is not None,
+        "apart": kept_apart(product.x, weight),
         "activation": op.activation,
         "quantize": (layout.group_size, layout.align),
     }

@@ -8,7 +8,7 @@ from ...ir.core import Value
 from ...ir.ops.moe import Moe, QuantizedMoe
 from ...ir.types import Dim
 from . import kernels
-from .emit_llm import form_of, quantized_activation
+from .emit_llm import form_of, kept_apart, quantized_activation
 from .lower import Lowering, emits
 from .untyped import relax
 from .weights import expert_layouts, length
@@ -114,25 +114,29 @@ def quantized_moe(low: Lowering, op: Any) -> Any:
     up, down = expert_layouts(op)
     pairs = Pairs(low, op, op.up_q.shape[0])
 
-    def product(activation: list[Any], layout: Any, parts: list[Value | None]) -> Any:
-        static = {"n": layout.n, "k": layout.k, "experts": pairs.experts, **form_of(layout)}
+    def product(activation: list[Any], layout: Any, parts: list[Value | None], apart: int) -> Any:
+        static = {"n": layout.n, "k": layout.k, "experts": pairs.experts, **form_of(layout), "apart": apart}
         weights = [low.get(part) for part in parts if part is not None]
         args = [*activation, pairs.offsets, pairs.active, *weights]
         return low.kernel(
             "moe_quantized_linear", kernels.make_moe_quantized_linear, static, args, pairs.rows(layout.n)
         )
 
-    def types(layout: Any) -> list[Any]:
-        return [pairs.rows(layout.k_padded, "int8"), *([pairs.rows(layout.groups)] * 2)]
+    def types(layout: Any, apart: int) -> list[Any]:
+        return [pairs.rows(layout.k_padded, "int8"), *([pairs.rows(layout.groups + apart)] * 2)]
 
+    apart = kept_apart(op.x, up)
     static = {"k": up.k, "bits": 8 if up.align == 8 else 2, "group_size": up.group_size, "top_k": pairs.k}
+    static["apart"] = apart
     args = [*quantized_activation(low, op.x, up), pairs.source]
-    parts = low.kernel("moe_gather", kernels.make_moe_gather, static, args, types(up))
+    parts = low.kernel("moe_gather", kernels.make_moe_gather, static, args, types(up, apart))
     given = [low.emit(relax.TupleGetItem(parts, i)) for i in range(3)]
-    products = product(given, up, [op.up_q, op.up_scale, op.up_zero_point])
+    products = product(given, up, [op.up_q, op.up_scale, op.up_zero_point], apart)
 
     held = pairs.gate(op, products, up.n // op.gate.products)
     static = {"k": down.k, "group_size": down.group_size, "align": down.align}
-    parts = low.kernel("quantize_activation", kernels.make_quantize_activation, static, [held], types(down))
+    parts = low.kernel(
+        "quantize_activation", kernels.make_quantize_activation, static, [held], types(down, 0)
+    )
     given = [low.emit(relax.TupleGetItem(parts, i)) for i in range(3)]
-    return pairs.finish(op, product(given, down, [op.down_q, op.down_scale, op.down_zero_point]))
+    return pairs.finish(op, product(given, down, [op.down_q, op.down_scale, op.down_zero_point], 0))

@@ -3,7 +3,10 @@ zero points are corrected by. Kernels whose results only quantized weights read 
 it as they go, with the same bits.
 
 One scale a token would cost 5% of perplexity: single activations are a hundred times others, and
-what stands beside them rounds to nothing. A scale a group keeps the damage within the group.
+what stands beside them rounds to nothing. A scale a group keeps the damage within the group, and the largest
+of a row can be kept apart, as float32 whose codes are 0 (`Quantized.apart`): one of each norm's halves what
+is lost. LLM.int8() (Dettmers et al., 2022, section 3.2) does so for whole columns, found by a threshold; a
+number for each row costs the same for every model and needs no text at compile time.
 """
 
 from __future__ import annotations
@@ -42,12 +45,17 @@ Read = Callable[[Expr], Expr]
 
 @dataclass(frozen=True)
 class Quantized:
-    """Quantized rows, or where they go: a int8 [T, L.k_padded], sums and scale float32 [T, L.groups]."""
+    """Quantized rows, or where they go: a int8 [T, L.k_padded], sums and scale float32 [T, L.groups].
+
+    Sums and scale are `apart` longer: there scale holds that many of a row's largest activations, the largest
+    first, and sums their columns, whole numbers. They count as 0 among the others.
+    """
 
     layout: QuantLayout
     a: Buffer
     sums: Buffer
     scale: Buffer
+    apart: int = 0
 
 
 def activation_layout(k: int, group_size: int, align: int) -> QuantLayout:
@@ -55,14 +63,17 @@ def activation_layout(k: int, group_size: int, align: int) -> QuantLayout:
     return QuantLayout(1, k, 8 if align == 8 else 2, group_size)
 
 
-def quantized_arguments(kernel: Kernel, lay: QuantLayout, prefix: str = "", rows: str = "T") -> Quantized:
+def quantized_arguments(
+    kernel: Kernel, lay: QuantLayout, prefix: str = "", rows: str = "T", apart: int = 0
+) -> Quantized:
     """The parameters a, sums and a_scale of a kernel, or others' with a prefix; `rows`: their symbol."""
     tokens = kernel.symbol(rows)
     return Quantized(
         lay,
         kernel.argument(f"{prefix}a", (tokens, lay.k_padded), "int8"),
-        kernel.argument(f"{prefix}sums", (tokens, lay.groups), "float32"),
-        kernel.argument(f"{prefix}a_scale", (tokens, lay.groups), "float32"),
+        kernel.argument(f"{prefix}sums", (tokens, lay.groups + apart), "float32"),
+        kernel.argument(f"{prefix}a_scale", (tokens, lay.groups + apart), "float32"),
+        apart,
     )
 
 
@@ -70,10 +81,13 @@ def fits_producer(lay: QuantLayout) -> bool:
     """Whether a kernel can quantize its result as it makes it: groups of whole vectors that registers or a
     few cache lines hold.
     """
-    return _whole(lay) and lay.group <= 256
+    return whole_groups(lay) and lay.group <= 256
 
 
-def _whole(lay: QuantLayout) -> bool:
+def whole_groups(lay: QuantLayout) -> bool:
+    """Whether groups are whole vectors and none is padded: then columns in memory are those of x, and a row's
+    largest activation can be kept apart.
+    """
     return lay.real_group % LANES == 0 and lay.k % lay.real_group == 0
 
 
@@ -121,9 +135,13 @@ def quantize_as_made(to: Quantized, row: Expr, make: Read) -> None:
     """Quantize a row whose 16 elements from i on are computed by `make(i)`; for `fits_producer`.
 
     Groups are made before their scales are known, and never leave the nearest cache: several, so that the
-    processor has others to work at while it waits for a group's maximum.
+    processor has others to work at while it waits for a group's maximum; all of them where the largest of a
+    row is looked for.
     """
     group, groups = to.layout.group, to.layout.groups
+    if to.apart:
+        _quantize_rest(to, row, make)
+        return
     at_once = min(groups, max(1, _HELD // group))
     held = T.alloc_buffer((at_once * group,), "float32")
     with T.serial(0, -(-groups // at_once)) as turn:
@@ -135,10 +153,46 @@ def quantize_as_made(to: Quantized, row: Expr, make: Read) -> None:
             quantize_group(to, row, first + g, lambda i: vec(held, g * group + i))
 
 
+def _quantize_rest(to: Quantized, row: Expr, make: Read) -> None:
+    """Keep the largest |x| of a row apart (the first of equals first), and quantize the others."""
+    k, group, groups = to.layout.k, to.layout.group, to.layout.groups
+    held = T.alloc_buffer((k,), "float32")
+    with T.serial(0, k // LANES) as i:
+        put(held, make(i * LANES), i * LANES)
+    with T.serial(0, to.apart) as n:
+        column = let(_place_of_largest(held, k))
+        put1(to.sums, T.Cast("float32", column), row, groups + n)
+        put1(to.scale, held[column], row, groups + n)
+        put1(held, T.float32(0), column)
+    with T.serial(0, groups) as g:
+        quantize_group(to, row, g, lambda i: vec(held, g * group + i))
+
+
+def _place_of_largest(held: Buffer, k: int) -> Expr:
+    """The first column of the largest |x|, as `_largest` orders them."""
+
+    def size(i: Expr) -> Expr:
+        return T.bitwise_and(T.reinterpret(vec(held, i), dtype="int32x16"), i32s(_ABS))
+
+    best = register_i32(i32s(0))
+    with T.serial(0, k // LANES) as i:
+        put(best, T.max(vec(best, 0), size(i * LANES)), 0)
+    largest = let(call("int32", "llmc_max_i32", vec(best, 0)))
+    # -(column) of each that is as large: their maximum is the first.
+    place = register_i32(i32s(-k))
+    with T.serial(0, k // LANES) as i:
+        column = T.ramp(T.int32(0) - i * LANES, -1, LANES)
+        put(place, T.max(vec(place, 0), T.Select(size(i * LANES) == splat(largest), column, i32s(-k))), 0)
+    return T.int32(0) - call("int32", "llmc_max_i32", vec(place, 0))
+
+
 def _quantize_row(x: Buffer, row: Expr, to: Quantized) -> None:
     lay = to.layout
+    if to.apart:
+        _quantize_rest(to, row, lambda i: vec(x, row, i))
+        return
     with T.serial(0, lay.groups) as g:
-        if _whole(lay):
+        if whole_groups(lay):
             quantize_group(to, row, g, lambda i: vec(x, row, g * lay.group + i))
         else:
             _ragged_group(lay, x, row, g, to.a, to.sums, to.scale)
@@ -167,28 +221,37 @@ def _ragged_group(
     put1(sums, T.Cast("float32", total[0]), row, g)
 
 
-def make_quantize_activation(*, k: int, group_size: int, align: int = 8, isa: str) -> Any:
+def make_quantize_activation(*, k: int, group_size: int, align: int = 8, apart: int = 0, isa: str) -> Any:
     """a = round(x · 127 / max|x|), a_scale = max|x| / 127, sums = Σ a, each over a group.
 
     x float32 [T, k]; with L the `QuantLayout` of any weights that pad groups to `align`: a int8 [T,
     L.k_padded], sums and a_scale float32 [T, L.groups], the sums whole numbers: they are factors of floats. A
-    group of zeros gives zeros; a NaN or an infinity makes the group's scale NaN or infinite.
+    group of zeros gives zeros; a NaN or an infinity makes the group's scale NaN or infinite, or is what is
+    kept `apart` (as in `Quantized`; for `whole_groups`).
     """
     lay = activation_layout(k, group_size, align)
     kernel = Kernel("quantize_activation", isa)
     with kernel:
         tokens = kernel.symbol("T")
         x = kernel.argument("x", (tokens, k), "float32")
-        to = quantized_arguments(kernel, lay)
+        to = quantized_arguments(kernel, lay, apart=apart)
         with kernel.body():
-            for_each_row(tokens, 2 * k, lambda row: _quantize_row(x, row, to))
+            for_each_row(tokens, (2 + apart) * k, lambda row: _quantize_row(x, row, to))
     return kernel.function
 
 
 def reference_quantize_activation(
-    x: np.ndarray, group_size: int, align: int = 8
+    x: np.ndarray, group_size: int, align: int = 8, apart: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """a [T, k_padded], sums [T, groups], a_scale [T, groups] of x float32 [T, k] in numpy's float32."""
+    """a [T, k_padded], sums and a_scale [T, groups + apart] of x float32 [T, k] in numpy's float32."""
+    if apart:
+        column = np.abs(x).argmax(1)[:, None]
+        rest = x.copy()
+        np.put_along_axis(rest, column, np.float32(0), 1)
+        a, sums, scale = reference_quantize_activation(rest, group_size, align, apart - 1)
+        at = sums.shape[1] - apart + 1
+        value = np.take_along_axis(x, column, 1)
+        return a, np.insert(sums, [at], column, 1), np.insert(scale, [at], value, 1)
     lay = QuantLayout(1, x.shape[1], 8 if align == 8 else 2, group_size)
     whole = np.zeros((x.shape[0], lay.groups * lay.real_group), np.float32)
     whole[:, : x.shape[1]] = x

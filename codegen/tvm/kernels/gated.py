@@ -92,6 +92,7 @@ def make_quantized_gated_mlp(
     scale_dtype: str = "float16",
     super_group: int = 0,
     bias: bool = False,
+    apart: int = 0,
     activation: str,
     quantize: tuple[int, int],
     schedule: Schedule | None = None,
@@ -105,7 +106,7 @@ def make_quantized_gated_mlp(
     lay = QuantLayout(2 * width, k, bits, group_size, codebook, scale_dtype, zero_point, super_group)
     with kernel:
         tokens = kernel.symbol("T")
-        ops = quantized_operands(kernel, lay, bias)
+        ops = quantized_operands(kernel, lay, bias, apart)
         to = quantized_arguments(kernel, activation_layout(width, *quantize), "out_")
 
         def few() -> None:

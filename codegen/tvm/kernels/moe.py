@@ -152,7 +152,7 @@ def make_moe_linear(
     return kernel.function
 
 
-def make_moe_gather(*, k: int, bits: int, group_size: int, top_k: int, isa: str) -> Any:
+def make_moe_gather(*, k: int, bits: int, group_size: int, top_k: int, apart: int = 0, isa: str) -> Any:
     """The quantized activations of the token of each pair, in the order of experts.
 
     a, sums, a_scale of `quantize_activation` for weights of these bits and groups, of T tokens; source int32
@@ -161,15 +161,15 @@ def make_moe_gather(*, k: int, bits: int, group_size: int, top_k: int, isa: str)
     lay = QuantLayout(1, k, bits, group_size)
     kernel = Kernel("moe_gather", isa)
     with kernel:
-        given, pairs = quantized_arguments(kernel, lay), kernel.symbol("S")
+        given, pairs = quantized_arguments(kernel, lay, apart=apart), kernel.symbol("S")
         source = kernel.argument("source", (pairs,), "int32")
-        made = quantized_arguments(kernel, lay, "out_", rows="S")
+        made = quantized_arguments(kernel, lay, "out_", rows="S", apart=apart)
 
         def row(s: Expr) -> None:
             t = let(T.floordiv(source[s], T.int32(top_k)))
             with T.serial(0, lay.k_padded // 8) as i:
                 put(made.a, vec(given.a, t, i * 8, lanes=8), s, i * 8, lanes=8)
-            with T.serial(0, lay.groups) as g:
+            with T.serial(0, lay.groups + apart) as g:
                 put1(made.sums, given.sums[t, g], s, g)
                 put1(made.scale, given.scale[t, g], s, g)
 
@@ -189,6 +189,7 @@ def make_moe_quantized_linear(
     codebook: str | None = None,
     scale_dtype: str = "float16",
     super_group: int = 0,
+    apart: int = 0,
     isa: str,
 ) -> Any:
     """`quantized_linear` of S rows, each by the weights of its expert.
@@ -201,12 +202,12 @@ def make_moe_quantized_linear(
     lay, whole = QuantLayout(n, *form), QuantLayout(experts * round_up(n, ROWS), *form)
     with kernel:
         pairs = kernel.symbol("S")
-        rows = quantized_arguments(kernel, lay, rows="S")
+        rows = quantized_arguments(kernel, lay, rows="S", apart=apart)
         grouping = _grouping(kernel, experts)
         weights = weight_arguments(kernel, whole)
         out = kernel.argument("out", (pairs, n), "float32")
         plan = Plan.make(
-            Operands(lay, kernel.isa, rows.a, rows.sums, rows.scale, *weights, None, None, out),
+            Operands(lay, kernel.isa, rows.a, rows.sums, rows.scale, *weights, None, None, out, apart),
             kernel.isa,
             None,
         )

@@ -118,6 +118,7 @@ def make_rms_norm(
     heads: int = 0,
     source: Source = None,
     quantize: tuple[int, int] | None = None,
+    apart: int = 0,
     isa: str,
 ) -> Any:
     """out = x / √(mean(x²) + eps) · weight over the last axis.
@@ -126,12 +127,12 @@ def make_rms_norm(
     [T, heads, width] or, with source = (row_width, offset), columns of [T, row_width] → out [T, heads,
     width]. weight float32 [width].
 
-    With quantize = (group_size, align) the outputs are a, sums and a_scale of `quantize_activation`; heads
-    is 0 then.
+    With quantize = (group_size, align) the outputs are a, sums and a_scale of `quantize_activation`, with
+    `apart`; heads is 0 then.
     """
     kernel = Kernel("rms_norm", isa)
     if quantize is not None:
-        return _rms_norm_quantized(kernel, width, eps, weight, activation_layout(width, *quantize))
+        return _rms_norm_quantized(kernel, width, eps, weight, activation_layout(width, *quantize), apart)
     with kernel:
         tokens = kernel.symbol("T")
         if heads:
@@ -164,13 +165,15 @@ def make_rms_norm(
     return kernel.function
 
 
-def _rms_norm_quantized(kernel: Kernel, width: int, eps: float, weight: bool, lay: QuantLayout) -> Any:
+def _rms_norm_quantized(
+    kernel: Kernel, width: int, eps: float, weight: bool, lay: QuantLayout, apart: int
+) -> Any:
     """The kernel whose rows are quantized as they are made; bit for bit those of the other, quantized."""
     with kernel:
         tokens = kernel.symbol("T")
         x = kernel.argument("x", (tokens, width), "float32")
         w = kernel.argument("weight", (width,), "float32") if weight else None
-        to = quantized_arguments(kernel, lay)
+        to = quantized_arguments(kernel, lay, apart=apart)
 
         def row(t: Expr) -> None:
             root = _inverse_root(_sum(width, x, lambda i: (t, i), T.float32(0)), width, eps)
@@ -182,7 +185,7 @@ def _rms_norm_quantized(kernel: Kernel, width: int, eps: float, weight: bool, la
             quantize_as_made(to, t, make)
 
         with kernel.body():
-            for_each_row(tokens, 3 * width, row)
+            for_each_row(tokens, (3 + apart) * width, row)
     return kernel.function
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tvm.script.ir_builder import tirx as T
@@ -14,6 +15,7 @@ from .builder import (
     Shape,
     call,
     f32s,
+    fma,
     i32s,
     let,
     load_float,
@@ -21,6 +23,7 @@ from .builder import (
     prefetch_to_write,
     put,
     register_i32,
+    splat,
     vec,
 )
 from .isa import Isa
@@ -69,6 +72,8 @@ class Operands:
     bias: Buffer | None
     residual: Buffer | None
     out: Buffer
+    apart: int = 0
+    """How many activations of each row are kept apart, as in `Quantized`."""
     signed: bool = False
     """Whether weights are spread to bytes less their zero points."""
     shifted: bool = False
@@ -110,10 +115,15 @@ class Operands:
     @property
     def constant(self) -> int:
         """What is to be taken off each code, beside zero points that an operand gives."""
+        return self.middle - self.taken
+
+    @property
+    def middle(self) -> int:
+        """The code of 0, beside zero points that an operand gives."""
         lay = self.layout
         if lay.codebook is not None:
-            return 128 - self.taken  # what `llmc_bytes_*` adds
-        return (1 << (lay.bits - 1) if lay.zero_point is None else 0) - self.taken
+            return 128  # what `llmc_bytes_*` adds
+        return 1 << (lay.bits - 1) if lay.zero_point is None else 0
 
     @property
     def taken(self) -> int:
@@ -175,9 +185,10 @@ class Operands:
         """Zero points of 16 outputs, each 4 times, as they lie in a word; zeros where there are minima."""
         if self.zero_point is None or self.minimum:
             return T.broadcast(T.uint8(self.constant), 64)
-        return T.reinterpret(self._whole_zeros(block, group) * i32s(0x01010101), dtype="uint8x64")
+        return T.reinterpret(self.whole_zeros(block, group) * i32s(0x01010101), dtype="uint8x64")
 
-    def _whole_zeros(self, block: Expr, group: Expr) -> Expr:
+    def whole_zeros(self, block: Expr, group: Expr) -> Expr:
+        """Zero points of 16 outputs, int32."""
         if self.layout.packs_zero_points:
             return call("int32x16", "llmc_halves", vec(self.zero_point, block, group, 0, lanes=8))
         return T.Cast("int32x16", vec(self.zero_point, block, group, 0))
@@ -187,8 +198,26 @@ class Operands:
         lay = self.layout
         if self.minimum:
             return self._floats(self.zero_point, str(lay.zero_point), block, group)
-        negative = i32s(0) - self._whole_zeros(block, group)
+        negative = i32s(0) - self.whole_zeros(block, group)
         return T.Cast("float32x16", negative) if self.float_correction else negative
+
+
+@dataclass(frozen=True)
+class Column:
+    """Where the codes of a column are: in that word of all, from bit `bit` of its 32-bit lanes on."""
+
+    group: Expr
+    word: Expr
+    bit: Expr
+
+    @staticmethod
+    def of(lay: QuantLayout, column: Expr) -> Column:
+        """`column`: int32, one that there is."""
+        return Column(
+            let(T.floordiv(column, T.int32(lay.group))),
+            let(T.shift_right(column, T.int32(2))),
+            let(T.shift_left(T.bitwise_and(column, T.int32(3)), T.int32(3))),
+        )
 
 
 def weight_arguments(kernel: Kernel, lay: QuantLayout) -> tuple[Buffer, Buffer, Buffer | None]:
@@ -273,6 +302,56 @@ class Packed:
     def zero(self, group: Expr, c: int) -> Expr:
         return self.ops.zeros(self.first + c, group)
 
+    def add_apart(self, totals: list[Expr], row: Expr, columns: Iterable[Expr]) -> list[Expr]:
+        """A row's results by those blocks, with the activations that are kept apart times their weights."""
+        ops = self.ops
+        for at in range(ops.layout.groups, ops.layout.groups + ops.apart):
+            column = Column.of(ops.layout, let(T.Cast("int32", ops.sums[row, at])))
+            value = let(splat(ops.a_scale[row, at]))
+            parts = zip(totals, columns, strict=True)
+            totals = [let(fma(value, self._column(column, c), total)) for total, c in parts]
+        return totals
+
+    def _column(self, column: Column, c: Expr) -> Expr:
+        """16 weights of a column as floats: scale · (code - zero point), or scale · code + minimum, rounded
+        once.
+        """
+        ops, group = self.ops, column.group
+        scale, codes = self.scale(group, c), T.Cast("float32x16", self._codes(column, c))
+        # As in `_finish_group`, a fused multiply-add with 0 is a rounded product.
+        return fma(scale, codes, self.zero(group, c) if ops.minimum else f32s(0))
+
+    def _codes(self, column: Column, c: Expr) -> Expr:
+        """16 codes of a column less their zero points, int32."""
+        lay, block = self.ops.layout, self.first + c
+        word = column.word - column.group * (lay.group // 4)  # of the group
+        codes: Expr = None
+        for plane in lay.planes:
+            size = 8 * plane.width * plane.words  # bytes that hold `plane.words` words
+            at = plane.offset + T.floordiv(word, T.int32(plane.words)) * size
+            part = vec(self.ops.weight, block, column.group, at, lanes=size)
+            if plane.width == 1:
+                part = call("uint8x64", "llmc_spread_bits", part)
+            first = column.bit + T.floormod(word, T.int32(plane.words)) * plane.width
+            bits = _bits(part, let(first), plane.width)
+            codes = bits if codes is None else T.bitwise_or(codes, T.shift_left(bits, i32s(plane.shift)))
+        if lay.codebook is not None:
+            bytes_ = call("uint8x64", f"llmc_bytes_{lay.codebook}", T.reinterpret(codes, dtype="uint8x64"))
+            codes = _bits(bytes_, T.int32(0), 8)
+        return self._less_zeros(codes, column, c)
+
+    def _less_zeros(self, codes: Expr, column: Column, c: Expr) -> Expr:
+        ops = self.ops
+        if ops.zero_point is not None and not ops.minimum:
+            return codes - ops.whole_zeros(self.first + c, column.group)
+        return codes - i32s(ops.middle) if ops.middle else codes
+
+
+def _bits(word: Expr, first: Expr, width: int) -> Expr:
+    """`width` bits from `first` on of 32-bit lanes."""
+    lanes = T.shift_right(T.reinterpret(word, dtype="int32x16"), splat(first))
+    return T.bitwise_and(lanes, i32s((1 << width) - 1))
+
 
 class Unpacked(Packed):
     """A panel of weights spread to bytes, scales and zero points widened, in memory of this thread.
@@ -284,7 +363,7 @@ class Unpacked(Packed):
     def __init__(self, ops: Operands, first: Expr, count: int) -> None:
         super().__init__(ops, first, count)
         lay = ops.layout
-        shape: Shape = (count, lay.groups, lay.steps, lay.words, 64)
+        shape: Shape = (count, lay.k_padded // 4, 64)
         each = (lay.groups, count, LANES)
         self.bytes = T.alloc_buffer(shape, "uint8")
         self.wide = T.alloc_buffer(each, "float32")
@@ -319,7 +398,7 @@ class Unpacked(Packed):
                         w = let(w - less[c])
                     if ops.shifted:
                         put(sums[c], call("int32x16", ops.dot, vec(sums[c], 0), w, _ALL_128), 0)
-                    put(self.bytes, w, c, g, s, word, 0, lanes=64)
+                    put(self.bytes, w, c, self._word(g, s, word), 0, lanes=64)
         start = T.reinterpret(f32s(LIFT), dtype="int32x16") if ops.lifted else i32s(0)
         for c, total in enumerate(sums):
             put(self.starts, start - vec(total, 0), g, c, 0)
@@ -336,13 +415,26 @@ class Unpacked(Packed):
                     for j, half in enumerate(("low", "high")):
                         both = call("uint8x64", f"llmc_pair_{half}", first, second)
                         step, word = divmod(i + j, lay.words)
-                        put(self.bytes, both, c, g, steps[step], word, 0, lanes=64)
+                        put(self.bytes, both, c, self._word(g, steps[step], word), 0, lanes=64)
 
     def words(self, group: Expr, step: Expr) -> list[list[Expr]]:
         return [
-            [let(vec(self.bytes, c, group, step, word, 0, lanes=64)) for c in range(self.count)]
+            [let(vec(self.bytes, c, self._word(group, step, word), 0, lanes=64)) for c in range(self.count)]
             for word in range(self.ops.layout.words)
         ]
+
+    def _word(self, group: Expr, step: Expr, word: int) -> Expr:
+        lay = self.ops.layout
+        return (group * lay.steps + step) * lay.words + word
+
+    def _codes(self, column: Column, c: Expr) -> Expr:
+        if self.ops.paired:
+            return super()._codes(column, c)
+        word = vec(self.bytes, c, column.word, 0, lanes=64)
+        if not self.ops.signed:
+            return self._less_zeros(_bits(word, column.bit, 8), column, c)
+        lanes = T.shift_left(T.reinterpret(word, dtype="int32x16"), splat(T.int32(24) - column.bit))
+        return T.shift_right(lanes, i32s(24))
 
     def start(self, group: Expr, c: int) -> Expr:
         """Where the totals of 16 outputs start; for `Operands.shifted`."""

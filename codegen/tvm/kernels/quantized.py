@@ -7,6 +7,8 @@ A row's result is, for each output n and with groups g in order:
     acc = fma(a_scale[g], scale[n, g] · float(Σ_k a[k] · q[n, k] - zero_point[n, g] · Σ_k a[k]), acc)
     acc = fma(a_scale[g], fma(scale[n, g], float(Σ_k a[k] · q[n, k]), minimum[n, g] · Σ_k a[k]), acc)
 
+and at last acc = fma(x, weight as a float, acc) for each activation x that is kept apart (`Quantized.apart`).
+
 Where `Operands.lifted`, the product with the scale is fma(scale, LIFT + total, -scale · LIFT): rounded once,
 it is the same. A group of 32 is 8 `vpdpbusd` an output, so each further instruction counts: here there are
 two, and one for a zero point.
@@ -165,8 +167,8 @@ def _multiply(ops: Operands, row: Expr, rows: int, panel: Packed, dot: str) -> N
             _add_group(ops, row, panel, g, total, dot)
         _finish_group(ops, row, panel, g, total, acc, range(count))
     for t in range(rows):
-        for c in range(count):
-            ops.write(let(vec(acc[t][c], 0)), row + t, panel.first + c)
+        for c, total in enumerate(panel.add_apart([let(vec(x, 0)) for x in acc[t]], row + t, range(count))):
+            ops.write(total, row + t, panel.first + c)
 
 
 def _start(ops: Operands, row: Expr, rows: int, panel: Packed, group: Expr) -> list[list[Buffer]]:
@@ -349,9 +351,9 @@ def _with_unsigned(ops: Operands, tokens: Expr, used: Expr) -> Operands:
     return replace(ops, a=unsigned, signed=True, shifted=True)
 
 
-def quantized_operands(kernel: Kernel, lay: QuantLayout, bias: bool) -> Operands:
+def quantized_operands(kernel: Kernel, lay: QuantLayout, bias: bool, apart: int) -> Operands:
     """The first parameters of a kernel that multiplies by a quantized weight; residual and out are None."""
-    rows = quantized_arguments(kernel, lay)
+    rows = quantized_arguments(kernel, lay, apart=apart)
     return Operands(
         lay,
         kernel.isa,
@@ -362,6 +364,7 @@ def quantized_operands(kernel: Kernel, lay: QuantLayout, bias: bool) -> Operands
         kernel.argument("bias", (lay.n,), "float32") if bias else None,
         None,
         None,
+        apart,
     )
 
 
@@ -377,13 +380,14 @@ def make_quantized_linear(
     super_group: int = 0,
     bias: bool = False,
     residual: bool = False,
+    apart: int = 0,
     schedule: Schedule | None = None,
     isa: str,
 ) -> Any:
     """out = Σ_g a_scale · scale · (a · q - zero_point · sums) (+ bias) (+ residual), or with a minimum Σ_g
     a_scale · (scale · a · q + minimum · sums).
 
-    With L the QuantLayout of these: a int8 [T, L.k_padded], sums and a_scale float32 [T, L.groups]
+    With L the QuantLayout of these: a int8 [T, L.k_padded], sums and a_scale float32 [T, L.groups + apart]
     from `quantize_activation`; weight uint8 L.weight_shape; scale L.scale_storage L.scale_shape;
     zero_point L.zero_storage L.zero_shape, or absent and 2^(bits-1); bias float32 [n]; residual and out
     float32 [T, n]. A codebook is one of integers. `schedule` None: what is shipped.
@@ -392,7 +396,7 @@ def make_quantized_linear(
     lay = QuantLayout(n, k, bits, group_size, codebook, scale_dtype, zero_point, super_group)
     with kernel:
         tokens = kernel.symbol("T")
-        ops = quantized_operands(kernel, lay, bias)
+        ops = quantized_operands(kernel, lay, bias, apart)
         ops = replace(
             ops,
             residual=kernel.argument("residual", (tokens, n), "float32") if residual else None,
@@ -413,7 +417,7 @@ def reference_quantized_linear(
     zero_point: np.ndarray | None,
 ) -> np.ndarray:
     """float64 [T, n] from unpacked q uint8 [n, k], scale [n, groups], zero_point [n, groups] (of
-    `layout.zero_point`'s dtype) and padded activations.
+    `layout.zero_point`'s dtype) and padded activations, of which some are kept apart where sums are longer.
     """
     out = np.zeros((a.shape[0], q.shape[0]))
     values = q.astype(np.float64)
@@ -430,4 +434,12 @@ def reference_quantized_linear(
             minimum = layout.zero_point != "uint8"
             total += offset if minimum else -offset * scale[None, :, g].astype(np.float64)
         out += total * a_scale[:, g, None].astype(np.float64)
+    for at in range(layout.groups, sums.shape[1]):
+        column = sums[:, at].astype(int)
+        g = column // layout.real_group
+        weight = values[:, column] * scale[:, g].astype(np.float64)
+        if zero_point is not None:
+            offset = zero_point[:, g].astype(np.float64)
+            weight += offset if layout.zero_point != "uint8" else -offset * scale[:, g].astype(np.float64)
+        out += a_scale[:, at, None].astype(np.float64) * weight.T
     return out

@@ -113,7 +113,7 @@ def _multiply_block(row: Expr, panel: Unpacked, c: Expr, totals: Buffer, finish:
         scale(T.int32(last - 1), products.group(T.int32(last), more=False))
     scale(T.int32(last), [])
     for t in range(TILE_ROWS):
-        ops.write(let(vec(acc[t][0], 0)), row + t, block)
+        ops.write(panel.add_apart([let(vec(acc[t][0], 0))], row + t, [c])[0], row + t, block)
 
 
 class _Products:
@@ -153,13 +153,13 @@ class _Products:
 
     def _loads(self, g: Expr, part: int) -> list[Operation]:
         ops, lay = self.panel.ops, self.panel.ops.layout
-        steps = self.depth // 4 // lay.words
 
         def rows() -> None:
             load(1, _address(ops.a, self.row, g * lay.group + part * self.depth), lay.k_padded)
 
         def words() -> None:
-            load(2, _address(self.panel.bytes, self.c, g, part * steps, 0, 0), 64)
+            word = g * (lay.group // 4) + part * (self.depth // 4)
+            load(2, _address(self.panel.bytes, self.c, word, 0), 64)
 
         return [rows, words]
 
