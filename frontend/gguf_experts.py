@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from ..ir.weights import LazyTensor
+from ..ir.weights import LazyTensor, QuantizedTensors, concat_quantized
 from .weights import transformed
 
 _STACKED: Final = re.compile(
@@ -28,6 +28,15 @@ class JoinedTensor:
         self.shape: tuple[int, ...] = (first.shape[0], first.shape[1] + second.shape[1], *first.shape[2:])
         self.dtype = first.dtype
         self.source = f"{first.source} and {second.source}"
+
+    @property
+    def quantized(self) -> QuantizedTensors | None:
+        """The parts' own quantized parts, where both have them on one grid."""
+
+        def join(parts: Sequence[LazyTensor]) -> LazyTensor:
+            return JoinedTensor(parts, in_turns=self._in_turns)
+
+        return concat_quantized(self._parts, join)
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
         arrays = [part.read(start, stop) for part in self._parts]

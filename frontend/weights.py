@@ -34,7 +34,7 @@ class GGUFTensor:
     Attributes:
         shape: torch order. dtype: always "float32". source: "file.gguf:name".
         ggml_type: block type ("Q4_1"). block_size, type_size: elements and bytes of a block.
-        quantized: codes, scales and minimums of a matrix in one of `ir.ggml.BLOCK_TYPES`, read from its
+        quantized: codes, scales and minimums of matrices in one of `ir.ggml.BLOCK_TYPES`, read from their
             blocks; None for other types and other ranks.
     """
 

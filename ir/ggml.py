@@ -218,7 +218,7 @@ BLOCK_TYPES: Final = _table()
 
 
 class BlockRows(Protocol):
-    """A matrix [N, K] that is stored as rows of blocks."""
+    """A matrix [N, K], or several stacked, [E, N, K], that are stored as rows of blocks."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -230,24 +230,24 @@ class BlockRows(Protocol):
     def ggml_type(self) -> str: ...
 
     def blocks(self, start: int = 0, stop: int | None = None) -> Array:
-        """Raw bytes of rows [start:stop), uint8 [rows, bytes of a row]."""
+        """Raw bytes of rows [start:stop) of axis 0, uint8 [rows, …, bytes of a row]."""
         ...
 
 
 class BlockPart:
-    """Codes, scales or minimums of a matrix in blocks as a lazy tensor; a read unpacks the rows asked for.
+    """Codes, scales or minimums of matrices in blocks as a lazy tensor; a read unpacks the rows asked for.
 
     Attributes:
-        tensor: the matrix with its blocks.
+        tensor: the matrices with their blocks.
         part: "codes", "scale" or "zero_point".
     """
 
     def __init__(self, tensor: BlockRows, part: str) -> None:
         self.tensor, self.part = tensor, part
         self._type = BLOCK_TYPES[tensor.ggml_type]
-        rows, k = tensor.shape
+        *rows, k = tensor.shape
         quant = self._type.quant
-        self.shape: tuple[int, ...] = (rows, k if part == "codes" else k // quant.group_size)
+        self.shape: tuple[int, ...] = (*rows, k if part == "codes" else k // quant.group_size)
         self.dtype = "uint8" if part == "codes" else quant.scale_dtype
         self.source = f"{part}({tensor.source})"
 
@@ -255,25 +255,28 @@ class BlockPart:
         raw = self.tensor.blocks(start, stop)
         if not len(raw):
             return np.empty((0, *self.shape[1:]), self.dtype)
+        shape, rows = (len(raw), *self.shape[1:]), raw.reshape(-1, raw.shape[-1])
         if self.part == "codes":
-            return self._type.unpack_codes(raw)
-        found = self._type.unpack_scales(raw)[self.part == "zero_point"]
+            return self._type.unpack_codes(rows).reshape(shape)
+        found = self._type.unpack_scales(rows)[self.part == "zero_point"]
         assert found is not None
         if not np.isfinite(found).all():
             raise InputError(
                 f"{self.tensor.source} holds NaN or infinite scales",
                 remedy="the file is damaged: get it again",
             )
-        return found
+        return found.reshape(shape)
 
     def __repr__(self) -> str:
         return f"BlockPart({self.dtype}{list(self.shape)}, {self.source!r})"
 
 
 def block_parts(tensor: BlockRows) -> QuantizedTensors | None:
-    """The parts of a matrix in blocks; None where its type is none of `BLOCK_TYPES` or it is no matrix."""
+    """The parts of one matrix or of several in blocks; None where their type is none of `BLOCK_TYPES` or they
+    are no matrices.
+    """
     kind = BLOCK_TYPES.get(tensor.ggml_type)
-    if kind is None or len(tensor.shape) != 2:
+    if kind is None or len(tensor.shape) not in (2, 3):
         return None
     minimum = BlockPart(tensor, "zero_point") if kind.minimum else None
     return QuantizedTensors(kind.quant, BlockPart(tensor, "codes"), BlockPart(tensor, "scale"), minimum)

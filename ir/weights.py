@@ -110,16 +110,17 @@ def read_chunks(tensor: LazyTensor, chunk_bytes: int = 32 << 20) -> Iterator[np.
 
 @dataclass(frozen=True, eq=False)
 class QuantizedTensors:
-    """The parts that a checkpoint stores of a quantized weight [N, K], beside the values that they stand for.
+    """The parts that a checkpoint stores of a quantized weight [N, K], or of one for each expert, [E, N, K],
+    beside the values that they stand for.
 
     A lazy tensor that has them carries them as its attribute `quantized` (`quantized_of` asks for it); its
     `read` gives the dequantized values.
 
     Attributes:
         quant: how the parts stand for numbers (`types.Quantization`).
-        codes: uint8 [N, K], one value a byte.
-        scale: `quant.scale_dtype` [N, G], G = ceil(K / group_size).
-        zero_point: uint8, float16 or float32 [N, G] as `Quantization` says, or None.
+        codes: uint8 [(E,) N, K], one value a byte.
+        scale: `quant.scale_dtype` [(E,) N, G], G = ceil(K / group_size).
+        zero_point: uint8, float16 or float32 [(E,) N, G] as `Quantization` says, or None.
         columns: int64 [K], a permutation, or None for the order of the weight: column j of `codes` is column
             columns[j] of the weight (GPTQ's desc_act, whose groups are scattered), so that a product takes
             x[..., columns].

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +48,28 @@ def assemble(
 
 
 def write_gguf(
-    path: Path, entries: list[bytes], tensors: dict[str, np.ndarray[Any, Any]], quantize: str = "F32"
+    path: Path,
+    entries: list[bytes],
+    tensors: dict[str, np.ndarray[Any, Any]],
+    quantize: str | Callable[[str], str] = "F32",
 ) -> Path:
-    """A file whose tensors of two or more axes are stored as `quantize` blocks, the others in float32."""
+    """A file whose tensors of two or more axes are stored as `quantize` blocks (or those it says of a name),
+    the others in float32.
+    """
     from gguf.constants import GGMLQuantizationType
     from gguf.quants import quantize as to_blocks
+    from llmc.passes.quantize.gguf.encode import encode
 
     infos: list[bytes] = []
     data = b""
     for name, array_ in tensors.items():
-        kind = GGMLQuantizationType[quantize if array_.ndim > 1 else "F32"]
-        raw = to_blocks(array_.astype(np.float32), kind).tobytes()
+        wanted = quantize if isinstance(quantize, str) else quantize(name)
+        kind = GGMLQuantizationType[wanted if array_.ndim > 1 else "F32"]
+        x = array_.astype(np.float32)
+        if kind.name.endswith("_K"):  # gguf's package has no encoders of these
+            raw = encode(kind.name, x.reshape(-1, x.shape[-1])).tobytes()
+        else:
+            raw = to_blocks(x, kind).tobytes()
         infos.append(tensor_info(name, array_.shape, int(kind), len(data)))
         data += raw + b"\0" * (-len(raw) % 32)
     path.write_bytes(assemble(entries, infos, data))

@@ -86,15 +86,25 @@ def test_reordered_rows_keep_their_parts(tmp_path: Path) -> None:
     assert np.array_equal(values(parts), interleave(tensor.read()))
 
 
-def test_floats_and_stacked_experts_carry_no_parts(tmp_path: Path) -> None:
+def test_floats_carry_no_parts(tmp_path: Path) -> None:
     raw = np.zeros((2, 128), np.uint8)
     assert quantized_of(gguf_with(tmp_path / "a.gguf", "F32", raw, 32)["t"]) is None
-    info = tensor_info("t", (2, 3, 32), int(GGMLQuantizationType.Q8_0), 0)
-    (tmp_path / "b.gguf").write_bytes(
-        assemble([entry("general.architecture", STRING, "llama")], [info], bytes(2 * 3 * 34))
-    )
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_stacked_experts_are_the_matrices_one_behind_the_other(name: str, tmp_path: Path) -> None:
+    raw = random_blocks(name, 6, 256, seed=3)
+    info = tensor_info("t", (2, 3, 256), int(GGMLQuantizationType[name]), 0)
+    data = assemble([entry("general.architecture", STRING, "llama")], [info], raw.tobytes())
+    (tmp_path / "b.gguf").write_bytes(data)
     stacked = open_gguf_tensors(read_gguf(tmp_path / "b.gguf"))["t"]
-    assert quantized_of(stacked) is None and stacked.read().shape == (2, 3, 32)
+    one = quantized_of(gguf_with(tmp_path / "a.gguf", name, raw, 256)["t"])
+    parts = quantized_of(stacked)
+    assert parts is not None and one is not None
+    assert np.array_equal(values(parts), stacked.read())
+    for whole, flat in ((parts.codes, one.codes), (parts.scale, one.scale)):
+        assert np.array_equal(whole.read().reshape(flat.shape), flat.read())
+        assert np.array_equal(whole.read(1, 2), whole.read()[1:]) and whole.read(1, 1).shape[0] == 0
 
 
 def test_a_scale_that_is_no_number_is_refused(tmp_path: Path) -> None:

@@ -127,8 +127,17 @@ def tiny(kind: str, **changes: Any) -> Any:
     return random_model(config, model_class(config)[0])
 
 
-def written(model: Any, kind: str, path: Path, *further: bytes, arch: Architecture | None = None) -> Path:
-    """A file of a model: key-values by the table, tensors by the package gguf's names, in float32."""
+def written(
+    model: Any,
+    kind: str,
+    path: Path,
+    *further: bytes,
+    arch: Architecture | None = None,
+    quantize: str | Callable[[str], str] = "F32",
+) -> Path:
+    """A file of a model: key-values by the table, tensors by the package gguf's names, as `write_gguf` stores
+    them.
+    """
     arch = arch or ARCHITECTURES[kind]
     source: Any = ModelInMemory(model)
     source.rope_scaling = None
@@ -157,7 +166,7 @@ def written(model: Any, kind: str, path: Path, *further: bytes, arch: Architectu
     entries = [entry(k, _KINDS[type(v)], v) for k, v in keys.items()]
     vocabulary = byte_vocabulary([f"<x{i}>" for i in range(config.vocab_size - 256)])
     ends = [entry(f"tokenizer.ggml.{name}_token_id", U32, i) for name, i in (("bos", 1), ("eos", 2))]
-    return write_gguf(path, [*entries, *vocabulary, *ends, *further], tensors)
+    return write_gguf(path, [*entries, *vocabulary, *ends, *further], tensors, quantize)
 
 
 def _parts(

@@ -4,6 +4,7 @@
     linear(x, w), columns permuted     → quantized_linear(gather(x, columns), q, scale, zero_point)
     linear(x, [wq; wk; wv]) whose      → concat(quantized_linear(x, wq…), …, linear(x, wv))
       parts lie on different grids
+    moe(x, i, w, up, down)             → quantized_moe(x, i, w, up.q, up.scale, …, down.q, …)
 
 A weight that the file has in floats stays what it is.
 """
@@ -17,6 +18,7 @@ import numpy as np
 
 from ...ir.core import Graph, Op, Value
 from ...ir.errors import InputError
+from ...ir.ops.moe import Moe
 from ...ir.ops.nn import Linear
 from ...ir.ops.quant import QuantizedEmbedding, QuantizedLinear
 from ...ir.ops.shape import Concat, Gather, Slice
@@ -25,7 +27,7 @@ from ..base import Pass, PassContext, PassResult
 from ..derived import ConcatRows, SliceRows
 from ..registry import Quantizer
 from .attach import attach_quantized, is_quantizable
-from .moe import experts_of
+from .moe import Parts, attach_experts, experts_of
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,9 @@ class KeepQuantized(Pass):
             else:
                 attach_stored(graph, weight, parts)
                 kept += 1
+        mixtures = experts_of(graph)
+        unkept = [op for op in mixtures if not _keep_experts(graph, op)]
+        kept += len(mixtures) - len(unkept)
         graph.drop_dead()
         if not kept and any(isinstance(w.weight, ShapeOnlyTensor) for w in graph.weights.values()):
             raise InputError(
@@ -62,9 +67,31 @@ class KeepQuantized(Pass):
                 remedy="choose a scheme, such as --quant int4, or --quant none",
             )
         notes = [f"{floats} weights of linear layers or embeddings are stored as floats and stay so"]
-        mixtures = len(experts_of(graph))
-        said = [f"the experts of {mixtures} mixtures stay floats, whatever the file has them in"]
-        return PassResult(graph, True, (notes if floats else []) + (said if mixtures else []))
+        said = (
+            [f"the experts of {len(unkept)} mixtures stay floats: {_stored_as(unkept[0])}"] if unkept else []
+        )
+        return PassResult(graph, True, (notes if floats else []) + said)
+
+
+def _keep_experts(graph: Graph, op: Moe) -> bool:
+    """Attach the codes that are stored of a mixture's experts; whether there are any of both weights."""
+    found = [quantized_of(weight.weight) for weight in (op.gate_up, op.down)]
+    kept = [
+        Parts(p.quant, p.codes, p.scale, p.zero_point) for p in found if p is not None and p.columns is None
+    ]
+    if len(kept) < len(found):
+        return False
+    attach_experts(graph, op, *kept)
+    return True
+
+
+def _stored_as(op: Moe) -> str:
+    """Why the experts of a mixture have no codes."""
+    weights = [v for v in (op.gate_up, op.down) if quantized_of(v.weight) is None]
+    names = " and ".join(v.name for v in weights)
+    return (
+        f"{names} {'are' if len(weights) > 1 else 'is'} stored as floats, or in blocks that no kernel reads"
+    )
 
 
 def attach_stored(graph: Graph, weight: Value, parts: QuantizedTensors) -> None:

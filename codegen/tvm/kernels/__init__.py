@@ -12,9 +12,9 @@ scale_dtype, zero_point, super_group)`, here L; FORM stands for the last six par
 
     make_linear(n, k, bias, residual, weight_dtype)
         x [T, K], weight packed_shape(n, k), (bias [N]), (residual [T, N]) → out [T, N]
-    make_quantize_activation(k, group_size, align)
-        x [T, K] → a int8 [T, L.k_padded], sums [T, L.groups], a_scale [T, L.groups]
-    make_quantized_linear(n, k, FORM, bias, residual, schedule)
+    make_quantize_activation(k, group_size, align, apart)
+        x [T, K] → a int8 [T, L.k_padded], sums and a_scale [T, L.groups + apart] (`activation.Quantized`)
+    make_quantized_linear(n, k, FORM, bias, residual, apart, schedule)
         a, sums, a_scale, weight uint8 L.weight_shape, scale L.scale_storage L.scale_shape,
         (zero_point L.zero_storage L.zero_shape), (bias [N]), (residual [T, N]) → out [T, N]
     make_lora(parts, k, dtype)
@@ -26,7 +26,7 @@ scale_dtype, zero_point, super_group)`, here L; FORM stands for the last six par
         ids int32 [T], table [rows, width] or packed_shape(rows, width) → out [T, width]
     make_quantized_embedding(rows, width, FORM)
         ids int32 [T], weight, scale, (zero_point) as of quantized_linear → out [T, width]
-    make_rms_norm(width, eps, weight, heads, source, quantize)
+    make_rms_norm(width, eps, weight, heads, source, quantize, apart)
         x, (weight [width]) → out; or a, sums, a_scale of quantize_activation
     make_layer_norm(width, eps, weight, bias)
         x [T, width], (weight [width]), (bias [width]) → out [T, width]
@@ -34,7 +34,7 @@ scale_dtype, zero_point, super_group)`, here L; FORM stands for the last six par
         x, cos [T, rotary_dim], sin [T, rotary_dim] → out [T, heads, head_dim]
     make_gated_mlp(width, activation, quantize)
         gate_up [T, 2 · width] → out [T, width]; or a, sums, a_scale of quantize_activation
-    make_quantized_gated_mlp(width, k, FORM, bias, activation, quantize, schedule)
+    make_quantized_gated_mlp(width, k, FORM, bias, apart, activation, quantize, schedule)
         operands as of quantized_linear for N = 2 · width → a, sums, a_scale of quantize_activation
     make_activation(width, activation)
         x [T, width] → out [T, width]
