@@ -9,7 +9,6 @@ from typing import Any, Final
 import numpy as np
 
 from ..ir.weights import LazyTensor, QuantizedTensors, concat_quantized
-from .weights import transformed
 
 _STACKED: Final = re.compile(
     r".*\blayers\.(?P<layer>\d+)\..*"
@@ -48,6 +47,22 @@ class JoinedTensor:
         return f"JoinedTensor({self.dtype}{list(self.shape)}, {self.source!r})"
 
 
+class TurnedTensor:
+    """Stacked matrices [E, N, K], each transposed: [E, K, N]."""
+
+    def __init__(self, straight: LazyTensor) -> None:
+        self.straight = straight
+        experts, rows, columns = straight.shape
+        self.shape: tuple[int, ...] = (experts, columns, rows)
+        self.dtype, self.source = straight.dtype, straight.source
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
+        return np.ascontiguousarray(self.straight.read(start, stop).swapaxes(1, 2))
+
+    def __repr__(self) -> str:
+        return f"TurnedTensor({self.dtype}{list(self.shape)}, {self.source!r})"
+
+
 def stacked_experts(
     model: Any, tensors: Mapping[str, LazyTensor], *, in_turns: bool
 ) -> tuple[dict[str, LazyTensor], set[str]]:
@@ -75,5 +90,5 @@ def stacked_experts(
         used |= set(names)
         joined = held[0] if down else JoinedTensor(held, in_turns=in_turns)
         turned = in_turns and kind == "weight"
-        found[parameter] = transformed(joined, lambda x: x.swapaxes(1, 2)) if turned else joined
+        found[parameter] = TurnedTensor(joined) if turned else joined
     return found, used

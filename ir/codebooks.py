@@ -8,6 +8,8 @@ formats' own readers multiply by.
              (https://github.com/bitsandbytes-foundation/bitsandbytes/blob/main/bitsandbytes/functional.py)
     iq4_nl   GGML's non-linear 4-bit values, integers, of IQ4_NL and IQ4_XS
              (https://github.com/ggml-org/llama.cpp/blob/master/ggml/src/ggml-common.h, `kvalues_iq4nl`)
+    mxfp4    twice the values of a float with 2 bits of exponent and 1 of mantissa, integers (OCP Microscaling
+             Formats 1.0, section 5.3.3), in ascending order: 0 stands twice
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ CODEBOOKS: dict[str, tuple[float, ...]] = {
         1.0,
     ),
     "iq4_nl": (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
+    "mxfp4": (-12, -8, -6, -4, -3, -2, -1, 0, 0, 1, 2, 3, 4, 6, 8, 12),
 }
 """Name → 16 ascending values."""
 

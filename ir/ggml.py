@@ -162,6 +162,17 @@ def _q3_k_scales(b: Array) -> Scales:
     return _single(b, 108) * scales.astype(np.float32), None
 
 
+def _mxfp4_codes(b: Array) -> Array:
+    # A sign bit and a magnitude, as places in the ascending table.
+    code = _shifted(b[:, 1:17], 16, (0, 4), 15)
+    return np.where(code < 8, code + np.uint8(8), np.uint8(15) - code)
+
+
+def _mxfp4_scales(b: Array) -> Scales:
+    """2^(e - 128): half of the exponent's power, since the table has doubled values."""
+    return np.ldexp(np.float32(1), b[:, :1].astype(np.int32) - 128), None
+
+
 def _iq4_xs_scales(b: Array) -> Scales:
     low = ((b[:, 4:8, None] >> np.array([0, 4], np.uint8)) & np.uint8(15)).reshape(len(b), 8)
     high = np.ascontiguousarray(b[:, 2:4]).view(np.uint16) >> np.arange(0, 16, 2, dtype=np.uint16)
@@ -179,6 +190,9 @@ def _affine(bits: int, group: int, scale: str = "float16") -> Quantization:
 
 def _codebook(group: int, scale: str) -> Quantization:
     return Quantization(4, group, True, scale, codebook="iq4_nl", super_group=_super(scale))
+
+
+_MXFP4: Final = Quantization(4, 32, True, "float32", codebook="mxfp4")
 
 
 def _super(scale: str) -> int:
@@ -210,6 +224,7 @@ def _table() -> dict[str, BlockType]:
             "IQ4_XS", SUPER, 136, _codebook(32, f32), False,
             lambda b: _shifted(b[:, 8:136], 16, (0, 4), 15), _iq4_xs_scales,
         ),
+        BlockType("MXFP4", 32, 17, _MXFP4, False, _mxfp4_codes, _mxfp4_scales),
     )  # fmt: skip
     return {kind.name: kind for kind in kinds}
 

@@ -166,6 +166,15 @@ def quantized_of(tensor: LazyTensor | None) -> QuantizedTensors | None:
     return found if isinstance(found, QuantizedTensors) else None
 
 
+def straight_of(tensor: LazyTensor | None) -> LazyTensor | None:
+    """The stored [E, N, K] of a tensor that gives its matrices transposed, [E, K, N]; None for others.
+
+    A lazy tensor that knows it carries it as its attribute `straight`: codes lie in rows, and what turns the
+    matrices back finds them there.
+    """
+    return getattr(tensor, "straight", None)
+
+
 def concat_quantized(
     parts: Sequence[LazyTensor], concat: Callable[[Sequence[LazyTensor]], LazyTensor]
 ) -> QuantizedTensors | None:

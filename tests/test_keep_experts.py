@@ -37,6 +37,9 @@ def file_of(path: Path, kind: str, mixed: list[tuple[str, str]], others: str = "
     sizes["num_experts_per_tok"] = 4
     if kind == "qwen3_moe":
         sizes["layer_types"] = ["full_attention"] * len(mixed)
+    elif kind == "gpt_oss":
+        sizes["intermediate_size"] = sizes.pop("moe_intermediate_size")
+        sizes["layer_types"] = ["sliding_attention", "full_attention"]
     else:
         sizes["intermediate_size"] = sizes.pop("moe_intermediate_size")
     model = tiny(kind, **sizes)
@@ -50,10 +53,14 @@ def file_of(path: Path, kind: str, mixed: list[tuple[str, str]], others: str = "
     return written(model, kind, path, quantize=stored)
 
 
-@pytest.mark.parametrize("kind", ["qwen3_moe", "granitemoe"])
-def test_experts_are_kept_as_they_are_stored(kind: str, tmp_path: Path) -> None:
-    """Codes by the IR's meaning are the numbers that ggml has, bit for bit."""
-    path = file_of(tmp_path / "m.gguf", kind, MIXED)
+@pytest.mark.parametrize(
+    ("kind", "mixed"), [("qwen3_moe", MIXED), ("granitemoe", MIXED), ("gpt_oss", [("MXFP4", "MXFP4")] * 2)]
+)
+def test_experts_are_kept_as_they_are_stored(kind: str, mixed: list[tuple[str, str]], tmp_path: Path) -> None:
+    """Codes by the IR's meaning are the numbers that ggml has, bit for bit; gpt-oss computes with matrices
+    that are turned, gates and ups in turns, and is read as it lies.
+    """
+    path = file_of(tmp_path / "m.gguf", kind, mixed)
     fused, _ = lowered(trace_source(open_source(path)), "fused")
     floats = [weight.weight.read() for op in fused if isinstance(op, Moe) for weight in (op.gate_up, op.down)]
     graph, records = lowered(trace_source(open_source(path)), "fused", [KeepQuantized()])
@@ -66,17 +73,18 @@ def test_experts_are_kept_as_they_are_stored(kind: str, tmp_path: Path) -> None:
             ):
                 read = [None if p is None else torch.from_numpy(p.weight.read()) for p in parts]
                 codes.append(dequantized(parts[0].type.quant, *read).numpy())
-    assert len(codes) == len(floats) == 2 * len(MIXED)
+    assert len(codes) == len(floats) == 2 * len(mixed)
     for one, other in zip(codes, floats, strict=True):
         assert np.array_equal(one, other)
     assert not any("experts" in note for record in records for note in record.notes)
 
 
-def test_the_artifact_is_the_files_model(tmp_path: Path) -> None:
-    """But for activations of 8 bits: 2.6 % of the logits' norm for this random model; llama.cpp, which rounds
-    them too, is 3.1 % away from what the file means.
+@pytest.mark.parametrize(("kind", "mixed"), [("qwen3_moe", MIXED), ("gpt_oss", [("MXFP4", "MXFP4")] * 2)])
+def test_the_artifact_is_the_files_model(kind: str, mixed: list[tuple[str, str]], tmp_path: Path) -> None:
+    """But for activations of 8 bits: 2.6 % of the logits' norm for the first random model; llama.cpp, which
+    rounds them too, is 3.1 % away from what the file means.
     """
-    path, ids = file_of(tmp_path / "m.gguf", "qwen3_moe", MIXED), ids_of(40)
+    path, ids = file_of(tmp_path / "m.gguf", kind, mixed), ids_of(40)
     logits: dict[str, np.ndarray] = {}
     for scheme in ("none", "keep"):
         compile_model(path, tmp_path / scheme, quant=scheme, context=64)
@@ -84,11 +92,12 @@ def test_the_artifact_is_the_files_model(tmp_path: Path) -> None:
         logits[scheme] = llm.logits(ids)
         # Experts of few rows are read as they lie in memory, those of many are spread first.
         assert np.array_equal(llm.logits(ids[:3]), logits[scheme][:3])
-    with LlamaCpp(path) as opened:
-        logits["llama.cpp"] = opened.logits(ids)
+    if kind != "gpt_oss":  # whose blocks at this size abort llama.cpp
+        with LlamaCpp(path) as opened:
+            logits["llama.cpp"] = opened.logits(ids)
     wanted = logits.pop("none")
     gap = {name: np.linalg.norm(x - wanted) / np.linalg.norm(wanted) for name, x in logits.items()}
-    assert gap["keep"] < gap["llama.cpp"] < 0.05
+    assert gap["keep"] < gap.get("llama.cpp", 0.03) < 0.05
     stored = sum(p.stat().st_size for p in (tmp_path / "keep" / "weights").iterdir())
     assert stored < 0.4 * sum(p.stat().st_size for p in (tmp_path / "none" / "weights").iterdir())
 

@@ -17,7 +17,7 @@ import numpy as np
 from ...ir.core import Graph, Value
 from ...ir.errors import CompileError
 from ...ir.ops.moe import Moe
-from ...ir.weights import LazyTensor
+from ...ir.weights import LazyTensor, QuantizedTensors, quantized_of, straight_of
 from ..base import Pass, PassContext, PassResult
 
 Array = np.ndarray[Any, Any]
@@ -25,6 +25,8 @@ Array = np.ndarray[Any, Any]
 
 class MappedExperts:
     """A stacked tensor [E, …] whose experts are changed as they are read, each for itself."""
+
+    quantized: QuantizedTensors | None = None
 
     def __init__(
         self, base: LazyTensor, shape: tuple[int, ...], change: Callable[[Array], Array], what: str
@@ -83,8 +85,20 @@ def _changed(graph: Graph, value: Value, *, turned: bool, apart: bool) -> Value:
 
     def change(experts: Array) -> Array:
         rows = experts.swapaxes(1, 2) if turned else experts
-        return np.concatenate((rows[:, ::2], rows[:, 1::2]), 1) if apart else rows
+        return _gates_first(rows) if apart else rows
 
     shape = value.weight.shape
     shape = (shape[0], shape[2], shape[1]) if turned else shape
-    return graph.add_weight(name, MappedExperts(value.weight, shape, change, "rows"))
+    rows = MappedExperts(value.weight, shape, change, "rows")
+    stored = quantized_of(straight_of(value.weight) if turned else value.weight)
+    if stored is not None:
+        rows.quantized = stored.map_rows(_part_with_gates_first) if apart else stored
+    return graph.add_weight(name, rows)
+
+
+def _gates_first(rows: Array) -> Array:
+    return np.concatenate((rows[:, ::2], rows[:, 1::2]), 1)
+
+
+def _part_with_gates_first(part: LazyTensor) -> LazyTensor:
+    return MappedExperts(part, part.shape, _gates_first, "rows")
