@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 from llmc.codegen.driver import compile_model
+from llmc.codegen.gguf.metadata import file_type
 from llmc.frontend.gguf import read_gguf
 from llmc.frontend.source import open_source
 from llmc.frontend.weights import open_gguf_tensors
 from llmc.ir.errors import UnsupportedError
+from llmc.ir.ggml import BLOCK_TYPES
 from llmc.passes.quantize.rtn import dequantize, quantize_rtn
 
 from .gguf_files import byte_vocabulary, llama_entries, llama_tensors, write_gguf
@@ -70,6 +72,16 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wide")
     model = save_tiny("llama", folder / "llama", **WIDE, num_hidden_layers=3)
     return write(model, folder, quant="gguf-q4_k_m")
+
+
+def test_every_type_that_can_be_kept_has_a_number_as_the_files_type() -> None:
+    """`LLAMA_FTYPE_MOSTLY_…` of llama.h."""
+    from gguf.constants import LlamaFileType
+
+    names = {name: name + "_M" * (name in ("Q4_K", "Q5_K")) for name in BLOCK_TYPES}
+    names |= {"Q3_K": "Q3_K_M", "MXFP4": "MXFP4_MOE"}
+    for name, theirs in names.items():
+        assert file_type(name) == LlamaFileType[f"MOSTLY_{theirs}"]
 
 
 def test_scheme_decides_the_types(quantized: Path) -> None:

@@ -149,6 +149,8 @@ CASES = [
     Case(33, 192, 4, 64, "float16"),
     Case(20, 96, 5, 48, "uint8"),
     Case(40, 128, 4, 64, codebook="iq4_nl"),
+    Case(40, 96, 4, 32, None, "float32", "mxfp4"),
+    Case(24, 128, 4, 64, None, "float32", "mxfp4"),
     Case(50, 256, 6, 128, "uint8"),
 ]
 GENERAL = [  # products in floats

@@ -39,10 +39,11 @@ def operands(rows: int) -> list[np.ndarray]:
     rng = np.random.default_rng(rows)
     a = rng.integers(-127, 128, (rows, LAYOUT.k_padded), dtype=np.int8)
     sums = a.reshape(rows, LAYOUT.groups, -1).astype(np.float32).sum(2)
+    column = rng.integers(0, K, (rows, 1)).astype(np.float32)  # of the one that is kept apart
     return [
         a,
-        sums,
-        rng.random((rows, LAYOUT.groups), dtype=np.float32) + 0.1,
+        np.hstack((sums, column)),
+        rng.random((rows, LAYOUT.groups + 1), dtype=np.float32) + 0.1,
         np.random.default_rng(1).integers(0, 256, LAYOUT.weight_shape, dtype=np.uint8),
         (np.random.default_rng(2).random(LAYOUT.scale_shape) + 0.1).astype(LAYOUT.scale_storage),
         np.random.default_rng(3).integers(0, 256, LAYOUT.zero_shape, dtype=np.uint8),
@@ -62,7 +63,7 @@ SCHEDULES = [
 def test_every_schedule_gives_the_same_bits(schedule: Schedule) -> None:
     from llmc.codegen.tvm.kernels.quantized import make_quantized_linear
 
-    shape = {"n": N, "k": K, **form(LAYOUT)}
+    shape = {"n": N, "k": K, **form(LAYOUT), "apart": 1}
     for rows in ROWS:
         arrays = operands(rows)
         wanted = call(make_quantized_linear, HERE[-1], shape, *arrays)
@@ -77,7 +78,7 @@ def test_every_schedule_gives_the_same_bits_of_a_gated_mlp(schedule: Schedule) -
 
     width = 64
     lay = QuantLayout(2 * width, K, 4, GROUP, None, "float16", None, 0)
-    static = {"width": width, "k": K, **form(lay), "activation": "silu", "quantize": (64, 8)}
+    static = {"width": width, "k": K, **form(lay), "activation": "silu", "quantize": (64, 8), "apart": 1}
     rng = np.random.default_rng(0)
     weight = rng.integers(0, 256, lay.weight_shape, dtype=np.uint8)
     scale = (rng.random(lay.scale_shape) * 0.01).astype(lay.scale_storage)

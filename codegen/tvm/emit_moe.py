@@ -134,7 +134,7 @@ def quantized_moe(low: Lowering, op: Any) -> Any:
     products = product(given, up, [op.up_q, op.up_scale, op.up_zero_point], apart)
 
     held = pairs.gate(op, products, up.n // op.gate.products)
-    static = {"k": down.k, "group_size": down.group_size, "align": down.align}
+    static = {"k": down.k, "group_size": down.group_size, "align": down.align, "apart": 0}
     parts = low.kernel(
         "quantize_activation", kernels.make_quantize_activation, static, [held], types(down, 0)
     )

@@ -66,11 +66,12 @@ class KeepQuantized(Pass):
                 f"--quant keep: {graph.name} is not quantized; none of its weights has codes to keep",
                 remedy="choose a scheme, such as --quant int4, or --quant none",
             )
-        notes = [f"{floats} weights of linear layers or embeddings are stored as floats and stay so"]
-        said = (
-            [f"the experts of {len(unkept)} mixtures stay floats: {_stored_as(unkept[0])}"] if unkept else []
-        )
-        return PassResult(graph, True, (notes if floats else []) + said)
+        notes: list[str] = []
+        if floats:
+            notes.append(f"{floats} weights of linear layers or embeddings are stored as floats and stay so")
+        if unkept:
+            notes.append(f"the experts of {len(unkept)} mixtures stay floats: {_without_codes(unkept)}")
+        return PassResult(graph, True, notes)
 
 
 def _keep_experts(graph: Graph, op: Moe) -> bool:
@@ -85,13 +86,12 @@ def _keep_experts(graph: Graph, op: Moe) -> bool:
     return True
 
 
-def _stored_as(op: Moe) -> str:
-    """Why the experts of a mixture have no codes."""
-    weights = [v for v in (op.gate_up, op.down) if quantized_of(v.weight) is None]
-    names = " and ".join(v.name for v in weights)
-    return (
-        f"{names} {'are' if len(weights) > 1 else 'is'} stored as floats, or in blocks that no kernel reads"
-    )
+def _without_codes(mixtures: Sequence[Moe]) -> str:
+    """Which of the mixtures' weights have no codes, and why."""
+    weights = [v.name for op in mixtures for v in (op.gate_up, op.down) if quantized_of(v.weight) is None]
+    more = f" and {len(weights) - 8} more" if len(weights) > 8 else ""
+    why = "stored as floats, as gates and ups in blocks of two types, or in blocks that no kernel reads"
+    return f"{', '.join(weights[:8])}{more} ({why})"
 
 
 def attach_stored(graph: Graph, weight: Value, parts: QuantizedTensors) -> None:

@@ -134,9 +134,9 @@ def quantize_group(to: Quantized, row: Expr, g: Expr, read: Read) -> None:
 def quantize_as_made(to: Quantized, row: Expr, make: Read) -> None:
     """Quantize a row whose 16 elements from i on are computed by `make(i)`; for `fits_producer`.
 
-    Groups are made before their scales are known, and never leave the nearest cache: several, so that the
-    processor has others to work at while it waits for a group's maximum; all of them where the largest of a
-    row is looked for.
+    Groups are made before their scales are known, and do not leave the nearest cache: several, so that the
+    processor has others to work at while it waits for a group's maximum. Where the largest of a row are kept
+    apart it is the whole row, 4 bytes an element.
     """
     group, groups = to.layout.group, to.layout.groups
     if to.apart:
@@ -225,9 +225,9 @@ def make_quantize_activation(*, k: int, group_size: int, align: int = 8, apart: 
     """a = round(x · 127 / max|x|), a_scale = max|x| / 127, sums = Σ a, each over a group.
 
     x float32 [T, k]; with L the `QuantLayout` of any weights that pad groups to `align`: a int8 [T,
-    L.k_padded], sums and a_scale float32 [T, L.groups], the sums whole numbers: they are factors of floats. A
-    group of zeros gives zeros; a NaN or an infinity makes the group's scale NaN or infinite, or is what is
-    kept `apart` (as in `Quantized`; for `whole_groups`).
+    L.k_padded], sums and a_scale float32 [T, L.groups + apart], the sums whole numbers: they are factors of
+    floats. A group of zeros gives zeros; a NaN or an infinity makes the group's scale NaN or infinite, or is
+    what is kept `apart` (as in `Quantized`; for `whole_groups`).
     """
     lay = activation_layout(k, group_size, align)
     kernel = Kernel("quantize_activation", isa)
