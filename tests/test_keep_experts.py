@@ -40,6 +40,8 @@ def file_of(path: Path, kind: str, mixed: list[tuple[str, str]], others: str = "
     sizes["num_experts_per_tok"] = 4
     if kind == "qwen3_moe":
         sizes["layer_types"] = ["full_attention"] * len(mixed)
+    elif kind == "deepseek_v3":
+        sizes["first_k_dense_replace"] = 0
     else:
         sizes["intermediate_size"] = sizes.pop("moe_intermediate_size")
     if kind == "gpt_oss":
@@ -48,7 +50,8 @@ def file_of(path: Path, kind: str, mixed: list[tuple[str, str]], others: str = "
 
     def stored(name: str) -> str:
         if "_exps" not in name:
-            return "F32" if "gate_inp" in name else others
+            # What a latent is projected to is narrower than a block.
+            return "F32" if "gate_inp" in name or kind == "deepseek_v3" else others
         up, down = mixed[int(name.split(".")[1])]
         return down if "down" in name else up
 
@@ -56,7 +59,12 @@ def file_of(path: Path, kind: str, mixed: list[tuple[str, str]], others: str = "
 
 
 @pytest.mark.parametrize(
-    ("kind", "mixed"), [("qwen3_moe", MIXED), ("granitemoe", MIXED), ("gpt_oss", [("MXFP4", "MXFP4")] * 2)]
+    ("kind", "mixed"),
+    [
+        *((kind, MIXED) for kind in ("qwen3_moe", "granitemoe", "mixtral")),
+        ("deepseek_v3", MIXED[:2]),
+        ("gpt_oss", [("MXFP4", "MXFP4")] * 2),
+    ],
 )
 def test_experts_are_kept_as_they_are_stored(kind: str, mixed: list[tuple[str, str]], tmp_path: Path) -> None:
     """Codes by the IR's meaning are the numbers that ggml has, bit for bit; gpt-oss computes with matrices
