@@ -102,8 +102,19 @@ def _converted(
                 raise CompileError(f"transformers' conversion of {target} failed: {error}") from error
             return to_numpy_array(value[0] if isinstance(value, list) else value)
 
-        out[target] = MergedTensor(target, tuple(state[target].shape), convert, groups, stacks_rows=stacks)
+        shape = tuple(state[target].shape)
+        out[target] = MergedTensor(target, shape, convert, groups, stacks, _moves_rows(converter, len(shape)))
     return out
+
+
+def _moves_rows(converter: Any, rank: int) -> bool:
+    """Whether a converter only stacks, joins and cuts tensors, and not along the last axis of `rank`."""
+    from transformers.core_model_loading import Chunk, Concatenate, MergeModulelist
+
+    return all(
+        isinstance(op, MergeModulelist | Concatenate | Chunk) and 0 <= op.dim < rank - 1
+        for op in converter.operations
+    )
 
 
 def complete(model: Any, weights: dict[str, LazyTensor], origin: str) -> dict[str, LazyTensor]:

@@ -9,6 +9,7 @@ from typing import Any, Final
 import numpy as np
 
 from ..ir.weights import LazyTensor, QuantizedTensors, concat_quantized
+from .weights import TurnedTensor
 
 _STACKED: Final = re.compile(
     r".*\blayers\.(?P<layer>\d+)\..*"
@@ -45,22 +46,6 @@ class JoinedTensor:
 
     def __repr__(self) -> str:
         return f"JoinedTensor({self.dtype}{list(self.shape)}, {self.source!r})"
-
-
-class TurnedTensor:
-    """Stacked matrices [E, N, K], each transposed: [E, K, N]."""
-
-    def __init__(self, straight: LazyTensor) -> None:
-        self.straight = straight
-        experts, rows, columns = straight.shape
-        self.shape: tuple[int, ...] = (experts, columns, rows)
-        self.dtype, self.source = straight.dtype, straight.source
-
-    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
-        return np.ascontiguousarray(self.straight.read(start, stop).swapaxes(1, 2))
-
-    def __repr__(self) -> str:
-        return f"TurnedTensor({self.dtype}{list(self.shape)}, {self.source!r})"
 
 
 def stacked_experts(

@@ -25,8 +25,8 @@ _REPO_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _PLACE: Final = re.compile(r"[\w-]+")
 
 _SMALL_FILES: Final = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json",
+    "config.json", "hf_quant_config.json", "generation_config.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
     "chat_template.jinja", "chat_template.json",
     "1_Pooling/config.json", "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json",
@@ -194,8 +194,16 @@ def read_config(folder: Path) -> Any:
 
 
 def quantization_config(folder: Path) -> dict[str, Any] | None:
-    """`quantization_config` of a folder whose configuration `read_config` has taken; None: plain floats."""
-    return read_json(folder / "config.json").get("quantization_config")
+    """`quantization_config` of a folder whose configuration `read_config` has taken; None: plain floats.
+
+    ModelOpt has written it into a file of its own (hf_quant_config.json).
+    """
+    found = read_json(folder / "config.json").get("quantization_config")
+    beside = folder / "hf_quant_config.json"
+    if found is None and beside.is_file():
+        own = read_json(beside).get("quantization")
+        return {**(own if isinstance(own, dict) else {}), "quant_method": "modelopt"}
+    return found
 
 
 def _line(error: Exception) -> str:

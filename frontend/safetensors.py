@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from ..ir.dtypes import itemsize, to_numpy
+from ..ir.dtypes import FLOAT8, itemsize, to_numpy
 from ..ir.errors import InputError
 from .mapped import MappedFile
 
@@ -28,6 +28,7 @@ _DTYPES: Final[dict[str, str]] = {
     "F16": "float16",
     "BF16": "bfloat16",
     "F64": "float64",
+    "F8_E4M3": FLOAT8,
     "I64": "int64",
     "I32": "int32",
     "I16": "int16",

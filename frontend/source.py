@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..ir.dtypes import FLOAT8
 from ..ir.errors import InputError
 from ..ir.weights import ArrayTensor, LazyTensor, num_elements
 from . import gguf_model, hf, rope
@@ -137,8 +138,18 @@ class ModelSource:
                 name: ArrayTensor(to_numpy_array(one), f"{self.name}:{name}") for name, one in state.items()
             }
         tensors = self._files if self.whole is None else text_tensors(self._files)
+        return self._opened(tensors)
+
+    def _opened(self, tensors: Mapping[str, LazyTensor]) -> Mapping[str, LazyTensor]:
+        """A folder's tensors with the parts of each quantized module as one."""
         if self.quantization is not None:
             return open_quantized(tensors, self.quantization, self.name)
+        bare = next((tensor for tensor in tensors.values() if tensor.dtype == FLOAT8), None)
+        if bare is not None:
+            raise InputError(
+                f"{bare.source} is {FLOAT8}, and config.json has no quantization_config that says its scale",
+                remedy="download config.json again, or give the unquantized model",
+            )
         return tensors
 
     @cached_property
@@ -171,14 +182,14 @@ class ModelSource:
         mapping = get_model_conversion_mapping(model)
         weights, self.unused_tensors = apply_conversions(model, self.stored, mapping)
         lacking = dict(model.named_parameters()).keys() - weights.keys()
-        if not lacking or self.whole is None or self.quantization is not None:
+        if not lacking or self.whole is None:
             return weights
         try:
             whole: Any = instantiate_whole(self.config)
         except Exception:  # noqa: BLE001  (a tower may need a package that is not there)
             return weights  # what is lacking is said of the text model
         mapping = get_model_conversion_mapping(whole)
-        weights, self.unused_tensors = apply_conversions(whole, self._files, mapping)
+        weights, self.unused_tensors = apply_conversions(whole, self._opened(self._files), mapping)
         return dict(text_tensors(weights))
 
     @property

@@ -18,7 +18,7 @@ import numpy as np
 from ..ir.dtypes import from_numpy
 from ..ir.errors import CompileError, InputError
 from ..ir.ggml import block_parts
-from ..ir.weights import LazyTensor, QuantizedTensors, quantized_of
+from ..ir.weights import LazyTensor, QuantizedTensors, concat_quantized, quantized_of
 from .gguf import GGUFFile, GGUFTensorInfo
 from .mapped import MappedFile
 
@@ -188,6 +188,22 @@ class TransformedTensor:
         return f"TransformedTensor({self.dtype}{list(self.shape)}, {self.source!r})"
 
 
+class TurnedTensor:
+    """Stacked matrices [E, N, K], each transposed: [E, K, N]."""
+
+    def __init__(self, straight: LazyTensor) -> None:
+        self.straight = straight
+        experts, rows, columns = straight.shape
+        self.shape: tuple[int, ...] = (experts, columns, rows)
+        self.dtype, self.source = straight.dtype, straight.source
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
+        return np.ascontiguousarray(self.straight.read(start, stop).swapaxes(1, 2))
+
+    def __repr__(self) -> str:
+        return f"TurnedTensor({self.dtype}{list(self.shape)}, {self.source!r})"
+
+
 def transformed(base: LazyTensor, transform: Transform) -> LazyTensor:
     """`transform` applied to a tensor, reading as few rows as it allows.
 
@@ -242,6 +258,8 @@ class MergedTensor:
         sources: {source pattern: lazy tensors in order}.
         stacks_rows: the conversion begins by stacking the tensors of each pattern along a new axis 0, so rows
             [start:stop) need only those tensors.
+        moves_rows: the conversion only stacks, joins and cuts along other axes than the last one, so that it
+            does the same with the sources' codes and scales.
     """
 
     def __init__(
@@ -251,6 +269,7 @@ class MergedTensor:
         convert: Callable[[Mapping[str, Sequence[np.ndarray[Any, Any]]]], np.ndarray[Any, Any]],
         sources: Mapping[str, Sequence[LazyTensor]],
         stacks_rows: bool,
+        moves_rows: bool = False,
     ) -> None:
         first = next(iter(sources.values()))[0]
         self.shape = shape
@@ -258,7 +277,24 @@ class MergedTensor:
         self.source = f"{first.source} and others, merged into {name}"
         self._convert = convert
         self._sources = sources
+        self._name = name
         self._stacks_rows = stacks_rows and all(len(tensors) == shape[0] for tensors in sources.values())
+        self._moves_rows = moves_rows
+
+    @property
+    def quantized(self) -> QuantizedTensors | None:
+        """The sources' own quantized parts, converted alike, where all have them on one grid."""
+        if not self._moves_rows:
+            return None
+        flat = [tensor for tensors in self._sources.values() for tensor in tensors]
+
+        def merged(parts: Sequence[LazyTensor]) -> LazyTensor:
+            left = iter(parts)
+            sources = {name: [next(left) for _ in tensors] for name, tensors in self._sources.items()}
+            shape = (*self.shape[:-1], parts[0].shape[-1])
+            return MergedTensor(self._name, shape, self._convert, sources, self._stacks_rows)
+
+        return concat_quantized(flat, merged)
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
         rows = slice(start, stop)

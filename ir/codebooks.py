@@ -42,7 +42,9 @@ CODEBOOKS: dict[str, tuple[float, ...]] = {
     "iq4_nl": (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
     "mxfp4": (-12, -8, -6, -4, -3, -2, -1, 0, 0, 1, 2, 3, 4, 6, 8, 12),
 }
-"""Name → 16 ascending values."""
+"""Name → 16 values in ascending order."""
+E2M1_PLACES: np.ndarray[Any, Any] = np.array([*range(8, 16), *range(7, -1, -1)], np.uint8)
+"""Where the table "mxfp4" has a float E2M1: a sign bit and a magnitude of three bits → the code."""
 
 
 def codebook(name: str) -> np.ndarray[Any, Any]:

@@ -18,6 +18,7 @@ from typing import Any, Final, Protocol
 
 import numpy as np
 
+from .codebooks import E2M1_PLACES
 from .errors import InputError
 from .types import Quantization
 from .weights import QuantizedTensors
@@ -163,9 +164,7 @@ def _q3_k_scales(b: Array) -> Scales:
 
 
 def _mxfp4_codes(b: Array) -> Array:
-    # A sign bit and a magnitude, as places in the ascending table.
-    code = _shifted(b[:, 1:17], 16, (0, 4), 15)
-    return np.where(code < 8, code + np.uint8(8), np.uint8(15) - code)
+    return E2M1_PLACES[_shifted(b[:, 1:17], 16, (0, 4), 15)]
 
 
 def _mxfp4_scales(b: Array) -> Scales:

@@ -200,15 +200,15 @@ def concat_quantized(
 
 
 def dequantize_rows(parts: QuantizedTensors, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
-    """Rows [start:stop) of the values, float32 [rows, K] in the weight's own order of columns, by
+    """Rows [start:stop) of the values, float32 [rows, (N,) K] in the weight's own order of columns, by
     `Quantization`'s table.
     """
     codes, quant = parts.codes.read(start, stop), parts.quant
-    k = codes.shape[1]
+    k = codes.shape[-1]
 
     def spread(groups: LazyTensor) -> np.ndarray[Any, Any]:
         rows = groups.read(start, stop).astype(np.float32)
-        return np.repeat(rows, quant.group_size, axis=1)[:, :k]
+        return np.repeat(rows, quant.group_size, axis=-1)[..., :k]
 
     scale = spread(parts.scale)
     if quant.codebook is not None:
@@ -222,12 +222,12 @@ def dequantize_rows(parts: QuantizedTensors, start: int = 0, stop: int | None = 
     if parts.columns is None:
         return values
     ordered = np.empty_like(values)
-    ordered[:, parts.columns] = values
+    ordered[..., parts.columns] = values
     return ordered
 
 
 class DequantizedTensor:
-    """A weight that is stored in codes: float32 [N, K] when read, its parts as `quantized`."""
+    """A weight that is stored in codes: float32 [(E,) N, K] when read, its parts as `quantized`."""
 
     dtype: str = "float32"
 

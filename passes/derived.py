@@ -107,6 +107,18 @@ class ComputedTensor:
         return np.ascontiguousarray(whole[start:stop]) if self.shape else whole
 
 
+class CastTensor:
+    """A tensor's values as another dtype."""
+
+    def __init__(self, base: LazyTensor, dtype: str) -> None:
+        self.base, self.dtype = base, dtype
+        self.shape: tuple[int, ...] = base.shape
+        self.source = base.source
+
+    def read(self, start: int = 0, stop: int | None = None) -> Array:
+        return self.base.read(start, stop).astype(to_numpy(self.dtype))
+
+
 class ScaledRows:
     """Row i of a tensor (element i of a vector) times factors[i], in float32, then as `dtype`."""
 

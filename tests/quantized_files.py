@@ -13,11 +13,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
 Array = np.ndarray[Any, Any]
 Values = dict[str, Array]
+F8 = ml_dtypes.float8_e4m3fn
+_MAGNITUDES = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+E2M1 = np.concatenate([_MAGNITUDES, -_MAGNITUDES])
 
 
 def pack_stream(codes: Iterable[int], bits: int) -> list[int]:
@@ -49,7 +53,7 @@ def spread(groups: Array, size: int, k: int) -> Array:
 
 
 def is_linear(name: str) -> bool:
-    return name.endswith("_proj.weight")
+    return name.endswith(("_proj.weight", ".w1.weight", ".w2.weight", ".w3.weight"))
 
 
 def rewrite(
@@ -128,7 +132,7 @@ def _awq_words(codes: Array) -> Array:
     return pack_rows(mixed, 4)
 
 
-def save_awq(folder: Path, *, group: int = 16, version: str = "gemm") -> Values:
+def save_awq(folder: Path, *, group: int = 16, version: str = "gemm", **config: Any) -> Values:
     rng = np.random.default_rng(7)
 
     def quantize(module: str, weight: Array, out: dict[str, Array]) -> Array:
@@ -150,8 +154,8 @@ def save_awq(folder: Path, *, group: int = 16, version: str = "gemm") -> Values:
             out[f"{module}.scales"] = filled[1].astype(np.float16)
         return (codes - spread(zero, size, k)) * spread(scale, size, k)
 
-    config = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": version}
-    return rewrite(folder, config, quantize)
+    settings = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": version}
+    return rewrite(folder, {**settings, **config}, quantize)
 
 
 def save_compressed(
@@ -159,8 +163,6 @@ def save_compressed(
     g_idx: bool = False, strategy: str = "group", **config: Any,
 ) -> Values:  # fmt: skip
     """compressed-tensors; `strategy` "group", "channel" or "tensor". The output projections stay floats."""
-    import ml_dtypes
-
     rng = np.random.default_rng(bits + 20)
     half = 1 << (bits - 1)
 
@@ -230,3 +232,51 @@ def save_bnb(folder: Path, *, nested: bool = True, int8: bool = False, storage: 
 
     kind = {"load_in_8bit": True} if int8 else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     return rewrite(folder, {"quant_method": "bitsandbytes", **kind}, quantize)
+
+
+def pairs_of(codes: Array) -> Array:
+    """E2M1 codes [.., K] in bytes, the even column in the low half."""
+    return (codes[..., 0::2] | codes[..., 1::2] << 4).astype(np.uint8)
+
+
+def save_nvfp4(folder: Path) -> Values:
+    """ModelOpt's: the weights by their definition."""
+    rng = np.random.default_rng(3)
+
+    def quantize(module: str, weight: Array, out: dict[str, Array]) -> Array:
+        codes = rng.integers(0, 16, weight.shape)
+        scale = rng.uniform(30, 400, (weight.shape[0], weight.shape[1] // 16)).astype(F8)
+        factor = np.float32(rng.uniform(5e-5, 1e-4))
+        out[f"{module}.weight"] = pairs_of(codes)
+        out[f"{module}.weight_scale"] = scale
+        out[f"{module}.weight_scale_2"] = np.array(factor)
+        out[f"{module}.input_scale"] = np.array(np.float32(1))
+        return E2M1[codes] * np.repeat(scale.astype(np.float64), 16, 1) * np.float64(factor)
+
+    return rewrite(folder, {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16}, quantize)
+
+
+def save_mxfp4(folder: Path) -> None:
+    """gpt-oss's experts, [E, K, N] in its model."""
+    path, rng = folder / "model.safetensors", np.random.default_rng(2)
+    tensors = load_file(path)
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, columns, rows = tensors.pop(name).shape
+        codes = rng.integers(0, 16, (experts, rows, columns))
+        tensors[f"{name}_blocks"] = pairs_of(codes).reshape(experts, rows, columns // 32, 16)
+        scales = rng.integers(119, 123, (experts, rows, columns // 32))
+        tensors[f"{name}_scales"] = scales.astype(np.uint8)
+    save_file(tensors, path, metadata={"format": "pt"})
+    set_config(folder, {"quant_method": "mxfp4"})
+
+
+def save_fp8(folder: Path) -> Values:
+    """Float8 in blocks of [128, 128], as DeepSeek-V3 is published."""
+
+    def quantize(module: str, weight: Array, out: dict[str, Array]) -> Array:
+        scale = np.abs(weight).max().reshape(1, 1) / np.float32(448)
+        out[f"{module}.weight"] = (weight / scale).astype(F8)
+        out[f"{module}.weight_scale_inv"] = scale
+        return out[f"{module}.weight"].astype(np.float64) * scale.astype(np.float64)
+
+    return rewrite(folder, {"quant_method": "fp8", "weight_block_size": [128, 128]}, quantize)

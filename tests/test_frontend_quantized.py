@@ -19,6 +19,7 @@ from llmc.ir.ops.quant import QuantizedLinear
 from llmc.ir.weights import ArrayTensor, quantized_of
 from llmc.passes.registry import quantization_passes
 from llmc.runtime.executor import Executor, StepInputs, open_executor
+from safetensors.numpy import load_file
 
 from .conftest import only_long
 from .graphs import PagedRun, logits_of, lowered, worst
@@ -31,9 +32,14 @@ from .quantized_files import (
     save_bnb,
     save_compressed,
     save_gptq,
+    set_config,
 )
 from .tvm_graphs import ISA
 
+AUTOROUND: dict[str, Any] = {
+    "quant_method": "auto-round",
+    "extra_config": {"lm_head": {"bits": 16}, "model.layers.0": None},
+}
 MADE: dict[str, Callable[[Path], Values]] = {
     "gptq 4 bits": lambda f: save_gptq(f),
     "gptq 4 bits, symmetric": lambda f: save_gptq(f, sym=True, group=32),
@@ -47,6 +53,11 @@ MADE: dict[str, Callable[[Path], Values]] = {
     "awq": lambda f: save_awq(f),
     "awq rows": lambda f: save_awq(f, group=-1),
     "awq gemv": lambda f: save_awq(f, group=32, version="gemv"),
+    "auto-round": lambda f: save_gptq(f, **AUTOROUND, packing_format="auto_round:auto_gptq"),
+    "auto-round, its own": lambda f: save_gptq(
+        f, version="gptq_v2", **AUTOROUND, packing_format="auto_round", checkpoint_format=None
+    ),
+    "auto-round as awq": lambda f: save_awq(f, **AUTOROUND, packing_format="auto_round:auto_awq"),
     "compressed int4": lambda f: save_compressed(f),
     "compressed int4, zero points": lambda f: save_compressed(f, symmetric=False),
     "compressed int3, a row": lambda f: save_compressed(f, bits=3, group=None, strategy="channel"),
@@ -140,6 +151,27 @@ def test_requantizing_reads_dequantized_values(tmp_path: Path) -> None:
     assert scale is not None
     step = np.repeat(scale.read().astype(np.float64), 64, 1)[:, :96]
     assert (abs((down.weight.read().astype(int) - 128) * step - wanted) <= 0.51 * step).all()
+
+
+def test_modules_with_bits_of_their_own(tmp_path: Path) -> None:
+    """AutoRound's `extra_config`: two modules of 8 bits among those of 4."""
+    special = [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
+    values = save_gptq(save_tiny("llama", tmp_path / "a"), sym=True)
+    other = save_gptq(save_tiny("llama", tmp_path / "b"), sym=True, bits=8, group=32)
+    eight = load_file(tmp_path / "b" / "model.safetensors")
+
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        for name in tensors:
+            tensors[name] = eight[name] if name.rpartition(".")[0] in special else tensors[name]
+
+    change_tensors(tmp_path / "a", change)
+    config: dict[str, Any] = {"bits": 4, "group_size": 16, "sym": True, **AUTOROUND}
+    config["extra_config"] = {name: {"bits": 8, "group_size": 32} for name in special}
+    set_config(tmp_path / "a", config)
+    weights = open_source(tmp_path / "a").weights
+    for name in values:
+        wanted = other if name.removesuffix(".weight") in special else values
+        np.testing.assert_allclose(weights[name].read(), wanted[name], rtol=3e-7, atol=1e-9)
 
 
 def test_what_is_said_of_it(tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ def test_table_that_is_embedding_and_head(permuted: bool) -> None:
 
 def test_nothing_to_keep_is_refused() -> None:
     graph = linear_graph(ArrayTensor(np.ones((4, 8), np.float32)))
-    with pytest.raises(InputError, match=r"main is not quantized.*choose a scheme, such as --quant int4"):
+    with pytest.raises(InputError, match=r"main is not quantized.*choose a scheme, such as --quant int8"):
         KeepQuantized().run(graph, PassContext())
 
 

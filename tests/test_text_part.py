@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from safetensors.numpy import load_file, save_file
 from .graphs import logits_of, lowered, worst
 from .lora_files import adapter
 from .models import DECODER, ids_of, save_tokenizer, tiny_model
+from .quantized_files import save_fp8
 from .state_models import MODELS as STATES
 from .tvm_graphs import ISA
 
@@ -155,6 +157,28 @@ def test_the_text_model_says_of_text_what_the_whole_one_says(name: str, tmp_path
     graph, _ = lowered(trace_source(source), "fused")
     assert worst(logits_of(graph, ids_of(40)), said(model, ids_of(40))) <= 1e-5
     assert not any("vision" in unused for unused in source.unused_tensors)
+
+
+@pytest.mark.parametrize("name", ["mistral3", "glm4v_moe"])
+def test_the_text_part_of_a_quantized_model(name: str, tmp_path: Path) -> None:
+    """In floats of eight bits, as Ministral is published, also where only the whole one's conversions know
+    the names of tensors; the text model that stands for it has the same values.
+    """
+    whole_model(name, tmp_path)
+    read = load_file(tmp_path / "model.safetensors")
+    values = save_fp8(tmp_path)
+    source = open_source(tmp_path)
+    assert values and source.quantization_of_source == "fp8" and source.whole is not None
+    read |= {stored: wanted.astype(np.float32) for stored, wanted in values.items()}
+    (tmp_path / "plain").mkdir()
+    save_file(read, tmp_path / "plain" / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "plain" / "config.json").write_text(json.dumps(config))
+    plain = open_source(tmp_path / "plain").weights
+    assert source.weights.keys() == plain.keys()
+    for label, weight in source.weights.items():
+        np.testing.assert_allclose(weight.read(), plain[label].read(), rtol=1e-6, atol=0)
 
 
 def test_an_artifact_and_what_is_said_of_it(tmp_path: Path) -> None:

@@ -3,8 +3,9 @@
     model.layers.0.mlp.up_proj.{qweight, qzeros, scales, g_idx}   →   model.layers.0.mlp.up_proj.weight
 
 Each importer replaces the tensors of a quantized module by one lazy weight, whose `read` dequantizes and
-whose `quantized` are the stored codes (`ir.weights.QuantizedTensors`). Everything in such a file is a
-stranger's claim: shapes, dtypes and ranges are checked against each other before anything is compiled.
+whose `quantized` are the stored codes (`ir.weights.QuantizedTensors`; none for floats of 8 bits). Everything
+in such a file is a stranger's claim: shapes, dtypes and ranges are checked against each other before anything
+is compiled.
 """
 
 from __future__ import annotations
@@ -13,18 +14,26 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from ...ir.errors import InputError, UnsupportedError
-from ...ir.weights import LazyTensor, quantized_of
+from ...ir.weights import LazyTensor
+from .autoround import open_autoround
 from .awq import open_awq
 from .bnb import open_bitsandbytes
 from .checks import Config
 from .compressed import open_compressed
+from .fp4 import open_modelopt, open_mxfp4
+from .fp8 import open_fp8
 from .gptq import open_gptq
 
 IMPORTERS: Final[dict[str, Callable[[Mapping[str, LazyTensor], Config], dict[str, LazyTensor]]]] = {
     "gptq": open_gptq,
     "awq": open_awq,
     "compressed-tensors": open_compressed,
+    "auto-round": open_autoround,
     "bitsandbytes": open_bitsandbytes,
+    "fp8": open_fp8,
+    "fbgemm_fp8": open_fp8,
+    "modelopt": open_modelopt,
+    "mxfp4": open_mxfp4,
 }
 
 
@@ -56,7 +65,7 @@ def open_quantized(
     Raises InputError naming the tensor that does not fit the configuration, or where none is quantized.
     """
     found = IMPORTERS[quantization_method(config, origin)](tensors, config)
-    if not any(quantized_of(tensor) for tensor in found.values()):
+    if all(tensor is tensors.get(name) for name, tensor in found.items()):
         raise InputError(
             f"{origin}: quantization_config is there, but no tensor is quantized by it",
             remedy="remove quantization_config from config.json, or download the checkpoint again",

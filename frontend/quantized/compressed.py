@@ -1,4 +1,5 @@
-"""Checkpoints of compressed-tensors, as llm-compressor writes them: integer weights, packed or plain.
+"""Checkpoints of compressed-tensors, as llm-compressor writes them: integer weights, packed or plain; floats
+are in `compressed_floats.py`.
 
     pack-quantized    weight_packed int32 [N, ceil(K · bits / 32)], a stream of bits along each row, codes
                       shifted up by 2^(bits-1); weight_shape int64 [2]
@@ -22,12 +23,14 @@ import numpy as np
 from ...ir.errors import InputError, UnsupportedError
 from ...ir.types import Quantization
 from ...ir.weights import DequantizedTensor, LazyTensor, QuantizedTensors
+from . import compressed_floats as floating
 from .checks import Config, Module, column_order, disagree, expect_shape
 from .packing import PackedAlongRows, PermutedColumns, SignedBytes, Small, scales_of, unpack_stream, words_for
 
 Array = np.ndarray[Any, Any]
 PARTS: Final = (
     "weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx",
+    "weight_global_scale", "input_scale", "input_zero_point", "input_global_scale",
 )  # fmt: skip
 FLOATS: Final = ("float16", "bfloat16", "float32")
 FORMATS: Final = ("pack-quantized", "int-quantized", "naive-quantized", "dense", "mixed-precision")
@@ -39,9 +42,9 @@ def open_compressed(tensors: Mapping[str, LazyTensor], config: Config) -> dict[s
     Scales of activations and of the cache stay unused: activations are not quantized here.
 
     Raises InputError where configuration and tensors disagree, UnsupportedError for a format of another kind
-    (floats of 8 or 4 bits, sparsity, rotations at run time).
+    (floats of 6 bits, sparsity, rotations at run time).
     """
-    schemes = _schemes(config)
+    integers, floats = _schemes(config)
     ignored = config.get("ignore")
     ignored = (
         set(ignored) if isinstance(ignored, list) and all(isinstance(i, str) for i in ignored) else set()
@@ -60,12 +63,17 @@ def open_compressed(tensors: Mapping[str, LazyTensor], config: Config) -> dict[s
             )
         for part in PARTS:
             found.pop(prefix + part, None)
-        found[f"{prefix}weight"] = _weight(module, schemes)
+        is_float = floating.is_float(module)
+        found[f"{prefix}weight"] = (
+            floating.float_weight(module, floats) if is_float else _weight(module, integers)
+        )
     return found
 
 
-def _schemes(config: Config) -> list[tuple[str | None, Mapping[str, Any]]]:
-    """(format, arguments of the weights) of each group of the configuration."""
+def _schemes(config: Config) -> tuple[list[tuple[str | None, Mapping[str, Any]]], list[Mapping[str, Any]]]:
+    """Of each group of the configuration: (format, arguments of the weights) of integers, arguments of
+    floats.
+    """
     for key in ("transform_config", "sparsity_config"):
         if config.get(key) and config[key].get("format", "") != "dense":
             raise UnsupportedError(
@@ -74,21 +82,26 @@ def _schemes(config: Config) -> list[tuple[str | None, Mapping[str, Any]]]:
     groups = config.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
         raise InputError("quantization_config has no config_groups", remedy="download config.json again")
-    schemes: list[tuple[str | None, Mapping[str, Any]]] = []
+    integers: list[tuple[str | None, Mapping[str, Any]]] = []
+    floats: list[Mapping[str, Any]] = []
     for name, group in groups.items():
         weights = group.get("weights") if isinstance(group, Mapping) else None
         if weights is None:
             continue
         layout = group.get("format") or config.get("format")
         kind = weights.get("type", "int") if isinstance(weights, Mapping) else "?"
-        if layout not in (None, *FORMATS) or kind != "int":
+        bits = weights.get("num_bits") if isinstance(weights, Mapping) else None
+        if kind == "float" and floating.LAYOUTS.get(layout or "mixed-precision") in (0, bits):
+            floats.append(weights)
+        elif kind == "int" and layout in (None, *FORMATS):
+            integers.append((layout, weights))
+        else:
             raise UnsupportedError(
-                f"group {name!r} of the compressed-tensors checkpoint has {kind} weights in the format "
-                f"{layout!r}",
-                remedy="give integer weights in the format pack-quantized or int-quantized",
+                f"group {name!r} of the compressed-tensors checkpoint has {kind} weights of {bits} bits in "
+                f"the format {layout!r}",
+                remedy=f"give one of the formats {', '.join((*FORMATS[:2], *floating.LAYOUTS))}",
             )
-        schemes.append((layout, weights))
-    return schemes
+    return integers, floats
 
 
 def _weight(module: Module, schemes: list[tuple[str | None, Mapping[str, Any]]]) -> DequantizedTensor:

@@ -12,7 +12,7 @@ A weight that the file has in floats stays what it is.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -22,9 +22,16 @@ from ...ir.ops.moe import Moe
 from ...ir.ops.nn import Linear
 from ...ir.ops.quant import QuantizedEmbedding, QuantizedLinear
 from ...ir.ops.shape import Concat, Gather, Slice
-from ...ir.weights import ArrayTensor, LazyTensor, QuantizedTensors, ShapeOnlyTensor, quantized_of
+from ...ir.weights import (
+    ArrayTensor,
+    LazyTensor,
+    QuantizedTensors,
+    ShapeOnlyTensor,
+    quantized_of,
+    read_chunks,
+)
 from ..base import Pass, PassContext, PassResult
-from ..derived import ConcatRows, SliceRows
+from ..derived import CastTensor, ConcatRows, SliceRows
 from ..registry import Quantizer
 from .attach import attach_quantized, is_quantizable
 from .moe import Parts, attach_experts, experts_of
@@ -50,7 +57,7 @@ class KeepQuantized(Pass):
             if parts is None:
                 floats += 1
             else:
-                attach_stored(graph, weight, parts)
+                attach_stored(graph, weight, narrowed(parts))
                 kept += 1
         mixtures = experts_of(graph)
         unkept = [op for op in mixtures if not _keep_experts(graph, op)]
@@ -64,7 +71,7 @@ class KeepQuantized(Pass):
         if not kept:
             raise InputError(
                 f"--quant keep: {graph.name} is not quantized; none of its weights has codes to keep",
-                remedy="choose a scheme, such as --quant int4, or --quant none",
+                remedy="choose a scheme, such as --quant int8 or int4, or --quant none",
             )
         notes: list[str] = []
         if floats:
@@ -77,13 +84,26 @@ class KeepQuantized(Pass):
 def _keep_experts(graph: Graph, op: Moe) -> bool:
     """Attach the codes that are stored of a mixture's experts; whether there are any of both weights."""
     found = [quantized_of(weight.weight) for weight in (op.gate_up, op.down)]
-    kept = [
-        Parts(p.quant, p.codes, p.scale, p.zero_point) for p in found if p is not None and p.columns is None
-    ]
+    stored = [narrowed(parts) for parts in found if parts is not None and parts.columns is None]
+    kept = [Parts(p.quant, p.codes, p.scale, p.zero_point) for p in stored]
     if len(kept) < len(found):
         return False
     attach_experts(graph, op, *kept)
     return True
+
+
+def narrowed(parts: QuantizedTensors) -> QuantizedTensors:
+    """The same parts with scales of float16 where these hold every one of float32 exactly, such as the powers
+    of two of MXFP4; scales of K blocks are stored otherwise.
+    """
+    if parts.quant.scale_dtype != "float32" or parts.quant.super_group or parts.zero_point is not None:
+        return parts
+    with np.errstate(over="ignore", under="ignore"):
+        exact = all((chunk.astype(np.float16) == chunk).all() for chunk in read_chunks(parts.scale))
+    if not exact:
+        return parts
+    quant = replace(parts.quant, scale_dtype="float16")
+    return replace(parts, quant=quant, scale=CastTensor(parts.scale, "float16"))
 
 
 def _without_codes(mixtures: Sequence[Moe]) -> str:
