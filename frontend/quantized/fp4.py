@@ -1,7 +1,7 @@
 """Checkpoints in floats of four bits (E2M1).
 
-mxfp4      NAME_blocks uint8 [E, N, K / 32, 16] and NAME_scales E8M0 [E, N, K / 32]: the experts NAME of
-           gpt-oss, which its model has transposed, [E, K, N]
+mxfp4      NAME_blocks uint8 [E, N, K / 32, 16] and NAME_scales E8M0 [E, N, K / 32]: stacked experts NAME,
+           which the model has transposed, [E, K, N]
 modelopt   weight uint8 [N, K / 2], weight_scale E4M3 [N, K / 16] and weight_scale_2, a number: NVFP4; or
            float8 weights as `fp8.py` reads them. By its tensors: one checkpoint may have both.
            https://github.com/NVIDIA/TensorRT-Model-Optimizer

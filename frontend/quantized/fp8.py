@@ -1,7 +1,7 @@
 """Checkpoints in floats of eight bits (E4M3) with scales of blocks, rows or whole matrices.
 
     fp8          weight [N, K] and what it is multiplied by, weight_scale_inv: [ceil(N / r), ceil(K / c)]
-                 where `weight_block_size` is [r, c], else [N, 1] or one number. As DeepSeek-V3 is published
+                 where `weight_block_size` is [r, c], else [N, 1] or one number
     fbgemm_fp8   weight [N, K] and weight_scale [N, 1]
 
 Stacked experts have the same with their parameter's name: experts.gate_up_proj and
