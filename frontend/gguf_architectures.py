@@ -6,11 +6,13 @@ of tensors from the package gguf. A key-value that is not understood is an error
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from ..ir.weights import LazyTensor
 from . import gguf_fields as its
+from . import gguf_parts as parts
 from .gguf_fields import Keys, Tensors
 
 
@@ -36,6 +38,8 @@ class Architecture:
         ignores: those that say no more than the tensors do.
         lists: those that may have a value a layer.
         unneeded: whether a model of this configuration has no place for a tensor that files have.
+        merge: what is made of several tensors, and which (gguf_parts.py).
+        mixer: how a tensor differs from transformers' (gguf_parts.py).
         when: of the key-values without their prefix and the tensors, whether a file of that name is of this
             row.
         fields: of a file's key-values without their prefix, and the names of its tensors, what the
@@ -60,6 +64,8 @@ class Architecture:
     ignores: frozenset[str] = frozenset()
     lists: frozenset[str] = frozenset()
     unneeded: Callable[[Any, str], bool] = lambda config, name: False
+    merge: Callable[[Any, parts.Shapes, Mapping[str, LazyTensor]], parts.Merged] = lambda *_: ({}, set())
+    mixer: Callable[[Any, str, LazyTensor], LazyTensor] = lambda config, parameter, tensor: tensor
     when: Callable[[Keys, Tensors], bool] = lambda keys, tensors: True
     fields: Callable[[Keys, Tensors], dict[str, Any]] | None = None
 
@@ -85,6 +91,24 @@ _MAY_LATENT: Final = _ROUTED | {
     "expert_gating_func",
 }
 _EXPERT_SIZES: Final = frozenset({"expert_feed_forward_length", "expert_shared_feed_forward_length"})
+_DELTA: Final = frozenset(
+    {
+        "attention.key_length",
+        "rope.freq_base",
+        "rope.dimension_count",
+        "ssm.conv_kernel",
+        "ssm.state_size",
+        "ssm.group_count",
+        "ssm.time_step_rank",
+        "ssm.inner_size",
+    }
+)
+_MAY_DELTA: Final = frozenset(
+    {"full_attention_interval", "nextn_predict_layers", "rope.dimension_sections", "feed_forward_length"}
+)
+_STATES: Final = frozenset(
+    {"ssm.conv_kernel", "ssm.state_size", "ssm.group_count", "ssm.time_step_rank", "ssm.inner_size"}
+)
 _SEEN: Final = frozenset({"rope.dimension_sections", "n_deepstack_layers"})
 """What says how tokens of pictures are placed and taken up."""
 
@@ -186,11 +210,26 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
     ),
     "granitemoe": Architecture(
         "granitemoe",
-        kind="granitemoe",
         permuted=True,
         written=False,
         reads=_EXPERTS | {"embedding_scale", "attention.scale", "residual_scale", "logit_scale"},
+        when=lambda k, t: k.get("expert_shared_feed_forward_length", 0) == 0,
         fields=lambda k, t: {**its.granite_fields(k, t), **its.local_experts_fields(k, t)},
+    ),
+    "granitemoeshared": Architecture(
+        "granitemoe",
+        permuted=True,
+        written=False,
+        merge=parts.shared_parts,
+        reads=_EXPERTS
+        | {"embedding_scale", "attention.scale", "residual_scale", "logit_scale"}
+        | {"expert_shared_feed_forward_length"},
+        when=lambda k, t: k.get("expert_shared_feed_forward_length", 0) != 0,
+        fields=lambda k, t: {
+            **its.granite_fields(k, t),
+            **its.local_experts_fields(k, t),
+            "shared_intermediate_size": k["expert_shared_feed_forward_length"],
+        },
     ),
     "glm4_moe": Architecture(
         "glm4moe",
@@ -206,6 +245,7 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
         "deepseek2",
         written=False,
         latent=True,
+        merge=parts.latent_parts,
         reads=_LATENT,
         may=_MAY_LATENT,
         when=lambda k, t: not its.scores_by_sigmoid(k, t),
@@ -215,6 +255,7 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
         "deepseek2",
         written=False,
         latent=True,
+        merge=parts.latent_parts,
         reads=_LATENT,
         may=_MAY_LATENT,
         unneeded=its.of_later_layers,
@@ -254,6 +295,67 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
         },
         norm_key=_LAYER_NORM,
         norm_field="layer_norm_eps",
+    ),
+    "qwen3_next": Architecture(
+        "qwen3next",
+        written=False,
+        partial=True,
+        norm_offset=1.0,
+        merge=parts.delta_parts,
+        mixer=parts.mixed,
+        reads=_DELTA | _EXPERTS,
+        may=_MAY_DELTA,
+        ignores=_EXPERT_SIZES,
+        unneeded=its.of_later_layers,
+        fields=its.delta_fields,
+    ),
+    "qwen3_5_text": Architecture(
+        "qwen35",
+        written=False,
+        partial=True,
+        norm_offset=1.0,
+        mixer=parts.in_turns,
+        reads=_DELTA | {"feed_forward_length"},
+        may=_MAY_DELTA - {"feed_forward_length"},
+        lists=frozenset({"rope.dimension_sections"}),
+        unneeded=its.of_later_layers,
+        fields=its.delta_fields,
+    ),
+    "qwen3_5_moe_text": Architecture(
+        "qwen35moe",
+        written=False,
+        partial=True,
+        norm_offset=1.0,
+        mixer=parts.in_turns,
+        reads=_DELTA | _EXPERTS,
+        may=_MAY_DELTA,
+        ignores=_EXPERT_SIZES,
+        lists=frozenset({"rope.dimension_sections"}),
+        unneeded=its.of_later_layers,
+        fields=its.delta_fields,
+    ),
+    "lfm2_moe": Architecture(
+        "lfm2moe",
+        written=False,
+        mixer=parts.mixed,
+        norm_field="norm_eps",
+        reads=_EXPERTS | {"shortconv.l_cache", "expert_feed_forward_length"},
+        may=frozenset({"leading_dense_block_count", "expert_gating_func"}),
+        lists=frozenset({"attention.head_count_kv"}),
+        when=its.scores_by_sigmoid,
+        fields=its.convolved_fields,
+    ),
+    "granitemoehybrid": Architecture(
+        "granitehybrid",
+        permuted=True,
+        written=False,
+        merge=parts.shared_parts,
+        mixer=parts.mixed,
+        reads=_STATES | {"embedding_scale", "attention.scale", "residual_scale", "logit_scale"},
+        may=_EXPERTS | {"feed_forward_length"},
+        ignores=_EXPERT_SIZES,
+        lists=frozenset({"attention.head_count_kv"}),
+        fields=its.state_fields,
     ),
     # What a model that sees has for text is the model without eyes: positions of text are the same on all
     # axes.

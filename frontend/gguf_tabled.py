@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -13,7 +13,7 @@ from ..ir.weights import LazyTensor
 from .gguf import GGUFFile
 from .gguf_architectures import ARCHITECTURES, Architecture
 from .gguf_experts import stacked_experts
-from .weights import MergedTensor, transformed
+from .weights import transformed
 
 _FOLDER: Final = "give the model as a Hugging Face folder"
 _COMMON: Final = {
@@ -45,8 +45,16 @@ _ODD_NAMES: Final = {
     "router.scale": "ffn_gate_inp.scale",
     "router.per_expert_scale": "ffn_down_exps.scale",
     "mlp.gate.e_score_correction_bias": "exp_probs_b.bias",
+    "mlp.gate.moe_statics.e_score_correction_bias": "exp_probs_b.bias",
+    "feed_forward.expert_bias": "exp_probs_b.bias",
+    "A_log": "ssm_a",
+    "D": "ssm_d",
+    "dt_bias": "ssm_dt.bias",
 }
-_ODD: Final = re.compile(rf".*\blayers\.(\d+)\.({'|'.join(map(re.escape, _ODD_NAMES))})")
+_ODD: Final = re.compile(
+    r".*\blayers\.(\d+)\.(?:\w+\.)?"
+    rf"({'|'.join(map(re.escape, _ODD_NAMES))})"
+)
 
 
 def readable(file: GGUFFile) -> tuple[str, Architecture] | None:
@@ -83,7 +91,8 @@ def configuration(file: GGUFFile, arch: Architecture) -> dict[str, Any]:
         )
     free = arch.ignores | arch.lists
     numbers = [k for k, v in keys.items() if k not in free and not isinstance(v, int | float | str)]
-    missing = [k for k in (*_COMMON, arch.norm_key, *arch.reads) if k not in keys]
+    needed = [k for k in (*_COMMON, arch.norm_key, *arch.reads) if k not in arch.may]
+    missing = [k for k in needed if k not in keys]
     if numbers or missing:
         what, which = ("lacks", missing) if missing else ("has an array of", numbers)
         raise InputError(f"{file.path.name} {what} {arch.name}.{which[0]}", remedy="download the file again")
@@ -99,7 +108,7 @@ def configuration(file: GGUFFile, arch: Architecture) -> dict[str, Any]:
         raise UnsupportedError(f"{file.path.name} has heads of two lengths", remedy=_FOLDER)
     turned = int(keys.get("rope.dimension_count", head_dim))
     tokens = file.metadata.get("tokenizer.ggml.tokens")
-    values: dict[str, Any] = {field: keys[key] for key, field in _COMMON.items()}
+    values: dict[str, Any] = {field: keys[key] for key, field in _COMMON.items() if key in keys}
     values[arch.norm_field] = keys[arch.norm_key]
     if arch.turns:
         values |= {
@@ -152,9 +161,8 @@ def weights(
     shapes = {parameter: tuple(value.shape) for parameter, value in model.state_dict().items()}
     names = {name_of(parameter): parameter for parameter in shapes}
     found, joined = stacked_experts(model, tensors, in_turns=arch.experts_in_turns)
-    if arch.latent:
-        made, parts = _from_latents(shapes, tensors)
-        found, joined = found | made, joined | parts
+    made, parts = arch.merge(config, shapes, tensors)
+    found, joined = found | made, joined | parts
     unused: list[str] = []
     for name, tensor in tensors.items():
         parameter = names.get(name)
@@ -167,36 +175,13 @@ def weights(
         if arch.permuted and part in ("attn_q", "attn_k"):
             heads = config.num_attention_heads if part == "attn_q" else config.num_key_value_heads
             found[parameter] = transformed(tensor, lambda x, heads=heads: _unpaired(x, heads))
-        elif arch.norm_offset and name.endswith("norm.weight"):
+        elif arch.norm_offset and name.endswith("norm.weight") and part != "ssm_norm":
             found[parameter] = transformed(tensor, lambda x: x - np.float32(arch.norm_offset))
         elif (shape := shapes[parameter]) == (1, *tensor.shape):  # llama.cpp drops axes of length 1
             found[parameter] = transformed(tensor, lambda x, shape=shape: x.reshape(shape))
         else:
-            found[parameter] = tensor
+            found[parameter] = arch.mixer(config, parameter, tensor)
     return found, unused
-
-
-def _from_latents(
-    shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, LazyTensor]
-) -> tuple[dict[str, LazyTensor], set[str]]:
-    """The matrices that make keys and values of a latent, of files that have them as attn_k_b [heads, latent,
-    key] and attn_v_b [heads, value, latent]: the rows of a head's keys, then those of its values.
-    """
-
-    def rows(parts: Mapping[str, Sequence[np.ndarray[Any, Any]]]) -> np.ndarray[Any, Any]:
-        (k,), (v,) = parts["k"], parts["v"]
-        both = np.concatenate([k.swapaxes(1, 2), v], axis=1)
-        return both.reshape(-1, both.shape[2])
-
-    found, used = dict[str, LazyTensor](), set[str]()
-    for parameter, shape in shapes.items():
-        match = re.fullmatch(r".*\blayers\.(\d+)\.self_attn\.kv_b_proj\.weight", parameter)
-        names = [f"blk.{match[1]}.attn_{part}_b.weight" for part in "kv"] if match is not None else []
-        if names and all(name in tensors for name in names):
-            sources = {part: [tensors[name]] for part, name in zip("kv", names, strict=True)}
-            found[parameter] = MergedTensor(parameter, shape, rows, sources, stacks_rows=False)
-            used |= set(names)
-    return found, used
 
 
 def paired_rows(rows: int, heads: int) -> np.ndarray[Any, Any]:

@@ -30,6 +30,33 @@ _WORD_A: Final = rf"[^\r\n\p{{L}}\p{{N}}]?(?:{_UPPER})*(?:{_LOWER})+"
 _WORD_B: Final = rf"[^\r\n\p{{L}}\p{{N}}]?(?:{_UPPER})+(?:{_LOWER})*"
 _TEKKEN: Final = rf"{_WORD_A}|{_WORD_B}|\p{{N}}|{_SLASH_TAIL}"
 _GPT4O: Final = rf"{_WORD_A}{_CONTRACTION}?|{_WORD_B}{_CONTRACTION}?|\p{{N}}{{1,3}}|{_SLASH_TAIL}"
+_CASED: Final = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+_CAPITALS: Final = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+_BEFORE: Final = r"[^\r\n\p{L}\p{N}]?"
+_BY_CASE: Final = rf"{_BEFORE}{_CASED}{_CONTRACTION}?|{_BEFORE}{_CAPITALS}{_CONTRACTION}?"
+_NO_HAN: Final = r"(?!\p{Han})"
+_KIMI: Final = (
+    r"\p{Han}+|"
+    rf"{_BEFORE}(?:{_NO_HAN}[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}])*"
+    rf"(?:{_NO_HAN}[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}])+{_CONTRACTION}?|"
+    rf"{_BEFORE}(?:{_NO_HAN}[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}])+"
+    rf"(?:{_NO_HAN}[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}])*{_CONTRACTION}?|"
+    r"\p{N}{1,3}|" + _TAIL
+)
+# Letters with case, as the vocabulary's own expression has them: those of Georgian are left out.
+_LETTERS: Final = (
+    "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛ"
+    "ὝὟ-\u1f7dᾀ-ᾴᾶ-ᾼ\u1fbeῂ-ῄῆ-ῌῐ-\u1fd3ῖ-\u1fdbῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤ\u2126ℨ\u212a-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-"
+    "ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃"
+)
+_DEEPSEEK: Final = (
+    r"[\r\n]",
+    rf"\s?[{_LETTERS}]+",
+    r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
+    r"\s+$",
+    r"[一-龥ࠀ-一가-퟿]+",
+    r"\p{N}+",
+)
 _BLOOM: Final = r" ?[^(\s|.,!?…。，、।۔،)]+"
 _CJK: Final = r"[一-龥ࠀ-一가-퟿]+"
 _FALCON: Final = r"[\p{P}\$\+<=>\^~\|`]+"
@@ -54,25 +81,66 @@ _SPLITS: Final[dict[str, tuple[str, ...]]] = {
     "gpt-4o": (_GPT4O,),
     "bloom": (_BLOOM,),
     "viking": (_BLOOM, r"\p{N}"),
+    "qwen35": (
+        _CONTRACTION
+        + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
+        + r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ),
+    "deepseek-llm": _DEEPSEEK,
+    "kimi-k2": (_KIMI,),
+    "bailingmoe": (
+        r"'(?:[sSdDmMtT]|[lL][lL]|[vV][eE]|[rR][eE])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
+    ),
+    "seed-coder": (
+        _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}\r\n]+"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ),
+    "exaone-moe": (
+        _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?(?:\p{L}\p{M}*(?: \p{L}\p{M}*)*)+|\p{N}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+",
+    ),
+    "youtu": (
+        r"[가-힣ㄱ-ㆎ]+|[！…“”‘’—：；，、-〿︰-﹏]+|[ㄅ-ㄯ]+|[一-龥぀-ゟ゠-ヿ]+",
+        rf"{_BY_CASE}|\p{{N}}|{_SLASH_TAIL}",
+    ),
+    "tiny_aya": (r"\d{1,3}(?=(?:\d{3})*\b)", rf"{_BY_CASE}|\p{{N}}{{1,3}}|{_SLASH_TAIL}"),
+    "laguna": (r"[^\n]+|[\n]+", _QWEN2),
 }
 _SAME: Final[dict[str, str]] = {
     **dict.fromkeys(
         ("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "dbrx", "smaug-bpe",
-         "chatglm4", "glm4"), "llama-bpe"),
-    **dict.fromkeys(("deepseek-r1-qwen", "kormo", "stablelm2", "megrez", "hunyuan"), "qwen2"),
+         "chatglm-bpe", "glm4", "jina-v5-nano"), "llama-bpe"),
     **dict.fromkeys(
-        ("starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), "smollm"),
+        ("deepseek-r1-qwen", "kormo", "stablelm2", "megrez", "hunyuan", "f2llmv2", "solar-open", "grok-2"),
+        "qwen2"),
+    **dict.fromkeys(
+        ("starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"), "smollm"),
     **dict.fromkeys(
         ("phi-2", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de", "gigachat", "a.x-4.0", "mellum", "mpt",
          "olmo", "jais", "trillion", "granite-docling", "exaone4"), "gpt-2"),
-    **dict.fromkeys(("llama4", "kanana2", "minimax-m2"), "gpt-4o"),
+    **dict.fromkeys(("llama4", "kanana2", "minimax-m2", "talkie"), "gpt-4o"),
     **dict.fromkeys(("poro-chat", "gpt3-finnish"), "bloom"),
-    "hunyuan-dense": "deepseek-v3",
+    **dict.fromkeys(("hunyuan-dense", "joyai-llm", "hy_v4"), "deepseek-v3"),
+    **dict.fromkeys(("bailingmoe2", "llada-moe"), "bailingmoe"),
+    "cohere2moe": "tiny_aya",
 }  # fmt: skip
 # Kinds that take a piece whole where the vocabulary has it, before merging, and those that begin with a
 # token.
 _WHOLE_PIECES: Final = frozenset(
-    {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"}
+    {
+        "llama3",
+        "llama-v3",
+        "llama-bpe",
+        "falcon3",
+        "falcon-h1",
+        "pixtral",
+        "midm-2.0",
+        "lfm2",
+        "tekken",
+        "jina-v5-nano",
+        "youtu",
+    }
 )
 
 

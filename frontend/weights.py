@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
@@ -161,6 +162,28 @@ class ReorderedTensor:
 
     def __repr__(self) -> str:
         return f"ReorderedTensor({self.dtype}{list(self.shape)}, {self.source!r})"
+
+
+class ReorderedColumns:
+    """Columns of a matrix in another order: column i of the result is column order[i] of the base."""
+
+    def __init__(self, base: LazyTensor, order: np.ndarray[Any, Any]) -> None:
+        self._base, self._order = base, order
+        self.shape, self.dtype, self.source = base.shape, base.dtype, base.source
+
+    @property
+    def quantized(self) -> QuantizedTensors | None:
+        """The base's quantized parts; their columns stay where they are."""
+        whole = quantized_of(self._base)
+        if whole is None or whole.columns is not None:
+            return None
+        return replace(whole, columns=np.argsort(self._order))
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
+        return np.ascontiguousarray(self._base.read(start, stop)[:, self._order])
+
+    def __repr__(self) -> str:
+        return f"ReorderedColumns({self.dtype}{list(self.shape)}, {self.source!r})"
 
 
 class TransformedTensor:
