@@ -21,10 +21,11 @@ from .test_frontend_tokenizer import crossing_merges
 # Where llama.cpp's expressions are not those that the vocabulary was published with, which are ours: it takes
 # white space beyond ASCII for another character, every letter for one without case, and (in its code for
 # Kimi) combining marks for no letters.
+CASED = r"[a-z][A-Z]|[A-Z]{2}[a-z]"
 DEVIATES: dict[str, str] = {
     **dict.fromkeys(("deepseek-llm", "deepseek-coder"), r"[^\S\x00-\x7f]"),
-    **dict.fromkeys(("youtu", "tiny_aya", "cohere2moe"), r"[a-z][A-Z]|[A-Z]{2}[a-z]"),
-    "kimi-k2": r"[\u0300-\u036f\u0900-\u109f\u1780-\u17ff\ufe0f\u0670\u064b-\u065f\u0591-\u05c7]",
+    **dict.fromkeys(("youtu", "tiny_aya", "cohere2moe"), CASED),
+    "kimi-k2": CASED + r"|[\u0300-\u036f\u0900-\u109f\u1780-\u17ff\ufe0f\u0670\u064b-\u065f\u0591-\u05c7]",
 }
 
 
