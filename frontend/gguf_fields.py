@@ -303,20 +303,24 @@ def delta_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
 
 
 def convolved_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
-    """Layers of short convolutions where a layer has no heads of keys, and experts after layers without."""
+    """Layers of short convolutions where a layer has no heads of keys; experts after layers without."""
     heads = by_layer(keys["attention.head_count_kv"], int(keys["block_count"]))
-    return {
+    found = {
         "num_key_value_heads": max(heads),
         "layer_types": ["full_attention" if n else "conv" for n in heads],
         "conv_L_cache": keys["shortconv.l_cache"],
         "conv_bias": any(name.endswith("shortconv.in_proj.bias") for name in tensors),
+        "block_auto_adjust_ff_dim": False,  # the file has the length that comes of it
+    }
+    if "expert_count" not in keys:
+        return found
+    return found | {
         "num_experts": keys["expert_count"],
         "num_experts_per_tok": keys["expert_used_count"],
         "moe_intermediate_size": keys["expert_feed_forward_length"],
         "num_dense_layers": keys.get("leading_dense_block_count", 0),
         "norm_topk_prob": True,
         "use_expert_bias": any(name.endswith("exp_probs_b.bias") for name in tensors),
-        "tie_word_embeddings": True,
     }
 
 
@@ -350,6 +354,43 @@ def of_later_layers(config: Any, name: str) -> bool:
     """Whether a tensor belongs to layers that predict tokens after the next one."""
     made = _BLOCK.fullmatch(name)
     return made is not None and int(made[1]) >= config.num_hidden_layers
+
+
+def tempered_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
+    """Yarn whose temperature the file has, and queries that grow with their position beyond the length that
+    the model was trained on.
+    """
+    scaling = "rope.scaling."
+    return {
+        "sliding_window": None,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": keys["rope.freq_base"],
+            "factor": keys[scaling + "factor"],
+            "original_max_position_embeddings": keys[scaling + "original_context_length"],
+            "beta_fast": keys.get(scaling + "yarn_beta_fast", 32.0),
+            "beta_slow": keys.get(scaling + "yarn_beta_slow", 1.0),
+            "mscale": keys[scaling + "yarn_log_multiplier"],
+            "mscale_all_dim": keys[scaling + "yarn_log_multiplier"],
+            "llama_4_scaling_beta": keys["attention.temperature_scale"],
+        },
+    }
+
+
+def stepped_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
+    """Experts in every n-th layer after layers without, beside shared ones."""
+    experts = int(keys["expert_count"])
+    gate = next(t for name, t in tensors.items() if name.endswith("ffn_gate_exps.weight"))
+    return {
+        "use_bias": "blk.0.attn_q.bias" in tensors,
+        "moe_num_experts": experts,
+        "moe_k": keys["expert_used_count"],
+        "moe_layer_interval": keys["interleave_moe_layer_step"],
+        "moe_layer_start_index": keys["leading_dense_block_count"],
+        "moe_layer_end_index": int(keys["block_count"]) - 1,
+        "moe_num_shared_experts": keys.get("expert_shared_count", 0),
+        "moe_intermediate_size": gate.shape[1],
+    }
 
 
 def by_layer(value: Any, layers: int) -> list[Any]:

@@ -16,6 +16,7 @@ import transformers
 from llmc.codegen.driver import compile_model
 from llmc.codegen.gguf.metadata import model_metadata
 from llmc.frontend.gguf_architectures import ARCHITECTURES, Architecture
+from llmc.frontend.gguf_parts import shared_parts
 from llmc.frontend.gguf_tabled import configuration, named, paired_rows, readable, weights
 from llmc.frontend.skeleton import model_class
 from llmc.frontend.source import open_source
@@ -33,10 +34,18 @@ from .models import ids_of
 
 ENCODERS = ("bert", "gemma3_text (encoder)")
 ELSEWHERE = (*ENCODERS, "gemma4_text")  # tests/test_gguf_gemma4.py
+PLAIN = Architecture("").mixer
 READ = sorted(
-    k for k, row in ARCHITECTURES.items() if row.fields is not None and k not in ELSEWHERE and " " not in k
+    k
+    for k, row in ARCHITECTURES.items()
+    if row.fields is not None
+    and k not in ELSEWHERE
+    and " " not in k
+    # tests/test_gguf_recurrent.py
+    and row.mixer is PLAIN
+    and row.merge is not shared_parts
 )
-SEEN = sorted(k for k in ARCHITECTURES if "(of " in k)
+SEEN = sorted(k for k, row in ARCHITECTURES.items() if "rope.dimension_sections" in row.ignores)
 FOUR: dict[str, Any] = {"num_hidden_layers": 4, "sliding_window": None}
 CHANGES: dict[str, dict[str, Any]] = {
     "smollm3": {**FOUR, "no_rope_layers": [1, 1, 1, 0], "layer_types": ["full_attention"] * 4},
@@ -111,7 +120,43 @@ KEYS |= {
     "deepseek_v2": _latent,
     "deepseek_v3": lambda c: {**_latent(c), "expert_gating_func": 2},
 }
+KEYS |= {
+    "ernie4_5_moe": lambda c: {
+        "interleave_moe_layer_step": c.moe_layer_interval,
+        "leading_dense_block_count": c.moe_layer_start_index,
+        "expert_shared_count": c.moe_num_shared_experts,
+        "expert_feed_forward_length": c.moe_intermediate_size,
+        "expert_shared_feed_forward_length": c.moe_num_shared_experts * c.moe_intermediate_size,
+    },
+    "hunyuan_v1_moe": lambda c: {
+        "expert_shared_count": 1,
+        "expert_feed_forward_length": c.intermediate_size,
+        "expert_shared_feed_forward_length": c.intermediate_size,
+    },
+    "ministral3": lambda c: {
+        "attention.temperature_scale": c.rope_parameters["llama_4_scaling_beta"],
+        "rope.scaling.yarn_log_multiplier": 1.0,
+    },
+}
 CHANGES |= {
+    "ministral3": {
+        "head_dim": 24,
+        "sliding_window": None,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 5e4,
+            "factor": 16.0,
+            "original_max_position_embeddings": 16,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        },
+    },
+    "hunyuan_v1_dense": {"rope_parameters": {**HALF, "partial_rotary_factor": 1.0}},
+    "hunyuan_v1_moe": {"rope_parameters": {**HALF, "partial_rotary_factor": 1.0}},
+    "phi": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
     "glm4_moe": {"rope_parameters": HALF, "routed_scaling_factor": 1.5},
     "deepseek_v2": {"rope_parameters": {**HALF, "partial_rotary_factor": 1.0}},
     "deepseek_v3": {"rope_parameters": {**HALF, "partial_rotary_factor": 1.0}},
@@ -371,6 +416,19 @@ def test_latents_under_yarn_and_as_older_files_have_them(kind: str, tmp_path: Pa
     for name, linear in whole.items():
         parameter = f"model.layers.{name.split('.')[1]}.self_attn.kv_b_proj.weight"
         assert np.array_equal(found[parameter].read(), linear.weight.detach().numpy())
+
+
+def test_the_text_of_mistral_3(tmp_path: Path):
+    """Mistral Small 3.2 is written as Ministral 3 is, without what that has beyond Mistral."""
+    model, ids = tiny("mistral", sliding_window=None), ids_of(40)
+    with torch.inference_mode():
+        wanted = model(input_ids=torch.tensor([ids])).logits[0].numpy()
+    path = written(model, "mistral", tmp_path / "m.gguf", arch=ARCHITECTURES["mistral (of mistral3)"])
+    with LlamaCpp(path) as opened:
+        assert np.abs(opened.logits(ids) - wanted).max() <= 0.01 * np.abs(wanted).max()
+    source = open_source(path)
+    assert source.config.model_type == "mistral"
+    np.testing.assert_allclose(logits_of(trace_source(source), ids), wanted, atol=2e-5)
 
 
 def test_another_family_of_the_same_layout(tmp_path: Path):

@@ -36,15 +36,18 @@ DELTA: dict[str, Any] = {
     "linear_value_head_dim": 32,
     "rope_parameters": {"rope_type": "default", "rope_theta": 5e4, "partial_rotary_factor": 0.5},
 }
+CONVOLVED: dict[str, Any] = {
+    "num_hidden_layers": 3,
+    "layer_types": ["conv", "full_attention", "conv"],
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5e4},
+}
 CHANGES: dict[str, dict[str, Any]] = {
     "qwen3_next": DELTA,
     "qwen3_5_text": DELTA,
     "qwen3_5_moe_text": DELTA,
-    "lfm2_moe": {
-        "num_hidden_layers": 3,
-        "layer_types": ["conv", "full_attention", "conv"],
-        "rope_parameters": {"rope_type": "default", "rope_theta": 5e4},
-    },
+    "lfm2": {**CONVOLVED, "block_auto_adjust_ff_dim": False},
+    "lfm2_moe": CONVOLVED,
+    "granitemoeshared": {"shared_intermediate_size": 40, "residual_multiplier": 0.5},
     "granitemoehybrid": {
         "layer_types": ["linear_attention", "full_attention"],
         "mamba_n_heads": 8,
@@ -169,10 +172,14 @@ def delta_keys(c: Any) -> dict[str, Any]:
 
 
 def convolved_keys(c: Any) -> dict[str, Any]:
-    return {
+    keys = {
         "attention.head_count_kv": [2 if t == "full_attention" else 0 for t in c.layer_types],
         "rope.freq_base": 5e4,
         "shortconv.l_cache": c.conv_L_cache,
+    }
+    if not hasattr(c, "num_experts"):
+        return keys
+    return keys | {
         "leading_dense_block_count": c.num_dense_layers,
         "expert_count": c.num_experts,
         "expert_used_count": c.num_experts_per_tok,
@@ -205,11 +212,23 @@ def state_keys(c: Any) -> dict[str, Any]:
     return keys
 
 
+def shared_keys(c: Any) -> dict[str, Any]:
+    return {
+        **ARCHITECTURES["granite"].extra(c),
+        "attention.head_count_kv": c.num_key_value_heads,
+        "expert_count": c.num_local_experts,
+        "expert_used_count": c.num_experts_per_tok,
+        "expert_shared_feed_forward_length": c.shared_intermediate_size,
+    }
+
+
 KEYS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "qwen3_next": delta_keys,
     "qwen3_5_text": delta_keys,
     "qwen3_5_moe_text": delta_keys,
+    "lfm2": convolved_keys,
     "lfm2_moe": convolved_keys,
+    "granitemoeshared": shared_keys,
     "granitemoehybrid": state_keys,
 }
 
