@@ -6,114 +6,28 @@ of tensors from the package gguf. A key-value that is not understood is an error
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
-from ..ir.weights import LazyTensor
 from . import gguf_fields as its
 from . import gguf_parts as parts
-from .gguf_fields import Keys, Tensors
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """How a family of transformers is called and stored in GGUF.
-
-    Attributes:
-        name: `general.architecture`, also the name of its tensor table in the package gguf.
-        kind: transformers' `model_type`, where it is not the row's key.
-        turns: positions are rotary.
-        permuted: q and k rows are stored with rotary pairs side by side.
-        norm_offset: norms are stored with this added.
-        partial: rotary embeddings may turn a part of a head only.
-        experts_in_turns: transformers has an expert's gate and up in turns, and its matrices transposed.
-        latent: keys and values are made of a latent; `fields` says how long heads are.
-        norm_key, norm_field: what is added to a norm's variance, in GGUF and in the configuration.
-        check: what of a configuration cannot be said in GGUF, as a sentence, or None.
-        extra: further key-values without their prefix.
-        written: whether target gguf writes it.
-        reads: further key-values that `fields` understands, all of which a file has.
-        may: those that it understands where they are there.
-        ignores: those that say no more than the tensors do.
-        lists: those that may have a value a layer.
-        unneeded: whether a model of this configuration has no place for a tensor that files have.
-        merge: what is made of several tensors, and which (gguf_parts.py).
-        mixer: how a tensor differs from transformers' (gguf_parts.py).
-        when: of the key-values without their prefix and the tensors, whether a file of that name is of this
-            row.
-        fields: of a file's key-values without their prefix, and the names of its tensors, what the
-            configuration has beyond what all have; None where transformers reads the file itself.
-    """
-
-    name: str
-    kind: str = ""
-    turns: bool = True
-    permuted: bool = False
-    norm_offset: float = 0.0
-    partial: bool = False
-    experts_in_turns: bool = False
-    latent: bool = False
-    norm_key: str = "attention.layer_norm_rms_epsilon"
-    norm_field: str = "rms_norm_eps"
-    check: Callable[[Any], str | None] = lambda config: None
-    extra: Callable[[Any], dict[str, Any]] = lambda config: {}
-    written: bool = True
-    reads: frozenset[str] = frozenset()
-    may: frozenset[str] = frozenset()
-    ignores: frozenset[str] = frozenset()
-    lists: frozenset[str] = frozenset()
-    unneeded: Callable[[Any, str], bool] = lambda config, name: False
-    merge: Callable[[Any, parts.Shapes, Mapping[str, LazyTensor]], parts.Merged] = lambda *_: ({}, set())
-    mixer: Callable[[Any, str, LazyTensor], LazyTensor] = lambda config, parameter, tensor: tensor
-    when: Callable[[Keys, Tensors], bool] = lambda keys, tensors: True
-    fields: Callable[[Keys, Tensors], dict[str, Any]] | None = None
-
+from .gguf_fields import EXPERT_SIZES, EXPERTS, ROUTED
+from .gguf_hybrids import HYBRIDS
+from .gguf_layout import Architecture
 
 _LAYER_NORM: Final = "attention.layer_norm_epsilon"
-_EXPERTS: Final = frozenset({"expert_count", "expert_used_count"})
-_ROUTED: Final = frozenset(
-    {
-        "expert_shared_count",
-        "leading_dense_block_count",
-        "expert_weights_scale",
-        "expert_weights_norm",
-        "expert_group_count",
-        "expert_group_used_count",
-        "nextn_predict_layers",
-    }
-)
-_LATENT: Final = _EXPERTS | {"expert_feed_forward_length", "attention.kv_lora_rank", "rope.dimension_count"}
-_MAY_LATENT: Final = _ROUTED | {
+_LATENT: Final = EXPERTS | {"expert_feed_forward_length", "attention.kv_lora_rank", "rope.dimension_count"}
+_MAY_LATENT: Final = ROUTED | {
     "attention.q_lora_rank",
     "attention.key_length_mla",
     "attention.value_length_mla",
     "expert_gating_func",
 }
-_EXPERT_SIZES: Final = frozenset({"expert_feed_forward_length", "expert_shared_feed_forward_length"})
-_DELTA: Final = frozenset(
-    {
-        "attention.key_length",
-        "rope.freq_base",
-        "rope.dimension_count",
-        "ssm.conv_kernel",
-        "ssm.state_size",
-        "ssm.group_count",
-        "ssm.time_step_rank",
-        "ssm.inner_size",
-    }
-)
-_MAY_DELTA: Final = frozenset(
-    {"full_attention_interval", "nextn_predict_layers", "rope.dimension_sections", "feed_forward_length"}
-)
-_STATES: Final = frozenset(
-    {"ssm.conv_kernel", "ssm.state_size", "ssm.group_count", "ssm.time_step_rank", "ssm.inner_size"}
-)
 _SEEN: Final = frozenset({"rope.dimension_sections", "n_deepstack_layers"})
 """What says how tokens of pictures are placed and taken up."""
 
 
 ARCHITECTURES: Final[dict[str, Architecture]] = {
+    **HYBRIDS,
     "llama": Architecture("llama", permuted=True),
     "mistral": Architecture("llama", permuted=True, check=its.window_short),
     "qwen2": Architecture("qwen2", check=its.window_short),
@@ -165,7 +79,7 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
                 "rope.freq_base",
             }
         ),
-        may=_EXPERTS
+        may=EXPERTS
         | {
             "attention.shared_kv_layers",
             "embedding_length_per_layer_input",
@@ -184,24 +98,24 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
         "llama",
         permuted=True,
         written=False,
-        reads=_EXPERTS,
+        reads=EXPERTS,
         when=lambda k, t: k.get("expert_count", 0) != 0,
         fields=its.local_experts_fields,
     ),
     "qwen2_moe": Architecture(
         "qwen2moe",
         written=False,
-        reads=_EXPERTS,
-        ignores=_EXPERT_SIZES,
+        reads=EXPERTS,
+        ignores=EXPERT_SIZES,
         fields=its.shared_expert_fields,
     ),
     "qwen3_moe": Architecture(
-        "qwen3moe", written=False, reads=_EXPERTS, ignores=_EXPERT_SIZES, fields=its.experts_fields
+        "qwen3moe", written=False, reads=EXPERTS, ignores=EXPERT_SIZES, fields=its.experts_fields
     ),
     "olmoe": Architecture(
         "olmoe",
         written=False,
-        reads=_EXPERTS,
+        reads=EXPERTS,
         fields=lambda k, t: {
             "num_experts": k["expert_count"],
             "num_experts_per_tok": k["expert_used_count"],
@@ -212,7 +126,7 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
         "granitemoe",
         permuted=True,
         written=False,
-        reads=_EXPERTS | {"embedding_scale", "attention.scale", "residual_scale", "logit_scale"},
+        reads=EXPERTS | {"embedding_scale", "attention.scale", "residual_scale", "logit_scale"},
         when=lambda k, t: k.get("expert_shared_feed_forward_length", 0) == 0,
         fields=lambda k, t: {**its.granite_fields(k, t), **its.local_experts_fields(k, t)},
     ),
@@ -221,7 +135,7 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
         permuted=True,
         written=False,
         merge=parts.shared_parts,
-        reads=_EXPERTS
+        reads=EXPERTS
         | {"embedding_scale", "attention.scale", "residual_scale", "logit_scale"}
         | {"expert_shared_feed_forward_length"},
         when=lambda k, t: k.get("expert_shared_feed_forward_length", 0) != 0,
@@ -235,8 +149,8 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
         "glm4moe",
         written=False,
         partial=True,
-        reads=_EXPERTS | {"expert_feed_forward_length"},
-        may=_ROUTED | {"expert_gating_func"},
+        reads=EXPERTS | {"expert_feed_forward_length"},
+        may=ROUTED | {"expert_gating_func"},
         when=lambda k, t: k.get("expert_gating_func", its.SIGMOID) == its.SIGMOID,
         unneeded=its.of_later_layers,
         fields=lambda k, t: {**its.routed_fields(k, t), "use_qk_norm": "blk.0.attn_q_norm.weight" in t},
@@ -265,8 +179,8 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
         "gpt-oss",
         written=False,
         experts_in_turns=True,
-        reads=_EXPERTS | {"attention.sliding_window", "rope.freq_base"},
-        ignores=_EXPERT_SIZES,
+        reads=EXPERTS | {"attention.sliding_window", "rope.freq_base"},
+        ignores=EXPERT_SIZES,
         fields=its.sinks_fields,
     ),
     "phi3": Architecture(
@@ -296,75 +210,33 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
         norm_key=_LAYER_NORM,
         norm_field="layer_norm_eps",
     ),
-    "qwen3_next": Architecture(
-        "qwen3next",
+    "gemma3n_text": Architecture(
+        "gemma3n",
         written=False,
-        partial=True,
-        norm_offset=1.0,
-        merge=parts.delta_parts,
-        mixer=parts.mixed,
-        reads=_DELTA | _EXPERTS,
-        may=_MAY_DELTA,
-        ignores=_EXPERT_SIZES,
-        unneeded=its.of_later_layers,
-        fields=its.delta_fields,
-    ),
-    "qwen3_5_text": Architecture(
-        "qwen35",
-        written=False,
-        partial=True,
-        norm_offset=1.0,
-        mixer=parts.in_turns,
-        reads=_DELTA | {"feed_forward_length"},
-        may=_MAY_DELTA - {"feed_forward_length"},
-        lists=frozenset({"rope.dimension_sections"}),
-        unneeded=its.of_later_layers,
-        fields=its.delta_fields,
-    ),
-    "qwen3_5_moe_text": Architecture(
-        "qwen35moe",
-        written=False,
-        partial=True,
-        norm_offset=1.0,
-        mixer=parts.in_turns,
-        reads=_DELTA | _EXPERTS,
-        may=_MAY_DELTA,
-        ignores=_EXPERT_SIZES,
-        lists=frozenset({"rope.dimension_sections"}),
-        unneeded=its.of_later_layers,
-        fields=its.delta_fields,
-    ),
-    "lfm2": Architecture(
-        "lfm2",
-        written=False,
-        mixer=parts.mixed,
-        norm_field="norm_eps",
-        reads=frozenset({"shortconv.l_cache"}),
-        lists=frozenset({"attention.head_count_kv"}),
-        fields=its.convolved_fields,
-    ),
-    "lfm2_moe": Architecture(
-        "lfm2moe",
-        written=False,
-        mixer=parts.mixed,
-        norm_field="norm_eps",
-        reads=_EXPERTS | {"shortconv.l_cache", "expert_feed_forward_length"},
-        may=frozenset({"leading_dense_block_count", "expert_gating_func"}),
-        lists=frozenset({"attention.head_count_kv"}),
-        when=its.scores_by_sigmoid,
-        fields=its.convolved_fields,
-    ),
-    "granitemoehybrid": Architecture(
-        "granitehybrid",
-        permuted=True,
-        written=False,
-        merge=parts.shared_parts,
-        mixer=parts.mixed,
-        reads=_STATES | {"embedding_scale", "attention.scale", "residual_scale", "logit_scale"},
-        may=_EXPERTS | {"feed_forward_length"},
-        ignores=_EXPERT_SIZES,
-        lists=frozenset({"attention.head_count_kv"}),
-        fields=its.state_fields,
+        merge=parts.projected_parts,
+        reads=frozenset(
+            {
+                "attention.sliding_window",
+                "attention.sliding_window_pattern",
+                "altup.active_idx",
+                "altup.num_inputs",
+                "embedding_length_per_layer_input",
+                "rope.freq_base",
+            }
+        ),
+        may=frozenset(
+            {
+                "activation_sparsity_scale",
+                "attention.shared_kv_layers",
+                "final_logit_softcapping",
+                "rope.freq_base_swa",
+            }
+        ),
+        lists=frozenset(
+            {"attention.sliding_window_pattern", "activation_sparsity_scale", "feed_forward_length"}
+        ),
+        unneeded=its.of_shared_layers,
+        fields=its.alternating_fields,
     ),
     "ministral3": Architecture(
         "mistral3",
@@ -385,18 +257,18 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
     "ernie4_5_moe": Architecture(
         "ernie4_5-moe",
         written=False,
-        reads=_EXPERTS | {"interleave_moe_layer_step", "leading_dense_block_count"},
+        reads=EXPERTS | {"interleave_moe_layer_step", "leading_dense_block_count"},
         may=frozenset({"expert_shared_count"}),
-        ignores=_EXPERT_SIZES,
+        ignores=EXPERT_SIZES,
         fields=its.stepped_fields,
     ),
     "hunyuan_v1_dense": Architecture("hunyuan-dense", written=False, fields=lambda k, t: {}),
     "hunyuan_v1_moe": Architecture(
         "hunyuan-moe",
         written=False,
-        reads=_EXPERTS,
+        reads=EXPERTS,
         may=frozenset({"expert_shared_count"}),
-        ignores=_EXPERT_SIZES,
+        ignores=EXPERT_SIZES,
         fields=lambda k, t: {"num_experts": k["expert_count"], "moe_topk": k["expert_used_count"]},
     ),
     "phi": Architecture(
@@ -420,8 +292,8 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
         "qwen3vlmoe",
         kind="qwen3_moe",
         written=False,
-        reads=_EXPERTS,
-        ignores=_EXPERT_SIZES | _SEEN,
+        reads=EXPERTS,
+        ignores=EXPERT_SIZES | _SEEN,
         fields=its.experts_fields,
     ),
     "qwen2 (of qwen2vl)": Architecture(

@@ -13,7 +13,8 @@ from .weights import TurnedTensor
 
 _STACKED: Final = re.compile(
     r".*\blayers\.(?P<layer>\d+)\..*"
-    r"(?P<part>\bexperts\.gate_up_proj|\bexperts\.down_proj|input_linear\.weight|output_linear\.weight)"
+    r"(?P<part>\bexperts\.gate_up_proj|\bexperts\.up_proj|\bexperts\.down_proj"
+    r"|input_linear\.weight|output_linear\.weight)"
     r"(?P<bias>_bias)?"
 )
 
@@ -54,7 +55,8 @@ def stacked_experts(
     """The model's parameters that hold all experts of a layer, and the names of the tensors behind them.
 
     GGUF has ffn_gate_exps, ffn_up_exps [E, I, H] and ffn_down_exps [E, H, I], some with biases. transformers
-    has gate and up in one, [E, 2 I, H]; `in_turns`: [E, H, 2 I] in turns, and down [E, I, H].
+    has gate and up in one, [E, 2 I, H], or up alone where experts have no gate; `in_turns`: [E, H, 2 I] in
+    turns, and down [E, I, H].
     """
     found, used = dict[str, LazyTensor](), set[str]()
     for parameter, _ in model.named_parameters():
@@ -68,12 +70,14 @@ def stacked_experts(
             found[parameter] = tensors[f"{block}_gate_up_exps.{kind}"]
             used.add(f"{block}_gate_up_exps.{kind}")
             continue
-        names = [f"{block}_{part}_exps.{kind}" for part in (("down",) if down else ("gate", "up"))]
+        gated = match["part"] != "experts.up_proj"
+        parts = ("down",) if down else ("gate", "up") if gated else ("up",)
+        names = [f"{block}_{part}_exps.{kind}" for part in parts]
         held = [tensors[name] for name in names if name in tensors]
         if len(held) < len(names) or any(part.shape != held[0].shape for part in held):
             continue  # a parameter without a tensor is an error that is told later
         used |= set(names)
-        joined = held[0] if down else JoinedTensor(held, in_turns=in_turns)
+        joined = held[0] if len(held) == 1 else JoinedTensor(held, in_turns=in_turns)
         turned = in_turns and kind == "weight"
         found[parameter] = TurnedTensor(joined) if turned else joined
     return found, used

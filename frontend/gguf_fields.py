@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from statistics import NormalDist
 from typing import Any, Final
 
 import numpy as np
@@ -20,6 +21,19 @@ from .gguf import GGUFTensorInfo
 Keys = Mapping[str, Any]
 Tensors = Mapping[str, GGUFTensorInfo]
 _BLOCK: Final = re.compile(r"blk\.(\d{1,9})\.(.+)\.(?:weight|bias|scale)")
+EXPERTS: Final = frozenset({"expert_count", "expert_used_count"})
+ROUTED: Final = frozenset(
+    {
+        "expert_shared_count",
+        "leading_dense_block_count",
+        "expert_weights_scale",
+        "expert_weights_norm",
+        "expert_group_count",
+        "expert_group_used_count",
+        "nextn_predict_layers",
+    }
+)
+EXPERT_SIZES: Final = frozenset({"expert_feed_forward_length", "expert_shared_feed_forward_length"})
 SIGMOID: Final = 2
 """`expert_gating_func`; 1 is the softmax."""
 _LARGEST: Final = {2: 46, 6: 62}
@@ -271,82 +285,32 @@ def scores_by_sigmoid(keys: Keys, tensors: Tensors) -> bool:
     return said == SIGMOID or (not said and any(name.endswith("exp_probs_b.bias") for name in tensors))
 
 
-def delta_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
-    """Layers of a gated delta rule, and every n-th of attention, whose heads turn a part."""
-    heads, turned = int(keys["ssm.time_step_rank"]), int(keys["rope.dimension_count"])
-    rope: dict[str, Any] = {
-        "rope_type": "default",
-        "rope_theta": keys["rope.freq_base"],
-        "partial_rotary_factor": turned / int(keys["attention.key_length"]),
-    }
-    if "rope.dimension_sections" in keys:  # of text all axes are the same
-        sections = [int(n) for n in keys["rope.dimension_sections"] if n]
-        rope |= {"mrope_section": sections, "mrope_interleaved": True}
-    interval = int(keys.get("full_attention_interval", 4))
-    layers = int(keys["block_count"]) - int(keys.get("nextn_predict_layers", 0))
-    found = {
-        "num_hidden_layers": layers,
-        "layer_types": [
-            "linear_attention" if (i + 1) % interval else "full_attention" for i in range(layers)
-        ],
-        "rope_parameters": rope,
-        "linear_conv_kernel_dim": keys["ssm.conv_kernel"],
-        "linear_key_head_dim": keys["ssm.state_size"],
-        "linear_num_key_heads": keys["ssm.group_count"],
-        "linear_num_value_heads": heads,
-        "linear_value_head_dim": int(keys["ssm.inner_size"]) // heads,
-        "attention_bias": False,
-    }
-    if "expert_count" in keys:
-        found |= {**shared_expert_fields(keys, tensors), "norm_topk_prob": True, "decoder_sparse_step": 1}
-    return found
-
-
-def convolved_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
-    """Layers of short convolutions where a layer has no heads of keys; experts after layers without."""
-    heads = by_layer(keys["attention.head_count_kv"], int(keys["block_count"]))
-    found = {
-        "num_key_value_heads": max(heads),
-        "layer_types": ["full_attention" if n else "conv" for n in heads],
-        "conv_L_cache": keys["shortconv.l_cache"],
-        "conv_bias": any(name.endswith("shortconv.in_proj.bias") for name in tensors),
-        "block_auto_adjust_ff_dim": False,  # the file has the length that comes of it
-    }
-    if "expert_count" not in keys:
-        return found
-    return found | {
-        "num_experts": keys["expert_count"],
-        "num_experts_per_tok": keys["expert_used_count"],
-        "moe_intermediate_size": keys["expert_feed_forward_length"],
-        "num_dense_layers": keys.get("leading_dense_block_count", 0),
-        "norm_topk_prob": True,
-        "use_expert_bias": any(name.endswith("exp_probs_b.bias") for name in tensors),
-    }
-
-
-def state_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
-    """Layers of a state space where a layer has no heads of keys; attention without positions, unless the
-    file says otherwise; a multilayer perceptron, or experts beside one that all tokens take.
+def alternating_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
+    """Layers with a window and without; some inputs that are predicted from one; sparse gates in the first
+    layers, as the share of a normal distribution that the file's number of deviations leaves out.
     """
-    kinds = by_layer(keys["attention.head_count_kv"], int(keys["block_count"]))
-    heads, inner = int(keys["ssm.time_step_rank"]), int(keys["ssm.inner_size"])
-    experts = int(keys.get("expert_count", 0))
-    shared = tensors.get("blk.0.ffn_gate_shexp.weight" if experts else "blk.0.ffn_gate.weight")
+    count = int(keys["block_count"])
+    sliding = by_layer(keys["attention.sliding_window_pattern"], count)
+    sparse = by_layer(keys.get("activation_sparsity_scale", 0.0), count)
+    turns = {"rope_type": "default", "rope_theta": keys.get("rope.freq_base_swa", 10000.0)}
     return {
-        **granite_fields(keys, tensors),
-        "num_key_value_heads": max(kinds),
-        "layer_types": ["full_attention" if n else "linear_attention" for n in kinds],
-        "position_embedding_type": "rope" if keys.get("rope.scaling.finetuned") else "nope",
-        "mamba_n_heads": heads,
-        "mamba_d_head": inner // heads,
-        "mamba_n_groups": keys["ssm.group_count"],
-        "mamba_d_state": keys["ssm.state_size"],
-        "mamba_d_conv": keys["ssm.conv_kernel"],
-        "mamba_expand": inner // int(keys["embedding_length"]),
-        "mamba_conv_bias": any(name.endswith("ssm_conv1d.bias") for name in tensors),
-        "shared_intermediate_size": shared.shape[0] if shared is not None else 0,
-        "num_local_experts": experts,
-        "num_experts_per_tok": keys.get("expert_used_count", 0),
+        "layer_types": ["sliding_attention" if one else "full_attention" for one in sliding],
+        "sliding_window": keys["attention.sliding_window"],
+        "intermediate_size": by_layer(keys["feed_forward_length"], count),
+        "num_kv_shared_layers": keys.get("attention.shared_kv_layers", 0),
+        "hidden_size_per_layer_input": keys["embedding_length_per_layer_input"],
+        "vocab_size_per_layer_input": tensors["per_layer_token_embd.weight"].shape[0],
+        "altup_num_inputs": keys["altup.num_inputs"],
+        "altup_active_idx": keys["altup.active_idx"],
+        "laurel_rank": tensors["blk.0.laurel_l.weight"].shape[0],
+        "final_logit_softcapping": keys.get("final_logit_softcapping", 30.0),
+        "activation_sparsity_pattern": [
+            round(NormalDist().cdf(float(n)), 6) if 0 < n < 6 else 0.0 for n in sparse
+        ],
+        "rope_parameters": {
+            "sliding_attention": turns,
+            "full_attention": {"rope_type": "default", "rope_theta": keys["rope.freq_base"]},
+        },
     }
 
 

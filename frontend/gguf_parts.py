@@ -85,6 +85,20 @@ def shared_parts(config: Any, shapes: Shapes, tensors: Mapping[str, LazyTensor])
     return found
 
 
+def projected_parts(config: Any, shapes: Shapes, tensors: Mapping[str, LazyTensor]) -> Merged:
+    """The matrices that make further inputs of one, and one of several, which GGUF has stacked."""
+    found: Merged = {}, set()
+    for parameter in shapes:
+        match = re.fullmatch(r"model\.altup_(projections|unembed_projections)\.(\d+)\.weight", parameter)
+        stack = "altup_proj" if match and match[1] == "projections" else "altup_unembd_proj"
+        if match and f"{stack}.weight" in tensors:
+            one = int(match[2])
+            tensor = tensors[f"{stack}.weight"]
+            found[0][parameter] = transformed(tensor, lambda x, one=one: x[one])
+            found[1].add(f"{stack}.weight")
+    return found
+
+
 def delta_parts(config: Any, shapes: Shapes, tensors: Mapping[str, LazyTensor]) -> Merged:
     """Queries, keys, values and gates of a delta rule in one matrix, by key heads: GGUF has attn_qkv, whose
     queries come before all keys and these before all values, and attn_gate.
@@ -152,4 +166,4 @@ def _grouped(keys: int, per: int, width: int, first: int) -> Array:
     return np.concatenate([np.arange(first), first + np.argsort(turns)])
 
 
-__all__ = ["delta_parts", "in_turns", "latent_parts", "mixed", "shared_parts"]
+__all__ = ["delta_parts", "in_turns", "latent_parts", "mixed", "projected_parts", "shared_parts"]

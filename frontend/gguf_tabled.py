@@ -11,8 +11,9 @@ import numpy as np
 from ..ir.errors import InputError, UnsupportedError
 from ..ir.weights import LazyTensor
 from .gguf import GGUFFile
-from .gguf_architectures import ARCHITECTURES, Architecture
+from .gguf_architectures import ARCHITECTURES
 from .gguf_experts import stacked_experts
+from .gguf_layout import Architecture
 from .weights import transformed
 
 _FOLDER: Final = "give the model as a Hugging Face folder"
@@ -44,9 +45,10 @@ _LATER: Final = "rope.scaling."  # gguf_model.py reads it, of every architecture
 _ODD_NAMES: Final = {
     "router.scale": "ffn_gate_inp.scale",
     "router.per_expert_scale": "ffn_down_exps.scale",
-    "mlp.gate.e_score_correction_bias": "exp_probs_b.bias",
-    "mlp.gate.moe_statics.e_score_correction_bias": "exp_probs_b.bias",
+    "gate.e_score_correction_bias": "exp_probs_b.bias",
+    "gate.moe_statics.e_score_correction_bias": "exp_probs_b.bias",
     "feed_forward.expert_bias": "exp_probs_b.bias",
+    "pre_ff_layernorm.weight": "ffn_norm",
     "A_log": "ssm_a",
     "D": "ssm_d",
     "dt_bias": "ssm_dt.bias",
@@ -144,7 +146,12 @@ def named(arch: Architecture, layers: int) -> Callable[[str], str | None]:
         odd = _ODD.fullmatch(parameter)
         if odd is not None:
             return f"blk.{odd[1]}.{_ODD_NAMES[odd[2]]}"
-        for known in (parameter, parameter.replace(".router.weight", ".router.layer.weight")):
+        spellings = (
+            parameter,
+            parameter.replace(".router.weight", ".router.layer.weight"),
+            parameter.replace("model.", "backbone.", 1),
+        )
+        for known in spellings:
             name = table.get_name(known, try_suffixes=(".weight", ".bias"))
             if name is not None:
                 return name if name.endswith((".weight", ".bias")) else f"{name}.weight"

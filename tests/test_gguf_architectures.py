@@ -15,7 +15,8 @@ import torch
 import transformers
 from llmc.codegen.driver import compile_model
 from llmc.codegen.gguf.metadata import model_metadata
-from llmc.frontend.gguf_architectures import ARCHITECTURES, Architecture
+from llmc.frontend.gguf_architectures import ARCHITECTURES
+from llmc.frontend.gguf_layout import Architecture
 from llmc.frontend.gguf_parts import shared_parts
 from llmc.frontend.gguf_tabled import configuration, named, paired_rows, readable, weights
 from llmc.frontend.skeleton import model_class

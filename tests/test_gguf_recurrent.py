@@ -36,6 +36,15 @@ DELTA: dict[str, Any] = {
     "linear_value_head_dim": 32,
     "rope_parameters": {"rope_type": "default", "rope_theta": 5e4, "partial_rotary_factor": 0.5},
 }
+STATES: dict[str, Any] = {
+    "head_dim": 24,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 16,
+    "n_groups": 2,
+    "ssm_state_size": 16,
+    "sliding_window": None,
+    "time_step_min": 1e-9,
+}
 CONVOLVED: dict[str, Any] = {
     "num_hidden_layers": 3,
     "layer_types": ["conv", "full_attention", "conv"],
@@ -48,6 +57,22 @@ CHANGES: dict[str, dict[str, Any]] = {
     "lfm2": {**CONVOLVED, "block_auto_adjust_ff_dim": False},
     "lfm2_moe": CONVOLVED,
     "granitemoeshared": {"shared_intermediate_size": 40, "residual_multiplier": 0.5},
+    "nemotron_h": {**STATES, "layers_block_type": ["linear_attention", "full_attention", "mlp"]},
+    "nemotron_h (experts)": {
+        **STATES,
+        "layers_block_type": ["linear_attention", "moe", "full_attention"],
+        "moe_shared_expert_intermediate_size": 40,
+        "routed_scaling_factor": 1.5,
+    },
+    "falcon_h1": {
+        "head_dim": 24,
+        "mamba_d_ssm": 96,
+        "mamba_n_heads": 6,
+        "mamba_d_head": 16,
+        "mamba_n_groups": 2,
+        "mamba_d_state": 16,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e4},
+    },
     "granitemoehybrid": {
         "layer_types": ["linear_attention", "full_attention"],
         "mamba_n_heads": 8,
@@ -101,7 +126,7 @@ def delta(part: str, x: Array, config: Any, turned: bool) -> Tensors:
 
 
 def state_space(part: str, x: Array, config: Any) -> Tensors:
-    groups = config.mamba_n_groups
+    groups = getattr(config, "mamba_n_groups", None) or config.n_groups
     return {
         "A_log": lambda: {"ssm_a": -np.exp(x)[:, None]},
         "D": lambda: {"ssm_d": x[:, None]},
@@ -123,6 +148,12 @@ def stored(kind: str, parameter: str, x: Array, config: Any) -> Tensors:
         made = delta(parameter.split(".linear_attn.")[1], x, config, kind != "qwen3_next")
     elif ".mamba." in parameter:
         made = state_space(parameter.split(".mamba.")[1], x, config)
+    elif ".mixer." in parameter and config.layers_block_type[int(layer)] == "linear_attention":
+        made = state_space(parameter.split(".mixer.")[1], x, config)
+    elif ".mixer.experts." in parameter:
+        made = {f"ffn_{parameter.rsplit('.', 1)[1].removesuffix('_proj')}_exps.weight": x}
+    elif parameter.endswith("mixer.gate.e_score_correction_bias"):
+        made = {"exp_probs_b.bias": x}
     elif parameter.endswith("conv.conv.weight"):
         made = {"shortconv.conv.weight": x[:, 0]}
     elif parameter.endswith("expert_bias"):
@@ -212,6 +243,49 @@ def state_keys(c: Any) -> dict[str, Any]:
     return keys
 
 
+def by_kind_keys(c: Any) -> dict[str, Any]:
+    experts = "moe" in c.layers_block_type
+    width = c.moe_intermediate_size if experts else c.intermediate_size
+    keys = {
+        "attention.head_count_kv": [2 if t == "full_attention" else 0 for t in c.layers_block_type],
+        "feed_forward_length": [width if t in ("moe", "mlp") else 0 for t in c.layers_block_type],
+        "attention.key_length": c.head_dim,
+        "attention.value_length": c.head_dim,
+        "ssm.conv_kernel": c.conv_kernel,
+        "ssm.state_size": c.ssm_state_size,
+        "ssm.group_count": c.n_groups,
+        "ssm.time_step_rank": c.mamba_num_heads,
+        "ssm.inner_size": c.mamba_num_heads * c.mamba_head_dim,
+        "attention.layer_norm_epsilon": 1e-5,
+    }
+    if experts:
+        keys |= {
+            "expert_count": c.n_routed_experts,
+            "expert_used_count": c.num_experts_per_tok,
+            "expert_feed_forward_length": width,
+            "expert_shared_feed_forward_length": c.moe_shared_expert_intermediate_size,
+            "expert_shared_count": c.n_shared_experts,
+            "expert_weights_norm": c.norm_topk_prob,
+            "expert_weights_scale": c.routed_scaling_factor,
+            "expert_group_count": 1,
+        }
+    return keys
+
+
+def parallel_keys(c: Any) -> dict[str, Any]:
+    return {
+        "attention.head_count_kv": c.num_key_value_heads,
+        "attention.key_length": c.head_dim,
+        "attention.value_length": c.head_dim,
+        "rope.freq_base": 5e4,
+        "ssm.conv_kernel": c.mamba_d_conv,
+        "ssm.state_size": c.mamba_d_state,
+        "ssm.group_count": c.mamba_n_groups,
+        "ssm.time_step_rank": c.mamba_n_heads,
+        "ssm.inner_size": c.mamba_d_ssm,
+    }
+
+
 def shared_keys(c: Any) -> dict[str, Any]:
     return {
         **ARCHITECTURES["granite"].extra(c),
@@ -226,6 +300,9 @@ KEYS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "qwen3_next": delta_keys,
     "qwen3_5_text": delta_keys,
     "qwen3_5_moe_text": delta_keys,
+    "nemotron_h": by_kind_keys,
+    "nemotron_h (experts)": by_kind_keys,
+    "falcon_h1": parallel_keys,
     "lfm2": convolved_keys,
     "lfm2_moe": convolved_keys,
     "granitemoeshared": shared_keys,
@@ -254,7 +331,7 @@ def written(
         **KEYS[kind](config),
         **more,
     }
-    if kind != "qwen3_5_moe_text":
+    if kind != "qwen3_5_moe_text" and "feed_forward_length" not in keys:
         keys["feed_forward_length"] = (
             config.shared_intermediate_size if kind == "granitemoehybrid" else config.intermediate_size
         )
@@ -290,7 +367,8 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_file_means_what_llama_cpp_computes(case: str, tmp_path: Path) -> None:
     kind, changes = CASES[case]
-    model, ids = tiny(kind, **{**CHANGES[kind], **changes}), ids_of(40)
+    family = kind.partition(" ")[0]
+    model, ids = tiny(family, **{**CHANGES[kind], **changes}), ids_of(40)
     wanted = logits(model, ids)
     sections = ARCHITECTURES[kind].name.startswith("qwen35")
     name = f"{ARCHITECTURES[kind].name}.rope.dimension_sections"
@@ -298,7 +376,7 @@ def test_a_file_means_what_llama_cpp_computes(case: str, tmp_path: Path) -> None
     with LlamaCpp(path) as opened:
         assert worst(opened.logits(ids), wanted) <= 0.01
     source = open_source(path)
-    assert source.task == "causal_lm" and source.config.model_type == kind
+    assert source.task == "causal_lm" and source.config.model_type == family
     assert worst(logits_of(trace_source(source), ids), wanted) <= 5e-5
 
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 from typing import Any, Final
 
-from ...frontend.gguf_architectures import ARCHITECTURES, Architecture
+from ...frontend.gguf_architectures import ARCHITECTURES
 from ...frontend.gguf_fields import rope_parameters
+from ...frontend.gguf_layout import Architecture
 from ...frontend.source import ModelSource
 from ...ir.errors import UnsupportedError
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from ...frontend.gguf_architectures import Architecture
 from ...frontend.gguf_fields import rope_parameters
+from ...frontend.gguf_layout import Architecture
 from ...frontend.gguf_tabled import named, paired_rows
 from ...frontend.source import ModelSource
 from ...ir import ops as _ops  # noqa: F401  # pyright: ignore[reportUnusedImport]  (registers the ops)

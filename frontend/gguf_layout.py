@@ -1,0 +1,67 @@
+"""How one of GGUF's named layouts is read and written: a row of the tables in `gguf_architectures.py` and
+`gguf_hybrids.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..ir.weights import LazyTensor
+from . import gguf_parts as parts
+from .gguf_fields import Keys, Tensors
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How a family of transformers is called and stored in GGUF.
+
+    Attributes:
+        name: `general.architecture`, also the name of its tensor table in the package gguf.
+        kind: transformers' `model_type`, where it is not the row's key.
+        turns: positions are rotary.
+        permuted: q and k rows are stored with rotary pairs side by side.
+        norm_offset: norms are stored with this added.
+        partial: rotary embeddings may turn a part of a head only.
+        experts_in_turns: transformers has an expert's gate and up in turns, and its matrices transposed.
+        latent: keys and values are made of a latent; `fields` says how long heads are.
+        norm_key, norm_field: what is added to a norm's variance, in GGUF and in the configuration.
+        check: what of a configuration cannot be said in GGUF, as a sentence, or None.
+        extra: further key-values without their prefix.
+        written: whether target gguf writes it.
+        reads: further key-values that `fields` understands, all of which a file has.
+        may: those that it understands where they are there.
+        ignores: those that say no more than the tensors do.
+        lists: those that may have a value a layer.
+        unneeded: whether a model of this configuration has no place for a tensor that files have.
+        merge: what is made of several tensors, and which (gguf_parts.py).
+        mixer: how a tensor differs from transformers' (gguf_parts.py).
+        when: of the key-values without their prefix and the tensors, whether a file of that name is of this
+            row.
+        fields: of a file's key-values without their prefix, and the names of its tensors, what the
+            configuration has beyond what all have; None where transformers reads the file itself.
+    """
+
+    name: str
+    kind: str = ""
+    turns: bool = True
+    permuted: bool = False
+    norm_offset: float = 0.0
+    partial: bool = False
+    experts_in_turns: bool = False
+    latent: bool = False
+    norm_key: str = "attention.layer_norm_rms_epsilon"
+    norm_field: str = "rms_norm_eps"
+    check: Callable[[Any], str | None] = lambda config: None
+    extra: Callable[[Any], dict[str, Any]] = lambda config: {}
+    written: bool = True
+    reads: frozenset[str] = frozenset()
+    may: frozenset[str] = frozenset()
+    ignores: frozenset[str] = frozenset()
+    lists: frozenset[str] = frozenset()
+    unneeded: Callable[[Any, str], bool] = lambda config, name: False
+    merge: Callable[[Any, parts.Shapes, Mapping[str, LazyTensor]], parts.Merged] = lambda *_: ({}, set())
+    mixer: Callable[[Any, str, LazyTensor], LazyTensor] = lambda config, parameter, tensor: tensor
+    when: Callable[[Keys, Tensors], bool] = lambda keys, tensors: True
+    fields: Callable[[Keys, Tensors], dict[str, Any]] | None = None
