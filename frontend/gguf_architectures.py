@@ -22,6 +22,7 @@ _MAY_LATENT: Final = ROUTED | {
     "attention.value_length_mla",
     "expert_gating_func",
 }
+_PATTERN: Final = frozenset({"attention.sliding_window_pattern"})
 _SEEN: Final = frozenset({"rope.dimension_sections", "n_deepstack_layers"})
 """What says how tokens of pictures are placed and taken up."""
 
@@ -50,7 +51,17 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
         may=frozenset({"rope.freq_base_swa", "final_logit_softcapping"}),
         fields=its.gemma3_fields,
     ),
-    "olmo2": Architecture("olmo2", fields=lambda k, t: {}),
+    "olmo2": Architecture(
+        "olmo2", when=lambda k, t: not k.get("attention.sliding_window"), fields=lambda k, t: {}
+    ),
+    "olmo3": Architecture(
+        "olmo2",
+        written=False,
+        reads=frozenset({"attention.sliding_window"}),
+        may=_PATTERN,
+        lists=_PATTERN,
+        fields=its.unscaled_windows_fields,
+    ),
     "granite": Architecture(
         "granite",
         permuted=True,

@@ -122,6 +122,21 @@ def exaone4_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
     return {"sliding_window": None, "layer_types": ["full_attention"] * int(keys["block_count"])}
 
 
+def unscaled_windows_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
+    """Layers with a window, whose rotary embedding stays as it was trained at first, and without; where the
+    file does not say which, every fourth sees everything.
+    """
+    count = int(keys["block_count"])
+    default = [(i + 1) % 4 != 0 for i in range(count)]
+    sliding = by_layer(keys.get("attention.sliding_window_pattern", default), count)
+    rope = {"rope_type": "default", "rope_theta": keys.get("rope.freq_base", 10000.0)}
+    return {
+        "sliding_window": keys["attention.sliding_window"],
+        "layer_types": ["sliding_attention" if one else "full_attention" for one in sliding],
+        "rope_parameters": {kind: dict(rope) for kind in ("sliding_attention", "full_attention")},
+    }
+
+
 def both_ways_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
     """A window counts both sides, in GGUF and in the configuration, which halves it as it is made."""
     return {
