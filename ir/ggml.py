@@ -1,8 +1,9 @@
 """GGML's quantized block types: raw bytes ↔ codes, scales and minimums. Arrays in, arrays out.
 
-A row of a matrix is stored as blocks of 32 values (Q4_0 …) or of 256 (the K types and IQ4_XS, with a scale
-for every 16 or 32 values inside). The layouts are those of ggml-common.h (`block_q4_0` … `block_iq4_xs`) in
-https://github.com/ggml-org/ggml; the meaning of the numbers is `dequantize_row_*` in ggml-quants.c.
+A row of a matrix is stored as blocks of 32 values (Q4_0 …) or of 256 (the K types and most IQ types, with a
+scale for every 16 or 32 values inside; `ggml_grids.py` unpacks those with grids). The layouts are those of
+ggml-common.h (`block_q4_0` … `block_iq4_xs`) in https://github.com/ggml-org/ggml; the meaning of the numbers
+is `dequantize_row_*` in ggml-quants.c.
 
 Unpacking gives the parts of `types.Quantization`, and scale · code + minimum (or scale · (code - 2^(bits-1)),
 or scale · codebook[code]) of these parts in float32 equals ggml's own float32 values bit for bit: the same
@@ -18,6 +19,7 @@ from typing import Any, Final, Protocol
 
 import numpy as np
 
+from . import ggml_grids as grids
 from .codebooks import E2M1_PLACES
 from .errors import InputError
 from .types import Quantization
@@ -191,7 +193,11 @@ def _codebook(group: int, scale: str) -> Quantization:
     return Quantization(4, group, True, scale, codebook="iq4_nl", super_group=_super(scale))
 
 
-_MXFP4: Final = Quantization(4, 32, True, "float32", codebook="mxfp4")
+def _table_of(name: str, group: int, super_group: int = 0) -> Quantization:
+    return Quantization(4, group, True, "float32", codebook=name, super_group=super_group)
+
+
+_MXFP4: Final = _table_of("mxfp4", 32)
 
 
 def _super(scale: str) -> int:
@@ -224,6 +230,23 @@ def _table() -> dict[str, BlockType]:
             lambda b: _shifted(b[:, 8:136], 16, (0, 4), 15), _iq4_xs_scales,
         ),
         BlockType("MXFP4", 32, 17, _MXFP4, False, _mxfp4_codes, _mxfp4_scales),
+        # Their scales are products of a float16 and half a step, which is no float16 times an integer.
+        BlockType(
+            "IQ2_XXS", SUPER, 66, _table_of("iq2", 32), False, grids.iq2_xxs_codes, grids.iq2_xxs_scales
+        ),
+        BlockType("IQ2_XS", SUPER, 74, _table_of("iq2", 16), False, grids.iq2_xs_codes, grids.iq2_xs_scales),
+        BlockType("IQ2_S", SUPER, 82, _table_of("iq2", 16), False, grids.iq2_s_codes, grids.iq2_s_scales),
+        BlockType(
+            "IQ3_XXS", SUPER, 98, _table_of("iq3_xxs", 32), False, grids.iq3_xxs_codes, grids.iq3_xxs_scales
+        ),
+        BlockType(
+            "IQ3_S", SUPER, 110, _table_of("iq3_s", 32, SUPER), False, grids.iq3_s_codes, grids.iq3_s_scales
+        ),
+        BlockType(
+            "IQ1_S", SUPER, 50, Quantization(2, 32, False, f32), True, grids.iq1_s_codes, grids.iq1_s_scales
+        ),
+        BlockType("TQ1_0", SUPER, 54, _affine(2, SUPER), True, grids.tq1_0_codes, grids.tq1_0_scales),
+        BlockType("TQ2_0", SUPER, 66, _affine(2, SUPER), True, grids.tq2_0_codes, grids.tq2_0_scales),
     )  # fmt: skip
     return {kind.name: kind for kind in kinds}
 

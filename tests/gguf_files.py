@@ -68,12 +68,25 @@ def write_gguf(
         x = array_.astype(np.float32)
         if kind.name.endswith("_K"):  # gguf's package has no encoders of these
             raw = encode(kind.name, x.reshape(-1, x.shape[-1])).tobytes()
+        elif kind.name.startswith("IQ"):
+            raw = _in_grids(kind, x.reshape(-1, x.shape[-1]))
         else:
             raw = to_blocks(x, kind).tobytes()
         infos.append(tensor_info(name, array_.shape, int(kind), len(data)))
         data += raw + b"\0" * (-len(raw) % 32)
     path.write_bytes(assemble(entries, infos, data))
     return path
+
+
+def _in_grids(kind: Any, rows: np.ndarray[Any, Any]) -> bytes:
+    """Blocks by llama.cpp's own encoder, all columns alike."""
+    from llmc.ir.ggml import BLOCK_TYPES
+
+    from .llama_cpp import library, quantize
+
+    library().ggml_quantize_init(int(kind))
+    k = rows.shape[1]
+    return quantize(kind.name, rows, np.ones(k, np.float32), BLOCK_TYPES[kind.name].row_bytes(k)).tobytes()
 
 
 def llama_entries(

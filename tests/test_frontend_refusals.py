@@ -137,12 +137,12 @@ def test_auto_map_of_a_known_architecture_is_ignored(tmp_path: Path) -> None:
         ),
         ({"quantization_config": {"quant_method": "gptq"}}, "but no tensor is quantized by it"),
         (
-            {"quantization_config": {"quant_method": "mxfp4"}},
-            "is quantized with 'mxfp4', which llmc does not",
+            {"quantization_config": {"quant_method": "hqq"}},
+            "is quantized with 'hqq', which llmc does not",
         ),
         (
-            {"quantization_config": {"quant_method": "fp8"}},
-            "is quantized with 'fp8', which llmc does not read",
+            {"quantization_config": {"quant_method": "torchao"}},
+            "is quantized with 'torchao', which llmc does not read",
         ),
         ({"quantization_config": {"bits": 4}}, "quantization_config names no quant_method"),
         ({"quantization_config": "gptq"}, "quantization_config names no quant_method"),

@@ -22,7 +22,7 @@ from .gguf_files import STRING, assemble, entry, tensor_info
 TYPES = sorted(BLOCK_TYPES)
 # Where a block holds its float16 scales (and minimums): random bytes there would be NaN now and then.
 HALVES = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2),
-          "Q6_K": (208,)}  # fmt: skip
+          "Q6_K": (208,), "TQ1_0": (52,), "TQ2_0": (64,)}  # fmt: skip
 
 
 def random_blocks(name: str, rows: int, k: int, seed: int = 0) -> np.ndarray[Any, Any]:

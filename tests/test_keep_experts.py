@@ -26,6 +26,8 @@ from .test_gguf_architectures import tiny, written
 
 # Blocks of each layer's experts, as llama.cpp mixes them: gate and up alike, down with more bits or fewer.
 MIXED: list[tuple[str, str]] = [("Q4_K", "Q6_K"), ("Q8_0", "Q5_1"), ("Q4_0", "Q5_K")]
+GRIDS = [("IQ2_XXS", "IQ3_XXS"), ("IQ2_XS", "IQ3_S"), ("IQ2_S", "IQ4_XS"), ("IQ1_S", "TQ2_0")]
+"""As large mixtures are published for small machines."""
 
 
 def file_of(path: Path, kind: str, mixed: list[tuple[str, str]], others: str = "Q8_0") -> Path:
@@ -62,6 +64,7 @@ def file_of(path: Path, kind: str, mixed: list[tuple[str, str]], others: str = "
     ("kind", "mixed"),
     [
         *((kind, MIXED) for kind in ("qwen3_moe", "granitemoe", "mixtral")),
+        ("qwen3_moe", GRIDS),
         ("deepseek_v3", MIXED[:2]),
         ("gpt_oss", [("MXFP4", "MXFP4")] * 2),
     ],
@@ -89,7 +92,10 @@ def test_experts_are_kept_as_they_are_stored(kind: str, mixed: list[tuple[str, s
     assert not any("experts" in note for record in records for note in record.notes)
 
 
-@pytest.mark.parametrize(("kind", "mixed"), [("qwen3_moe", MIXED), ("gpt_oss", [("MXFP4", "MXFP4")] * 2)])
+@pytest.mark.parametrize(
+    ("kind", "mixed"),
+    [("qwen3_moe", MIXED), ("qwen3_moe", GRIDS[:3]), ("gpt_oss", [("MXFP4", "MXFP4")] * 2)],
+)
 def test_the_artifact_is_the_files_model(kind: str, mixed: list[tuple[str, str]], tmp_path: Path) -> None:
     """But for activations of 8 bits: 2.6 % of the logits' norm for the first random model; llama.cpp, which
     rounds them too, is 3.1 % away from what the file means.

@@ -138,6 +138,12 @@ CASES = [
     Case(24, 64, 5, 32, "float32", "float32"),  # Q5_K with scales of one level
     Case(33, 320, 6, 16, None, "float32", None, 256),  # Q6_K, a short last super-group
     Case(40, 96, 4, 32, codebook="iq4_nl"),
+    # Its types with grids
+    Case(40, 256, 4, 16, None, "float32", "iq2"),
+    Case(24, 512, 4, 32, None, "float32", "iq3_xxs"),
+    Case(33, 512, 4, 32, None, "float32", "iq3_s", 256),
+    Case(20, 256, 2, 32, "float32", "float32"),  # IQ1_S
+    Case(24, 512, 2, 256, "float16"),  # TQ2_0
     # Other widths and groups
     Case(20, 64, 2, 32, "uint8"),
     Case(24, 128, 3, 128),
