@@ -6,8 +6,8 @@ of tensors from the package gguf. A key-value that is not understood is an error
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from . import gguf_fields as its
@@ -35,6 +35,9 @@ class Architecture:
         may: those that it understands where they are there.
         ignores: those that say no more than the tensors do.
         lists: those that may have a value a layer.
+        pad: the token for padding of a file that names none, where a configuration must have one.
+        parts: of a layer, those that the package gguf knows by other names than transformers' → their
+            tensors.
         unneeded: whether a model of this configuration has no place for a tensor that files have.
         when: of the key-values without their prefix and the tensors, whether a file of that name is of this
             row.
@@ -59,6 +62,8 @@ class Architecture:
     may: frozenset[str] = frozenset()
     ignores: frozenset[str] = frozenset()
     lists: frozenset[str] = frozenset()
+    pad: int | None = None
+    parts: Mapping[str, str] = field(default_factory=dict[str, str])
     unneeded: Callable[[Any, str], bool] = lambda config, name: False
     when: Callable[[Keys, Tensors], bool] = lambda keys, tensors: True
     fields: Callable[[Keys, Tensors], dict[str, Any]] | None = None
@@ -87,6 +92,14 @@ _MAY_LATENT: Final = _ROUTED | {
 _EXPERT_SIZES: Final = frozenset({"expert_feed_forward_length", "expert_shared_feed_forward_length"})
 _SEEN: Final = frozenset({"rope.dimension_sections", "n_deepstack_layers"})
 """What says how tokens of pictures are placed and taken up."""
+_AFTER_NORMS: Final = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "post_attention_layernorm": "attn_output_norm",
+    "post_mlp_layernorm": "layer_output_norm",
+}
+"""Of layers whose norms are behind attention and MLP."""
 
 
 ARCHITECTURES: Final[dict[str, Architecture]] = {
@@ -283,9 +296,18 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
         "bert",
         turns=False,
         written=False,
-        fields=lambda k, t: {"type_vocab_size": t["token_types.weight"].shape[0]},
+        fields=its.token_types_fields,
         norm_key=_LAYER_NORM,
         norm_field="layer_norm_eps",
+    ),
+    "nomic_bert": Architecture(
+        "nomic-bert",
+        written=False,
+        fields=its.token_types_fields,
+        norm_key=_LAYER_NORM,
+        norm_field="layer_norm_eps",
+        pad=0,
+        parts=_AFTER_NORMS,
     ),
     "gemma3_text (encoder)": Architecture(
         "gemma-embedding",

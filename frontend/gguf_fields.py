@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from ..ir.errors import UnsupportedError
 from .gguf import GGUFTensorInfo
 
 Keys = Mapping[str, Any]
@@ -117,6 +118,18 @@ def both_ways_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
         "query_pre_attn_scalar": keys["attention.key_length"],
         "rope_local_base_freq": keys.get("rope.freq_base_swa", 10000.0),
     }
+
+
+def token_types_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
+    """llama.cpp adds the first row of the types of tokens, where a file has them; the configuration cannot
+    say that there are none.
+    """
+    types = tensors.get("token_types.weight")
+    if types is None:
+        raise UnsupportedError(
+            "the file has no token_types.weight", remedy="give the model as a Hugging Face folder"
+        )
+    return {"type_vocab_size": types.shape[0]}
 
 
 def granite_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
