@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+import unicodedata
+from functools import cache
+from typing import Any, Final
 
 import numpy as np
 
 from ..ir.errors import InputError
-from .tokenizer_rules import CONTROL, UNKNOWN, USER_DEFINED, GGUFTokenizer
+from .charsmap import CharsMap
+from .tokenizer_rules import CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, GGUFTokenizer
 
 _SPACE = "\u2581"  # how SentencePiece writes a space
+_NEVER: Final = 1000.0
+_PARTS: Final = "\ufdee"
+_UNSORTED: Final = "\ufdef"
+"""Characters that Unicode keeps for programs' own use; they part others and are gone in the end."""
 
 
 def build(source: str, tokenizer: GGUFTokenizer) -> Any:
@@ -18,7 +25,13 @@ def build(source: str, tokenizer: GGUFTokenizer) -> Any:
     Args:
         source: the file's name, for errors.
     """
-    makers = {"bpe": _byte_level, "spm": _sentencepiece, "ranked": _sentencepiece, "wordpiece": _wordpiece}
+    makers = {
+        "bpe": _byte_level,
+        "spm": _sentencepiece,
+        "ranked": _sentencepiece,
+        "unigram": _unigram,
+        "wordpiece": _wordpiece,
+    }
     try:
         built = makers[tokenizer.kind](tokenizer)
         _add_special(built, tokenizer)
@@ -83,6 +96,61 @@ def _merges_of_scores(t: GGUFTokenizer, vocab: dict[str, int]) -> list[tuple[str
             if left in vocab and right in vocab:
                 merges.append((left, right))
     return merges
+
+
+def _unigram(t: GGUFTokenizer) -> Any:
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers
+
+    pieces = np.isin(t.types, (NORMAL, USER_DEFINED, UNUSED))
+    scores = np.where(t.types == USER_DEFINED, 0.0, t.scores.astype(np.float64))
+    # The library finds any token in the text; a score that low is never part of the best cut.
+    scores = np.where(pieces, scores, scores[pieces].min() - _NEVER)
+    vocab = list(zip(t.tokens, scores.tolist(), strict=True))
+    tokenizer = Tokenizer(models.Unigram(vocab=vocab, unk_id=t.unk, byte_fallback=False))
+    steps: list[Any] = [] if t.charsmap is None else rewriting(t.charsmap)
+    if t.merge_spaces:
+        steps += [normalizers.Replace(Regex(" +"), " "), normalizers.Replace(Regex(r"\A | \z"), "")]
+        steps += [normalizers.Prepend(_SPACE)]
+    elif t.space_prefix:  # not where there are only spaces
+        steps += [normalizers.Prepend(_SPACE), normalizers.Replace(Regex(rf"\A{_SPACE}(?= *\z)"), "")]
+    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
+    after: list[Any] = [decoders.Replace(_SPACE, " "), decoders.Fuse()]
+    if t.merge_spaces or t.space_prefix:
+        after.append(decoders.Strip(" ", 1, 0))
+    tokenizer.decoder = decoders.Sequence(after)
+    return tokenizer
+
+
+def rewriting(charsmap: CharsMap) -> list[Any]:
+    """Normalizers of the library that do what a charsmap says.
+
+    `Precompiled` applies the map to clusters of up to five bytes, by the first rule that fits, and to single
+    characters of longer ones. So clusters are parted before it, and what the map composes of parts is
+    composed behind it, by Unicode's normal form; that would also sort marks, so marks out of its order are
+    parted too.
+    """
+    from tokenizers import Regex, normalizers
+
+    part = normalizers.Replace(Regex(r"(?!\A)(?=[\n\p{M}\u200c\u200d])"), _PARTS)
+    steps: list[Any] = [part, normalizers.Precompiled(charsmap.data), normalizers.Replace(_PARTS, "")]
+    if charsmap.composes:
+        order = normalizers.Replace(Regex(_out_of_order()), _UNSORTED)
+        steps = [order, *steps, normalizers.NFC(), normalizers.Replace(_UNSORTED, "")]
+    return steps
+
+
+@cache
+def _out_of_order() -> str:
+    """An expression for places between two marks that Unicode's normal forms would exchange."""
+    marks: dict[int, list[str]] = {}
+    for code in range(0x110000):
+        if (order := unicodedata.combining(chr(code))) != 0:
+            marks.setdefault(order, []).append(chr(code))
+    places: list[str] = []
+    for order in sorted(marks)[:-1]:
+        later = "".join(char for other, chars in sorted(marks.items()) if other > order for char in chars)
+        places.append(f"(?<=[{later}])(?=[{''.join(marks[order])}])")
+    return "|".join(places)
 
 
 def _wordpiece(t: GGUFTokenizer) -> Any:
