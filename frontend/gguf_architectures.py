@@ -309,6 +309,22 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
         pad=0,
         parts=_AFTER_NORMS,
     ),
+    "modernbert": Architecture(
+        "modern-bert",
+        written=False,
+        may=frozenset(
+            {
+                "attention.sliding_window",
+                "attention.sliding_window_pattern",
+                "rope.freq_base_swa",
+                "hidden_activation",
+            }
+        ),
+        lists=frozenset({"attention.sliding_window_pattern"}),
+        fields=its.in_turns_fields,
+        norm_key=_LAYER_NORM,
+        norm_field="norm_eps",
+    ),
     "gemma3_text (encoder)": Architecture(
         "gemma-embedding",
         kind="gemma3_text",

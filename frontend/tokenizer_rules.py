@@ -66,7 +66,8 @@ _SAME: Final[dict[str, str]] = {
         ("starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), "smollm"),
     **dict.fromkeys(
         ("phi-2", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de", "gigachat", "a.x-4.0", "mellum", "mpt",
-         "olmo", "jais", "trillion", "granite-docling", "exaone4"), "gpt-2"),
+         "olmo", "jais", "trillion", "granite-docling", "exaone4", "modern-bert", "roberta-bpe", "jina-v1-en",
+         "jina-v2-code"), "gpt-2"),
     **dict.fromkeys(("llama4", "kanana2", "minimax-m2"), "gpt-4o"),
     **dict.fromkeys(("poro-chat", "gpt3-finnish"), "bloom"),
     "hunyuan-dense": "deepseek-v3",

@@ -19,16 +19,18 @@ from llmc.frontend.gguf_tabled import named
 from llmc.frontend.source import open_source
 from llmc.frontend.trace import trace_source
 from llmc.frontend.weights import ReorderedTensor, open_gguf_tensors
-from llmc.ir.errors import UnsupportedError
+from llmc.ir.errors import InputError, UnsupportedError
 from llmc.ir.weights import quantized_of
 from llmc.runtime.loader import load
 
 from .family_configs import random_model, small_config
-from .gguf_files import BOOL, F32, STRING, U32, byte_vocabulary, entry, write_gguf
+from .gguf_files import BOOL, F32, STRING, U32, array, byte_vocabulary, entry, write_gguf
 from .graphs import logits_of
 from .llama_cpp import LlamaCpp
 from .models import ids_of
 
+ROWS = ("bert", "nomic_bert", "modernbert")
+"""Of the table, those that are tested here."""
 _KINDS = {bool: BOOL, int: U32, float: F32, str: STRING}
 
 
@@ -160,3 +162,107 @@ def test_without_types_of_tokens(tmp_path: Path) -> None:
 def test_one_matrix_with_biases(tmp_path: Path) -> None:
     model, ids = tiny("bert", num_hidden_layers=3, layer_norm_eps=0.03), ids_of(40)
     agrees(written(model, "bert", tmp_path / "m.gguf", fused=True), hidden(model, ids), ids)
+
+
+def _turns(full: float, sliding: float) -> dict[str, Any]:
+    bases = {"full_attention": full, "sliding_attention": sliding}
+    return {kind: {"rope_type": "default", "rope_theta": base} for kind, base in bases.items()}
+
+
+MODERN: dict[str, Any] = {"num_hidden_layers": 5, "norm_eps": 0.03, "local_attention": 10}
+SLIDING: Any = "sliding_attention"
+FULL: Any = "full_attention"
+# What the configuration has → what the file says.
+WINDOWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "every third": (
+        {"layer_types": [FULL, SLIDING, SLIDING, FULL, SLIDING], "rope_parameters": _turns(777.0, 55.0)},
+        {"rope__freq_base": 777.0, "rope__freq_base_swa": 55.0, "attention__sliding_window": 10},
+    ),
+    "every second": (
+        {"layer_types": [FULL, SLIDING, FULL, SLIDING, FULL], "rope_parameters": _turns(777.0, 55.0)},
+        {
+            "rope__freq_base": 777.0,
+            "rope__freq_base_swa": 55.0,
+            "attention__sliding_window": 10,
+            "attention__sliding_window_pattern": 2,
+        },
+    ),
+    "no base of theirs": (
+        {"layer_types": [FULL, SLIDING, SLIDING, FULL, SLIDING], "rope_parameters": _turns(777.0, 1e4)},
+        {"rope__freq_base": 777.0, "attention__sliding_window": 10},
+    ),
+    "no window": (
+        {"layer_types": [FULL] * 5, "rope_parameters": _turns(777.0, 55.0)},
+        {"rope__freq_base": 777.0},
+    ),
+    "another gate": (
+        {
+            "layer_types": [FULL, SLIDING, SLIDING, FULL, SLIDING],
+            "rope_parameters": _turns(777.0, 55.0),
+            "hidden_activation": "silu",
+        },
+        {
+            "rope__freq_base": 777.0,
+            "rope__freq_base_swa": 55.0,
+            "attention__sliding_window": 10,
+            "hidden_activation": "silu",
+            "rope__scaling__type": "none",
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("which", WINDOWS)
+def test_windows_in_turns(which: str, tmp_path: Path) -> None:
+    changes, keys = WINDOWS[which]
+    model, ids = tiny("modernbert", **MODERN, **changes), ids_of(40)
+    path = written(model, "modernbert", tmp_path / "m.gguf", vocab_size=model.config.vocab_size, **keys)
+    assert agrees(path, hidden(model, ids), ids).config.model_type == "modernbert"
+
+
+def test_windows_that_are_not_understood(tmp_path: Path) -> None:
+    model = tiny("modernbert", **MODERN, layer_types=[FULL] * 5)
+    path = written(model, "modernbert", tmp_path / "a.gguf", hidden_activation="relu")
+    with pytest.raises(UnsupportedError, match="hidden_activation is 'relu'"):
+        open_source(path)
+    path = written(model, "modernbert", tmp_path / "d.gguf", attention__sliding_window_pattern=0)
+    with pytest.raises(UnsupportedError, match="sliding_window_pattern is 0"):
+        open_source(path)
+    key = "modern-bert.attention.sliding_window_pattern"
+    short = array(key, BOOL, [True, False])
+    path = written(model, "modernbert", tmp_path / "b.gguf", short, attention__sliding_window=10)
+    with pytest.raises(InputError, match="sliding_window_pattern has 2 values for 5 layers"):
+        open_source(path)
+    path = written(model, "modernbert", tmp_path / "c.gguf", embedding_length_out=9)
+    with pytest.raises(UnsupportedError, match=r"modern-bert\.embedding_length_out, which is not understood"):
+        open_source(path)
+
+
+def test_a_window_of_each_layer(tmp_path: Path) -> None:
+    types = [SLIDING, FULL, FULL, SLIDING, FULL]
+    model, ids = (
+        tiny("modernbert", **MODERN, layer_types=types, rope_parameters=_turns(777.0, 55.0)),
+        ids_of(40),
+    )
+    key = array("modern-bert.attention.sliding_window_pattern", BOOL, [one == SLIDING for one in types])
+    keys = {"rope__freq_base": 777.0, "rope__freq_base_swa": 55.0, "attention__sliding_window": 10}
+    agrees(written(model, "modernbert", tmp_path / "m.gguf", key, **keys), hidden(model, ids), ids)
+
+
+@pytest.mark.parametrize("kind", ["xlm-roberta", "roberta"])
+def test_positions_that_begin_behind_padding(kind: str, tmp_path: Path) -> None:
+    """transformers counts positions from behind that of padding; files lack the rows before."""
+    model, ids = (
+        tiny(kind, pad_token_id=4, type_vocab_size=1, layer_norm_eps=0.03, num_hidden_layers=3),
+        ids_of(40),
+    )
+    wanted = hidden(model, ids)
+
+    def chopped(name: str, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return array[5:] if name == "position_embd.weight" else array
+
+    model.config.max_position_embeddings -= 5
+    padding = entry("tokenizer.ggml.padding_token_id", U32, 4)
+    path = written(model, "bert", tmp_path / "m.gguf", padding, change=chopped)
+    assert 4 not in ids
+    agrees(path, wanted, ids)
