@@ -17,6 +17,8 @@ _NEVER: Final = 1000.0
 _PARTS: Final = "\ufdee"
 _UNSORTED: Final = "\ufdef"
 """Characters that Unicode keeps for programs' own use; they part others and are gone in the end."""
+_INITIALS, _VOWELS, _FINALS = "\u1100-\u1112", "\u1161-\u1175", "\u11a8-\u11c2"
+"""What syllables of Hangul are composed of."""
 
 
 def build(source: str, tokenizer: GGUFTokenizer) -> Any:
@@ -157,18 +159,40 @@ def _wordpiece(t: GGUFTokenizer) -> Any:
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     def spelled(i: int, token: str) -> str:
-        # GGUF marks the start of a word, the published vocabulary its continuation.
-        if token.startswith(_SPACE):
+        # GGUF marks the start of a word, the published vocabulary its continuation. The mark alone continues.
+        if token.startswith(_SPACE) and token != _SPACE:
             return token[1:]
         return token if t.types[i] == CONTROL or (token[:1] == "[" and token[-1:] == "]") else "##" + token
 
     vocab = {spelled(i, token): i for i, token in enumerate(t.tokens)}
     unk = "[UNK]" if t.unk is None else spelled(t.unk, t.tokens[t.unk])
     tokenizer = Tokenizer(models.WordPiece(vocab=vocab, unk_token=unk, max_input_chars_per_word=1 << 20))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=True)
+    tokenizer.normalizer = normalizers.Sequence(_letters(t))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(cleanup=False)
     return tokenizer
+
+
+def _letters(t: GGUFTokenizer) -> list[Any]:
+    """Normalizers of the library that do to the letters of words what llama.cpp does: of a composed character
+    it leaves the first, a syllable's consonant too; marks and controls are gone.
+    """
+    from tokenizers import Regex, normalizers
+
+    steps: list[Any] = []
+    if t.strip_accents:
+        apart = normalizers.Replace(Regex(rf"(?!\A)(?=[{_VOWELS}{_FINALS}])"), _PARTS)
+        rest = normalizers.Replace(Regex(rf"(?<=[{_INITIALS}{_VOWELS}])[{_VOWELS}{_FINALS}]"), "")
+        steps += [apart, normalizers.NFD(), rest, normalizers.Replace(Regex(r"\p{M}"), "")]
+    gone = rf"[\ufffd{_PARTS}]|(?![\t-\r\u0085])[\p{{Cc}}\p{{Cf}}\p{{Co}}]"
+    steps.append(normalizers.Replace(Regex(gone), ""))
+    # A token that begins a word is found within one too, behind the sign that it begins with.
+    letter = rf"[^\s\p{{P}}$+<=>^`|~{_SPACE}]"
+    steps.append(normalizers.Replace(Regex(f"(?<={letter}){_SPACE}(?={letter})"), " "))
+    if t.lowercase:
+        steps.append(normalizers.Replace("\u0130", "i"))
+    steps.append(normalizers.BertNormalizer(clean_text=False, strip_accents=False, lowercase=t.lowercase))
+    return steps
 
 
 def _add_special(tokenizer: Any, t: GGUFTokenizer) -> None:

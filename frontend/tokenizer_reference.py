@@ -11,11 +11,16 @@ import math
 import unicodedata
 from collections.abc import Callable
 from functools import cached_property
+from typing import Final
 
 import numpy as np
 import regex
 
 from .tokenizer_rules import CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, GGUFTokenizer
+
+_WHITE: Final = frozenset(map(chr, [*range(9, 14), 32, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028,
+                                    0x2029, 0x202F, 0x205F, 0x3000]))  # fmt: skip
+"""Unicode's property White_Space."""
 
 
 def byte_alphabet() -> list[str]:
@@ -188,7 +193,7 @@ class ReferenceEncoder:
 
     def _wordpiece(self, text: str) -> list[int]:
         ids: list[int] = []
-        for word in _basic_words(text):
+        for word in _basic_words(text, self._t.lowercase, self._t.strip_accents):
             spelled = "\u2581" + word
             start, found = 0, list[int]()
             while start < len(spelled):
@@ -244,21 +249,23 @@ def _merge(symbols: list[str], cost: Callable[[str, str], float | None]) -> list
     return [symbol for symbol in symbols if symbol]
 
 
-def _basic_words(text: str) -> list[str]:
-    """The basic words of word pieces, uncased: decomposed, lowered, without accents; punctuation and Han
-    stand alone.
+def _basic_words(text: str, lowercase: bool, strip_accents: bool) -> list[str]:
+    """The words that pieces make: without controls, punctuation and Han alone; with `strip_accents` without
+    marks, and of a composed character the first.
     """
     words: list[str] = [""]
-    for char in unicodedata.normalize("NFD", text):
+    gone = ("Cc", "Cf", "Co", "Cs")
+    for char in text:
+        char = unicodedata.normalize("NFD", char)[0] if strip_accents else char
         category = unicodedata.category(char)
-        if char.isspace():
+        if char in _WHITE:
             words.append("")
-        elif char in "\0\ufffd" or category in ("Cc", "Cf", "Mn"):
+        elif char in "\0\ufffd" or category in gone or (strip_accents and category.startswith("M")):
             continue
         elif category.startswith("P") or (char.isascii() and category.startswith("S")) or _is_han(ord(char)):
-            words += [char, ""]
+            words += [char.lower() if lowercase else char, ""]
         else:
-            words[-1] += char.lower()
+            words[-1] += char.lower()[0] if lowercase else char
     return [word for word in words if word]
 
 

@@ -107,6 +107,7 @@ class GGUFTokenizer:
         whole_pieces: a piece that is in the vocabulary is taken before merging.
         space_prefix: SPM puts a space before the text and after every special token.
         merge_spaces: "unigram" leaves one space between words, and none around the text but that before it.
+        lowercase, strip_accents: what "wordpiece" does to letters.
         charsmap: how "unigram" rewrites text first, or None.
         bos, eos, unk, pad: ids or None.
         add_bos, add_eos: whether encoding a text adds them.
@@ -128,6 +129,8 @@ class GGUFTokenizer:
     add_eos: bool
     merge_spaces: bool = False
     charsmap: CharsMap | None = None
+    lowercase: bool = True
+    strip_accents: bool = True
 
     def special_ids(self) -> list[int]:
         """Tokens that are matched as a whole in the text, longest first as llama.cpp matches them."""
@@ -163,6 +166,7 @@ def read_tokenizer(file: GGUFFile) -> GGUFTokenizer:
                 remedy="give the model as a Hugging Face folder",
             )
     unigram = kind == "unigram"
+    lowercase = meta.get("tokenizer.ggml.normalizer.lowercase", True)
     eos = {"wordpiece": "seperator"}.get(kind, "eos")
     found = GGUFTokenizer(
         kind=kind,
@@ -190,6 +194,8 @@ def read_tokenizer(file: GGUFFile) -> GGUFTokenizer:
         add_eos=bool(meta.get("tokenizer.ggml.add_eos_token", kind in ("wordpiece", "unigram"))),
         merge_spaces=unigram and bool(meta.get("tokenizer.ggml.remove_extra_whitespaces", False)),
         charsmap=_charsmap(file) if unigram else None,
+        lowercase=bool(lowercase),
+        strip_accents=bool(meta.get("tokenizer.ggml.normalizer.strip_accents", lowercase)),
     )
     if unigram:
         _check_unigram(file, found)

@@ -56,7 +56,7 @@ def _header(entries: list[bytes], folder: Path) -> GGUFFile:
 
 
 @lru_cache
-def _crossing_merges() -> tuple[str, ...]:
+def crossing_merges() -> tuple[str, ...]:
     """Merges learned without any cutting, so that a wrong cut shows in the ids."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -82,7 +82,7 @@ def _agree(rules: GGUFTokenizer, texts: Sequence[str]) -> Any:
 
 @pytest.mark.parametrize("pre", sorted(known_pre_tokenizers()))
 def test_each_pre_tokenizer_cuts_as_its_rules_say(pre: str, tmp_path: Path) -> None:
-    merges = list(_crossing_merges())
+    merges = list(crossing_merges())
     rules = read_tokenizer(_header(byte_vocabulary(["<|end|>"], merges, pre), tmp_path))
     built = _agree(rules, hard_strings(["<|end|>"]))
     for text in HARD_STRINGS:
@@ -270,8 +270,8 @@ def test_gguf_export(tmp_path: Path) -> None:
     template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     entries = [
         *llama_entries(),
-        *byte_vocabulary(["<|end|>"], list(_crossing_merges()), "smollm"),
-        entry("tokenizer.ggml.eos_token_id", U32, 256 + len(_crossing_merges())),
+        *byte_vocabulary(["<|end|>"], list(crossing_merges()), "smollm"),
+        entry("tokenizer.ggml.eos_token_id", U32, 256 + len(crossing_merges())),
         entry("tokenizer.chat_template", STRING, template),
     ]
     source = open_source(write_gguf(tmp_path / "m.gguf", entries, llama_tensors()))
@@ -279,7 +279,7 @@ def test_gguf_export(tmp_path: Path) -> None:
     assert facts is not None
     assert facts.kind == "byte-level BPE"
     assert facts.special_tokens == {"eos_token": "<|end|>"}
-    assert facts.special_token_ids == {"eos_token": 256 + len(_crossing_merges())}
+    assert facts.special_token_ids == {"eos_token": 256 + len(crossing_merges())}
     assert facts.checked_strings == len(hard_strings(["<|end|>"]))
     assert (tmp_path / "chat_template.jinja").read_text() == template
     assert facts.chat_template == "chat_template.jinja"
@@ -351,9 +351,9 @@ def test_export_compares_with_the_source(monkeypatch: pytest.MonkeyPatch, tmp_pa
     """A tokenizer built by other rules than the file's is noticed."""
     import llmc.frontend.tokenizer as exporting
 
-    entries = [*llama_entries(), *byte_vocabulary(["<|end|>"], list(_crossing_merges()), "smollm")]
+    entries = [*llama_entries(), *byte_vocabulary(["<|end|>"], list(crossing_merges()), "smollm")]
     source = open_source(write_gguf(tmp_path / "m.gguf", entries, llama_tensors()))
-    wrong = read_tokenizer(_header(byte_vocabulary(["<|end|>"], list(_crossing_merges()), "gpt-2"), tmp_path))
+    wrong = read_tokenizer(_header(byte_vocabulary(["<|end|>"], list(crossing_merges()), "gpt-2"), tmp_path))
     monkeypatch.setattr(exporting.tokenizer_gguf, "build", lambda name, rules: build(name, wrong))
     with pytest.raises(CompileError, match=r"tokenizer of m\.gguf differs on"):
         export_tokenizer(source, tmp_path)

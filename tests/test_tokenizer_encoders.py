@@ -1,4 +1,6 @@
-"""Vocabularies of scores (`tokenizer.ggml.model` "t5"): ids are llama.cpp's, and what is refused."""
+"""Vocabularies of encoders in GGUF files: ids are llama.cpp's, and what is refused. Those of scores
+(`tokenizer.ggml.model` "t5"), of merges ("gpt2", by names that encoders have), and of words' pieces ("bert").
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,9 @@ from llmc.frontend.tokenizer_rules import read_tokenizer
 from llmc.ir.errors import InputError
 
 from .charsmaps import compiled, composing
-from .gguf_files import BOOL, F32, I32, STRING, U32, array, assemble, entry
+from .gguf_files import BOOL, F32, I32, STRING, U32, array, assemble, byte_vocabulary, entry
 from .llama_cpp import LlamaCpp
+from .test_frontend_tokenizer import crossing_merges
 from .test_gguf_encoders import tiny, written
 
 U8 = 0
@@ -92,15 +95,10 @@ def header(made: dict[str, bytes], folder: Path) -> GGUFFile:
     return read_gguf(path)
 
 
-@pytest.mark.parametrize("merge", [True, False])
-@pytest.mark.parametrize("prefix", [True, False])
-@pytest.mark.parametrize("mapped", [True, False])
-def test_ids_equal_llama_cpp(merge: bool, prefix: bool, mapped: bool, tmp_path: Path) -> None:
-    made = entries(add_space_prefix=prefix, remove_extra_whitespaces=merge)
-    if not mapped:
-        del made["charsmap"]
-    model = tiny("bert", vocab_size=len(pieces()) + 6, num_hidden_layers=1)
-    path = written(model, "bert", tmp_path / "m.gguf", vocabulary=list(made.values()))
+def compared(vocabulary: list[bytes], size: int, folder: Path) -> Any:
+    """What is built, after its ids of the texts and the reference's were compared with llama.cpp's."""
+    path = folder / "m.gguf"
+    written(tiny("bert", vocab_size=size, num_hidden_layers=1), "bert", path, vocabulary=vocabulary)
     rules = read_tokenizer(read_gguf(path))
     reference, built = ReferenceEncoder(rules), build("m.gguf", rules)
     with LlamaCpp(path) as opened:
@@ -108,6 +106,17 @@ def test_ids_equal_llama_cpp(merge: bool, prefix: bool, mapped: bool, tmp_path: 
             wanted = opened.tokenize(text, special=True)
             assert reference.encode(text) == wanted, ascii(text)
             assert built.encode(text).ids == wanted, ascii(text)
+    return built
+
+
+@pytest.mark.parametrize("merge", [True, False])
+@pytest.mark.parametrize("prefix", [True, False])
+@pytest.mark.parametrize("mapped", [True, False])
+def test_ids_equal_llama_cpp(merge: bool, prefix: bool, mapped: bool, tmp_path: Path) -> None:
+    made = entries(add_space_prefix=prefix, remove_extra_whitespaces=merge)
+    if not mapped:
+        del made["charsmap"]
+    built = compared(list(made.values()), len(pieces()) + 6, tmp_path)
     text = "mixed \u4e2d\u6587 and English"
     decoded = built.decode(built.encode(text).ids)
     assert decoded == text
@@ -210,3 +219,44 @@ def test_two_tokens_without_an_unknown_one(tmp_path: Path) -> None:
     }
     with pytest.raises(InputError, match=r"lacks tokenizer\.ggml\.unknown_token_id"):
         read_tokenizer(header(made, tmp_path))
+
+
+@pytest.mark.parametrize("ends", [True, False])
+@pytest.mark.parametrize("pre", ["roberta-bpe", "modern-bert", "jina-v1-en", "jina-v2-code"])
+def test_merges(pre: str, ends: bool, tmp_path: Path) -> None:
+    merges = list({merge.replace(" ", ""): merge for merge in crossing_merges()}.values())
+    first = 256 + len(merges)
+    vocabulary = byte_vocabulary(["<|b|>", "<|e|>", "<|u|>", "<mask>"], merges, pre)
+    ids = {"bos": first, "eos": first + 1, "seperator": first + 1, "unknown": first + 2}
+    vocabulary += [entry(f"tokenizer.ggml.{name}_token_id", U32, i) for name, i in ids.items()]
+    flags = ("add_bos_token", "add_eos_token", "add_sep_token") if ends else ()
+    vocabulary += [entry(f"tokenizer.ggml.{name}", BOOL, True) for name in flags]
+    compared(vocabulary, first + 4, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [{}, {"lowercase": False}, {"strip_accents": False}, {"lowercase": False, "strip_accents": True}],
+)
+def test_pieces_of_words(said: dict[str, bool], tmp_path: Path) -> None:
+    """Marks of Indic scripts and the vowels of Hangul are gone where accents are, as in llama.cpp."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer = trainers.WordPieceTrainer(vocab_size=1000, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(HARD_STRINGS, trainer)
+    vocab = tokenizer.get_vocab()
+    tokens = sorted(vocab, key=lambda token: vocab[token])
+    spelled = [t if t in special else t[2:] if t[:2] == "##" else f"\u2581{t}" for t in tokens]
+    vocabulary = [
+        entry("tokenizer.ggml.model", STRING, "bert"),
+        array("tokenizer.ggml.tokens", STRING, spelled),
+        array("tokenizer.ggml.token_type", I32, [3] * 5 + [1] * (len(tokens) - 5)),
+    ]
+    ids = {"bos": 2, "seperator": 3, "unknown": 1, "padding": 0, "mask": 4}
+    vocabulary += [entry(f"tokenizer.ggml.{name}_token_id", U32, i) for name, i in ids.items()]
+    vocabulary += [entry(f"tokenizer.ggml.normalizer.{name}", BOOL, value) for name, value in said.items()]
+    compared(vocabulary, len(tokens), tmp_path)
