@@ -309,6 +309,15 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
         pad=0,
         parts=_AFTER_NORMS,
     ),
+    "jina_embeddings_v3": Architecture(
+        "jina-bert-v3",
+        written=False,
+        fields=its.token_types_fields,
+        norm_key=_LAYER_NORM,
+        norm_field="layer_norm_eps",
+        parts={**_AFTER_NORMS, "mlp.fc1": "ffn_up", "mlp.fc2": "ffn_down"},
+    ),
+    "eurobert": Architecture("eurobert", written=False, fields=lambda k, t: {}),
     "modernbert": Architecture(
         "modern-bert",
         written=False,

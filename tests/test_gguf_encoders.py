@@ -29,7 +29,7 @@ from .graphs import logits_of
 from .llama_cpp import LlamaCpp
 from .models import ids_of
 
-ROWS = ("bert", "nomic_bert", "modernbert")
+ROWS = ("nomic_bert", "jina_embeddings_v3", "eurobert", "modernbert")
 """Of the table, those that are tested here."""
 _KINDS = {bool: BOOL, int: U32, float: F32, str: STRING}
 
@@ -266,3 +266,19 @@ def test_positions_that_begin_behind_padding(kind: str, tmp_path: Path) -> None:
     path = written(model, "bert", tmp_path / "m.gguf", padding, change=chopped)
     assert 4 not in ids
     agrees(path, wanted, ids)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_rotary_positions_and_biases(fused: bool, tmp_path: Path) -> None:
+    model, ids = tiny("jina_embeddings_v3", **NOMIC), ids_of(40)
+    path = written(model, "jina_embeddings_v3", tmp_path / "m.gguf", fused=fused, rope__freq_base=777.0)
+    assert agrees(path, hidden(model, ids), ids).config.model_type == "jina_embeddings_v3"
+
+
+def test_a_decoder_s_layers_both_ways(tmp_path: Path) -> None:
+    """EuroBERT: keys and values of fewer heads, norms before."""
+    changes = {"rope_parameters": NOMIC["rope_parameters"], "rms_norm_eps": 0.03, "num_hidden_layers": 3}
+    model, ids = tiny("eurobert", **changes), ids_of(40)
+    path = written(model, "eurobert", tmp_path / "m.gguf", rope__freq_base=777.0, attention__head_count_kv=2)
+    source = agrees(path, hidden(model, ids), ids)
+    assert (source.config.model_type, source.config.num_key_value_heads) == ("eurobert", 2)

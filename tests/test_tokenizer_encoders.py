@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import transformers
+from llmc.codegen.driver import compile_model
 from llmc.frontend.charsmap import CharsMap
 from llmc.frontend.gguf import GGUFFile, read_gguf
 from llmc.frontend.hard_strings import HARD_STRINGS
@@ -20,10 +22,12 @@ from llmc.frontend.tokenizer_gguf import build, rewriting
 from llmc.frontend.tokenizer_reference import ReferenceEncoder
 from llmc.frontend.tokenizer_rules import read_tokenizer
 from llmc.ir.errors import InputError
+from llmc.runtime.loader import load
 
 from .charsmaps import compiled, composing
 from .gguf_files import BOOL, F32, I32, STRING, U32, array, assemble, byte_vocabulary, entry
 from .llama_cpp import LlamaCpp
+from .models import real_model
 from .test_frontend_tokenizer import crossing_merges
 from .test_gguf_encoders import tiny, written
 
@@ -234,6 +238,22 @@ def test_merges(pre: str, ends: bool, tmp_path: Path) -> None:
     compared(vocabulary, first + 4, tmp_path)
 
 
+def pieces_of_words(tokens: list[str]) -> list[bytes]:
+    """Metadata of a published vocabulary, as llama.cpp's converter writes it."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    spelled = [t if t in special else t[2:] if t[:2] == "##" else f"\u2581{t}" for t in tokens]
+    names = ("padding", "unknown", "bos", "seperator", "mask")
+    return [
+        entry("tokenizer.ggml.model", STRING, "bert"),
+        array("tokenizer.ggml.tokens", STRING, spelled),
+        array("tokenizer.ggml.token_type", I32, [3 if t in special else 1 for t in tokens]),
+        *(
+            entry(f"tokenizer.ggml.{n}_token_id", U32, tokens.index(t))
+            for n, t in zip(names, special, strict=True)
+        ),
+    ]
+
+
 @pytest.mark.parametrize(
     "said",
     [{}, {"lowercase": False}, {"strip_accents": False}, {"lowercase": False, "strip_accents": True}],
@@ -250,13 +270,47 @@ def test_pieces_of_words(said: dict[str, bool], tmp_path: Path) -> None:
     tokenizer.train_from_iterator(HARD_STRINGS, trainer)
     vocab = tokenizer.get_vocab()
     tokens = sorted(vocab, key=lambda token: vocab[token])
-    spelled = [t if t in special else t[2:] if t[:2] == "##" else f"\u2581{t}" for t in tokens]
-    vocabulary = [
-        entry("tokenizer.ggml.model", STRING, "bert"),
-        array("tokenizer.ggml.tokens", STRING, spelled),
-        array("tokenizer.ggml.token_type", I32, [3] * 5 + [1] * (len(tokens) - 5)),
-    ]
-    ids = {"bos": 2, "seperator": 3, "unknown": 1, "padding": 0, "mask": 4}
-    vocabulary += [entry(f"tokenizer.ggml.{name}_token_id", U32, i) for name, i in ids.items()]
+    vocabulary = pieces_of_words(tokens)
     vocabulary += [entry(f"tokenizer.ggml.normalizer.{name}", BOOL, value) for name, value in said.items()]
     compared(vocabulary, len(tokens), tmp_path)
+
+
+def embedded(path: Path, folder: Path, texts: list[str]) -> np.ndarray[Any, Any]:
+    """Vectors of texts by a file that is compiled, tokenizer and all."""
+    artifact = compile_model(path, folder / "m.llmc", targets=["onnx-cpu"], kv_dtype="float32").artifact
+    with load(artifact.root) as llm:
+        return llm.embeddings(texts)
+
+
+def by_llama_cpp(path: Path, texts: list[str]) -> np.ndarray[Any, Any]:
+    with LlamaCpp(path) as opened:
+        means = [opened.hidden(opened.tokenize(text, special=True)).mean(0) for text in texts]
+    return np.stack([mean / np.linalg.norm(mean) for mean in means])
+
+
+def test_texts_to_vectors(tmp_path: Path) -> None:
+    """The means of hidden states, of texts that llama.cpp cuts by itself."""
+    made = entries(add_space_prefix=True, remove_extra_whitespaces=True)
+    model = tiny("bert", vocab_size=len(pieces()) + 6, type_vocab_size=1)
+    texts = ["  mixed \u4e2d\u6587 and English ", "Zw\u00f6lf Boxka\u0308mpfer", "\u6c34 \U0001f600!"]
+    plain = written(model, "bert", tmp_path / "m.gguf", vocabulary=list(made.values()))
+    pooled = written(model, "bert", tmp_path / "p.gguf", vocabulary=list(made.values()), pooling_type=1)
+    found = embedded(pooled, tmp_path, texts)
+    np.testing.assert_allclose(found, by_llama_cpp(plain, texts), atol=5e-3)
+
+
+@pytest.mark.slow
+def test_a_published_encoder_as_a_file(tmp_path: Path) -> None:
+    """all-MiniLM-L6-v2 with its vocabulary."""
+    folder = real_model("minilm")
+    model = transformers.AutoModel.from_pretrained(folder)
+    vocabulary = pieces_of_words((folder / "vocab.txt").read_text().split("\n")[:-1])
+    compared(vocabulary, 30522, tmp_path)
+    texts = [
+        "The river was wide and slow.",
+        "Der Flu\u00df war breit; les bateaux \u00e9taient charg\u00e9s!",
+    ]
+    plain = written(model, "bert", tmp_path / "w.gguf", vocabulary=vocabulary)
+    pooled = written(model, "bert", tmp_path / "p.gguf", vocabulary=vocabulary, pooling_type=1)
+    found = embedded(pooled, tmp_path, texts)
+    np.testing.assert_allclose(found, by_llama_cpp(plain, texts), atol=2e-3)
