@@ -56,7 +56,7 @@ def written(
     fused: bool = False,
     leave: tuple[str, ...] = (),
     change: Callable[[str, np.ndarray[Any, Any]], np.ndarray[Any, Any]] = lambda name, array: array,
-    quantize: str = "F32",
+    quantize: str | Callable[[str], str] = "F32",
     vocabulary: list[bytes] | None = None,
     **keys: Any,
 ) -> Path:
@@ -140,6 +140,35 @@ def test_one_matrix_that_is_cut_keeps_its_blocks(tmp_path: Path) -> None:
         assert np.array_equal(tensor.read(), whole[64 * i : 64 * (i + 1)])
         parts = quantized_of(tensor)
         assert parts is not None and parts.codes.shape == (64, 64)
+
+
+def test_blocks_of_one_matrix_are_kept(tmp_path: Path) -> None:
+    """`--quant keep` on the int8 kernels, beside llama.cpp on the same blocks."""
+
+    def of_layers(name: str) -> str:
+        return "Q8_0" if name.startswith("blk.") else "F32"
+
+    model, ids = tiny("nomic_bert", **NOMIC), ids_of(40)
+    files = [
+        written(
+            model,
+            "nomic_bert",
+            tmp_path / f"{name}.gguf",
+            fused=True,
+            quantize=of_layers,
+            rope__freq_base=777.0,
+            **keys,
+        )
+        for name, keys in (("m", {}), ("p", {"pooling_type": 1}))
+    ]
+    with LlamaCpp(files[0]) as opened:
+        mean = opened.hidden(ids).mean(0)
+    compiled = compile_model(
+        files[1], tmp_path / "p.llmc", targets=["onnx-cpu"], quant="keep", kv_dtype="float32"
+    )
+    with load(compiled.artifact.root) as llm:
+        found = llm.embeddings([ids])[0]
+    np.testing.assert_allclose(found, mean / np.linalg.norm(mean), atol=5e-3)
 
 
 def test_one_matrix_of_another_height_is_refused(tmp_path: Path) -> None:

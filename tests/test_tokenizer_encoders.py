@@ -146,9 +146,8 @@ def test_what_a_file_does_not_say(tmp_path: Path) -> None:
 def test_a_charsmap_rewrites_as_its_rules_say() -> None:
     rules = {"a": "b", "ab": "", "\u0301": " ", "abc\u00e9": "long", "\u00e9": "e\u0301"}
     found = CharsMap(compiled(rules), "m")
-    assert found.rewritten("aabbabc\u00e9abc\u00e9\u00e9 \u6f22\U0001f600\0") == (
-        "bblonglonge\u0301 \u6f22\U0001f600\0".replace("bb", "bb", 1)
-    )
+    text = "aabbabc\u00e9abc\u00e9\u00e9 \u6f22\U0001f600\0"
+    assert found.rewritten(text) == "bblonglonge\u0301 \u6f22\U0001f600\0"
     assert not found.composes
     assert CharsMap(charsmap(), "m").composes
 
