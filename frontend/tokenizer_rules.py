@@ -81,7 +81,8 @@ _WHOLE_PIECES: Final = frozenset(
 
 _LINES: Final = r"[^\n]+|\n+"
 _UNKNOWNS: Final = {"spm": 0, "ranked": 3, "wordpiece": 100, "unigram": 2}
-"""llama.cpp's ids of what is not in the vocabulary, where a file says none."""
+_ENDS: Final = {"wordpiece": ("seperator", 102), "unigram": ("eos", 1)}
+"""llama.cpp's ids of what is not in the vocabulary, and of the end of a text, where a file says none."""
 
 
 def known_pre_tokenizers() -> frozenset[str]:
@@ -167,7 +168,7 @@ def read_tokenizer(file: GGUFFile) -> GGUFTokenizer:
             )
     unigram = kind == "unigram"
     lowercase = meta.get("tokenizer.ggml.normalizer.lowercase", True)
-    eos = {"wordpiece": "seperator"}.get(kind, "eos")
+    end, end_id = _ENDS.get(kind, ("eos", None))
     found = GGUFTokenizer(
         kind=kind,
         tokens=tokens,
@@ -181,17 +182,11 @@ def read_tokenizer(file: GGUFFile) -> GGUFTokenizer:
         space_prefix=kind in ("spm", "unigram")
         and bool(meta.get("tokenizer.ggml.add_space_prefix", not unigram)),
         bos=_token_id(file, "bos", len(tokens), 101 if kind == "wordpiece" else None),
-        eos=_token_id(file, eos, len(tokens), 1 if unigram else None),
+        eos=_token_id(file, end, len(tokens), end_id),
         unk=_token_id(file, "unknown", len(tokens), _UNKNOWNS.get(kind)),
         pad=_token_id(file, "padding", len(tokens), 0 if unigram else None),
-        # llama.cpp's defaults where the file does not say.
-        add_bos=bool(
-            meta.get(
-                "tokenizer.ggml.add_bos_token",
-                kind not in ("bpe", "unigram") or pre in _WHOLE_PIECES,
-            )
-        ),
-        add_eos=bool(meta.get("tokenizer.ggml.add_eos_token", kind in ("wordpiece", "unigram"))),
+        add_bos=_adds(file, "bos", kind, pre in _WHOLE_PIECES or kind in ("spm", "ranked")),
+        add_eos=_adds(file, "eos", kind, unigram),
         merge_spaces=unigram and bool(meta.get("tokenizer.ggml.remove_extra_whitespaces", False)),
         charsmap=_charsmap(file) if unigram else None,
         lowercase=bool(lowercase),
@@ -200,6 +195,11 @@ def read_tokenizer(file: GGUFFile) -> GGUFTokenizer:
     if unigram:
         _check_unigram(file, found)
     return found
+
+
+def _adds(file: GGUFFile, name: str, kind: str, default: bool) -> bool:
+    """Whether encoding adds a begin or an end; llama.cpp always does to words' pieces."""
+    return kind == "wordpiece" or bool(file.metadata.get(f"tokenizer.ggml.add_{name}_token", default))
 
 
 def _check_unigram(file: GGUFFile, found: GGUFTokenizer) -> None:

@@ -99,14 +99,14 @@ def header(made: dict[str, bytes], folder: Path) -> GGUFFile:
     return read_gguf(path)
 
 
-def compared(vocabulary: list[bytes], size: int, folder: Path) -> Any:
+def compared(vocabulary: list[bytes], size: int, folder: Path, texts: list[str] = TEXTS) -> Any:
     """What is built, after its ids of the texts and the reference's were compared with llama.cpp's."""
     path = folder / "m.gguf"
     written(tiny("bert", vocab_size=size, num_hidden_layers=1), "bert", path, vocabulary=vocabulary)
     rules = read_tokenizer(read_gguf(path))
     reference, built = ReferenceEncoder(rules), build("m.gguf", rules)
     with LlamaCpp(path) as opened:
-        for text in TEXTS:
+        for text in texts:
             wanted = opened.tokenize(text, special=True)
             assert reference.encode(text) == wanted, ascii(text)
             assert built.encode(text).ids == wanted, ascii(text)
@@ -272,6 +272,15 @@ def test_pieces_of_words(said: dict[str, bool], tmp_path: Path) -> None:
     vocabulary = pieces_of_words(tokens)
     vocabulary += [entry(f"tokenizer.ggml.normalizer.{name}", BOOL, value) for name, value in said.items()]
     compared(vocabulary, len(tokens), tmp_path)
+
+
+def test_pieces_of_words_always_have_ends(tmp_path: Path) -> None:
+    tokens = [*"abcdefgh", *(f"[unused{i}]" for i in range(95))]
+    tokens[98:] = ["[PAD]", "[MASK]", "[UNK]", "[CLS]", "[SEP]"]
+    vocabulary = pieces_of_words(tokens)[:3]
+    vocabulary += [entry(f"tokenizer.ggml.add_{n}_token", BOOL, False) for n in ("bos", "eos", "sep")]
+    built = compared(vocabulary, len(tokens), tmp_path, ["a b", "", "x", "a[MASK]b"])
+    assert built.encode("a b").ids == [101, 0, 1, 102]
 
 
 def embedded(path: Path, folder: Path, texts: list[str]) -> np.ndarray[Any, Any]:
