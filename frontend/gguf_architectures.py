@@ -25,6 +25,14 @@ _MAY_LATENT: Final = ROUTED | {
 _PATTERN: Final = frozenset({"attention.sliding_window_pattern"})
 _SEEN: Final = frozenset({"rope.dimension_sections", "n_deepstack_layers"})
 """What says how tokens of pictures are placed and taken up."""
+_AFTER_NORMS: Final = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "post_attention_layernorm": "attn_output_norm",
+    "post_mlp_layernorm": "layer_output_norm",
+}
+"""Of layers whose norms are behind attention and MLP."""
 
 
 ARCHITECTURES: Final[dict[str, Architecture]] = {
@@ -318,9 +326,43 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
         "bert",
         turns=False,
         written=False,
-        fields=lambda k, t: {"type_vocab_size": t["token_types.weight"].shape[0]},
+        fields=its.token_types_fields,
         norm_key=_LAYER_NORM,
         norm_field="layer_norm_eps",
+    ),
+    "nomic_bert": Architecture(
+        "nomic-bert",
+        written=False,
+        fields=its.token_types_fields,
+        norm_key=_LAYER_NORM,
+        norm_field="layer_norm_eps",
+        pad=0,
+        parts=_AFTER_NORMS,
+    ),
+    "jina_embeddings_v3": Architecture(
+        "jina-bert-v3",
+        written=False,
+        fields=its.token_types_fields,
+        norm_key=_LAYER_NORM,
+        norm_field="layer_norm_eps",
+        parts={**_AFTER_NORMS, "mlp.fc1": "ffn_up", "mlp.fc2": "ffn_down"},
+    ),
+    "eurobert": Architecture("eurobert", written=False, fields=lambda k, t: {}),
+    "modernbert": Architecture(
+        "modern-bert",
+        written=False,
+        may=frozenset(
+            {
+                "attention.sliding_window",
+                "attention.sliding_window_pattern",
+                "rope.freq_base_swa",
+                "hidden_activation",
+            }
+        ),
+        lists=frozenset({"attention.sliding_window_pattern"}),
+        fields=its.in_turns_fields,
+        norm_key=_LAYER_NORM,
+        norm_field="norm_eps",
     ),
     "gemma3_text (encoder)": Architecture(
         "gemma-embedding",

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from ..ir.errors import InputError, UnsupportedError
 from .gguf import GGUFTensorInfo
 
 Keys = Mapping[str, Any]
@@ -145,6 +146,59 @@ def both_ways_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
         "sliding_window": keys["attention.sliding_window"],
         "query_pre_attn_scalar": keys["attention.key_length"],
         "rope_local_base_freq": keys.get("rope.freq_base_swa", 10000.0),
+    }
+
+
+def token_types_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
+    """llama.cpp adds the first row of the types of tokens, where a file has them; the configuration cannot
+    say that there are none.
+    """
+    types = tensors.get("token_types.weight")
+    if types is None:
+        raise UnsupportedError(
+            "the file has no token_types.weight", remedy="give the model as a Hugging Face folder"
+        )
+    return {"type_vocab_size": types.shape[0]}
+
+
+_GATES: Final = {"gelu": "gelu", "geglu": "gelu", "silu": "silu", "swish": "silu", "swiglu": "silu"}
+"""`hidden_activation`, as llama.cpp understands it → the configuration's."""
+
+
+def in_turns_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
+    """Layers with a window, which counts both sides, and without: by a list, or every n-th without, the first
+    one among them. Without a window there are none with one.
+    """
+    layers, window = int(keys["block_count"]), int(keys.get("attention.sliding_window", 0))
+    pattern = keys.get("attention.sliding_window_pattern", 3)
+    if isinstance(pattern, int):
+        if pattern < 1:  # llama.cpp does not run files whose layers all have a window
+            raise UnsupportedError(
+                f"the file's attention.sliding_window_pattern is {pattern}",
+                remedy="give the model as a Hugging Face folder",
+            )
+        pattern = [i % pattern != 0 for i in range(layers)]
+    sliding = by_layer(pattern, layers) if window else [False] * layers
+    if len(sliding) != layers:
+        raise InputError(
+            f"attention.sliding_window_pattern has {len(sliding)} values for {layers} layers",
+            remedy="download the file again",
+        )
+    act = keys.get("hidden_activation", "gelu")
+    if act not in _GATES:
+        raise UnsupportedError(
+            f"the file's hidden_activation is {str(act)[:40]!r}, which is not understood",
+            remedy="give the model as a Hugging Face folder",
+        )
+    bases = {
+        "full_attention": keys.get("rope.freq_base", 10000.0),
+        "sliding_attention": keys.get("rope.freq_base_swa", 10000.0),
+    }
+    return {
+        "layer_types": ["sliding_attention" if one else "full_attention" for one in sliding],
+        "local_attention": window,
+        "hidden_activation": _GATES[act],
+        "rope_parameters": {k: {"rope_type": "default", "rope_theta": base} for k, base in bases.items()},
     }
 
 

@@ -5,11 +5,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..ir.weights import LazyTensor
-from . import gguf_parts as parts
+from . import gguf_parts
 from .gguf_fields import Keys, Tensors
 
 
@@ -34,6 +34,9 @@ class Architecture:
         may: those that it understands where they are there.
         ignores: those that say no more than the tensors do.
         lists: those that may have a value a layer.
+        pad: the token for padding of a file that names none, where a configuration must have one.
+        parts: of a layer, those that the package gguf knows by other names than transformers' → their
+            tensors.
         unneeded: whether a model of this configuration has no place for a tensor that files have.
         merge: what is made of several tensors, and which (gguf_parts.py).
         mixer: how a tensor differs from transformers' (gguf_parts.py).
@@ -60,8 +63,13 @@ class Architecture:
     may: frozenset[str] = frozenset()
     ignores: frozenset[str] = frozenset()
     lists: frozenset[str] = frozenset()
+    pad: int | None = None
+    parts: Mapping[str, str] = field(default_factory=dict[str, str])
     unneeded: Callable[[Any, str], bool] = lambda config, name: False
-    merge: Callable[[Any, parts.Shapes, Mapping[str, LazyTensor]], parts.Merged] = lambda *_: ({}, set())
+    merge: Callable[[Any, gguf_parts.Shapes, Mapping[str, LazyTensor]], gguf_parts.Merged] = lambda *_: (
+        {},
+        set(),
+    )
     mixer: Callable[[Any, str, LazyTensor], LazyTensor] = lambda config, parameter, tensor: tensor
     when: Callable[[Keys, Tensors], bool] = lambda keys, tensors: True
     fields: Callable[[Keys, Tensors], dict[str, Any]] | None = None

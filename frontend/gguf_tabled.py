@@ -14,7 +14,7 @@ from .gguf import GGUFFile
 from .gguf_architectures import ARCHITECTURES
 from .gguf_experts import stacked_experts
 from .gguf_layout import Architecture
-from .weights import transformed
+from .weights import ReorderedTensor, transformed
 
 _FOLDER: Final = "give the model as a Hugging Face folder"
 _COMMON: Final = {
@@ -57,6 +57,8 @@ _ODD: Final = re.compile(
     r".*\blayers\.(\d+)\.(?:\w+\.)?"
     rf"({'|'.join(map(re.escape, _ODD_NAMES))})"
 )
+_OF_A_LAYER: Final = re.compile(r".*\blayers\.(\d+)\.(.+)\.(weight|bias)")
+_FUSED: Final = re.compile(r"(blk\.\d+\.attn_)qkv(\.weight|\.bias)")
 
 
 def readable(file: GGUFFile) -> tuple[str, Architecture] | None:
@@ -131,7 +133,8 @@ def configuration(file: GGUFFile, arch: Architecture) -> dict[str, Any]:
             )
     values["vocab_size"] = keys.get("vocab_size", len(tokens) if isinstance(tokens, list) else None)
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-        values[f"{name}_token_id"] = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
+        default = arch.pad if name == "pad" else None
+        values[f"{name}_token_id"] = file.metadata.get(f"tokenizer.ggml.{key}_token_id", default)
     return values | arch.fields(keys, file.tensors)
 
 
@@ -146,6 +149,9 @@ def named(arch: Architecture, layers: int) -> Callable[[str], str | None]:
         odd = _ODD.fullmatch(parameter)
         if odd is not None:
             return f"blk.{odd[1]}.{_ODD_NAMES[odd[2]]}"
+        part = _OF_A_LAYER.fullmatch(parameter)
+        if part is not None and part[2] in arch.parts:
+            return f"blk.{part[1]}.{arch.parts[part[2]]}.{part[3]}"
         spellings = (
             parameter,
             parameter.replace(".router.weight", ".router.layer.weight"),
@@ -167,6 +173,7 @@ def weights(
     config, name_of = model.config, named(arch, model.config.num_hidden_layers)
     shapes = {parameter: tuple(value.shape) for parameter, value in model.state_dict().items()}
     names = {name_of(parameter): parameter for parameter in shapes}
+    tensors = _cut(tensors, {name: shapes[parameter][0] for name, parameter in names.items() if name})
     found, joined = stacked_experts(model, tensors, in_turns=arch.experts_in_turns)
     made, parts = arch.merge(config, shapes, tensors)
     found, joined = found | made, joined | parts
@@ -189,6 +196,28 @@ def weights(
         else:
             found[parameter] = arch.mixer(config, parameter, tensor)
     return found, unused
+
+
+def _cut(tensors: Mapping[str, LazyTensor], rows: Mapping[str, int]) -> dict[str, LazyTensor]:
+    """The tensors, with queries, keys and values that a file has as one matrix (or bias) as three, where the
+    model has places for three.
+
+    Args:
+        rows: of a tensor that the model has a place for.
+    """
+    cut = dict(tensors)
+    for name, tensor in tensors.items():
+        match = _FUSED.fullmatch(name)
+        parts = [f"{match[1]}{part}{match[2]}" for part in "qkv"] if match is not None else []
+        if not parts or name in rows or not all(part in rows for part in parts):
+            continue
+        ends = np.cumsum([rows[part] for part in parts])
+        if tensor.shape[0] != ends[-1]:
+            continue  # it has no place then, which is told later
+        del cut[name]
+        for part, order in zip(parts, np.split(np.arange(ends[-1]), ends[:-1]), strict=True):
+            cut[part] = ReorderedTensor(tensor, order)
+    return cut
 
 
 def paired_rows(rows: int, heads: int) -> np.ndarray[Any, Any]:

@@ -171,7 +171,7 @@ def _export_gguf(file: GGUFFile, out_dir: Path) -> TokenizerFacts:
     checked = compare(file.path.name, _encoder(exported), reference.encode, hard_strings(added))
     named = {"bos_token": rules.bos, "eos_token": rules.eos, "pad_token": rules.pad, "unk_token": rules.unk}
     ids = {key: value for key, value in named.items() if value is not None}
-    kinds = {"bpe": "byte-level BPE", "wordpiece": "WordPiece"}
+    kinds = {"bpe": "byte-level BPE", "wordpiece": "WordPiece", "unigram": "Unigram"}
     return TokenizerFacts(
         kind=kinds.get(rules.kind, "SentencePiece BPE"),
         vocab_size=exported.get_vocab_size(with_added_tokens=True),

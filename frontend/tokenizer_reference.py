@@ -7,13 +7,20 @@ the same mistake. Used at compile time on the hard strings, and by tests.
 from __future__ import annotations
 
 import heapq
+import math
 import unicodedata
 from collections.abc import Callable
 from functools import cached_property
+from typing import Final
 
+import numpy as np
 import regex
 
-from .tokenizer_rules import CONTROL, UNKNOWN, GGUFTokenizer
+from .tokenizer_rules import CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, GGUFTokenizer
+
+_WHITE: Final = frozenset(map(chr, [*range(9, 14), 32, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028,
+                                    0x2029, 0x202F, 0x205F, 0x3000]))  # fmt: skip
+"""Unicode's property White_Space."""
 
 
 def byte_alphabet() -> list[str]:
@@ -61,6 +68,8 @@ class ReferenceEncoder:
                 ids += self._spm(" " + piece if t.space_prefix and after_special else piece, self._cost)
             elif t.kind == "ranked":
                 ids += self._ranked(piece)
+            elif t.kind == "unigram":
+                ids += self._unigram(piece)
             else:
                 ids += self._wordpiece(piece)
             after_special = False
@@ -131,9 +140,60 @@ class ReferenceEncoder:
             return None
         return -float(self._t.scores[found])
 
+    def _unigram(self, text: str) -> list[int]:
+        """The cut with the best sum of scores; a character that is no token alone may be unknown, and unknown
+        ones in a row are one.
+        """
+        t, text = self._t, self._spaced(text)
+        best: list[tuple[float, int, int]] = [(0.0, -1, 0), *[(-math.inf, -1, 0)] * len(text)]
+        for start in range(len(text)):
+            total, alone = best[start][0], False
+            for end in range(start + 1, min(len(text), start + self._longest) + 1):
+                found = self._pieces.get(text[start:end])
+                if found is None:
+                    continue
+                alone |= end == start + 1
+                score = total + (0.0 if t.types[found] == USER_DEFINED else float(t.scores[found]))
+                if score > best[end][0]:
+                    best[end] = (score, found, start)
+            if not alone and t.unk is not None and total + self._unknown > best[start + 1][0]:
+                best[start + 1] = (total + self._unknown, t.unk, start)
+        ids: list[int] = []
+        end = len(text)
+        while end > 0:
+            _, found, end = best[end]
+            if not (ids and ids[-1] == found == t.unk):
+                ids.append(found)
+        return ids[::-1]
+
+    def _spaced(self, text: str) -> str:
+        """The text that "unigram" cuts: rewritten, with its spaces as tokens have them."""
+        t = self._t
+        text = text if t.charsmap is None else t.charsmap.rewritten(text)
+        if t.merge_spaces:
+            text = "".join(f" {word}" for word in text.split(" ") if word)
+        elif t.space_prefix and text.strip(" "):
+            text = f" {text}"
+        return text.replace(" ", "\u2581")
+
+    @cached_property
+    def _pieces(self) -> dict[str, int]:
+        types = (NORMAL, USER_DEFINED, UNUSED)
+        return {token: i for i, token in enumerate(self._t.tokens) if token and self._t.types[i] in types}
+
+    @cached_property
+    def _longest(self) -> int:
+        return max(map(len, self._pieces), default=0)
+
+    @cached_property
+    def _unknown(self) -> float:
+        """The score of a character that is unknown: 10 below the lowest, in float32 as llama.cpp has it."""
+        lowest = self._t.scores[self._t.types == NORMAL].min()
+        return float(np.float32(lowest) - np.float32(10))
+
     def _wordpiece(self, text: str) -> list[int]:
         ids: list[int] = []
-        for word in _basic_words(text):
+        for word in _basic_words(text, self._t.lowercase, self._t.strip_accents):
             spelled = "\u2581" + word
             start, found = 0, list[int]()
             while start < len(spelled):
@@ -189,21 +249,23 @@ def _merge(symbols: list[str], cost: Callable[[str, str], float | None]) -> list
     return [symbol for symbol in symbols if symbol]
 
 
-def _basic_words(text: str) -> list[str]:
-    """The basic words of word pieces, uncased: decomposed, lowered, without accents; punctuation and Han
-    stand alone.
+def _basic_words(text: str, lowercase: bool, strip_accents: bool) -> list[str]:
+    """The words that pieces make: without controls, punctuation and Han alone; with `strip_accents` without
+    marks, and of a composed character the first.
     """
     words: list[str] = [""]
-    for char in unicodedata.normalize("NFD", text):
+    gone = ("Cc", "Cf", "Co", "Cs")
+    for char in text:
+        char = unicodedata.normalize("NFD", char)[0] if strip_accents else char
         category = unicodedata.category(char)
-        if char.isspace():
+        if char in _WHITE:
             words.append("")
-        elif char in "\0\ufffd" or category in ("Cc", "Cf", "Mn"):
+        elif char in "\0\ufffd" or category in gone or (strip_accents and category.startswith("M")):
             continue
         elif category.startswith("P") or (char.isascii() and category.startswith("S")) or _is_han(ord(char)):
-            words += [char, ""]
+            words += [char.lower() if lowercase else char, ""]
         else:
-            words[-1] += char.lower()
+            words[-1] += char.lower()[0] if lowercase else char
     return [word for word in words if word]
 
 

@@ -14,6 +14,8 @@ from typing import Any, Final
 import numpy as np
 
 from ..ir.errors import InputError, UnsupportedError
+from .charsmap import KEY as CHARSMAP
+from .charsmap import CharsMap
 from .gguf import GGUFFile
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -118,7 +120,8 @@ _SAME: Final[dict[str, str]] = {
         ("starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"), "smollm"),
     **dict.fromkeys(
         ("phi-2", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de", "gigachat", "a.x-4.0", "mellum", "mpt",
-         "olmo", "jais", "trillion", "granite-docling", "exaone4"), "gpt-2"),
+         "olmo", "jais", "trillion", "granite-docling", "exaone4", "modern-bert", "roberta-bpe", "jina-v1-en",
+         "jina-v2-code"), "gpt-2"),
     **dict.fromkeys(("llama4", "kanana2", "minimax-m2", "talkie"), "gpt-4o"),
     **dict.fromkeys(("poro-chat", "gpt3-finnish"), "bloom"),
     **dict.fromkeys(("hunyuan-dense", "joyai-llm", "hy_v4"), "deepseek-v3"),
@@ -145,6 +148,9 @@ _WHOLE_PIECES: Final = frozenset(
 
 
 _LINES: Final = r"[^\n]+|\n+"
+_UNKNOWNS: Final = {"spm": 0, "ranked": 3, "wordpiece": 100, "unigram": 2}
+_ENDS: Final = {"wordpiece": ("seperator", 102), "unigram": ("eos", 1)}
+"""llama.cpp's ids of what is not in the vocabulary, and of the end of a text, where a file says none."""
 
 
 def known_pre_tokenizers() -> frozenset[str]:
@@ -162,13 +168,16 @@ class GGUFTokenizer:
     """A GGUF file's tokenizer, checked.
 
     Attributes:
-        kind: "bpe" (byte-level), "spm" (SentencePiece BPE with scores), "ranked" (the same with merges) or
-            "wordpiece".
+        kind: "bpe" (byte-level), "spm" (SentencePiece BPE with scores), "ranked" (the same with merges),
+            "unigram" (SentencePiece's other kind: the cut with the best sum of scores) or "wordpiece".
         tokens, types, scores: by id; scores are empty for kinds without.
         merges: of "bpe" and "ranked", best first.
         splits: its expressions, applied one inside the other.
         whole_pieces: a piece that is in the vocabulary is taken before merging.
         space_prefix: SPM puts a space before the text and after every special token.
+        merge_spaces: "unigram" leaves one space between words, and none around the text but that before it.
+        lowercase, strip_accents: what "wordpiece" does to letters.
+        charsmap: how "unigram" rewrites text first, or None.
         bos, eos, unk, pad: ids or None.
         add_bos, add_eos: whether encoding a text adds them.
     """
@@ -187,6 +196,10 @@ class GGUFTokenizer:
     pad: int | None
     add_bos: bool
     add_eos: bool
+    merge_spaces: bool = False
+    charsmap: CharsMap | None = None
+    lowercase: bool = True
+    strip_accents: bool = True
 
     def special_ids(self) -> list[int]:
         """Tokens that are matched as a whole in the text, longest first as llama.cpp matches them."""
@@ -202,7 +215,7 @@ def read_tokenizer(file: GGUFFile) -> GGUFTokenizer:
     """
     meta = file.metadata
     model = meta.get("tokenizer.ggml.model")
-    kinds = {"gpt2": "bpe", "llama": "spm", "gemma4": "ranked", "bert": "wordpiece"}
+    kinds = {"gpt2": "bpe", "llama": "spm", "gemma4": "ranked", "bert": "wordpiece", "t5": "unigram"}
     if model not in kinds:
         raise UnsupportedError(
             f"{file.path.name} has the tokenizer model {model!r}; llmc reads {', '.join(kinds)}",
@@ -221,25 +234,61 @@ def read_tokenizer(file: GGUFFile) -> GGUFTokenizer:
                 f"{file.path.name} has the pre-tokenizer {pre!r}, whose rules llmc does not know",
                 remedy="give the model as a Hugging Face folder",
             )
-    return GGUFTokenizer(
+    unigram = kind == "unigram"
+    lowercase = meta.get("tokenizer.ggml.normalizer.lowercase", True)
+    end, end_id = _ENDS.get(kind, ("eos", None))
+    found = GGUFTokenizer(
         kind=kind,
         tokens=tokens,
         types=_numbers(file, "token_type", len(tokens), default=NORMAL),
-        scores=_numbers(file, "scores", len(tokens), default=0.0 if kind == "spm" else None),
+        scores=_numbers(file, "scores", len(tokens), default=0.0 if kind in ("spm", "unigram") else None),
         merges=[_pair(file, merge) for merge in meta.get("tokenizer.ggml.merges", [])]
         if kind in ("bpe", "ranked")
         else [],
         splits=splits,
         whole_pieces=pre in _WHOLE_PIECES,
-        space_prefix=kind == "spm" and bool(meta.get("tokenizer.ggml.add_space_prefix", True)),
+        space_prefix=kind in ("spm", "unigram")
+        and bool(meta.get("tokenizer.ggml.add_space_prefix", not unigram)),
         bos=_token_id(file, "bos", len(tokens), 101 if kind == "wordpiece" else None),
-        eos=_token_id(file, "seperator" if kind == "wordpiece" else "eos", len(tokens), None),
-        unk=_token_id(file, "unknown", len(tokens), {"spm": 0, "ranked": 3, "wordpiece": 100}.get(kind)),
-        pad=_token_id(file, "padding", len(tokens), None),
-        # llama.cpp's defaults where the file does not say.
-        add_bos=bool(meta.get("tokenizer.ggml.add_bos_token", kind != "bpe" or pre in _WHOLE_PIECES)),
-        add_eos=bool(meta.get("tokenizer.ggml.add_eos_token", kind == "wordpiece")),
+        eos=_token_id(file, end, len(tokens), end_id),
+        unk=_token_id(file, "unknown", len(tokens), _UNKNOWNS.get(kind)),
+        pad=_token_id(file, "padding", len(tokens), 0 if unigram else None),
+        add_bos=_adds(file, "bos", kind, pre in _WHOLE_PIECES or kind in ("spm", "ranked")),
+        add_eos=_adds(file, "eos", kind, unigram),
+        merge_spaces=unigram and bool(meta.get("tokenizer.ggml.remove_extra_whitespaces", False)),
+        charsmap=_charsmap(file) if unigram else None,
+        lowercase=bool(lowercase),
+        strip_accents=bool(meta.get("tokenizer.ggml.normalizer.strip_accents", lowercase)),
     )
+    if unigram:
+        _check_unigram(file, found)
+    return found
+
+
+def _adds(file: GGUFFile, name: str, kind: str, default: bool) -> bool:
+    """Whether encoding adds a begin or an end; llama.cpp always does to words' pieces."""
+    return kind == "wordpiece" or bool(file.metadata.get(f"tokenizer.ggml.add_{name}_token", default))
+
+
+def _check_unigram(file: GGUFFile, found: GGUFTokenizer) -> None:
+    name, again = file.path.name, "download the file again"
+    if found.unk is None:
+        raise InputError(f"{name} lacks tokenizer.ggml.unknown_token_id", remedy=again)
+    if not np.isfinite(found.scores).all():
+        raise InputError(f"{name}: tokenizer.ggml.scores has a score that is no number", remedy=again)
+    if not np.any(found.types == NORMAL):
+        raise InputError(f"{name}: tokenizer.ggml.token_type names no normal token", remedy=again)
+
+
+def _charsmap(file: GGUFFile) -> CharsMap | None:
+    held = file.metadata.get(CHARSMAP)
+    if held is None:
+        return None
+    if not isinstance(held, np.ndarray) or held.dtype.itemsize != 1 or held.dtype.kind not in "iu":
+        raise InputError(
+            f"{file.path.name}: {CHARSMAP} is no array of bytes", remedy="download the file again"
+        )
+    return CharsMap(held.tobytes(), file.path.name) if len(held) else None
 
 
 def _numbers(file: GGUFFile, name: str, count: int, default: float | None) -> np.ndarray[Any, Any]:

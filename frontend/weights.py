@@ -122,12 +122,14 @@ def open_gguf_tensors(file: GGUFFile) -> dict[str, GGUFTensor]:
 
 
 class ReorderedTensor:
-    """A tensor with its rows (axis 0) in another order; raw blocks stay available, reordered alike."""
+    """A tensor with its rows (axis 0) in another order, or some of them; raw blocks stay available, picked
+    alike.
+    """
 
     def __init__(self, base: LazyTensor, order: np.ndarray[Any, Any]) -> None:
         self.base = base
         self.order = order
-        self.shape = base.shape
+        self.shape: tuple[int, ...] = (len(order), *base.shape[1:])
         self.dtype = base.dtype
         self.source = base.source
         if isinstance(base, GGUFTensor) and len(base.shape) > 1:

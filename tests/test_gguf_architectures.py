@@ -32,9 +32,11 @@ from .gguf_files import BOOL, F32, STRING, U32, array, byte_vocabulary, entry, w
 from .graphs import ModelInMemory, logits_of
 from .llama_cpp import LlamaCpp
 from .models import ids_of
+from .test_gguf_encoders import ROWS
 
 ENCODERS = ("bert", "gemma3_text (encoder)")
-ELSEWHERE = (*ENCODERS, "gemma4_text")  # tests/test_gguf_gemma4.py
+# tests/test_gguf_encoders.py, test_gguf_gemma4.py, test_gguf_gemma3n.py, and below
+ELSEWHERE = (*ENCODERS, *ROWS, "gemma4_text", "gemma3n_text", "olmo3")
 PLAIN = Architecture("").mixer
 READ = sorted(
     k
@@ -45,7 +47,6 @@ READ = sorted(
     # tests/test_gguf_recurrent.py
     and row.mixer is PLAIN
     and row.merge is not shared_parts
-    and k != "olmo3"
 )
 SEEN = sorted(k for k, row in ARCHITECTURES.items() if "rope.dimension_sections" in row.ignores)
 FOUR: dict[str, Any] = {"num_hidden_layers": 4, "sliding_window": None}
