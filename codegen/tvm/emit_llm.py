@@ -66,8 +66,6 @@ def embedding(low: Lowering, op: Any) -> Any:
         "packed": role.kind == "linear",
         "weight_dtype": op.weight.dtype,
     }
-    if op.result.dtype != "float32":
-        return _take(low, op)
     ids = _ids(low, op.ids)
     out = low.kernel(
         "embedding",
@@ -76,6 +74,8 @@ def embedding(low: Lowering, op: Any) -> Any:
         [ids, low.get(op.weight)],
         low.tensor([_count(low, op.ids), width], "float32"),
     )
+    if op.result.dtype != "float32":  # as the table has it, which float32 holds exactly
+        out = low.emit(relax.op.astype(out, op.result.dtype))
     return out if op.ids.type.rank == 1 else low.reshape(out, low.shape(op.result.shape))
 
 
