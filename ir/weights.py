@@ -40,7 +40,7 @@ class LazyTensor(Protocol):
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
         """Rows [start:stop) of axis 0 (all of a scalar), C-contiguous, of `dtype`; nothing is kept in
-        memory.
+        memory. Threads may read at the same time.
         """
         ...
 

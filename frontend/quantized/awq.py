@@ -87,7 +87,8 @@ class GemmCodes:
     def read(self, start: int = 0, stop: int | None = None) -> Array:
         first, last, _ = slice(start, stop).indices(self.shape[0])
         last = max(first, last)
-        words = self._kept if self._kept is not None else self._words.read()
+        kept = self._kept  # once: another thread may be at the last row
+        words = self._words.read() if kept is None else kept
         self._kept = None if last >= self.shape[0] else words
         base = first // 8
         codes = _columns(words[:, base : -(-last // 8)])

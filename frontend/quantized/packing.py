@@ -67,7 +67,8 @@ class PackedAlongColumns:
 
     def read(self, start: int = 0, stop: int | None = None) -> Array:
         first, last, _ = slice(start, stop).indices(self.shape[0])
-        streams = self._kept if self._kept is not None else np.ascontiguousarray(self._words.read().T)
+        kept = self._kept  # once: another thread may be at the last row
+        streams = np.ascontiguousarray(self._words.read().T) if kept is None else kept
         self._kept = None if last >= self.shape[0] else streams
         return unpack_stream(streams[first : max(first, last)], self._bits, self.shape[1])
 

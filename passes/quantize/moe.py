@@ -134,9 +134,10 @@ class StackedRows:
         return np.concatenate(pieces)
 
     def _expert(self, e: int) -> Array:
-        if self._kept is None or self._kept[0] != e:
-            self._kept = (e, self.base.read(e, e + 1)[0])
-        return self._kept[1]
+        kept = self._kept  # once: another thread may want another expert
+        if kept is None or kept[0] != e:
+            kept = self._kept = (e, self.base.read(e, e + 1)[0])
+        return kept[1]
 
 
 class StackedPart:

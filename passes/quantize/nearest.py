@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -28,20 +29,23 @@ class QuantizedWeight:
         self.groups = -(-self.k // quant.group_size)
         self._kept: dict[str, Array] = {}
         self._known = np.zeros(0, dtype=bool)
+        self._lock = threading.Lock()  # of what is kept
 
     def read(self, part: str, start: int, stop: int) -> Array:
         """Rows of "codes", "scale" or "zero_point"."""
-        if part in self._kept and self._known[start:stop].all():
-            rows = self._kept[part][start:stop].copy()
-            if stop == self.rows:
-                del self._kept[part]
-            return rows
+        with self._lock:
+            if part in self._kept and self._known[start:stop].all():
+                rows = self._kept[part][start:stop].copy()
+                if stop == self.rows:
+                    del self._kept[part]
+                return rows
         step = max(1, CHUNK_BYTES // (4 * max(1, self.k)))
         pieces: list[Array] = []
         for first in range(start, max(stop, start + 1), step):
             parts = self._quantized(first, min(first + step, stop))
             if part == "codes":
-                self._keep(first, parts)
+                with self._lock:
+                    self._keep(first, parts)
             pieces.append(parts[part])
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 

@@ -57,10 +57,11 @@ class Nf4Weight:
 
     def absmax(self) -> Array:
         """Before the second quantization: what codes are made with."""
-        if self._absmax is None:
+        absmax = self._absmax  # once: another thread may have it forgotten
+        if absmax is None:
             pieces = read_chunks(self.base, _CHUNK_BYTES)
-            self._absmax = block_absmax(pieces, self.n * self.k, self.base.source)
-        return self._absmax
+            absmax = self._absmax = block_absmax(pieces, self.n * self.k, self.base.source)
+        return absmax
 
     def forget(self) -> None:
         self._absmax = None
