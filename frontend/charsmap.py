@@ -18,6 +18,9 @@ from ..ir.errors import InputError
 KEY: Final = "tokenizer.ggml.precompiled_charsmap"
 _BYTES: Final = np.arange(1, 256, dtype=np.uint32)
 _LABEL: Final = 0x800000FF
+_LARGEST: Final = 8 << 20
+"""Bytes of a trie; published ones have a quarter of a million."""
+_NODES: Final = 4096  # that are checked at a time: each has 255 places for children
 _DEEPEST: Final = 256
 """Bytes of the longest text that is rewritten."""
 _COMPOSED: Final = {"e\u0301": "\u00e9", "\u304b\u3099": "\u304c", "\u1100\u1161": "\uac00"}
@@ -37,7 +40,7 @@ class CharsMap:
         self.data = data
         self._source = source
         (size,) = struct.unpack("<I", data[:4]) if len(data) >= 4 else (0,)
-        if not 1024 <= size < len(data) - 4 or size % 1024:
+        if not 1024 <= size < len(data) - 4 or size % 1024 or size > _LARGEST:
             raise self._fail(f"a trie of {size} bytes in {len(data)}")
         self._words = np.frombuffer(data, "<u4", size // 4, 4)
         self._texts = data[4 + size :]
@@ -55,25 +58,29 @@ class CharsMap:
 
     def _check(self) -> None:
         """Every node that can be reached has its children inside, and names a text where one ends."""
-        words, size = self._words, len(self._words)
-        seen = np.zeros(size, bool)
+        seen = np.zeros(len(self._words), bool)
         level = np.array([self._root], np.uint32)
         for _ in range(_DEEPEST):
             if not len(level):
                 return
-            if int(level.max()) | 0xFF >= size:
+            if int(level.max()) | 0xFF >= len(seen):
                 raise self._fail("nodes outside of its trie")
             seen[level] = True
-            at = level[:, None] ^ _BYTES
-            held = words[at]
-            found = (held & _LABEL) == _BYTES
-            ends = (held[found] >> 8) & 1 == 1
-            below = at[found] ^ _base(held[found])
-            if len(below) and int(below.max()) >= size:
-                raise self._fail("nodes outside of its trie")
-            self._check_texts(words[below[ends]] & 0x7FFFFFFF)
-            level = np.unique(below[~seen[below]])
+            below = [self._below(level[i : i + _NODES]) for i in range(0, len(level), _NODES)]
+            level = np.unique(np.concatenate([nodes[~seen[nodes]] for nodes in below]))
         raise self._fail(f"rules for texts of more than {_DEEPEST} bytes")
+
+    def _below(self, nodes: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Their children, checked to be inside, and the texts of those where one ends."""
+        at = nodes[:, None] ^ _BYTES
+        held = self._words[at]
+        found = (held & _LABEL) == _BYTES
+        ends = (held[found] >> 8) & 1 == 1
+        below = at[found] ^ _base(held[found])
+        if len(below) and int(below.max()) >= len(self._words):
+            raise self._fail("nodes outside of its trie")
+        self._check_texts(self._words[below[ends]] & 0x7FFFFFFF)
+        return below
 
     def _check_texts(self, places: np.ndarray[Any, Any]) -> None:
         texts = np.frombuffer(self._texts, np.uint8)

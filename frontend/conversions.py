@@ -103,7 +103,10 @@ def _converted(
             return to_numpy_array(value[0] if isinstance(value, list) else value)
 
         shape = tuple(state[target].shape)
-        out[target] = MergedTensor(target, shape, convert, groups, stacks, _moves_rows(converter, len(shape)))
+        moves = _moves_rows(converter, len(shape))
+        out[target] = MergedTensor(
+            target, shape, convert, groups, stacks, moves, leaves_first=_leaves_first(converter)
+        )
     return out
 
 
@@ -115,6 +118,13 @@ def _moves_rows(converter: Any, rank: int) -> bool:
         isinstance(op, MergeModulelist | Concatenate | Chunk) and 0 <= op.dim < rank - 1
         for op in converter.operations
     )
+
+
+def _leaves_first(converter: Any) -> bool:
+    """Whether a converter only joins and cuts tensors, and not along the first axis."""
+    from transformers.core_model_loading import Chunk, Concatenate
+
+    return all(isinstance(op, Concatenate | Chunk) and op.dim > 0 for op in converter.operations)
 
 
 def complete(model: Any, weights: dict[str, LazyTensor], origin: str) -> dict[str, LazyTensor]:

@@ -241,16 +241,11 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
                 "altup.num_inputs",
                 "embedding_length_per_layer_input",
                 "rope.freq_base",
-            }
-        ),
-        may=frozenset(
-            {
                 "activation_sparsity_scale",
                 "attention.shared_kv_layers",
-                "final_logit_softcapping",
-                "rope.freq_base_swa",
             }
         ),
+        may=frozenset({"final_logit_softcapping", "rope.freq_base_swa"}),
         lists=frozenset(
             {"attention.sliding_window_pattern", "activation_sparsity_scale", "feed_forward_length"}
         ),

@@ -127,9 +127,7 @@ def unscaled_windows_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
     """Layers with a window, whose rotary embedding stays as it was trained at first, and without; where the
     file does not say which, every fourth sees everything.
     """
-    count = int(keys["block_count"])
-    default = [(i + 1) % 4 != 0 for i in range(count)]
-    sliding = by_layer(keys.get("attention.sliding_window_pattern", default), count)
+    sliding = windows(keys, 4)
     rope = {"rope_type": "default", "rope_theta": keys.get("rope.freq_base", 10000.0)}
     return {
         "sliding_window": keys["attention.sliding_window"],
@@ -169,21 +167,8 @@ def in_turns_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
     """Layers with a window, which counts both sides, and without: by a list, or every n-th without, the first
     one among them. Without a window there are none with one.
     """
-    layers, window = int(keys["block_count"]), int(keys.get("attention.sliding_window", 0))
-    pattern = keys.get("attention.sliding_window_pattern", 3)
-    if isinstance(pattern, int):
-        if pattern < 1:  # llama.cpp does not run files whose layers all have a window
-            raise UnsupportedError(
-                f"the file's attention.sliding_window_pattern is {pattern}",
-                remedy="give the model as a Hugging Face folder",
-            )
-        pattern = [i % pattern != 0 for i in range(layers)]
-    sliding = by_layer(pattern, layers) if window else [False] * layers
-    if len(sliding) != layers:
-        raise InputError(
-            f"attention.sliding_window_pattern has {len(sliding)} values for {layers} layers",
-            remedy="download the file again",
-        )
+    window = int(keys.get("attention.sliding_window", 0))
+    sliding = [one and window > 0 for one in windows(keys, 3, first=True)]
     act = keys.get("hidden_activation", "gelu")
     if act not in _GATES:
         raise UnsupportedError(
@@ -274,7 +259,7 @@ def gemma4_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
     """
     layers = range(int(keys["block_count"]))
     sliding, widths, heads = (
-        by_layer(keys[name], len(layers))
+        by_layer(keys, name)
         for name in ("attention.sliding_window_pattern", "feed_forward_length", "attention.head_count_kv")
     )
     full = [i for i in layers if not sliding[i]]
@@ -358,15 +343,13 @@ def alternating_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
     """Layers with a window and without; some inputs that are predicted from one; sparse gates in the first
     layers, as the share of a normal distribution that the file's number of deviations leaves out.
     """
-    count = int(keys["block_count"])
-    sliding = by_layer(keys["attention.sliding_window_pattern"], count)
-    sparse = by_layer(keys.get("activation_sparsity_scale", 0.0), count)
+    sliding, sparse = windows(keys, 5), by_layer(keys, "activation_sparsity_scale")
     turns = {"rope_type": "default", "rope_theta": keys.get("rope.freq_base_swa", 10000.0)}
     return {
         "layer_types": ["sliding_attention" if one else "full_attention" for one in sliding],
         "sliding_window": keys["attention.sliding_window"],
-        "intermediate_size": by_layer(keys["feed_forward_length"], count),
-        "num_kv_shared_layers": keys.get("attention.shared_kv_layers", 0),
+        "intermediate_size": by_layer(keys, "feed_forward_length"),
+        "num_kv_shared_layers": keys["attention.shared_kv_layers"],
         "hidden_size_per_layer_input": keys["embedding_length_per_layer_input"],
         "vocab_size_per_layer_input": tensors["per_layer_token_embd.weight"].shape[0],
         "altup_num_inputs": keys["altup.num_inputs"],
@@ -394,6 +377,13 @@ def tempered_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
     the model was trained on.
     """
     scaling = "rope.scaling."
+    kind, attention = keys.get(scaling + "type", "linear"), keys.get(scaling + "attn_factor", 1.0)
+    if kind != "yarn" or attention != 1.0:
+        raise UnsupportedError(
+            f"the file has the rope scaling {str(kind)[:40]!r} and the attn_factor {attention}, beside "
+            "attention.temperature_scale",
+            remedy="give the model as a Hugging Face folder",
+        )
     return {
         "sliding_window": None,
         "rope_parameters": {
@@ -403,8 +393,8 @@ def tempered_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
             "original_max_position_embeddings": keys[scaling + "original_context_length"],
             "beta_fast": keys.get(scaling + "yarn_beta_fast", 32.0),
             "beta_slow": keys.get(scaling + "yarn_beta_slow", 1.0),
-            "mscale": keys[scaling + "yarn_log_multiplier"],
-            "mscale_all_dim": keys[scaling + "yarn_log_multiplier"],
+            "mscale": 1.0,
+            "mscale_all_dim": keys.get(scaling + "yarn_log_multiplier", 0.0),
             "llama_4_scaling_beta": keys["attention.temperature_scale"],
         },
     }
@@ -426,8 +416,37 @@ def stepped_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
     }
 
 
-def by_layer(value: Any, layers: int) -> list[Any]:
-    return [value] * layers if isinstance(value, int | float) else np.asarray(value).tolist()[:layers]
+def by_layer(keys: Keys, name: str) -> list[Any]:
+    """A key-value of each layer, of a file that has one for all or an array.
+
+    Raises InputError for an array of another length.
+    """
+    layers, value = int(keys["block_count"]), keys[name]
+    if isinstance(value, int | float):
+        return [value] * layers
+    held = value.tolist() if isinstance(value, np.ndarray) else value
+    if not isinstance(held, list) or len(held) != layers or not all(isinstance(n, int | float) for n in held):
+        count = f"{len(held)} values" if isinstance(held, list) else f"{str(held)[:40]!r}"
+        raise InputError(f"{name} has {count} for {layers} layers", remedy="download the file again")
+    return held
+
+
+def windows(keys: Keys, period: int, *, first: bool = False) -> list[Any]:
+    """Which layers have a window: by an array, or all but the last (or the first) of each `period`, a number
+    that the file may have instead.
+
+    Raises UnsupportedError for a number below 1.
+    """
+    name = "attention.sliding_window_pattern"
+    said = keys.get(name, period)
+    if not isinstance(said, int):
+        return by_layer(keys, name)
+    if said < 1:  # a window in all layers, which llama.cpp does not run of all
+        raise UnsupportedError(
+            f"the file's {name} is {said}", remedy="give the model as a Hugging Face folder"
+        )
+    full = 0 if first else said - 1
+    return [i % said != full for i in range(int(keys["block_count"]))]
 
 
 def of_shared_layers(config: Any, name: str) -> bool:

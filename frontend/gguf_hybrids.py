@@ -64,7 +64,7 @@ def _delta(keys: Keys, tensors: Tensors) -> dict[str, Any]:
 
 def _convolved(keys: Keys, tensors: Tensors) -> dict[str, Any]:
     """Layers of short convolutions where a layer has no heads of keys; experts after layers without."""
-    heads = its.by_layer(keys["attention.head_count_kv"], int(keys["block_count"]))
+    heads = its.by_layer(keys, "attention.head_count_kv")
     found = {
         "num_key_value_heads": max(heads),
         "layer_types": ["full_attention" if n else "conv" for n in heads],
@@ -88,7 +88,7 @@ def _states(keys: Keys, tensors: Tensors) -> dict[str, Any]:
     """Layers of a state space where a layer has no heads of keys; attention without positions, unless the
     file says otherwise; a multilayer perceptron, or experts beside one that all tokens take.
     """
-    kinds = its.by_layer(keys["attention.head_count_kv"], int(keys["block_count"]))
+    kinds = its.by_layer(keys, "attention.head_count_kv")
     heads, inner = int(keys["ssm.time_step_rank"]), int(keys["ssm.inner_size"])
     experts = int(keys.get("expert_count", 0))
     shared = tensors.get("blk.0.ffn_gate_shexp.weight" if experts else "blk.0.ffn_gate.weight")
@@ -96,7 +96,7 @@ def _states(keys: Keys, tensors: Tensors) -> dict[str, Any]:
         **its.granite_fields(keys, tensors),
         "num_key_value_heads": max(kinds),
         "layer_types": ["full_attention" if n else "linear_attention" for n in kinds],
-        "position_embedding_type": "rope" if keys.get("rope.scaling.finetuned") else "nope",
+        "position_embedding_type": "rope" if keys.get("rope.scaling.finetuned", True) else "nope",
         "mamba_n_heads": heads,
         "mamba_d_head": inner // heads,
         "mamba_n_groups": keys["ssm.group_count"],
@@ -117,8 +117,7 @@ def _by_kind(keys: Keys, tensors: Tensors) -> dict[str, Any]:
     count = int(keys["block_count"])
     layers = count - int(keys.get("nextn_predict_layers", 0))
     heads, widths = (
-        its.by_layer(keys[name], count)[:layers]
-        for name in ("attention.head_count_kv", "feed_forward_length")
+        its.by_layer(keys, name)[:layers] for name in ("attention.head_count_kv", "feed_forward_length")
     )
     experts = "expert_count" in keys
     kinds = [
@@ -239,6 +238,7 @@ HYBRIDS: Final[dict[str, Architecture]] = {
         "nemotron_h",
         written=False,
         mixer=parts.mixed,
+        partial=True,  # nothing turns: published files have the width by heads as rope.dimension_count
         norm_field="layer_norm_epsilon",
         reads=_STATES | {"attention.key_length"},
         ignores=frozenset({"attention.layer_norm_epsilon"}),
@@ -250,6 +250,7 @@ HYBRIDS: Final[dict[str, Architecture]] = {
         kind="nemotron_h",
         written=False,
         mixer=parts.mixed,
+        partial=True,
         norm_field="layer_norm_epsilon",
         reads=_STATES | EXPERTS | {"attention.key_length"},
         may=ROUTED | EXPERT_SIZES | {"expert_gating_func"},

@@ -32,7 +32,7 @@ class Architecture:
         written: whether target gguf writes it.
         reads: further key-values that `fields` understands, all of which a file has.
         may: those that it understands where they are there.
-        ignores: those that say no more than the tensors do.
+        ignores: those that say no more than the tensors or other key-values do, or nothing about text.
         lists: those that may have a value a layer.
         pad: the token for padding of a file that names none, where a configuration must have one.
         parts: of a layer, those that the package gguf knows by other names than transformers' → their

@@ -193,7 +193,7 @@ def _apply_softcaps(file: GGUFFile, config: Any) -> None:
 def _apply_rope_scaling(file: GGUFFile, config: Any) -> None:
     """Carry `rope.scaling.*` over, which transformers' mapping ignores for most architectures."""
     prefix = f"{file.architecture}.rope.scaling."
-    kind = file.metadata.get(prefix + "type", "none")
+    kind = file.metadata.get(prefix + "type", "linear")
     factor = file.metadata.get(prefix + "factor", 0.0)
     parameters = getattr(config, "rope_parameters", None)
     if _ROPE_LONG in file.tensors or _ROPE_SHORT in file.tensors:

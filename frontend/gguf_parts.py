@@ -15,8 +15,9 @@ from typing import Any, Final
 
 import numpy as np
 
+from ..ir.errors import InputError
 from ..ir.weights import LazyTensor
-from .weights import MergedTensor, ReorderedColumns, transformed
+from .weights import MergedTensor, ReorderedColumns, TransformedTensor, transformed
 
 Array = np.ndarray[Any, Any]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -128,11 +129,17 @@ def mixed(config: Any, parameter: str, tensor: LazyTensor) -> LazyTensor:
     if match is None:
         return tensor
     if match[1] == "A_log":
-        return transformed(tensor, lambda a: np.log(-a).reshape(-1))
+        return TransformedTensor(tensor, lambda a: _logarithms(a, tensor.source), by_row=False)
     if match[1] in _FLAT and len(tensor.shape) == 2:
         axes = (tensor.shape[0], 1, tensor.shape[1]) if match[1].startswith("conv") else (-1,)
         return transformed(tensor, lambda x: x.reshape(axes))
     return tensor
+
+
+def _logarithms(a: Array, source: str) -> Array:
+    if not (a < 0).all():
+        raise InputError(f"{source} has values that are not below zero", remedy="download the file again")
+    return np.log(-a).reshape(-1)
 
 
 def in_turns(config: Any, parameter: str, tensor: LazyTensor) -> LazyTensor:
@@ -151,10 +158,10 @@ def in_turns(config: Any, parameter: str, tensor: LazyTensor) -> LazyTensor:
         "out_proj.weight": (0, width),
         **dict.fromkeys(("in_proj_a.weight", "in_proj_b.weight", "A_log", "dt_bias"), (0, 1)),
     }
-    if part in whole and values != keys:
+    if part in whole and values != keys > 0:
         first, width = whole[part]
         axis = 1 if part == "out_proj.weight" else 0
-        if tensor.shape[axis] == first + values * width:  # of another shape it is refused later
+        if tensor.shape[axis : axis + 1] == (first + values * width,):  # of another shape it is refused later
             order = _grouped(keys, values // keys, width, first)
             tensor = ReorderedColumns(tensor, order) if axis else transformed(tensor, lambda x: x[order])
     return mixed(config, parameter, tensor)

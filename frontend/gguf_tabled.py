@@ -65,7 +65,7 @@ def readable(file: GGUFFile) -> tuple[str, Architecture] | None:
     """transformers' `model_type` and the table's row of a file; None where transformers reads such files, or
     nobody.
     """
-    keys = _keys(file)
+    keys = {k: v for k, v in _keys(file).items() if isinstance(v, int | float | str)}
     for kind, row in ARCHITECTURES.items():
         if row.name == file.architecture and row.fields is not None and row.when(keys, file.tensors):
             return row.kind or kind, row

@@ -202,7 +202,9 @@ def quantization_config(folder: Path) -> dict[str, Any] | None:
     beside = folder / "hf_quant_config.json"
     if found is None and beside.is_file():
         own = read_json(beside).get("quantization")
-        return {**(own if isinstance(own, dict) else {}), "quant_method": "modelopt"}
+        own = own if isinstance(own, dict) else {}
+        # Without an algorithm the cache alone is in fewer bits at run time, weights are plain floats.
+        return {**own, "quant_method": "modelopt"} if own.get("quant_algo", "") is not None else None
     return found
 
 

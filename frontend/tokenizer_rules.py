@@ -145,6 +145,8 @@ _WHOLE_PIECES: Final = frozenset(
         "youtu",
     }
 )
+_BEGUN: Final = _WHOLE_PIECES - {"youtu"}
+"""Whose texts have a begin where the file does not say."""
 
 
 _LINES: Final = r"[^\n]+|\n+"
@@ -253,7 +255,7 @@ def read_tokenizer(file: GGUFFile) -> GGUFTokenizer:
         eos=_token_id(file, end, len(tokens), end_id),
         unk=_token_id(file, "unknown", len(tokens), _UNKNOWNS.get(kind)),
         pad=_token_id(file, "padding", len(tokens), 0 if unigram else None),
-        add_bos=_adds(file, "bos", kind, pre in _WHOLE_PIECES or kind in ("spm", "ranked")),
+        add_bos=_adds(file, "bos", kind, pre in _BEGUN or kind in ("spm", "ranked")),
         add_eos=_adds(file, "eos", kind, unigram),
         merge_spaces=unigram and bool(meta.get("tokenizer.ggml.remove_extra_whitespaces", False)),
         charsmap=_charsmap(file) if unigram else None,

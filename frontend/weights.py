@@ -285,6 +285,8 @@ class MergedTensor:
             [start:stop) need only those tensors.
         moves_rows: the conversion only stacks, joins and cuts along other axes than the last one, so that it
             does the same with the sources' codes and scales.
+        leaves_first: the conversion only joins and cuts along other axes than the first one, so that rows
+            [start:stop) need only those of each tensor.
     """
 
     def __init__(
@@ -295,6 +297,7 @@ class MergedTensor:
         sources: Mapping[str, Sequence[LazyTensor]],
         stacks_rows: bool,
         moves_rows: bool = False,
+        leaves_first: bool = False,
     ) -> None:
         first = next(iter(sources.values()))[0]
         self.shape = shape
@@ -305,6 +308,8 @@ class MergedTensor:
         self._name = name
         self._stacks_rows = stacks_rows and all(len(tensors) == shape[0] for tensors in sources.values())
         self._moves_rows = moves_rows
+        flat = [tensor for tensors in sources.values() for tensor in tensors]
+        self._leaves_first = leaves_first and all(tensor.shape[:1] == shape[:1] for tensor in flat)
 
     @property
     def quantized(self) -> QuantizedTensors | None:
@@ -317,7 +322,8 @@ class MergedTensor:
             left = iter(parts)
             sources = {name: [next(left) for _ in tensors] for name, tensors in self._sources.items()}
             shape = (*self.shape[:-1], parts[0].shape[-1])
-            return MergedTensor(self._name, shape, self._convert, sources, self._stacks_rows)
+            how = {"stacks_rows": self._stacks_rows, "leaves_first": self._leaves_first}
+            return MergedTensor(self._name, shape, self._convert, sources, **how)
 
         return concat_quantized(flat, merged)
 
@@ -327,17 +333,20 @@ class MergedTensor:
         if last <= first:
             first_source = next(iter(self._sources.values()))[0]
             return np.empty((0, *self.shape[1:]), first_source.read(0, 0).dtype)
+        cut = self._stacks_rows or self._leaves_first
         picked = rows if self._stacks_rows else slice(None)
+        span = (first, last) if self._leaves_first else ()
         parts = {
-            pattern: [one.read() for one in tensors[picked]] for pattern, tensors in self._sources.items()
+            pattern: [one.read(*span) for one in tensors[picked]]
+            for pattern, tensors in self._sources.items()
         }
         result = self._convert(parts)
-        wanted = (last - first, *self.shape[1:]) if self._stacks_rows else self.shape
+        wanted = (last - first, *self.shape[1:]) if cut else self.shape
         if tuple(result.shape) != wanted:
             raise CompileError(
                 f"{self.source}: the conversion gave {list(result.shape)}, the model has {list(wanted)}"
             )
-        return np.ascontiguousarray(result if self._stacks_rows else result[rows])
+        return np.ascontiguousarray(result if cut else result[rows])
 
     def __repr__(self) -> str:
         return f"MergedTensor({self.dtype}{list(self.shape)}, {self.source!r})"

@@ -156,6 +156,27 @@ def test_nvfp4_of_modelopt(beside: bool, tmp_path: Path) -> None:
         np.testing.assert_allclose(source.weights[name].read(), wanted, rtol=3e-7, atol=0)
 
 
+def test_fp8_of_modelopt_by_blocks_and_rows() -> None:
+    """FP8_PB_WO has its scales' axes with others of length 1 between, FP8_PER_CHANNEL_PER_TOKEN one axis."""
+    rng = np.random.default_rng(2)
+    weight = rng.normal(0, 40, (256, 384)).astype(F8)
+    blocks, rows = (rng.uniform(1e-3, 2e-2, shape).astype(np.float32) for shape in ((2, 1, 3, 1), (256,)))
+    for scale, spread in (
+        (blocks, np.repeat(np.repeat(blocks[:, 0, :, 0], 128, 0), 128, 1)),
+        (rows, rows[:, None]),
+    ):
+        tensors = lazy({"m.weight": weight, "m.weight_scale": scale})
+        got = open_quantized(tensors, {"quant_method": "modelopt"}, "folder")["m.weight"]
+        np.testing.assert_array_equal(in_pieces(got), weight.astype(np.float32) * spread)
+
+
+def test_a_cache_in_fewer_bits_leaves_weights_alone(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path)
+    own = {"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}}
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(own))
+    assert open_source(tmp_path).quantization_of_source is None
+
+
 def test_experts_in_mxfp4_beside_transformers(tmp_path: Path) -> None:
     """gpt-oss as it is published, read by transformers on a processor: its own dequantized model."""
     from transformers import AutoModelForCausalLM, Mxfp4Config
@@ -232,6 +253,21 @@ WRONG: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         "divided by 0.0",
     ),
     (
+        {"m.weight_packed": np.zeros((8, 16), np.uint8), "m.weight_scale": np.ones((8, 2), F8)},
+        {**compressed_config(type="float", num_bits=4), "format": "nvfp4-pack-quantized"},
+        "is float8_e4m3fn without a weight_global_scale",
+    ),
+    (
+        {"m.weight_packed": np.zeros((8, 16), np.uint8), "m.weight_scale": np.uint8(1)},
+        {**compressed_config(type="float", num_bits=4), "format": "nvfp4-pack-quantized"},
+        r"has the shape \[\], groups of 32",
+    ),
+    (
+        {"m.weight": np.zeros((8, 32), F8), "m.weight_scale_inv": np.ones((0, 4), np.float32)},
+        {"quant_method": "fp8"},
+        r"has the shape \[0, 4\], which fits no",
+    ),
+    (
         {"m.weight": np.zeros((8, 16), F8), "m.weight_scale": np.ones(1, np.float32)},
         {**compressed_config(type="float", num_bits=4), "format": "nvfp4-pack-quantized"},
         "holds floats of 8 bits, of which quantization_config has no group",
@@ -262,6 +298,22 @@ def test_weights_that_are_scaled_by_columns_too_are_refused() -> None:
     ):
         with pytest.raises(UnsupportedError, match="which llmc does not read"):
             open_quantized(lazy(tensors), {"quant_method": "modelopt", **config}, "folder")
+
+
+def test_names_of_formats_that_are_none() -> None:
+    floats = compressed_config(type="float", num_bits=8)
+    weight = lazy({"m.weight": np.ones((8, 32), F8), "m.weight_scale": np.float32(1)})
+    got = open_quantized(weight, {**floats, "format": "float-quantized"}, "folder")["m.weight"]
+    assert got.read().sum() == 8 * 32
+    grouped = {**compressed_config(type="float", num_bits=8, group_size=32), "format": "float-quantized"}
+    assert open_quantized(weight, grouped, "folder")["m.weight"].read().sum() == 8 * 32
+    for config in (
+        {**floats, "format": ["float-quantized"]},
+        {**floats, "format": "float-quantized", "sparsity_config": [1]},
+        {"quant_method": "auto-round", "packing_format": ["x"]},
+    ):
+        with pytest.raises(UnsupportedError):
+            open_quantized(weight, config, "folder")
 
 
 def test_floats_of_eight_bits_have_nothing_to_keep(tmp_path: Path) -> None:

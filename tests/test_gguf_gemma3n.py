@@ -5,6 +5,7 @@ own, the first ten have sparse gates.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -12,10 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from llmc.frontend.gguf import read_gguf
 from llmc.frontend.gguf_architectures import ARCHITECTURES
+from llmc.frontend.gguf_model import read_config
 from llmc.frontend.gguf_tabled import named
 from llmc.frontend.source import open_source
 from llmc.frontend.trace import trace_source
+from llmc.ir.errors import InputError
 from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
 
 from .family_configs import random_model
@@ -121,3 +125,11 @@ def test_a_file_means_what_llama_cpp_computes(tmp_path: Path) -> None:
     source = open_source(path)
     assert source.config.activation_sparsity_pattern == model.config.activation_sparsity_pattern
     assert worst(logits_of(trace_source(source), ids), wanted) <= 2e-5
+    file = read_gguf(path)
+    keys = dict(file.metadata)
+    keys["gemma3n.attention.sliding_window_pattern"] = 5  # every fifth sees everything, as llama.cpp reads it
+    assert read_config(replace(file, metadata=keys)).layer_types == model.config.layer_types
+    for name in ("attention.shared_kv_layers", "activation_sparsity_scale"):
+        left = {k: v for k, v in file.metadata.items() if not k.endswith(name)}
+        with pytest.raises(InputError, match=f"lacks gemma3n.{name}"):
+            read_config(replace(file, metadata=left))

@@ -5,7 +5,7 @@ transformers' model does, and so do we. Written as llama.cpp's converter does.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from llmc.frontend.gguf_architectures import ARCHITECTURES
 from llmc.frontend.gguf_tabled import named, paired_rows
 from llmc.frontend.source import open_source
 from llmc.frontend.trace import trace_source
+from llmc.ir.errors import InputError
 from llmc.passes.quantize.keep import KeepQuantized
 
 from .gguf_files import STRING, U32, array, byte_vocabulary, entry, write_gguf
@@ -251,6 +252,7 @@ def by_kind_keys(c: Any) -> dict[str, Any]:
         "feed_forward_length": [width if t in ("moe", "mlp") else 0 for t in c.layers_block_type],
         "attention.key_length": c.head_dim,
         "attention.value_length": c.head_dim,
+        "rope.dimension_count": c.hidden_size // c.num_attention_heads,
         "ssm.conv_kernel": c.conv_kernel,
         "ssm.state_size": c.ssm_state_size,
         "ssm.group_count": c.n_groups,
@@ -317,9 +319,13 @@ def written(
     *further: bytes,
     quantize: str | Callable[[str], str] = "F32",
     tensors: Tensors | None = None,
+    over: Tensors | None = None,
+    without: Collection[str] = (),
     **more: Any,
 ) -> Path:
-    """A file of a model, with further entries, tensors and key-values."""
+    """A file of a model, with further entries, tensors and key-values; `over` stands for the model's own
+    tensors, and key-values of `without` are left away.
+    """
     arch, config = ARCHITECTURES[kind], model.config
     keys: dict[str, Any] = {
         "block_count": config.num_hidden_layers,
@@ -337,6 +343,8 @@ def written(
         )
     entries = [entry("general.architecture", STRING, arch.name)]
     for key, value in keys.items():
+        if key in without:
+            continue
         name = f"{arch.name}.{key}"
         is_list = isinstance(value, list)
         entries.append(array(name, U32, value) if is_list else entry(name, _KINDS[type(value)], value))
@@ -347,7 +355,7 @@ def written(
         tensors |= stored(kind, parameter, value.detach().numpy().copy(), config)
     vocabulary = byte_vocabulary([f"<x{i}>" for i in range(config.vocab_size - 256)])
     ends = [entry(f"tokenizer.ggml.{name}_token_id", U32, i) for name, i in (("bos", 1), ("eos", 2))]
-    return write_gguf(path, [*entries, *vocabulary, *ends, *further], tensors, quantize)
+    return write_gguf(path, [*entries, *vocabulary, *ends, *further], tensors | (over or {}), quantize)
 
 
 def logits(model: Any, ids: list[int]) -> torch.Tensor:
@@ -419,3 +427,34 @@ def test_blocks_stay_with_rows_and_columns_that_are_moved(kind: str, tmp_path: P
     # What is left are the rows of a number for each value head.
     assert sum(rows for rows, _ in floats.values()) == (0 if kind == "granitemoehybrid" else 3 * 8), floats
     assert any(name.endswith(".columns") for name in graph.weights) == (kind == "qwen3_5_text")
+
+
+def test_attention_has_positions_unless_the_file_says_otherwise(tmp_path: Path) -> None:
+    """As llama.cpp takes Granite's hybrids."""
+    kind = "granitemoehybrid"
+    model, ids = tiny(kind, **{**CHANGES[kind], "position_embedding_type": "rope"}), ids_of(40)
+    path = written(model, kind, tmp_path / "m.gguf", without={"rope.scaling.finetuned"})
+    wanted = logits(model, ids)
+    with LlamaCpp(path) as opened:
+        assert worst(opened.logits(ids), wanted) <= 0.01
+    assert worst(logits_of(trace_source(open_source(path)), ids), wanted) <= 5e-5
+
+
+DAMAGED: dict[str, tuple[dict[str, Any], Tensors, str]] = {
+    "groups": ({"ssm.group_count": 0}, {}, r"ssm_conv1d\.weight has the shape \[256, 1, 4\]"),
+    "rank": ({}, {"blk.0.ssm_out.weight": np.zeros(64, np.float32)}, r"ssm_out\.weight has the shape \[64\]"),
+    "growth": (
+        {},
+        {"blk.0.ssm_a": np.ones(8, np.float32)},
+        r"blk\.0\.ssm_a has values that are not below zero",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGED)
+def test_damage_is_told(what: str, tmp_path: Path) -> None:
+    keys, tensors, said = DAMAGED[what]
+    model = tiny("qwen3_5_text", **DELTA)
+    path = written(model, "qwen3_5_text", tmp_path / "m.gguf", over=tensors, **keys)
+    with pytest.raises(InputError, match=said):
+        trace_source(open_source(path))

@@ -63,13 +63,15 @@ def model_with(pre: str, path: Path) -> tuple[Path, int]:
 @pytest.mark.parametrize("pre", sorted(known_pre_tokenizers()))
 def test_ids_are_llama_cpps(pre: str, tmp_path: Path) -> None:
     path, count = model_with(pre, tmp_path / "m.gguf")
-    ours = build("m.gguf", read_tokenizer(read_gguf(path)))
+    read = read_tokenizer(read_gguf(path))
+    ours = build("m.gguf", read)
     deviates = re.compile(DEVIATES.get(pre, r"(?!)"))
     same = other = 0
     with LlamaCpp(path) as peer:
         for text in hard_strings(["<|end|>"]):
             theirs = peer.tokenize(text, special=True)
             begin = theirs[:1] == [count - 2]
+            assert begin == read.add_bos
             ids = ours.encode(text, add_special_tokens=False).ids
             if deviates.search(text):
                 other += 1

@@ -36,7 +36,7 @@ def open_autoround(tensors: Mapping[str, LazyTensor], config: Config) -> dict[st
     Raises InputError where configuration and tensors disagree, UnsupportedError for another packing.
     """
     packing = config.get("packing_format", "auto_round:auto_gptq")
-    if packing not in _PACKINGS:
+    if not isinstance(packing, str) or packing not in _PACKINGS:
         raise UnsupportedError(
             f"the AutoRound checkpoint is packed as {str(packing)[:40]!r}",
             remedy=f"give one of {', '.join(_PACKINGS)}",

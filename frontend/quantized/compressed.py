@@ -75,7 +75,8 @@ def _schemes(config: Config) -> tuple[list[tuple[str | None, Mapping[str, Any]]]
     floats.
     """
     for key in ("transform_config", "sparsity_config"):
-        if config.get(key) and config[key].get("format", "") != "dense":
+        held = config.get(key)
+        if held and not (isinstance(held, Mapping) and held.get("format") == "dense"):
             raise UnsupportedError(
                 f"the compressed-tensors checkpoint has a {key}", remedy="give one that is quantized only"
             )
@@ -91,7 +92,7 @@ def _schemes(config: Config) -> tuple[list[tuple[str | None, Mapping[str, Any]]]
         layout = group.get("format") or config.get("format")
         kind = weights.get("type", "int") if isinstance(weights, Mapping) else "?"
         bits = weights.get("num_bits") if isinstance(weights, Mapping) else None
-        if kind == "float" and floating.LAYOUTS.get(layout or "mixed-precision") in (0, bits):
+        if kind == "float" and floating.LAYOUTS.get(str(layout or "mixed-precision")) in (0, bits):
             floats.append(weights)
         elif kind == "int" and layout in (None, *FORMATS):
             integers.append((layout, weights))

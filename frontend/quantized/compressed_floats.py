@@ -63,10 +63,13 @@ def float_weight(module: Module, schemes: list[Mapping[str, Any]]) -> LazyTensor
 
 def _float4(module: Module, pairs: LazyTensor, scale: LazyTensor) -> LazyTensor:
     k = 2 * pairs.shape[1]
-    group = k // max(1, scale.shape[-1])
+    count = scale.shape[-1] if len(scale.shape) == 2 else 0
+    group = k // max(1, count)
     if group not in _GROUPS:
-        raise disagree(scale, f"has {scale.shape[-1]} scales a row of {k}; float4 has groups of 16 or 32")
+        raise disagree(scale, f"has {count} scales a row of {k}; float4 has groups of 16 or 32")
     if not module.has("weight_global_scale"):
+        if scale.dtype == FLOAT8:
+            raise disagree(scale, f"is {FLOAT8} without a weight_global_scale beside it")
         return float4(pairs, scale, group)
     stored = module.get("weight_global_scale", 1, "float32", "bfloat16", "float16")
     if stored.shape != (1,):
@@ -81,7 +84,7 @@ def _block(schemes: list[Mapping[str, Any]], scale: LazyTensor) -> Block | None:
         if isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size):
             return size[0], size[1]
         group = scheme.get("group_size")
-        if type(group) is int and group > 0 and scale.shape[-1] > 1:
+        if type(group) is int and group > 0 and scale.shape[-1:] > (1,):
             return 1, group
     return None
 

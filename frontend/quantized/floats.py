@@ -70,7 +70,7 @@ class ScaledFloat8:
         if self._one:
             return n, k
         held = self._scale.shape
-        if list(held[:-2]) == stack and len(held) == len(self.shape):
+        if list(held[:-2]) == stack and len(held) == len(self.shape) and 0 not in held:
             if block is not None and held[-2:] == (-(-n // block[0]), -(-k // block[1])):
                 return block
             if n % held[-2] == 0 and k % held[-1] == 0:

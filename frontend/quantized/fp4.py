@@ -3,7 +3,8 @@
 mxfp4      NAME_blocks uint8 [E, N, K / 32, 16] and NAME_scales E8M0 [E, N, K / 32]: stacked experts NAME,
            which the model has transposed, [E, K, N]
 modelopt   weight uint8 [N, K / 2], weight_scale E4M3 [N, K / 16] and weight_scale_2, a number: NVFP4; or
-           float8 weights as `fp8.py` reads them. By its tensors: one checkpoint may have both.
+           float8 weights as `fp8.py` reads them, whose scales of blocks may have axes of length 1 between,
+           and those of rows none behind. By its tensors: one checkpoint may have both.
            https://github.com/NVIDIA/TensorRT-Model-Optimizer
 """
 
@@ -16,13 +17,13 @@ import numpy as np
 
 from ...ir.errors import UnsupportedError
 from ...ir.weights import LazyTensor
-from ..weights import TurnedTensor
+from ..weights import TurnedTensor, transformed
 from .checks import Config, Module, disagree
 from .floats import float4
 from .fp8 import open_fp8
 
 _BLOCK: Final = 32
-_ALGORITHMS: Final = ("FP8", "NVFP4", "W4A16_NVFP4", "NVFP4_AWQ", "FP8_PB_WO", "FP8_PER_CHANNEL_PER_TOKEN")
+_ALGORITHMS: Final = ("FP8", "FP8_PB_WO", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4", "W4A16_NVFP4")
 
 
 class _Joined:
@@ -66,7 +67,7 @@ def open_modelopt(tensors: Mapping[str, LazyTensor], config: Config) -> dict[str
         what = f"{algorithm}" if scaled is None else f"{tensors[scaled].source}, a scale of each column"
         raise UnsupportedError(
             f"the ModelOpt checkpoint has {what}, which llmc does not read",
-            remedy=f"give one of {', '.join(_ALGORITHMS[:3])}, or the unquantized model",
+            remedy=f"give one of {', '.join(_ALGORITHMS)}, or the unquantized model",
         )
     found = dict(tensors)
     for name in tensors:
@@ -80,4 +81,15 @@ def open_modelopt(tensors: Mapping[str, LazyTensor], config: Config) -> dict[str
             found.pop(module.prefix + part, None)
         pairs, scale = module.get("weight", 2, "uint8"), module.get("weight_scale", 2, "float8_e4m3fn")
         found[f"{module.prefix}weight"] = float4(pairs, scale, 16, factor=float(factor.reshape(())))
+    for name in found:
+        if name.endswith(".weight_scale"):
+            found[name] = _matrix(found[name])
     return open_fp8(found, config)
+
+
+def _matrix(scale: LazyTensor) -> LazyTensor:
+    """Scales [A, 1, B, 1] and [N] as [A, B] and [N, 1]."""
+    shape = scale.shape
+    if len(shape) == 4 and shape[1] == shape[3] == 1:
+        return transformed(scale, lambda x: x.reshape(len(x), -1))
+    return transformed(scale, lambda x: x[:, None]) if len(shape) == 1 else scale
