@@ -79,7 +79,7 @@ LIES: dict[str, tuple[bytes, str]] = {
     "nested": (_file(b"[" * 100_000), "no JSON"),
     "name twice": (_file(b'{"t": {}, "t": {}}'), "occurs twice"),
     "no fields": (_file({"t": {"dtype": "F32"}}, b"\0" * 8), "lacks dtype"),
-    "unknown type": (_file({"t": _entry("F8_E4M3", (8,))}, b"\0" * 8), "F8_E4M3"),
+    "unknown type": (_file({"t": _entry("F8_E5M2", (8,))}, b"\0" * 8), "F8_E5M2"),
     "negative shape": (_file({"t": _entry(shape=[-2])}, b"\0" * 8), "impossible shape"),
     "boolean shape": (_file({"t": _entry(shape=[True])}, b"\0" * 8), "impossible shape"),
     "negative offset": (_file({"t": _entry(offsets=[-8, 0])}, b"\0" * 8), "impossible data_offsets"),
