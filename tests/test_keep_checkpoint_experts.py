@@ -99,14 +99,17 @@ def test_experts_are_kept_as_they_are_stored(family: str, form: str, tmp_path: P
         assert np.array_equal(one, other)
     # The first expert of the last mixture is what its own tensors say.
     if form != "mxfp4":
-        (name,) = [n for n in values if n.endswith(("experts.0.down_proj.weight", "experts.0.w2.weight"))][
-            -1:
-        ]
+        name = [n for n in values if n.endswith(("experts.0.down_proj.weight", "experts.0.w2.weight"))][-1]
         np.testing.assert_allclose(codes[-1][0], values[name], rtol=3e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize(
-    ("family", "form"), [("qwen3_moe", "gptq, symmetric"), ("qwen3_moe", "nvfp4"), ("gpt_oss", "mxfp4")]
+    ("family", "form"),
+    [
+        pytest.param("qwen3_moe", "gptq, symmetric", marks=pytest.mark.slow),
+        ("qwen3_moe", "nvfp4"),
+        pytest.param("gpt_oss", "mxfp4", marks=pytest.mark.slow),
+    ],
 )
 def test_the_artifact_is_the_folders_model(family: str, form: str, tmp_path: Path) -> None:
     """But for activations of 8 bits."""
