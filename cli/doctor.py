@@ -52,6 +52,7 @@ def examine() -> dict[str, Any]:
         "linker_needed": False,  # codegen/tvm/elf.py links
         "targets": _targets(),
         "cuda": _cuda(),
+        "webgpu": _webgpu(),
     }
 
 
@@ -145,6 +146,13 @@ def _cuda() -> dict[str, Any]:
     return {"missing": why_absent(), "compiler": compiler_name()}
 
 
+def _webgpu() -> dict[str, Any]:
+    """What of target tvm-webgpu this machine can do. `missing`: what it lacks to run kernels, or None."""
+    from ..runtime.executor.webgpu_driver import why_absent
+
+    return {"missing": why_absent()}
+
+
 def _targets() -> list[dict[str, Any]]:
     try:
         from .targets import listed
@@ -154,8 +162,11 @@ def _targets() -> list[dict[str, Any]]:
 
 
 def _cuda_text(cuda: Mapping[str, Any]) -> str:
-    runs = "run here" if cuda["missing"] is None else f"do not run here ({cuda['missing']})"
-    return f"{runs}; compiled by {cuda['compiler'] or 'nothing: install llmc[cuda]'}"
+    return f"{_runs(cuda)}; compiled by {cuda['compiler'] or 'nothing: install llmc[cuda]'}"
+
+
+def _runs(kernels: Mapping[str, Any]) -> str:
+    return "run here" if kernels["missing"] is None else f"do not run here ({kernels['missing']})"
 
 
 def _text(report: dict[str, Any]) -> str:
@@ -190,6 +201,7 @@ def _text(report: dict[str, Any]) -> str:
             ("C compiler, linker", "not needed"),
             ("compiles models", "yes" if report["can"]["compile"] else "no: pip install 'llmc[compile]'"),
             ("CUDA kernels", _cuda_text(report["cuda"])),
+            ("WebGPU kernels", _runs(report["webgpu"])),
             ("wrong packages", ", ".join(report["can"]["wrong_packages"]) or None),
         ]
     )

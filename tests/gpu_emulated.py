@@ -20,7 +20,7 @@ from llmc.codegen.tvm.kernels import stored_dtype
 from llmc.codegen.tvm.kernels.layout import QuantLayout
 from llmc.ir.codebooks import codebook
 from llmc.ir.dtypes import to_numpy
-from llmc.runtime.executor.cuda_program import size_of
+from llmc.runtime.executor.gpu_program import size_of
 
 if TYPE_CHECKING:
     from llmc.codegen.tvm.gpu.source import Code

@@ -4,7 +4,7 @@ begin, go on, are empty; states in other rows than the sequences; operands in co
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -132,9 +132,13 @@ CASES: dict[str, Case] = {
 }
 
 
-def code_of(name: str) -> Code:
-    """Each operand begins at column PAD of rows that are wider by as much and one more."""
+def code_of(name: str, makers: Mapping[str, Callable[..., Code]] | None = None) -> Code:
+    """Each operand begins at column PAD of rows that are wider by as much and one more. `makers`: those of
+    another target.
+    """
     make, static, columns, _, _ = CASES[name]
+    if makers is not None:
+        make = makers[make.__name__]
     places = [(width + PAD + 1, PAD) for width in columns.values()]
     match name:
         case "causal_conv1d":

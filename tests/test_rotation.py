@@ -23,7 +23,7 @@ from llmc.ir.ops.math import Cast, Cos, Mul, Neg, Sin
 from llmc.ir.ops.nn import Linear, Rope
 from llmc.ir.ops.shape import Reshape
 from llmc.passes.cache.rotary import rotary_facts
-from llmc.runtime.executor.cuda import _turned
+from llmc.runtime.executor.gpu import _turned
 from llmc.runtime.executor.rotation import Rotary, read_rotary, turn_pages, turn_rows
 
 from .families import save_family

@@ -69,32 +69,8 @@ class TvmCuda(Target):
         return tuple(arch for arch in ARCHITECTURES if arch in asked)
 
     def supports(self, op: Op) -> bool:
-        """Whether the kernels take this instance of an op: float32, sizes known, and recurrences that leave
-        their state for the next step.
-        """
-        if isinstance(op, Recurrence):
-            return bool(op.kept)
-        if op.opname in ("rms_norm", "layer_norm", "gated_mlp"):
-            return op.operands[0].dtype == "float32" and isinstance(op.result.shape[-1], int)
-        if op.opname in ("quantized_linear", "quantized_embedding"):
-            from .gpu.layout import GpuLayout
-            from .weights import quant_layout
-
-            layout = quant_layout(op)  # type: ignore[arg-type]
-            return GpuLayout(layout.n, layout.k, layout).fits()
-        if isinstance(op, Moe | QuantizedMoe):
-            return (
-                op.x.dtype == "float32" and isinstance(op.indices.shape[-1], int) and _has_expert_kernel(op)
-            )
-        if op.opname == "rope":
-            x, cos = op.operands[:2]
-            heads = isinstance(x.shape[-2], int) and isinstance(x.shape[-1], int)
-            floats = x.dtype == cos.dtype == "float32"
-            return floats and x.type.rank == 3 and cos.shape[:-1] == x.shape[:1] and heads
-        if op.opname == "paged_attention":
-            head_dim = op.operands[0].shape[-1]
-            return isinstance(head_dim, int) and head_dim <= _MOST_HEAD_DIM
-        return True
+        """See `has_kernel`."""
+        return has_kernel(op)
 
     def workers(self) -> int:
         """One, which makes the program and then has it compiled."""
@@ -138,6 +114,33 @@ class TvmCuda(Target):
             **adapters_entry(legal),
         }
         return entry if weights is None else {**entry, "weights": weights}
+
+
+def has_kernel(op: Op) -> bool:
+    """Whether the kernels take this instance of an op: float32, sizes known, and recurrences that leave
+    their state for the next step.
+    """
+    if isinstance(op, Recurrence):
+        return bool(op.kept)
+    if op.opname in ("rms_norm", "layer_norm", "gated_mlp"):
+        return op.operands[0].dtype == "float32" and isinstance(op.result.shape[-1], int)
+    if op.opname in ("quantized_linear", "quantized_embedding"):
+        from .gpu.layout import GpuLayout
+        from .weights import quant_layout
+
+        layout = quant_layout(op)  # type: ignore[arg-type]
+        return GpuLayout(layout.n, layout.k, layout).fits()
+    if isinstance(op, Moe | QuantizedMoe):
+        return op.x.dtype == "float32" and isinstance(op.indices.shape[-1], int) and _has_expert_kernel(op)
+    if op.opname == "rope":
+        x, cos = op.operands[:2]
+        heads = isinstance(x.shape[-2], int) and isinstance(x.shape[-1], int)
+        floats = x.dtype == cos.dtype == "float32"
+        return floats and x.type.rank == 3 and cos.shape[:-1] == x.shape[:1] and heads
+    if op.opname == "paged_attention":
+        head_dim = op.operands[0].shape[-1]
+        return isinstance(head_dim, int) and head_dim <= _MOST_HEAD_DIM
+    return True
 
 
 def _has_expert_kernel(op: Moe | QuantizedMoe) -> bool:

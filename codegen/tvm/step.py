@@ -14,7 +14,7 @@ nothing is checked inside (the executor checks what comes from outside).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -270,8 +270,16 @@ class Reader:
 class Writer:
     """Numbers the values of a step, and emits `begin` and `workspace`."""
 
-    def __init__(self, program: _Program, symbols: list[Any], rename: dict[Any, Any], arguments: int) -> None:
-        self.program = program
+    def __init__(
+        self,
+        program: _Program,
+        symbols: list[Any],
+        rename: dict[Any, Any],
+        arguments: int,
+        width: Callable[[str], int] = itemsize,
+    ) -> None:
+        """`width`: bytes of an element of a dtype."""
+        self.program, self._width = program, width
         self.callees: dict[Any, Callee] = {}
         self.symbols = symbols
         self.arguments = arguments
@@ -307,7 +315,7 @@ class Writer:
         return self.analyzer.simplify(e)
 
     def _bytes(self, type: Any) -> Any:
-        total: Any = tirx.IntImm("int64", itemsize(str(type.dtype)))
+        total: Any = tirx.IntImm("int64", self._width(str(type.dtype)))
         for d in _shape(type):
             total = total * self._expression(d)
         return self.analyzer.simplify(total)

@@ -226,12 +226,16 @@ class Compilation(Worker):
 class Programming(Worker):
     """The program and the kernels of a step on a GPU that are being made (`gpu/build.py`)."""
 
-    def __init__(self, graph_text: str, folder: Path, architectures: Sequence[str]) -> None:
-        super().__init__({"graph": graph_text, "folder": str(folder), "architectures": list(architectures)})
+    def __init__(self, graph_text: str, folder: Path, architectures: Sequence[str] | None) -> None:
+        """`architectures` of CUDA; None for kernels in WGSL (`wgsl/build.py`)."""
+        job: dict[str, Any] = {"graph": graph_text, "folder": str(folder)}
+        super().__init__(job if architectures is None else {**job, "architectures": list(architectures)})
 
     def result(self) -> dict[str, Any]:
-        """What `build_cuda` returned. Raises what it raised, or CompileError where the worker died."""
-        built = self._result("the maker of CUDA kernels", "report the model")
+        """What `build_cuda` or `build_wgsl` returned. Raises what it raised, or CompileError where the worker
+        died.
+        """
+        built = self._result("the maker of kernels for GPUs", "report the model")
         self._leave_ready()
         return built
 
@@ -305,7 +309,9 @@ def main(arguments: list[str]) -> int:
 
 
 def _job_of(job: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-    return _build if "out" in job else _build_cuda if "folder" in job else _tune
+    if "out" in job:
+        return _build
+    return _build_gpu if "folder" in job else _tune
 
 
 def _build(job: Mapping[str, Any]) -> dict[str, Any]:
@@ -319,11 +325,15 @@ def _build(job: Mapping[str, Any]) -> dict[str, Any]:
     return dataclasses.asdict(built)
 
 
-def _build_cuda(job: Mapping[str, Any]) -> dict[str, Any]:
+def _build_gpu(job: Mapping[str, Any]) -> dict[str, Any]:
     from ..extensions import parse_graph
     from .gpu.build import build_cuda
+    from .wgsl.build import build_wgsl
 
-    return build_cuda(parse_graph(job["graph"]), Path(job["folder"]), job["architectures"])
+    graph, folder = parse_graph(job["graph"]), Path(job["folder"])
+    if "architectures" in job:
+        return build_cuda(graph, folder, job["architectures"])
+    return build_wgsl(graph, folder)
 
 
 def _tune(job: Mapping[str, Any]) -> dict[str, Any]:

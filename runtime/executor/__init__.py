@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from ...codegen.artifact import Artifact
-from ...ir.errors import ArtifactError, InputError
+from ...ir.errors import ArtifactError, InputError, LlmcError
 from ...plugins.entries import registered
 from .. import cpu
 from .base import Executor, Kernels, StepInputs
@@ -31,6 +31,7 @@ _log = logging.getLogger("llmc.runtime")
 # Target → module of this package, in the order of preference where an artifact holds several.
 _MODULES = {
     "tvm-cuda": "cuda",
+    "tvm-webgpu": "webgpu",
     "tvm-cpu": "tvm",
     "onnx-cpu": "onnx",
     "onnx-cuda": "onnx_cuda",
@@ -70,10 +71,12 @@ def choose_target(available: Sequence[str], wanted: str | None = None) -> str:
 
 def _usable(name: str) -> bool:
     """Whether this machine has what a target runs on, where another could be taken instead."""
-    if name != "tvm-cuda":
+    if name == "tvm-cuda":
+        from .cuda_driver import why_absent
+    elif name == "tvm-webgpu":
+        from .webgpu_driver import why_absent
+    else:
         return True
-    from .cuda_driver import why_absent
-
     why = why_absent()
     if why is not None:
         _log.info("target %s is left out: %s", name, why)
@@ -127,6 +130,13 @@ def open_executor(
 
         return open_plugin(registered(GROUP)[name], artifact, isa=level, threads=threads)
     module = importlib.import_module(f".{_MODULES[name]}", __name__)
+    if name == "tvm-webgpu" and target is None and len(artifact.targets) > 1:
+        try:
+            return module.open_target(artifact, isa=None, threads=threads)
+        except LlmcError as error:  # drivers differ in what they take
+            _log.warning("target %s is left out: %s; %s", name, error.message, error.remedy)
+        others = [other for other in artifact.targets if other != name]
+        return open_executor(artifact, choose_target(others), threads=threads, isa=isa, adapters=adapters)
     if adapters is not None and level is not None and "adapters" not in artifact.target(name):
         with adapters(artifact, level) as kernels:
             return module.open_target(artifact, isa=level, threads=threads, kernels=kernels)

@@ -18,7 +18,7 @@ from ...ir.dtypes import to_numpy
 from ...ir.errors import DeviceError, InputError, LlmcError
 from .adapter_memory import LANES, Packed, Part, blocks_of, columns_of, pack, rank_of
 from .cuda_driver import Driver
-from .cuda_program import round_up
+from .gpu_program import round_up
 
 if TYPE_CHECKING:
     from ..adapters import AdapterPlaces, Factors, Place

@@ -26,6 +26,7 @@ _OUT_OF_MEMORY = 2
 _FATAL = {700, 702, 709, 710, *range(714, 720), 999}
 """After these (an illegal address, a timeout, …) every call fails (`CUresult`)."""
 _DEFAULT_SHARED = 48 * 1024
+_C_TYPES = {"address": ctypes.c_uint64, "int32": ctypes.c_int32, "int64": ctypes.c_int64}
 _NAME = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 
 
@@ -48,6 +49,8 @@ class Driver:
 
     Raises InputError where there is no GPU.
     """
+
+    apart = False
 
     def __init__(self, library: str | None = None) -> None:
         """`library`: the driver, where it is not the system's."""
@@ -198,6 +201,17 @@ class Driver:
         if shared > _DEFAULT_SHARED:
             self._call("cuFuncSetAttribute", found, ctypes.c_int(_DYNAMIC_SHARED), ctypes.c_int(shared))
         return found
+
+    def prepare(
+        self,
+        function: ctypes.c_void_p,
+        grid: Sequence[int],
+        block: int,
+        shared: int,
+        given: Sequence[tuple[str, int]],
+    ) -> Launch:
+        """A launch, to be repeated. `given`: see `gpu_program.Given`."""
+        return Launch(function, grid, block, shared, [_C_TYPES[kind](value) for kind, value in given])
 
     def launch(self, prepared: Launch) -> None:
         self._call("cuLaunchKernel", *prepared.head, self._stream, prepared.parameters, None)

@@ -6,6 +6,7 @@ D[i, j] = A[i, j] / C[i],  C[i] = Σ_k B[i, k]    →    a launch over i, then o
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 from tvm.s_tir import ScheduleError
@@ -21,8 +22,16 @@ _DEVICE_KERNEL = 2
 """`tvm::CallingConv::kDeviceKernelLaunch`."""
 
 
-def generic_code(function: Any, target: Any) -> Code:
-    """The launches of a TIR function over whole arrays, one a stage that cannot be inlined."""
+def generic_code(
+    function: Any,
+    target: Any,
+    source: Callable[[Any, Any], str] | None = None,
+    width: Callable[[str], int] = itemsize,
+) -> Code:
+    """The launches of a TIR function over whole arrays, one a stage that cannot be inlined. `source`: what
+    writes the text of a stage (`Callee`) for the target, its name as `@`; None for CUDA C++. `width`: bytes
+    of an element of a dtype.
+    """
     function = _bound(function)
     root = function.body.block
     stages = list(root.body.seq) if isinstance(root.body, tirx.SeqStmt) else [root.body]
@@ -45,7 +54,7 @@ def generic_code(function: Any, target: Any) -> Code:
                 (*(p.name for p in callee.buffers), *(f"{names[v]}:{v.ty.dtype}" for v in callee.symbols)),
                 (text_of(extent, names), 1, 1),
                 THREADS,
-                source=_source(callee, target),
+                source=(source or _source)(callee, target),
             )
         )
     symbols = {v: f"s{n}" for n, v in enumerate(callee.symbols)}
@@ -53,12 +62,12 @@ def generic_code(function: Any, target: Any) -> Code:
         Argument(p.name, tuple(_size(d, symbols) for d in p.ty.shape), str(p.ty.dtype), True)
         for p in callee.buffers[: len(function.params)]
     )
-    scratch = {p.name: ("void*", _bytes(p, symbols)) for p in callee.buffers[len(function.params) :]}
+    scratch = {p.name: ("void*", _bytes(p, symbols, width)) for p in callee.buffers[len(function.params) :]}
     return Code(arguments, tuple(sources), {}, scratch, symbols=tuple(symbols.values()))
 
 
-def _bytes(buffer: Any, names: dict[Any, str]) -> str:
-    total: Any = tirx.IntImm("int64", itemsize(str(buffer.ty.dtype)))
+def _bytes(buffer: Any, names: dict[Any, str], width: Callable[[str], int]) -> str:
+    total: Any = tirx.IntImm("int64", width(str(buffer.ty.dtype)))
     for d in buffer.ty.shape:
         total = total * d
     return text_of(tvm.sym.Analyzer().simplify(total), names)
@@ -103,6 +112,13 @@ def _blocks(stage: Any) -> Any:
 
 def _source(callee: Any, target: Any) -> str:
     """CUDA C++ of one stage; its name stands as `@`."""
+    text = device_text(callee, target)
+    start = [m.start() for m in re.finditer(r'extern "C" __global__', text)][-1]  # after the declaration
+    return re.sub(r"\bstage\(", "@(", text[start:], count=1)
+
+
+def device_text(callee: Any, target: Any) -> str:
+    """What TVM's code generator of the target's kind writes for one stage, under the name `stage`."""
     function = callee.function
     *body, _ = function.body.seq  # without the status that functions for CPUs return
     kernel = tirx.PrimFunc(function.params, tirx.SeqStmt(body)).with_attrs(
@@ -120,9 +136,8 @@ def _source(callee: Any, target: Any) -> str:
             module.update_func(gv, f.with_attrs(device))
         last = [tirx.transform.LowerIntrin(), tirx.transform.BF16StorageLegalize()]
         module = tvm.transform.Sequential(last)(module)
-        text = tvm.get_global_func("target.build.cuda")(module, target).inspect_source()
-    start = [m.start() for m in re.finditer(r'extern "C" __global__', text)][-1]  # after the declaration
-    return re.sub(r"\bstage\(", "@(", text[start:], count=1)
+        build = tvm.get_global_func(f"target.build.{target.kind}")
+        return str(build(module, target).inspect_source())
 
 
 def _passes() -> list[Any]:

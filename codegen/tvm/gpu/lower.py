@@ -4,7 +4,7 @@ the two differ (products take floats here; the cache's pages are of a known size
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ....ir.core import Graph, Op, Value
@@ -47,11 +47,15 @@ class CudaLowering(Lowering):
         """Shape and dtype of a weight in memory."""
         return stored_shape(weight, self.roles[weight])
 
+    def make(self, name: str, static: Mapping[str, Any]) -> Code:
+        """The code of a kernel. Raises CompileError for one that there is not."""
+        return make_code(name, static)
+
     # Kernels are made by their names: what tvm-cpu's emitters name besides is for CPUs.
     def _kernel(self, name: str, make: Callable[..., Any], static: dict[str, Any]) -> Any:
         key = (name, tuple(sorted((k, repr(v)) for k, v in static.items())))
         if key not in self._kernels:
-            code = make_code(name, static)
+            code = self.make(name, static)
             # Named, since the builder takes two functions that look alike for one.
             stub = code.stub().with_attr("llmc.code", repr(key))
             self._kernels[key] = self.builder.add_func(stub, name)

@@ -15,7 +15,7 @@ VARIANTS = ((1, 1, 1, 8), (2, 1, 9, 16), (4, 1, 17, 32))
 """Tokens of a block by 8, tiles of a warp, from how many tokens to how many."""
 
 
-def _weight(layout: GpuLayout) -> dict[str, Any]:
+def weight_parameters(layout: GpuLayout) -> dict[str, Any]:
     """What the templates know of a weight (`P`)."""
     quant = layout.quant
     found: dict[str, Any] = {
@@ -39,7 +39,7 @@ def _weight(layout: GpuLayout) -> dict[str, Any]:
     return found
 
 
-def _weight_arguments(layout: GpuLayout, count: int = 1) -> list[Argument]:
+def weight_arguments(layout: GpuLayout, count: int = 1) -> list[Argument]:
     """A weight's arrays, or those of `count` experts."""
     quant = layout.quant
     codes = (count * layout.tiles, *layout.codes_shape[1:])
@@ -86,7 +86,7 @@ def product(
     n, k, quant, warps = layout.n, layout.k, layout.quant, splits(layout)
     minimum = quant is not None and quant.zero_point in ("float16", "float32")
     rows = "S" if of is not None and not of.per_row else "T"
-    weights = _weight_arguments(layout, of.count if of is not None else 1)
+    weights = weight_arguments(layout, of.count if of is not None else 1)
     arguments = [Argument("x", (rows, k), "float32")]
     if of is not None:
         arguments += [Argument("source", ("S",), "int32"), Argument("offsets", (of.count + 1,), "int32")]
@@ -130,7 +130,7 @@ def product(
     if minimum:
         scratch["sums"] = ("float*", f"{rows} * {4 * layout.groups}")
     parameters = {
-        **_weight(layout),
+        **weight_parameters(layout),
         "bias": bias,
         "residual": residual,
         "splits": warps,
@@ -154,12 +154,12 @@ def embedding(*, rows: int, width: int, packed: bool, weight_dtype: str) -> Code
     ids, out = Argument("ids", ("T",), "int32"), Argument("out", ("T", width), "float32", True)
     if packed:
         layout = GpuLayout(rows, width)
-        table = Argument("table", layout.codes_shape, "float16")
-        call = ("ids", "table", "nullptr", "nullptr", "out")
+        table = Argument("codes", layout.codes_shape, "float16")
+        call = ("ids", "codes", "nullptr", "nullptr", "out")
         return Code(
             (ids, table, out),
             (per_row_launch("rows", "embedding<P>", call, "T"),),
-            {**_weight(layout), "threads": ROW_THREADS},
+            {**weight_parameters(layout), "threads": ROW_THREADS},
         )
     return Code(
         (ids, Argument("table", (rows, width), weight_dtype), out),
@@ -175,11 +175,11 @@ def quantized_embedding(*, rows: int, width: int, **form: Any) -> Code:
     return Code(
         (
             Argument("ids", ("T",), "int32"),
-            *_weight_arguments(layout),
+            *weight_arguments(layout),
             Argument("out", ("T", width), "float32", True),
         ),
         (per_row_launch("rows", "embedding<P>", call, "T"),),
-        {**_weight(layout), "threads": ROW_THREADS},
+        {**weight_parameters(layout), "threads": ROW_THREADS},
     )
 
 

@@ -1,6 +1,6 @@
 """A graph → the text of its CUDA kernels, and the program that a step runs: which kernels, over what memory.
 
-The program is data (`targets/tvm-cuda/program.json`); `runtime/executor/cuda_program.py` runs it:
+The program is data (`targets/tvm-cuda/program.json`); `runtime/executor/gpu_program.py` runs it:
 
     symbols   dimensions that a step's inputs have
     slots     bytes of each place for intermediate results: the largest of some sizes over the symbols
@@ -12,11 +12,12 @@ The program is data (`targets/tvm-cuda/program.json`); `runtime/executor/cuda_pr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ....ir.core import Graph
+from ....ir.dtypes import itemsize
 from ..optimize import fuse, generic_functions
 from ..step import Reader, Writer, outputs_of, symbols_of
 from ..untyped import tirx, tvm
@@ -36,28 +37,47 @@ _CUDA = {
 
 
 @dataclass(frozen=True)
+class Language:
+    """What kernels are written in."""
+
+    target: Mapping[str, Any]
+    """What TVM's code generator is told."""
+    lowering: Callable[[Graph], CudaLowering]
+    generic: Callable[[Any, Any], Code]
+    """A TIR function, and the target → its code."""
+    text: Callable[[Code, str], str]
+    """A kernel's code and name → the text of its launches."""
+    width: Callable[[str], int] = itemsize
+    """Bytes of an element of a dtype between kernels."""
+
+
+CUDA = Language(_CUDA, CudaLowering, generic_code, Code.text)
+
+
+@dataclass(frozen=True)
 class Program:
     """What a step runs."""
 
     text: str
-    """CUDA C++ of all kernels, without what stands before them (`headers.py`)."""
+    """Of all kernels; CUDA C++ without what stands before them (`headers.py`)."""
     entry: Mapping[str, Any]
     arguments: tuple[str, ...]
 
 
-def make_program(graph: Graph) -> Program:
+def make_program(graph: Graph, language: Language = CUDA) -> Program:
     """The program of a legalized graph. Raises UnsupportedError for an op without emitter."""
-    lowering = CudaLowering(graph)
+    lowering = language.lowering(graph)
     lowered = lowering.run()
-    module = fuse(lowered.module, _CUDA)
+    module = fuse(lowered.module, dict(language.target))
+    target = tvm.target.Target(dict(language.target), host={"kind": "llvm"})
     codes = dict(lowering.codes)
     for gv, function in generic_functions(module).items():
-        codes[gv.name_hint] = generic_code(function, tvm.target.Target(_CUDA, host={"kind": "llvm"}))
+        codes[gv.name_hint] = language.generic(function, target)
     read, main = Reader(module).read()
     variables = {name: tirx.Var(name, "int64") for name in lowered.symbols}
     rename = {v: variables[v.name] for v in symbols_of(main)}
     count = len(main.params) + len(outputs_of(main)) + 1
-    writer = Writer(read, [variables[name] for name in lowered.symbols], rename, count)
+    writer = Writer(read, [variables[name] for name in lowered.symbols], rename, count, language.width)
     rows = writer.rows(module)
     names = list(dict.fromkeys(call.function.name_hint for call in read.calls))
     calls: list[list[Any]] = []
@@ -80,7 +100,7 @@ def make_program(graph: Graph) -> Program:
         "kernels": [_kernel(name, codes[name]) for name in names],
         "calls": calls,
     }
-    text = "\n".join(codes[name].text(name) for name in names)
+    text = "\n".join(language.text(codes[name], name) for name in names)
     return Program(text, entry, tuple(arguments))
 
 

@@ -1,7 +1,7 @@
 """A kernel of a step as its launches on the GPU, and the text that NVRTC compiles.
 
 Sizes that a step decides are expressions in text over the kernel's symbols ("(T + 7) // 8"): whole numbers,
-+ - * // %, min, max. `runtime/executor/cuda_program.py` reads them.
++ - * // %, min, max. `runtime/executor/gpu_program.py` reads them.
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ class Launch:
     """A size, and the least and the most of it at which this launch is made; None for any."""
     source: str = ""
     """The whole function, where it is no call of a template: its name stands as `@`."""
+    constants: Mapping[str, int] = field(default_factory=dict)
+    """What its template in WGSL knows beside the kernel's parameters."""
 
 
 @dataclass(frozen=True)

@@ -40,10 +40,11 @@ def weight_specs(graph: Graph, report: Callable[[float], None] = lambda share: N
 
     `report` is told the share of the bytes that were packed.
     """
-    return specs_of(weight_roles(graph), stored_shape, _chunks, report)
+    return specs_of(weight_roles(graph), stored_shape, chunks, report)
 
 
-def _chunks(value: Value, role: Role) -> Iterator[np.ndarray]:
+def chunks(value: Value, role: Role) -> Iterator[np.ndarray]:
+    """A weight as it is stored, part by part."""
     assert value.weight is not None
     wanted = to_numpy(value.dtype)
     pack: Callable[[np.ndarray], np.ndarray] = np.ascontiguousarray

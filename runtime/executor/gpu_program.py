@@ -1,4 +1,4 @@
-"""The program of a step on a GPU (`program.json` of target tvm-cuda): sizes, memory, launches.
+"""The program of a step on a GPU (`program.json` of targets for GPUs): sizes, memory, launches.
 
 Everything that depends on sizes alone is made once for them (`Program.prepared`): the steps of a decoding
 batch repeat the same launches.
@@ -7,15 +7,15 @@ batch repeat the same launches.
 from __future__ import annotations
 
 import ast
-import ctypes
 import logging
 import operator
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
+
+import numpy as np
 
 from ...ir.errors import ArtifactError, LlmcError
-from .cuda_driver import Driver, Launch
 
 _ALIGNMENT = 256
 _KEPT = 64
@@ -33,6 +33,38 @@ _BINARY: dict[type[ast.operator], Callable[[int, int], int]] = {
 _CALLS: dict[str, Callable[[int, int], int]] = {"min": min, "max": max}
 
 Size = Callable[[Mapping[str, int]], int]
+Given = tuple[str, int]
+"""What a launch passes: an "address", or an "int32" or "int64"."""
+
+
+class Driver(Protocol):
+    """One GPU and what runs on it in order. One thread at a time, and `enter` makes that thread the one.
+
+    Addresses are whole numbers; those within one piece of memory follow each other.
+    """
+
+    name: str
+    apart: bool
+    """Whether pieces of memory that one launch reads and writes must be of different allocations."""
+
+    def enter(self) -> None: ...
+    def free_bytes(self) -> int: ...
+    def allocate(self, size: int) -> int: ...
+    def free(self, address: int) -> None: ...
+    def pinned(self, size: int) -> np.ndarray: ...
+    def zero(self, address: int, size: int) -> None: ...
+    def upload(self, address: int, array: np.ndarray) -> None: ...
+    def download(self, array: np.ndarray, address: int) -> None: ...
+    def copy(self, to: int, source: int, size: int) -> None: ...
+    def wait(self) -> None: ...
+    def function(self, module: Any, name: str, shared: int) -> Any: ...
+    def prepare(
+        self, function: Any, grid: Sequence[int], block: int, shared: int, given: Sequence[Given]
+    ) -> Any: ...
+    def launch(self, prepared: Any) -> None: ...
+    def recorded(self, launches: Sequence[Any]) -> Any: ...
+    def replay(self, executable: Any) -> None: ...
+    def forget(self, executable: Any) -> None: ...
 
 
 def size_of(text: str) -> Size:
@@ -75,7 +107,7 @@ def round_up(value: int, multiple: int) -> int:
 
 
 class _Kernel:
-    def __init__(self, entry: Mapping[str, Any], find: Callable[[str, int], ctypes.c_void_p]) -> None:
+    def __init__(self, entry: Mapping[str, Any], find: Callable[[str, int], Any]) -> None:
         self.symbols = tuple(entry["symbols"])
         self.scratch = [size_of(text) for text in entry["scratch"]]
         self.launches = [
@@ -117,10 +149,10 @@ class Prepared:
     hundreds of kernels are saved.
     """
 
-    def __init__(self, launches: Sequence[Launch]) -> None:
+    def __init__(self, launches: Sequence[Any]) -> None:
         self.launches = launches
         self._runs = 0
-        self._recorded: ctypes.c_void_p | None = None
+        self._recorded: Any = None
 
     def run(self, driver: Driver) -> None:
         self._runs += 1
@@ -164,12 +196,54 @@ class Room:
             self.address, self.size = self._driver.allocate(size), size
 
 
+class Pieces:
+    """Pieces of memory that a step, or a kernel, uses all at once: one after the other in one allocation, or
+    where the driver wants them apart, each in its own.
+    """
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        self._rooms: list[Room] = []
+
+    def allocations(self, sizes: Sequence[int]) -> list[int]:
+        """Bytes of each allocation that they take."""
+        if self._driver.apart:
+            return list(sizes)
+        return [sum(round_up(size, _ALIGNMENT) for size in sizes)]
+
+    def lacks(self, allocations: Sequence[int]) -> bool:
+        """Whether there is less than that."""
+        have = [room.size for room in self._rooms]
+        return len(have) < len(allocations) or any(a > b for a, b in zip(allocations, have, strict=False))
+
+    def grow(self, allocations: Sequence[int]) -> None:
+        """Make it so many bytes; addresses that were told before hold no longer."""
+        self._rooms += [Room(self._driver) for _ in range(len(allocations) - len(self._rooms))]
+        for room, size in zip(self._rooms, allocations, strict=False):
+            if size > room.size:
+                room.grow(size)
+
+    @property
+    def held(self) -> list[int]:
+        """Addresses of the allocations."""
+        return [room.address for room in self._rooms]
+
+    def addresses(self, sizes: Sequence[int]) -> list[int]:
+        """Where each piece begins."""
+        if self._driver.apart:
+            return [room.address for room, _ in zip(self._rooms, sizes, strict=False)]
+        found: list[int] = []
+        at = self._rooms[0].address if sizes else 0
+        for size in sizes:
+            found.append(at)
+            at += round_up(size, _ALIGNMENT)
+        return found
+
+
 class Program:
     """Raises ArtifactError for an entry that is none."""
 
-    def __init__(
-        self, entry: Mapping[str, Any], driver: Driver, module: ctypes.c_void_p, arguments: int
-    ) -> None:
+    def __init__(self, entry: Mapping[str, Any], driver: Driver, module: Any, arguments: int) -> None:
         """`arguments`: how many a step has."""
         self._driver = driver
         try:
@@ -189,7 +263,7 @@ class Program:
             raise ArtifactError(
                 f"program.json does not describe a step ({error!r})", remedy="compile the model again"
             ) from None
-        self._workspace, self._scratch = Room(driver), Room(driver)
+        self._workspace, self._scratch = Pieces(driver), Pieces(driver)
         self._made: OrderedDict[tuple[int, ...], Prepared] = OrderedDict()
 
     def _check(self, arguments: int) -> None:
@@ -222,21 +296,19 @@ class Program:
             self._made.move_to_end(key)
             return self._made[key]
         values = [sizes[name] for name in self.symbols] + [number(sizes) for number in self._numbers]
-        offsets: list[int] = []
-        total = 0
-        for slot in self._slots:
-            offsets.append(total)
-            total = round_up(total + max((size(sizes) for size in slot), default=0), _ALIGNMENT)
-        places = [self._scratch_of(call, values) for call in self._calls]
-        self._grow(total, max((end for _, end in places), default=0))
-        launches: list[Launch] = []
-        for (kernel, arrays, _), (own, scratch, _) in zip(
-            self._calls,
-            ((self._own(c, values), *p) for c, p in zip(self._calls, places, strict=True)),
-            strict=True,
-        ):
-            where = [addresses[a] if a >= 0 else self._workspace.address + offsets[-1 - a] for a in arrays]
-            launches += self._launches(self._kernels[kernel], own, where, scratch)
+        slots = [max((size(sizes) for size in slot), default=0) for slot in self._slots]
+        owns = [self._own(call, values) for call in self._calls]
+        scratches = [
+            [size(own) for size in self._kernels[call[0]].scratch]
+            for call, own in zip(self._calls, owns, strict=True)
+        ]
+        self._grow(self._workspace, [slots])
+        self._grow(self._scratch, scratches)
+        places = self._workspace.addresses(slots)
+        launches: list[Any] = []
+        for (kernel, arrays, _), own, scratch in zip(self._calls, owns, scratches, strict=True):
+            where = [addresses[a] if a >= 0 else places[-1 - a] for a in arrays]
+            launches += self._launches(self._kernels[kernel], own, where, self._scratch.addresses(scratch))
         made = self._made[key] = Prepared(launches)
         if len(self._made) > _KEPT:
             self._made.popitem(last=False)[1].drop(self._driver)
@@ -246,28 +318,19 @@ class Program:
         kernel, _, numbers = call
         return dict(zip(self._kernels[kernel].symbols, (values[n] for n in numbers), strict=True))
 
-    def _scratch_of(
-        self, call: tuple[int, list[int], list[int]], values: Sequence[int]
-    ) -> tuple[list[int], int]:
-        """Where each piece of a call's scratch memory begins, and where the last one ends."""
-        own, at = self._own(call, values), 0
-        offsets: list[int] = []
-        for size in self._kernels[call[0]].scratch:
-            offsets.append(at)
-            at = round_up(at + size(own), _ALIGNMENT)
-        return offsets, at
-
-    def _grow(self, workspace: int, scratch: int) -> None:
-        """Memory for a step, shared by all: steps run one after the other."""
-        for memory, size in ((self._workspace, workspace), (self._scratch, scratch)):
-            if size > memory.size:
-                self.forget()
-                memory.grow(size)
+    def _grow(self, pieces: Pieces, uses: Sequence[Sequence[int]]) -> None:
+        """Memory for each of some uses, one after the other: steps and kernels share it."""
+        wanted = [pieces.allocations(sizes) for sizes in uses]
+        count = max(map(len, wanted), default=0)
+        most = [max((w[i] for w in wanted if i < len(w)), default=0) for i in range(count)]
+        if pieces.lacks(most):
+            self.forget()
+            pieces.grow(most)
 
     def _launches(
         self, kernel: _Kernel, own: Mapping[str, int], arrays: Sequence[int], scratch: Sequence[int]
-    ) -> list[Launch]:
-        found: list[Launch] = []
+    ) -> list[Any]:
+        found: list[Any] = []
         numbers = [own[name] for name in kernel.symbols]
         for function, grid, block, shared, arguments, rows in kernel.launches:
             if rows is not None and not rows[1] <= rows[0](own) <= rows[2]:
@@ -275,16 +338,14 @@ class Program:
             blocks = [size(own) for size in grid]
             if min(blocks) <= 0:
                 continue
-            given: list[Any] = []
+            given: list[Given] = []
             for kind, which in arguments:
                 match kind:
                     case "array":
-                        given.append(ctypes.c_uint64(arrays[which]))
+                        given.append(("address", arrays[which]))
                     case "scratch":
-                        given.append(ctypes.c_uint64(self._scratch.address + scratch[which]))
-                    case "int32":
-                        given.append(ctypes.c_int32(numbers[which]))
+                        given.append(("address", scratch[which]))
                     case _:
-                        given.append(ctypes.c_int64(numbers[which]))
-            found.append(Launch(function, blocks, block, shared, given))
+                        given.append((kind, numbers[which]))
+            found.append(self._driver.prepare(function, blocks, block, shared, given))
         return found
