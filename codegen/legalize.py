@@ -18,6 +18,7 @@ from ..ir.errors import CompileError, UnsupportedError
 from ..ir.ops import math, nn, quant, shape
 from ..ir.types import Dim, divide, product
 from ..ir.weights import ArrayTensor
+from ..passes.canonicalize.parameters import widen_parameters
 from ..plugins.entries import blaming
 
 # Constructors are made by `@op`; for classes that inherit their operands a type checker does not see them.
@@ -36,6 +37,7 @@ def legalize(graph: Graph, operations: Collection[str], supports: Supports = lam
     decomposition.
     """
     legal = graph.clone()
+    widen_parameters(legal, last=True)  # of what passes made
     for _ in range(16):
         changed = False
         for op in legal:

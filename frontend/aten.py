@@ -212,7 +212,7 @@ def _matmul(c: Importer, a: Value, b: Value) -> Value:
 def _addmm(c: Importer, bias: Value, a: Value, b: Value, beta: Any = 1, alpha: Any = 1) -> Value:
     if beta != 1 or alpha != 1:
         raise c.unsupported("addmm with beta or alpha other than 1")
-    return c.emit(m.Add(c.emit(m.MatMul(a, b)), bias))
+    return c.emit(m.Add(*c.promote(c.emit(m.MatMul(a, b)), bias)))
 
 
 @aten("baddbmm.default")
@@ -221,7 +221,8 @@ def _baddbmm(c: Importer, added: Value, a: Value, b: Value, beta: Any = 1, alpha
     y = y if alpha == 1 else c.emit(m.Mul(*c.promote(y, alpha)))
     if beta == 0:
         return y
-    return c.emit(m.Add(y, added if beta == 1 else c.emit(m.Mul(*c.promote(added, beta)))))
+    added = added if beta == 1 else c.emit(m.Mul(*c.promote(added, beta)))
+    return c.emit(m.Add(*c.promote(y, added)))
 
 
 @aten("linear.default")
@@ -317,7 +318,8 @@ def _diff(
 # -- layers
 @aten("embedding.default")
 def _embedding(c: Importer, weight: Value, ids: Value, *_: Any) -> Value:
-    return c.emit(nn.Embedding(ids, weight))
+    # A row is as the table is stored; the model goes on in float32.
+    return c.cast(c.emit(nn.Embedding(ids, weight)), c.result_dtype())
 
 
 @aten("layer_norm.default")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .core import Graph, Op, Value
-from .dtypes import FLOAT8
+from .dtypes import FLOAT8, to_numpy
 from .errors import CompileError
 from .types import Dim
 
@@ -58,6 +58,16 @@ def to_torch(array: Any) -> torch.Tensor:
     if array.dtype.name == FLOAT8:
         return torch.from_numpy(array.view(np.uint8).copy()).view(torch.float8_e4m3fn)
     return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def from_torch(tensor: torch.Tensor) -> Any:
+    """A tensor as a numpy array; bfloat16 goes through its bits."""
+    import torch
+
+    tensor = tensor.detach().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(to_numpy("bfloat16"))
+    return tensor.numpy()
 
 
 def run(

@@ -9,6 +9,7 @@ from .canonicalize.cse import DropDead, MergeEqual
 from .canonicalize.dense_experts import ChooseExperts
 from .canonicalize.fold import FoldConstants
 from .canonicalize.moe import NormalizeExperts
+from .canonicalize.parameters import WidenParameters
 from .canonicalize.shapes import NormalizeShapes
 from .canonicalize.stacks import Unstack
 from .fuse.attention import FuseAttention
@@ -23,6 +24,7 @@ from .stage import MarkStage
 def canonicalize() -> list[Pass]:
     """One form for each meaning."""
     return [
+        WidenParameters(),
         FoldConstants(),
         MergeEqual(),
         Unstack(),

@@ -102,19 +102,24 @@ def _compared(got: list[Any], wanted: list[Any]) -> tuple[float, float]:
     return float(difference.abs().max()), float(difference.norm() / theirs.norm())
 
 
-def save_family(family: str, folder: Path) -> tuple[Any, str]:
-    """Writes a family's tiny model as a Hugging Face folder; the model, and what it does."""
+def save_family(family: str, folder: Path, stored: str = "float32") -> tuple[Any, str]:
+    """Writes a family's tiny model as a Hugging Face folder; the model in float32, of weights that `stored`
+    holds, and what it does.
+    """
+    import torch
     from llmc.frontend.skeleton import model_class
 
     config = small_config(family)
     cls, task = model_class(config)
-    model = random_model(config, cls)
-    model.save_pretrained(folder)
+    model, kind = random_model(config, cls), getattr(torch, stored)
+    state = {name: x.to(kind) if x.is_floating_point() else x for name, x in model.state_dict().items()}
+    model.load_state_dict(state)  # rounded
+    model.save_pretrained(folder, state_dict=state)
     return model, task
 
 
-def attempt(family: str, folder: Path) -> Outcome:
-    """Tries one family, in this process."""
+def attempt(family: str, folder: Path, stored: str = "float32") -> Outcome:
+    """Tries one family, in this process, from weights of a dtype."""
     from llmc.frontend.source import open_source
     from llmc.frontend.trace import trace_source
     from llmc.passes.quantize.scheme import weight_passes
@@ -123,7 +128,7 @@ def attempt(family: str, folder: Path) -> Outcome:
 
     first, second = token_ids(40), token_ids(21, seed=3)
     try:
-        model, task = save_family(family, folder)
+        model, task = save_family(family, folder, stored)
         wanted = [_reference(model, ids, task) for ids in (first, second)]
     except LlmcError as error:
         return Outcome("refused", error.message)
@@ -146,7 +151,7 @@ def attempt(family: str, folder: Path) -> Outcome:
     return found
 
 
-def _child(family: str, result: Any) -> None:
+def _child(family: str, stored: str, result: Any) -> None:
     import torch
 
     torch.set_num_threads(1)  # after a fork there are no other threads: a parallel region would wait for them
@@ -159,7 +164,7 @@ def _child(family: str, result: Any) -> None:
         os.dup2(null.fileno(), 1)
         os.dup2(null.fileno(), 2)
         try:
-            found = attempt(family, Path(folder) / family.replace(" ", "-"))
+            found = attempt(family, Path(folder) / family.replace(" ", "-"), stored)
         except Exception as error:  # noqa: BLE001  (a bug of ours, which the table must show and not hide)
             import traceback
 
@@ -169,14 +174,14 @@ def _child(family: str, result: Any) -> None:
         result.send(asdict(found))
 
 
-def tried(family: str) -> Outcome:
+def tried(family: str, stored: str = "float32") -> Outcome:
     """Tries one family in a process of its own."""
     if family in NOT_BUILT:
         return Outcome("not built", NOT_BUILT[family])
     context = multiprocessing.get_context("fork")  # torch and transformers are imported already
     ours, theirs = context.Pipe(duplex=False)
     begun = time.monotonic()
-    process = context.Process(target=_child, args=(family, theirs))
+    process = context.Process(target=_child, args=(family, stored, theirs))
     process.start()
     theirs.close()
     found = Outcome("no result", f"the process died, or took more than {SECONDS} s")
@@ -273,6 +278,7 @@ def main() -> None:
     parser.add_argument("family", nargs="*", help="all where none is named")
     parser.add_argument("--failed", action="store_true", help="only those that do not match")
     parser.add_argument("--write", action="store_true", help="put the table into docs/families.md")
+    parser.add_argument("--stored", default="float32", help="dtype of the weights; only printed for another")
     arguments = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     warnings.simplefilter("ignore")
@@ -286,6 +292,11 @@ def main() -> None:
     known = {n: Outcome(**o) for n, o in json.loads(RESULTS.read_text()).items()} if RESULTS.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         attempt("llama", Path(folder))  # what is imported on the way is then there in every process
+    if arguments.stored != "float32":
+        for family in arguments.family or sorted(families()):
+            found = tried(family, arguments.stored)
+            print(f"{family}: {found.status} {found.float32} {found.int8} {found.reason}", flush=True)
+        return
     for family in arguments.family or sorted(families(), key=lambda name: name in known):
         before = known.get(family)
         if not arguments.family and before is not None:

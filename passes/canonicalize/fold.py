@@ -18,7 +18,7 @@ import numpy as np
 
 from ...ir.core import Graph, Op, Value
 from ...ir.dtypes import to_numpy
-from ...ir.interpreter import to_torch
+from ...ir.interpreter import from_torch, to_torch
 from ...ir.ops import math as m
 from ...ir.ops.shape import Arange, Concat, Expand, Full, Gather, Index, Reshape, Slice, Transpose
 from ...ir.rewriter import Any, Const, Match, Or, P, Rewriter, Rule, apply_rules, constant
@@ -297,10 +297,6 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def _numpy(tensor: Anything) -> Anything:
-    return tensor.detach().contiguous().numpy()
-
-
 def simplify_weights(graph: Graph) -> int:
     """Small buffers that are constants become ops: rank 0 → full, equal integers → full, 0, 1, 2, … → arange.
 
@@ -346,7 +342,7 @@ def _computes(op: Op) -> Callable[[], Anything]:
             else to_torch(np.full([int(str(d)) for d in t.shape], c, dtype=to_numpy(t.dtype)))
             for w, c, t in parts
         ]
-        return _numpy(op.reference({}, *op.grouped(operands)))
+        return from_torch(op.reference({}, *op.grouped(operands)))
 
     return compute
 
