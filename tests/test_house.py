@@ -218,7 +218,7 @@ _DISTRIBUTIONS = {
 def test_every_package_that_is_imported_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    used = ("compile", "tools", "plot", "rag", "postgres")
+    used = ("compile", "tools", "plot", "rag", "postgres", "webgpu")
     listed = (*project["dependencies"], *(one for name in used for one in extras[name]))
     names = {re.split(r"[^\w.-]", text)[0].lower() for text in listed}
     wrong = [

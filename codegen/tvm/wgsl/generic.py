@@ -24,25 +24,14 @@ _OURS = {"sin": "sin_of", "cos": "cos_of", "tanh": "safe_tanh", "erf": "erf_of",
 _MOST_ARRAYS = 24
 """That a kernel binds: of those a driver takes at least so many, where it takes more than WebGPU asks for."""
 _HELD = {"int32", "int64", "float32", "float16", "bfloat16"}
-_KNOWN = frozenset(
-    {
-        *("abs", "acos", "array", "asin", "atan", "atan2", "bitcast", "ceil", "clamp", "cosh", "exp", "exp2"),
-        *("f32", "floor", "fma", "fn", "fract", "i32", "if", "for", "while", "inverseSqrt", "log", "log2"),
-        *("max", "min", "return", "round", "select", "sign", "sinh", "sqrt", "stage", "trunc", "u32"),
-        *(
-            "bool",
-            "workgroup_size",
-            "group",
-            "binding",
-            "builtin",
-            "tan",
-            "infinity",
-            "not_a_number",
-            "is_nan",
-            *_OURS.values(),
-        ),
-    }
-)
+"""Dtypes that kernels hold in 32 bits."""
+_WORDS = """
+abs acos array asin atan atan2 binding bitcast bool builtin ceil clamp cosh exp exp2 f32 floor fma fn for
+fract group i32 if infinity inverseSqrt is_nan log log2 max min not_a_number return round select sign sinh
+sqrt stage tan trunc u32 while workgroup_size
+"""
+_KNOWN = frozenset((*_WORDS.split(), *_OURS.values()))
+"""What may stand before a bracket: functions of WGSL and ours, types, words of the language."""
 
 
 def wgsl_generic(function: Any, target: Any) -> Code:
@@ -67,14 +56,14 @@ def narrowed(function: Any) -> Any:
             f"tvm-webgpu has no tensor operations over {', '.join(sorted(strange))}",
             remedy="compile for tvm-cpu or tvm-cuda",
         )
-    text = re.sub(r"T\.int64\((-?\d+)\)", lambda m: f"T.int32({_held(int(m[1]))})", text)
+    text = re.sub(r"T\.int64\((-?\d+)\)", lambda m: f"T.int32({_within_32_bits(int(m[1]))})", text)
     text = text.replace("T.int64(", "T.int32(").replace('"int64"', '"int32"')
     text = re.sub(r'"b?float16"', '"float32"', re.sub(r"T\.b?float16\(", "T.float32(", text))
     text = re.sub(r"T\.float32\((-?[\d.e+-]+)\)", _exact, text)
     return tvm.script.from_source(text.replace("private=True, ", ""))
 
 
-def _held(value: int) -> int:
+def _within_32_bits(value: int) -> int:
     return max(-(1 << 31), min((1 << 31) - 1, value))
 
 
