@@ -372,7 +372,7 @@ def test_step_that_found_no_memory_leaves_nothing_behind(
         step(executor, [ids_of(100)], [0], [[2, 3, 4, 5, 6, 7, 1]])
     monkeypatch.setattr(driver, "allocate", real)
     assert np.array_equal(step(executor, [ids_of(5)], [0], [[1]]), wanted)
-    held = {executor._inbox.address, *executor._outbox.held}  # pyright: ignore[reportPrivateUsage]
+    held = {executor._inbox.address, *executor._outbox.addresses([1])}  # pyright: ignore[reportPrivateUsage]
     assert freed and not held & set(freed)
     assert len(freed) == len(set(freed))
 

@@ -16,9 +16,8 @@ import pytest
 from llmc.codegen.artifact import Artifact
 from llmc.codegen.tvm.stored import stored_graph
 from llmc.codegen.tvm.wgsl.kernels import MAKERS, make
-from llmc.codegen.tvm.wgsl.text import split_text
 from llmc.ir.errors import ArtifactError, CompileError, InputError, LlmcError
-from llmc.runtime.executor import StepInputs, choose_target, webgpu, webgpu_driver
+from llmc.runtime.executor import StepInputs, choose_target, open_executor, webgpu, webgpu_driver
 from llmc.runtime.executor.webgpu import WebGpuExecutor
 from llmc.runtime.executor.webgpu_driver import WebGpuDriver
 
@@ -137,7 +136,7 @@ def test_same_model_same_bytes(tmp_path: Path) -> None:
         entry = artifact.target("tvm-webgpu")
         texts.append((artifact.read_text(entry["source"]), artifact.read_text(entry["program"])))
     assert texts[0] == texts[1]
-    modules = split_text(texts[0][0])
+    modules = webgpu_driver.modules_of(texts[0][0])
     assert all("fn main(" in module for module in modules.values()) and len(modules) > 20
 
 
@@ -168,6 +167,21 @@ def test_a_processor_is_no_gpu_unless_it_is_asked_for(
     assert "has a GPU" in str(webgpu_driver.why_absent())
     monkeypatch.setenv(webgpu_driver.ON_CPU, "1")
     assert webgpu_driver.why_absent() is None
+
+
+def test_kernels_that_a_driver_refuses_leave_the_processors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused() -> None:
+        raise ArtifactError("it does not take kernel f", remedy="update it")
+
+    artifact = compiled("llama", tmp_path, targets=["tvm-webgpu", "tvm-cpu:isa=avx2"])
+    monkeypatch.setattr(webgpu_driver, "why_absent", lambda: None)
+    monkeypatch.setattr(webgpu, "WebGpuDriver", refused)
+    assert open_executor(artifact).target_name == "tvm-cpu"
+    assert "tvm-webgpu is left out: it does not take kernel f" in caplog.text
+    with pytest.raises(ArtifactError, match="does not take kernel f"):
+        open_executor(artifact, "tvm-webgpu")
 
 
 @pytest.fixture(scope="module")

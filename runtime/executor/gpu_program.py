@@ -223,11 +223,6 @@ class Pieces:
             if size > room.size:
                 room.grow(size)
 
-    @property
-    def held(self) -> list[int]:
-        """Addresses of the allocations."""
-        return [room.address for room in self._rooms]
-
     def addresses(self, sizes: Sequence[int]) -> list[int]:
         """Where each piece begins."""
         if self._driver.apart:

@@ -249,16 +249,8 @@ class WebGpuDriver:
 
     # -- kernels -------------------------------------------------------------------------------------------
     def load(self, text: str) -> Mapping[str, str]:
-        """Function → its module in WGSL (`codegen/tvm/wgsl/text.py` writes them)."""
-        modules: dict[str, str] = {}
-        name = ""
-        for line in text.splitlines(keepends=True):
-            if line.startswith("//// "):
-                name = line[5:].strip()
-                modules[name] = ""
-            elif name:
-                modules[name] += line
-        return modules
+        """Function → its module in WGSL."""
+        return modules_of(text)
 
     def function(self, module: Mapping[str, str], name: str, shared: int) -> Any:
         """The pipeline of a kernel. Raises ArtifactError for one that is not there, or that the GPU's driver
@@ -358,3 +350,9 @@ def _bound(text: str) -> list[dict[str, Any]]:
         {"binding": int(place), "visibility": _COMPUTE, "buffer": {"type": kinds[kind]}}
         for place, kind in re.findall(r"@binding\((\d+)\) var<([\w, ]+)>", text)
     ]
+
+
+def modules_of(text: str) -> dict[str, str]:
+    """Function → its module, of what `codegen/tvm/wgsl/text.py` wrote."""
+    parts = re.split(r"^//// (\w+)\n", text, flags=re.MULTILINE)[1:]
+    return dict(zip(parts[::2], parts[1::2], strict=True))

@@ -14,12 +14,10 @@ element as float32, be it of 8, 16 or 32 bits.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ....ir.dtypes import FLOAT8
 from ....ir.errors import CompileError
 from ..gpu.source import Code, Launch
 
@@ -39,12 +37,6 @@ _RESERVED = frozenset({"active"})
 def wgsl_text(code: Code, name: str) -> str:
     """The modules of a kernel, each below a line `//// NAME_LAUNCH`."""
     return "\n".join(f"{MARK}{name}_{launch.name}\n{_module(code, launch)}" for launch in code.launches)
-
-
-def split_text(text: str) -> dict[str, str]:
-    """Function → its module, of what `wgsl_text` wrote."""
-    parts = re.split(rf"^{MARK}(\w+)\n", text, flags=re.MULTILINE)[1:]
-    return dict(zip(parts[::2], parts[1::2], strict=True))
 
 
 def _module(code: Code, launch: Launch) -> str:
@@ -76,7 +68,7 @@ def _binding(code: Code, name: str, place: int, element: str | None) -> str:
     if dtype not in _SCALARS and dtype not in _PACKED:
         raise CompileError(
             f"tvm-webgpu has no arrays of {dtype}",
-            remedy=f"pass --kv-dtype float16, or another --target (of {FLOAT8} and int8 too)",
+            remedy="pass --kv-dtype float16, or compile for tvm-cpu",
         )
     own = f"{name}_" if name in _RESERVED else name
     text = (
