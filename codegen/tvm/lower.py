@@ -59,6 +59,24 @@ def schedule_key(name: str, static: Mapping[str, Any]) -> str:
     return f"{name} {json.dumps(static, sort_keys=True)}"
 
 
+Buffer = tuple[str, tuple[Any, ...], str]
+"""A kernel's parameter: its name, extents (numbers of TIR or its variables) and dtype."""
+
+
+def _fits(given: tuple[Any, ...], declared: tuple[Any, ...]) -> bool:
+    fixed = tirx.IntImm
+    return len(given) == len(declared) and all(
+        int(a) == int(b)
+        for a, b in zip(given, declared, strict=True)
+        if isinstance(a, fixed) and isinstance(b, fixed)
+    )
+
+
+def _text(extents: tuple[Any, ...], dtype: str) -> str:
+    named = (str(int(e)) if isinstance(e, tirx.IntImm) else str(e) for e in extents)
+    return f"{dtype}[{', '.join(named)}]"
+
+
 @dataclass(frozen=True)
 class Lowered:
     """A Relax module and what its caller has to know."""
@@ -93,6 +111,7 @@ class Lowering:
         self.pages = page_values(graph)
         self._values: dict[Value, Any] = {}
         self._kernels: dict[Any, Any] = {}
+        self._declared: dict[str, list[Buffer]] = {}
         self.shared: dict[Any, Any] = {}
         """Results that several ops share, by whatever key an emitter chooses (quantized activations)."""
 
@@ -176,7 +195,9 @@ class Lowering:
         self, name: str, make: Callable[..., Any], static: dict[str, Any], args: list[Any], out: Any
     ) -> Any:
         """Call the kernel that `make(**static, isa=…)` builds; one function for equal static parameters."""
-        return self.emit(relax.call_tir(self._kernel(name, make, static), args, out))
+        function = self._kernel(name, make, static)
+        self._check(function, [*args, *(out if isinstance(out, list) else [out])])
+        return self.emit(relax.call_tir(function, args, out))
 
     def kernel_inplace(
         self,
@@ -191,7 +212,9 @@ class Lowering:
         list of two types, a tuple of that operand and a result of its own.
         """
         places = [place, -1] if isinstance(out, list) else [place]
-        return self.emit(relax.call_tir_inplace(self._kernel(name, make, static), args, places, out))
+        function = self._kernel(name, make, static)
+        self._check(function, [*args, *(out[1:] if isinstance(out, list) else [])])
+        return self.emit(relax.call_tir_inplace(function, args, places, out))
 
     def _kernel(self, name: str, make: Callable[..., Any], static: dict[str, Any]) -> Any:
         key = (name, tuple(sorted((k, repr(v)) for k, v in static.items())))
@@ -203,10 +226,40 @@ class Lowering:
             function = function.with_attrs({"op_pattern": 8, "llmc.kernel": True}).without_attr(
                 "global_symbol"
             )
-            self._kernels[key] = self.builder.add_func(function, name)
+            self._kernels[key] = self.add(function, name)
             if which:
                 self.scheduled[which] = (self._kernels[key].name_hint, make)
         return self._kernels[key]
+
+    def add(self, function: Any, name: str) -> Any:
+        """Add a kernel to the module; the name by which it is called."""
+        called = self.builder.add_func(function, name)
+        self._declared[called.name_hint] = [
+            (p.name, tuple(p.ty.shape), str(p.ty.dtype)) for p in function.params if tirx.is_buffer_var(p)
+        ]
+        return called
+
+    def _check(self, function: Any, given: list[Any]) -> None:
+        """Raise CompileError unless a kernel's buffers are of the dtypes, ranks and fixed extents of what it
+        is called with: TVM compares none of them, and a kernel would read whatever lies there.
+        """
+        declared = self._declared[function.name_hint]
+        types = [getattr(g, "ty", g) for g in given]
+        if len(types) != len(declared):
+            raise CompileError(
+                f"the kernel {function.name_hint} declares {len(declared)} buffers and is called with "
+                f"{len(types)}",
+                remedy="its emitter has to give it as many operands as it takes",
+            )
+        for (name, shape, dtype), type in zip(declared, types, strict=True):
+            extents = tuple(type.shape.values) if type.shape is not None else shape
+            if str(type.dtype) == dtype and _fits(extents, shape):
+                continue
+            raise CompileError(
+                f"the kernel {function.name_hint} declares its buffer {name} as {_text(shape, dtype)}, and "
+                f"is called with {_text(extents, str(type.dtype))}",
+                remedy="its emitter has to convert the operand, or the kernel to take it as it is",
+            )
 
     # -- the whole graph -----------------------------------------------------------------------------------
     def run(self) -> Lowered:

@@ -58,7 +58,7 @@ class CudaLowering(Lowering):
             code = self.make(name, static)
             # Named, since the builder takes two functions that look alike for one.
             stub = code.stub().with_attr("llmc.code", repr(key))
-            self._kernels[key] = self.builder.add_func(stub, name)
+            self._kernels[key] = self.add(stub, name)
             self.codes[self._kernels[key].name_hint] = code
         return self._kernels[key]
 
