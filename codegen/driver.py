@@ -42,11 +42,11 @@ from .calibrate import (
     say_nothing,
 )
 from .extensions import load_ops
-from .manifest import PAGE_SIZE, begin_manifest
+from .manifest import PAGE_SIZE, begin_manifest, tokenizer_entry
 from .memory import check_peak, processes_at_once, watched
 from .peak import WORKER_BYTES, Peak, predict_peak
 from .request import DEFAULT_CALIBRATION, DEFAULT_VERDICT, Plan, Request, with_scaling
-from .target import emit_target, prepare_targets, with_adapters, with_tune
+from .target import check_target, emit_target, prepare_targets, with_adapters, with_tune
 from .trace_cache import trace_once
 from .verdict import VerdictOptions, prepare_held
 
@@ -196,25 +196,8 @@ def _model_facts(source: ModelSource, graph: Graph, context: int | None) -> dict
 
 def _manifest(job: _Job, graph: Graph) -> dict[str, Any]:
     model = _model_facts(job.source, graph, job.context.context_length)
-    tokenizer = _tokenizer_entry(job.tokenizer)
+    tokenizer = tokenizer_entry(job.tokenizer)
     return begin_manifest(graph, model, kv_dtype=job.plan.kv_dtype, tokenizer=tokenizer)
-
-
-def _tokenizer_entry(facts: TokenizerFacts | None) -> dict[str, Any] | None:
-    if facts is None:
-        return None
-    return {
-        "path": facts.path,
-        "chat_template": facts.chat_template,
-        "kind": facts.kind,
-        "special_tokens": facts.special_tokens,
-        "special_token_ids": facts.special_token_ids,
-        "adds_bos": facts.adds_bos,
-        "adds_eos": facts.adds_eos,
-        "checked_strings": facts.checked_strings,
-        "refused_shapes": facts.refused_shapes,
-        **({} if facts.tool_calls is None else {"tool_calls": facts.tool_calls}),
-    }
 
 
 def compile_model(
@@ -274,6 +257,8 @@ def compile_model(
         if max_ram is not None or plan.calibrated:
             peak = _peak(source, graph, plan, passing.context_length, capped=max_ram is not None)
             check_peak(peak, max_ram, say)
+        if plan.calibrated and not plan.extra:  # whose passes may make of the graph what a target takes
+            _check_targets(source, graph.clone(), plan, passing.context_length)
         stack.enter_context(watched(max_ram))
         job = _Job(asked, plan, source, passing, writer, render, detect)
         _read_text(job, graph, Path(output), progress, say)
@@ -358,6 +343,19 @@ def _write(job: _Job, graph: Graph, share: _Share) -> tuple[Artifact, int, float
         "command": job.asked.command(job.source, calibrated=job.plan.calibrated),
     }
     return writer.finish(manifest), weight_bytes, bits
+
+
+def _check_targets(
+    source: ModelSource, graph: Graph, plan: Plan, context: int | None
+) -> tuple[Graph, list[PassRecord]]:
+    """Lower a graph as the plan does, but for calibration, and raise where a target will not take it; the
+    lowered graph, and a record of each pass.
+    """
+    quick = replace(plan, quantize=tuple(without_calibration(plan.quantize)))
+    graph, records = lower(graph, quick, PassContext(context_length=context))
+    for target in plan.targets:
+        check_target(target, source, graph)
+    return graph, records
 
 
 def _peak(
@@ -459,7 +457,7 @@ def check_model(
     """
     scaling = None if rope_scaling is None else RopeScaling.parse(rope_scaling)
     asked = Plan.make(targets, quant, kv_dtype, (), quant_head, bits_per_weight)
-    plan = replace(with_scaling(asked, scaling), quantize=tuple(without_calibration(asked.quantize)))
+    plan = with_scaling(asked, scaling)
     load_ops()
     # "keep" asks for the grids of the weights, which stand in the files.
     files = str(model).endswith(".gguf") or (quant == "keep" and Path(model).is_dir())
@@ -469,9 +467,7 @@ def check_model(
     fewer = _fewer(source, graph, length)
     peak = _peak(source, graph, asked, length).bytes
     attentions = sum(isinstance(op, Attention) for op in graph)
-    graph, records = lower(graph, plan, PassContext(context_length=length))
-    for target in plan.targets:
-        target.legal(graph)  # for the op that the target can neither emit nor decompose
+    graph, records = _check_targets(source, graph, plan, length)
     total = 0
     narrow = _stored_bits(graph)
     for value in graph.weights.values():

@@ -30,8 +30,14 @@ _LOWEST = (
 )  # float32's; exp() of it less any score is 0, and unlike -inf it makes no NaN
 
 
-def legalize(graph: Graph, operations: Collection[str], supports: Supports = lambda op: True) -> Graph:
-    """A copy of `graph` that holds only ops named in `operations` for which `supports` is true.
+def legalize(
+    graph: Graph,
+    operations: Collection[str],
+    supports: Supports = lambda op: True,
+    target: str = "the target",
+) -> Graph:
+    """A copy of `graph` that holds only ops named in `operations` for which `supports` is true; `target` is
+    what errors call who asks.
 
     Raises UnsupportedError, naming the op and the module that it was traced from, for an op that has no
     decomposition.
@@ -42,7 +48,7 @@ def legalize(graph: Graph, operations: Collection[str], supports: Supports = lam
         changed = False
         for op in legal:
             if op.opname not in operations or not supports(op):
-                _decompose(legal, op, operations)
+                _decompose(legal, op, operations, target)
                 changed = True
         if not changed:
             legal.drop_dead()
@@ -52,12 +58,12 @@ def legalize(graph: Graph, operations: Collection[str], supports: Supports = lam
     )
 
 
-def _decompose(graph: Graph, op: Op, operations: Collection[str]) -> None:
+def _decompose(graph: Graph, op: Op, operations: Collection[str], target: str) -> None:
     build = DECOMPOSITIONS.get(op.opname)
     if build is None:
         where = op.loc or "no known module"
         raise UnsupportedError(
-            f"the target cannot emit {op.opname} (from {where}), and it has no decomposition",
+            f"{target} cannot emit {op.opname} (from {where}), and it has no decomposition",
             remedy="choose another target, or add the op to codegen/legalize.py",
         )
     with blaming(f"the decomposition of {op.opname}", build):

@@ -105,7 +105,14 @@ class Target(ABC):
         """A copy of a graph in what the target takes. Raises UnsupportedError for an op that it can neither
         emit nor decompose.
         """
-        return legalize(graph, self.emitted(), self.supports)
+        return legalize(graph, self.emitted(), self.supports, f"target {self.name}")
+
+    def check(self, source: ModelSource, graph: Graph) -> None:
+        """Raise what `compile_source` would raise for such a model, as far as that is known without the
+        weights' values. Asked by `llmc check`, and before the long work of a calibrated scheme; the graph is
+        as `compile` gets it, but that values of quantized weights must not be read.
+        """
+        self.legal(graph)
 
     def options(self) -> dict[str, Any]:
         """Option name → value, for the manifest."""
@@ -183,6 +190,14 @@ def prepare_targets(targets: Iterable[Target], stack: ExitStack) -> None:
     for target in targets:
         with blaming(f"target {target.name}", target):
             stack.enter_context(target.prepared())
+
+
+def check_target(target: Target, source: ModelSource, graph: Graph) -> None:
+    """Raise where a target will not take such a model (`Target.check`); an error of another package's names
+    it.
+    """
+    with blaming(f"target {target.name}", target):
+        target.check(source, graph)
 
 
 def emit_target(

@@ -53,6 +53,29 @@ def test_check_finds_what_a_target_cannot_emit(tiny_folder: Any, monkeypatch: py
         check_model(tiny_folder("llama"), targets=["null"])
 
 
+@pytest.mark.parametrize("quant", ["gptq-int4-g32", "gguf-q4_k_m"])
+def test_a_target_refuses_before_anything_is_calibrated(
+    quant: str, tiny_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def long_work(*arguments: Any) -> None:
+        raise AssertionError("calibration began")
+
+    monkeypatch.setattr(driver, "begin_calibration", long_work)
+    with pytest.raises(AssertionError, match="calibration began"):
+        compile_model(tiny_folder("gpt_neox"), tmp_path / "a.llmc", targets=["null"], quant=quant)
+    with pytest.raises(UnsupportedError, match="gguf does not write the architecture 'gpt_neox'"):
+        compile_model(tiny_folder("gpt_neox"), tmp_path / "a.llmc", targets=["gguf"], quant=quant)
+    monkeypatch.setattr(Null, "emitted", lambda self: Null.operations - {"paged_attention"})
+    with pytest.raises(UnsupportedError, match="target null cannot emit paged_attention"):
+        compile_model(tiny_folder("llama"), tmp_path / "a.llmc", targets=["null"], quant=quant)
+
+
+def test_check_says_what_a_file_for_llama_cpp_cannot_say(tiny_folder: Any) -> None:
+    with pytest.raises(UnsupportedError, match="gguf does not write the architecture 'gpt_neox'"):
+        check_model(tiny_folder("gpt_neox"), targets=["gguf"])
+    check_model(tiny_folder("llama"), targets=["gguf"], quant="gguf-q4_k_m")
+
+
 def test_codes_of_a_last_group_count_as_many_as_those_of_a_whole_one(tmp_path: Path) -> None:
     from llmc.codegen.tvm.weights import quant_layout
 

@@ -53,12 +53,17 @@ class Gguf(Target):
             remedy="compile a Hugging Face folder, a hub id or a GGUF file",
         )
 
+    def check(self, source: ModelSource, graph: Graph) -> None:
+        """See `Target.check`."""
+        if self.floats not in FLOATS:
+            raise InputError(f"gguf: floats={self.floats}", remedy=f"use one of {', '.join(FLOATS)}")
+        model_metadata(source, architecture(source))
+
     def compile_source(
         self, source: ModelSource, graph: Graph, writer: ArtifactWriter, *, progress: Progress
     ) -> dict[str, Any]:
         """Write the file; the manifest entry names it as "model". See `Target.compile_source`."""
-        if self.floats not in FLOATS:
-            raise InputError(f"gguf: floats={self.floats}", remedy=f"use one of {', '.join(FLOATS)}")
+        self.check(source, graph)
         arch = architecture(source)
         rows = gguf_tensors(source, graph, arch, self.floats)
         vocab_size = rows["token_embd.weight"].shape[0]
