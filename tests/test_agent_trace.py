@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 from llmc.cli import agent as agent_command
-from llmc.cli.main import main
 from llmc.ir.errors import InputError, LlmcError
 from llmc.runtime.tool_calls import Tool, ToolCall
 from llmc.runtime.tools.agent import Agent, ChatAnswer, Limits
@@ -21,10 +20,11 @@ from llmc.runtime.tools.function import tool
 from llmc.runtime.tools.registry import ToolBox
 from llmc.runtime.tools.trace import TraceFile, read_trace, replay
 
+from . import command_line
+from .command_line import Capture
 from .server_harness import fake_llm
 from .test_agent import CALCULATE, QUESTION, Clock, Script, answer, builtin, call, counting
 
-Capture = pytest.CaptureFixture[str]
 WRONG = "give a file that --trace wrote"
 
 
@@ -242,9 +242,7 @@ def typed(monkeypatch: pytest.MonkeyPatch, text: str, *, terminal: bool = False)
 
 
 def run(capsys: Capture, *words: str) -> tuple[int, str, str]:
-    code = main(["agent", *map(str, words)])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
+    return command_line.run(capsys, "agent", *words)
 
 
 def test_the_answer_on_stdout_and_the_calls_on_stderr(scripted: Any, capsys: Capture, tmp_path: Path) -> None:

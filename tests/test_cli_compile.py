@@ -11,18 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 from llmc.cli.compile import kv_dtype_option
-from llmc.cli.main import main
 from llmc.codegen.request import KV_DTYPES
 
+from .command_line import Capture, run
+
 pytest.importorskip("torch")
-
-Capture = pytest.CaptureFixture[str]
-
-
-def run(capsys: Capture, *words: str | Path) -> tuple[int, str, str]:
-    code = main([str(word) for word in words])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a program begins with the peak of its parent")

@@ -282,6 +282,10 @@ def test_sizes_are_numbers_names_and_six_operations() -> None:
         "",
         "(",
         "T < 1",
+        "1 // P",  # of no size known before
+        "T % (B - B)",
+        "T // 0",
+        "+".join("1" * 3000),
     ],
 )
 def test_anything_else_in_place_of_a_size_is_refused(text: str) -> None:

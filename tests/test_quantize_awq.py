@@ -38,7 +38,7 @@ from llmc.passes.quantize.rtn import dequantize, quantize_rtn
 from llmc.passes.quantize.walk import QuantizeRtn
 from llmc.passes.work import WorkFolder
 
-from .family_configs import token_ids
+from .family_configs import random_model, small_config, token_ids
 from .graphs import fused_once
 from .small_models import FAMILIES
 
@@ -265,6 +265,22 @@ def test_layers_that_cannot_be_scaled_are_named_and_clipped() -> None:
         "pass"
     )
     assert sum(isinstance(op, QuantizedLinear) for op in graph) == 8
+
+
+def test_layers_that_read_nothing_but_embeddings() -> None:
+    """No input of their block has a gradient."""
+    from transformers import MobileBertModel
+
+    config = small_config("mobilebert", {"num_hidden_layers": 1, "num_feedforward_networks": 1})
+    graph = fused_once(
+        ("awq", config.model_type), lambda: random_model(config, MobileBertModel), encoder=True
+    )
+    first = next(op for op in graph if isinstance(op, Linear))
+    source = graph.clone()
+    QuantizeAwq(4, 16).run(graph, PassContext(calibration=calibration(1)))
+    quantized = [op for op in graph if isinstance(op, QuantizedLinear)]
+    assert any(op.q.name == f"{first.weight.name}.q" for op in quantized)
+    assert relative_error(graph, source) < 0.4
 
 
 def test_bits_by_layer() -> None:

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 from llmc.cli import rag, reference
-from llmc.cli.main import explain, main
+from llmc.cli.main import explain
 
+from . import command_line
+from .command_line import Capture
 from .rag_documents import faked, rows, write
-
-Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture
@@ -37,15 +37,11 @@ def docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(capsys: Capture, *words: object) -> tuple[int, str, str]:
-    code = main(["rag", *(str(word) for word in words)])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
+    return command_line.run(capsys, "rag", *words)
 
 
 def run_json(capsys: Capture, *words: object, code: int = 0) -> dict[str, Any]:
-    found, out, err = run(capsys, *words, "--json")
-    assert found == code, err
-    return json.loads(out)
+    return command_line.run_json(capsys, "rag", *words, code=code)
 
 
 def indexed(capsys: Capture, docs: Path) -> str:

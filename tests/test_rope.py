@@ -20,6 +20,7 @@ from llmc.frontend.rope import RopeScaling, longest, rope_facts
 from llmc.frontend.source import open_source
 from llmc.ir.errors import InputError, LlmcError
 
+from .command_line import Capture
 from .gguf_files import F32, STRING, U32, entry, write_gguf
 from .models import CONTEXT, save_tiny, tiny_config, tiny_model
 from .test_frontend_gguf_model import llama_entries, llama_tensors
@@ -202,8 +203,6 @@ def test_a_model_that_does_not_look_at_the_scaling_is_refused() -> None:
 
 
 # The command line, Python, the manifest --------------------------------------------------------------------
-
-Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture

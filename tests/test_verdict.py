@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from llmc.cli.main import main
 from llmc.codegen.artifact import Artifact
 from llmc.codegen.verdict import VerdictOptions, is_measured, with_verdict
 from llmc.ir.core import Graph
@@ -33,10 +32,9 @@ from llmc.passes.quantize.quality import (
 from llmc.passes.quantize.verdict import LayerError, Measured, measure
 from llmc.passes.registry import quantization_passes
 
+from .command_line import Capture, run
 from .graphs import fused_once, logits_of
 from .models import ids_of, tiny_model
-
-Capture = pytest.CaptureFixture[str]
 
 
 def sequences(count: int = 3, length: int = 24) -> list[np.ndarray]:
@@ -354,12 +352,6 @@ def test_only_what_loses_something_is_measured() -> None:
 
 
 # The command ---------------------------------------------------------------------------------------------
-
-
-def run(capsys: Capture, *words: str | Path) -> tuple[int, str, str]:
-    code = main([str(word) for word in words])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 def test_compile_measures_and_refuses(capsys: Capture, tmp_path: Path, tiny_folder: Any) -> None:

@@ -352,6 +352,8 @@ def _importance(walk: _Walk, block: Block, activations: Activations) -> dict[Lin
     generator = torch.Generator().manual_seed(0)
     total: dict[Linear, torch.Tensor] = {}
     kept = {v: walk.weight(v) for v in whole_weights(block.ops)}
+    for op in layers:  # of what embeddings alone are read from, results have a gradient too
+        kept[op.weight] = kept[op.weight].detach().requires_grad_()
     for i in range(min(PROBES, len(activations))):
         inputs = activations.load(i, block.inputs)
         values = {v: t.requires_grad_() if t.is_floating_point() else t for v, t in inputs.items()}

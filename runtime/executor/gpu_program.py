@@ -69,13 +69,12 @@ class Driver(Protocol):
 
 def size_of(text: str) -> Size:
     """A size in text as a function of its symbols. Raises ArtifactError for anything but whole numbers,
-    names, + - * // %, and min and max of two.
+    names, + - *, // and % by a number that is written out, and min and max of two.
     """
     try:
-        tree = ast.parse(text, mode="eval")
+        return _function(ast.parse(text, mode="eval").body, text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise _strange(text) from None
-    return _function(tree.body, text)
 
 
 def _function(node: ast.expr, text: str) -> Size:
@@ -84,12 +83,18 @@ def _function(node: ast.expr, text: str) -> Size:
             return lambda _: value
         case ast.Name(id=name):
             return lambda sizes: sizes[name]
+        case ast.BinOp(op=ast.FloorDiv() | ast.Mod(), right=b) if not _positive(b):
+            raise _strange(text)  # it might be zero for some sizes
         case ast.BinOp(left=a, op=sign, right=b) if type(sign) in _BINARY:
             return _joined(_BINARY[type(sign)], _function(a, text), _function(b, text))
         case ast.Call(func=ast.Name(id=name), args=[a, b], keywords=[]) if name in _CALLS:
             return _joined(_CALLS[name], _function(a, text), _function(b, text))
         case _:
             raise _strange(text)
+
+
+def _positive(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and type(node.value) is int and node.value > 0
 
 
 def _joined(how: Callable[[int, int], int], a: Size, b: Size) -> Size:
