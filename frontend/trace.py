@@ -173,12 +173,24 @@ def _aliases(module: torch.nn.Module, weights: Mapping[str, LazyTensor]) -> dict
     return out
 
 
+def _tied(module: torch.nn.Module) -> list[dict[str, bool]]:
+    """Parameters with more names than one: each name, and whether it is an embedding's."""
+    import torch
+
+    by_object: dict[int, dict[str, bool]] = {}
+    for name, p in module.named_parameters(remove_duplicate=False):
+        holder = module.get_submodule(name.rpartition(".")[0])
+        by_object.setdefault(id(p), {})[name] = isinstance(holder, torch.nn.Embedding)
+    return [names for names in by_object.values() if len(names) > 1]
+
+
 def trace_source(source: ModelSource) -> Graph:
     """The traced graph of a published language model.
 
     Result: input "input_ids" int64 [1, T]; output "logits" [1, T, V], or "hidden" [1, T, D] of an encoder, or
     "scores" [1, T, labels] of a classifier, which may take "token_type_ids" int64 [1, T] as well.
-    `facts["kind"]` says which.
+    `facts["kind"]` says which, `facts["tied"]` what other names a weight has: name → {"of": the weight's,
+    "embedding": whether an embedding calls it so}.
     """
     bound = _longest(source)
     held: int | None = None
@@ -231,6 +243,7 @@ def _trace_source(
     # A router's bias is a buffer that checkpoints hold; the module's own is what it was made with.
     kept = {name: stored[name] for name, _ in model.named_buffers() if name in stored}
     weights: dict[str, LazyTensor] = {**_buffers(model), **kept, **_aliases(model, stored)}
+    tied = _tied(model)
     device = (
         "cpu" if source.kind == "module" else "meta"
     )  # a module from Python stays as it is: export reads no values
@@ -264,6 +277,11 @@ def _trace_source(
     _import_program(program, graph, inputs, weights, "model_.", repeats, settles=settled.noted)
     graph.output_names = [_OUTPUTS[source.task]]
     graph.facts["kind"] = source.task
+    for names in tied:
+        held = next((n for n in names if n in graph.weights), None)
+        if held is not None:
+            entries = {n: {"of": held, "embedding": by_ids} for n, by_ids in names.items()}
+            graph.facts["tied"] = graph.facts.get("tied", {}) | entries
     if source.task == "classifier":
         score_every_token(graph)
     if len(inputs) > 1:

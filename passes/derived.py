@@ -115,6 +115,11 @@ class CastTensor:
         self.shape: tuple[int, ...] = base.shape
         self.source = base.source
 
+    @property
+    def quantized(self) -> QuantizedTensors | None:
+        """The base's quantized parts, which mean the same numbers where none is rounded."""
+        return quantized_of(self.base) if self.dtype == "float32" else None
+
     def read(self, start: int = 0, stop: int | None = None) -> Array:
         return self.base.read(start, stop).astype(to_numpy(self.dtype))
 

@@ -5,6 +5,7 @@ PEFT's merge_and_unload is the oracle.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,16 @@ from llmc.frontend.lora import read_adapter
 from llmc.frontend.source import open_source
 from llmc.ir.core import Graph
 from llmc.ir.errors import InputError, UnsupportedError
+from llmc.ir.ops.nn import Linear
 from llmc.ir.weights import quantized_of
 from llmc.passes.adapt.lora import MergeLora
 from llmc.passes.base import PassContext
 from llmc.passes.manager import run_passes
 from safetensors.numpy import load_file, save_file
 
-from .graphs import logits_of, worst
+from .graphs import logits_of, lowered, worst
 from .lora_files import adapter, edit
-from .models import ids_of, reference_logits, save_tiny, tiny_model
+from .models import ids_of, reference_logits, save_tiny, save_tokenizer, tiny_model
 from .quantized_files import save_bnb, save_gptq
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT still calls what transformers deprecates
@@ -63,6 +65,63 @@ def test_merged_as_peft_merges(kind: str, base: Path, tmp_path: Path) -> None:
     wanted = reference_logits(adapted.merge_and_unload(), ids)
     assert worst(wanted, reference_logits(tiny_model("qwen2"), ids)) > 1e-2
     assert worst(logits_of(merged(base, str(tmp_path)), ids), wanted) < 2e-5
+
+
+def halves(family: str, dtype: str, folder: Path, **changes: Any) -> Any:
+    """A folder stored in a dtype; the model of its numbers in float32."""
+    model = tiny_model(family, **changes)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(weight.to(getattr(torch, dtype)))
+    copy.deepcopy(model).to(getattr(torch, dtype)).save_pretrained(folder)
+    save_tokenizer(folder)
+    return model
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [*((kind, "bfloat16") for kind in KINDS), ("lora", "float16")])
+def test_over_weights_of_16_bits_nothing_is_rounded(kind: str, dtype: str, tmp_path: Path) -> None:
+    """As most models are published. Adapters of some of the layers that are computed as one, too."""
+    adapted = adapter(halves("qwen2", dtype, tmp_path / "base"), tmp_path / "a", scale=0.05, **KINDS[kind])
+    ids = ids_of(19)
+    wanted = reference_logits(adapted, ids)
+    graph = merged(tmp_path / "base", str(tmp_path / "a"))
+    assert worst(logits_of(graph, ids), wanted) < 2e-5
+    fused, _ = lowered(graph, "fused")
+    assert worst(logits_of(fused, ids), wanted) < 2e-5
+    assert sum(isinstance(op, Linear) for op in fused) == 2 * 4 + 1, "queries, keys and values stay one layer"
+
+
+TIED: dict[str, dict[str, Any]] = {
+    "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "head": {"target_modules": ["lm_head", "q_proj"]},
+    "both": {"target_modules": ["lm_head", "embed_tokens"]},
+    "kept tied": {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True},
+    "saved embedding": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "saved head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "saved both": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+}
+
+
+@pytest.mark.parametrize("kind", TIED)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_of_a_weight_that_is_tied_the_place_asked_for_is_changed(
+    kind: str, dtype: str, tmp_path: Path
+) -> None:
+    """As PEFT computes it, without merging: its merge changes the other place too."""
+    model = halves("qwen2", dtype, tmp_path / "base", tie_word_embeddings=True)
+    adapted = adapter(model, tmp_path / "a", scale=0.1, **TIED[kind])
+    ids = ids_of(19)
+    wanted = reference_logits(adapted, ids)
+    fused, _ = lowered(merged(tmp_path / "base", str(tmp_path / "a")), "fused")
+    assert worst(logits_of(fused, ids), wanted) < 2e-5
+
+
+def test_transposed_weights_of_16_bits(tmp_path: Path) -> None:
+    model = halves("gpt2", "bfloat16", tmp_path / "base")
+    options = {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}
+    wanted = reference_logits(adapter(model, tmp_path / "a", **options).merge_and_unload(), ids_of(9))
+    fused, _ = lowered(merged(tmp_path / "base", str(tmp_path / "a")), "fused")
+    assert worst(logits_of(fused, ids_of(9)), wanted) < 2e-5
 
 
 def test_changed_rows_of_an_embedding_are_not_forgotten(base: Path, tmp_path: Path) -> None:

@@ -3,9 +3,10 @@
     linear(x, W)   → linear(x, W + scaling · B A)
     DoRA           → linear(x, m / ‖W + scaling · B A‖ · (W + scaling · B A)), norms of rows
 
-On the traced graph, whose weights still have the names that adapters call them by. Arithmetic is float32; the
-result has the element type of the weight. A weight that its checkpoint stores in NF4 is dequantized, merged
-and quantized to NF4 again, for `--quant keep`; one of another grid becomes floats.
+On the traced graph, whose weights still have the names that adapters call them by. Arithmetic and result are
+float32: most of a change is smaller than what a weight of 16 bits rounds away. A weight that its checkpoint
+stores in NF4 is dequantized, merged and quantized to NF4 again, for `--quant keep`; one of another grid
+becomes floats.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from ...ir.dtypes import to_numpy
 from ...ir.errors import InputError
 from ...ir.weights import LazyTensor, QuantizedTensors, ShapeOnlyTensor, quantized_of
 from ..base import Pass, PassContext, PassResult
+from ..canonicalize.parameters import HALVES, follow_types, widened
+from ..derived import CastTensor
+from .tied import find_weight, own_weight
 
 Array = np.ndarray[Any, Any]
 
@@ -31,14 +35,13 @@ class MergedLora:
 
     def __init__(self, base: LazyTensor, change: LowRank, scale: float) -> None:
         self._base, self._change, self._scaling = base, change, np.float32(change.scaling * scale)
-        self.shape, self.dtype = base.shape, base.dtype
+        self.shape, self.dtype = base.shape, base.dtype if _nf4(base) else widened(base.dtype)
         self.source = f"{base.source} + {change.b.source}"
 
     @cached_property
     def quantized(self) -> QuantizedTensors | None:
         """NF4 of the merged weight where the base is stored in NF4."""
-        parts = quantized_of(self._base)
-        if parts is None or parts.quant.codebook != "nf4":
+        if not _nf4(self._base):
             return None
         from ..quantize.nf4_pass import nf4_parts
 
@@ -60,28 +63,22 @@ class MergedLora:
         return np.ascontiguousarray(merged.astype(to_numpy(self.dtype)))
 
 
+def _nf4(tensor: LazyTensor) -> bool:
+    parts = quantized_of(tensor)
+    return parts is not None and parts.quant.codebook == "nf4"
+
+
 class _AddedBias:
     """A bias [N] and the adapter's, scaled."""
 
     def __init__(self, base: LazyTensor, added: LazyTensor, scaling: float) -> None:
         self._base, self._added, self._scaling = base, added, np.float32(scaling)
-        self.shape, self.dtype = base.shape, base.dtype
+        self.shape, self.dtype = base.shape, widened(base.dtype)
         self.source = f"{base.source} + {added.source}"
 
     def read(self, start: int = 0, stop: int | None = None) -> Array:
         added = self._added.read(start, stop).astype(np.float32) * self._scaling
         return (self._base.read(start, stop).astype(np.float32) + added).astype(to_numpy(self.dtype))
-
-
-class _Cast:
-    """A tensor in the element type of the weight that it replaces."""
-
-    def __init__(self, base: LazyTensor, dtype: str) -> None:
-        self._base, self.dtype = base, dtype
-        self.shape, self.source = base.shape, base.source
-
-    def read(self, start: int = 0, stop: int | None = None) -> Array:
-        return self._base.read(start, stop).astype(to_numpy(self.dtype))
 
 
 @dataclass(frozen=True)
@@ -99,20 +96,24 @@ class MergeLora(Pass):
         for name, data in self.adapter.replaced.items():
             if name in self.adapter.optional and name not in graph.weights:
                 continue
-            weight = self._weight(graph, name, data)
+            # What was saved unasked is all that reads it: of a longer vocabulary, or the base's own.
+            own = name not in self.adapter.optional
+            weight = self._weight(graph, name, data, own=own)
             _check(weight, data.shape, data)
-            weight.weight = data if data.dtype == weight.dtype else _Cast(data, weight.dtype)
+            kind = data.dtype if data.dtype in HALVES else widened(weight.dtype)
+            graph.set_weight(weight, data if data.dtype == kind else CastTensor(data, kind))
         for module, change in self.adapter.changes.items():
             weight = self._weight(graph, f"{module}.weight", change.b)
             assert weight.weight is not None
             stored = quantized_of(weight.weight)
-            self._merge(weight, change)
+            self._merge(graph, weight, change)
             floats += stored is not None and quantized_of(weight.weight) is None
             if change.bias is not None:
                 bias = self._weight(graph, f"{module}.bias", change.bias)
                 assert bias.weight is not None
                 _check(bias, change.bias.shape, change.bias)
-                bias.weight = _AddedBias(bias.weight, change.bias, change.scaling * self.scale)
+                graph.set_weight(bias, _AddedBias(bias.weight, change.bias, change.scaling * self.scale))
+        follow_types(graph)
         notes = [f"adapter {self.adapter}: {floats} quantized weights became floats"] if floats else []
         return PassResult(graph, True, notes)
 
@@ -121,7 +122,7 @@ class MergeLora(Pass):
         missing: list[str] = []
         wrong: list[str] = []
         for module, change in self.adapter.changes.items():
-            weight = graph.weights.get(f"{module}.weight")
+            weight = find_weight(graph, f"{module}.weight")
             n, k = change.b.shape[0], change.a.shape[1]
             shape = (k, n) if change.transposed else (n, k)
             if weight is None:
@@ -137,17 +138,16 @@ class MergeLora(Pass):
             f"adapter {self.adapter} {' and '.join(said)}", remedy="the adapter belongs to another model"
         )
 
-    def _weight(self, graph: Graph, name: str, tensor: LazyTensor) -> Value:
-        found = graph.weights.get(name)
+    def _weight(self, graph: Graph, name: str, tensor: LazyTensor, *, own: bool = True) -> Value:
+        found = own_weight(graph, name) if own else graph.weights.get(name)
         if found is None:
             raise InputError(
-                f"{tensor.source} of adapter {self.adapter} changes {name}, which {graph.name} does not have"
-                + (" of its own (it is tied)" if name.startswith("lm_head.") else ""),
+                f"{tensor.source} of adapter {self.adapter} changes {name}, which {graph.name} does not have",
                 remedy="the adapter belongs to another model",
             )
         return found
 
-    def _merge(self, weight: Value, change: LowRank) -> None:
+    def _merge(self, graph: Graph, weight: Value, change: LowRank) -> None:
         n, k = change.b.shape[0], change.a.shape[1]
         _check(weight, (k, n) if change.transposed else (n, k), change.b)
         if change.magnitude is not None:
@@ -163,7 +163,7 @@ class MergeLora(Pass):
                 )
         assert weight.weight is not None
         if not isinstance(weight.weight, ShapeOnlyTensor):
-            weight.weight = MergedLora(weight.weight, change, self.scale)
+            graph.set_weight(weight, MergedLora(weight.weight, change, self.scale))
 
 
 def _check(weight: Value, shape: tuple[int, ...], tensor: LazyTensor) -> None:

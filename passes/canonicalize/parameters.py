@@ -30,6 +30,11 @@ _FEW = 1 << 13
 """Elements of a table that is not one of words or positions."""
 
 
+def widened(dtype: str) -> str:
+    """float32 for floats of 16 bits; others as they are."""
+    return "float32" if dtype in HALVES else dtype
+
+
 def _is_read_as_stored(op: Op, index: int, last: bool) -> bool:
     """Whether a weight of 16 bits may stay one there: it is a matrix, or is only moved and may become one
     unless this is the `last` time.
@@ -78,12 +83,12 @@ def widen_parameters(graph: Graph, last: bool = False) -> int:
         for op, i in uses:
             graph.set_operand(op, i, copy)
     if count:
-        _follow(graph)
+        follow_types(graph)
     return count
 
 
-def _follow(graph: Graph) -> None:
-    """Types of what is computed with them, and constants beside them as float32."""
+def follow_types(graph: Graph) -> None:
+    """Types of what is computed with weights that became float32, and constants beside them as float32."""
     for op in graph:
         if isinstance(op, Binary | Where | Concat) and any(v.dtype == "float32" for v in op.operands):
             for i, v in enumerate(op.operands):

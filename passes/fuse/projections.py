@@ -16,8 +16,10 @@ from ...ir.ops.nn import GatedMlp, Linear
 from ...ir.ops.shape import Slice
 from ...ir.rewriter import Any, Match, P, Rewriter, Rule, apply_rules
 from ...ir.types import Dim
+from ...ir.weights import LazyTensor
 from ..base import Pass, PassContext, PassResult
-from ..derived import ConcatRows
+from ..canonicalize.parameters import HALVES
+from ..derived import CastTensor, ConcatRows
 from ..routers import is_router
 
 
@@ -37,17 +39,28 @@ def activation_name(op: Op) -> str | None:
 
 
 def merged_weight(graph: Graph, parts: Sequence[Value]) -> Value:
-    """The weights one below the other, as a new weight; the same parts give the same weight."""
+    """The weights one below the other, as a new weight; the same parts give the same weight. Float32 where
+    one of them is and others are of 16 bits (an adapter was merged into it).
+    """
     name = "+".join(
         [parts[0].name, *(p.name.rsplit(".", 2)[-2] if p.name.count(".") > 1 else p.name for p in parts[1:])]
     )
     data = [p.weight for p in parts if p.weight is not None]
+    wide = len({p.dtype for p in data}) > 1
     while name in graph.weights:
         known = graph.weights[name].weight
-        if isinstance(known, ConcatRows) and [id(p) for p in known.parts] == [id(p) for p in data]:
+        if isinstance(known, ConcatRows) and _same(known.parts, data):
             return graph.weights[name]
         name += "_"
-    return graph.add_weight(name, ConcatRows(data))
+    rows = [CastTensor(p, "float32") if wide and p.dtype != "float32" else p for p in data]
+    return graph.add_weight(name, ConcatRows(rows))
+
+
+def _same(known: Sequence[LazyTensor], wanted: Sequence[LazyTensor]) -> bool:
+    """Whether these are those weights, cast or not."""
+    return len(known) == len(wanted) and all(
+        a is b or (isinstance(a, CastTensor) and a.base is b) for a, b in zip(known, wanted, strict=True)
+    )
 
 
 def merged_linear(rw: Rewriter, linears: Sequence[Linear]) -> Value:
@@ -64,7 +77,10 @@ def mergeable(linears: Sequence[Linear]) -> str | None:
         return "a weight is computed in the graph"
     if len({op.bias is None for op in linears}) != 1:
         return "one of the layers has a bias and another has none"
-    return None if len({op.weight.dtype for op in linears}) == 1 else "the weights have different dtypes"
+    dtypes = {op.weight.dtype for op in linears}
+    if len(dtypes) == 1 or ("float32" in dtypes and dtypes <= {"float32", *HALVES}):
+        return None
+    return "the weights have different dtypes"
 
 
 class FuseGatedMlp(Rule):
