@@ -14,7 +14,7 @@ LongRoPE: Ding et al. 2024, arXiv:2402.13753.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -201,7 +201,8 @@ def longest(config: Any, limit: int | None) -> int | None:
 
 def settle(model: torch.nn.Module, length: int) -> None:
     """Give the rotary embeddings that change with the length of a sequence the frequencies that transformers
-    has for a sequence of `length` tokens, and keep them from changing.
+    has for a sequence of `length` tokens, and keep them from changing. What asks for the largest position all
+    the same, to scale what it computes, is told the last of so many.
     """
     import torch
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -221,6 +222,28 @@ def settle(model: torch.nn.Module, length: int) -> None:
             module.rope_type[layer_type] = "default"  # what its forward method asks before it updates
         else:
             module.rope_type = "default"
+        module.forward = _told(module.forward, length)  # type: ignore[method-assign]
+
+
+def _told(forward: Callable[..., Any], length: int) -> Callable[..., Any]:
+    """A rotary embedding's forward method, in which the largest of its positions is that of the last of
+    `length` tokens.
+    """
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class Told(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            asked = func in (torch.max, torch.Tensor.max, torch.amax) and len(args) == 1 and not kwargs
+            if asked and not args[0].dtype.is_floating_point:
+                return length - 1
+            return func(*args, **(kwargs or {}))
+
+    def told(*args: Any, **kwargs: Any) -> Any:
+        with Told():
+            return forward(*args, **kwargs)
+
+    return told
 
 
 def refuse_unsettled(model: torch.nn.Module, name: str) -> None:

@@ -24,9 +24,10 @@ import resource
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from llmc.ir.errors import LlmcError
@@ -66,7 +67,8 @@ class Outcome:
     key: str = ""
 
 
-def _reference(model: Any, ids: Sequence[int], task: str) -> Any:
+def reference(model: Any, ids: Sequence[int], task: str) -> Any:
+    """What transformers computes of one sequence, float32."""
     import torch
 
     with torch.no_grad():
@@ -102,19 +104,26 @@ def _compared(got: list[Any], wanted: list[Any]) -> tuple[float, float]:
     return float(difference.abs().max()), float(difference.norm() / theirs.norm())
 
 
-def save_family(family: str, folder: Path, stored: str = "float32") -> tuple[Any, str]:
+def save_family(
+    family: str,
+    folder: Path,
+    stored: str = "float32",
+    sizes: Mapping[str, Any] = MappingProxyType({}),
+    changed: Mapping[str, Any] = MappingProxyType({}),
+    **options: Any,
+) -> tuple[Any, str]:
     """Writes a family's tiny model as a Hugging Face folder; the model in float32, of weights that `stored`
-    holds, and what it does.
+    holds, and what it does. `sizes`, `changed`: those of `small_config`; options of `save_pretrained`.
     """
     import torch
     from llmc.frontend.skeleton import model_class
 
-    config = small_config(family)
+    config = small_config(family, sizes, changed)
     cls, task = model_class(config)
     model, kind = random_model(config, cls), getattr(torch, stored)
     state = {name: x.to(kind) if x.is_floating_point() else x for name, x in model.state_dict().items()}
     model.load_state_dict(state)  # rounded
-    model.save_pretrained(folder, state_dict=state)
+    model.save_pretrained(folder, state_dict=state, **options)
     return model, task
 
 
@@ -129,7 +138,7 @@ def attempt(family: str, folder: Path, stored: str = "float32") -> Outcome:
     first, second = token_ids(40), token_ids(21, seed=3)
     try:
         model, task = save_family(family, folder, stored)
-        wanted = [_reference(model, ids, task) for ids in (first, second)]
+        wanted = [reference(model, ids, task) for ids in (first, second)]
     except LlmcError as error:
         return Outcome("refused", error.message)
     except Exception as error:  # noqa: BLE001  (whatever transformers raises on a configuration of ours)

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from .models import CONTEXT, VOCAB_SIZE
@@ -77,6 +79,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 4,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
         "num_kv_shared_layers": 2,
+    },
+    # As published: rotary embeddings that are scaled, and grow louder, with the length of the text.
+    "phimoe (longrope)": {
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "factor": 16.0,
+            "short_factor": [1.0 + 0.05 * i for i in range(8)],
+            "long_factor": [1.0 + 0.5 * i for i in range(8)],
+            "short_mscale": 1.2,
+            "long_mscale": 1.3,
+            "original_max_position_embeddings": 16,
+        }
     },
     # As published: what queries and keys say of distances, not only of each other.
     "deberta (disentangled)": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
@@ -163,13 +177,19 @@ def type_of(family: str) -> str:
     return family.partition(" (")[0]
 
 
-def small_config(family: str) -> Any:
-    """The configuration of a family, made small. Raises whatever transformers raises where that is none."""
+def small_config(
+    family: str,
+    sizes: Mapping[str, Any] = MappingProxyType({}),
+    changed: Mapping[str, Any] = MappingProxyType({}),
+) -> Any:
+    """The configuration of a family, made small; of `sizes` (values by the names of fields) those that the
+    family has, and all of `changed`. Raises whatever transformers raises where that is none.
+    """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind = CONFIG_MAPPING[type_of(family)]
     fields = inspect.signature(kind.__init__).parameters
-    chosen = {name: value for name, value in _FIELDS.items() if name in fields}
+    chosen = {name: value for name, value in {**_FIELDS, **sizes}.items() if name in fields}
     if "qk_rope_head_dim" in fields and "num_key_value_heads" in fields:
         chosen.pop("head_dim", None)  # it follows from the parts
         chosen["num_key_value_heads"] = chosen["num_attention_heads"]
@@ -180,7 +200,51 @@ def small_config(family: str) -> Any:
         chosen |= _HYBRID
     chosen |= OPTIONS.get(type_of(family), {})
     chosen |= OPTIONS.get(family, {})
-    return kind(**chosen)
+    return kind(**{**chosen, **changed})
+
+
+_IDLE = (
+    *("use_cache", "return_dict", "output_hidden_states", "output_attentions", "torchscript"),
+    *("is_encoder_decoder", "add_cross_attention", "is_decoder", "output_router_logits", "use_mambapy"),
+    *("add_pooling_layer", "use_mamba_kernels", "use_bfloat16", "summary_use_proj"),
+)
+_ACTIVATIONS = ("gelu", "relu", "silu", "gelu_pytorch_tanh", "relu2")
+_OTHERS: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(
+        ("hidden_act", "hidden_activation", "activation_function", "mlp_hidden_act"), _ACTIVATIONS
+    ),
+    "num_key_value_heads": (1, 4),
+    "partial_rotary_factor": (0.5,),
+    "n_shared_experts": (2,),
+    "first_k_dense_replace": (0,),
+    "q_lora_rank": (None,),
+    "clip_qkv": (0.5,),
+    "scoring_func": ("sigmoid", "softmax"),
+    "topk_method": ("greedy", "group_limited_greedy", "noaux_tc"),
+    **dict.fromkeys(
+        ("logit_scale", "logits_scaling", "embedding_multiplier", "attention_multiplier"), (0.7,)
+    ),
+    **dict.fromkeys(("residual_multiplier", "final_logit_softcapping", "routed_scaling_factor"), (0.7,)),
+}
+"""Values that published models of a family may have in fields, beside its first one's."""
+
+
+def changes(family: str) -> list[tuple[str, Any]]:
+    """Fields of a family's configuration, each with another value that published models may have."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    config, found = small_config(family), list[tuple[str, Any]]()
+    for name in inspect.signature(CONFIG_MAPPING[type_of(family)].__init__).parameters:
+        if name in _IDLE or name in ("self", "kwargs"):
+            continue
+        try:
+            value = getattr(config, name, None)
+        except (AttributeError, RuntimeError, ValueError):  # it is said of each layer
+            continue
+        if isinstance(value, bool):
+            found.append((name, not value))
+        found += [(name, other) for other in _OTHERS.get(name, ()) if other != value]
+    return found
 
 
 def random_model(config: Any, cls: Any) -> Any:

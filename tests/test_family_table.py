@@ -48,6 +48,12 @@ REFUSED = {
 }
 
 
+def test_a_rotary_embedding_that_asks_for_the_largest_position(tmp_path: Path) -> None:
+    """As Phi-3.5-MoE is published; of int8, experts are chosen otherwise."""
+    found = attempt("phimoe (longrope)", tmp_path / "model")
+    assert (found.status, found.reason) == ("equal", "")
+
+
 @pytest.mark.parametrize(
     "family", [pytest.param(f, marks=pytest.mark.slow if f in SLOW else ()) for f in OF_EACH_KIND]
 )
