@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 from ..ir.core import Value
 from ..ir.errors import InputError, UnsupportedError
 from ..ir.ops.moe import GATES, Gate, Moe
-from ..ir.ops.nn import ACTIVATIONS
 from .aten_table import registered
 from .operators import Definition, define_operators
 
@@ -159,7 +158,7 @@ def _found(apply: Callable[[Any], Any]) -> Gate | None:
     most = value(1.0, _FAR, interleaved) / active - offset
     limit = 0.0 if most > _FAR / 2 else _rounded(most)
     form: dict[str, Any] = {"limit": limit, "offset": offset, "interleaved": interleaved}
-    candidates = [Gate(name, **form) for name in ACTIVATIONS]
+    candidates = [Gate(name, **form) for name in GATES if name != "swish"]
     if 0 < active < 1:
         candidates.append(Gate("swish", alpha=_rounded(-math.log(1 / active - 1)), **form))
     grid = torch.linspace(-12, 12, 49, dtype=torch.float64)

@@ -195,6 +195,7 @@ GATES = {
     "swish": Gate("swish", alpha=1.702, limit=1.5, offset=1.0),
     "gelu": Gate("gelu_tanh", limit=0.7),
     "none": Gate("relu2", gated=False),
+    "relu2": Gate("relu2"),
 }
 
 

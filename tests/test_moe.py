@@ -240,6 +240,7 @@ GATES = [
         Gate("gelu_tanh"),
     ),
     (lambda x: torch.relu(x[..., ::2]) * x[..., 1::2], Gate("relu", interleaved=True)),
+    (lambda x: torch.relu(_halves(x)[0]).square() * _halves(x)[1], Gate("relu2")),
     (_clamped, Gate("swish", 1.702, 7.0, 1.0, interleaved=True)),
     (
         lambda x: torch.nn.functional.silu(_halves(x)[0].clamp(max=2.5)) * _halves(x)[1].clamp(-2.5, 2.5),

@@ -174,6 +174,7 @@ GATES = [
     Gate("swish", alpha=1.702, limit=7.0, offset=1.0),
     Gate("silu", limit=0.5),
     Gate("relu2", gated=False),
+    Gate("relu2", limit=1.5),
     Gate("gelu", gated=False),
 ]
 
