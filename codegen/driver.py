@@ -46,9 +46,9 @@ from .manifest import PAGE_SIZE, begin_manifest, tokenizer_entry
 from .memory import check_peak, processes_at_once, watched
 from .peak import WORKER_BYTES, Peak, predict_peak
 from .request import DEFAULT_CALIBRATION, DEFAULT_VERDICT, Plan, Request, with_scaling
-from .target import check_target, emit_target, prepare_targets, with_adapters, with_tune
+from .target import ask_target, emit_target, prepare_targets, with_adapters, with_tune
 from .trace_cache import trace_once
-from .verdict import VerdictOptions, prepare_held
+from .verdict import VerdictOptions, prepare_held, without_verdict
 
 if TYPE_CHECKING:
     import torch
@@ -257,7 +257,7 @@ def compile_model(
         if max_ram is not None or plan.calibrated:
             peak = _peak(source, graph, plan, passing.context_length, capped=max_ram is not None)
             check_peak(peak, max_ram, say)
-        if plan.calibrated and not plan.extra:  # whose passes may make of the graph what a target takes
+        if plan.calibrated and not passes:  # which may make of the graph what a target takes
             _check_targets(source, graph.clone(), plan, passing.context_length)
         stack.enter_context(watched(max_ram))
         job = _Job(asked, plan, source, passing, writer, render, detect)
@@ -348,13 +348,13 @@ def _write(job: _Job, graph: Graph, share: _Share) -> tuple[Artifact, int, float
 def _check_targets(
     source: ModelSource, graph: Graph, plan: Plan, context: int | None
 ) -> tuple[Graph, list[PassRecord]]:
-    """Lower a graph as the plan does, but for calibration, and raise where a target will not take it; the
-    lowered graph, and a record of each pass.
+    """Lower a graph as the plan does, but for calibration and measurements, and raise where a target will not
+    take it; the lowered graph, and a record of each pass.
     """
-    quick = replace(plan, quantize=tuple(without_calibration(plan.quantize)))
+    quick = replace(plan, quantize=tuple(without_calibration(without_verdict(plan.quantize))))
     graph, records = lower(graph, quick, PassContext(context_length=context))
     for target in plan.targets:
-        check_target(target, source, graph)
+        ask_target(target, source, graph)
     return graph, records
 
 

@@ -110,9 +110,11 @@ class Target(ABC):
     def check(self, source: ModelSource, graph: Graph) -> None:
         """Raise what `compile_source` would raise for such a model, as far as that is known without the
         weights' values. Asked by `llmc check`, and before the long work of a calibrated scheme; the graph is
-        as `compile` gets it, but that values of quantized weights must not be read.
+        as `compile` gets it, but that values of quantized weights must not be read. Without a method of its
+        own, a target that names `operations` is asked for those that it can neither emit nor decompose.
         """
-        self.legal(graph)
+        if self.emitted():
+            self.legal(graph)
 
     def options(self) -> dict[str, Any]:
         """Option name → value, for the manifest."""
@@ -192,12 +194,12 @@ def prepare_targets(targets: Iterable[Target], stack: ExitStack) -> None:
             stack.enter_context(target.prepared())
 
 
-def check_target(target: Target, source: ModelSource, graph: Graph) -> None:
+def ask_target(target: Target, source: ModelSource, graph: Graph) -> None:
     """Raise where a target will not take such a model (`Target.check`); an error of another package's names
-    it.
+    it, and such a target gets a copy of the graph.
     """
     with blaming(f"target {target.name}", target):
-        target.check(source, graph)
+        target.check(source, graph if package_of(target) is None else graph.clone())
 
 
 def emit_target(

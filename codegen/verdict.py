@@ -70,6 +70,11 @@ def with_verdict(scheme: str, passes: Sequence[Pass], options: VerdictOptions) -
     return [TakeReference(), *passes, verdict]
 
 
+def without_verdict(passes: Sequence[Pass]) -> list[Pass]:
+    """The passes of a scheme alone."""
+    return [p for p in passes if not isinstance(p, TakeReference | MeasureQuality)]
+
+
 def is_measured(passes: Sequence[Pass]) -> bool:
     """Whether a verdict is among the passes."""
     return any(isinstance(p, MeasureQuality) for p in passes)

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 from llmc.codegen import driver
+from llmc.codegen.calibrate import CalibrationOptions
 from llmc.codegen.driver import Plan, check_model, compile_model, count_weights, lower, trace
 from llmc.codegen.null import Null
 from llmc.codegen.peak import WORKER_BYTES
 from llmc.codegen.tvm.kernels.isa import LEVELS
+from llmc.codegen.verdict import VerdictOptions
 from llmc.frontend.source import open_source
 from llmc.ir.errors import InputError, UnsupportedError
 from llmc.ir.ops.quant import QuantizedLinear
@@ -68,6 +70,22 @@ def test_a_target_refuses_before_anything_is_calibrated(
     monkeypatch.setattr(Null, "emitted", lambda self: Null.operations - {"paged_attention"})
     with pytest.raises(UnsupportedError, match="target null cannot emit paged_attention"):
         compile_model(tiny_folder("llama"), tmp_path / "a.llmc", targets=["null"], quant=quant)
+
+
+@pytest.mark.parametrize("quant", ["gptq-int4-g16", "awq-int4-g16"])
+def test_a_limit_of_the_loss_and_a_target_without_operations_hinder_nothing_before(
+    quant: str, tiny_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Null, "emitted", lambda self: frozenset())  # as another package's may be
+    made = compile_model(
+        tiny_folder("llama"),
+        tmp_path / "a.llmc",
+        targets=["null"],
+        quant=quant,
+        verdict=VerdictOptions(max_kl=50.0),
+        calibration=CalibrationOptions(tokens=2048),
+    )
+    assert made.quality is not None and 0 < made.quality["kl"] <= 50
 
 
 def test_check_says_what_a_file_for_llama_cpp_cannot_say(tiny_folder: Any) -> None:

@@ -25,6 +25,7 @@ from llmc.passes.base import PassContext
 from llmc.passes.manager import run_passes
 from safetensors.numpy import load_file, save_file
 
+from .families import save_family
 from .graphs import logits_of, lowered, worst
 from .lora_files import adapter, edit
 from .models import ids_of, reference_logits, save_tiny, save_tokenizer, tiny_model
@@ -114,6 +115,28 @@ def test_of_a_weight_that_is_tied_the_place_asked_for_is_changed(
     wanted = reference_logits(adapted, ids)
     fused, _ = lowered(merged(tmp_path / "base", str(tmp_path / "a")), "fused")
     assert worst(logits_of(fused, ids), wanted) < 2e-5
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_two_adapters_of_the_head(tied: bool, tmp_path: Path) -> None:
+    """PEFT saves the base's head beside each: it takes nothing back."""
+    base = halves("qwen2", "float32", tmp_path / "base", tie_word_embeddings=tied)
+    adapted = adapter(base, tmp_path / "one", target_modules=["lm_head"])
+    again = tiny_model("qwen2", tie_word_embeddings=tied)
+    adapter(again, tmp_path / "two", seed=5, target_modules=["lm_head"])
+    adapted.load_adapter(str(tmp_path / "two"), "two")
+    adapted.base_model.set_adapter(["default", "two"])
+    wanted = reference_logits(adapted, ids_of(19))
+    graph = merged(tmp_path / "base", str(tmp_path / "one"), str(tmp_path / "two"))
+    assert worst(logits_of(graph, ids_of(19)), wanted) < 2e-5
+
+
+def test_blocks_that_are_used_twice_are_refused(tmp_path: Path) -> None:
+    blocks = {"layers_block_type": ["hybrid", "hybrid"], "hybrid_layer_ids": [0, 1]}
+    model, _ = save_family("zamba2", tmp_path / "base", changed=blocks)
+    adapter(model, tmp_path / "a", target_modules=["q_proj"])
+    with pytest.raises(UnsupportedError, match=r"layers\.\d.*q_proj\.weight, which base shares with model\."):
+        merged(tmp_path / "base", str(tmp_path / "a"))
 
 
 def test_transposed_weights_of_16_bits(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar, copy_context
 from pathlib import Path
 from threading import Barrier
+from typing import Any
 
 import numpy as np
 import pytest
@@ -206,6 +208,22 @@ def test_the_list_of_operations_is_what_there_are_emitters_for() -> None:
 
     assert all(module.__name__ for module in (emit_llm, emit_moe, emit_state, emit_tensor))
     assert set(EMITTERS) == set(OPERATIONS)
+
+
+def test_an_artifact_in_the_place_of_another_is_what_runs(tmp_path: Path) -> None:
+    """In one process, as in a notebook: the old one is loaded still, and goes on being what it was."""
+    opened: list[Any] = []
+    given = {"a": random(3, 24), "b": random(3, 24), "c": random(3, 3, 8)}
+    integers = {"i": np.arange(3), "k": np.zeros((2, 3), np.int32)}
+    for _ in range(2):
+        for cls in (m.Add, m.Mul):
+            o = Ops()
+            o.out("y", cls(o.a, o.b))
+            shutil.rmtree(tmp_path / "same", ignore_errors=True)
+            opened.append(open_tvm(compile_graph(o.graph, tmp_path / "same")))
+    wanted = [given["a"] + given["b"], given["a"] * given["b"]] * 2
+    for executor, y in zip(opened, wanted, strict=True):
+        np.testing.assert_allclose(executor.run({**given, **integers})["y"], y, rtol=1e-6)
 
 
 def test_functions_check_their_inputs(tmp_path: Path) -> None:

@@ -94,10 +94,12 @@ class MergeLora(Pass):
         floats = 0
         self._refuse_strangers(graph)
         for name, data in self.adapter.replaced.items():
-            if name in self.adapter.optional and name not in graph.weights:
+            known = find_weight(graph, name)
+            # The base's own, beside its change, which another adapter may have changed before.
+            copied = name in self.adapter.copies and known is not None and known.shape == tuple(data.shape)
+            if copied or (name in self.adapter.optional and known is None):
                 continue
-            # What was saved unasked is all that reads it: of a longer vocabulary, or the base's own.
-            own = name not in self.adapter.optional
+            own = name not in self.adapter.optional  # else of a longer vocabulary, for all that read it
             weight = self._weight(graph, name, data, own=own)
             _check(weight, data.shape, data)
             kind = data.dtype if data.dtype in HALVES else widened(weight.dtype)
@@ -139,7 +141,7 @@ class MergeLora(Pass):
         )
 
     def _weight(self, graph: Graph, name: str, tensor: LazyTensor, *, own: bool = True) -> Value:
-        found = own_weight(graph, name) if own else graph.weights.get(name)
+        found = own_weight(graph, name) if own else find_weight(graph, name)
         if found is None:
             raise InputError(
                 f"{tensor.source} of adapter {self.adapter} changes {name}, which {graph.name} does not have",

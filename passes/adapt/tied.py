@@ -10,6 +10,7 @@ of the traced graph has, and whether each is read by ids, the frontend says: fac
 from __future__ import annotations
 
 from ...ir.core import Graph, Value
+from ...ir.errors import UnsupportedError
 from ...ir.ops.nn import Embedding
 
 
@@ -20,12 +21,22 @@ def find_weight(graph: Graph, name: str) -> Value | None:
 
 
 def own_weight(graph: Graph, name: str) -> Value | None:
-    """The same, for no other place: what reads a tied weight otherwise gets a weight of its own."""
+    """The same, for no other place: what reads a tied weight otherwise gets a weight of its own.
+
+    Raises UnsupportedError where another place reads it in the same way (blocks that are used twice): which
+    op is which place's is not known.
+    """
     tied = {n: dict(entry) for n, entry in graph.facts.get("tied", {}).items()}
     value = find_weight(graph, name)
     if value is None or name not in tied:
         return value
     by_ids, holder = tied[name]["embedding"], tied[name]["of"]
+    like = next((n for n, e in tied.items() if n != name and e == tied[name]), None)
+    if like is not None:
+        raise UnsupportedError(
+            f"an adapter changes {name}, which {graph.name} shares with {like}",
+            remedy="merge it with PEFT (merge_and_unload) and give the merged model",
+        )
     uses = [(op, i) for op, i in value.uses if isinstance(op, Embedding) is by_ids]
     if len(uses) == len(value.uses):
         return value

@@ -40,7 +40,7 @@ def activation_name(op: Op) -> str | None:
 
 def merged_weight(graph: Graph, parts: Sequence[Value]) -> Value:
     """The weights one below the other, as a new weight; the same parts give the same weight. Float32 where
-    one of them is and others are of 16 bits (an adapter was merged into it).
+    one of them is and others are of 16 bits, as where an adapter was merged into one.
     """
     name = "+".join(
         [parts[0].name, *(p.name.rsplit(".", 2)[-2] if p.name.count(".") > 1 else p.name for p in parts[1:])]

@@ -14,6 +14,7 @@ import ctypes
 import hashlib
 import json
 import math
+import os
 import platform
 import time
 from collections.abc import Generator, Mapping, Sequence
@@ -386,12 +387,28 @@ def _load(path: Path) -> ctypes.CDLL:
             remedy="compile for onnx-cpu",
         )
     try:
-        library = ctypes.CDLL(str(path))
+        library = ctypes.CDLL(_own_name(path))
         for name in ("llmc_step", "llmc_workspace", "llmc_set_threads"):
             getattr(library, name).restype = ctypes.c_int
     except (OSError, AttributeError) as error:
         raise ArtifactError(f"{path} cannot be loaded: {error}", remedy="compile the model again") from None
     return library
+
+
+_loaded: dict[str, list[tuple[int, int]]] = {}
+"""Path → device and inode of each library that was loaded from there, which stay loaded."""
+
+
+def _own_name(path: Path) -> str:
+    """A path that leads to a library and to no earlier one: of a path that it knows, dlopen gives what it
+    loaded from there, though another artifact may have taken its place.
+    """
+    path = path.absolute()
+    state = path.stat()
+    known = _loaded.setdefault(str(path), [])
+    if (state.st_dev, state.st_ino) not in known:
+        known.append((state.st_dev, state.st_ino))
+    return os.path.join(path.parent, *["."] * known.index((state.st_dev, state.st_ino)), path.name)
 
 
 def open_target(
