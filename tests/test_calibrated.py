@@ -9,11 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from llmc.ir import interpreter
 from llmc.ir.core import Graph, Value
+from llmc.ir.ops import nn
+from llmc.ir.ops.math import Add
+from llmc.ir.ops.quant import QuantizedLinear
+from llmc.ir.types import TensorType, sym
+from llmc.ir.weights import ArrayTensor
 from llmc.passes.base import PassContext
 from llmc.passes.calibration import Calibration
 from llmc.passes.quantize import calibrated as calibrated_module
 from llmc.passes.quantize import head as head_module
+from llmc.passes.quantize.awq_pass import QuantizeAwq
 from llmc.passes.quantize.best_pass import QuantizeBest, split_sequences
 from llmc.passes.quantize.blocks import (
     Activations,
@@ -42,6 +49,48 @@ from llmc.passes.work import WorkFolder
 from .conftest import LONG
 from .graphs import fused_once, logits_of
 from .models import TINY, ids_of, tiny_model
+
+
+def visited_twice() -> Graph:
+    """Two layers that are gone through one after the other, and once more (as HRM's)."""
+    rng, width = np.random.default_rng(0), 32
+    graph = Graph()
+    ids = graph.add_input("ids", TensorType("int64", (1, sym("T"))))
+
+    def weight(name: str, rows: int) -> Value:
+        data = rng.standard_normal((rows, width)).astype(np.float32) / width**0.5
+        return graph.add_weight(name, ArrayTensor(data, name))
+
+    def add(op: Any, loc: str) -> Value:
+        op.loc = loc
+        return graph.append(op).result
+
+    layers = [(f"layers.{i}.mlp", weight(f"layers.{i}.mlp.weight", width)) for i in range(2)]
+    x = add(nn.Embedding(ids, weight("embedding", 384)), "embedding")
+    for loc, w in layers * 2:
+        x = add(Add(x, add(nn.Linear(x, w, None), loc)), loc)
+    graph.outputs = [add(nn.Linear(x, weight("head", 384), None), "head")]
+    graph.output_names, graph.stage = ["logits"], "fused"
+    graph.facts["kind"] = "causal_lm"
+    return graph
+
+
+@pytest.mark.parametrize(
+    "one", [QuantizeGptq(4, 16), QuantizeAwq(4, 16), QuantizeBest(4, 16)], ids=lambda p: p.name
+)
+def test_layers_that_are_gone_through_twice(one: Any) -> None:
+    graph = visited_twice()
+    blocks = split_blocks(graph)
+    assert [op for block in blocks for op in block.ops] == graph.ops
+    assert [b.name for b in blocks][1:5] == ["layers.0", "layers.1", "layers.0 (2)", "layers.1 (2)"]
+    ids = {"ids": torch.tensor([ids_of(40)])}
+    wanted = interpreter.run(graph, ids)[0]
+    one.run(graph, PassContext(calibration=calibration(6)))
+    quantized = [op for op in graph if isinstance(op, QuantizedLinear)]
+    assert len(quantized) == 4 and len({op.q for op in quantized}) == 2
+    got = interpreter.run(graph, ids)[0]
+    assert float((got - wanted).norm() / wanted.norm()) < 0.15
+
 
 FAMILIES = sorted(TINY)[:: 1 if LONG else 2]
 

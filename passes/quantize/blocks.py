@@ -54,7 +54,9 @@ class Segment:
 
 @dataclass(frozen=True)
 class Block:
-    """Segments in order; `name` is the module's ("model.layers.3"), "prologue" or "head"."""
+    """Segments in order; `name` is the module's ("model.layers.3", when it comes again "model.layers.3 (2)"),
+    "prologue" or "head".
+    """
 
     name: str
     segments: tuple[Segment, ...]
@@ -103,10 +105,21 @@ def _block_names(ops: Sequence[Op]) -> list[str]:
     return names
 
 
+def _by_visit(names: Sequence[str]) -> list[str]:
+    """The same, with a number where a block comes again after others (layers that are gone through twice)."""
+    visits: dict[str, int] = {}
+    found: list[str] = []
+    for i, name in enumerate(names):
+        if not i or name != names[i - 1]:
+            visits[name] = visits.get(name, 0) + 1
+        found.append(name if visits[name] == 1 else f"{name} ({visits[name]})")
+    return found
+
+
 def split_blocks(graph: Graph) -> list[Block]:
     """The blocks of a fused (or quantized) graph in order; together they are the whole graph."""
     ops = graph.ops
-    names = _block_names(ops)
+    names = _by_visit(_block_names(ops))
     starts = [0]
     reading: Value | None = None
     for i, op in enumerate(ops):
