@@ -18,4 +18,5 @@ class MarkStage(Pass):
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         changed = graph.stage != self.stage
         graph.stage = self.stage
+        graph.facts.pop("tied", None)  # names of the checkpoint: of what adapters change, not of what comes
         return PassResult(graph, changed)
