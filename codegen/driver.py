@@ -45,6 +45,7 @@ from .extensions import load_ops
 from .manifest import PAGE_SIZE, begin_manifest, tokenizer_entry
 from .memory import check_peak, processes_at_once, watched
 from .peak import WORKER_BYTES, Peak, predict_peak
+from .progress import Share
 from .request import DEFAULT_CALIBRATION, DEFAULT_VERDICT, Plan, Request, with_scaling
 from .target import ask_target, emit_target, prepare_targets, with_adapters, with_tune
 from .trace_cache import trace_once
@@ -254,15 +255,11 @@ def compile_model(
         graph = trace(source, example_inputs)
         passing.notes += _fewer(source, graph, passing.context_length)
         settled()
-        if max_ram is not None or plan.calibrated:
-            peak = _peak(source, graph, plan, passing.context_length, capped=max_ram is not None)
-            check_peak(peak, max_ram, say)
-        if plan.calibrated and not passes:  # which may make of the graph what a target takes
-            _check_targets(source, graph.clone(), plan, passing.context_length)
+        _check_before(asked, plan, source, graph, passing, say)
         stack.enter_context(watched(max_ram))
         job = _Job(asked, plan, source, passing, writer, render, detect)
         _read_text(job, graph, Path(output), progress, say)
-        share = _Share(progress, 0.80 if plan.calibrated else 0.50 if plan.measured else 0.20)
+        share = Share(progress, 0.80 if plan.calibrated else 0.50 if plan.measured else 0.20)
         passing.progress = share.between(0.10, share.passes_end)
         graph, records = lower(graph, plan, passing, Path(dump_ir) if dump_ir is not None else None)
         release_freed_memory()  # before a kernel compiler stands beside this process
@@ -318,7 +315,7 @@ def _read_text(
         prepare_held(job.context, text)
 
 
-def _write(job: _Job, graph: Graph, share: _Share) -> tuple[Artifact, int, float]:
+def _write(job: _Job, graph: Graph, share: Share) -> tuple[Artifact, int, float]:
     """The artifact; bytes of its weights, and bits of each."""
     writer = job.writer
     manifest = _manifest(job, graph)
@@ -343,6 +340,25 @@ def _write(job: _Job, graph: Graph, share: _Share) -> tuple[Artifact, int, float
         "command": job.asked.command(job.source, calibrated=job.plan.calibrated),
     }
     return writer.finish(manifest), weight_bytes, bits
+
+
+def _check_before(
+    asked: Request,
+    plan: Plan,
+    source: ModelSource,
+    graph: Graph,
+    context: PassContext,
+    say: Callable[[str], None],
+) -> None:
+    """Refuse before the long work what it would end in: memory that is not there, a target that will not take
+    the model (not with further passes, which may make of it what a target takes).
+    """
+    capped = context.max_ram is not None
+    if capped or plan.calibrated:
+        peak = _peak(source, graph, plan, context.context_length, capped=capped)
+        check_peak(peak, context.max_ram, say)
+    if plan.calibrated and not asked.passes:
+        _check_targets(source, graph.clone(), plan, context.context_length)
 
 
 def _check_targets(
@@ -372,7 +388,7 @@ def _peak(
     return predict_peak(graph, passes, vocabulary=vocabulary, length=length, kernels=kernels, capped=capped)
 
 
-def _emit(job: _Job, graph: Graph, share: _Share) -> dict[str, Any]:
+def _emit(job: _Job, graph: Graph, share: Share) -> dict[str, Any]:
     """Every target's files; their manifest entries by name."""
     entries: dict[str, Any] = {}
     begin = share.passes_end + 0.02
@@ -388,20 +404,6 @@ def written_bytes(writer: ArtifactWriter, entries: Mapping[str, Mapping[str, Any
     first = next(iter(entries.values()))
     rel = first.get("weights", first.get("weight_file"))
     return writer.size_of(rel) if isinstance(rel, str) else 0
-
-
-class _Share:
-    """Parts of one progress bar."""
-
-    def __init__(self, progress: Progress, passes_end: float) -> None:
-        self.progress = progress
-        self.passes_end = passes_end
-
-    def between(self, low: float, high: float) -> Progress:
-        def report(what: str, share: float) -> None:
-            self.progress(what, low + (high - low) * min(max(share, 0.0), 1.0))
-
-        return report
 
 
 @dataclass(frozen=True)

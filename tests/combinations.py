@@ -13,24 +13,22 @@ which chunks. What llmc refuses is printed with its sentence: to be read, not to
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import logging
-import multiprocessing
 import os
 import random
-import shutil
 import tempfile
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from llmc.ir.errors import LlmcError, UnsupportedError
 
-from .families import DOCS, SECONDS, reference, save_family
+from .apart import run_apart
+from .families import DOCS, SECONDS, reference, save_family, unfinished
 from .family_configs import NOT_BUILT, changes, families, token_ids
 
 SCHEMES = (
@@ -156,8 +154,10 @@ def matching() -> dict[str, float]:
 
 @dataclass
 class Outcome:
-    """What came of a draw: "right", "differs", "refused", "not built", "bug" or "no result"; `numbers` are
-    relative differences, of targets from transformers, and "apart", of both targets.
+    """What came of a draw: "right", "not compared" (nothing else computes it: only its neighbours were looked
+    at), "differs", "refused", "not built", "bug" or "no result".
+
+    `numbers` are relative differences, of targets from transformers, and "apart", of both targets.
     """
 
     status: str
@@ -269,7 +269,7 @@ def judged(draw: Draw, wanted: Any, found: Mapping[str, Any]) -> Outcome:
     import numpy as np
 
     far, apart = bounds(draw)
-    outcome = Outcome("right")
+    outcome = Outcome("right" if wanted is not None or len(found) == 2 else "not compared")
     for name, got in found.items():
         if not np.isfinite(got).all():
             return Outcome("differs", f"{name}: not finite")
@@ -284,43 +284,12 @@ def judged(draw: Draw, wanted: Any, found: Mapping[str, Any]) -> Outcome:
     return outcome
 
 
-def _child(draw: Draw, result: Any, folder: str) -> None:
-    import torch
-
-    torch.set_num_threads(1)
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    with open(os.devnull, "w") as null:
-        os.dup2(null.fileno(), 1)
-        os.dup2(null.fileno(), 2)
-    try:
-        found = attempt(draw, Path(folder))
-    except BaseException as error:  # noqa: BLE001  (a bug of ours, to be shown)
-        import traceback
-
-        last = traceback.extract_tb(error.__traceback__)[-4:]
-        places = " < ".join(f"{Path(p.filename).name}:{p.lineno}" for p in reversed(last))
-        found = Outcome("bug", f"{type(error).__name__}: {str(error)[:300]} ({places})")
-    result.send(asdict(found))
-
-
 def tried(draw: Draw) -> Outcome:
     """Tries a draw in a process of its own."""
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe(duplex=False)
     begun = time.monotonic()
-    folder = tempfile.mkdtemp(prefix="combination-")
-    process = context.Process(target=_child, args=(draw, theirs, folder))
-    process.start()
-    theirs.close()
-    found = Outcome("no result", f"the process died, or took more than {SECONDS} s")
-    with contextlib.suppress(EOFError):
-        if ours.poll(SECONDS):
-            found = Outcome(**ours.recv())
-    process.kill()
-    process.join()
-    shutil.rmtree(folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory() as folder:
+        found, bug = run_apart(lambda: attempt(draw, Path(folder)), SECONDS)
+    found = found or unfinished(Outcome, bug)
     found.seconds = round(time.monotonic() - begun, 1)
     return found
 

@@ -14,13 +14,10 @@ the scheme `int8`. Each family is tried in a process of its own, which has a lim
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
 import json
 import logging
-import multiprocessing
 import os
-import resource
 import tempfile
 import time
 import warnings
@@ -33,6 +30,7 @@ from typing import Any
 from llmc.ir.errors import LlmcError
 
 from . import family_configs
+from .apart import run_apart
 from .family_configs import NOT_BUILT, families, random_model, small_config, token_ids, type_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -160,47 +158,23 @@ def attempt(family: str, folder: Path, stored: str = "float32") -> Outcome:
     return found
 
 
-def _child(family: str, stored: str, result: Any) -> None:
-    import torch
-
-    torch.set_num_threads(1)  # after a fork there are no other threads: a parallel region would wait for them
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    # A configuration that our options do not make small must not take the machine with it.
-    resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
-    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as null:
-        os.dup2(null.fileno(), 1)
-        os.dup2(null.fileno(), 2)
-        try:
-            found = attempt(family, Path(folder) / family.replace(" ", "-"), stored)
-        except Exception as error:  # noqa: BLE001  (a bug of ours, which the table must show and not hide)
-            import traceback
-
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            where = f"{Path(place.filename).name}:{place.lineno}"
-            found = Outcome("bug", f"{type(error).__name__}: {str(error)[:200]} ({where})")
-        result.send(asdict(found))
-
-
 def tried(family: str, stored: str = "float32") -> Outcome:
     """Tries one family in a process of its own."""
     if family in NOT_BUILT:
         return Outcome("not built", NOT_BUILT[family])
-    context = multiprocessing.get_context("fork")  # torch and transformers are imported already
-    ours, theirs = context.Pipe(duplex=False)
     begun = time.monotonic()
-    process = context.Process(target=_child, args=(family, stored, theirs))
-    process.start()
-    theirs.close()
-    found = Outcome("no result", f"the process died, or took more than {SECONDS} s")
-    with contextlib.suppress(EOFError):
-        if ours.poll(SECONDS):
-            found = Outcome(**ours.recv())
-    process.kill()
-    process.join()
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / family.replace(" ", "-")
+        # A configuration that our options do not make small must not take the machine with it.
+        found, bug = run_apart(lambda: attempt(family, place, stored), SECONDS, MOST_BYTES)
+    found = found or unfinished(Outcome, bug)
     found.seconds = round(time.monotonic() - begun, 1)
     return found
+
+
+def unfinished(kind: Any, bug: str) -> Any:
+    """The outcome, of a kind, of what raised an error or gave none."""
+    return kind("bug", bug) if bug else kind("no result", f"the process died, or took more than {SECONDS} s")
 
 
 def key_of(family: str) -> str:
