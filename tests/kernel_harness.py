@@ -43,7 +43,7 @@ def _levels(names: Sequence[str]) -> Any:
 _OURS = [name for name, isa in LEVELS.items() if isa.machine == platform.machine()]
 levels = _levels(_OURS)
 # One level for each width of vectors: the others differ in how bytes are multiplied, and in nothing else.
-_VECTORS = [n for n in _OURS if n in ("generic", "avx2", "avx512vnni", "neon")]
+_VECTORS = [n for n in _OURS if n in ("generic", "avx2", "avx512vnni", "zen4", "neon")]
 vector_levels = _levels(_VECTORS)
 # And tiles, where there are any.
 _TILES = [n for n in _OURS if n in (*_VECTORS, "amx")]

@@ -21,8 +21,9 @@ from llmc.runtime.executor import choose_isa
 HASWELL = "fpu sse4_2 avx avx2 fma f16c bmi1 bmi2 movbe abm"
 ALDER_LAKE = HASWELL + " avx_vnni"
 CASCADE_LAKE = HASWELL + " avx512f avx512bw avx512cd avx512dq avx512vl avx512_vnni"
-ZEN_5 = CASCADE_LAKE + " avx_vnni avx512_bf16"
-SAPPHIRE_RAPIDS = ZEN_5 + " amx_bf16 amx_tile amx_int8"
+ZEN_5 = CASCADE_LAKE + " avx_vnni avx512_bf16 sse4a"
+SAPPHIRE_RAPIDS_WITHOUT_TILES = CASCADE_LAKE + " avx_vnni avx512_bf16"
+SAPPHIRE_RAPIDS = SAPPHIRE_RAPIDS_WITHOUT_TILES + " amx_bf16 amx_tile amx_int8"
 RASPBERRY_PI_4 = "fp asimd evtstrm crc32 cpuid"
 GRAVITON_2 = (
     "fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp"
@@ -39,7 +40,8 @@ ALL = [{"isa": level, "path": f"{level}.so"} for level in reversed(LEVELS)]
         ("x86_64", HASWELL, "avx2"),
         ("x86_64", ALDER_LAKE, "avxvnni"),
         ("x86_64", CASCADE_LAKE, "avx512vnni"),
-        ("x86_64", ZEN_5, "avx512vnni"),
+        ("x86_64", ZEN_5, "zen4"),
+        ("x86_64", SAPPHIRE_RAPIDS_WITHOUT_TILES, "avx512vnni"),
         ("x86_64", SAPPHIRE_RAPIDS, "amx"),
         ("aarch64", GRAVITON_2, "neon"),
         ("aarch64", GRAVITON_3, "i8mm"),
@@ -84,6 +86,7 @@ def test_names_of_levels() -> None:
         ("avx512vnni", "avx2+avx512vnni+amx"),  # the same bytes on most machines
         ("avxvnni", "avx2+avxvnni+avx512vnni+amx"),
         ("generic", "generic+avx2+avx512vnni+amx"),
+        ("zen4", "avx2+avx512vnni+zen4+amx"),
     ],
 )
 def test_native_is_the_best_level_and_among_the_usual_ones(
@@ -196,6 +199,7 @@ def _disassembled(library: Path) -> str:
 def test_levels_differ_in_what_they_may_use() -> None:
     """No level asks a processor for less than LLVM is told."""
     known = {"neon": "asimd", "dotprod": "asimddp", "avx512vnni": "avx512_vnni", "avxvnni": "avx_vnni"}
+    known |= {"avx512bf16": "avx512_bf16"}
     for isa in LEVELS.values():
         told = {name[1:] for name in isa.mattr}
         flags = {known.get(name, name.replace("-", "_")) for name in told}

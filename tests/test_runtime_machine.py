@@ -11,7 +11,7 @@ from llmc.runtime.memory import plan_kv_cache
 
 HASWELL = "fpu sse4_2 avx avx2 fma f16c bmi1 bmi2 movbe abm"
 CASCADE_LAKE = HASWELL + " avx512f avx512bw avx512cd avx512dq avx512vl avx512_vnni"
-SAPPHIRE_RAPIDS = CASCADE_LAKE + " avx_vnni amx_bf16 amx_tile amx_int8"
+SAPPHIRE_RAPIDS = CASCADE_LAKE + " avx_vnni avx512_bf16 amx_bf16 amx_tile amx_int8"
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,7 @@ SAPPHIRE_RAPIDS = CASCADE_LAKE + " avx_vnni amx_bf16 amx_tile amx_int8"
         (HASWELL + " avx_vnni", ["generic", "avx2", "avxvnni"]),
         (CASCADE_LAKE, ["generic", "avx2", "avx512vnni"]),
         (CASCADE_LAKE.replace("avx512vl ", ""), ["generic", "avx2"]),
+        (CASCADE_LAKE + " avx512_bf16 sse4a", ["generic", "avx2", "avx512vnni", "zen4"]),
         (SAPPHIRE_RAPIDS.replace(" amx_int8", ""), ["generic", "avx2", "avxvnni", "avx512vnni"]),
         (SAPPHIRE_RAPIDS, ["generic", "avx2", "avxvnni", "avx512vnni", "amx"]),
     ],

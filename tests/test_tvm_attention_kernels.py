@@ -11,6 +11,7 @@ import torch
 from llmc.codegen.tvm.kernels.attention import make_paged_attention
 from llmc.codegen.tvm.kernels.cache import make_append_kv, to_logical, to_physical
 from llmc.codegen.tvm.kernels.elementwise import make_activation, make_gated_mlp, make_rope
+from llmc.codegen.tvm.kernels.isa import get_isa
 from llmc.codegen.tvm.kernels.layout import pack_rows
 from llmc.codegen.tvm.kernels.linear import make_linear
 from llmc.codegen.tvm.kernels.norms import make_layer_norm, make_rms_norm
@@ -252,7 +253,9 @@ def check_attention(
 ) -> None:
     """A batch against the reference; sequences alone, and chunks (sequence, start, stop), bit for bit.
 
-    Queries and weights have 16 bits in tiles, and products less by 2^-16 of their factors are left out.
+    Queries and weights have 16 bits in tiles, and products less by 2^-16 of their factors are left out. Where
+    pairs are multiplied, both are bfloat16: the reference is given such queries, and each weight is off by
+    2^-9 of itself at most.
     """
     heads, kv_heads, dim, options = case
     batch = Batch(lengths, heads, kv_heads, dim, dtype)
@@ -263,7 +266,12 @@ def check_attention(
     per_head.append(distance_table(heads) if options.get("distances") else None)
     operands = [None if x is None else value(x) for x in per_head]
     op = cache_ops.PagedAttention(*map(value, arrays), *operands, scale=0.3, **fields)
-    close(whole, meaning(op, *arrays, *per_head), 3e-5 if isa == "amx" else 5e-6)
+    tolerance = 3e-5 if isa == "amx" else 5e-6
+    if get_isa(isa).bfloat and dtype == "bfloat16" and dim % 16 == 0:
+        factor = np.float32(0.3 / options["softcap"] if "softcap" in options else 0.3 * math.log2(math.e))
+        rounded = (batch.q * factor).astype(to_numpy("bfloat16")).astype(np.float32) / factor
+        arrays, tolerance = (rounded, *arrays[1:]), 2**-9
+    close(whole, meaning(op, *arrays, *per_head), tolerance)
     alone = [(b, 0, new) for b, (_, new) in enumerate(lengths) if new]
     for b, start, stop in (*alone, *(chunks if options.get("causal", True) else ())):
         first = batch.start[b]

@@ -101,6 +101,7 @@ def test_embedding_of_a_bad_id_stays_inside_the_table(isa: str) -> None:
     ("isa", "pattern"),
     [
         ("amx", r"tdpbssd\s.*%tmm"),
+        ("zen4", r"vpdpbusd\s.*%zmm"),
         ("avx512vnni", r"vpdpbusd\s.*%zmm"),
         ("avxvnni", r"\{vex\}\s+vpdpbusd\s.*%ymm"),
         ("avx2", r"vpmaddubsw\s.*%ymm"),
@@ -115,7 +116,7 @@ def test_a_level_multiplies_with_its_own_instruction(isa: str, pattern: str) -> 
     assert re.search(pattern, assembly)
     if isa != "amx":
         assert "tmm" not in assembly
-    if isa not in ("amx", "avx512vnni"):
+    if isa not in ("amx", "zen4", "avx512vnni"):
         assert "zmm" not in assembly
     if isa == "generic":
         assert "ymm" not in assembly and "fmaf" not in assembly
@@ -127,6 +128,29 @@ def test_attention_of_bfloat16_multiplies_in_tiles() -> None:
         function = make_paged_attention(**heads, kv_dtype=kind, isa="amx")
         assembly = compiled(function, "amx").inspect_source("asm")
         assert bool(re.search(r"tdpbf16ps\s.*%tmm", assembly)) == tiles
+
+
+@pytest.mark.parametrize(
+    ("isa", "kind", "head_dim", "words"),
+    [
+        ("zen4", "bfloat16", 32, True),
+        ("zen4", "bfloat16", 24, False),
+        ("zen4", "float16", 32, False),
+        ("avx512vnni", "bfloat16", 32, False),
+    ],
+)
+def test_attention_of_bfloat16_multiplies_pairs(isa: str, kind: str, head_dim: int, words: bool) -> None:
+    function = make_paged_attention(heads=2, kv_heads=1, head_dim=head_dim, scale=1.0, kv_dtype=kind, isa=isa)
+    assembly = compiled(function, isa).inspect_source("asm")
+    assert bool(re.search(r"vdpbf16ps\s.*%zmm", assembly)) == words
+
+
+@pytest.mark.parametrize(("isa", "second"), [("zen4", True), ("avx512vnni", False), ("amx", False)])
+def test_weights_are_fetched_to_the_cache_of_the_level(isa: str, second: bool) -> None:
+    """What will be written, to the nearest one."""
+    function = make_quantized_linear(n=32, k=64, bits=4, group_size=64, isa=isa)
+    found = set(re.findall(r"prefetch(t\d)", compiled(function, isa).inspect_source("asm")))
+    assert found == ({"t0", "t1"} if second else {"t0"})
 
 
 @pytest.mark.parametrize("isa", list(LEVELS))

@@ -95,7 +95,7 @@ def test_every_schedule_gives_the_same_bits_of_a_gated_mlp(schedule: Schedule) -
             np.testing.assert_array_equal(got, wanted, err_msg=f"{rows} rows")
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avxvnni", "avx512vnni", "amx"])
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avxvnni", "avx512vnni", "zen4", "amx"])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_what_is_shipped_and_what_is_tried_are_schedules(isa: str, bits: int) -> None:
     lay = replace(LAYOUT, bits=bits, zero_point=None)

@@ -12,8 +12,9 @@ from typing import Any
 from tvm.script.ir_builder import tirx as T
 
 from . import attention_tiles as in_tiles
-from .attention_blocks import Block, Merged, finish
+from .attention_blocks import Merged, finish
 from .attention_spec import MANY_ROWS, SEGMENT, Attention, Buffers, Memory, advance
+from .attention_words import block_of
 from .builder import LANES, Expr, Kernel, let, put, put1, scalar, vec
 from .cache import pages_argument
 from .isa import Isa
@@ -40,7 +41,7 @@ def _by_rows(spec: Attention, at: Buffers, tokens: Expr, isa: Isa, block: tuple[
             start = let(row[0])
 
             def take(count: int, start: Expr = start, here: Expr = here) -> None:
-                Block(spec, at, (start, here, head), (count, heads), isa).run()
+                block_of(spec, isa)(spec, at, (start, here, head), (count, heads), isa).run()
                 put1(row, start + count, 0)
 
             if rows == 1:
@@ -78,7 +79,7 @@ def _by_segments(spec: Attention, at: Buffers, tokens: Expr, segments: Expr, isa
         row, head = let(item // columns), let(item % columns * heads)
         sequence = scalar(T.int32(0), "int32")
         advance(at, sequence, row)
-        block = Block(spec, at, (row, let(sequence[0]), head), (1, heads), isa)
+        block = block_of(spec, isa)(spec, at, (row, let(sequence[0]), head), (1, heads), isa)
         block.prepare()
         block.segment(segment)
         put(state, vec(block.best, 0), w, 0, 0)

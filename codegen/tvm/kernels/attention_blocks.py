@@ -114,7 +114,7 @@ class Block:
         self.pairs = in_pairs(spec.kv_dtype, spec.head_dim)
         self.cells = _cells(size)
         self.memory = Memory(len(self.cells) * (3 * spec.head_dim + TILE * PAGE_SIZE))
-        self.query = self.memory.take(len(self.cells), spec.head_dim)
+        self.query = self.memory.take(len(self.cells), self.query_width)
         self.acc = self.memory.take(len(self.cells), spec.head_dim)
         self.weights = self.memory.take(len(self.cells), TILE * PAGE_SIZE)
         # Enough independent chains of multiply-adds to hide their latency, with few cells too; what they
@@ -126,6 +126,11 @@ class Block:
         self.rescale = register()
         self.best = register()
         self.total = register()
+
+    @property
+    def query_width(self) -> int:
+        """float32 elements that hold the query of a cell."""
+        return self.spec.head_dim
 
     def run(self) -> None:
         """All segments, and the result."""
@@ -159,9 +164,13 @@ class Block:
 
             def scale(d: Expr, lanes: int, i: Expr = i, r: Expr = r, h: Expr = h) -> None:
                 q = _get(lanes, self.at.q, self.row + r, self.head + h, d)
-                _put(lanes, self.query, q * _all(lanes, factor), i, d)
+                self._put_query(lanes, q * _all(lanes, factor), i, d)
 
             _for_elements(spec.head_dim, scale)
+
+    def _put_query(self, lanes: int, query: Expr, cell: Expr, d: Expr) -> None:
+        """Keep elements d … of a cell's query."""
+        _put(lanes, self.query, query, cell, d)
 
     def segment(self, segment: Expr) -> None:
         """best, total and acc of one segment; it may hold no page that is seen."""
@@ -211,18 +220,12 @@ class Block:
             # A page beyond the last is the last again; no row sees the tokens that it would hold.
             pages = [let(self.at.block_table[self.sequence, T.min(begin + slot, end - 1)]) for slot in slots]
             score = [[register(f32s(0)) for _ in pages] for _ in self.cells]
-
             width = 2 if self.pairs else 1
             with T.serial(0, spec.head_dim // width) as d:
                 place = d * width * PAGE_SIZE
                 for page in pages:  # its values are next, and the processor foresees no jump to another page
                     prefetch(self.at.pages, 1, page, self.kv_head, 0, place)
-                for half in range(width):
-                    keys = [(u, self._element(0, page, place, half)) for u, page in enumerate(pages)]
-                    for i, _, _ in self.cells:
-                        query = let(splat(self.query[i, d * width + half]))
-                        for u, key in keys:
-                            put(score[i][u], fma(query, key, vec(score[i][u], 0)), 0)
+                self._add_keys(score, pages, d, place)
             slopes = self._slopes()
             for u, (slot, page) in enumerate(zip(slots, pages, strict=True)):
                 seen = self._seen(begin + slot)
@@ -237,6 +240,18 @@ class Block:
                     if self.at.distances is not None:
                         s = fma(self._by_distance(begin + slot, r, h), f32s(LOG2E), let(s))
                     put(self.weights, T.Select(seen[r], s, f32s(NOTHING)), i, slot * PAGE_SIZE)
+
+    def _add_keys(self, score: list[list[Buffer]], pages: list[Expr], d: Expr, place: Expr) -> None:
+        """Add to score[cell][page] the products of what stands at `place` of the pages' keys: element d of
+        them, or, in pages of pairs, elements 2 · d and 2 · d + 1.
+        """
+        width = 2 if self.pairs else 1
+        for half in range(width):
+            keys = [(u, self._element(0, page, place, half)) for u, page in enumerate(pages)]
+            for i, _, _ in self.cells:
+                query = let(splat(self.query[i, d * width + half]))
+                for u, key in keys:
+                    put(score[i][u], fma(query, key, vec(score[i][u], 0)), 0)
 
     def _element(self, which: int, page: Expr, at: Expr, half: int) -> Expr:
         """16 elements of the keys (0) or values (1) of a page; in a page of pairs, the first (`half` = 0) or
@@ -304,8 +319,15 @@ class Block:
                 put(sums[i], vec(sums[i], 0) + weight, 0)
                 # The scale of a token that the row does not see may be NaN, and 0 · NaN is no 0.
                 scaled = weight if scale is None else T.Select(seen[r], weight * scale, f32s(0))
-                put(self.weights, scaled, i, slot * PAGE_SIZE)
+                self._put_weights(scaled, i, slot)
         put(self.total, fma(vec(self.total, 0), rescale, lane_sums([vec(cell, 0) for cell in sums])), 0)
+
+    def _put_weights(self, weights: Expr, cell: int, slot: Expr) -> None:
+        """Keep the weights of a page where its scores are, or were those of an earlier page."""
+        put(self.weights, weights, cell, slot * PAGE_SIZE)
+
+    def _add_value(self, acc: Expr, weight: Expr, value: Expr) -> Expr:
+        return fma(weight, value, acc)
 
     def _values(self, begin: Expr, end: Expr) -> None:
         """acc = acc · rescale + Σ_j weight[j] · v[j], over the tokens that any row of the block sees."""
@@ -324,7 +346,7 @@ class Block:
                     for i, _, _ in self.cells:
                         weight = let(splat(self.weights[i, column]))
                         for u, value in enumerate(values):
-                            put(acc[i][u], fma(weight, value, vec(acc[i][u], 0)), 0)
+                            put(acc[i][u], self._add_value(vec(acc[i][u], 0), weight, value), 0)
 
                 self._each_value((begin, end), (c, self.chunks // parts), places, add)
                 for i, _, _ in self.cells:
@@ -361,34 +383,44 @@ class Block:
         Only those are touched: what stands beside them may be NaN, and 0 · NaN is no 0.
         """
         width, (begin, end) = self.spec.head_dim, pages
-        number, turns = turn
-        units = PAGE_SIZE // 2 if self.pairs else PAGE_SIZE
-
-        def ahead(column: Expr, unit: Expr) -> None:
-            if turns == 1 or self.rows == 1:  # with more rows there is more to do for each page than to fetch
-                page = begin + T.floordiv(column, PAGE_SIZE)
-                self._prefetch_keys(page, number * units + unit, turns * units)
-
         if not self.pairs:
             with self._tokens(begin, end) as (page, j, column):
-                ahead(column, j)
+                self.prefetch_keys(begin + T.floordiv(column, PAGE_SIZE), turn, j, PAGE_SIZE)
                 add(column, [self._element(1, page, j * width + place, 0) for place in places])
             return
-        with self._pairs(begin, end) as (page, pair, column, first, last):
-            ahead(column, pair)
+        with self.pairs_seen(begin, end) as (page, pair, column, first, last):
+            self.prefetch_keys(begin + T.floordiv(column, PAGE_SIZE), turn, pair, PAGE_SIZE // 2)
             for half in range(2):
                 token = 2 * pair + half
                 with T.If(T.And(token >= first, token < last)), T.Then():
                     at = [(pair * width + place) * 2 for place in places]
                     add(column + half, [self._element(1, page, one, half) for one in at])
 
-    def _prefetch_keys(self, page: Expr, part: Expr, parts: int) -> None:
-        """A part of the keys of the page that stands a tile behind page number `page`."""
+    def prefetch_keys(self, page: Expr, turn: tuple[Expr, int], unit: Expr, units: int) -> None:
+        """In unit number `unit` of a walk over page number `page`: its share of the keys of the page that
+        stands a tile behind, or of the first pages that are likely read next. turn: as in `_each_value`.
+        """
+        number, turns = turn
+        if turns > 1 and self.rows > 1:  # then there is more to do for each page than to fetch
+            return
+        part, parts = number * units + unit, turns * units
         size = itemsize(self.spec.kv_dtype)
         lines = -(-PAGE_SIZE * self.spec.head_dim * size // (64 * parts))
-        ahead = self.at.block_table[self.sequence, T.min(page + TILE, self.last - 1)]
+        ahead, head = self._behind(page + TILE)
         for line in range(lines):
-            prefetch(self.at.pages, 0, ahead, self.kv_head, 0, (part * lines + line) * (64 // size))
+            prefetch(self.at.pages, 0, ahead, head, 0, (part * lines + line) * (64 // size))
+
+    def _behind(self, number: Expr) -> tuple[Expr, Expr]:
+        """(page, key/value head) of page number `number` of this sequence; behind its last page the first
+        ones of the next head, and behind those of the last head the next sequence's.
+        """
+        table, heads = self.at.block_table, self.spec.kv_heads
+        sequences, width = table.shape
+        within, same = number < self.last, self.kv_head + 1 < heads
+        head = T.Select(within, self.kv_head, T.Select(same, self.kv_head + 1, T.int32(0)))
+        sequence = T.Select(T.Or(within, same), self.sequence, T.min(self.sequence + 1, sequences - 1))
+        place = T.Select(within, number, T.min(number - self.last + self.first, width - 1))
+        return let(table[sequence, place]), let(head)
 
     @contextmanager
     def _tokens(self, begin: Expr, end: Expr) -> Generator[tuple[Expr, Expr, Expr]]:
@@ -404,7 +436,7 @@ class Block:
                 yield page, j, slot * PAGE_SIZE + j
 
     @contextmanager
-    def _pairs(self, begin: Expr, end: Expr) -> Generator[tuple[Expr, ...]]:
+    def pairs_seen(self, begin: Expr, end: Expr) -> Generator[tuple[Expr, ...]]:
         """Loops over pairs of tokens one of which any row sees: page, pair in it, column of `weights` of its
         first token, and the tokens [first, last) of the page that are seen.
         """

@@ -147,19 +147,21 @@ _ADD = f"""{_DEFINE} {_V} @llmc_add({_V} %x, {_V} %y) alwaysinline {{
 }}"""
 
 
-def _prefetch(name: str, write: int) -> str:
-    """To the nearest cache."""
+def _prefetch(name: str, write: int, cache: int = 1) -> str:
+    """To the nearest cache (1) or to the second (2); LLVM counts from the other end."""
     return f"""{_DEFINE} i32 @{name}(ptr %p) alwaysinline {{
-  call void @llvm.prefetch.p0(ptr %p, i32 {write}, i32 3, i32 1)
+  call void @llvm.prefetch.p0(ptr %p, i32 {write}, i32 {4 - cache}, i32 1)
   ret i32 0
 }}"""
 
 
-_PREFETCHES = [
-    "declare void @llvm.prefetch.p0(ptr, i32, i32, i32)",
-    _prefetch("llmc_prefetch", 0),
-    _prefetch("llmc_prefetch_to_write", 1),
-]
+def _prefetches(isa: Isa) -> list[str]:
+    return [
+        "declare void @llvm.prefetch.p0(ptr, i32, i32, i32)",
+        _prefetch("llmc_prefetch", 0, isa.fetched_to),
+        _prefetch("llmc_prefetch_to_write", 1),
+    ]
+
 
 _HALF_HARDWARE = f"""{_DEFINE} {_V} @llmc_from_half(<16 x i16> %h) alwaysinline {{
   %x = bitcast <16 x i16> %h to <16 x half>
@@ -231,6 +233,23 @@ _TO_BFLOAT = f"""{_DEFINE} <16 x i16> @llmc_to_bfloat({_V} %x) alwaysinline {{
   %v = select <16 x i1> %nan, {_I} %quiet, {_I} %near
   %r = trunc {_I} %v to <16 x i16>
   ret <16 x i16> %r
+}}"""
+
+
+# Products of pairs of bfloat16, the odd ones added first (Intel SDM vol. 2, VDPBF16PS: each sum is rounded to
+# the nearest, numbers below the normal ones are zeros); and 16 floats as 8 words of two neighbours.
+_BFLOAT_WORDS = f"""declare {_V} @llvm.x86.avx512bf16.dpbf16ps.512({_V}, <32 x bfloat>, <32 x bfloat>)
+declare <16 x bfloat> @llvm.x86.avx512bf16.cvtneps2bf16.512({_V})
+{_DEFINE} {_V} @llmc_dot_bfloat({_V} %acc, {_V} %x, {_V} %y) alwaysinline {{
+  %a = bitcast {_V} %x to <32 x bfloat>
+  %b = bitcast {_V} %y to <32 x bfloat>
+  %r = call {_V} @llvm.x86.avx512bf16.dpbf16ps.512({_V} %acc, <32 x bfloat> %a, <32 x bfloat> %b)
+  ret {_V} %r
+}}
+{_DEFINE} <8 x float> @llmc_bfloat_words({_V} %x) alwaysinline {{
+  %h = call <16 x bfloat> @llvm.x86.avx512bf16.cvtneps2bf16.512({_V} %x)
+  %r = bitcast <16 x bfloat> %h to <8 x float>
+  ret <8 x float> %r
 }}"""
 
 
@@ -376,6 +395,9 @@ def library(isa_name: str) -> str:
     isa = get_isa(isa_name)
     halves = _HALF_HARDWARE if isa.half else _HALF_PLAIN
     many = [_many(name, count) for name in ("sum", "max") for count in (4, 8, 12, 16)]
-    others = (_round(), _ADD, _OPAQUE, *_PREFETCHES, halves, _TO_BFLOAT)
+    others = (_round(), _ADD, _OPAQUE, *_prefetches(isa), halves, _TO_BFLOAT)
     registers = tiles() if isa.tiles else []
-    return "\n".join([*_fma(isa), *_reductions(), *many, *others, *_dots(isa), *codes(isa), *registers])
+    words = [_BFLOAT_WORDS] if isa.bfloat else []
+    return "\n".join(
+        [*_fma(isa), *_reductions(), *many, *others, *_dots(isa), *codes(isa), *registers, *words]
+    )

@@ -275,10 +275,14 @@ class Packed:
         lay = self.ops.layout
         size = 64 * lay.words * plane.width // 8  # bytes of a step
         start = plane.offset + step * size
-        # Of the next block where this one has ended.
-        later = group + max(1, self.ops.ahead // lay.weight_shape[-1])
-        for v in range(-(-size // 64) if self.ops.ahead else 0):
-            prefetch(self.ops.weight, block, later, start + 64 * v)
+        if self.ops.ahead:
+            # A panel is read group by group; behind its last one comes the next panel.
+            ahead = min(max(1, self.ops.ahead // lay.weight_shape[-1]), lay.groups)
+            later = group + ahead
+            behind = T.Select(later >= lay.groups, T.int32(1), T.int32(0))
+            place = block + behind * self.count, later - behind * lay.groups
+            for v in range(-(-size // 64)):
+                prefetch(self.ops.weight, *place, start + 64 * v)
         if plane.width == 1:
             half = vec(self.ops.weight, block, group, start, lanes=32)
             vectors = [let(call("uint8x64", "llmc_spread_bits", half))]

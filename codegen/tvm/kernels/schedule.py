@@ -33,8 +33,8 @@ class Schedule:
     unpack: int
     """Rows from which on a panel is unpacked first (with tiles: multiplied in tile registers); 0: never."""
     ahead: int = 2048
-    """Bytes by which weights are fetched ahead: what a processor fetches by itself ends with a page of 4,096,
-    and one token waits for nothing but weights. 0: not at all.
+    """Bytes of each block by which weights are fetched ahead: what a processor fetches by itself ends with a
+    page of 4,096, and one token waits for nothing but weights. 0: not at all.
     """
 
     @staticmethod
@@ -66,7 +66,7 @@ def default_schedule(isa: Isa, layout: QuantLayout, *, tiles: bool) -> Schedule:
     """The sizes that are shipped. `tiles`: whether many rows are multiplied in tile registers."""
     bits = layout.bits
     if isa.live_vectors >= 32:
-        many, few, width = (6, 2, 1), ((6, 4, 2, 1) if bits == 8 else (4, 2, 1)), 2
+        many, few, width = (6, 2, 1), ((6, 4, 2, 1) if bits == 8 or isa.spare_units else (4, 2, 1)), 2
     elif isa.dot == "maddubs":
         many, few, width = (4, 2, 1), (4, 2, 1), 1
     elif isa.live_vectors >= 8:
@@ -81,22 +81,26 @@ def default_schedule(isa: Isa, layout: QuantLayout, *, tiles: bool) -> Schedule:
         return Schedule(few, many, width, 16 if layout.group >= 48 else 24)
     if isa.pairs_rows:
         return Schedule(few, (4, 2, 1), width, 16)  # counted in instructions, not measured
+    ahead = 2048 if isa.fetched_to == 1 else 4096
     if bits == 8:
-        return Schedule(few, many, width, 0)
+        return Schedule(few, many, width, 0, ahead)
+    if isa.spare_units and bits == 4:
+        # Then panels are read as they lie until what zero points take off each total costs more.
+        return Schedule(few, many, width, 64 if layout.zero_point else 256, ahead)
     # Halves of bytes are unpacked by a shift and a mask, which wide vectors do beside the products.
     cheap = bits == 4 and (isa.live_vectors >= 32 or isa.dot == "maddubs")
-    return Schedule(few, many, width, 20 if cheap else 8)
+    return Schedule(few, many, width, 20 if cheap else 8, ahead)
 
 
 def alternatives(schedule: Schedule, *, tiles: bool) -> list[tuple[str, list[Any]]]:
     """What a search may try, one field after the other: field → values other than the schedule's."""
     rows = [(2, 1), (3, 1), (4, 2, 1), (5, 2, 1), (6, 2, 1), (6, 4, 2, 1), (8, 4, 2, 1)]
     tried: list[tuple[str, list[Any]]] = [
-        ("ahead", [0, 512, 1024, 4096]),
+        ("ahead", [0, 512, 1024, 2048, 4096]),
         ("few", [(1,), *rows]),
         ("width", [1, 2, 4, 8, 16] if tiles else [1, 2, 3]),
     ]
     if schedule.unpack:
-        tried += [("unpack", [16, 32, 48] if tiles else [12, 16, 20, 24, 32, 48, 64])]
+        tried += [("unpack", [16, 32, 48] if tiles else [12, 16, 20, 24, 32, 48, 64, 128])]
         tried += [] if tiles else [("many", rows)]
     return [(name, [v for v in values if v != getattr(schedule, name)]) for name, values in tried]

@@ -1,0 +1,79 @@
+"""Attention of a block of rows and heads by products of pairs of bfloat16 (`Isa.bfloat`).
+
+As in `attention_blocks`, but that queries, once scaled, and weights are rounded to bfloat16, as keys and
+values are in the cache, and that two elements of a query, or two weights, are multiplied at once by the words
+in which pages hold two neighbours: half as many instructions, and none that widen. What the result is divided
+by is the sum of the weights before they are rounded.
+
+A token of a pair that no row of the block sees is taken out of the word, since what stands there may be NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tvm.script.ir_builder import tirx as T
+
+from .attention_blocks import Block
+from .attention_spec import Attention
+from .builder import LANES, Buffer, Expr, call, let, put, splat, vec
+from .cache import PAGE_SIZE, in_pairs
+from .isa import Isa
+
+_PAIRS = PAGE_SIZE // 2
+"""Words of a page's weights."""
+
+
+class WordBlock(Block):
+    """A `Block` whose query and weights are words of two neighbours, kept as float32 of the same bits."""
+
+    @property
+    def query_width(self) -> int:
+        return self.spec.head_dim // 2
+
+    def _put_query(self, lanes: int, query: Expr, cell: Expr, d: Expr) -> None:
+        assert lanes == LANES
+        put(self.query, call("float32x8", "llmc_bfloat_words", query), cell, T.floordiv(d, 2), lanes=8)
+
+    def _add_keys(self, score: list[list[Buffer]], pages: list[Expr], d: Expr, place: Expr) -> None:
+        keys = [let(self._words(0, page, place)) for page in pages]
+        for i, _, _ in self.cells:
+            query = let(splat(self.query[i, d]))
+            for total, key in zip(score[i], keys, strict=True):
+                put(total, self._add_value(vec(total, 0), query, key), 0)
+
+    def _put_weights(self, weights: Expr, cell: int, slot: Expr) -> None:
+        put(self.weights, call("float32x8", "llmc_bfloat_words", weights), cell, slot * _PAIRS, lanes=_PAIRS)
+
+    def _add_value(self, acc: Expr, weight: Expr, value: Expr) -> Expr:
+        return call("float32x16", "llmc_dot_bfloat", acc, weight, value)
+
+    def _each_value(
+        self,
+        pages: tuple[Expr, Expr],
+        turn: tuple[Expr, int],
+        places: list[Expr],
+        add: Callable[[Expr, list[Expr]], None],
+    ) -> None:
+        """As there; two tokens at a time, their column that of their word."""
+        width, (begin, end) = self.spec.head_dim, pages
+        with self.pairs_seen(begin, end) as (page, pair, column, first, last):
+            self.prefetch_keys(begin + T.floordiv(column, PAGE_SIZE), turn, pair, _PAIRS)
+            token = 2 * pair
+            lower = T.Select(token >= first, T.uint32(0xFFFF), T.uint32(0))
+            upper = T.Select(token + 1 < last, T.uint32(0xFFFF0000), T.uint32(0))
+            seen = let(splat(T.bitwise_or(lower, upper)))
+            words = [self._words(1, page, (pair * width + place) * 2) for place in places]
+            bits = [T.bitwise_and(T.reinterpret(word, dtype="uint32x16"), seen) for word in words]
+            add(T.floordiv(column, 2), [let(T.reinterpret(b, dtype="float32x16")) for b in bits])
+
+    def _words(self, which: int, page: Expr, place: Expr) -> Expr:
+        """16 words of the keys (0) or values (1) of a page."""
+        stored = vec(self.at.pages, which, page, self.kv_head, 0, place, lanes=2 * LANES)
+        return T.reinterpret(stored, dtype="float32x16")
+
+
+def block_of(spec: Attention, isa: Isa) -> type[Block]:
+    """How blocks of that attention are computed at a level."""
+    words = isa.bfloat and in_pairs(spec.kv_dtype, spec.head_dim) and spec.head_dim % LANES == 0
+    return WordBlock if words else Block
