@@ -11,6 +11,7 @@ from llmc.ir.core import Graph
 from llmc.ir.errors import UnsupportedError, VerifyError
 from llmc.ir.ops.cache import GatherLast, PagedAttention
 from llmc.ir.ops.math import CumSum
+from llmc.ir.ops.nn import Linear
 from llmc.ir.ops.shape import Full
 from llmc.ir.types import sym
 from llmc.ir.verifier import verify
@@ -19,7 +20,9 @@ from llmc.passes.cache.paging import PageKvCache
 from llmc.passes.manager import run_passes
 from torch import nn
 
-from .graphs import PagedRun, logits_of, notes, opnames, passes_to, worst
+from .graphs import PagedRun, logits_of, lowered, notes, opnames, passes_to, worst
+from .graphs import traced as traced_model
+from .models import tiny_model
 
 WIDTH, HEADS = 16, 2
 Change = Callable[[torch.Tensor], torch.Tensor]
@@ -142,12 +145,25 @@ def test_rows_are_chosen_before_the_norm_and_the_head() -> None:
     assert next(op for op in graph if isinstance(op, GatherLast)).x.shape == (sym("T"), WIDTH)
 
 
-def test_rows_that_are_used_twice_are_chosen_after_the_join() -> None:
-    """x and a function of x meet again: the choice of rows stands behind the place where they part."""
+def test_rows_that_part_and_meet_are_chosen_before_they_part() -> None:
+    """Rows are chosen of what attention gives, and of what is added to it, which attention reads whole."""
     model = Tiny(lambda x: x + torch.tanh(x))
-    rows = PagedRun(paged(model)).step([("a", FIRST), ("b", SECOND)], last_only=True)
+    graph = paged(model)
+    assert [op.x.producer.opname for op in graph if isinstance(op, GatherLast)] == ["embedding", "reshape"]
+    of_wanted = [op.opname for op in graph if op.results[0].shape[0] == sym("R")]
+    assert of_wanted == ["gather_last", "gather_last", "add", "tanh", "add", "layer_norm", "linear"]
+    rows = PagedRun(graph).step([("a", FIRST), ("b", SECOND)], last_only=True)
     assert worst(rows[0], expected(model, FIRST)[-1:]) < 1e-5
     assert worst(rows[1], expected(model, SECOND)[-1:]) < 1e-5
+
+
+def test_of_the_last_layer_only_keys_values_and_queries_are_of_all_rows() -> None:
+    model = tiny_model("llama")
+    graph, _ = lowered(traced_model(model), "paged")
+    wanted = {op.loc for op in graph if isinstance(op, Linear) and op.results[0].shape[0] == sym("R")}
+    last = f"model.layers.{model.config.num_hidden_layers - 1}"
+    assert {"lm_head", f"{last}.self_attn.o_proj", f"{last}.mlp.down_proj"} <= wanted
+    assert not [where for where in wanted if not where.startswith((last, "lm_head")) or "k_proj" in where]
 
 
 MIXING: dict[str, tuple[Change, str]] = {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...ir.core import Value
-from ...ir.types import Dim
+from ...ir.core import Graph, Value
+from ...ir.types import Dim, sym
 from . import kernels
 from .kernels.layout import QuantLayout, has_bytes
 from .lower import Lowering, emits
@@ -16,6 +16,7 @@ LOGITS_APART = 4
 """Activations kept apart of each row that logits are wanted of: of a small model's head they take 3/4 of what
 int8 loses there, and of a step with few rows little time.
 """
+_WANTED = sym("R")
 
 Source = tuple[int, int]
 """(row width, first column): an operand that stands in columns of a wider matrix."""
@@ -176,8 +177,8 @@ def form_of(layout: QuantLayout) -> dict[str, Any]:
 
 def kept_apart(x: Value, layout: QuantLayout) -> int:
     """How many of each row's largest activations are kept apart where x is quantized for weights of that
-    layout: of norms, through which the few large columns of the residual stream go; more of the rows that
-    logits are wanted of, which are few and decide alone. Attention has no such columns, and rows of gated
+    layout: of norms, through which the few large columns of the residual stream go; more of the rows that the
+    head reads, which are few and decide alone. Attention has no such columns, and rows of gated
     MLPs are made in parts, by several threads.
     """
     from .kernels.activation import whole_groups
@@ -185,13 +186,22 @@ def kept_apart(x: Value, layout: QuantLayout) -> int:
     op: Any = x.producer
     if op is None or not whole_groups(layout):
         return 0
-    if op.opname in ("rms_norm", "layer_norm"):
-        return LOGITS_APART if _is_wanted_rows(op.x) else 1
-    return LOGITS_APART if _is_wanted_rows(x) else 0
+    if x.shape[0] == _WANTED and _makes_logits(x, op.graph):
+        return LOGITS_APART
+    return 1 if op.opname in ("rms_norm", "layer_norm") else 0
 
 
-def _is_wanted_rows(x: Value) -> bool:
-    return x.producer is not None and x.producer.opname == "gather_last"
+def _makes_logits(x: Value, graph: Graph) -> bool:
+    """Whether x, of the rows that logits are wanted of, is what the head reads."""
+    value = graph.outputs[0]
+    while value.producer is not None:
+        if x in value.producer.operands:
+            return True
+        rows = [v for v in value.producer.operands if not v.is_weight and v.shape[:1] == (_WANTED,)]
+        if len(rows) != 1:
+            return False
+        value = rows[0]
+    return False
 
 
 def quantized_activation(low: Lowering, x: Value, layout: QuantLayout) -> list[Any]:

@@ -177,7 +177,7 @@ class PagedAttention(Op):
 class GatherLast(Op):
     """The wanted rows: x [T, D], index [R] → [R, D].
 
-    Everything after it (norm, head) runs on those rows only.
+    Everything after it runs on those rows only.
     """
 
     x: Operand

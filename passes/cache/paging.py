@@ -9,10 +9,10 @@ interface").
     attention(q, k, v)     → pages' = append_kv(k, v, pages); paged_attention(q, pages', …)
     … that sees a window   → the same over slot_mapping.W [T], block_table.W [B, P] and pages [2, NW, …]
     recurrences            → the same with a state a sequence (`state.py`)
-    logits of every row    → gather_last before the final norm: only wanted rows go through the head
+    logits of every row    → of wanted rows alone, from the last layer's attention on (`wanted.py`)
 
 What is left must treat every token alone: sequences stand back to back in T, so an op that mixes rows would
-mix strangers. `row_mixing` refuses such an op by name and module.
+mix strangers. `rows.row_mixing` refuses such an op by name and module.
 """
 
 from __future__ import annotations
@@ -24,75 +24,18 @@ from ...ir.dtypes import is_float
 from ...ir.errors import InputError, UnsupportedError
 from ...ir.ops import math as m
 from ...ir.ops.attention import Attention, Sdpa
-from ...ir.ops.cache import AppendKv, GatherLast, PagedAttention
-from ...ir.ops.nn import Embedding, LayerNorm, Linear, RmsNorm
-from ...ir.ops.quant import QuantizedEmbedding, QuantizedLinear
-from ...ir.ops.select import TopK
-from ...ir.ops.shape import Arange, Concat, DimValue, Expand, Full, Gather, Index, Reshape, Slice
-from ...ir.ops.state import Recurrence
+from ...ir.ops.cache import AppendKv, PagedAttention
+from ...ir.ops.nn import Embedding
+from ...ir.ops.quant import QuantizedEmbedding
+from ...ir.ops.shape import Arange, Concat, Expand, Full, Reshape, Slice
 from ...ir.rewriter import constant
-from ...ir.types import Dim, DimExpr, Shape, TensorType, sym
+from ...ir.types import Dim, Shape, TensorType, sym
 from ..base import Pass, PassContext, PassResult
+from .rows import R, T, mentions_tokens, row_mixing
 from .state import keep_states, recurrences
+from .wanted import gather_wanted_rows
 
-T, B, P_, R, N = sym("T"), sym("B"), sym("P"), sym("R"), sym("N")
-
-
-def _mentions_tokens(d: Dim) -> bool:
-    return isinstance(d, DimExpr) and "T" in d.symbols()
-
-
-def _token_axes(shape: Shape) -> list[int]:
-    return [i - len(shape) for i, d in enumerate(shape) if _mentions_tokens(d)]
-
-
-def row_mixing(op: Op) -> str | None:
-    """Why an op of the paged graph mixes rows of different tokens, or None when every row stands alone."""
-    axes = [_token_axes(v.shape) for v in op.operands]
-    out = _token_axes(op.results[0].shape)
-    if any(len(a) > 1 for a in (*axes, out)):
-        return "has two axes of tokens"
-    inner = {a[0] for a in axes if a}
-    match op:
-        case Sdpa() | Attention():
-            return "attends to other tokens and was not paged"
-        case Recurrence():
-            return None if op.kept else "runs along the tokens"
-        case m.CumSum() | m.Diff() if getattr(op, "axis", -1) in inner:
-            return "runs along the tokens"
-        case m.Reduce() if inner & set(op.axes):
-            return "reduces over tokens"
-        case m.Softmax() if op.axis in inner:
-            return "normalises over tokens"
-        case m.MatMul() if axes[0] == [-1] or (
-            axes[1]
-            and (axes[1][0] > -3 or axes[0] not in ([], axes[1]))  # each token's own matrices are fine
-        ):
-            return "multiplies along the axis of tokens"
-        case Slice() | Concat() if op.axis in inner:
-            return "cuts or joins along the axis of tokens"
-        case Reshape() if inner and (not out or _lead(op.operands[0].shape) != _lead(op.results[0].shape)):
-            return "moves the axis of tokens"
-        case Index() if axes[0]:
-            return "picks rows by index"
-        case Gather() | TopK() if -1 in inner:
-            return "picks rows by index"
-        case RmsNorm() | LayerNorm() | Linear() | QuantizedLinear() if -1 in inner:
-            return "works along the axis of tokens"
-        case DimValue() if _mentions_tokens(op.dim):
-            return "reads the number of tokens"
-        case _:
-            return None
-
-
-def _lead(shape: Shape) -> Dim:
-    """Elements in front of the token axis: equal on both sides when rows keep their order."""
-    total: Dim = 1
-    for d in shape:
-        if _mentions_tokens(d):
-            break
-        total = total * d
-    return total
+B, P_, N = sym("B"), sym("P"), sym("N")
 
 
 def _without_batch(shape: Shape) -> Shape:
@@ -113,7 +56,7 @@ def drop_batch_axis(graph: Graph, *per_token: Value) -> None:
             for op, i in others:
                 graph.set_operand(op, i, wide.result)
     for op in graph.ops:
-        depends = any(_mentions_tokens(d) for r in op.results for d in r.shape) or any(
+        depends = any(mentions_tokens(d) for r in op.results for d in r.shape) or any(
             r.type.rank and r.shape[0] == 1 for r in op.results
         )
         if isinstance(op, (Reshape, Expand, Full)) and depends:
@@ -164,7 +107,7 @@ def _replace_inputs(graph: Graph) -> _StepInputs:
 def _replace_positions(graph: Graph, positions: Value) -> None:
     """arange(T) counts tokens of the sequence: it becomes `positions` (times step plus start)."""
     for op in graph.ops:
-        if not isinstance(op, Arange) or not _mentions_tokens(op.length):
+        if not isinstance(op, Arange) or not mentions_tokens(op.length):
             continue
         if op.length != T:
             raise UnsupportedError(
@@ -417,47 +360,3 @@ def _one_width(graph: Graph, op: Attention) -> tuple[Value, Value, Value]:
 
     q, k, v = (padded(x) for x in (op.q, op.k, op.v))
     return q, k, v
-
-
-def gather_wanted_rows(graph: Graph, index: Value) -> None:
-    """Move the choice of rows as far up as rows stand alone: behind the last op whose other users need every
-    row.
-    """
-    output = graph.outputs[0]
-    while True:
-        op = output.producer
-        if op is None or row_mixing(op) is not None or isinstance(op, PagedAttention) or len(op.results) != 1:
-            break
-        rows = [v for v in op.operands if _token_axes(v.shape)]
-        if (
-            len(rows) != 1
-            or rows[0].shape[0] != T  # rows are gathered along the first axis, and one of them is a token
-            or _token_axes(rows[0].shape) != [-rows[0].type.rank]
-            or len(rows[0].uses) != 1
-            or rows[0].producer is None
-            or rows[0].type.rank != output.type.rank
-        ):
-            break
-        output = rows[0]
-    gather = GatherLast(output, index)
-    after = output.producer
-    following = after.next if after is not None else None
-    for user, i in list(output.uses):
-        if user is not gather:
-            graph.set_operand(user, i, gather.result)
-    graph.outputs = [gather.result if v is output else v for v in graph.outputs]
-    graph.insert(gather, before=following)
-    _retarget(graph, gather)
-
-
-def _retarget(graph: Graph, gather: Op) -> None:
-    """Whatever depends on the gathered rows says R where it said T."""
-    changed = {gather.result}
-    op = gather.next
-    while op is not None:
-        if any(v in changed for v in op.operands):
-            if isinstance(op, (Reshape, Expand)):
-                op.shape = tuple(d.substitute({"T": R}) if isinstance(d, DimExpr) else d for d in op.shape)
-            graph.retype(op)
-            changed.update(op.results)
-        op = op.next
