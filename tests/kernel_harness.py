@@ -42,7 +42,8 @@ def _levels(names: Sequence[str]) -> Any:
 # Those of this machine's architecture; the other one's run emulated (test_isa_emulated.py).
 _OURS = [name for name, isa in LEVELS.items() if isa.machine == platform.machine()]
 levels = _levels(_OURS)
-# One level for each width of vectors: the others differ in how bytes are multiplied, and in nothing else.
+# One level for each width of vectors, and the one whose attention multiplies pairs: the others differ in how
+# bytes are multiplied, and in nothing else.
 _VECTORS = [n for n in _OURS if n in ("generic", "avx2", "avx512vnni", "zen4", "neon")]
 vector_levels = _levels(_VECTORS)
 # And tiles, where there are any.

@@ -13,10 +13,10 @@ from llmc.ir.ops.nn import Linear
 from llmc.ir.ops.quant import QuantizedEmbedding, QuantizedLinear
 from llmc.passes.base import PassContext
 from llmc.passes.calibration import Calibration
+from llmc.passes.merged_names import merged_name, merged_names
 from llmc.passes.quantize.gguf.encode import encode
 from llmc.passes.quantize.gguf.importance import FLOOR, importances
 from llmc.passes.quantize.gguf.mixture import Role, block_type, more_bits
-from llmc.passes.quantize.gguf.names import merged_names
 from llmc.passes.quantize.gguf.walk import EncodedTensor, EncodeGguf, QuantizeGguf
 from llmc.passes.registry import quantization_passes
 from llmc.passes.work import WorkFolder
@@ -81,6 +81,22 @@ def test_names_of_merged_weights() -> None:
         f"m.layers.0.attn.{part}.weight" for part in ("q_proj", "k_proj", "v_proj")
     ]
     assert merged_names("model.norm.weight.add") == ["model.norm.weight.add"]
+
+
+@pytest.mark.parametrize(
+    ("others", "name"),
+    [
+        (["m.layers.0.attn.k_proj.bias", "m.layers.0.mlp.fc1.bias"], "k_proj+-mlp-fc1"),
+        (["m.other.k.bias"], "---other-k"),
+        (["m.layers.0.attn.inner.k.bias"], "-attn-inner-k"),
+        (["m.layers.0.k.bias"], "-k"),
+    ],
+)
+def test_names_of_merged_parts_of_other_modules(others: list[str], name: str) -> None:
+    first = "m.layers.0.attn.q_proj.bias"
+    assert merged_name([first, *others]) == f"{first}+{name}"
+    assert merged_names(f"{first}+{name}") == [first, *others]
+    assert merged_names(f"{first}+{name}_.q") == [first, *others]
 
 
 def test_mixture_splits_merged_projections() -> None:

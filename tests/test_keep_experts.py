@@ -18,6 +18,7 @@ from llmc.ir.ops.moe import Moe, QuantizedMoe
 from llmc.ir.ops.quant import QuantizedLinear, dequantized
 from llmc.passes.quantize.keep import KeepQuantized
 from llmc.passes.quantize.scheme import weight_passes
+from transformers import GPTJConfig, GPTJForCausalLM
 
 from .graphs import lowered, traced
 from .llama_cpp import LlamaCpp
@@ -141,3 +142,16 @@ def test_the_largest_activations_are_kept_apart_of_norms_and_of_rows_that_logits
         for name in ("q_proj", "o_proj", "gate_up", "head")
     }
     assert found == {"q_proj": {1}, "o_proj": {0}, "gate_up": {1}, "head": {4}} and len(kept) == 7
+
+
+def test_rows_that_are_chosen_of_a_norm_are_a_norms() -> None:
+    """Attention and MLP read one norm, of which the last layer's MLP needs the wanted rows."""
+    torch.manual_seed(0)
+    sizes = {"n_embd": 64, "n_inner": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 16, "n_positions": 64}
+    model = GPTJForCausalLM(GPTJConfig(vocab_size=384, **sizes)).eval()
+    graph, _ = lowered(traced(model), "paged", weight_passes("int8", None, None))
+    layers = [op for op in graph if isinstance(op, QuantizedLinear)]
+    kept = {op.q.name: kept_apart(op.x, quant_layout(op)) for op in layers}
+    (last,) = [op for op in layers if "h.1.mlp.fc_in" in op.q.name]
+    assert last.x.producer is not None and last.x.producer.opname == "gather_last"
+    assert kept[last.q.name] == 1 and [n for name, n in kept.items() if "lm_head" in name] == [4]

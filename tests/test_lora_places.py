@@ -26,6 +26,7 @@ from llmc.passes.quantize.walk import QuantizeRtn
 from llmc.runtime.adapters import AdapterPlaces, Place
 from llmc.runtime.executor.adapter_memory import AdapterMemory
 from safetensors.numpy import load_file, save_file
+from transformers import PhiConfig, PhiForCausalLM
 
 from .graphs import lowered, traced, worst
 from .lora_files import adapter, write_adapter
@@ -81,6 +82,25 @@ def test_numbers_are_those_of_peft(family: str, tmp_path: Path) -> None:
     assert worst(logits(graph, ids, [1] * 21, arrays), wanted) < 2e-5
     assert worst(logits(graph, ids, [-1] * 21, arrays), base) < 2e-5
     assert worst(wanted, base) > 1e-2
+
+
+def parallel() -> Any:
+    """Attention and MLP read one norm: their layers are one projection, of which the logits need a part."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return PhiForCausalLM(PhiConfig(vocab_size=384, max_position_embeddings=128, **sizes)).eval()
+
+
+def test_of_a_projection_that_wanted_rows_are_chosen_of(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    graph = placed(lowered(traced(parallel()), "paged")[0])
+    adapted = adapter(parallel(), tmp_path, target_modules="all-linear")
+    arrays: dict[str, np.ndarray] = {}
+    memory = AdapterMemory(places_of(graph), arrays.__setitem__)
+    memory.set(1, memory.packed(places_of(graph).factors(read_adapter(tmp_path))))
+    ids = ids_of(21)
+    base, wanted = reference_logits(parallel(), ids), reference_logits(adapted, ids)
+    assert worst(logits(graph, ids, [1] * 21, arrays), wanted) < 2e-5 and worst(wanted, base) > 1e-2
 
 
 def test_where_it_applies() -> None:

@@ -26,8 +26,8 @@ from ...ir.ops.quant import Dequantize, QuantizedEmbedding, QuantizedLinear
 from ...ir.types import Quantization
 from ...ir.weights import LazyTensor
 from ...passes.derived import ConcatRows, SliceRows
+from ...passes.merged_names import merged_names
 from ...passes.quantize.gguf.blocks import pack_affine, pack_symmetric
-from ...passes.quantize.gguf.names import merged_names
 
 Array = np.ndarray[Any, Any]
 

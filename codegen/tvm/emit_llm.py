@@ -186,9 +186,12 @@ def kept_apart(x: Value, layout: QuantLayout) -> int:
     op: Any = x.producer
     if op is None or not whole_groups(layout):
         return 0
+    made = op.x.producer if op.opname == "gather_last" else op
+    if made is None or made.opname == "gated_mlp":
+        return 0
     if x.shape[0] == _WANTED and _makes_logits(x, op.graph):
         return LOGITS_APART
-    return 1 if op.opname in ("rms_norm", "layer_norm") else 0
+    return 1 if made.opname in ("rms_norm", "layer_norm") else 0
 
 
 def _makes_logits(x: Value, graph: Graph) -> bool:

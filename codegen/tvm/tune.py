@@ -209,6 +209,8 @@ class Search:
         """The batches that a field matters for."""
         if name == "few":
             return (*_ROWS["few"], schedule.unpack - 1) if schedule.unpack > 7 else (*_ROWS["few"], 32)
+        if name == "many":
+            return tuple(max(rows, schedule.unpack) for rows in _ROWS["many"])
         return _ROWS[name]
 
     def _compare(self, candidate: Schedule, current: Schedule, batches: Sequence[int]) -> float | None:

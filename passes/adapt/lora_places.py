@@ -28,6 +28,7 @@ from ...ir.ops.quant import QuantizedEmbedding, QuantizedLinear
 from ...ir.ops.shape import Slice
 from ...ir.types import TensorType, sym
 from ..base import Pass, PassContext, PassResult
+from ..merged_names import module_beside
 
 Parts = list[tuple[str, int]]
 """(module, rows) of each layer in a weight, from its first row on."""
@@ -97,7 +98,7 @@ def _parts_of(graph: Graph, op: Op) -> Parts | None:
     if widths is None or len(widths) != 1 + len(others) or sum(widths) != rows:
         return None
     above = first.rpartition(".")[0]
-    names = [first, *(f"{above}.{name}" if above else name for name in others)]
+    names = [first, *(module_beside(above, name) for name in others)]
     return list(zip(names, widths, strict=True))
 
 
@@ -113,7 +114,10 @@ def _cuts(y: Value) -> list[int] | None:
     if not isinstance(width, int):
         return None
     edges = {0, width}
-    for user in y.users:
+    gathered = [user.result for user in y.users if isinstance(user, GatherLast)]
+    for user in (user for value in (y, *gathered) for user in value.users):
+        if isinstance(user, GatherLast):
+            continue
         if isinstance(user, GatedMlp):
             edges.add(width // 2)
         elif isinstance(user, Slice) and user.axis in (-1, y.type.rank - 1) and user.step == 1:

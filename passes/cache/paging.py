@@ -9,7 +9,7 @@ interface").
     attention(q, k, v)     → pages' = append_kv(k, v, pages); paged_attention(q, pages', …)
     … that sees a window   → the same over slot_mapping.W [T], block_table.W [B, P] and pages [2, NW, …]
     recurrences            → the same with a state a sequence (`state.py`)
-    logits of every row    → of wanted rows alone, from the last layer's attention on (`wanted.py`)
+    logits of every row    → of wanted rows alone, and what only they need (`wanted.py`)
 
 What is left must treat every token alone: sequences stand back to back in T, so an op that mixes rows would
 mix strangers. `rows.row_mixing` refuses such an op by name and module.

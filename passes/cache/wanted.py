@@ -1,7 +1,8 @@
 """Rows whose logits are wanted: what stands behind the last op that mixes tokens is computed for them alone.
 
-Of a prompt that is the last one, so that the last layer's output projection and MLP, and the head, run on one
-row; of a part of a prompt that others follow, none.
+Of a prompt that is the last one, so that a dense model's last output projection and MLP, and the head, run on
+one row; of a part of a prompt that others follow, none. Experts stay with all rows: the numbers of those that
+are chosen are integers, and what takes them is not moved.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def gather_wanted_rows(graph: Graph, index: Value) -> None:
 
 
 def _only_for(graph: Graph, output: Value) -> set[Op]:
-    """The ops whose rows nothing but `output` is made of, and that can compute some of the rows alone."""
+    """The ops that only `output` is made of, and that can compute some of the rows alone."""
     moved: set[Op] = set()
     for op in reversed(graph.ops):
         if len(op.results) != 1 or not _by_row(op):

@@ -20,6 +20,7 @@ from ...ir.weights import LazyTensor
 from ..base import Pass, PassContext, PassResult
 from ..canonicalize.parameters import HALVES
 from ..derived import CastTensor, ConcatRows
+from ..merged_names import merged_name
 from ..routers import is_router
 
 
@@ -42,9 +43,7 @@ def merged_weight(graph: Graph, parts: Sequence[Value]) -> Value:
     """The weights one below the other, as a new weight; the same parts give the same weight. Float32 where
     one of them is and others are of 16 bits, as where an adapter was merged into one.
     """
-    name = "+".join(
-        [parts[0].name, *(p.name.rsplit(".", 2)[-2] if p.name.count(".") > 1 else p.name for p in parts[1:])]
-    )
+    name = merged_name([p.name for p in parts])
     data = [p.weight for p in parts if p.weight is not None]
     wide = len({p.dtype for p in data}) > 1
     while name in graph.weights:

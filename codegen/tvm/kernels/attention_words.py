@@ -6,6 +6,8 @@ in which pages hold two neighbours: half as many instructions, and none that wid
 by is the sum of the weights before they are rounded.
 
 A token of a pair that no row of the block sees is taken out of the word, since what stands there may be NaN.
+The others that a row does not see add 0 to its sums, which changes none but those below the normal numbers
+(10^-38): the instruction makes zeros of them.
 """
 
 from __future__ import annotations

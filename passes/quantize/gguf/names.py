@@ -11,17 +11,7 @@ from __future__ import annotations
 from ....ir.core import Value
 from ....ir.weights import LazyTensor
 from ...derived import ConcatRows
-
-
-def merged_names(name: str) -> list[str]:
-    """Full names of the parameters that a merged weight's name lists; the name itself where nothing is
-    merged.
-    """
-    first, *others = name.split("+")
-    if not others or first.count(".") < 2:
-        return [name]
-    prefix, _, kind = first.rsplit(".", 2)
-    return [first, *(f"{prefix}.{other.rstrip('_').split('.')[0]}.{kind}" for other in others)]
+from ...merged_names import merged_names
 
 
 def flat_parts(data: LazyTensor) -> list[LazyTensor]:
