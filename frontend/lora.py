@@ -21,7 +21,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from ..ir.adapters import Adapter, LowRank
+from ..ir.adapters import Adapter, LowRank, listed
 from ..ir.errors import InputError, UnsupportedError
 from ..ir.weights import LazyTensor, read_chunks
 from .hf import read_json
@@ -95,6 +95,12 @@ def _check_kind(name: str, config: Mapping[str, Any]) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise UnsupportedError(f"adapter {name} is an adapter of kind {kind!r}", remedy="give a LoRA adapter")
+    if stacked := config.get("target_parameters"):
+        names = listed([str(one) for one in stacked]) if isinstance(stacked, list) else str(stacked)
+        raise UnsupportedError(
+            f"adapter {name} changes stacked weights of experts ({names}: target_parameters)",
+            remedy="merge it with PEFT (merge_and_unload) and give the merged model",
+        )
     start = str(config.get("init_lora_weights", True)).lower()
     if start.startswith(_CHANGED_BASE):
         raise UnsupportedError(

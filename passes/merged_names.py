@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 
 def merged_name(names: Sequence[str]) -> str:
-    """The name of the weight that is made of those, full names of parameters."""
-    first, *others = names
+    """The name of the weight that is made of those: names of parameters, or of weights that were merged."""
+    first, *others = (one for name in names for one in merged_names(name))
     return "+".join([first, *(_beside(first, other) for other in others)])
 
 

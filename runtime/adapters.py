@@ -60,12 +60,13 @@ class AdapterPlaces:
 
     most_rank: int
     places: tuple[Place, ...]
-    _where: dict[str, tuple[int, int]] = field(init=False, repr=False)
+    _where: dict[str, list[tuple[int, int]]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        where = {
-            module: (i, p) for i, place in enumerate(self.places) for p, (module, _) in enumerate(place.parts)
-        }
+        where: dict[str, list[tuple[int, int]]] = {}  # several of what is gone through several times
+        for i, place in enumerate(self.places):
+            for p, (module, _) in enumerate(place.parts):
+                where.setdefault(module, []).append((i, p))
         object.__setattr__(self, "_where", where)
 
     @staticmethod
@@ -99,7 +100,6 @@ class AdapterPlaces:
         self._refuse_strangers(adapter)
         found: dict[int, list[Factor | None]] = {}
         for module, change in adapter.changes.items():
-            place, part = self._where[module]
             rank = change.a.shape[0]
             if rank > self.most_rank:
                 raise UnsupportedError(
@@ -107,10 +107,11 @@ class AdapterPlaces:
                     f"adapters of at most {self.most_rank}",
                     remedy=_MERGE,
                 )
-            parts = found.setdefault(place, [None] * len(self.places[place].parts))
             a, b = change.a.read().astype(np.float32), change.b.read().astype(np.float32)
             with np.errstate(over="ignore", invalid="ignore"):
-                parts[part] = a, b * np.float32(change.scaling)
+                factor = a, b * np.float32(change.scaling)
+            for place, part in self._where[module]:
+                found.setdefault(place, [None] * len(self.places[place].parts))[part] = factor
         return found
 
     def _refuse_strangers(self, adapter: Adapter) -> None:
@@ -123,7 +124,7 @@ class AdapterPlaces:
             )
         wrong: list[str] = []
         for module, change in adapter.changes.items():
-            place, part = self._where[module]
+            place, part = self._where[module][0]
             wanted = (self.places[place].parts[part][1], self.places[place].k)
             given = (change.b.shape[0], change.a.shape[1])
             if given != wanted:

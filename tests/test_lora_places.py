@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from llmc.frontend.lora import read_adapter
+from llmc.frontend.source import open_source
+from llmc.frontend.trace import trace_source
 from llmc.ir.core import Graph
 from llmc.ir.errors import InputError, UnsupportedError
 from llmc.ir.interpreter import run
@@ -26,8 +28,9 @@ from llmc.passes.quantize.walk import QuantizeRtn
 from llmc.runtime.adapters import AdapterPlaces, Place
 from llmc.runtime.executor.adapter_memory import AdapterMemory
 from safetensors.numpy import load_file, save_file
-from transformers import PhiConfig, PhiForCausalLM
 
+from .families import reference, save_family
+from .family_configs import token_ids
 from .graphs import lowered, traced, worst
 from .lora_files import adapter, write_adapter
 from .models import ids_of, reference_logits, tiny_model
@@ -63,6 +66,12 @@ def logits(graph: Graph, ids: Sequence[int], slots: Sequence[int], arrays: dict[
     inputs |= {name: torch.from_numpy(array) for name, array in arrays.items()}
     for i, kv in enumerate(graph.facts["kv"]):
         inputs[f"kv_pages.{i}"] = torch.zeros(2, pages, size, kv["heads"], kv["head_dim"])
+    for value in graph.inputs:
+        if value.name.startswith(("slot_mapping.", "block_table.")):  # a window's, whose pages are all here
+            inputs[value.name] = inputs[value.name.partition(".")[0]]
+        elif value.name.startswith("state"):  # a sequence's, which begins with zeros
+            shape = [d if isinstance(d, int) else 1 for d in value.shape]
+            inputs[value.name] = torch.zeros(shape, dtype=getattr(torch, value.dtype))
     return run(graph, inputs)[0]
 
 
@@ -84,22 +93,22 @@ def test_numbers_are_those_of_peft(family: str, tmp_path: Path) -> None:
     assert worst(wanted, base) > 1e-2
 
 
-def parallel() -> Any:
-    """Attention and MLP read one norm: their layers are one projection, of which the logits need a part."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return PhiForCausalLM(PhiConfig(vocab_size=384, max_position_embeddings=128, **sizes)).eval()
-
-
-def test_of_a_projection_that_wanted_rows_are_chosen_of(tmp_path: Path) -> None:
+# One projection has layers of attention and MLP, of which wanted rows are chosen in part (phi), with two that
+# were merged before (cohere); layers are gone through several times (hrm_text), see a window (exaone4), keep
+# a state (bamba).
+@pytest.mark.parametrize("family", ["phi", "cohere", "hrm_text", "exaone4", "bamba"])
+def test_every_linear_layer_has_its_places(family: str, tmp_path: Path) -> None:
     pytest.importorskip("peft")
-    graph = placed(lowered(traced(parallel()), "paged")[0])
-    adapted = adapter(parallel(), tmp_path, target_modules="all-linear")
+    model, task = save_family(family, tmp_path / "model")
+    ids = token_ids(21)
+    base = reference(model, ids, task)
+    linear = {n.rpartition(".")[2] for n, m in model.named_modules() if type(m) is torch.nn.Linear}
+    adapted = adapter(model, tmp_path / "adapter", scale=0.05, target_modules=sorted(linear - {"lm_head"}))
+    wanted = reference(adapted.eval(), ids, task)
+    graph = placed(lowered(trace_source(open_source(tmp_path / "model")), "paged")[0])
     arrays: dict[str, np.ndarray] = {}
     memory = AdapterMemory(places_of(graph), arrays.__setitem__)
-    memory.set(1, memory.packed(places_of(graph).factors(read_adapter(tmp_path))))
-    ids = ids_of(21)
-    base, wanted = reference_logits(parallel(), ids), reference_logits(adapted, ids)
+    memory.set(1, memory.packed(places_of(graph).factors(read_adapter(tmp_path / "adapter"))))
     assert worst(logits(graph, ids, [1] * 21, arrays), wanted) < 2e-5 and worst(wanted, base) > 1e-2
 
 

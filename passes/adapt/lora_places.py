@@ -114,19 +114,24 @@ def _cuts(y: Value) -> list[int] | None:
     if not isinstance(width, int):
         return None
     edges = {0, width}
-    gathered = [user.result for user in y.users if isinstance(user, GatherLast)]
-    for user in (user for value in (y, *gathered) for user in value.users):
-        if isinstance(user, GatherLast):
-            continue
+    for user in _readers(y):
         if isinstance(user, GatedMlp):
             edges.add(width // 2)
         elif isinstance(user, Slice) and user.axis in (-1, y.type.rank - 1) and user.step == 1:
             if not isinstance(user.start, int) or not isinstance(user.stop, int):
                 return None
             edges |= {user.start, user.stop}
+            if any(isinstance(reader, GatedMlp) for reader in _readers(user.result)):
+                edges.add((user.start + user.stop) // 2)
         else:
             return None
     return [b - a for a, b in pairwise(sorted(edges))]
+
+
+def _readers(y: Value) -> list[Op]:
+    """What reads y, or rows that are chosen of it."""
+    chosen = [user.result for user in y.users if isinstance(user, GatherLast)]
+    return [user for value in (y, *chosen) for user in value.users if not isinstance(user, GatherLast)]
 
 
 def _adapter_of(graph: Graph, op: Op, rows: dict[Any, Value]) -> Value:
