@@ -98,7 +98,7 @@ def _check_kind(name: str, config: Mapping[str, Any]) -> None:
     if stacked := config.get("target_parameters"):
         names = listed([str(one) for one in stacked]) if isinstance(stacked, list) else str(stacked)
         raise UnsupportedError(
-            f"adapter {name} changes stacked weights of experts ({names}: target_parameters)",
+            f"adapter {name} changes parameters ({names}: target_parameters), as of stacked experts",
             remedy="merge it with PEFT (merge_and_unload) and give the merged model",
         )
     start = str(config.get("init_lora_weights", True)).lower()

@@ -124,11 +124,12 @@ class AdapterPlaces:
             )
         wrong: list[str] = []
         for module, change in adapter.changes.items():
-            place, part = self._where[module][0]
-            wanted = (self.places[place].parts[part][1], self.places[place].k)
             given = (change.b.shape[0], change.a.shape[1])
-            if given != wanted:
-                wrong.append(f"{module} {list(given)} where the model has {list(wanted)}")
+            for place, part in self._where[module]:
+                wanted = (self.places[place].parts[part][1], self.places[place].k)
+                if given != wanted:
+                    wrong.append(f"{module} {list(given)} where the model has {list(wanted)}")
+                    break
         if wrong:
             raise InputError(
                 f"adapter {adapter} is of a model of other sizes: {listed(wrong)}",

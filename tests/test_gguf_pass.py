@@ -7,16 +7,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from llmc.ir.core import Value
 from llmc.ir.errors import InputError
 from llmc.ir.interpreter import run
 from llmc.ir.ops.nn import Linear
 from llmc.ir.ops.quant import QuantizedEmbedding, QuantizedLinear
+from llmc.ir.types import TensorType
+from llmc.ir.weights import ArrayTensor
 from llmc.passes.base import PassContext
 from llmc.passes.calibration import Calibration
+from llmc.passes.derived import CastTensor, ConcatRows
 from llmc.passes.merged_names import merged_name, merged_names
 from llmc.passes.quantize.gguf.encode import encode
 from llmc.passes.quantize.gguf.importance import FLOOR, importances
 from llmc.passes.quantize.gguf.mixture import Role, block_type, more_bits
+from llmc.passes.quantize.gguf.names import named_parts
 from llmc.passes.quantize.gguf.walk import EncodedTensor, EncodeGguf, QuantizeGguf
 from llmc.passes.registry import quantization_passes
 from llmc.passes.work import WorkFolder
@@ -97,6 +102,20 @@ def test_names_of_merged_parts_of_other_modules(others: list[str], name: str) ->
     assert merged_name([first, *others]) == f"{first}+{name}"
     assert merged_names(f"{first}+{name}") == [first, *others]
     assert merged_names(f"{first}+{name}_.q") == [first, *others]
+
+
+def test_parts_of_merged_weights_have_names_of_their_own() -> None:
+    """Of two merges too, the inner one cast because another part is wider; whatever names are left."""
+    parts = [ArrayTensor(np.full((n, 32), n, np.float32), f"w{n}") for n in (1, 2, 3)]
+    inner = CastTensor(ConcatRows(parts[1:]), "float32")
+    value = Value(TensorType("float32", (6, 32)), "m.0.attn.q.weight+-mlp-gate+-mlp-up")
+    value.weight = ConcatRows([parts[0], inner])
+    names = ["m.0.attn.q.weight", "m.0.mlp.gate.weight", "m.0.mlp.up.weight"]
+    assert [(name, len(part.read())) for name, part in named_parts(value)] == list(
+        zip(names, (1, 2, 3), strict=True)
+    )
+    value.name = "other"
+    assert len({name for name, _ in named_parts(value)}) == 3
 
 
 def test_mixture_splits_merged_projections() -> None:

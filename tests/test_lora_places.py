@@ -112,6 +112,22 @@ def test_every_linear_layer_has_its_places(family: str, tmp_path: Path) -> None:
     assert worst(logits(graph, ids, [1] * 21, arrays), wanted) < 2e-5 and worst(wanted, base) > 1e-2
 
 
+def test_tied_blocks_have_no_places(tmp_path: Path) -> None:
+    """An adapter changes each module by itself, and the graph has one weight of several."""
+    blocks = {"layers_block_type": ["hybrid", "hybrid"], "hybrid_layer_ids": [0, 1]}
+    save_family("zamba2", tmp_path, changed=blocks)
+    graph = placed(lowered(trace_source(open_source(tmp_path)), "paged")[0])
+    kinds = {module.rpartition(".")[2] for place in places_of(graph).places for module, _ in place.parts}
+    assert "in_proj" in kinds and not kinds & {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_up_proj",
+        "down_proj",
+    }
+
+
 def test_where_it_applies() -> None:
     graph, records = lowered(traced(tiny_model("qwen2")), "paged")
     assert records

@@ -47,6 +47,13 @@ class PlaceAdapters(Pass):
 
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         found = [(op, parts) for op in graph.ops if (parts := _parts_of(graph, op))]
+        # Several modules may have one weight (tied blocks), each of which an adapter changes by itself: no
+        # place for it. A module that is gone through several times is one.
+        users: dict[str, set[str]] = {}
+        for op, parts in found:
+            for module, _ in parts:
+                users.setdefault(module, set()).add(op.loc)
+        found = [(op, parts) for op, parts in found if all(len(users[module]) == 1 for module, _ in parts)]
         if not found:
             raise UnsupportedError(
                 f"{graph.name} has no linear layer that an adapter could change",
@@ -94,12 +101,13 @@ def _parts_of(graph: Graph, op: Op) -> Parts | None:
     first = first.removesuffix(".weight")
     if not others:
         return [(first, rows)]
-    widths = _cuts(op.result)
-    if widths is None or len(widths) != 1 + len(others) or sum(widths) != rows:
-        return None
     above = first.rpartition(".")[0]
-    names = [first, *(module_beside(above, name) for name in others)]
-    return list(zip(names, widths, strict=True))
+    names = [first, *(module_beside(above, name.rstrip("_")) for name in others)]
+    for halves in (False, True):
+        widths = _cuts(op.result, halves)
+        if widths is not None and len(widths) == len(names) and sum(widths) == rows:
+            return list(zip(names, widths, strict=True))
+    return None
 
 
 def _base(name: str) -> str:
@@ -108,8 +116,10 @@ def _base(name: str) -> str:
     return name
 
 
-def _cuts(y: Value) -> list[int] | None:
-    """Widths of the columns that are read apart, in order; None where something reads all of them."""
+def _cuts(y: Value, halves: bool) -> list[int] | None:
+    """Widths of the columns that are read apart, in order; None where something reads all of them. `halves`:
+    what is cut out for a gated MLP is two parts.
+    """
     width = y.shape[-1]
     if not isinstance(width, int):
         return None
@@ -121,7 +131,7 @@ def _cuts(y: Value) -> list[int] | None:
             if not isinstance(user.start, int) or not isinstance(user.stop, int):
                 return None
             edges |= {user.start, user.stop}
-            if any(isinstance(reader, GatedMlp) for reader in _readers(user.result)):
+            if halves and any(isinstance(reader, GatedMlp) for reader in _readers(user.result)):
                 edges.add((user.start + user.stop) // 2)
         else:
             return None

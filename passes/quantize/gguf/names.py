@@ -10,20 +10,24 @@ from __future__ import annotations
 
 from ....ir.core import Value
 from ....ir.weights import LazyTensor
-from ...derived import ConcatRows
+from ...derived import CastTensor, ConcatRows
 from ...merged_names import merged_names
 
 
 def flat_parts(data: LazyTensor) -> list[LazyTensor]:
-    """The tensors that stand one below the other in a merged one."""
+    """The tensors that stand one below the other in a merged one, cast or not."""
+    if isinstance(data, CastTensor) and isinstance(data.base, ConcatRows):
+        return [CastTensor(part, data.dtype) for part in flat_parts(data.base)]
     return (
         [one for part in data.parts for one in flat_parts(part)] if isinstance(data, ConcatRows) else [data]
     )
 
 
 def named_parts(weight: Value) -> list[tuple[str, LazyTensor]]:
-    """(parameter, tensor) of a weight's parts; all under its own name where their number does not fit."""
+    """(parameter, tensor) of a weight's parts; by number behind its own name where theirs do not fit."""
     assert weight.weight is not None
     parts = flat_parts(weight.weight)
     names = merged_names(weight.name)
-    return list(zip(names if len(names) == len(parts) else [weight.name] * len(parts), parts, strict=True))
+    if len(names) != len(parts):
+        names = [f"{weight.name}.{number}" for number in range(len(parts))]
+    return list(zip(names, parts, strict=True))
