@@ -196,14 +196,11 @@ def kept_apart(x: Value, layout: QuantLayout) -> int:
 
 def _makes_logits(x: Value, graph: Graph) -> bool:
     """Whether x, of the rows that logits are wanted of, is what the head reads."""
-    value = graph.outputs[0]
-    while value.producer is not None:
-        if x in value.producer.operands:
+    rows = graph.outputs
+    while len(rows) == 1 and (op := rows[0].producer) is not None:
+        if x in op.operands:
             return True
-        rows = [v for v in value.producer.operands if not v.is_weight and v.shape[:1] == (_WANTED,)]
-        if len(rows) != 1:
-            return False
-        value = rows[0]
+        rows = [v for v in op.operands if not v.is_weight and v.shape[:1] == (_WANTED,)]
     return False
 
 

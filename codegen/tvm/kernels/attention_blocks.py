@@ -21,7 +21,19 @@ from contextlib import contextmanager
 from tvm.script.ir_builder import tirx as T
 
 from ....ir.dtypes import itemsize
-from .attention_spec import LOG2E, NOTHING, SEGMENT, TILE, Attention, Buffers, Memory
+from .attention_spec import (
+    LOG2E,
+    NOTHING,
+    SEGMENT,
+    TILE,
+    Attention,
+    Buffers,
+    Memory,
+    all_lanes,
+    for_elements,
+    get_lanes,
+    put_lanes,
+)
 from .builder import (
     LANES,
     Buffer,
@@ -52,6 +64,8 @@ from .cache import (
 from .isa import Isa
 from .vector_math import exp2, tanh
 
+Add = Callable[[Expr, list[Expr]], None]
+
 
 def _cells(size: tuple[int, int]) -> list[tuple[int, int, int]]:
     """(index, row, head) of each result of a block of (rows, heads)."""
@@ -68,34 +82,10 @@ def every_cell(rows: int, heads: int) -> Generator[tuple[Expr, Expr, Expr]]:
         yield r * heads + h, r, h
 
 
-def _for_elements(width: int, body: Callable[[Expr, int], None]) -> None:
-    """`body(first, lanes)` for 16 elements of `width` at a time, then for one."""
-    with T.serial(0, width // LANES) as c:
-        body(c * LANES, LANES)
-    if width % LANES:
-        with loop(width // LANES * LANES, width) as d:
-            body(d, 1)
-
-
-def _get(lanes: int, buffer: Buffer, *index: Expr) -> Expr:
-    return buffer[index] if lanes == 1 else vec(buffer, *index)
-
-
-def _put(lanes: int, buffer: Buffer, value: Expr, *index: Expr) -> None:
-    if lanes == 1:
-        put1(buffer, value, *index)
-    else:
-        put(buffer, value, *index)
-
-
-def _all(lanes: int, value: Expr) -> Expr:
-    return value if lanes == 1 else splat(value)
-
-
 def _clear(acc: Buffer, size: tuple[int, int], width: int) -> None:
     """0 for each element of each cell."""
     with every_cell(*size) as (i, _, _):
-        _for_elements(width, lambda d, lanes: _put(lanes, acc, _all(lanes, T.float32(0)), i, d))
+        for_elements(width, lambda d, lanes: put_lanes(lanes, acc, all_lanes(lanes, T.float32(0)), i, d))
 
 
 class Block:
@@ -163,14 +153,14 @@ class Block:
         with every_cell(self.rows, self.heads) as (i, r, h):
 
             def scale(d: Expr, lanes: int, i: Expr = i, r: Expr = r, h: Expr = h) -> None:
-                q = _get(lanes, self.at.q, self.row + r, self.head + h, d)
-                self._put_query(lanes, q * _all(lanes, factor), i, d)
+                q = get_lanes(lanes, self.at.q, self.row + r, self.head + h, d)
+                self._put_query(lanes, q * all_lanes(lanes, factor), i, d)
 
-            _for_elements(spec.head_dim, scale)
+            for_elements(spec.head_dim, scale)
 
     def _put_query(self, lanes: int, query: Expr, cell: Expr, d: Expr) -> None:
         """Keep elements d … of a cell's query."""
-        _put(lanes, self.query, query, cell, d)
+        put_lanes(lanes, self.query, query, cell, d)
 
     def segment(self, segment: Expr) -> None:
         """best, total and acc of one segment; it may hold no page that is seen."""
@@ -190,9 +180,9 @@ class Block:
         with every_cell(self.rows, self.heads) as (i, _, _):
 
             def copy(d: Expr, lanes: int, i: Expr = i) -> None:
-                _put(lanes, acc, _get(lanes, self.acc, i, d), first + i, d)
+                put_lanes(lanes, acc, get_lanes(lanes, self.acc, i, d), first + i, d)
 
-            _for_elements(self.spec.head_dim, copy)
+            for_elements(self.spec.head_dim, copy)
 
     def _visible(self) -> None:
         """Token range [low, high) that each row sees."""
@@ -371,11 +361,7 @@ class Block:
         return token * width + d
 
     def _each_value(
-        self,
-        pages: tuple[Expr, Expr],
-        turn: tuple[Expr, int],
-        places: list[Expr],
-        add: Callable[[Expr, list[Expr]], None],
+        self, pages: tuple[Expr, Expr], turn: tuple[Expr, int], places: list[Expr], add: Add
     ) -> None:
         """`add(column of weights, vectors from these places of its values)` for each token that any row sees.
         turn = (number, of how many) of the walks over the pages, each of which fetches its share of keys.
@@ -385,18 +371,25 @@ class Block:
         width, (begin, end) = self.spec.head_dim, pages
         if not self.pairs:
             with self._tokens(begin, end) as (page, j, column):
-                self.prefetch_keys(begin + T.floordiv(column, PAGE_SIZE), turn, j, PAGE_SIZE)
+                self._prefetch_keys(begin + T.floordiv(column, PAGE_SIZE), turn, j, PAGE_SIZE)
                 add(column, [self._element(1, page, j * width + place, 0) for place in places])
             return
-        with self.pairs_seen(begin, end) as (page, pair, column, first, last):
-            self.prefetch_keys(begin + T.floordiv(column, PAGE_SIZE), turn, pair, PAGE_SIZE // 2)
-            for half in range(2):
-                token = 2 * pair + half
-                with T.If(T.And(token >= first, token < last)), T.Then():
-                    at = [(pair * width + place) * 2 for place in places]
-                    add(column + half, [self._element(1, page, one, half) for one in at])
+        with self._seen_pairs(begin, end) as (page, pair, column, first, last):
+            self._prefetch_keys(begin + T.floordiv(column, PAGE_SIZE), turn, pair, PAGE_SIZE // 2)
+            seen = [T.And(2 * pair + half >= first, 2 * pair + half < last) for half in range(2)]
+            at = [(pair * width + place) * 2 for place in places]
+            self._each_of_pair((page, column), seen, at, add)
 
-    def prefetch_keys(self, page: Expr, turn: tuple[Expr, int], unit: Expr, units: int) -> None:
+    def _each_of_pair(self, where: tuple[Expr, Expr], seen: list[Expr], at: list[Expr], add: Add) -> None:
+        """`_each_value` of two tokens; where = (page, column of the first), seen: whether any row sees each,
+        at: where words of both begin.
+        """
+        page, column = where
+        for half, one in enumerate(seen):
+            with T.If(one), T.Then():
+                add(column + half, [self._element(1, page, place, half) for place in at])
+
+    def _prefetch_keys(self, page: Expr, turn: tuple[Expr, int], unit: Expr, units: int) -> None:
         """In unit number `unit` of a walk over page number `page`: its share of the keys of the page that
         stands a tile behind, or of the first pages that are likely read next. turn: as in `_each_value`.
         """
@@ -436,7 +429,7 @@ class Block:
                 yield page, j, slot * PAGE_SIZE + j
 
     @contextmanager
-    def pairs_seen(self, begin: Expr, end: Expr) -> Generator[tuple[Expr, ...]]:
+    def _seen_pairs(self, begin: Expr, end: Expr) -> Generator[tuple[Expr, ...]]:
         """Loops over pairs of tokens one of which any row sees: page, pair in it, column of `weights` of its
         first token, and the tokens [first, last) of the page that are seen.
         """
@@ -485,11 +478,13 @@ class Merged:
             keep, take = let(self.keep[i]), let(self.take[i])
 
             def merge(d: Expr, lanes: int, i: Expr = i, keep: Expr = keep, take: Expr = take) -> None:
-                more = let(_get(lanes, acc, first + i, d) * _all(lanes, take))
-                mine = _get(lanes, self.acc, i, d)
-                _put(lanes, self.acc, (fma1 if lanes == 1 else fma)(mine, _all(lanes, keep), more), i, d)
+                more = let(get_lanes(lanes, acc, first + i, d) * all_lanes(lanes, take))
+                mine = get_lanes(lanes, self.acc, i, d)
+                put_lanes(
+                    lanes, self.acc, (fma1 if lanes == 1 else fma)(mine, all_lanes(lanes, keep), more), i, d
+                )
 
-            _for_elements(self.spec.head_dim, merge)
+            for_elements(self.spec.head_dim, merge)
 
 
 def finish(done: Block | Merged) -> None:
@@ -499,7 +494,7 @@ def finish(done: Block | Merged) -> None:
         inverse = let(T.Select(some, T.float32(1) / done.total[i], T.float32(0)))
 
         def divide(d: Expr, lanes: int, i: Expr = i, r: Expr = r, h: Expr = h, by: Expr = inverse) -> None:
-            quotient = _get(lanes, done.acc, i, d) * _all(lanes, by)
-            _put(lanes, done.at.out, quotient, done.row + r, done.head + h, d)
+            quotient = get_lanes(lanes, done.acc, i, d) * all_lanes(lanes, by)
+            put_lanes(lanes, done.at.out, quotient, done.row + r, done.head + h, d)
 
-        _for_elements(done.spec.head_dim, divide)
+        for_elements(done.spec.head_dim, divide)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tvm.script.ir_builder import tirx as T
 
-from .builder import LANES, Buffer, Expr, put1
+from .builder import LANES, Buffer, Expr, loop, put, put1, splat, vec
 from .isa import Isa
 
 LOG2E = math.log2(math.e)
@@ -97,3 +98,30 @@ def advance(at: Buffers, sequence: Buffer, row: Expr) -> None:
     """Move `sequence` on to the one that owns a row."""
     with T.While(at.query_start[sequence[0] + 1] <= row):
         put1(sequence, sequence[0] + 1, 0)
+
+
+def for_elements(width: int, body: Callable[[Expr, int], None]) -> None:
+    """`body(first, lanes)` for 16 elements of `width` at a time, then for one."""
+    with T.serial(0, width // LANES) as c:
+        body(c * LANES, LANES)
+    if width % LANES:
+        with loop(width // LANES * LANES, width) as d:
+            body(d, 1)
+
+
+def get_lanes(lanes: int, buffer: Buffer, *index: Expr) -> Expr:
+    """16 elements, or one."""
+    return buffer[index] if lanes == 1 else vec(buffer, *index)
+
+
+def put_lanes(lanes: int, buffer: Buffer, value: Expr, *index: Expr) -> None:
+    """Store 16 elements, or one."""
+    if lanes == 1:
+        put1(buffer, value, *index)
+    else:
+        put(buffer, value, *index)
+
+
+def all_lanes(lanes: int, value: Expr) -> Expr:
+    """A scalar in as many lanes."""
+    return value if lanes == 1 else splat(value)

@@ -12,11 +12,9 @@ The others that a row does not see add 0 to its sums, which changes none but tho
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from tvm.script.ir_builder import tirx as T
 
-from .attention_blocks import Block
+from .attention_blocks import Add, Block
 from .attention_spec import Attention
 from .builder import LANES, Buffer, Expr, call, let, put, splat, vec
 from .cache import PAGE_SIZE, in_pairs
@@ -50,24 +48,15 @@ class WordBlock(Block):
     def _add_value(self, acc: Expr, weight: Expr, value: Expr) -> Expr:
         return call("float32x16", "llmc_dot_bfloat", acc, weight, value)
 
-    def _each_value(
-        self,
-        pages: tuple[Expr, Expr],
-        turn: tuple[Expr, int],
-        places: list[Expr],
-        add: Callable[[Expr, list[Expr]], None],
-    ) -> None:
-        """As there; two tokens at a time, their column that of their word."""
-        width, (begin, end) = self.spec.head_dim, pages
-        with self.pairs_seen(begin, end) as (page, pair, column, first, last):
-            self.prefetch_keys(begin + T.floordiv(column, PAGE_SIZE), turn, pair, _PAIRS)
-            token = 2 * pair
-            lower = T.Select(token >= first, T.uint32(0xFFFF), T.uint32(0))
-            upper = T.Select(token + 1 < last, T.uint32(0xFFFF0000), T.uint32(0))
-            seen = let(splat(T.bitwise_or(lower, upper)))
-            words = [self._words(1, page, (pair * width + place) * 2) for place in places]
-            bits = [T.bitwise_and(T.reinterpret(word, dtype="uint32x16"), seen) for word in words]
-            add(T.floordiv(column, 2), [let(T.reinterpret(b, dtype="float32x16")) for b in bits])
+    def _each_of_pair(self, where: tuple[Expr, Expr], seen: list[Expr], at: list[Expr], add: Add) -> None:
+        """Both tokens at once; their column is that of their word."""
+        page, column = where
+        lower = T.Select(seen[0], T.uint32(0xFFFF), T.uint32(0))
+        upper = T.Select(seen[1], T.uint32(0xFFFF0000), T.uint32(0))
+        mask = let(splat(T.bitwise_or(lower, upper)))
+        words = [T.reinterpret(self._words(1, page, place), dtype="uint32x16") for place in at]
+        values = [let(T.reinterpret(T.bitwise_and(word, mask), dtype="float32x16")) for word in words]
+        add(T.floordiv(column, 2), values)
 
     def _words(self, which: int, page: Expr, place: Expr) -> Expr:
         """16 words of the keys (0) or values (1) of a page."""
