@@ -16,6 +16,7 @@ import numpy as np
 
 from ..ir.errors import CompileError, InputError
 from ..ir.weights import LazyTensor, read_chunks
+from .text_part import text_name
 from .weights import MergedTensor
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def apply_conversions(
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
     weights: dict[str, LazyTensor] = {}
-    merged: dict[str, tuple[Any, dict[str, list[LazyTensor]]]] = {}
+    merged: dict[str, tuple[Any, dict[str, dict[str, LazyTensor]]]] = {}
     unexpected: list[str] = []
     for name in sorted(tensors, key=dot_natural_key):
         renamed, pattern = rename_source_key(name, renamings, converters, prefix, state)
@@ -57,7 +58,7 @@ def apply_conversions(
             unexpected.append(name)
         elif pattern is not None:
             _, groups = merged.setdefault(renamed, (by_pattern[pattern], {}))
-            groups.setdefault(pattern, []).append(tensors[name])
+            groups.setdefault(pattern, {})[name] = tensors[name]
         elif renamed in weights:
             raise InputError(
                 f"{tensors[name].source} and {weights[renamed].source} both claim the parameter {renamed}",
@@ -75,7 +76,7 @@ def _converted(
     state: Mapping[str, Any],
     first_target: str,
     converter: Any,
-    groups: dict[str, list[LazyTensor]],
+    groups: Mapping[str, Mapping[str, LazyTensor]],
 ) -> dict[str, LazyTensor]:
     """The lazy tensors that one converter makes of its sources: one, or several where it splits."""
     from transformers.core_model_loading import MergeModulelist
@@ -84,6 +85,8 @@ def _converted(
     stacks = stacks and all(getattr(op, "dim", 1) != 0 for op in converter.operations[1:])
     patterns = converter.target_patterns
     targets = [first_target.replace(patterns[0], pattern) for pattern in patterns]
+    sources = {pattern: list(group.values()) for pattern, group in groups.items()}
+    names = {pattern: [text_name(name) for name in group] for pattern, group in groups.items()}
     out: dict[str, LazyTensor] = {}
     for target in targets:
         if target not in state:
@@ -105,7 +108,7 @@ def _converted(
         shape = tuple(state[target].shape)
         moves = _moves_rows(converter, len(shape))
         out[target] = MergedTensor(
-            target, shape, convert, groups, stacks, moves, leaves_first=_leaves_first(converter)
+            target, shape, convert, sources, stacks, moves, _leaves_first(converter), names
         )
     return out
 

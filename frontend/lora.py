@@ -6,6 +6,8 @@
                                                     .lora_magnitude_vector [N]  DoRA
     base_model.model.model.embed_tokens.lora_embedding_A             [r, V],  lora_embedding_B [D, r]
     base_model.model.lm_head.weight                                  modules_to_save
+    base_model.model.model.layers.0.mlp.experts.lora_A.weight        [E · r, K]  target_parameters, of several
+                                       .base_layer.lora_A.weight     parameters one in the other
 
 Names without a base_model prefix are the model's own. https://github.com/huggingface/peft (tuners/lora)
 """
@@ -21,7 +23,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from ..ir.adapters import Adapter, LowRank, listed
+from ..ir.adapters import Adapter, LowRank, Stacked
 from ..ir.errors import InputError, UnsupportedError
 from ..ir.weights import LazyTensor, read_chunks
 from .hf import read_json
@@ -33,6 +35,7 @@ _PARTS: Final = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B"
     r"|lora_magnitude_vector(?:\.weight)?)"
 )
+_NESTED: Final = ".base_layer"
 # These start from a changed base weight, which the adapter alone does not hold.
 _CHANGED_BASE: Final = ("pissa", "olora", "loftq", "corda", "lora_ga")
 _DTYPES: Final = ("float32", "float16", "bfloat16")
@@ -79,8 +82,9 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
             )
         else:
             replaced[label.replace(".modules_to_save.", ".").replace(".base_layer.", ".")] = tensor
-    changes = {module: _change(module, parts, config) for module, parts in modules.items()}
-    if not changes and not replaced:
+    stacked = _stacked(modules, config)
+    changes = {m: _change(m, parts, config) for m, parts in modules.items() if _unnested(m) not in stacked}
+    if not changes and not replaced and not stacked:
         raise InputError(f"adapter {folder.name} holds no tensors", remedy=_AGAIN)
     asked = config.get("modules_to_save") or []
     names = asked if isinstance(asked, list) else []
@@ -88,19 +92,13 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     optional = frozenset(n for n in unasked if n.endswith(".weight"))
     frozen = optional if config.get("bias", "none") != "none" else unasked
     copies = frozenset(n for n in frozen if n.rpartition(".")[0] in changes)
-    return Adapter(folder.name, changes, replaced, optional, copies)
+    return Adapter(folder.name, changes, replaced, optional, copies, stacked)
 
 
 def _check_kind(name: str, config: Mapping[str, Any]) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise UnsupportedError(f"adapter {name} is an adapter of kind {kind!r}", remedy="give a LoRA adapter")
-    if stacked := config.get("target_parameters"):
-        names = listed([str(one) for one in stacked]) if isinstance(stacked, list) else str(stacked)
-        raise UnsupportedError(
-            f"adapter {name} changes parameters ({names}: target_parameters), as of stacked experts",
-            remedy="merge it with PEFT (merge_and_unload) and give the merged model",
-        )
     start = str(config.get("init_lora_weights", True)).lower()
     if start.startswith(_CHANGED_BASE):
         raise UnsupportedError(
@@ -117,9 +115,47 @@ def _check_values(tensor: LazyTensor) -> None:
             raise InputError(f"{tensor.source} holds NaN or infinite values", remedy=_AGAIN)
 
 
-def _change(module: str, parts: Mapping[str, LazyTensor], config: Mapping[str, Any]) -> LowRank:
-    embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
-    names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
+def _unnested(module: str) -> str:
+    """The module's name without the wrappers that PEFT puts one in the other."""
+    while module.endswith(_NESTED):
+        module = module.removesuffix(_NESTED)
+    return module
+
+
+def _stacked(
+    modules: Mapping[str, Mapping[str, LazyTensor]], config: Mapping[str, Any]
+) -> dict[str, list[Stacked]]:
+    """The changes of stacked matrices: those that are nested, and those of more rows than their rank. The
+    innermost is of the module's first parameter.
+    """
+    asked = config.get("target_parameters")
+    targets = [str(one) for one in asked] if isinstance(asked, list) else []
+    found: dict[str, list[Stacked]] = {}
+
+    def rules(name: str) -> tuple[int, float] | None:
+        return _rules(config, name) if any(f".{name}".endswith(f".{one}") for one in targets) else None
+
+    for module, parts in sorted(modules.items(), key=lambda item: -len(item[0])) if targets else ():
+        plain = _unnested(module)
+        nested = plain != module or f"{plain}{_NESTED}" in modules
+        if set(parts) == {"lora_A.weight", "lora_B.weight"}:
+            a, b = _factors(parts, ("lora_A.weight", "lora_B.weight"))
+            if nested or a.shape[0] != _by_pattern(plain, config, "r", "rank_pattern"):
+                found.setdefault(plain, []).append(Stacked(a, b, rules))
+        elif nested:
+            other = next(iter(parts.values()))
+            raise InputError(f"{other.source} is nested, and no factor of a parameter", remedy=_AGAIN)
+    return found
+
+
+def _rules(config: Mapping[str, Any], name: str) -> tuple[int, float]:
+    """Rank and scaling of what is called so."""
+    rank = _by_pattern(name, config, "r", "rank_pattern")
+    alpha = _by_pattern(name, config, "lora_alpha", "alpha_pattern")
+    return int(rank), alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _factors(parts: Mapping[str, LazyTensor], names: tuple[str, str]) -> tuple[LazyTensor, LazyTensor]:
     for name in names:
         if name not in parts:
             other = next(iter(parts.values()))
@@ -128,15 +164,20 @@ def _change(module: str, parts: Mapping[str, LazyTensor], config: Mapping[str, A
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or a.shape[0] < 1:
         raise InputError(
             f"{a.source} {list(a.shape)} and {b.source} {list(b.shape)} are no factors of a matrix",
-            remedy="llmc merges adapters of linear layers and embeddings",
+            remedy="llmc merges adapters of linear layers, embeddings and stacked matrices",
         )
-    rank = _by_pattern(module, config, "r", "rank_pattern")
+    return a, b
+
+
+def _change(module: str, parts: Mapping[str, LazyTensor], config: Mapping[str, Any]) -> LowRank:
+    embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
+    names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
+    a, b = _factors(parts, names)
+    rank, scaling = _rules(config, module)
     if rank != a.shape[0]:
         raise InputError(
             f"{a.source} has the rank {a.shape[0]}, adapter_config.json says {rank:g}", remedy=_AGAIN
         )
-    alpha = _by_pattern(module, config, "lora_alpha", "alpha_pattern")
-    scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     transposed = embedding or bool(config.get("fan_in_fan_out"))
     magnitude = parts.get("lora_magnitude_vector")
     if magnitude is not None and transposed:

@@ -287,6 +287,7 @@ class MergedTensor:
             does the same with the sources' codes and scales.
         leaves_first: the conversion only joins and cuts along other axes than the first one, so that rows
             [start:stop) need only those of each tensor.
+        names: what the checkpoint calls the sources, in the same order.
     """
 
     def __init__(
@@ -298,6 +299,7 @@ class MergedTensor:
         stacks_rows: bool,
         moves_rows: bool = False,
         leaves_first: bool = False,
+        names: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         first = next(iter(sources.values()))[0]
         self.shape = shape
@@ -305,6 +307,7 @@ class MergedTensor:
         self.source = f"{first.source} and others, merged into {name}"
         self._convert = convert
         self._sources = sources
+        self._names = names or {}
         self._name = name
         self._stacks_rows = stacks_rows and all(len(tensors) == shape[0] for tensors in sources.values())
         self._moves_rows = moves_rows
@@ -322,10 +325,39 @@ class MergedTensor:
             left = iter(parts)
             sources = {name: [next(left) for _ in tensors] for name, tensors in self._sources.items()}
             shape = (*self.shape[:-1], parts[0].shape[-1])
-            how = {"stacks_rows": self._stacks_rows, "leaves_first": self._leaves_first}
-            return MergedTensor(self._name, shape, self._convert, sources, **how)
+            return MergedTensor(
+                self._name,
+                shape,
+                self._convert,
+                sources,
+                stacks_rows=self._stacks_rows,
+                leaves_first=self._leaves_first,
+            )
 
         return concat_quantized(flat, merged)
+
+    @property
+    def stored(self) -> Mapping[str, LazyTensor]:
+        """See `ir.weights.MadeOf`."""
+        return {
+            name: tensor
+            for pattern, names in self._names.items()
+            for name, tensor in zip(names, self._sources[pattern], strict=True)
+        }
+
+    def with_stored(self, tensors: Mapping[str, LazyTensor]) -> LazyTensor:
+        """See `ir.weights.MadeOf`."""
+        sources = {pattern: [tensors[name] for name in names] for pattern, names in self._names.items()}
+        return MergedTensor(
+            self._name,
+            self.shape,
+            self._convert,
+            sources,
+            self._stacks_rows,
+            self._moves_rows,
+            self._leaves_first,
+            self._names,
+        )
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
         rows = slice(start, stop)

@@ -4,8 +4,8 @@ them is the frontend's, merging them a pass's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from .weights import LazyTensor
 
@@ -41,6 +41,23 @@ class LowRank:
 
 
 @dataclass(frozen=True, eq=False)
+class Stacked:
+    """The change of one of a module's parameters of stacked matrices, as of experts: scaling · B_e A_e is
+    what matrix e gains (PEFT's `target_parameters`). Which parameter it is, files do not say: its sizes do,
+    and its place among the module's changes.
+
+    Attributes:
+        a: [E · r, K]: rows e · r … of matrix e. b: [N, r · E]: column j · E + e is column j of matrix e.
+        rules: rank r and scaling, by the parameter's name ("model.layers.0.mlp.experts.down_proj"); None for
+            one that the adapter leaves as it is.
+    """
+
+    a: LazyTensor
+    b: LazyTensor
+    rules: Callable[[str], tuple[int, float] | None]
+
+
+@dataclass(frozen=True, eq=False)
 class Adapter:
     """One adapter.
 
@@ -51,6 +68,8 @@ class Adapter:
         optional: those of `replaced` that PEFT saved unasked (embeddings beside their adapter): where the
             model has none of that name, because it is tied, nothing is lost.
         copies: those of `replaced` that are the base's own: PEFT saves an embedding beside its change.
+        stacked: changes of stacked matrices by the name of the module that holds them, in the order in which
+            it has the parameters.
     """
 
     name: str
@@ -58,6 +77,7 @@ class Adapter:
     replaced: Mapping[str, LazyTensor]
     optional: frozenset[str] = frozenset()
     copies: frozenset[str] = frozenset()
+    stacked: Mapping[str, Sequence[Stacked]] = field(default_factory=dict[str, Sequence[Stacked]])
 
     def __str__(self) -> str:
         return self.name

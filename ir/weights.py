@@ -7,7 +7,7 @@ way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -173,6 +173,32 @@ def straight_of(tensor: LazyTensor | None) -> LazyTensor | None:
     matrices back finds them there.
     """
     return getattr(tensor, "straight", None)
+
+
+@runtime_checkable
+class MadeOf(Protocol):
+    """A lazy tensor that is made of tensors of a checkpoint.
+
+    Attributes:
+        stored: those, by their names there.
+    """
+
+    @property
+    def stored(self) -> Mapping[str, LazyTensor]: ...
+
+    def with_stored(self, tensors: Mapping[str, LazyTensor]) -> LazyTensor:
+        """The same made of others of these names and shapes, all of one type."""
+        ...
+
+
+def made_of(tensor: LazyTensor | None) -> MadeOf | None:
+    """The tensor where it is made of a checkpoint's; None for one that is one of them, and others."""
+    return tensor if isinstance(tensor, MadeOf) else None
+
+
+def stored_name(tensor: LazyTensor | None) -> str | None:
+    """What a checkpoint calls a tensor, where that is known (its attribute `stored_name`)."""
+    return getattr(tensor, "stored_name", None)
 
 
 def concat_quantized(

@@ -144,6 +144,8 @@ class AdapterPlaces:
 def _refuse_what_is_merged(adapter: Adapter) -> None:
     if replaced := [name for name in adapter.replaced if name not in adapter.copies]:
         what = f"replaces whole tensors, {listed(replaced)} (modules_to_save, saved embeddings, biases)"
+    elif adapter.stacked:
+        what = f"changes stacked matrices of {listed([*adapter.stacked])}"
     else:
         kinds = {kind for change in adapter.changes.values() for kind in _merged_kinds(change)}
         if not kinds:
