@@ -39,6 +39,8 @@ NAMES: Final[frozenset[str]] = frozenset(_NUMPY)
 KV_SCALE_BYTES: Final = 4
 """Bytes of the float32 scale that a KV cache of int8 keeps beside the codes of each head and token."""
 FLOATS: Final[frozenset[str]] = frozenset({"float32", "float16", "bfloat16", FLOAT8, "float64"})
+HALVES: Final = ("float16", "bfloat16")
+"""Floats of 16 bits."""
 INTEGERS: Final[frozenset[str]] = frozenset({"int64", "int32", "int16", "int8", "uint8"})
 
 

@@ -23,13 +23,14 @@ def merged_names(name: str) -> list[str]:
     merged.
     """
     first, *others = name.split("+")
-    if not others or first.count(".") < 2:
+    module, dot, kind = first.rpartition(".")
+    if not others or not dot:
         return [name]
-    above, _, kind = first.rsplit(".", 2)
-    return [first, *(f"{module_beside(above, other.split('.')[0].rstrip('_'))}.{kind}" for other in others)]
+    above = module.rpartition(".")[0]
+    return [first, *(f"{_module_beside(above, other.split('.')[0].rstrip('_'))}.{kind}" for other in others)]
 
 
-def module_beside(above: str, other: str) -> str:
+def _module_beside(above: str, other: str) -> str:
     """The full name of a module that a merged weight's name lists, whose first part is in module `above`."""
     up = len(other) - len(other.lstrip("-"))
     path = [*above.split("."), other] if not up else [*above.split(".")[:-up], *other[up:].split("-")]

@@ -59,7 +59,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "esm": {"token_dropout": False, "position_embedding_type": "rotary"},
     "esmc": {"num_key_value_heads": 4},
     "deepseek_v4": {"layer_types": None, "mlp_layer_types": None},
-    "cohere_compass_text": {"layer_types": None},
+    "cohere_compass_text": {
+        **_HYBRID,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]},
+            "full_attention": None,
+        },
+    },
+    "hunyuan_vl_text": {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 2, 2, 2]}},
+    "hy_v4_vl_text": {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1]}},
+    "longcat_flash": {"head_dim": 8},
+    "xmod": {"default_language": "en_XX"},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
         "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 96, "moe_top_k": 2},

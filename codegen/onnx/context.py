@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from onnx import FunctionProto, helper
 
 from ...ir.core import Graph, Op, Value
-from ...ir.dtypes import KV_SCALE_BYTES
+from ...ir.dtypes import HALVES, KV_SCALE_BYTES
 from ...ir.errors import CompileError, UnsupportedError
 from ...ir.types import TensorType
 from ...plugins.entries import blaming
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 Emitter = Callable[["Context", Any], "str | list[str] | None"]
 EMITTERS: dict[str, Emitter] = {}
-_HALVES = ("float16", "bfloat16")
 # Ops that only move data keep half-precision values as they are; everything else computes in float32.
 _MOVES = {
     "append_kv", "arange", "cast", "concat", "dim_value", "embedding", "expand", "full", "gather",
@@ -115,7 +114,7 @@ class Context:
                     remedy="a KV cache may only be appended to and attended over",
                 )
             self._names[value] = self.weights.raw(value)
-        if not (self._widening and value.dtype in _HALVES):
+        if not (self._widening and value.dtype in HALVES):
             return self._names[value]
         if value not in self._wide:
             self._wide[value] = self.scope.cast(self._names[value], "float32")
@@ -147,7 +146,7 @@ class Context:
         if out is None:  # the result is only known to other emitters (a cache)
             return
         for value, name in zip(op.results, [out] if isinstance(out, str) else out, strict=True):
-            narrow = op.opname not in _MOVES and value.dtype in _HALVES
+            narrow = op.opname not in _MOVES and value.dtype in HALVES
             self.bind(value, self.scope.cast(name, value.dtype) if narrow else name)
 
 

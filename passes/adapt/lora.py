@@ -21,11 +21,11 @@ import numpy as np
 
 from ...ir.adapters import Adapter, LowRank, listed
 from ...ir.core import Graph, Value
-from ...ir.dtypes import to_numpy
+from ...ir.dtypes import HALVES, to_numpy
 from ...ir.errors import InputError
 from ...ir.weights import LazyTensor, QuantizedTensors, ShapeOnlyTensor, made_of, quantized_of, stored_name
 from ..base import Pass, PassContext, PassResult
-from ..canonicalize.parameters import HALVES, follow_types, widened
+from ..canonicalize.parameters import follow_types, widened
 from ..derived import CastTensor
 from .lora_stacked import MergedStack, stacked_places
 from .stored import StoredNames, with_parts

@@ -28,7 +28,7 @@ from ...ir.ops.quant import QuantizedEmbedding, QuantizedLinear
 from ...ir.ops.shape import Slice
 from ...ir.types import TensorType, sym
 from ..base import Pass, PassContext, PassResult
-from ..merged_names import module_beside
+from ..merged_names import merged_names
 
 Parts = list[tuple[str, int]]
 """(module, rows) of each layer in a weight, from its first row on."""
@@ -97,12 +97,9 @@ def _parts_of(graph: Graph, op: Op) -> Parts | None:
         return None
     if any(isinstance(user, Embedding | QuantizedEmbedding) for user in weight.users):
         return [(op.loc, rows)] if op.loc else None  # tied: the weight has the embedding's name
-    first, *others = _base(weight.name).split("+")
-    first = first.removesuffix(".weight")
-    if not others:
-        return [(first, rows)]
-    above = first.rpartition(".")[0]
-    names = [first, *(module_beside(above, name.rstrip("_")) for name in others)]
+    names = [name.removesuffix(".weight") for name in merged_names(_base(weight.name))]
+    if len(names) == 1:
+        return [(names[0], rows)]
     for halves in (False, True):
         widths = _cuts(op.result, halves)
         if widths is not None and len(widths) == len(names) and sum(widths) == rows:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...ir.core import Graph, Op
+from ...ir.dtypes import HALVES
 from ...ir.ops.math import Binary, Cast, MatMul, Where
 from ...ir.ops.moe import Moe, QuantizedMoe
 from ...ir.ops.nn import Embedding, Linear
@@ -23,7 +24,6 @@ from ...ir.weights import num_elements
 from ..base import Pass, PassContext, PassResult
 from ..derived import CastTensor
 
-HALVES = ("float16", "bfloat16")
 _MOST = 1 << 22
 """Elements of what is computed of weights beforehand (`fold.py`)."""
 _FEW = 1 << 13

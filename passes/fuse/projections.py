@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...ir.core import Graph, Op, Value
+from ...ir.dtypes import HALVES
 from ...ir.ops import math as m
 from ...ir.ops.nn import GatedMlp, Linear
 from ...ir.ops.shape import Slice
@@ -18,7 +19,6 @@ from ...ir.rewriter import Any, Match, P, Rewriter, Rule, apply_rules
 from ...ir.types import Dim
 from ...ir.weights import LazyTensor
 from ..base import Pass, PassContext, PassResult
-from ..canonicalize.parameters import HALVES
 from ..derived import CastTensor, ConcatRows
 from ..merged_names import merged_name
 from ..routers import is_router

@@ -7,14 +7,12 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from ....ir.core import Graph, Value
-from ....ir.dtypes import to_numpy
+from ....ir.dtypes import HALVES, to_numpy
 from ....ir.errors import CompileError
 from ....ir.ops.nn import Embedding
 from ...artifact import TensorSpec
 from ..gpu import weights
 from ..weights import PLAIN, Role, specs_of, weight_roles
-
-_HALVES = ("float16", "bfloat16")
 
 
 def weight_specs(graph: Graph, report: Callable[[float], None]) -> list[TensorSpec]:
@@ -31,7 +29,7 @@ def _stored_dtype(weight: Value, dtype: str) -> str:
     """Of a weight without a layout: what kernels hold of it (`generic.py`); tables of embeddings stay."""
     if dtype in ("int64", "bool"):
         return "int32"
-    if dtype not in _HALVES:
+    if dtype not in HALVES:
         return dtype
     tables = {isinstance(op, Embedding) and i == 1 for op, i in weight.uses}
     if tables == {True, False}:
