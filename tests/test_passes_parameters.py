@@ -7,11 +7,13 @@ from collections.abc import Callable
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 from llmc.codegen.target import get_target
 from llmc.ir.core import Graph, Value
+from llmc.ir.interpreter import run
 from llmc.ir.ops import math as m
 from llmc.ir.ops import nn
-from llmc.ir.ops.shape import Full, Slice
+from llmc.ir.ops.shape import Full, Reshape, Slice, Transpose
 from llmc.ir.types import TensorType, sym
 from llmc.ir.verifier import verify
 from llmc.ir.weights import ArrayTensor
@@ -83,6 +85,26 @@ def test_a_table_that_is_a_matrix_too_stays_and_a_small_one_does_not() -> None:
 
     assert widen_parameters(big := graph_of(build, (4096, 8))) == 0 and dtypes(big) == {"w0": "bfloat16"}
     assert widen_parameters(small := graph_of(build, (32, 8))) == 1 and dtypes(small) == {"w0": "float32"}
+
+
+def test_matrices_that_are_moved_and_stay_no_layer_are_multiplied_in_float32() -> None:
+    """W x of several heads, as it is traced and as targets get it."""
+
+    def build(graph: Graph, x: Value, w: Value) -> Value:
+        columns = graph.append(Transpose(x, perm=(-1, -2))).result
+        return graph.append(m.MatMul(graph.append(Reshape(w, shape=(2, 1, 8))).result, columns)).result
+
+    graph = graph_of(build, (2, 8))
+    assert widen_parameters(graph) == 0 and graph.outputs[0].dtype == "float32"
+    x = np.random.default_rng(1).standard_normal((3, 8)).astype(np.float32)
+    weight = graph.weights["w0"].weight
+    assert weight is not None
+    wanted = weight.read().astype(np.float32)[:, None] @ x.T
+    legal = get_target("tvm-cpu").legal(graph)
+    for one in (graph, legal):
+        np.testing.assert_allclose(run(one, {"x": torch.from_numpy(x)})[0].numpy(), wanted, atol=1e-5)
+    (product,) = (op for op in legal if isinstance(op, m.MatMul))
+    assert {v.dtype for v in product.operands} == {"float32"}
 
 
 @pytest.mark.parametrize("target", ["tvm-cpu", "tvm-cuda", "tvm-webgpu", "onnx-cpu"])

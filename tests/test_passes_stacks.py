@@ -120,7 +120,9 @@ def test_other_graphs_are_left_alone() -> None:
         ((sym("T"), 3), (3, 5), False),
         ((1, sym("T"), 3), (sym("T"), 3, 3), True),
         ((4, sym("T")), (sym("T"), 3), True),
-        ((4, 3), (3, sym("T")), True),
+        ((4, 3), (3, sym("T")), False),  # each token's column
+        ((2, 1, 4, 3), (2, 1, 3, sym("T")), False),
+        ((sym("T"), 3), (3, sym("T")), True),
     ],
 )
 def test_products_that_keep_tokens_apart(a: tuple[Dim, ...], b: tuple[Dim, ...], mixes: bool) -> None:

@@ -295,7 +295,7 @@ class Cast(Op):
 
 @op("matmul")
 class MatMul(Op):
-    """[..., M, K] @ [..., K, N], leading axes broadcast."""
+    """[..., M, K] @ [..., K, N], leading axes broadcast; float32 where one of them is."""
 
     a: Operand
     b: Operand
@@ -307,10 +307,12 @@ class MatMul(Op):
             raise CompileError(
                 f"matmul: {self.a.type} @ {self.b.type} ({self.loc})", remedy="inner dimensions must agree"
             )
-        return [TensorType(self.a.dtype, (*batch, a[-2], b[-1]))]
+        dtypes = {self.a.dtype, self.b.dtype}
+        return [TensorType("float32" if "float32" in dtypes else self.a.dtype, (*batch, a[-2], b[-1]))]
 
     def reference(self, dims: Dims, *args: Any) -> Any:
-        return _torch().matmul(args[0], args[1])
+        kind = _torch().promote_types(args[0].dtype, args[1].dtype)
+        return _torch().matmul(args[0].to(kind), args[1].to(kind))
 
 
 class Reduce(Op):

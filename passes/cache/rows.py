@@ -26,6 +26,15 @@ def token_axes(shape: Shape) -> list[int]:
     return [i - len(shape) for i, d in enumerate(shape) if mentions_tokens(d)]
 
 
+def _multiplies_each(a: list[int], b: list[int]) -> bool:
+    """Whether a product keeps tokens apart whose operands have them along these axes."""
+    if not b:
+        return a != [-1]
+    if b == [-1]:
+        return not a  # each token's column, by a matrix of all
+    return b[0] < -2 and a in ([], b)  # each token's own matrix
+
+
 def row_mixing(op: Op) -> str | None:
     """Why an op of the paged graph mixes rows of different tokens, or None when every row stands alone."""
     axes = [token_axes(v.shape) for v in op.operands]
@@ -44,10 +53,7 @@ def row_mixing(op: Op) -> str | None:
             return "reduces over tokens"
         case m.Softmax() if op.axis in inner:
             return "normalises over tokens"
-        case m.MatMul() if axes[0] == [-1] or (
-            axes[1]
-            and (axes[1][0] > -3 or axes[0] not in ([], axes[1]))  # each token's own matrices are fine
-        ):
+        case m.MatMul() if not _multiplies_each(*axes):
             return "multiplies along the axis of tokens"
         case Slice() | Concat() if op.axis in inner:
             return "cuts or joins along the axis of tokens"

@@ -82,15 +82,18 @@ def widen_parameters(graph: Graph, last: bool = False) -> int:
         copy = graph.add_weight(f"{name}.float32", data)
         for op, i in uses:
             graph.set_operand(op, i, copy)
-    if count:
-        follow_types(graph)
+    if count or last:
+        follow_types(graph, last)
     return count
 
 
-def follow_types(graph: Graph) -> None:
-    """Types of what is computed with weights that became float32, and constants beside them as float32."""
+def follow_types(graph: Graph, last: bool = False) -> None:
+    """Types of what is computed with weights that became float32, and constants beside them as float32; the
+    `last` time also matrices that were moved and did not become a layer's.
+    """
+    mixed = Binary | Where | Concat | MatMul if last else Binary | Where | Concat
     for op in graph:
-        if isinstance(op, Binary | Where | Concat) and any(v.dtype == "float32" for v in op.operands):
+        if isinstance(op, mixed) and any(v.dtype == "float32" for v in op.operands):
             for i, v in enumerate(op.operands):
                 if v.dtype in HALVES:
                     graph.set_operand(op, i, graph.insert(Cast(v, dtype="float32"), op).result)
