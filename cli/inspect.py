@@ -142,9 +142,9 @@ def _window_bytes_per_token(manifest: dict[str, Any]) -> dict[str, int]:
 
 
 def _gguf(path: Path) -> dict[str, Any]:
-    from ..frontend.gguf import read_gguf
+    from ..frontend.gguf_split import read_gguf_model
 
-    file = read_gguf(path)
+    file = read_gguf_model(path)
     rows = [
         {"name": info.name, "shape": list(info.shape), "type": info.ggml_type, "bytes": info.nbytes}
         for info in file.tensors.values()
@@ -156,7 +156,7 @@ def _gguf(path: Path) -> dict[str, Any]:
     return {
         "kind": "gguf",
         "path": str(path),
-        "bytes": path.stat().st_size,
+        "bytes": file.size,
         "model": {
             "name": scalars.get("general.name"),
             "architecture": architecture,

@@ -57,13 +57,17 @@ class GGUFTensorInfo:
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """A checked header. Arrays in `metadata` are lists of strings or numpy arrays."""
+    """A checked header. Arrays in `metadata` are lists of strings or numpy arrays.
+
+    `parts`: the files of a model in several, of which this is the first; `size` and `tensors` are of all.
+    """
 
     path: Path
     size: int
     version: int
     metadata: dict[str, Any]
     tensors: dict[str, GGUFTensorInfo] = field(repr=False)
+    parts: tuple[GGUFFile, ...] = field(default=(), repr=False)
 
     @property
     def architecture(self) -> str:

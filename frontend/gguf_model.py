@@ -110,10 +110,6 @@ def read_config(file: GGUFFile) -> Any:
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    if int(file.metadata.get("split.count", 0) or 0) > 1:
-        raise InputError(
-            f"{file.path.name} is one part of several", remedy="join them with llama-gguf-split --merge"
-        )
     arch = file.architecture
     tabled = gguf_tabled.readable(file)
     logger = logging.getLogger("transformers")  # its advice is for those who train

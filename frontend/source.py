@@ -21,7 +21,8 @@ from ..ir.weights import ArrayTensor, LazyTensor, num_elements
 from . import gguf_model, hf, rope
 from .conversions import apply_conversions, complete, to_numpy_array
 from .dense import Dense, dense_layers
-from .gguf import GGUFFile, read_gguf
+from .gguf import GGUFFile
+from .gguf_split import read_gguf_model
 from .quantized import describe_quantization, open_quantized
 from .sentences import dense_places, made_encoder, reranker_facts, scored_tokens, sentence_facts
 from .skeleton import Task, instantiate, instantiate_whole, is_encoder, model_class
@@ -288,7 +289,7 @@ def _open_file(path: Path) -> ModelSource:
             f"{path.name} is a pickle file, which could run code when opened",
             remedy="convert the model to safetensors (save_pretrained in transformers) and give its folder",
         )
-    header = read_gguf(path)
+    header = read_gguf_model(path)
     _ = header.architecture  # asked before transformers is imported: a hostile file costs only its header
     if not header.tensors:
         raise InputError(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from .gguf import read_gguf
+from .gguf_split import read_gguf_model
 from .hf import downloaded, is_repo_id, read_json
 
 _NAMES: Final = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -29,7 +29,7 @@ def published_template(model: Path) -> PublishedTemplate | None:
     Raises InputError naming a file that is damaged.
     """
     if model.is_file():
-        return _of_gguf(read_gguf(model).metadata)
+        return _of_gguf(read_gguf_model(model).metadata)
     folder = model if model.is_dir() else downloaded(str(model)) if is_repo_id(str(model)) else None
     return None if folder is None else _of_folder(folder)
 

@@ -117,8 +117,12 @@ def open_gguf_tensors(file: GGUFFile) -> dict[str, GGUFTensor]:
         raise InputError(
             f"{file.path.name} holds no tensors (a vocabulary-only file)", remedy="give a file with weights"
         )
-    mapped = MappedFile(file.path)
-    return {name: GGUFTensor(mapped, info) for name, info in file.tensors.items()}
+    found: dict[str, GGUFTensor] = {}
+    for part in file.parts or (file,):
+        if part.tensors:
+            mapped = MappedFile(part.path)
+            found |= {name: GGUFTensor(mapped, info) for name, info in part.tensors.items()}
+    return found
 
 
 class ReorderedTensor:

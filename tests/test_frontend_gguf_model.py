@@ -294,7 +294,7 @@ def test_shape_that_does_not_fit_is_named(tmp_path: Path) -> None:
         ([entry("general.architecture", STRING, "martian")], "architecture 'martian'"),
         ([entry("general.name", STRING, "x")], "no general.architecture"),
         ([entry("general.architecture", U32, 3)], "no general.architecture"),
-        ([*llama_entries(), entry("split.count", U32, 3)], "one part of several"),
+        ([*llama_entries(), entry("split.count", U32, 3)], "is one of 3 parts, and its name does not tell"),
         (
             [*llama_entries()[:4], entry("llama.embedding_length", STRING, "wide")],
             "architecture 'llama' of m.gguf cannot be taken from GGUF",
