@@ -76,7 +76,7 @@ kv_dtype_option = click.option(
     "--lora",
     multiple=True,
     metavar="PATH[:scale]",
-    help="An adapter's folder (PEFT: LoRA, DoRA), merged into the weights; repeatable.",
+    help="An adapter's folder (PEFT: LoRA, DoRA), or GGUF file, merged into the weights; repeatable.",
 )
 @click.option(
     "--pass",

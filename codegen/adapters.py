@@ -9,13 +9,14 @@ from hashlib import sha256
 from pathlib import Path
 
 from ..frontend.lora import read_adapter
+from ..frontend.source import ModelSource
 from ..ir.errors import InputError
 from ..passes.adapt.lora import MergeLora
 
 
 @dataclass(frozen=True)
 class LoraOption:
-    """An adapter's folder, and what its change is multiplied by."""
+    """An adapter's folder or GGUF file, and what its change is multiplied by."""
 
     path: Path
     scale: float = 1.0
@@ -34,13 +35,18 @@ class LoraOption:
             raise InputError(f"--lora {text}: {number} is no scale", remedy="give a number, such as 0.5")
         return LoraOption(Path(path), scale)
 
+    @property
+    def is_gguf(self) -> bool:
+        """Whether it changes the tensors of a GGUF model, and no graph."""
+        return self.path.suffix == ".gguf"
+
     def command(self) -> list[str]:
         """The option without folders, so that the same inputs give the same bytes."""
         return ["--lora", self.path.name + ("" if self.scale == 1.0 else f":{self.scale:g}")]
 
     def key(self) -> list[object]:
         """What tells whether interrupted work was on the same adapter."""
-        with open(self.path / "adapter_model.safetensors", "rb") as file:
+        with open(self.path if self.is_gguf else self.path / "adapter_model.safetensors", "rb") as file:
             digest = sha256()
             while piece := file.read(1 << 20):
                 digest.update(piece)
@@ -48,5 +54,14 @@ class LoraOption:
 
 
 def adapter_passes(options: Sequence[LoraOption]) -> tuple[MergeLora, ...]:
-    """A pass for each adapter, its files opened and checked."""
-    return tuple(MergeLora(read_adapter(o.path), o.scale) for o in options)
+    """A pass for each adapter that is a folder, its files opened and checked."""
+    return tuple(MergeLora(read_adapter(o.path), o.scale) for o in options if not o.is_gguf)
+
+
+def merge_gguf_adapters(source: ModelSource, options: Sequence[LoraOption]) -> list[str]:
+    """Merge those that are GGUF files into the source's tensors; sentences on what that changes."""
+    return [
+        f"adapter {one.path.name}: {floats} quantized weights became floats"
+        for one in options
+        if one.is_gguf and (floats := source.merge_gguf_adapter(one.path, one.scale))
+    ]

@@ -31,7 +31,7 @@ from ..passes.calibration import LENGTH
 from ..passes.manager import PassRecord, run_passes
 from ..passes.pipelines import function, language_model
 from ..passes.quantize.scheme import without_calibration
-from .adapters import LoraOption
+from .adapters import LoraOption, merge_gguf_adapters
 from .artifact import Artifact, ArtifactWriter
 from .calibrate import (
     CalibrationOptions,
@@ -250,7 +250,7 @@ def compile_model(
         progress("open", 0.0)
         source = _open(model, scaling)
         passing.context_length = _context(source, context)
-        passing.notes += _left_out(source)
+        passing.notes += _left_out(source) + merge_gguf_adapters(source, merged)
         progress("trace", 0.02)
         graph = trace(source, example_inputs)
         passing.notes += _fewer(source, graph, passing.context_length)

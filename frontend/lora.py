@@ -52,6 +52,11 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
         UnsupportedError: an adapter of another kind than LoRA and DoRA.
     """
     folder = Path(path)
+    if folder.suffix == ".gguf":
+        raise UnsupportedError(
+            f"adapter {folder.name} is a GGUF file, which can only be merged into a GGUF model",
+            remedy="llmc compile MODEL.gguf --lora ADAPTER.gguf",
+        )
     if not (folder / "adapter_config.json").is_file():
         raise InputError(
             f"adapter {folder}: no adapter_config.json there", remedy="give a folder saved by PEFT"

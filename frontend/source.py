@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..ir.dtypes import FLOAT8
 from ..ir.errors import InputError
-from ..ir.weights import ArrayTensor, LazyTensor, num_elements
+from ..ir.weights import ArrayTensor, LazyTensor, num_elements, quantized_of
 from . import gguf_model, hf, rope
 from .conversions import apply_conversions, complete, to_numpy_array
 from .dense import Dense, dense_layers
 from .gguf import GGUFFile
 from .gguf_split import read_gguf_model
+from .lora_gguf import with_gguf_adapter
 from .quantized import describe_quantization, open_quantized
 from .sentences import dense_places, made_encoder, reranker_facts, scored_tokens, sentence_facts
 from .skeleton import Task, instantiate, instantiate_whole, is_encoder, model_class
@@ -255,6 +256,25 @@ class ModelSource:
             self.unscaled_config = copy.deepcopy(self.config)
         self.length = scaling.apply(self.config, self.name)
         self.rope_scaling = scaling
+
+    def merge_gguf_adapter(self, path: Path, scale: float) -> int:
+        """Change the tensors by an adapter in a GGUF file, before they are asked for; how many blocks became
+        floats.
+
+        Raises InputError where the model is no GGUF file, and as `with_gguf_adapter`.
+        """
+        if self.gguf is None:
+            raise InputError(
+                f"adapter {path.name} is a GGUF file, which has the names of a GGUF model's tensors; "
+                f"{self.name} is none",
+                remedy="give the model as a GGUF file, or the adapter as PEFT's folder",
+            )
+        before = self.stored
+        self.stored = with_gguf_adapter(self.gguf, before, path, scale)
+        return sum(
+            quantized_of(before[name]) is not None and quantized_of(one) is None
+            for name, one in self.stored.items()
+        )
 
 
 def open_source(model: str | os.PathLike[str] | torch.nn.Module, *, config_only: bool = False) -> ModelSource:

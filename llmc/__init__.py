@@ -112,7 +112,8 @@ def compile(
             and token) or "float8_e4m3fn" (none; not for onnx-cpu); where None, "float32" with
             quant "none", and else "bfloat16" for tvm-cpu and "float16" for others.
         passes: further passes on the fused graph, `NAME{option=value,…}` (`llmc passes` lists them).
-        lora: adapters that PEFT saved, `FOLDER` or `FOLDER:scale`, merged into the weights in this order.
+        lora: adapters that PEFT saved, `FOLDER` or `FOLDER:scale`, merged into the weights in this order; of
+            a GGUF model also `FILE.gguf`, as llama.cpp's converter writes them, merged first.
         rope_scaling: `KIND:FACTOR[,key=value…]` makes the context longer than the model was trained on:
             "yarn:4", "linear:4", "dynamic:2", "llama3:8"; with ",when=needed" for the sequences that need
             it, rather than all: docs/long-context.md.

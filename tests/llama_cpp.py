@@ -70,6 +70,8 @@ def library() -> Any:
         ("llama_memory_clear", None, [pointer, ctypes.c_bool]),
         ("llama_free", None, [pointer]),
         ("llama_model_free", None, [pointer]),
+        ("llama_adapter_lora_init", pointer, [pointer, ctypes.c_char_p]),
+        ("llama_set_adapters_lora", ctypes.c_int32, [pointer, pointer, ctypes.c_size_t, pointer]),
         ("llama_log_set", None, [_LOG, pointer]),
         (
             "llama_tokenize",
@@ -131,6 +133,14 @@ class LlamaCpp:
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Logits of every token of one sequence, float32 [T, vocab], with an empty cache."""
         return self._computed(ids, self._lib.llama_get_logits, self.vocab_size)
+
+    def adapt(self, adapters: Sequence[tuple[Path, float]]) -> None:
+        """Apply LoRA adapters from now on, each times a number; freed with the model."""
+        found = [self._lib.llama_adapter_lora_init(self._model, str(path).encode()) for path, _ in adapters]
+        assert all(found), "llama.cpp does not load the adapter"
+        handles = (ctypes.c_void_p * len(found))(*found)
+        scales = (ctypes.c_float * len(found))(*(scale for _, scale in adapters))
+        assert self._lib.llama_set_adapters_lora(self._context, handles, len(found), scales) == 0
 
     def hidden(self, ids: Sequence[int]) -> np.ndarray:
         """Hidden states of every token, float32 [T, hidden], of a file that says no pooling."""

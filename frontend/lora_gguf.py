@@ -1,0 +1,129 @@
+"""LoRA adapters in GGUF files, as llama.cpp's convert_lora_to_gguf writes them, merged into a GGUF model's
+tensors: both have llama.cpp's names and order of rows.
+
+    general.type = "adapter", adapter.type = "lora", adapter.lora.alpha
+    blk.0.attn_q.weight.lora_a           [r, K]        .lora_b  [N, r]
+    blk.0.ffn_up_exps.weight.lora_a      [E, r, K]     .lora_b  [E, N, r]
+    token_embd.weight.lora_a             [V, r]        .lora_b  [D, r]     its change is A Bᵀ
+
+Shapes in torch's order. https://github.com/ggml-org/llama.cpp (src/llama-adapter.cpp)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from ..ir.adapters import listed
+from ..ir.errors import InputError, UnsupportedError
+from ..ir.weights import LazyTensor
+from .gguf import GGUFFile, read_gguf
+from .weights import GGUFTensor, open_gguf_tensors
+
+_A, _B = ".lora_a", ".lora_b"
+_ROWS_BY_ID: Final = ("token_embd.weight",)
+_HEAD: Final = "output.weight"
+_OTHER: Final = "the adapter belongs to another model"
+_AGAIN: Final = "download the adapter again"
+
+
+class ChangedTensor:
+    """A tensor of a GGUF file plus scaling · B A: float32, without the blocks that it is stored in."""
+
+    dtype: str = "float32"
+
+    def __init__(self, base: LazyTensor, a: GGUFTensor, b: GGUFTensor, scaling: float, by_id: bool) -> None:
+        self._base, self._a, self._b = base, a, b
+        self._scaling, self._by_id = np.float32(scaling), by_id
+        self.shape, self.source = base.shape, f"{base.source} + {b.source}"
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
+        rows = self._base.read(start, stop).astype(np.float32)
+        if self._by_id:
+            change = self._a.read(start, stop) @ self._b.read().T
+        elif len(self.shape) == 3:
+            change = self._b.read(start, stop) @ self._a.read(start, stop)
+        else:
+            change = self._b.read(start, stop) @ self._a.read()
+        return rows + change * self._scaling
+
+
+def with_gguf_adapter(
+    model: GGUFFile, tensors: Mapping[str, LazyTensor], path: Path, scale: float
+) -> dict[str, LazyTensor]:
+    """A GGUF model's tensors by name, those that an adapter changes with its change, times `scale`.
+
+    Raises InputError where the file is damaged or the adapter another model's, UnsupportedError for an
+    adapter of another kind.
+    """
+    file = read_gguf(path)
+    alpha = _alpha(file, model)
+    factors = open_gguf_tensors(file)
+    names = list(dict.fromkeys(name.removesuffix(_A).removesuffix(_B) for name in factors))
+    strangers = [name for name in names if name not in tensors]
+    if strangers:
+        raise InputError(
+            f"adapter {path.name} changes {listed(strangers)}, which {model.path.name} does not have",
+            remedy=_OTHER,
+        )
+    changed: dict[str, LazyTensor] = {}
+    for name in names:
+        a, b = factors.get(name + _A), factors.get(name + _B)
+        if a is None or b is None:
+            raise InputError(f"{path.name} has no {name}{_A if a is None else _B}", remedy=_AGAIN)
+        by_id = name in _ROWS_BY_ID
+        if by_id and _HEAD not in tensors:
+            raise UnsupportedError(
+                f"adapter {path.name} changes {name}, which {model.path.name} has for its output head too",
+                remedy="give the adapter as PEFT's folder",
+            )
+        rank = _rank(tensors[name], a, b, by_id)
+        for one in (a, b):
+            if not np.isfinite(one.read()).all():
+                raise InputError(f"{one.source} holds NaN or infinite values", remedy=_AGAIN)
+        scaling = scale * (alpha / rank if alpha else 1.0)
+        changed[name] = ChangedTensor(tensors[name], a, b, scaling, by_id)
+    if not changed:
+        raise InputError(f"adapter {path.name} holds no tensors", remedy=_AGAIN)
+    return {**tensors, **changed}
+
+
+def _alpha(file: GGUFFile, model: GGUFFile) -> float:
+    """What the file says of itself, checked; 0 where changes are not scaled."""
+    name = file.path.name
+    if file.metadata.get("general.type") != "adapter":
+        raise InputError(f"{name} is no adapter: its general.type says so", remedy="give an adapter")
+    kind = file.metadata.get("adapter.type")
+    if kind != "lora" or "adapter.alora.invocation_tokens" in file.metadata:
+        raise UnsupportedError(
+            f"adapter {name} is an adapter of kind {kind if kind != 'lora' else 'alora'!r}",
+            remedy="give a LoRA adapter",
+        )
+    if file.architecture != model.architecture:
+        raise InputError(
+            f"adapter {name} is of a model of architecture {file.architecture!r}, {model.path.name} is "
+            f"{model.architecture!r}",
+            remedy=_OTHER,
+        )
+    alpha = file.metadata.get("adapter.lora.alpha")
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
+        raise InputError(f"{name}: adapter.lora.alpha is {alpha!r}, no number", remedy=_AGAIN)
+    return float(alpha)
+
+
+def _rank(base: LazyTensor, a: GGUFTensor, b: GGUFTensor, by_id: bool) -> int:
+    """The rank of a change whose shapes fit."""
+    rank = a.shape[-1] if by_id else a.shape[-2] if len(a.shape) > 1 else 0
+    *stack, n, k = base.shape if len(base.shape) > 1 else (0, 0)
+    wanted = ((n, rank), (k, rank)) if by_id else ((*stack, rank, k), (*stack, n, rank))
+    if (a.shape, b.shape) != wanted or not rank:
+        raise InputError(
+            f"{a.source} {list(a.shape)} and {b.source} {list(b.shape)} are no factors of a change of "
+            f"{base.source} {list(base.shape)}",
+            remedy=_OTHER,
+        )
+    return rank
