@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -12,6 +11,9 @@ from ..frontend.lora import read_adapter
 from ..frontend.source import ModelSource
 from ..ir.errors import InputError
 from ..passes.adapt.lora import MergeLora
+
+_MOST = 1e9
+"""Of scales: what they multiply stays finite in float32."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class LoraOption:
             scale = float(number)
         except ValueError:
             return LoraOption(Path(text))  # a path with a colon in it, which is not there either
-        if not math.isfinite(scale):
+        if not abs(scale) <= _MOST:
             raise InputError(f"--lora {text}: {number} is no scale", remedy="give a number, such as 0.5")
         return LoraOption(Path(path), scale)
 
@@ -46,10 +48,12 @@ class LoraOption:
 
     def key(self) -> list[object]:
         """What tells whether interrupted work was on the same adapter."""
-        with open(self.path if self.is_gguf else self.path / "adapter_model.safetensors", "rb") as file:
-            digest = sha256()
-            while piece := file.read(1 << 20):
-                digest.update(piece)
+        names = ("adapter_config.json", "adapter_model.safetensors")
+        digest = sha256()
+        for path in (self.path,) if self.is_gguf else (self.path / name for name in names):
+            with open(path, "rb") as file:
+                while piece := file.read(1 << 20):
+                    digest.update(piece)
         return [self.path.name, self.scale, digest.hexdigest()]
 
 

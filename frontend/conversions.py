@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..ir.errors import CompileError, InputError
-from ..ir.weights import LazyTensor, read_chunks
+from ..ir.weights import LazyTensor, name_stored, read_chunks
 from .text_part import text_name
 from .weights import MergedTensor
 
@@ -66,6 +66,8 @@ def apply_conversions(
             )
         else:
             weights[renamed] = tensors[name]
+            if text_name(name) != renamed:
+                name_stored(tensors[name], text_name(name))
     for first_target, (converter, groups) in merged.items():
         weights.update(_converted(model, state, first_target, converter, groups))
     return weights, unexpected

@@ -17,13 +17,15 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from ..ir.adapters import Adapter, LowRank, Stacked
+from ..ir.adapters import Adapter, LowRank, OfParameters
 from ..ir.errors import InputError, UnsupportedError
 from ..ir.weights import LazyTensor, read_chunks
 from .hf import read_json
@@ -35,7 +37,10 @@ _PARTS: Final = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B"
     r"|lora_magnitude_vector(?:\.weight)?)"
 )
-_NESTED: Final = ".base_layer"
+_WRAPPED: Final = "base_layer"
+_MOST_NESTED: Final = 64
+_MOST: Final = 1e9
+"""Of numbers: what they scale stays finite in float32."""
 # These start from a changed base weight, which the adapter alone does not hold.
 _CHANGED_BASE: Final = ("pissa", "olora", "loftq", "corda", "lora_ga")
 _DTYPES: Final = ("float32", "float16", "bfloat16")
@@ -71,15 +76,15 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
             + (", only a pickle file, which could run code when opened" if pickled else ""),
             remedy="save the adapter with safetensors (save_pretrained in PEFT)",
         )
-    modules: dict[str, dict[str, LazyTensor]] = {}
+    modules: dict[str, _Module] = {}
     replaced: dict[str, LazyTensor] = {}
     for name, tensor in open_safetensors(file).items():
         _check_values(tensor)
-        label = text_name(name.removeprefix(_PREFIX))
-        found = _PARTS.fullmatch(label)
+        full = name.removeprefix(_PREFIX)
+        label, found = text_name(full), _PARTS.fullmatch(full)
         if found is not None:
             part = found["part"].removesuffix(".weight") if "magnitude" in found["part"] else found["part"]
-            modules.setdefault(found["module"], {})[part] = tensor
+            _Module.of(modules, found["module"]).add(found["module"], part, tensor)
         elif "lora_" in label:
             raise UnsupportedError(
                 f"{tensor.source} is no tensor of LoRA or DoRA that llmc knows",
@@ -87,9 +92,15 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
             )
         else:
             replaced[label.replace(".modules_to_save.", ".").replace(".base_layer.", ".")] = tensor
-    stacked = _stacked(modules, config)
-    changes = {m: _change(m, parts, config) for m, parts in modules.items() if _unnested(m) not in stacked}
-    if not changes and not replaced and not stacked:
+    targets = _targets(config)
+    changes: dict[str, LowRank] = {}
+    parameters: dict[str, OfParameters] = {}
+    for label, module in modules.items():
+        if targets and module.is_plain:
+            parameters[label] = module.of_parameters(config, targets)
+        else:
+            changes[label] = module.change(config)
+    if not changes and not replaced and not parameters:
         raise InputError(f"adapter {folder.name} holds no tensors", remedy=_AGAIN)
     asked = config.get("modules_to_save") or []
     names = asked if isinstance(asked, list) else []
@@ -97,7 +108,70 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     optional = frozenset(n for n in unasked if n.endswith(".weight"))
     frozen = optional if config.get("bias", "none") != "none" else unasked
     copies = frozenset(n for n in frozen if n.rpartition(".")[0] in changes)
-    return Adapter(folder.name, changes, replaced, optional, copies, stacked)
+    return Adapter(folder.name, changes, replaced, optional, copies, parameters)
+
+
+@dataclass
+class _Module:
+    """What an adapter says of a module. `name`: in the whole model, as patterns have it. `nested`: tensors by
+    their part, for each of PEFT's wrappers, the outermost first.
+    """
+
+    name: str
+    nested: list[dict[str, LazyTensor]] = field(default_factory=list[dict[str, LazyTensor]])
+
+    @staticmethod
+    def of(modules: dict[str, _Module], label: str) -> _Module:
+        """The module of a label, under its name in the text model."""
+        name = ".".join(part for part in label.split(".") if part != _WRAPPED)
+        return modules.setdefault(text_name(name), _Module(name))
+
+    def add(self, label: str, part: str, tensor: LazyTensor) -> None:
+        depth = next(i for i, name in enumerate(reversed(label.split("."))) if name != _WRAPPED)
+        if depth >= _MOST_NESTED:
+            raise InputError(f"{tensor.source} is nested {depth} times", remedy=_AGAIN)
+        while len(self.nested) <= depth:
+            self.nested.append({})
+        if part in self.nested[depth]:
+            raise InputError(
+                f"{tensor.source} and {self.nested[depth][part].source} are one tensor", remedy=_AGAIN
+            )
+        self.nested[depth][part] = tensor
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it may be of parameters: those have factors and nothing else."""
+        return all(set(parts) <= {"lora_A.weight", "lora_B.weight"} for parts in self.nested)
+
+    def of_parameters(self, config: Mapping[str, Any], targets: Sequence[str]) -> OfParameters:
+        def rules(parameter: str) -> tuple[int, float] | None:
+            full = f"{self.name}.{parameter}"
+            return _rules(config, full) if any(f".{full}".endswith(f".{one}") for one in targets) else None
+
+        if missing := [i for i, parts in enumerate(self.nested) if not parts]:
+            wrapper = ".".join([self.name, *[_WRAPPED] * missing[0]])
+            raise InputError(f"the adapter has no {wrapper}.lora_A.weight", remedy=_AGAIN)
+        factors = [_factors(parts, ("lora_A.weight", "lora_B.weight")) for parts in reversed(self.nested)]
+        return OfParameters(factors, rules, partial(self.change, config))
+
+    def change(self, config: Mapping[str, Any]) -> LowRank:
+        if len(self.nested) > 1:
+            tensor = next(iter(self.nested[-1].values()))
+            raise InputError(
+                f"{tensor.source} is nested, as changes of parameters are; adapter_config.json has no "
+                "target_parameters",
+                remedy="save the adapter again with PEFT",
+            )
+        return _change(self.name, self.nested[0], config)
+
+
+def _targets(config: Mapping[str, Any]) -> list[str]:
+    asked = config.get("target_parameters") or []
+    if not isinstance(asked, list) or not all(isinstance(one, str) and one for one in asked):
+        raise InputError(
+            f"adapter_config.json: target_parameters is {str(asked)[:80]!r}, no list of names", remedy=_AGAIN
+        )
+    return asked
 
 
 def _check_kind(name: str, config: Mapping[str, Any]) -> None:
@@ -118,39 +192,6 @@ def _check_values(tensor: LazyTensor) -> None:
     for rows in read_chunks(tensor):
         if not np.isfinite(rows.astype(np.float32)).all():
             raise InputError(f"{tensor.source} holds NaN or infinite values", remedy=_AGAIN)
-
-
-def _unnested(module: str) -> str:
-    """The module's name without the wrappers that PEFT puts one in the other."""
-    while module.endswith(_NESTED):
-        module = module.removesuffix(_NESTED)
-    return module
-
-
-def _stacked(
-    modules: Mapping[str, Mapping[str, LazyTensor]], config: Mapping[str, Any]
-) -> dict[str, list[Stacked]]:
-    """The changes of stacked matrices: those that are nested, and those of more rows than their rank. The
-    innermost is of the module's first parameter.
-    """
-    asked = config.get("target_parameters")
-    targets = [str(one) for one in asked] if isinstance(asked, list) else []
-    found: dict[str, list[Stacked]] = {}
-
-    def rules(name: str) -> tuple[int, float] | None:
-        return _rules(config, name) if any(f".{name}".endswith(f".{one}") for one in targets) else None
-
-    for module, parts in sorted(modules.items(), key=lambda item: -len(item[0])) if targets else ():
-        plain = _unnested(module)
-        nested = plain != module or f"{plain}{_NESTED}" in modules
-        if set(parts) == {"lora_A.weight", "lora_B.weight"}:
-            a, b = _factors(parts, ("lora_A.weight", "lora_B.weight"))
-            if nested or a.shape[0] != _by_pattern(plain, config, "r", "rank_pattern"):
-                found.setdefault(plain, []).append(Stacked(a, b, rules))
-        elif nested:
-            other = next(iter(parts.values()))
-            raise InputError(f"{other.source} is nested, and no factor of a parameter", remedy=_AGAIN)
-    return found
 
 
 def _rules(config: Mapping[str, Any], name: str) -> tuple[int, float]:
@@ -215,8 +256,10 @@ def _by_pattern(module: str, config: Mapping[str, Any], key: str, patterns: str)
             if matches:
                 value = special
                 break
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise InputError(f"adapter_config.json: {key} is {value!r}, no number", remedy=_AGAIN)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not -_MOST <= value <= _MOST:
+        raise InputError(
+            f"adapter_config.json: {key} is {str(value)[:40]!r}, no number for it", remedy=_AGAIN
+        )
     if key == "r" and value < 1:
         raise InputError(f"adapter_config.json: r is {value}, no rank", remedy=_AGAIN)
     return float(value)

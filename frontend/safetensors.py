@@ -47,7 +47,6 @@ class SafetensorsTensor:
         self._offset = offset
         self.shape = shape
         self.dtype = dtype
-        self.stored_name = name
         self.source = f"{file.path.name}:{name}"
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:

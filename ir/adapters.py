@@ -41,20 +41,23 @@ class LowRank:
 
 
 @dataclass(frozen=True, eq=False)
-class Stacked:
-    """The change of one of a module's parameters of stacked matrices, as of experts: scaling · B_e A_e is
-    what matrix e gains (PEFT's `target_parameters`). Which parameter it is, files do not say: its sizes do,
-    and its place among the module's changes.
+class OfParameters:
+    """Changes of a module that may be of its parameters (PEFT's `target_parameters`): of a matrix, or of E
+    stacked ones, as of experts, where scaling · B_e A_e is what matrix e gains. Files say of which module;
+    each of its parameters that the adapter targets has one, in the module's order. A module without any is
+    changed itself.
 
     Attributes:
-        a: [E · r, K]: rows e · r … of matrix e. b: [N, r · E]: column j · E + e is column j of matrix e.
-        rules: rank r and scaling, by the parameter's name ("model.layers.0.mlp.experts.down_proj"); None for
-            one that the adapter leaves as it is.
+        factors: a [E · r, K], rows e · r … of matrix e, and b [N, r · E], column j · E + e being column j of
+            matrix e; of each.
+        rules: rank r and scaling, by the parameter's own name ("down_proj"); None for one that is not
+            targeted.
+        itself: the change of the module itself. Raises InputError where it is none.
     """
 
-    a: LazyTensor
-    b: LazyTensor
+    factors: Sequence[tuple[LazyTensor, LazyTensor]]
     rules: Callable[[str], tuple[int, float] | None]
+    itself: Callable[[], LowRank]
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,8 +71,7 @@ class Adapter:
         optional: those of `replaced` that PEFT saved unasked (embeddings beside their adapter): where the
             model has none of that name, because it is tied, nothing is lost.
         copies: those of `replaced` that are the base's own: PEFT saves an embedding beside its change.
-        stacked: changes of stacked matrices by the name of the module that holds them, in the order in which
-            it has the parameters.
+        parameters: those that may be of parameters, by the name of the module that holds them.
     """
 
     name: str
@@ -77,7 +79,7 @@ class Adapter:
     replaced: Mapping[str, LazyTensor]
     optional: frozenset[str] = frozenset()
     copies: frozenset[str] = frozenset()
-    stacked: Mapping[str, Sequence[Stacked]] = field(default_factory=dict[str, Sequence[Stacked]])
+    parameters: Mapping[str, OfParameters] = field(default_factory=dict[str, OfParameters])
 
     def __str__(self) -> str:
         return self.name

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 
@@ -175,7 +175,6 @@ def straight_of(tensor: LazyTensor | None) -> LazyTensor | None:
     return getattr(tensor, "straight", None)
 
 
-@runtime_checkable
 class MadeOf(Protocol):
     """A lazy tensor that is made of tensors of a checkpoint.
 
@@ -193,12 +192,18 @@ class MadeOf(Protocol):
 
 def made_of(tensor: LazyTensor | None) -> MadeOf | None:
     """The tensor where it is made of a checkpoint's; None for one that is one of them, and others."""
-    return tensor if isinstance(tensor, MadeOf) else None
+    # By its class: asking an object evaluates its properties.
+    return cast("MadeOf", tensor) if hasattr(type(tensor), "with_stored") else None
 
 
 def stored_name(tensor: LazyTensor | None) -> str | None:
-    """What a checkpoint calls a tensor, where that is known (its attribute `stored_name`)."""
+    """What a checkpoint calls a tensor that the model calls otherwise: its attribute `stored_name`."""
     return getattr(tensor, "stored_name", None)
+
+
+def name_stored(tensor: LazyTensor, name: str) -> None:
+    """Note what the checkpoint calls a tensor."""
+    cast("Any", tensor).stored_name = name
 
 
 def concat_quantized(

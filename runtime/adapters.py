@@ -120,7 +120,7 @@ class AdapterPlaces:
             raise InputError(
                 f"adapter {adapter} changes {listed(unknown)}, which this model has no place for; it has "
                 f"{listed(self._kinds())}",
-                remedy="give an adapter of this model" + ("" if len(unknown) > 1 else f", or {_MERGE}"),
+                remedy=f"give an adapter of this model, or {_MERGE}",
             )
         wrong: list[str] = []
         for module, change in adapter.changes.items():
@@ -144,8 +144,8 @@ class AdapterPlaces:
 def _refuse_what_is_merged(adapter: Adapter) -> None:
     if replaced := [name for name in adapter.replaced if name not in adapter.copies]:
         what = f"replaces whole tensors, {listed(replaced)} (modules_to_save, saved embeddings, biases)"
-    elif adapter.stacked:
-        what = f"changes stacked matrices of {listed([*adapter.stacked])}"
+    elif adapter.parameters:
+        what = f"changes parameters (target_parameters), of {listed([*adapter.parameters])}"
     else:
         kinds = {kind for change in adapter.changes.values() for kind in _merged_kinds(change)}
         if not kinds:

@@ -47,7 +47,18 @@ def logits(graph: Graph) -> torch.Tensor:
 PARAMETERS: dict[str, dict[str, Any]] = {
     "both": BOTH,
     "one": {"target_modules": [], "target_parameters": ["experts.down_proj"], "use_rslora": True},
-    "beside modules": {"target_modules": ["q_proj"], "target_parameters": ["gate_up_proj", "gate.weight"]},
+    "beside modules": {
+        "target_modules": ["q_proj"],
+        "target_parameters": ["gate_up_proj", "gate.weight"],
+        "alpha_pattern": {"gate.weight": 32, "gate": 2, "q_proj": 5},
+        "rank_pattern": {"gate.weight": 2},
+    },
+    "as many rows as the rank": {
+        "r": 8,
+        "target_modules": ["q_proj"],
+        "target_parameters": ["down_proj"],
+        "rank_pattern": {"down_proj": 2},
+    },
     "patterns": {**BOTH, "rank_pattern": {r".*\.gate_up_proj": 6}, "alpha_pattern": {"down_proj": 3}},
 }
 
@@ -147,33 +158,101 @@ def test_some_experts_over_weights_of_16_bits(tmp_path: Path) -> None:
     assert worst(logits(changed), logits(plain)) > 1e-3
 
 
+def test_stacks_and_their_parts_in_any_order(tmp_path: Path) -> None:
+    """What was merged into a weight that is made of others leaves them to be found."""
+    model, _ = save_family("mixtral", tmp_path / "model")
+    stack, parts = tmp_path / "stack", tmp_path / "parts"
+    adapter(model, stack, **BOTH)
+    write_adapter(parts, per_expert(tmp_path / "model", r".*(experts\.\d+\.w[12]|\.gate)\.weight"))
+    for name in ("gate_up_proj", "down_proj"):
+        one, other = (
+            merged(tmp_path / "model", *order).weights[f"model.layers.0.mlp.experts.{name}"].weight
+            for order in ((stack, parts), (parts, stack))
+        )
+        plain = merged(tmp_path / "model").weights[f"model.layers.0.mlp.experts.{name}"].weight
+        assert one is not None and other is not None and plain is not None
+        np.testing.assert_allclose(one.read(), other.read(), atol=1e-6)
+        assert np.abs(one.read() - plain.read()).max() > 0.1
+
+
+def test_patterns_name_modules_of_the_whole_model(tmp_path: Path) -> None:
+    """Of models that take more than text, as PEFT calls them there."""
+    ones = np.ones((3, 4), np.float32), np.ones((4, 3), np.float32)
+    name = "model.language_model.layers.0.self_attn.q_proj"
+    change = read_adapter(write_adapter(tmp_path / "one", {name: ones}, alpha_pattern={name: 30})).changes
+    assert change["model.layers.0.self_attn.q_proj"].scaling == 10
+    module = "model.language_model.layers.0.mlp.experts"
+    config = {"target_parameters": [f"{module}.down_proj"], "alpha_pattern": {f"{module}.down_proj": 6}}
+    found = read_adapter(write_adapter(tmp_path / "two", {module: ones}, **config)).parameters
+    rules = found["model.layers.0.mlp.experts"].rules
+    assert rules("down_proj") == (3, 2.0) and rules("gate_up_proj") is None
+
+
+def test_whole_tensors_of_experts(tmp_path: Path) -> None:
+    """A part that the adapter replaces, by the name that the checkpoint has for it."""
+    save_family("mixtral", tmp_path / "model")
+    modules = per_expert(tmp_path / "model", r".*layers\.0\..*experts\.0\.w1\.weight")
+    write_adapter(tmp_path / "one", modules, modules_to_save=["w3"])
+    file = tmp_path / "one" / "adapter_model.safetensors"
+    label = "model.layers.0.block_sparse_moe.experts.1.w3"
+    stored = load_file(tmp_path / "model" / "model.safetensors")[f"{label}.weight"]
+    save_file({**load_file(file), f"base_model.model.{label}.weight": stored + 1}, file)
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    plain, changed = (
+        graph.weights[name].weight
+        for graph in (merged(tmp_path / "model"), merged(tmp_path / "model", tmp_path / "one"))
+    )
+    assert plain is not None and changed is not None
+    rows = len(stored)
+    np.testing.assert_array_equal(changed.read()[1, rows:], plain.read()[1, rows:] + 1)
+    np.testing.assert_array_equal(changed.read()[1, :rows], plain.read()[1, :rows])
+
+
 def test_bad_adapters(tmp_path: Path) -> None:
     model, _ = save_family("mixtral", tmp_path / "model")
     one = tmp_path / "one"
     adapter(model, one, **BOTH)
+
+    def refused(why: str, folder: Path = one, kind: Any = InputError) -> None:
+        with pytest.raises(kind, match=why):
+            merged(tmp_path / "model", folder)
+
     edit(one, r=2)
-    with pytest.raises(
-        InputError, match=r"fit no stacked matrices of model\.layers\.0\.mlp\.experts; .* has "
-    ):
-        merged(tmp_path / "model", one)
-    edit(one, r=4)
-    with pytest.raises(UnsupportedError, match=r"changes stacked matrices of .*experts.*per request"):
+    refused(r"are no change of model\.layers\.0\.mlp\.experts\.\w+ \[.*\] of rank 2")
+    edit(one, r=10**400)
+    refused("r is '1000.*, no number for it")
+    edit(one, r=4, target_parameters="down_proj")
+    refused("target_parameters is 'down_proj', no list of names")
+    edit(one, target_parameters=None)
+    refused(r"is nested, as changes of parameters are; .* no target_parameters")
+    edit(one, target_parameters=["down_proj"])
+    refused(r"has 2 changes of parameters of .* has 1 that it targets: .*down_proj")
+    edit(one, target_parameters=["down_proj", "gate_up_proj"])
+    with pytest.raises(UnsupportedError, match=r"changes parameters .*experts.*per request"):
         AdapterPlaces(256, ()).factors(read_adapter(one))
     file = one / "adapter_model.safetensors"
     tensors = load_file(file)
     save_file({n.replace(".mlp.experts", ".mlp.other"): t for n, t in tensors.items()}, file)
-    with pytest.raises(InputError, match=r"fit no stacked matrices of .*other; .* has none"):
-        merged(tmp_path / "model", one)
+    refused(r"has 2 changes of parameters of .*other .*, \w+ has 0")
     save_file({n: t for n, t in tensors.items() if "base_layer.lora_A" not in n}, file)
-    with pytest.raises(InputError, match=r"lora_B\.weight is nested, and no factor of a parameter"):
-        read_adapter(one)
+    refused(r"lora_B\.weight has no lora_A\.weight beside it")
+    save_file({n: t for n, t in tensors.items() if "base_layer" not in n}, file)
+    refused(r"has 1 changes of parameters of .*experts .* has 2 that it targets")
+    save_file({n: t for n, t in tensors.items() if "base_layer" in n}, file)
+    refused(r"the adapter has no .*experts\.lora_A\.weight")
     modules = per_expert(tmp_path / "model", r".*\.experts\.0\.w1\.weight")
     strangers = {name.replace("experts.0", "experts.9"): parts for name, parts in modules.items()}
-    with pytest.raises(InputError, match=r"changes .*experts\.9\.w1, .* does not have"):
-        merged(tmp_path / "model", write_adapter(tmp_path / "two", strangers))
+    refused(r"changes .*experts\.9\.w1, .* does not have", write_adapter(tmp_path / "two", strangers))
     smaller = {name: (a[:, :-1].copy(), b) for name, (a, b) in list(modules.items())[:1]}
-    with pytest.raises(InputError, match=r"changes a weight of .*experts\.0\.w1\.weight is "):
-        merged(tmp_path / "model", write_adapter(tmp_path / "three", smaller))
+    three = write_adapter(tmp_path / "three", smaller)
+    refused(r"changes a weight of .*experts\.0\.w1\.weight is ", three)
+    # The whole weight, and one of the tensors that it is made of.
+    write_adapter(tmp_path / "four", modules, modules_to_save=["experts"])
+    file = tmp_path / "four" / "adapter_model.safetensors"
+    whole = merged(tmp_path / "model").weights[name := "model.layers.0.mlp.experts.gate_up_proj"].weight
+    assert whole is not None
+    save_file({**load_file(file), f"base_model.model.{name}": torch.from_numpy(whole.read())}, file)
+    refused(r"experts\.0\.w1\.weight is part of a weight that is replaced", tmp_path / "four")
 
 
 # Experts whose gate and up have the same sizes; without a gate, and both matrices square.

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -23,25 +23,41 @@ from ...ir.adapters import Adapter, LowRank, listed
 from ...ir.core import Graph, Value
 from ...ir.dtypes import HALVES, to_numpy
 from ...ir.errors import InputError
-from ...ir.weights import LazyTensor, QuantizedTensors, ShapeOnlyTensor, made_of, quantized_of, stored_name
+from ...ir.weights import (
+    LazyTensor,
+    MadeOf,
+    QuantizedTensors,
+    ShapeOnlyTensor,
+    made_of,
+    quantized_of,
+    stored_name,
+    straight_of,
+)
 from ..base import Pass, PassContext, PassResult
 from ..canonicalize.parameters import follow_types, widened
 from ..derived import CastTensor
-from .lora_stacked import MergedStack, stacked_places
-from .stored import StoredNames, with_parts
+from .lora_stacked import MergedStack, parameter_changes
+from .stored import OverParts, StoredNames, with_parts
 from .tied import find_weight, own_weight
 
 Array = np.ndarray[Any, Any]
+_STRANGER = (
+    "give an adapter of this model, or merge it with PEFT (merge_and_unload) and give the merged model"
+)
 
 
-class MergedLora:
+class MergedLora(OverParts):
     """A weight with a change merged in."""
 
     def __init__(self, base: LazyTensor, change: LowRank, scale: float) -> None:
-        self._base, self._change, self._scaling = base, change, np.float32(change.scaling * scale)
+        self._base, self._change, self._scale = base, change, scale
+        self._scaling = np.float32(change.scaling * scale)
         self.shape, self.dtype = base.shape, base.dtype if _nf4(base) else widened(base.dtype)
         self.source = f"{base.source} + {change.b.source}"
         self.stored_name = stored_name(base)
+
+    def over(self, base: LazyTensor) -> MergedLora:
+        return MergedLora(base, self._change, self._scale)
 
     @cached_property
     def quantized(self) -> QuantizedTensors | None:
@@ -73,13 +89,17 @@ def _nf4(tensor: LazyTensor) -> bool:
     return parts is not None and parts.quant.codebook == "nf4"
 
 
-class _AddedBias:
+class _AddedBias(OverParts):
     """A bias [N] and the adapter's, scaled."""
 
     def __init__(self, base: LazyTensor, added: LazyTensor, scaling: float) -> None:
         self._base, self._added, self._scaling = base, added, np.float32(scaling)
         self.shape, self.dtype = base.shape, widened(base.dtype)
         self.source = f"{base.source} + {added.source}"
+        self.stored_name = stored_name(base)
+
+    def over(self, base: LazyTensor) -> _AddedBias:
+        return _AddedBias(base, self._added, float(self._scaling))
 
     def read(self, start: int = 0, stop: int | None = None) -> Array:
         added = self._added.read(start, stop).astype(np.float32) * self._scaling
@@ -96,47 +116,85 @@ class MergeLora(Pass):
     scale: float = 1.0
 
     def run(self, graph: Graph, context: PassContext) -> PassResult:
-        floats = 0
         names = StoredNames(graph)
-        self._refuse_strangers(graph, names)
+        found = {m: parameter_changes(graph, self.adapter, m) for m in self.adapter.parameters}
+        modules = {
+            **self.adapter.changes,
+            **{m: self.adapter.parameters[m].itself() for m, changes in found.items() if not changes},
+        }
+        self._refuse_strangers(graph, names, modules)
+        parts = _Parts(graph, names)
         for name, data in self.adapter.replaced.items():
-            known = _known(graph, names, name)
-            # The base's own, beside its change, which another adapter may have changed before.
-            copied = name in self.adapter.copies and known is not None and known.shape == tuple(data.shape)
-            if copied or (name in self.adapter.optional and known is None):
-                continue
-            own = name not in self.adapter.optional  # else of a longer vocabulary, for all that read it
-            weight = self._weight(graph, names, name, data, own=own)
-            _check(weight, data.shape, data)
-            kind = data.dtype if data.dtype in HALVES else widened(weight.dtype)
-            graph.set_weight(weight, data if data.dtype == kind else CastTensor(data, kind))
-        parts: dict[str, dict[str, LowRank]] = {}
-        for module, change in self.adapter.changes.items():
+            self._replace(graph, names, parts, name, data)
+        floats = 0
+        for module, change in modules.items():
+            self._check_magnitude(change)
             stored = f"{module}.weight"
-            if _known(graph, names, stored) is None and stored in names.parts:
-                for value in names.parts[stored]:
-                    parts.setdefault(value.name, {})[stored] = change
+            if parts.has(stored):
+                parts.change(
+                    stored, _shape(change), change.b, partial(MergedLora, change=change, scale=self.scale)
+                )
             else:
                 weight = self._weight(graph, names, stored, change.b)
                 floats += self._merge(graph, weight, change)
             if change.bias is not None:
-                bias = self._weight(graph, names, f"{module}.bias", change.bias)
-                assert bias.weight is not None
-                _check(bias, change.bias.shape, change.bias)
-                graph.set_weight(bias, _AddedBias(bias.weight, change.bias, change.scaling * self.scale))
-        for name, changes in parts.items():
-            floats += self._merge_parts(graph, graph.weights[name], changes)
-        for module in self.adapter.stacked:
-            floats += self._merge_stacked(graph, module)
+                self._add_bias(graph, names, parts, f"{module}.bias", change, change.bias)
+        floats += parts.merge()
+        for changes in found.values():
+            for one in changes:
+                matrix = one.of_matrix
+                if matrix is not None:
+                    floats += self._merge(graph, one.weight, matrix)
+                else:
+                    floats += _set(
+                        graph, one.weight, lambda base, one=one: MergedStack(base, one, self.scale)
+                    )
         follow_types(graph)
         notes = [f"adapter {self.adapter}: {floats} quantized weights became floats"] if floats else []
         return PassResult(graph, True, notes)
 
-    def _refuse_strangers(self, graph: Graph, names: StoredNames) -> None:
+    def _replace(self, graph: Graph, names: StoredNames, parts: _Parts, name: str, data: LazyTensor) -> None:
+        known = _known(graph, names, name)
+        held = known if known is not None else names.part(name)
+        # The base's own, beside its change, which another adapter may have changed before.
+        copied = name in self.adapter.copies and held is not None and tuple(held.shape) == tuple(data.shape)
+        if copied or (name in self.adapter.optional and held is None):
+            return
+        if parts.has(name):
+            assert held is not None
+            kind = data.dtype if data.dtype in HALVES else widened(str(held.dtype))
+            parts.change(name, data.shape, data, lambda base: _Replaced(data, kind, base))
+            return
+        own = name not in self.adapter.optional  # else of a longer vocabulary, for all that read it
+        weight = self._weight(graph, names, name, data, own=own)
+        _check(weight, data.shape, data)
+        assert weight.weight is not None
+        kind = data.dtype if data.dtype in HALVES else widened(weight.dtype)
+        graph.set_weight(weight, _Replaced(data, kind, weight.weight))
+
+    def _add_bias(
+        self,
+        graph: Graph,
+        names: StoredNames,
+        parts: _Parts,
+        name: str,
+        change: LowRank,
+        added: LazyTensor,
+    ) -> None:
+        scaling = change.scaling * self.scale
+        if parts.has(name):
+            parts.change(name, added.shape, added, lambda base: _AddedBias(base, added, scaling))
+            return
+        bias = self._weight(graph, names, name, added)
+        assert bias.weight is not None
+        _check(bias, added.shape, added)
+        graph.set_weight(bias, _AddedBias(bias.weight, added, scaling))
+
+    def _refuse_strangers(self, graph: Graph, names: StoredNames, modules: Mapping[str, LowRank]) -> None:
         """Name all modules that the model does not have, or that it has in other shapes."""
         missing: list[str] = []
         wrong: list[str] = []
-        for module, change in self.adapter.changes.items():
+        for module, change in modules.items():
             weight = _known(graph, names, f"{module}.weight") or names.part(f"{module}.weight")
             shape = _shape(change)
             if weight is None:
@@ -148,9 +206,7 @@ class MergeLora(Pass):
             return
         said = [f"changes {listed(missing)}, which {graph.name} does not have"] if missing else []
         said += [f"is of other sizes: {listed(wrong)}"] if wrong else []
-        raise InputError(
-            f"adapter {self.adapter} {' and '.join(said)}", remedy="the adapter belongs to another model"
-        )
+        raise InputError(f"adapter {self.adapter} {' and '.join(said)}", remedy=_STRANGER)
 
     def _weight(
         self, graph: Graph, names: StoredNames, name: str, tensor: LazyTensor, *, own: bool = True
@@ -160,43 +216,14 @@ class MergeLora(Pass):
         if found is None:
             raise InputError(
                 f"{tensor.source} of adapter {self.adapter} changes {name}, which {graph.name} does not have",
-                remedy="the adapter belongs to another model",
+                remedy=_STRANGER,
             )
         return found
 
     def _merge(self, graph: Graph, weight: Value, change: LowRank) -> bool:
         """Whether a quantized weight became floats."""
         _check(weight, _shape(change), change.b)
-        self._check_magnitude(change)
-        return self._set(graph, weight, lambda base: MergedLora(base, change, self.scale))
-
-    def _merge_parts(self, graph: Graph, weight: Value, changes: Mapping[str, LowRank]) -> bool:
-        """Changes of tensors that the weight is made of, by their names in the checkpoint."""
-        whole = made_of(weight.weight)
-        assert whole is not None
-        stored, changed = whole.stored, dict[str, LazyTensor]()
-        for name, change in changes.items():
-            if tuple(stored[name].shape) != _shape(change):
-                raise _foreign(change.b, _shape(change), f"{name} is {list(stored[name].shape)}")
-            self._check_magnitude(change)
-            changed[name] = MergedLora(stored[name], change, self.scale)
-        return self._set(graph, weight, lambda _: with_parts(whole, changed))
-
-    def _merge_stacked(self, graph: Graph, module: str) -> int:
-        """How many quantized weights became floats."""
-        floats = 0
-        for place in stacked_places(graph, self.adapter, module):
-            floats += self._set(graph, place.weight, lambda base, p=place: MergedStack(base, p, self.scale))
-        return floats
-
-    @staticmethod
-    def _set(graph: Graph, weight: Value, merge: Callable[[LazyTensor], LazyTensor]) -> bool:
-        base = weight.weight
-        assert base is not None
-        if isinstance(base, ShapeOnlyTensor):
-            return False
-        graph.set_weight(weight, merge(base))
-        return quantized_of(base) is not None and quantized_of(weight.weight) is None
+        return _set(graph, weight, lambda base: MergedLora(base, change, self.scale))
 
     def _check_magnitude(self, change: LowRank) -> None:
         if change.magnitude is None:
@@ -212,6 +239,72 @@ class MergeLora(Pass):
                 f"{change.magnitude.source} has the shape {list(change.magnitude.shape)}, not [{n}]",
                 remedy="the adapter belongs to another model",
             )
+
+
+class _Replaced(CastTensor):
+    """An adapter's tensor in the place of a model's."""
+
+    def __init__(self, data: LazyTensor, dtype: str, base: LazyTensor) -> None:
+        super().__init__(data, dtype)
+        self.stored_name = stored_name(base)
+
+
+class _Parts:
+    """Changes of tensors that weights are made of, by their names in the checkpoint; merged all at once, for
+    a weight may be made of hundreds.
+    """
+
+    def __init__(self, graph: Graph, names: StoredNames) -> None:
+        self._graph, self._names = graph, names
+        self._changes: dict[str, dict[str, Callable[[LazyTensor], LazyTensor]]] = {}
+
+    def has(self, name: str) -> bool:
+        """Whether that is how such a tensor is changed: the model has no weight of that name itself."""
+        return name in self._names.parts and _known(self._graph, self._names, name) is None
+
+    def change(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        tensor: LazyTensor,
+        merge: Callable[[LazyTensor], LazyTensor],
+    ) -> None:
+        """Note a change of a tensor of that shape, by an adapter's `tensor`."""
+        part = self._names.part(name)
+        if part is None or tuple(part.shape) != tuple(shape):
+            held = "part of a weight that is replaced" if part is None else f"{list(part.shape)}"
+            raise _foreign(tensor, shape, f"{name} is {held}")
+        for value in self._names.parts[name]:
+            self._changes.setdefault(value.name, {})[name] = merge
+
+    def merge(self) -> int:
+        """How many quantized weights became floats."""
+        floats = 0
+        for name, changes in self._changes.items():
+            whole = made_of(self._graph.weights[name].weight)
+            if whole is None:
+                raise InputError(
+                    f"an adapter changes {name} and {next(iter(changes))}, of which it is made",
+                    remedy="merge one of them with PEFT",
+                )
+            floats += _set(self._graph, self._graph.weights[name], partial(_made_again, whole, changes))
+        return floats
+
+
+def _made_again(
+    whole: MadeOf, changes: Mapping[str, Callable[[LazyTensor], LazyTensor]], _: LazyTensor
+) -> LazyTensor:
+    return with_parts(whole, changes)
+
+
+def _set(graph: Graph, weight: Value, merge: Callable[[LazyTensor], LazyTensor]) -> bool:
+    """Merge into a weight; whether a quantized one became floats."""
+    base = weight.weight
+    assert base is not None
+    if isinstance(base, ShapeOnlyTensor):
+        return False
+    graph.set_weight(weight, merge(base))
+    return quantized_of(straight_of(base) or base) is not None and quantized_of(weight.weight) is None
 
 
 def _known(graph: Graph, names: StoredNames, name: str) -> Value | None:

@@ -7,7 +7,7 @@ were trained with another version of the class, or with the publisher's own, nam
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 
 from ...ir.core import Graph, Value
@@ -44,8 +44,34 @@ class StoredNames:
         return None if whole is None else whole.stored[name]
 
 
-def with_parts(whole: MadeOf, changed: Mapping[str, LazyTensor]) -> LazyTensor:
-    """The same made of those tensors in the place of its own of their names, all of the widest type."""
-    parts = {**whole.stored, **changed}
+class OverParts:
+    """A weight with something merged in, over one that may be made of a checkpoint's tensors: it stays so."""
+
+    _base: LazyTensor
+
+    @property
+    def stored(self) -> Mapping[str, LazyTensor]:
+        """See `ir.weights.MadeOf`."""
+        whole = made_of(self._base)
+        return {} if whole is None else whole.stored
+
+    def with_stored(self, tensors: Mapping[str, LazyTensor]) -> LazyTensor:
+        """See `ir.weights.MadeOf`."""
+        whole = made_of(self._base)
+        assert whole is not None
+        return self.over(whole.with_stored(tensors))
+
+    def over(self, base: LazyTensor) -> LazyTensor:
+        """The same merged into another weight."""
+        raise NotImplementedError
+
+
+def with_parts(whole: MadeOf, changed: Mapping[str, Callable[[LazyTensor], LazyTensor]]) -> LazyTensor:
+    """The same made of tensors that some of its own were changed into, all of the widest type."""
+    parts = {name: changed.get(name, _same)(tensor) for name, tensor in whole.stored.items()}
     kind = max((one.dtype for one in parts.values()), key=itemsize)
     return whole.with_stored({n: t if t.dtype == kind else CastTensor(t, kind) for n, t in parts.items()})
+
+
+def _same(tensor: LazyTensor) -> LazyTensor:
+    return tensor
