@@ -6,7 +6,7 @@ tensors: both have llama.cpp's names and order of rows.
     blk.0.ffn_up_exps.weight.lora_a      [E, r, K]     .lora_b  [E, N, r]
     token_embd.weight.lora_a             [V, r]        .lora_b  [D, r]     its change is A Bᵀ
 
-Shapes in torch's order. https://github.com/ggml-org/llama.cpp (src/llama-adapter.cpp)
+Shapes in torch's order. https://github.com/ggml-org/llama.cpp (convert_lora_to_gguf.py)
 """
 
 from __future__ import annotations
