@@ -9,11 +9,9 @@ from pathlib import Path
 
 from ..frontend.lora import read_adapter
 from ..frontend.source import ModelSource
+from ..ir.adapters import MOST
 from ..ir.errors import InputError
 from ..passes.adapt.lora import MergeLora
-
-_MOST = 1e9
-"""Of scales: what they multiply stays finite in float32."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +31,14 @@ class LoraOption:
             scale = float(number)
         except ValueError:
             return LoraOption(Path(text))  # a path with a colon in it, which is not there either
-        if not abs(scale) <= _MOST:
+        if not abs(scale) <= MOST:
             raise InputError(f"--lora {text}: {number} is no scale", remedy="give a number, such as 0.5")
         return LoraOption(Path(path), scale)
 
     @property
     def is_gguf(self) -> bool:
         """Whether it changes the tensors of a GGUF model, and no graph."""
-        return self.path.suffix == ".gguf"
+        return self.path.suffix == ".gguf" and not self.path.is_dir()
 
     def command(self) -> list[str]:
         """The option without folders, so that the same inputs give the same bytes."""
@@ -65,7 +63,8 @@ def adapter_passes(options: Sequence[LoraOption]) -> tuple[MergeLora, ...]:
 def merge_gguf_adapters(source: ModelSource, options: Sequence[LoraOption]) -> list[str]:
     """Merge those that are GGUF files into the source's tensors; sentences on what that changes."""
     return [
-        f"adapter {one.path.name}: {floats} quantized weights became floats"
+        f"adapter {one.path.name}: {note}"
         for one in options
-        if one.is_gguf and (floats := source.merge_gguf_adapter(one.path, one.scale))
+        if one.is_gguf
+        for note in source.merge_gguf_adapter(one.path, one.scale)
     ]

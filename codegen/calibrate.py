@@ -191,7 +191,7 @@ def _files(source: ModelSource) -> Iterable[Path]:
     if source.path is None:
         return []
     if source.gguf is not None:
-        return [source.path]
+        return [part.path for part in source.gguf.parts or (source.gguf,)]
     small = sorted(p for p in source.path.iterdir() if p.suffix in (".json", ".jinja", ".model", ".txt"))
     return [*small, *(path for path in weight_files(source.path) if path not in small)]
 

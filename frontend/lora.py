@@ -25,7 +25,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from ..ir.adapters import Adapter, LowRank, OfParameters
+from ..ir.adapters import MOST, Adapter, LowRank, OfParameters
 from ..ir.errors import InputError, UnsupportedError
 from ..ir.weights import LazyTensor, read_chunks
 from .hf import read_json
@@ -39,14 +39,16 @@ _PARTS: Final = re.compile(
 )
 _WRAPPED: Final = "base_layer"
 _MOST_NESTED: Final = 64
-_MOST: Final = 1e9
-"""Of numbers: what they scale stays finite in float32."""
 # These start from a changed base weight, which the adapter alone does not hold.
 _CHANGED_BASE: Final = ("pissa", "olora", "loftq", "corda", "lora_ga")
 _DTYPES: Final = ("float32", "float16", "bfloat16")
 _AGAIN: Final = "download the adapter again"
-# A pattern from a stranger: a repeated group can take a regular expression for ever.
-_DANGEROUS: Final = re.compile(r"\)[*+{?]|\\[1-9]|\(\?P?[=<!]")
+# A pattern from a stranger: a repeated group can take a regular expression for ever, and so can many
+# repetitions, or some over a long name.
+_DANGEROUS: Final = re.compile(r"\)[*+?]|\{|\\[1-9]|\(\?P?[=<!]")
+_MOST_REPEATED: Final = 4
+_LONGEST: Final = 200
+"""Of patterns, and of names that they are matched with."""
 
 
 def read_adapter(path: str | os.PathLike[str]) -> Adapter:
@@ -57,7 +59,7 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
         UnsupportedError: an adapter of another kind than LoRA and DoRA.
     """
     folder = Path(path)
-    if folder.suffix == ".gguf":
+    if folder.suffix == ".gguf" and not folder.is_dir():
         raise UnsupportedError(
             f"adapter {folder.name} is a GGUF file, which can only be merged into a GGUF model",
             remedy="llmc compile MODEL.gguf --lora ADAPTER.gguf",
@@ -107,7 +109,7 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     unasked = {n for n in replaced if not any(str(m) in n.split(".") for m in names)}
     optional = frozenset(n for n in unasked if n.endswith(".weight"))
     frozen = optional if config.get("bias", "none") != "none" else unasked
-    copies = frozenset(n for n in frozen if n.rpartition(".")[0] in changes)
+    copies = frozenset(n for n in frozen if n.rpartition(".")[0] in modules)
     return Adapter(folder.name, changes, replaced, optional, copies, parameters)
 
 
@@ -127,9 +129,10 @@ class _Module:
         return modules.setdefault(text_name(name), _Module(name))
 
     def add(self, label: str, part: str, tensor: LazyTensor) -> None:
-        depth = next(i for i, name in enumerate(reversed(label.split("."))) if name != _WRAPPED)
+        outside = enumerate(reversed(label.split(".")))
+        depth = next((i for i, name in outside if name != _WRAPPED), _MOST_NESTED)
         if depth >= _MOST_NESTED:
-            raise InputError(f"{tensor.source} is nested {depth} times", remedy=_AGAIN)
+            raise InputError(f"{tensor.source} is nested in no module, or too often", remedy=_AGAIN)
         while len(self.nested) <= depth:
             self.nested.append({})
         if part in self.nested[depth]:
@@ -240,14 +243,15 @@ def _by_pattern(module: str, config: Mapping[str, Any], key: str, patterns: str)
     value = config.get(key)
     if isinstance(rules, Mapping):
         for pattern, special in rules.items():
-            if (
-                len(pattern) > 200
-                or _DANGEROUS.search(pattern)
-                or pattern.count("*") + pattern.count("+") > 4
-            ):
+            repeated = sum(pattern.count(sign) for sign in "*+?")
+            if len(pattern) > _LONGEST or _DANGEROUS.search(pattern) or repeated > _MOST_REPEATED:
                 raise UnsupportedError(
                     f"{patterns} of the adapter has the pattern {pattern[:60]!r}, which is not evaluated",
                     remedy="write module names there",
+                )
+            if len(module) > _LONGEST:
+                raise InputError(
+                    f"the adapter names a module {module[:60]!r}…, which is too long", remedy=_AGAIN
                 )
             try:
                 matches = re.match(rf"(.*\.)?({pattern})$", module)
@@ -256,7 +260,7 @@ def _by_pattern(module: str, config: Mapping[str, Any], key: str, patterns: str)
             if matches:
                 value = special
                 break
-    if not isinstance(value, int | float) or isinstance(value, bool) or not -_MOST <= value <= _MOST:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not -MOST <= value <= MOST:
         raise InputError(
             f"adapter_config.json: {key} is {str(value)[:40]!r}, no number for it", remedy=_AGAIN
         )

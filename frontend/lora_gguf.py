@@ -11,14 +11,14 @@ Shapes in torch's order. https://github.com/ggml-org/llama.cpp (convert_lora_to_
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from ..ir.adapters import listed
+from ..ir.adapters import MOST, listed
 from ..ir.errors import InputError, UnsupportedError
 from ..ir.weights import LazyTensor
 from .gguf import GGUFFile, read_gguf
@@ -26,7 +26,7 @@ from .weights import GGUFTensor, open_gguf_tensors
 
 _A, _B = ".lora_a", ".lora_b"
 _ROWS_BY_ID: Final = ("token_embd.weight",)
-_HEAD: Final = "output.weight"
+_NORM: Final = "_norm.weight"
 _OTHER: Final = "the adapter belongs to another model"
 _AGAIN: Final = "download the adapter again"
 
@@ -52,51 +52,79 @@ class ChangedTensor:
         return rows + change * self._scaling
 
 
-def with_gguf_adapter(
-    model: GGUFFile, tensors: Mapping[str, LazyTensor], path: Path, scale: float
-) -> dict[str, LazyTensor]:
-    """A GGUF model's tensors by name, those that an adapter changes with its change, times `scale`.
+@dataclass(frozen=True, eq=False)
+class GGUFAdapter:
+    """An adapter's tensors by name.
+
+    Attributes:
+        alpha: 0 where changes are not scaled.
+        norms: names of whole norms beside the factors, which llama.cpp leaves out too.
+    """
+
+    name: str
+    model: str
+    alpha: float
+    factors: Mapping[str, GGUFTensor]
+    norms: Sequence[str]
+
+    def merged(self, tensors: Mapping[str, LazyTensor], scale: float, *, tied: bool) -> dict[str, LazyTensor]:
+        """A model's tensors by name, those that the adapter changes with its change, times `scale`. `tied`:
+        its output head is the table of its embeddings.
+
+        Raises InputError where the adapter is another model's, UnsupportedError for a change of a tied table.
+        """
+        names = list(dict.fromkeys(name.removesuffix(_A).removesuffix(_B) for name in self.factors))
+        strangers = [name for name in names if name not in tensors]
+        if strangers:
+            raise InputError(
+                f"adapter {self.name} changes {listed(strangers)}, which {self.model} does not have",
+                remedy=_OTHER,
+            )
+        return {**tensors, **{name: self._changed(name, tensors[name], scale, tied) for name in names}}
+
+    def _changed(self, name: str, base: LazyTensor, scale: float, tied: bool) -> ChangedTensor:
+        a, b = self.factors.get(name + _A), self.factors.get(name + _B)
+        if a is None or b is None:
+            raise InputError(f"{self.name} has no {name}{_A if a is None else _B}", remedy=_AGAIN)
+        by_id = name in _ROWS_BY_ID
+        if by_id and tied:
+            raise UnsupportedError(
+                f"adapter {self.name} changes {name}, which {self.model} has for its output head too",
+                remedy="give the adapter as PEFT's folder",
+            )
+        rank = _rank(base, a, b, by_id)
+        for one in (a, b):
+            if not (np.abs(one.read()) <= MOST).all():
+                raise InputError(f"{one.source} holds NaN or numbers beyond {MOST:g}", remedy=_AGAIN)
+        return ChangedTensor(base, a, b, scale * (self.alpha / rank if self.alpha else 1.0), by_id)
+
+
+def read_gguf_adapter(path: Path, model: GGUFFile) -> GGUFAdapter:
+    """Open an adapter for a model.
 
     Raises InputError where the file is damaged or the adapter another model's, UnsupportedError for an
     adapter of another kind.
     """
     file = read_gguf(path)
     alpha = _alpha(file, model)
-    factors = open_gguf_tensors(file)
-    names = list(dict.fromkeys(name.removesuffix(_A).removesuffix(_B) for name in factors))
-    strangers = [name for name in names if name not in tensors]
-    if strangers:
-        raise InputError(
-            f"adapter {path.name} changes {listed(strangers)}, which {model.path.name} does not have",
-            remedy=_OTHER,
+    tensors = open_gguf_tensors(file)
+    factors = {name: one for name, one in tensors.items() if name.endswith((_A, _B))}
+    norms = [name for name in tensors if name.endswith(_NORM)]
+    strange = [name for name in tensors if name not in factors and name not in norms]
+    if strange:
+        raise UnsupportedError(
+            f"{path.name}:{strange[0]} is no tensor of a LoRA adapter", remedy="give a LoRA adapter"
         )
-    changed: dict[str, LazyTensor] = {}
-    for name in names:
-        a, b = factors.get(name + _A), factors.get(name + _B)
-        if a is None or b is None:
-            raise InputError(f"{path.name} has no {name}{_A if a is None else _B}", remedy=_AGAIN)
-        by_id = name in _ROWS_BY_ID
-        if by_id and _HEAD not in tensors:
-            raise UnsupportedError(
-                f"adapter {path.name} changes {name}, which {model.path.name} has for its output head too",
-                remedy="give the adapter as PEFT's folder",
-            )
-        rank = _rank(tensors[name], a, b, by_id)
-        for one in (a, b):
-            if not np.isfinite(one.read()).all():
-                raise InputError(f"{one.source} holds NaN or infinite values", remedy=_AGAIN)
-        scaling = scale * (alpha / rank if alpha else 1.0)
-        changed[name] = ChangedTensor(tensors[name], a, b, scaling, by_id)
-    if not changed:
-        raise InputError(f"adapter {path.name} holds no tensors", remedy=_AGAIN)
-    return {**tensors, **changed}
+    if not factors:
+        raise InputError(f"adapter {path.name} holds no factors", remedy=_AGAIN)
+    return GGUFAdapter(path.name, model.path.name, alpha, factors, norms)
 
 
 def _alpha(file: GGUFFile, model: GGUFFile) -> float:
     """What the file says of itself, checked; 0 where changes are not scaled."""
     name = file.path.name
     if file.metadata.get("general.type") != "adapter":
-        raise InputError(f"{name} is no adapter: its general.type says so", remedy="give an adapter")
+        raise InputError(f"{name} is no adapter by its general.type", remedy="give an adapter")
     kind = file.metadata.get("adapter.type")
     if kind != "lora" or "adapter.alora.invocation_tokens" in file.metadata:
         raise UnsupportedError(
@@ -109,9 +137,9 @@ def _alpha(file: GGUFFile, model: GGUFFile) -> float:
             f"{model.architecture!r}",
             remedy=_OTHER,
         )
-    alpha = file.metadata.get("adapter.lora.alpha")
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
-        raise InputError(f"{name}: adapter.lora.alpha is {alpha!r}, no number", remedy=_AGAIN)
+    alpha = file.metadata.get("adapter.lora.alpha", 0.0)
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not -MOST <= alpha <= MOST:
+        raise InputError(f"{name}: adapter.lora.alpha is {alpha!r}, no number for it", remedy=_AGAIN)
     return float(alpha)
 
 

@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..ir.adapters import listed
 from ..ir.dtypes import FLOAT8
 from ..ir.errors import InputError
 from ..ir.weights import ArrayTensor, LazyTensor, num_elements, quantized_of
@@ -23,7 +24,7 @@ from .conversions import apply_conversions, complete, to_numpy_array
 from .dense import Dense, dense_layers
 from .gguf import GGUFFile
 from .gguf_split import read_gguf_model
-from .lora_gguf import with_gguf_adapter
+from .lora_gguf import read_gguf_adapter
 from .quantized import describe_quantization, open_quantized
 from .sentences import dense_places, made_encoder, reranker_facts, scored_tokens, sentence_facts
 from .skeleton import Task, instantiate, instantiate_whole, is_encoder, model_class
@@ -257,9 +258,8 @@ class ModelSource:
         self.length = scaling.apply(self.config, self.name)
         self.rope_scaling = scaling
 
-    def merge_gguf_adapter(self, path: Path, scale: float) -> int:
-        """Change the tensors by an adapter in a GGUF file, before they are asked for; how many blocks became
-        floats.
+    def merge_gguf_adapter(self, path: Path, scale: float) -> list[str]:
+        """Change the tensors by an adapter in a GGUF file, before they are asked for; sentences on what is lost.
 
         Raises InputError where the model is no GGUF file, and as `with_gguf_adapter`.
         """
@@ -270,11 +270,16 @@ class ModelSource:
                 remedy="give the model as a GGUF file, or the adapter as PEFT's folder",
             )
         before = self.stored
-        self.stored = with_gguf_adapter(self.gguf, before, path, scale)
-        return sum(
+        adapter = read_gguf_adapter(path, self.gguf)
+        self.stored = adapter.merged(
+            before, scale, tied=self.task == "causal_lm" and "output.weight" not in before
+        )
+        floats = sum(
             quantized_of(before[name]) is not None and quantized_of(one) is None
             for name, one in self.stored.items()
         )
+        notes = [f"{floats} quantized weights became floats"] if floats else []
+        return notes + ([f"{listed(adapter.norms)} are left out"] if adapter.norms else [])
 
 
 def open_source(model: str | os.PathLike[str] | torch.nn.Module, *, config_only: bool = False) -> ModelSource:
@@ -319,9 +324,9 @@ def _open_file(path: Path) -> ModelSource:
     if gguf_model.pooling(header) is not None:
         made_encoder(config)
     _, task = model_class(config)
-    name = " ".join(str(header.metadata.get("general.name", "")).split())[:120] or path.stem
+    name = " ".join(str(header.metadata.get("general.name", "")).split())[:120] or header.path.stem
     facts = GenerationFacts(*gguf_model.generation_facts(header))
-    source = ModelSource("gguf", name, path, config, task, header.size, facts, header)
+    source = ModelSource("gguf", name, header.path, config, task, header.size, facts, header)
     _ = source.stored  # a block type that cannot be dequantized is refused now
     return source
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 from .weights import LazyTensor
 
+MOST = 1e9
+"""Of what scales a change: products of it stay finite in float32."""
 _SHOWN = 6
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from llmc.cli.inspect import command
+from llmc.codegen.calibrate import source_digest
 from llmc.frontend.gguf import read_gguf
 from llmc.frontend.gguf_split import read_gguf_model
 from llmc.frontend.source import open_source
@@ -82,6 +83,17 @@ def test_its_source_has_the_same_weights_template_and_listing(parts: list[Path],
         for path in (parts[1], whole)
     )
     assert shown["bytes"] == source.bytes_on_disk and shown["types"] == of_whole["types"]
+
+
+def test_resumed_work_is_told_by_all_parts(parts: list[Path], tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    shutil.copytree(parts[0].parent, folder)
+    digests = {source_digest(open_source(folder / path.name)) for path in parts}
+    assert digests == {source_digest(open_source(parts[0]))}
+    with open(folder / parts[-1].name, "r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\xa5")
+    assert source_digest(open_source(folder / parts[0].name)) not in digests
 
 
 def test_bad_parts_are_refused_by_name(parts: list[Path], tmp_path: Path) -> None:

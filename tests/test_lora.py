@@ -299,6 +299,9 @@ def test_bad_adapters(base: Path, tmp_path: Path) -> None:
         ({"peft_type": "IA3"}, "of kind 'IA3'"),
         ({"init_lora_weights": "pissa_niter_4"}, "changes the base model"),
         ({"rank_pattern": {"(a+)+": 3}}, "which is not evaluated"),
+        ({"rank_pattern": {".{0,}" * 10: 3}}, "which is not evaluated"),
+        ({"rank_pattern": {".?" * 10: 3}}, "which is not evaluated"),
+        ({"rank_pattern": {"a{99999999999}": 3}}, "which is not evaluated"),
     ):
         kept = (folder / "adapter_config.json").read_text()
         edit(folder, **config)

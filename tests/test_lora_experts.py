@@ -208,6 +208,26 @@ def test_whole_tensors_of_experts(tmp_path: Path) -> None:
     np.testing.assert_array_equal(changed.read()[1, :rows], plain.read()[1, :rows])
 
 
+def test_the_head_and_old_names_beside_parameters(tmp_path: Path) -> None:
+    """What is no parameter's change is a module's as ever: a tied head, a router by the checkpoint's name."""
+    tied = {"tie_word_embeddings": True}
+    model, task = save_family("mixtral", tmp_path / "model", changed=tied)
+    one, two = tmp_path / "one", tmp_path / "two"
+    adapted = adapter(model, one, scale=0.1, target_modules=["lm_head"])
+    wanted = reference(adapted.eval(), IDS, task)
+    stack = {"target_parameters": ["down_proj"], "target_modules": ["lm_head"]}
+    edit(one, **stack)
+    assert read_adapter(one).copies == {"lm_head.weight"}
+    assert worst(logits(merged(tmp_path / "model", one)), wanted) < 2e-5
+    modules = per_expert(tmp_path / "model", r".*block_sparse_moe\.gate\.weight")
+    write_adapter(two, modules)
+    plain = merged(tmp_path / "model", two)
+    edit(two, **stack)
+    name = "model.layers.0.mlp.gate.weight"
+    before, after = plain.weights[name].weight, merged(tmp_path / "model", two).weights[name].weight
+    assert before is not None and after is not None and np.array_equal(before.read(), after.read())
+
+
 def test_bad_adapters(tmp_path: Path) -> None:
     model, _ = save_family("mixtral", tmp_path / "model")
     one = tmp_path / "one"
@@ -240,6 +260,8 @@ def test_bad_adapters(tmp_path: Path) -> None:
     refused(r"has 1 changes of parameters of .*experts .* has 2 that it targets")
     save_file({n: t for n, t in tensors.items() if "base_layer" in n}, file)
     refused(r"the adapter has no .*experts\.lora_A\.weight")
+    save_file({"base_model.model.base_layer.lora_A.weight": torch.ones(4, 4)}, file)
+    refused("is nested in no module")
     modules = per_expert(tmp_path / "model", r".*\.experts\.0\.w1\.weight")
     strangers = {name.replace("experts.0", "experts.9"): parts for name, parts in modules.items()}
     refused(r"changes .*experts\.9\.w1, .* does not have", write_adapter(tmp_path / "two", strangers))

@@ -119,6 +119,16 @@ def test_blocks_that_are_changed_become_floats_and_that_is_said(tmp_path: Path) 
     np.testing.assert_array_equal(changed.read(first, last), changed.read()[first:last])
 
 
+def test_norms_are_left_out_and_that_is_said(llama: Path, tmp_path: Path) -> None:
+    """As llama.cpp leaves them out."""
+    norms = {"blk.0.attn_norm.weight": np.ones(64, np.float32)}
+    one = write_lora(tmp_path / "one.gguf", {**factors_of(llama, ("attn_q",)), **norms})
+    source, notes = adapted(llama, LoraOption(one))
+    assert notes == ["adapter one.gguf: blk.0.attn_norm.weight are left out"]
+    name = "model.layers.0.input_layernorm.weight"
+    assert np.array_equal(source.weights[name].read(), open_source(llama).weights[name].read())
+
+
 def test_bad_adapters(llama: Path, tmp_path: Path) -> None:
     factors = factors_of(llama, ("attn_q",))
     name = next(iter(factors)).removesuffix(".lora_a")
@@ -136,9 +146,13 @@ def test_bad_adapters(llama: Path, tmp_path: Path) -> None:
     refused(r"bad\.gguf has no .*\.lora_b", {f"{name}.lora_a": factors[f"{name}.lora_a"]})
     refused("are no factors of a change of", {**factors, f"{name}.lora_a": np.ones((3, 9), "f")})
     refused("are no factors of a change of", {**factors, f"{name}.lora_b": np.ones(64, "f")})
-    refused("holds NaN", {**factors, f"{name}.lora_a": np.full_like(factors[f"{name}.lora_a"], np.nan)})
+    refused(
+        "holds NaN or numbers beyond",
+        {**factors, f"{name}.lora_a": np.full_like(factors[f"{name}.lora_a"], np.nan)},
+    )
     refused("architecture 'qwen2'", architecture="qwen2")
     refused("alpha is nan", alpha=float("nan"))
+    refused("is no tensor of a LoRA adapter", {**factors, "x": np.ones(4, "f")}, kind=UnsupportedError)
     refused("for its output head too", factors_of(llama, ("token_embd",)), kind=UnsupportedError)
     refused("kind 'control'", kind=UnsupportedError, **{"adapter.type": "control"})
     with pytest.raises(InputError, match="is no adapter"):

@@ -275,7 +275,8 @@ class _Parts:
             held = "part of a weight that is replaced" if part is None else f"{list(part.shape)}"
             raise _foreign(tensor, shape, f"{name} is {held}")
         for value in self._names.parts[name]:
-            self._changes.setdefault(value.name, {})[name] = merge
+            changes = self._changes.setdefault(value.name, {})
+            changes[name] = merge if name not in changes else partial(_one_by_one, changes[name], merge)
 
     def merge(self) -> int:
         """How many quantized weights became floats."""
@@ -289,6 +290,12 @@ class _Parts:
                 )
             floats += _set(self._graph, self._graph.weights[name], partial(_made_again, whole, changes))
         return floats
+
+
+def _one_by_one(
+    first: Callable[[LazyTensor], LazyTensor], then: Callable[[LazyTensor], LazyTensor], base: LazyTensor
+) -> LazyTensor:
+    return then(first(base))
 
 
 def _made_again(

@@ -86,7 +86,7 @@ def parameter_changes(graph: Graph, adapter: Adapter, module: str) -> list[Param
         for name, weight in graph.weights.items()
         if name.rpartition(".")[0] == module and len(weight.shape) > 1 and of.rules(_own(name)) is not None
     }
-    if not held and len(of.factors) == 1 and f"{module}.weight" in graph.weights:
+    if not held and len(of.factors) == 1:
         return []
     if len(held) != len(of.factors):
         raise InputError(
