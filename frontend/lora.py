@@ -250,9 +250,7 @@ def _by_pattern(module: str, config: Mapping[str, Any], key: str, patterns: str)
                     remedy="write module names there",
                 )
             if len(module) > _LONGEST:
-                raise InputError(
-                    f"the adapter names a module {module[:60]!r}…, which is too long", remedy=_AGAIN
-                )
+                raise InputError(f"the name of the module {module[:60]!r}… is too long", remedy=_AGAIN)
             try:
                 matches = re.match(rf"(.*\.)?({pattern})$", module)
             except re.error:

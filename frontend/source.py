@@ -259,9 +259,9 @@ class ModelSource:
         self.rope_scaling = scaling
 
     def merge_gguf_adapter(self, path: Path, scale: float) -> list[str]:
-        """Change the tensors by an adapter in a GGUF file, before they are asked for; sentences on what is lost.
+        """Change the tensors by an adapter in a GGUF file, before they are asked for; sentences on losses.
 
-        Raises InputError where the model is no GGUF file, and as `with_gguf_adapter`.
+        Raises InputError where the model is no GGUF file, and as `read_gguf_adapter` and `merged`.
         """
         if self.gguf is None:
             raise InputError(
