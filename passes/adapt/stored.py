@@ -7,6 +7,7 @@ were trained with another version of the class, or with the publisher's own, nam
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import cached_property
 
@@ -44,7 +45,7 @@ class StoredNames:
         return None if whole is None else whole.stored[name]
 
 
-class OverParts:
+class OverParts(ABC):
     """A weight with something merged in, over one that may be made of a checkpoint's tensors: it stays so."""
 
     _base: LazyTensor
@@ -61,9 +62,9 @@ class OverParts:
         assert whole is not None
         return self.over(whole.with_stored(tensors))
 
+    @abstractmethod
     def over(self, base: LazyTensor) -> LazyTensor:
         """The same merged into another weight."""
-        raise NotImplementedError
 
 
 def with_parts(whole: MadeOf, changed: Mapping[str, Callable[[LazyTensor], LazyTensor]]) -> LazyTensor:
