@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from tvm.script.ir_builder import tirx as T
@@ -26,6 +26,7 @@ from .builder import (
     call,
     f32s,
     for_each_row,
+    for_each_row_beside,
     i32s,
     let,
     put,
@@ -38,6 +39,11 @@ from .builder import (
 from .layout import QuantLayout
 
 _ABS = 0x7FFFFFFF
+_FINITE = 3.4028234663852886e38
+_BESIDE = 0x4B400000
+"""The bits of 1.5 · 2^23."""
+SMALLEST: Final = 2.0**-100
+"""A group whose largest is less is zeros: 127 / largest might be infinite."""
 _HELD = 2048
 """Elements of a row that are made before they are quantized."""
 Read = Callable[[Expr], Expr]
@@ -91,105 +97,127 @@ def whole_groups(lay: QuantLayout) -> bool:
     return lay.real_group % LANES == 0 and lay.k % lay.real_group == 0
 
 
-def _largest(read: Read, count: int) -> Expr:
-    """max |x| of `count` elements (a multiple of 16) as a float32; NaN where one of them is.
-
-    Non-negative floats order as their bits do, and NaN's are above infinity's, which a comparison of floats
-    would lose.
+def _size(v: Expr) -> Expr:
+    """|v| as bits: non-negative floats order as their bits do, and NaN's are above infinity's, which a
+    comparison of floats would lose.
     """
+    return T.bitwise_and(T.reinterpret(v, dtype="int32x16"), i32s(_ABS))
+
+
+def _largest(read: Read, count: int) -> Expr:
+    """max |x| of `count` elements (a multiple of 16) as a float32; NaN where one of them is."""
     best = register_i32(i32s(0))
     with T.serial(0, count // LANES) as i:
-        bits = T.bitwise_and(T.reinterpret(read(i * LANES), dtype="int32x16"), i32s(_ABS))
-        put(best, T.max(vec(best, 0), bits), 0)
+        put(best, T.max(vec(best, 0), _size(read(i * LANES))), 0)
     return let(T.reinterpret(call("int32", "llmc_max_i32", vec(best, 0)), dtype="float32"))
 
 
+def _usable(largest: Expr) -> Expr:
+    """Whether a group has a scale: its largest is a number, and 127 / largest is one."""
+    return T.And(largest >= T.float32(SMALLEST), largest <= T.float32(_FINITE))
+
+
 def _inverse(largest: Expr) -> Expr:
-    return let(T.Select(largest > T.float32(0), T.float32(127) / largest, T.float32(0)))
+    return let(T.Select(_usable(largest), T.float32(127) / largest, T.float32(0)))
 
 
-def _to_int(x: Expr, inverse: Expr) -> Expr:
-    """Nearest integer of x · inverse in 16 lanes, ties to even.
-
-    NaN becomes -127: `T.max` answers its second operand.
+def _lifted(x: Expr, inverse: Expr) -> Expr:
+    """The nearest integer of x · inverse (ties to even) in the lowest bits of 16 lanes of uint32, beside
+    those of `_BESIDE`: for |x · inverse| < 2^22, since there are no bits below 1 beside 1.5 · 2^23.
     """
-    clamped = T.min(T.max(x * inverse, f32s(-127)), f32s(127))
-    return T.Cast("int32x16", call("float32x16", "llmc_round", clamped))
+    value = call("float32x16", "llmc_add", x * inverse, f32s(1.5 * 2.0**23))
+    return let(T.reinterpret(value, dtype="uint32x16"))
+
+
+def _put_group(to: Quantized, row: Expr, g: Expr, read: Read, largest: Expr) -> None:
+    """Quantize group g of a row, whose 16 elements from i on are `read(i)`, by its largest."""
+    group = to.layout.group
+    put1(to.scale, largest / T.float32(127), row, g)
+    inverse = splat(_inverse(largest))
+    # Sums wrap: what they are too large by is taken off first.
+    total = T.alloc_buffer((LANES,), "uint32")
+    put(total, T.broadcast(T.uint32(-(group // LANES) * _BESIDE % 2**32), LANES), 0)
+    with T.serial(0, group // LANES) as i:
+        value = _lifted(read(i * LANES), inverse)
+        put(to.a, T.Cast("int8x16", value), row, g * group + i * LANES)
+        put(total, vec(total, 0) + value, 0)
+    summed = call("int32", "llmc_sum_i32", T.reinterpret(vec(total, 0), dtype="int32x16"))
+    put1(to.sums, T.Select(_usable(largest), T.Cast("float32", summed), T.float32(0)), row, g)
 
 
 def quantize_group(to: Quantized, row: Expr, g: Expr, read: Read) -> None:
     """Quantize group g of a row, whose 16 elements from i on are `read(i)`."""
-    group = to.layout.group
-    largest = _largest(read, group)
-    put1(to.scale, largest / T.float32(127), row, g)
-    inverse = _inverse(largest)
-    total = register_i32(i32s(0))
-    with T.serial(0, group // LANES) as i:
-        value = let(_to_int(read(i * LANES), splat(inverse)))
-        put(to.a, T.Cast("int8x16", value), row, g * group + i * LANES)
-        put(total, vec(total, 0) + value, 0)
-    put1(to.sums, T.Cast("float32", call("int32", "llmc_sum_i32", vec(total, 0))), row, g)
+    _put_group(to, row, g, read, _largest(read, to.layout.group))
 
 
-def quantize_as_made(to: Quantized, row: Expr, make: Read) -> None:
+def elements_held(lay: QuantLayout, apart: int) -> int:
+    """How many of a row's elements are made before they are quantized, by `quantize_as_made`."""
+    return lay.k if apart else lay.group * min(lay.groups, max(1, _HELD // lay.group))
+
+
+def quantize_as_made(to: Quantized, row: Expr, held: Buffer, make: Read) -> None:
     """Quantize a row whose 16 elements from i on are computed by `make(i)`; for `fits_producer`.
 
-    Groups are made before their scales are known, and do not leave the nearest cache: several, so that the
-    processor has others to work at while it waits for a group's maximum. Where the largest of a row are kept
-    apart it is the whole row, 4 bytes an element.
+    held: float32 [`elements_held`]. Groups are made before their scales are known, and do not leave the
+    nearest cache: several, so that the processor has others to work at while it waits for a group's maximum.
+    Where the largest of a row are kept apart it is the whole row.
     """
     group, groups = to.layout.group, to.layout.groups
-    if to.apart:
-        _quantize_rest(to, row, make)
-        return
-    at_once = min(groups, max(1, _HELD // group))
-    held = T.alloc_buffer((at_once * group,), "float32")
+    at_once = elements_held(to.layout, to.apart) // group
     with T.serial(0, -(-groups // at_once)) as turn:
         first = let(turn * at_once)
         count = let(T.min(T.int32(groups) - first, T.int32(at_once)))
-        with T.serial(0, count * (group // LANES)) as i:
-            put(held, make(first * group + i * LANES), i * LANES)
         with T.serial(0, count) as g:
-            quantize_group(to, row, first + g, lambda i: vec(held, g * group + i))
+
+            def made(i: Expr, g: Expr = g) -> Expr:
+                value = let(make((first + g) * group + i))
+                put(held, value, g * group + i)
+                return value
+
+            put1(to.scale, _largest(made, group), row, first + g)
+        if to.apart:
+            with T.serial(0, to.apart) as n:
+                _keep_apart(to, row, held, n)
+        with T.serial(0, count) as g:
+            largest = let(to.scale[row, first + g])
+            _put_group(to, row, first + g, lambda i: vec(held, g * group + i), largest)
 
 
-def _quantize_rest(to: Quantized, row: Expr, make: Read) -> None:
-    """Keep the largest |x| of a row apart (the first of equals first), and quantize the others."""
-    k, group, groups = to.layout.k, to.layout.group, to.layout.groups
-    held = T.alloc_buffer((k,), "float32")
-    with T.serial(0, k // LANES) as i:
-        put(held, make(i * LANES), i * LANES)
-    with T.serial(0, to.apart) as n:
-        column = let(_place_of_largest(held, k))
-        put1(to.sums, T.Cast("float32", column), row, groups + n)
-        put1(to.scale, held[column], row, groups + n)
-        put1(held, T.float32(0), column)
+def _keep_apart(to: Quantized, row: Expr, held: Buffer, n: Expr) -> None:
+    """Keep the largest |x| of a row apart (the first of equals first): 0 takes its place in `held`.
+
+    `to.scale` holds each group's largest, which say where to look, and does afterwards.
+    """
+    group, groups = to.layout.group, to.layout.groups
+    best, where = scalar(T.int32(-1), "int32"), scalar(T.int32(0), "int32")
     with T.serial(0, groups) as g:
-        quantize_group(to, row, g, lambda i: vec(held, g * group + i))
-
-
-def _place_of_largest(held: Buffer, k: int) -> Expr:
-    """The first column of the largest |x|, as `_largest` orders them."""
-
-    def size(i: Expr) -> Expr:
-        return T.bitwise_and(T.reinterpret(vec(held, i), dtype="int32x16"), i32s(_ABS))
-
-    best = register_i32(i32s(0))
-    with T.serial(0, k // LANES) as i:
-        put(best, T.max(vec(best, 0), size(i * LANES)), 0)
-    largest = let(call("int32", "llmc_max_i32", vec(best, 0)))
+        size = let(T.reinterpret(to.scale[row, g], dtype="int32"))
+        put1(where, T.Select(size > best[0], g, where[0]), 0)
+        put1(best, T.max(size, best[0]), 0)
+    g, largest = let(where[0]), let(best[0])
     # -(column) of each that is as large: their maximum is the first.
-    place = register_i32(i32s(-k))
-    with T.serial(0, k // LANES) as i:
+    place = register_i32(i32s(-group))
+    with T.serial(0, group // LANES) as i:
         column = T.ramp(T.int32(0) - i * LANES, -1, LANES)
-        put(place, T.max(vec(place, 0), T.Select(size(i * LANES) == splat(largest), column, i32s(-k))), 0)
-    return T.int32(0) - call("int32", "llmc_max_i32", vec(place, 0))
+        same = _size(vec(held, g * group + i * LANES)) == splat(largest)
+        put(place, T.max(vec(place, 0), T.Select(same, column, i32s(-group))), 0)
+    column = let(T.int32(0) - call("int32", "llmc_max_i32", vec(place, 0)))
+    put1(to.sums, T.Cast("float32", g * group + column), row, groups + n)
+    put1(to.scale, held[g * group + column], row, groups + n)
+
+    def rest(i: Expr) -> Expr:
+        # Whole vectors are stored: a load would wait for a part of it.
+        value = let(T.Select(T.ramp(i, 1, LANES) == splat(column), f32s(0), vec(held, g * group + i)))
+        put(held, value, g * group + i)
+        return value
+
+    put1(to.scale, _largest(rest, group), row, g)
 
 
-def _quantize_row(x: Buffer, row: Expr, to: Quantized) -> None:
+def _quantize_row(x: Buffer, row: Expr, held: Buffer | None, to: Quantized) -> None:
     lay = to.layout
-    if to.apart:
-        _quantize_rest(to, row, lambda i: vec(x, row, i))
+    if held is not None:
+        quantize_as_made(to, row, held, lambda i: vec(x, row, i))
         return
     with T.serial(0, lay.groups) as g:
         if whole_groups(lay):
@@ -212,10 +240,10 @@ def _ragged_group(
     put1(scale, largest / T.float32(127), row, g)
     inverse = _inverse(largest)
     with T.serial(0, count) as i:
-        value = let(_to_int(splat(x[row, g * lay.real_group + i]), splat(inverse)))
-        one = let(call("int32", "llmc_max_i32", value))
-        put1(a, T.Cast("int8", one), row, g * lay.group + i)
-        put1(total, total[0] + one, 0)
+        value = _lifted(splat(x[row, g * lay.real_group + i]), splat(inverse))
+        code = let(T.Cast("int8", call("int32", "llmc_max_i32", T.reinterpret(value, dtype="int32x16"))))
+        put1(a, code, row, g * lay.group + i)
+        put1(total, total[0] + T.Cast("int32", code), 0)
     with T.serial(0, lay.group - count) as i:
         put1(a, T.int8(0), row, g * lay.group + count + i)
     put1(sums, T.Cast("float32", total[0]), row, g)
@@ -226,8 +254,8 @@ def make_quantize_activation(*, k: int, group_size: int, align: int = 8, apart: 
 
     x float32 [T, k]; with L the `QuantLayout` of any weights that pad groups to `align`: a int8 [T,
     L.k_padded], sums and a_scale float32 [T, L.groups + apart], the sums whole numbers: they are factors of
-    floats. A group of zeros gives zeros; a NaN or an infinity makes the group's scale NaN or infinite, or is
-    what is kept `apart` (as in `Quantized`; for `whole_groups`).
+    floats. A group of zeros, or of less than `SMALLEST`, gives zeros; a NaN or an infinity makes the group's
+    scale NaN or infinite, or is what is kept `apart` (as in `Quantized`; for `whole_groups`).
     """
     lay = activation_layout(k, group_size, align)
     kernel = Kernel("quantize_activation", isa)
@@ -236,7 +264,11 @@ def make_quantize_activation(*, k: int, group_size: int, align: int = 8, apart: 
         x = kernel.argument("x", (tokens, k), "float32")
         to = quantized_arguments(kernel, lay, apart=apart)
         with kernel.body():
-            for_each_row(tokens, (2 + apart) * k, lambda row: _quantize_row(x, row, to))
+            if apart:
+                held = elements_held(lay, apart)
+                for_each_row_beside(tokens, 2 * k, held, lambda row, at: _quantize_row(x, row, at, to))
+            else:
+                for_each_row(tokens, 2 * k, lambda row: _quantize_row(x, row, None, to))
     return kernel.function
 
 
@@ -257,8 +289,8 @@ def reference_quantize_activation(
     whole[:, : x.shape[1]] = x
     grouped = whole.reshape(x.shape[0], lay.groups, lay.real_group)
     largest = np.abs(grouped).max(2)
-    with np.errstate(divide="ignore"):
-        inverse = np.where(largest > 0, np.float32(127) / largest, np.float32(0)).astype(np.float32)
+    usable = (largest >= SMALLEST) & np.isfinite(largest)
+    inverse = np.where(usable, np.float32(127) / np.where(usable, largest, 1), 0).astype(np.float32)
     grouped = np.rint(grouped * inverse[:, :, None])
     padded = np.pad(grouped, ((0, 0), (0, 0), (0, lay.group - lay.real_group)))
     sums = grouped.sum(2)

@@ -91,6 +91,11 @@ def _clear(acc: Buffer, size: tuple[int, int], width: int) -> None:
 class Block:
     """`rows` consecutive query rows of one sequence, by `heads` query heads of one key/value head."""
 
+    tile = TILE
+    """Pages that are taken at once."""
+    rough = False
+    """Whether weights need no more digits than bfloat16 has."""
+
     def __init__(
         self, spec: Attention, at: Buffers, first: tuple[Expr, Expr, Expr], size: tuple[int, int], isa: Isa
     ) -> None:
@@ -103,10 +108,10 @@ class Block:
         self.chunks = spec.head_dim // LANES
         self.pairs = in_pairs(spec.kv_dtype, spec.head_dim)
         self.cells = _cells(size)
-        self.memory = Memory(len(self.cells) * (3 * spec.head_dim + TILE * PAGE_SIZE))
+        self.memory = Memory(len(self.cells) * (3 * spec.head_dim + self.tile * PAGE_SIZE))
         self.query = self.memory.take(len(self.cells), self.query_width)
         self.acc = self.memory.take(len(self.cells), spec.head_dim)
-        self.weights = self.memory.take(len(self.cells), TILE * PAGE_SIZE)
+        self.weights = self.memory.take(len(self.cells), self.tile * PAGE_SIZE)
         # Enough independent chains of multiply-adds to hide their latency, with few cells too; what they
         # multiply by, a vector for each and one for all, must fit into the registers beside them.
         count = len(self.cells)
@@ -169,8 +174,8 @@ class Block:
         _clear(self.acc, (self.rows, self.heads), self.spec.head_dim)
         start = let(T.max(self.first, segment * SEGMENT))
         stop = let(T.min(self.last, segment * SEGMENT + SEGMENT))
-        with loop(T.floordiv(start, TILE), T.floordiv(stop + (TILE - 1), TILE)) as tile:
-            begin, end = let(T.max(start, tile * TILE)), let(T.min(stop, tile * TILE + TILE))
+        with loop(T.floordiv(start, self.tile), T.floordiv(stop + (self.tile - 1), self.tile)) as tile:
+            begin, end = let(T.max(start, tile * self.tile)), let(T.min(stop, tile * self.tile + self.tile))
             self._scores(begin, end)
             self._softmax(begin, end)
             self._values(begin, end)
@@ -305,7 +310,7 @@ class Block:
                 scale = self._scales(1, self.at.block_table[self.sequence, begin + slot])
             for i, r, _ in self.cells:
                 score = vec(self.weights, i, slot * PAGE_SIZE)
-                weight = let(T.Select(seen[r], exp2(score - splat(self.best[i])), f32s(0)))
+                weight = let(T.Select(seen[r], exp2(score - splat(self.best[i]), rough=self.rough), f32s(0)))
                 put(sums[i], vec(sums[i], 0) + weight, 0)
                 # The scale of a token that the row does not see may be NaN, and 0 · NaN is no 0.
                 scaled = weight if scale is None else T.Select(seen[r], weight * scale, f32s(0))
@@ -399,7 +404,7 @@ class Block:
         part, parts = number * units + unit, turns * units
         size = itemsize(self.spec.kv_dtype)
         lines = -(-PAGE_SIZE * self.spec.head_dim * size // (64 * parts))
-        ahead, head = self._behind(page + TILE)
+        ahead, head = self._behind(page + self.tile)
         for line in range(lines):
             prefetch(self.at.pages, 0, ahead, head, 0, (part * lines + line) * (64 // size))
 

@@ -27,6 +27,9 @@ _PAIRS = PAGE_SIZE // 2
 class WordBlock(Block):
     """A `Block` whose query and weights are words of two neighbours, kept as float32 of the same bits."""
 
+    tile = 8
+    rough = True
+
     @property
     def query_width(self) -> int:
         return self.spec.head_dim // 2

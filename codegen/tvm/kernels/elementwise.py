@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 from tvm.script.ir_builder import tirx as T
 
 from ....ir.errors import CompileError
-from .activation import activation_layout, quantize_as_made, quantized_arguments
+from .activation import (
+    Quantized,
+    activation_layout,
+    elements_held,
+    quantize_as_made,
+    quantized_arguments,
+)
 from .builder import (
     LANES,
     Buffer,
@@ -19,6 +26,7 @@ from .builder import (
     fma,
     fma1,
     for_each_row,
+    for_each_row_beside,
     for_each_vector,
     let,
     loop,
@@ -62,15 +70,19 @@ def make_gated_mlp(*, width: int, activation: str, quantize: tuple[int, int] | N
             to, out = None, kernel.argument("out", (tokens, width), "float32")
 
         def row(t: Expr) -> None:
-            if to is not None:
-                quantize_as_made(to, t, lambda i: function(vec(x, t, i)) * vec(x, t, width + i))
-                return
             put_gated(
                 out, t, width, lambda gate, up: function(gate) * up, lambda i: vec(x, t, i), lambda i: x[t, i]
             )
 
+        def quantized(to: Quantized, t: Expr, held: Buffer) -> None:
+            quantize_as_made(to, t, held, lambda i: function(vec(x, t, i)) * vec(x, t, width + i))
+
         with kernel.body():
-            for_each_row(tokens, COST * width, row)
+            if to is None:
+                for_each_row(tokens, COST * width, row)
+            else:
+                held = elements_held(to.layout, 0)
+                for_each_row_beside(tokens, COST * width, held, partial(quantized, to))
     return kernel.function
 
 

@@ -17,12 +17,13 @@ from tvm.script.ir_builder import tirx as T
 from .activation import (
     Quantized,
     activation_layout,
+    elements_held,
     fits_producer,
     quantize_as_made,
     quantize_group,
     quantized_arguments,
 )
-from .builder import LANES, Buffer, Expr, Kernel, for_each_row, let, put, vec
+from .builder import LANES, Buffer, Expr, Kernel, for_each_row_beside, let, put, vec
 from .elementwise import COST, activation_function
 from .layout import QuantLayout
 from .panels import Held, Unpacked
@@ -33,11 +34,13 @@ from .tiles import multiply_tiles
 
 _ROWS = 256
 """Rows whose products are held, at most; a power of 2. More would leave threads without work."""
+_HELD = 1 << 15
+"""Results of which products are held, at most: 256 kB, which the second cache keeps."""
 
 
 def fits_gated(width: int, lay: QuantLayout) -> bool:
     """Whether the kernel can make a result of `width` for weights with the layout of activations `lay`."""
-    return fits_producer(lay) and lay.group <= 128 and width % lay.group == 0
+    return fits_producer(lay) and width % lay.group == 0
 
 
 def _make(function: Callable[[Expr], Expr], x: Buffer, row: Expr, gate: Expr, up: Expr) -> Expr:
@@ -48,10 +51,10 @@ def _make(function: Callable[[Expr], Expr], x: Buffer, row: Expr, gate: Expr, up
 def _fused(plan: Plan, tokens: Expr, to: Quantized, function: Callable[[Expr], Expr]) -> None:
     """Parallel over (rows, group of the result)."""
     given, group, width = plan.given(tokens), to.layout.group, to.layout.k
-    blocks = group // LANES
+    blocks, rows = group // LANES, min(_ROWS, 1 << (_HELD // group).bit_length() - 1)
     # A panel for vectors is as wide as any: one block's sums alone would wait for each other.
     together = 1 if plan.tiles else max(n for n in range(1, plan.width + 1) if blocks % n == 0)
-    count = let(T.floordiv(tokens + (_ROWS - 1), T.int32(_ROWS)))
+    count = let(T.floordiv(tokens + (rows - 1), T.int32(rows)))
     share = T.floordiv(tokens + count - 1, count)
     share = let(T.floordiv(share + (TILE_ROWS - 1), T.int32(TILE_ROWS)) * TILE_ROWS)
 
@@ -59,11 +62,11 @@ def _fused(plan: Plan, tokens: Expr, to: Quantized, function: Callable[[Expr], E
         g = let(T.floormod(w, T.int32(to.layout.groups)))
         first = let(T.floordiv(w, T.int32(to.layout.groups)) * share)
         stop = let(T.min(first + share, tokens))
-        products = T.alloc_buffer((_ROWS, 2 * group), "float32")
+        products = T.alloc_buffer((rows, 2 * group), "float32")
 
         def panel(start: int, column: int, c: Expr) -> Unpacked:
             block = let(start // LANES + g * blocks)
-            held = Held(products, _ROWS, block, column)
+            held = Held(products, rows, block, column)
             return Unpacked(replace(given, held=held), block + c * together, together)
 
         with T.serial(0, blocks // together) as c:
@@ -74,10 +77,10 @@ def _fused(plan: Plan, tokens: Expr, to: Quantized, function: Callable[[Expr], E
                 for one in panels:
                     plan.multiply_unpacked((first, stop), one)
         with T.serial(0, stop - first) as t, T.serial(0, blocks) as c:
-            at, i = let(T.floormod(first + t, T.int32(_ROWS))), c * LANES
+            at, i = let(T.floormod(first + t, T.int32(rows))), c * LANES
             put(products, _make(function, products, at, i, group + i), at, i)
         with T.serial(0, stop - first) as t:
-            at = let(T.floormod(first + t, T.int32(_ROWS)))
+            at = let(T.floormod(first + t, T.int32(rows)))
             quantize_group(to, first + t, g, lambda i: vec(products, at, i))
 
 
@@ -113,10 +116,10 @@ def make_quantized_gated_mlp(
             products = T.alloc_buffer((tokens, 2 * width), "float32")
             replace(plan, ops=replace(plan.ops, out=products)).few(tokens)
 
-            def row(t: Expr) -> None:
-                quantize_as_made(to, t, lambda i: _make(function, products, t, i, width + i))
+            def row(t: Expr, held: Buffer) -> None:
+                quantize_as_made(to, t, held, lambda i: _make(function, products, t, i, width + i))
 
-            for_each_row(tokens, COST * width, row)
+            for_each_row_beside(tokens, COST * width, elements_held(to.layout, 0), row)
 
         plan = Plan.make(ops, kernel.isa, schedule)
         with kernel.body():

@@ -100,20 +100,25 @@ def _many(name: str, count: int) -> str:
     return f"{_DEFINE} {_V} @llmc_{name}_{count}({arguments}) alwaysinline {{\n{body}\n  ret {_V} {value}\n}}"
 
 
+def _reduction_i32(name: str, operation: str) -> str:
+    reduce = f"@llvm.vector.reduce.{operation}.v16i32({_I}"
+    return f"""declare i32 {reduce})
+{_DEFINE} i32 @llmc_{name}_i32({_I} %v) alwaysinline {{
+  %r = call i32 {reduce} %v)
+  ret i32 %r
+}}"""
+
+
 def _reductions() -> list[str]:
     return [
         _across("llmc_sum", "float", ["{R} = fadd {vector} {A}, {B}"]),
-        _across("llmc_sum_i32", "i32", ["{R} = add {vector} {A}, {B}"]),
         _across(
             "llmc_max",
             "float",
             ["{C} = fcmp ogt {vector} {A}, {B}", "{R} = select <16 x i1> {C}, {vector} {A}, {vector} {B}"],
         ),
-        _across(
-            "llmc_max_i32",
-            "i32",
-            ["{C} = icmp sgt {vector} {A}, {B}", "{R} = select <16 x i1> {C}, {vector} {A}, {vector} {B}"],
-        ),
+        # Integers are the same in any order.
+        *(_reduction_i32(name, operation) for name, operation in (("sum", "add"), ("max", "smax"))),
     ]
 
 

@@ -1,4 +1,4 @@
-"""`rms_norm` and `layer_norm`: float32, sums in 16 lanes over the row in order, then across the lanes in a
+"""`rms_norm` and `layer_norm`: float32, sums in 64 lanes over the row in order, then across the lanes in a
 fixed tree.
 """
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from tvm.script.ir_builder import tirx as T
 
-from .activation import activation_layout, quantize_as_made, quantized_arguments
+from .activation import activation_layout, elements_held, quantize_as_made, quantized_arguments
 from .builder import (
     LANES,
     Buffer,
@@ -20,6 +20,7 @@ from .builder import (
     fma,
     fma1,
     for_each_row,
+    for_each_row_beside,
     for_each_vector,
     lane_sum,
     let,
@@ -35,6 +36,7 @@ from .builder import (
 )
 from .layout import QuantLayout
 
+_TOTALS = 4
 Source = tuple[int, int] | None
 """(row_width, offset) of an operand in a wider result, or None."""
 
@@ -55,9 +57,10 @@ def head_index(row: Expr, head: Expr, width: int, source: Source) -> Callable[[E
 
 def _sum(width: int, x: Buffer, index: Callable[[Expr], tuple[Expr, ...]], minus: Expr | None) -> Expr:
     """Σ (x - minus)², or Σ x where `minus` is None."""
-    total = register(f32s(0))
+    # Several: an addition takes four cycles, and the next to the same register waits for it.
+    totals = [register(f32s(0)) for _ in range(_TOTALS)]
 
-    def add(i: Expr) -> None:
+    def add(total: Buffer, i: Expr) -> None:
         v = vec(x, *index(i))
         if minus is None:
             put(total, vec(total, 0) + v, 0)
@@ -65,9 +68,14 @@ def _sum(width: int, x: Buffer, index: Callable[[Expr], tuple[Expr, ...]], minus
             d = let(v - splat(minus))
             put(total, fma(d, d, vec(total, 0)), 0)
 
-    with T.serial(0, width // LANES) as c:
-        add(c * LANES)
-    result = scalar(lane_sum(vec(total, 0)))
+    vectors = width // LANES
+    with T.serial(0, vectors // _TOTALS) as c:
+        for i, total in enumerate(totals):
+            add(total, (c * _TOTALS + i) * LANES)
+    for i in range(vectors % _TOTALS):
+        add(totals[i], T.int32((vectors - vectors % _TOTALS + i) * LANES))
+    a, b, c, d = (vec(total, 0) for total in totals)
+    result = scalar(lane_sum(let((a + b) + (c + d))))
     with loop(width // LANES * LANES, width) as i:
         if minus is None:
             put1(result, result[0] + x[index(i)], 0)
@@ -175,17 +183,17 @@ def _rms_norm_quantized(
         w = kernel.argument("weight", (width,), "float32") if weight else None
         to = quantized_arguments(kernel, lay, apart=apart)
 
-        def row(t: Expr) -> None:
+        def row(t: Expr, held: Buffer) -> None:
             root = _inverse_root(_sum(width, x, lambda i: (t, i), T.float32(0)), width, eps)
 
             def make(i: Expr) -> Expr:
                 v = vec(x, t, i) * splat(root)
                 return v if w is None else v * vec(w, i)
 
-            quantize_as_made(to, t, make)
+            quantize_as_made(to, t, held, make)
 
         with kernel.body():
-            for_each_row(tokens, (3 + apart) * width, row)
+            for_each_row_beside(tokens, 3 * width, elements_held(lay, apart), row)
     return kernel.function
 
 

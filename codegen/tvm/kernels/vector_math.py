@@ -1,7 +1,7 @@
 """exp, tanh and activation functions in 16 lanes of float32, as polynomials: TIR's own call libm for each
 lane.
 
-Relative errors, against float64: exp 2e-7 for |x| < 86, tanh 3e-7, silu, gelu and softplus 5e-7. The
+Relative errors, against float64: exp 2e-7 for |x| < 86, tanh 4e-7, silu, gelu and softplus 5e-7. The
 coefficients are least-maximum fits of the relative error on the interval named beside them.
 """
 
@@ -13,13 +13,16 @@ from tvm.script.ir_builder import tirx as T
 
 from .builder import LANES, Expr, call, f32s, fma, i32s, let
 
+_BESIDE = 1.5 * 2.0**23
 _LOG2E = 1.4426950408889634
 # ln 2 in two parts, the first with few bits, so that n · ln 2 is subtracted without rounding (Cody & Waite
 # 1980).
 _LN2_HIGH = 0.693359375
 _LN2_LOW = -2.12194440e-4
 
-_EXP2 = (1.0, 0.69314718, 0.24022646, 0.055503286, 0.009618489, 0.0013399932, 0.00015345808)  # 2^r, |r| ≤ 1/2
+_EXP2 = (1.0, 0.69314698, 0.24022242, 0.05550734, 0.00967151, 0.00132647)  # 2^r, |r| ≤ 1/2
+_EXP2_ROUGH = (1.0, 0.6932829, 0.24221095, 0.055008933)
+_EXP = tuple(c * _LOG2E**i for i, c in enumerate(_EXP2))  # e^r, |r| ≤ ln 2 / 2
 _TANH = (-0.3333334, 0.1333322, -0.0538959, 0.021157313, -0.0062836641)  # (tanh u / u - 1) / u², |u| ≤ 0.625
 # e^(x²/2) · (1 - Φ(x)) in t = 1 / (1 + 0.3 x), 0 ≤ x ≤ 9.5; Φ is the normal distribution function.
 _TAIL = (
@@ -56,28 +59,28 @@ def _polynomial(coefficients: tuple[float, ...], x: Expr) -> Expr:
     return let(value)
 
 
-def _whole(x: Expr, more: int = 0) -> tuple[Expr, Expr]:
-    """The nearest whole number n, and (n + more) << 23, which added to the bits of a float multiplies it by
-    2^(n + more).
-
-    Beside 1.5 · 2^23 + more (even) there are no bits below 1, and n + more stands in the lowest ones.
+def _whole(lifted: Expr, more: int = 0) -> tuple[Expr, Expr]:
+    """Of x + 1.5 · 2^23 + more (even), where there are no bits below 1: the nearest whole number n, and
+    (n + more) << 23, which added to the bits of a float multiplies it by 2^(n + more).
     """
-    beside = f32s(1.5 * 2.0**23 + more)
-    lifted = let(call("float32x16", "llmc_add", x, beside))
+    lifted = let(lifted)
     power = T.shift_left(T.reinterpret(lifted, dtype="int32x16"), i32s(23))
-    return let(lifted - beside), let(power)
+    return let(lifted - f32s(_BESIDE + more)), let(power)
 
 
 def _times(p: Expr, power: Expr) -> Expr:
     return T.reinterpret(T.reinterpret(p, dtype="int32x16") + power, dtype="float32x16")
 
 
-def exp2(x: Expr, more: int = 0) -> Expr:
-    """2^(x + more), x + more not rounded, for x + more ≤ 127; below -125 x stays there. NaN stays NaN."""
+def exp2(x: Expr, more: int = 0, *, rough: bool = False) -> Expr:
+    """2^(x + more), x + more not rounded, for x + more ≤ 127; below -125 x stays there. NaN stays NaN.
+
+    rough: to 1e-4, for what is rounded to bfloat16.
+    """
     x = let(x)
     x = let(T.Select(x < f32s(-125), f32s(-125), x))
-    n, power = _whole(x, more)
-    return _times(_polynomial(_EXP2, let(x - n)), power)
+    n, power = _whole(call("float32x16", "llmc_add", x, f32s(_BESIDE + more)), more)
+    return _times(_polynomial(_EXP2_ROUGH if rough else _EXP2, let(x - n)), power)
 
 
 def exp(x: Expr) -> Expr:
@@ -85,26 +88,25 @@ def exp(x: Expr) -> Expr:
     x = let(x)
     x = let(T.Select(x < f32s(-86.6), f32s(-86.6), x))
     x = let(T.Select(x > f32s(87), f32s(87), x))
-    n, power = _whole(x * f32s(_LOG2E))
+    n, power = _whole(fma(x, f32s(_LOG2E), f32s(_BESIDE)))
     r = let(fma(n, f32s(-_LN2_HIGH), x))
     r = let(fma(n, f32s(-_LN2_LOW), r))
-    return _times(_polynomial(_EXP2, let(r * f32s(_LOG2E))), power)
+    return _times(_polynomial(_EXP, r), power)
 
 
-def _reciprocal(d: Expr) -> Expr:
-    """1 / d for 1 ≤ d < 10^38, to 1e-7: a division takes as long as eight products. NaN stays NaN.
+def _minus_reciprocal(d: Expr) -> Expr:
+    """-1 / d for 1 ≤ d < 10^38, to 1e-7: a division takes as long as eight products. NaN stays NaN.
 
-    The first guess takes the exponent's complement, and is off by 5% at most; the error of each step is the
-    third power of the last one's.
+    The first guess takes the exponent's complement, and is off by 5% at most; the error of the next is the
+    third power of that, of the last the second.
     """
     d = let(d)
-    guess = T.reinterpret(i32s(0x7EF30000) - T.reinterpret(d, dtype="int32x16"), dtype="float32x16")
-    minus = let(f32s(0) - d)
-    for _ in range(2):
-        guess = let(guess)
-        rest = let(fma(minus, guess, f32s(1)))
-        guess = fma(guess, let(fma(rest, rest, rest)), guess)
-    return let(guess)
+    guess = let(
+        T.reinterpret(i32s(0xFEF30000 - 2**32) - T.reinterpret(d, dtype="int32x16"), dtype="float32x16")
+    )
+    rest = let(fma(d, guess, f32s(1)))
+    guess = let(fma(guess, let(fma(rest, rest, rest)), guess))
+    return let(fma(guess, let(fma(d, guess, f32s(1))), guess))
 
 
 def tanh(x: Expr) -> Expr:
@@ -113,18 +115,18 @@ def tanh(x: Expr) -> Expr:
     square = let(x * x)
     near = let(fma(let(_polynomial(_TANH, square) * square), x, x))
     e = exp(x + x)
-    far = let(f32s(1) - f32s(2) * _reciprocal(e + f32s(1)))
+    far = let(fma(f32s(2), _minus_reciprocal(e + f32s(1)), f32s(1)))
     small = square < f32s(0.625 * 0.625)
     return let(T.Select(small, near, far))
 
 
 def sigmoid(x: Expr) -> Expr:
-    return _reciprocal(f32s(1) + exp(f32s(0) - x))
+    return let(f32s(0) - _minus_reciprocal(f32s(1) + exp(f32s(0) - x)))
 
 
 def silu(x: Expr) -> Expr:
-    x = let(x)
-    return let(x * _reciprocal(f32s(1) + exp(f32s(0) - x)))
+    minus = let(f32s(0) - x)
+    return let(minus * _minus_reciprocal(f32s(1) + exp(minus)))
 
 
 def softplus(x: Expr) -> Expr:
@@ -140,7 +142,7 @@ def gelu_tanh(x: Expr) -> Expr:
     square = let(x * x)
     twice = 2 * math.sqrt(2 / math.pi)
     u = let(x * fma(square, f32s(0.044715 * twice), f32s(twice)))
-    return let(x * _reciprocal(f32s(1) + exp(f32s(0) - u)))
+    return let((f32s(0) - x) * _minus_reciprocal(f32s(1) + exp(f32s(0) - u)))
 
 
 def gelu(x: Expr) -> Expr:
