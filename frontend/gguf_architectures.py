@@ -10,11 +10,11 @@ from typing import Final
 
 from . import gguf_fields as its
 from . import gguf_parts as parts
+from .gguf_encoders import ENCODERS
 from .gguf_fields import EXPERT_SIZES, EXPERTS, ROUTED
 from .gguf_hybrids import HYBRIDS
-from .gguf_layout import Architecture
+from .gguf_layout import LAYER_NORM, Architecture
 
-_LAYER_NORM: Final = "attention.layer_norm_epsilon"
 _LATENT: Final = EXPERTS | {"expert_feed_forward_length", "attention.kv_lora_rank", "rope.dimension_count"}
 _MAY_LATENT: Final = ROUTED | {
     "attention.q_lora_rank",
@@ -23,20 +23,16 @@ _MAY_LATENT: Final = ROUTED | {
     "expert_gating_func",
 }
 _PATTERN: Final = frozenset({"attention.sliding_window_pattern"})
+_WITH_SLOPES: Final = 40
+"""Layers of the one model of its family whose positions are slopes, by which llama.cpp knows it."""
+_WINDOWS: Final = _PATTERN | {"attention.sliding_window"}
 _SEEN: Final = frozenset({"rope.dimension_sections", "n_deepstack_layers"})
 """What says how tokens of pictures are placed and taken up."""
-_AFTER_NORMS: Final = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "post_attention_layernorm": "attn_output_norm",
-    "post_mlp_layernorm": "layer_output_norm",
-}
-"""Of layers whose norms are behind attention and MLP."""
 
 
 ARCHITECTURES: Final[dict[str, Architecture]] = {
     **HYBRIDS,
+    **ENCODERS,
     "llama": Architecture("llama", permuted=True),
     "mistral": Architecture("llama", permuted=True, check=its.window_short),
     "qwen2": Architecture("qwen2", check=its.window_short),
@@ -59,6 +55,15 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
         may=frozenset({"rope.freq_base_swa", "final_logit_softcapping"}),
         fields=its.gemma3_fields,
     ),
+    "olmo": Architecture(
+        "olmo",
+        permuted=True,
+        written=False,
+        may=frozenset({"attention.clamp_kqv"}),
+        fields=lambda k, t: {"clip_qkv": k.get("attention.clamp_kqv")},
+        norm_key=LAYER_NORM,
+        norm_field="layer_norm_eps",
+    ),
     "olmo2": Architecture(
         "olmo2", when=lambda k, t: not k.get("attention.sliding_window"), fields=lambda k, t: {}
     ),
@@ -78,6 +83,29 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
         fields=its.granite_fields,
     ),
     "smollm3": Architecture("smollm3", permuted=True, check=its.fourth_without_rope, fields=lambda k, t: {}),
+    # Named by whom they come from: they compute what Llama does, or Granite.
+    "llama (of internlm2)": Architecture(
+        "internlm2", kind="llama", permuted=True, written=False, fields=lambda k, t: {}
+    ),
+    "llama (of xverse)": Architecture(
+        "xverse", kind="llama", permuted=True, written=False, fields=lambda k, t: {}
+    ),
+    "llama (of baichuan)": Architecture(
+        "baichuan",
+        kind="llama",
+        permuted=True,
+        written=False,
+        when=lambda k, t: k.get("block_count") != _WITH_SLOPES,
+        fields=lambda k, t: {},
+    ),
+    "granite (of minicpm)": Architecture(
+        "minicpm",
+        kind="granite",
+        permuted=True,
+        written=False,
+        reads=frozenset({"embedding_scale", "residual_scale", "logit_scale"}),
+        fields=its.scaled_by_depth_fields,
+    ),
     "arcee": Architecture("arcee", permuted=True, fields=lambda k, t: {}),
     "gemma": Architecture("gemma", norm_offset=1.0, fields=lambda k, t: {}),
     "glm4": Architecture("glm4", partial=True, fields=lambda k, t: {}),
@@ -85,7 +113,15 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
     "seed_oss": Architecture(
         "seed_oss", fields=lambda k, t: {"attention_out_bias": "blk.0.attn_output.bias" in t}
     ),
-    "exaone4": Architecture("exaone4", check=its.no_windows, fields=its.exaone4_fields),
+    "exaone": Architecture("exaone", written=False, fields=lambda k, t: {}),
+    "exaone4": Architecture(
+        "exaone4",
+        check=its.windows_of_the_largest,
+        extra=its.window_key,
+        may=_WINDOWS,
+        lists=_PATTERN,
+        fields=its.windows_turn_fields,
+    ),
     "gemma4_text": Architecture(
         "gemma4",
         written=False,
@@ -194,6 +230,29 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
         unneeded=its.of_later_layers,
         fields=its.latent_fields,
     ),
+    "dots1": Architecture(
+        "dots1",
+        written=False,
+        reads=EXPERTS | {"expert_feed_forward_length"},
+        may=ROUTED | {"expert_gating_func"},
+        ignores=EXPERT_SIZES - {"expert_feed_forward_length"},
+        when=lambda k, t: k.get("expert_gating_func", its.SIGMOID) == its.SIGMOID,
+        fields=lambda k, t: {
+            **its.routed_fields(k, t),
+            "layer_types": ["full_attention"] * int(k["block_count"]),
+            "sliding_window": None,
+        },
+    ),
+    "afmoe": Architecture(
+        "afmoe",
+        written=False,
+        reads=EXPERTS | {"expert_feed_forward_length", "attention.sliding_window"},
+        may=ROUTED | _PATTERN | {"expert_gating_func"},
+        lists=_PATTERN,
+        when=lambda k, t: k.get("expert_gating_func", its.SIGMOID) == its.SIGMOID,
+        parts={"self_attn.gate_proj": "attn_gate"},
+        fields=its.gated_windows_fields,
+    ),
     "gpt_oss": Architecture(
         "gpt-oss",
         written=False,
@@ -209,11 +268,31 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
         may=frozenset({"attention.sliding_window"}),
         fields=its.phi3_fields,
     ),
+    "gpt_neox": Architecture(
+        "gptneox",
+        written=False,
+        partial=True,
+        reads=frozenset({"use_parallel_residual"}),
+        mixer=parts.joined_by_head,
+        fields=its.partly_turned_fields,
+        norm_key=LAYER_NORM,
+        norm_field="layer_norm_eps",
+    ),
+    "glm": Architecture("chatglm", written=False, partial=True, fields=lambda k, t: {}),
+    "apertus": Architecture(
+        "apertus",
+        written=False,
+        by_layer=("xielu.alpha_n", "xielu.alpha_p", "xielu.beta", "xielu.eps"),
+        merge=parts.numbers_of_layers,
+        fields=lambda k, t: {  # by default a configuration has the published model's scaling
+            "rope_parameters": {"rope_type": "default", "rope_theta": k.get("rope.freq_base", 10000.0)}
+        },
+    ),
     "starcoder2": Architecture(
         "starcoder2",
         written=False,
         fields=lambda k, t: {"use_bias": "blk.0.attn_q.bias" in t, "sliding_window": None},
-        norm_key=_LAYER_NORM,
+        norm_key=LAYER_NORM,
         norm_field="norm_epsilon",
     ),
     "stablelm": Architecture(
@@ -226,7 +305,7 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
             "use_qkv_bias": "blk.0.attn_q.bias" in t,
             "qk_layernorm": "blk.0.attn_q_norm.weight" in t,
         },
-        norm_key=_LAYER_NORM,
+        norm_key=LAYER_NORM,
         norm_field="layer_norm_eps",
     ),
     "gemma3n_text": Architecture(
@@ -289,7 +368,7 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
         "phi2",
         written=False,
         partial=True,
-        norm_key=_LAYER_NORM,
+        norm_key=LAYER_NORM,
         norm_field="layer_norm_eps",
         fields=lambda k, t: {"tie_word_embeddings": False, "qk_layernorm": False},
     ),
@@ -317,58 +396,6 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
         ignores=_SEEN,
         fields=lambda k, t: {},
     ),
-    "bert": Architecture(
-        "bert",
-        turns=False,
-        written=False,
-        fields=its.token_types_fields,
-        norm_key=_LAYER_NORM,
-        norm_field="layer_norm_eps",
-    ),
-    "nomic_bert": Architecture(
-        "nomic-bert",
-        written=False,
-        fields=its.token_types_fields,
-        norm_key=_LAYER_NORM,
-        norm_field="layer_norm_eps",
-        pad=0,
-        parts=_AFTER_NORMS,
-    ),
-    "jina_embeddings_v3": Architecture(
-        "jina-bert-v3",
-        written=False,
-        fields=its.token_types_fields,
-        norm_key=_LAYER_NORM,
-        norm_field="layer_norm_eps",
-        parts={**_AFTER_NORMS, "mlp.fc1": "ffn_up", "mlp.fc2": "ffn_down"},
-    ),
-    "eurobert": Architecture("eurobert", written=False, fields=lambda k, t: {}),
-    "modernbert": Architecture(
-        "modern-bert",
-        written=False,
-        may=frozenset(
-            {
-                "attention.sliding_window",
-                "attention.sliding_window_pattern",
-                "rope.freq_base_swa",
-                "hidden_activation",
-            }
-        ),
-        lists=frozenset({"attention.sliding_window_pattern"}),
-        fields=its.in_turns_fields,
-        norm_key=_LAYER_NORM,
-        norm_field="norm_eps",
-    ),
-    "gemma3_text (encoder)": Architecture(
-        "gemma-embedding",
-        kind="gemma3_text",
-        norm_offset=1.0,
-        written=False,
-        reads=frozenset({"attention.sliding_window", "attention.key_length"}),
-        ignores=frozenset({"dense_2_feat_in", "dense_2_feat_out", "dense_3_feat_in", "dense_3_feat_out"}),
-        may=frozenset({"rope.freq_base_swa"}),
-        fields=its.both_ways_fields,
-    ),
     # Queries, keys, values and the gate are one matrix in our graphs, whose name does not say all of them.
     "cohere": Architecture(
         "command-r",
@@ -377,7 +404,7 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
         extra=lambda c: {"logit_scale": float(c.logit_scale)},
         reads=frozenset({"logit_scale"}),
         fields=lambda k, t: {"logit_scale": k["logit_scale"]},
-        norm_key=_LAYER_NORM,
+        norm_key=LAYER_NORM,
         norm_field="layer_norm_eps",
     ),
     "cohere2": Architecture(
@@ -393,7 +420,7 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
             "logit_scale": k["logit_scale"],
             "sliding_window": k["attention.sliding_window"],
         },
-        norm_key=_LAYER_NORM,
+        norm_key=LAYER_NORM,
         norm_field="layer_norm_eps",
     ),
 }

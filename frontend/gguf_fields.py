@@ -10,7 +10,7 @@ cannot say. `gguf_architectures.py` names for each layout which of these functio
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import NormalDist
 from typing import Any, Final
 
@@ -98,8 +98,16 @@ def granite_keys(config: Any) -> dict[str, Any]:
     }
 
 
-def no_windows(config: Any) -> str | None:
-    return "windows in some layers" if "sliding_attention" in (config.layer_types or []) else None
+def windows_of_the_largest(config: Any) -> str | None:
+    """llama.cpp takes windows in models of 64 layers alone, in all but every fourth."""
+    if "sliding_attention" not in (config.layer_types or []):
+        return None
+    return "windows in some layers" if config.num_hidden_layers != 64 else fourth_full(config)
+
+
+def window_key(config: Any) -> dict[str, Any]:
+    windows = "sliding_attention" in (config.layer_types or [])
+    return {"attention.sliding_window": config.sliding_window} if windows else {}
 
 
 def fourth_without_rope(config: Any) -> str | None:
@@ -119,8 +127,64 @@ def fourth_full(config: Any) -> str | None:
     return None
 
 
-def exaone4_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
-    return {"sliding_window": None, "layer_types": ["full_attention"] * int(keys["block_count"])}
+def windows_turn_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
+    """Layers with a window, and without, which turn nothing then; where there is no window all turn."""
+    window = keys.get("attention.sliding_window") or None
+    sliding = windows(keys, 4) if window else [False] * int(keys["block_count"])
+    return {"sliding_window": window, "layer_types": layer_types(sliding)}
+
+
+def gated_windows_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
+    """Layers with a window, and without, which turn nothing; experts after layers without, beside shared
+    ones. llama.cpp scales the embeddings, as published models do.
+    """
+    if not keys.get("expert_weights_norm", True):
+        raise UnsupportedError(
+            "the file has expert_weights_norm false, which the model does not know",
+            remedy="give the model as a Hugging Face folder",
+        )
+    return {
+        "sliding_window": keys["attention.sliding_window"],
+        "layer_types": layer_types(windows(keys, 4)),
+        "mup_enabled": True,
+        "num_experts": keys["expert_count"],
+        "num_experts_per_tok": keys["expert_used_count"],
+        "moe_intermediate_size": keys["expert_feed_forward_length"],
+        "num_shared_experts": keys.get("expert_shared_count", 0),
+        "num_dense_layers": keys.get("leading_dense_block_count", 0),
+        "route_scale": keys.get("expert_weights_scale") or 1.0,
+    }
+
+
+def partly_turned_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
+    """A part of each head turns."""
+    head_dim = int(keys["embedding_length"]) // max(int(keys["attention.head_count"]), 1)
+    rope = {
+        "rope_type": "default",
+        "rope_theta": keys.get("rope.freq_base", 10000.0),
+        "partial_rotary_factor": int(keys.get("rope.dimension_count", head_dim)) / head_dim,
+    }
+    return {
+        "rope_parameters": rope,
+        "use_parallel_residual": keys["use_parallel_residual"],
+        "attention_bias": "blk.0.attn_qkv.bias" in tensors,
+    }
+
+
+def scaled_by_depth_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
+    """Embeddings, residuals and logits are scaled; queries by the length of a head."""
+    heads, width = max(int(keys["attention.head_count"]), 1), int(keys["embedding_length"])
+    return {
+        "embedding_multiplier": keys["embedding_scale"],
+        "residual_multiplier": keys["residual_scale"],
+        "logits_scaling": keys["logit_scale"],
+        "attention_multiplier": int(keys.get("attention.key_length", width // heads)) ** -0.5,
+    }
+
+
+def layer_types(sliding: Sequence[Any]) -> list[str]:
+    """The configuration's name of each layer, by whether it has a window."""
+    return ["sliding_attention" if one else "full_attention" for one in sliding]
 
 
 def unscaled_windows_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
@@ -131,7 +195,7 @@ def unscaled_windows_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
     rope = {"rope_type": "default", "rope_theta": keys.get("rope.freq_base", 10000.0)}
     return {
         "sliding_window": keys["attention.sliding_window"],
-        "layer_types": ["sliding_attention" if one else "full_attention" for one in sliding],
+        "layer_types": layer_types(sliding),
         "rope_parameters": {kind: dict(rope) for kind in ("sliding_attention", "full_attention")},
     }
 
@@ -180,7 +244,7 @@ def in_turns_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
         "sliding_attention": keys.get("rope.freq_base_swa", 10000.0),
     }
     return {
-        "layer_types": ["sliding_attention" if one else "full_attention" for one in sliding],
+        "layer_types": layer_types(sliding),
         "local_attention": window,
         "hidden_activation": _GATES[act],
         "rope_parameters": {k: {"rope_type": "default", "rope_theta": base} for k, base in bases.items()},
@@ -268,7 +332,7 @@ def gemma4_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
     embeddings = tensors.get("per_layer_token_embd.weight")
     turns = {"rope_type": "default", "rope_theta": keys.get("rope.freq_base_swa", 10000.0)}
     return {
-        "layer_types": ["sliding_attention" if one else "full_attention" for one in sliding],
+        "layer_types": layer_types(sliding),
         "sliding_window": keys["attention.sliding_window"],
         "head_dim": keys["attention.key_length_swa"],
         "global_head_dim": keys["attention.key_length"],
@@ -346,7 +410,7 @@ def alternating_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
     sliding, sparse = windows(keys, 5), by_layer(keys, "activation_sparsity_scale")
     turns = {"rope_type": "default", "rope_theta": keys.get("rope.freq_base_swa", 10000.0)}
     return {
-        "layer_types": ["sliding_attention" if one else "full_attention" for one in sliding],
+        "layer_types": layer_types(sliding),
         "sliding_window": keys["attention.sliding_window"],
         "intermediate_size": by_layer(keys, "feed_forward_length"),
         "num_kv_shared_layers": keys["attention.shared_kv_layers"],

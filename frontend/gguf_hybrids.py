@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from ..ir.errors import InputError, UnsupportedError
 from . import gguf_fields as its
 from . import gguf_parts as parts
 from .gguf_fields import EXPERT_SIZES, EXPERTS, ROUTED, Keys, Tensors
@@ -29,6 +30,9 @@ _MAY_DELTA: Final = frozenset(
 _STATES: Final = frozenset(
     {"ssm.conv_kernel", "ssm.state_size", "ssm.group_count", "ssm.time_step_rank", "ssm.inner_size"}
 )
+
+_FAR: Final = 1 << 20
+"""A period of layers of a kind that a model has one of, or none."""
 
 
 def _delta(keys: Keys, tensors: Tensors) -> dict[str, Any]:
@@ -163,6 +167,68 @@ def _parallel(keys: Keys, tensors: Tensors) -> dict[str, Any]:
     }
 
 
+def _alone(keys: Keys, tensors: Tensors) -> dict[str, Any]:
+    """State spaces alone, whose steps are not held to a range."""
+    heads, inner = int(keys["ssm.time_step_rank"]), int(keys["ssm.inner_size"])
+    width = int(keys["embedding_length"])
+    if heads < 1 or inner % max(heads, 1) or inner % max(width, 1):
+        raise InputError(
+            f"the file has {inner} numbers of a state space for {heads} heads and a width of {width}",
+            remedy="download the file again",
+        )
+    return {
+        "num_heads": heads,
+        "head_dim": inner // heads,
+        "n_groups": keys["ssm.group_count"],
+        "state_size": keys["ssm.state_size"],
+        "conv_kernel": keys["ssm.conv_kernel"],
+        "expand": inner // width,
+        "use_conv_bias": "blk.0.ssm_conv1d.bias" in tensors,
+        "use_bias": "blk.0.ssm_in.bias" in tensors,
+        "tie_word_embeddings": "output.weight" not in tensors,
+    }
+
+
+def _period(layers: list[int], count: int, what: str) -> tuple[int, int]:
+    """(period, offset) of those of `count` layers that are of a kind, equally far apart to the end, the first
+    in the first period.
+
+    Raises UnsupportedError for others.
+    """
+    if not layers:
+        return _FAR, _FAR - 1
+    period = layers[1] - layers[0] if len(layers) > 1 else _FAR
+    if layers != list(range(layers[0], count, period)) or layers[0] >= period:
+        raise UnsupportedError(
+            f"layers {layers[:8]} of {what} are not equally far apart",
+            remedy="give the model as a Hugging Face folder",
+        )
+    return period, layers[0]
+
+
+def _alternating(keys: Keys, tensors: Tensors) -> dict[str, Any]:
+    """State spaces, and attention without positions where a layer has heads of keys; experts in some."""
+    heads = its.by_layer(keys, "attention.head_count_kv")
+    attention = _period([i for i, n in enumerate(heads) if n], len(heads), "attention")
+    gates = (f"blk.{i}.ffn_gate_inp.weight" for i in range(len(heads)))
+    experts = _period([i for i, name in enumerate(gates) if name in tensors], len(heads), "experts")
+    return {
+        "num_key_value_heads": max(heads),
+        "attn_layer_period": attention[0],
+        "attn_layer_offset": attention[1],
+        "expert_layer_period": experts[0],
+        "expert_layer_offset": experts[1],
+        "num_experts": keys.get("expert_count", 0) or 1,
+        "num_experts_per_tok": keys.get("expert_used_count", 0) or 1,
+        "mamba_d_state": keys["ssm.state_size"],
+        "mamba_d_conv": keys["ssm.conv_kernel"],
+        "mamba_expand": int(keys["ssm.inner_size"]) // max(int(keys["embedding_length"]), 1),
+        "mamba_dt_rank": keys["ssm.time_step_rank"],
+        "mamba_conv_bias": any(name.endswith("ssm_conv1d.bias") for name in tensors),
+        "mamba_proj_bias": any(name.endswith("ssm_in.bias") for name in tensors),
+    }
+
+
 HYBRIDS: Final[dict[str, Architecture]] = {
     "qwen3_next": Architecture(
         "qwen3next",
@@ -258,6 +324,25 @@ HYBRIDS: Final[dict[str, Architecture]] = {
         lists=frozenset({"attention.head_count_kv", "feed_forward_length"}),
         unneeded=its.of_later_layers,
         fields=_by_kind,
+    ),
+    "mamba2": Architecture(
+        "mamba2",
+        turns=False,
+        written=False,
+        mixer=parts.mixed,
+        norm_field="layer_norm_epsilon",
+        reads=_STATES,
+        fields=_alone,
+    ),
+    "jamba": Architecture(
+        "jamba",
+        written=False,
+        mixer=parts.mixed,
+        reads=_STATES - {"ssm.group_count"},
+        may=EXPERTS,
+        lists=frozenset({"attention.head_count_kv"}),
+        parts={"pre_ff_layernorm": "ffn_norm"},
+        fields=_alternating,
     ),
     "falcon_h1": Architecture(
         "falcon-h1",

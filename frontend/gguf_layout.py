@@ -6,11 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from ..ir.weights import LazyTensor
 from . import gguf_parts
 from .gguf_fields import Keys, Tensors
+
+LAYER_NORM: Final = "attention.layer_norm_epsilon"
+"""`norm_key` of norms that take the mean off."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Architecture:
         may: those that it understands where they are there.
         ignores: those that say no more than the tensors or other key-values do, or nothing about text.
         lists: those that may have a value a layer.
+        by_layer: key-values of a number a layer, without a prefix, that are parameters of the model: `merge`
+            is given them as tensors of those names.
         pad: the token for padding of a file that names none, where a configuration must have one.
         parts: of a layer, those that the package gguf knows by other names than transformers' → their
             tensors.
@@ -63,6 +68,7 @@ class Architecture:
     may: frozenset[str] = frozenset()
     ignores: frozenset[str] = frozenset()
     lists: frozenset[str] = frozenset()
+    by_layer: tuple[str, ...] = ()
     pad: int | None = None
     parts: Mapping[str, str] = field(default_factory=dict[str, str])
     unneeded: Callable[[Any, str], bool] = lambda config, name: False

@@ -16,13 +16,14 @@ from typing import Any, Final
 import numpy as np
 
 from ..ir.errors import InputError
-from ..ir.weights import LazyTensor
-from .weights import MergedTensor, ReorderedColumns, TransformedTensor, transformed
+from ..ir.weights import ArrayTensor, LazyTensor
+from .weights import MergedTensor, ReorderedColumns, ReorderedTensor, TransformedTensor, transformed
 
 Array = np.ndarray[Any, Any]
 Shapes = Mapping[str, tuple[int, ...]]
 Merged = tuple[dict[str, LazyTensor], set[str]]
 _MIXER: Final = re.compile(r".*\.layers\.\d+\.\w+\.(.+)")
+_OF_ACTIVATION: Final = re.compile(r".*\.layers\.(\d+)\..*\bact_fn\.(\w+)")
 _FLAT: Final = ("conv1d.weight", "conv.weight", "D", "norm.weight")
 """Parameters of mixers whose axes differ alone: llama.cpp drops an axis of length 1, or has a group a row."""
 
@@ -123,6 +124,30 @@ def delta_parts(config: Any, shapes: Shapes, tensors: Mapping[str, LazyTensor]) 
     return found
 
 
+def numbers_of_layers(config: Any, shapes: Shapes, tensors: Mapping[str, LazyTensor]) -> Merged:
+    """Parameters of one number, `….act_fn.alpha_p` of a layer, out of a key-value `….alpha_p` of all."""
+    found: Merged = {}, set()
+    for parameter, shape in shapes.items():
+        match = _OF_ACTIVATION.fullmatch(parameter)
+        for name in [n for n in tensors if match is not None and n.endswith(f".{match[2]}")]:
+            assert match is not None
+            number = tensors[name].read()[int(match[1])].reshape(shape)
+            found[0][parameter] = ArrayTensor(number, tensors[name].source)
+            found[1].add(name)
+    return found
+
+
+def joined_by_head(config: Any, parameter: str, tensor: LazyTensor) -> LazyTensor:
+    """Queries, keys and values in one matrix or bias, those of one head behind each other; GGUF has all
+    queries first.
+    """
+    heads = config.num_attention_heads
+    if "query_key_value" not in parameter or tensor.shape[0] % (3 * heads):
+        return tensor
+    order = np.arange(tensor.shape[0]).reshape(3, heads, -1).swapaxes(0, 1).reshape(-1)
+    return ReorderedTensor(tensor, order)
+
+
 def mixed(config: Any, parameter: str, tensor: LazyTensor) -> LazyTensor:
     """A parameter of a layer that mixes tokens by a recurrence or a convolution. GGUF has -exp(A_log)."""
     match = _MIXER.fullmatch(parameter)
@@ -139,7 +164,8 @@ def mixed(config: Any, parameter: str, tensor: LazyTensor) -> LazyTensor:
 def _logarithms(a: Array, source: str) -> Array:
     if not (a < 0).all():
         raise InputError(f"{source} has values that are not below zero", remedy="download the file again")
-    return np.log(-a).reshape(-1)
+    logarithms = np.log(-a)
+    return logarithms.reshape(-1) if logarithms.shape[-1:] == (1,) else logarithms
 
 
 def in_turns(config: Any, parameter: str, tensor: LazyTensor) -> LazyTensor:
@@ -173,4 +199,13 @@ def _grouped(keys: int, per: int, width: int, first: int) -> Array:
     return np.concatenate([np.arange(first), first + np.argsort(turns)])
 
 
-__all__ = ["delta_parts", "in_turns", "latent_parts", "mixed", "projected_parts", "shared_parts"]
+__all__ = [
+    "delta_parts",
+    "in_turns",
+    "joined_by_head",
+    "latent_parts",
+    "mixed",
+    "numbers_of_layers",
+    "projected_parts",
+    "shared_parts",
+]

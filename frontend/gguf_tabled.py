@@ -9,10 +9,11 @@ from typing import Any, Final
 import numpy as np
 
 from ..ir.errors import InputError, UnsupportedError
-from ..ir.weights import LazyTensor
+from ..ir.weights import ArrayTensor, LazyTensor
 from .gguf import GGUFFile
 from .gguf_architectures import ARCHITECTURES
 from .gguf_experts import stacked_experts
+from .gguf_fields import by_layer
 from .gguf_layout import Architecture
 from .weights import ReorderedTensor, transformed
 
@@ -48,6 +49,7 @@ _ODD_NAMES: Final = {
     "gate.e_score_correction_bias": "exp_probs_b.bias",
     "gate.moe_statics.e_score_correction_bias": "exp_probs_b.bias",
     "feed_forward.expert_bias": "exp_probs_b.bias",
+    "mlp.expert_bias": "exp_probs_b.bias",
     "pre_ff_layernorm.weight": "ffn_norm",
     "A_log": "ssm_a",
     "D": "ssm_d",
@@ -146,12 +148,12 @@ def named(arch: Architecture, layers: int) -> Callable[[str], str | None]:
     table = gguf.get_tensor_name_map(kinds[arch.name], layers)
 
     def name_of(parameter: str) -> str | None:
-        odd = _ODD.fullmatch(parameter)
-        if odd is not None:
-            return f"blk.{odd[1]}.{_ODD_NAMES[odd[2]]}"
         part = _OF_A_LAYER.fullmatch(parameter)
         if part is not None and part[2] in arch.parts:
             return f"blk.{part[1]}.{arch.parts[part[2]]}.{part[3]}"
+        odd = _ODD.fullmatch(parameter)
+        if odd is not None:
+            return f"blk.{odd[1]}.{_ODD_NAMES[odd[2]]}"
         spellings = (
             parameter,
             parameter.replace(".router.weight", ".router.layer.weight"),
@@ -173,6 +175,7 @@ def weights(
     config, name_of = model.config, named(arch, model.config.num_hidden_layers)
     shapes = {parameter: tuple(value.shape) for parameter, value in model.state_dict().items()}
     names = {name_of(parameter): parameter for parameter in shapes}
+    tensors = {**tensors, **_numbers(file, arch)}
     tensors = _cut(tensors, {name: shapes[parameter][0] for name, parameter in names.items() if name})
     found, joined = stacked_experts(model, tensors, in_turns=arch.experts_in_turns)
     made, parts = arch.merge(config, shapes, tensors)
@@ -196,6 +199,20 @@ def weights(
         else:
             found[parameter] = arch.mixer(config, parameter, tensor)
     return found, unused
+
+
+def _numbers(file: GGUFFile, arch: Architecture) -> dict[str, LazyTensor]:
+    """Key-values of a number a layer that are parameters.
+
+    Raises InputError for those that are missing, or of another length.
+    """
+    layers, found = int(_keys(file)["block_count"]), dict[str, LazyTensor]()
+    for key in arch.by_layer:
+        if key not in file.metadata:
+            raise InputError(f"{file.path.name} lacks {key}", remedy="download the file again")
+        numbers = by_layer({"block_count": layers, key: file.metadata[key]}, key)
+        found[key] = ArrayTensor(np.array(numbers, np.float32), f"{file.path.name}: {key}")
+    return found
 
 
 def _cut(tensors: Mapping[str, LazyTensor], rows: Mapping[str, int]) -> dict[str, LazyTensor]:

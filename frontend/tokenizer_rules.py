@@ -106,6 +106,13 @@ _SPLITS: Final[dict[str, tuple[str, ...]]] = {
         r"[가-힣ㄱ-ㆎ]+|[！…“”‘’—：；，、-〿︰-﹏]+|[ㄅ-ㄯ]+|[一-龥぀-ゟ゠-ヿ]+",
         rf"{_BY_CASE}|\p{{N}}|{_SLASH_TAIL}",
     ),
+    "afmoe": (  # of digits, those in front of groups of three first
+        r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))",
+        "[\u4e00-\u9fff\u3400-\u4dbf\uf900-\ufaff\u3040-\u309f\u30a0-\u30ff\uff65-\uff9f\u2f00-\u2fdf"
+        "\u0e40-\u0e7f\u0e80-\u0eff\u1780-\u17ff\u1000-\u109f\uaa60-\uaa7f\ua9e0-\ua9ff\uac00-\ud7af"
+        "\u1100-\u11ff]+",
+        _DEEPSEEK3[2],
+    ),
     "tiny_aya": (r"\d{1,3}(?=(?:\d{3})*\b)", rf"{_BY_CASE}|\p{{N}}{{1,3}}|{_SLASH_TAIL}"),
     "laguna": (r"[^\n]+|[\n]+", _QWEN2),
 }

@@ -52,7 +52,6 @@ SEEN = sorted(k for k, row in ARCHITECTURES.items() if "rope.dimension_sections"
 FOUR: dict[str, Any] = {"num_hidden_layers": 4, "sliding_window": None}
 CHANGES: dict[str, dict[str, Any]] = {
     "smollm3": {**FOUR, "no_rope_layers": [1, 1, 1, 0], "layer_types": ["full_attention"] * 4},
-    "exaone4": {"sliding_window": None, "layer_types": ["full_attention"] * 2},
     "cohere2": {**FOUR, "sliding_window": 12, "layer_types": [*["sliding_attention"] * 3, "full_attention"]},
 }
 FULL: dict[str, Any] = {"sliding_window": None, "layer_types": ["full_attention"] * 2}
@@ -164,6 +163,39 @@ CHANGES |= {
     "deepseek_v2": {"rope_parameters": {**HALF, "partial_rotary_factor": 1.0}},
     "deepseek_v3": {"rope_parameters": {**HALF, "partial_rotary_factor": 1.0}},
 }
+CHANGES |= {
+    "exaone4": {"sliding_window": None, "layer_types": ["full_attention"] * 2},
+    "dots1": {
+        **FULL,
+        "num_key_value_heads": 4,
+        "routed_scaling_factor": 1.5,
+        "norm_topk_prob": True,
+        "first_k_dense_replace": 1,
+    },
+    "afmoe": {**FOUR, "sliding_window": 12, "layer_types": [*["sliding_attention"] * 3, "full_attention"]},
+    "gpt_neox": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}
+    },
+    "glm": {"rope_parameters": HALF},
+    "apertus": {"rope_parameters": {**HALF, "partial_rotary_factor": 1.0}},
+    "exaone": {"rope_parameters": {**HALF, "partial_rotary_factor": 1.0}},
+    "olmo": {"clip_qkv": 0.4, "layer_norm_eps": 1e-5},
+}
+CHANGES["afmoe"] |= {"mup_enabled": True, "route_scale": 1.5, "num_dense_layers": 1}
+KEYS |= {
+    "dots1": lambda c: {**_routed(c), "expert_gating_func": 2},
+    "afmoe": lambda c: {
+        "attention.sliding_window": c.sliding_window,
+        "expert_feed_forward_length": c.moe_intermediate_size,
+        "expert_shared_count": c.num_shared_experts,
+        "leading_dense_block_count": c.num_dense_layers,
+        "expert_weights_scale": c.route_scale,
+        "expert_weights_norm": True,
+        "expert_gating_func": 2,
+    },
+    "gpt_neox": lambda c: {"use_parallel_residual": c.use_parallel_residual},
+    "olmo": lambda c: {"attention.clamp_kqv": c.clip_qkv},
+}
 _KINDS = {bool: BOOL, int: U32, float: F32, str: STRING}
 
 
@@ -198,13 +230,13 @@ def written(
         if (parts := _parts(parameter, value.detach().numpy(), arch, config)) is not None:
             tensors |= parts
             continue
-        name, array = name_of(parameter), value.detach().numpy().copy()
+        name, held = name_of(parameter), value.detach().numpy().copy()
         assert name is not None, parameter
         heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
         part = name.split(".")[-2]
         if arch.permuted and part in heads:
-            array = array[paired_rows(len(array), heads[part])]
-        tensors[name] = array + arch.norm_offset if name.endswith("norm.weight") else array
+            held = held[paired_rows(len(held), heads[part])]
+        tensors[name] = held + arch.norm_offset if name.endswith("norm.weight") else held
     keys = model_metadata(source, arch)
     counts = ("num_experts", "num_local_experts", "n_routed_experts")
     count = next((getattr(config, name) for name in counts if getattr(config, name, 0)), 0)
@@ -214,6 +246,9 @@ def written(
     entries = [entry(k, _KINDS[type(v)], v) for k, v in keys.items()]
     vocabulary = byte_vocabulary([f"<x{i}>" for i in range(config.vocab_size - 256)])
     ends = [entry(f"tokenizer.ggml.{name}_token_id", U32, i) for name, i in (("bos", 1), ("eos", 2))]
+    for key in arch.by_layer:
+        numbers = [float(v.float()) for k, v in state.items() if k.endswith(f".act_fn.{key.split('.')[1]}")]
+        ends.append(array(key, F32, numbers))
     return write_gguf(path, [*entries, *vocabulary, *ends, *further], tensors, quantize)
 
 
@@ -221,6 +256,12 @@ def _parts(
     parameter: str, value: np.ndarray[Any, Any], arch: Architecture, config: Any
 ) -> dict[str, np.ndarray[Any, Any]] | None:
     """A parameter that GGUF has in parts (experts of a layer; what makes keys and values of a latent)."""
+    if ".act_fn." in parameter:
+        return {}  # a key-value
+    if "query_key_value" in parameter:
+        parts = value.reshape(config.num_attention_heads, 3, -1, *value.shape[1:]).swapaxes(0, 1)
+        layer, kind = parameter.split(".layers.")[1].split(".")[0], parameter.rsplit(".", 1)[1]
+        return {f"blk.{layer}.attn_qkv.{kind}": np.ascontiguousarray(parts.reshape(value.shape))}
     if parameter.endswith("kv_b_proj.weight"):
         both = value.reshape(config.num_attention_heads, -1, value.shape[1])
         block, key = f"blk.{parameter.split('.')[2]}", config.qk_nope_head_dim

@@ -13,6 +13,7 @@ TABLES = {
     "frontend/tokenizer_rules.py": "GGUF names the rules of splitting text (tokenizer.ggml.pre) after models",
     "frontend/gguf_architectures.py": "GGUF names layouts of weights (general.architecture) after models",
     "frontend/gguf_hybrids.py": "those of recurrent layers",
+    "frontend/gguf_encoders.py": "those of encoders",
     "frontend/gguf_fields.py": "what these layouts say of a model",
     "codegen/gguf/vocabulary.py": "the names of GGUF's rules of splitting text, to try them",
 }
