@@ -10,6 +10,7 @@ from typing import Final
 
 from . import gguf_fields as its
 from . import gguf_parts as parts
+from . import gguf_windows as windowed
 from .gguf_encoders import ENCODERS
 from .gguf_fields import EXPERT_SIZES, EXPERTS, ROUTED
 from .gguf_hybrids import HYBRIDS
@@ -73,7 +74,7 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
         reads=frozenset({"attention.sliding_window"}),
         may=_PATTERN,
         lists=_PATTERN,
-        fields=its.unscaled_windows_fields,
+        fields=windowed.unscaled_windows_fields,
     ),
     "granite": Architecture(
         "granite",
@@ -106,6 +107,14 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
         reads=frozenset({"embedding_scale", "residual_scale", "logit_scale"}),
         fields=its.scaled_by_depth_fields,
     ),
+    "minicpm3": Architecture(
+        "minicpm3",
+        written=False,
+        latent=True,
+        reads=frozenset({"attention.kv_lora_rank", "attention.key_length", "rope.dimension_count"}),
+        may=frozenset({"attention.q_lora_rank"}),
+        fields=its.latent_by_depth_fields,
+    ),
     "arcee": Architecture("arcee", permuted=True, fields=lambda k, t: {}),
     "gemma": Architecture("gemma", norm_offset=1.0, fields=lambda k, t: {}),
     "glm4": Architecture("glm4", partial=True, fields=lambda k, t: {}),
@@ -120,7 +129,7 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
         extra=its.window_key,
         may=_WINDOWS,
         lists=_PATTERN,
-        fields=its.windows_turn_fields,
+        fields=windowed.windows_turn_fields,
     ),
     "gemma4_text": Architecture(
         "gemma4",
@@ -146,8 +155,8 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
         lists=frozenset(
             {"attention.sliding_window_pattern", "feed_forward_length", "attention.head_count_kv"}
         ),
-        unneeded=its.of_shared_layers,
-        fields=its.gemma4_fields,
+        unneeded=windowed.of_shared_layers,
+        fields=windowed.gemma4_fields,
     ),
     "mixtral": Architecture(
         "llama",
@@ -251,7 +260,7 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
         lists=_PATTERN,
         when=lambda k, t: k.get("expert_gating_func", its.SIGMOID) == its.SIGMOID,
         parts={"self_attn.gate_proj": "attn_gate"},
-        fields=its.gated_windows_fields,
+        fields=windowed.gated_windows_fields,
     ),
     "gpt_oss": Architecture(
         "gpt-oss",
@@ -328,8 +337,8 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
         lists=frozenset(
             {"attention.sliding_window_pattern", "activation_sparsity_scale", "feed_forward_length"}
         ),
-        unneeded=its.of_shared_layers,
-        fields=its.alternating_fields,
+        unneeded=windowed.of_shared_layers,
+        fields=windowed.alternating_fields,
     ),
     "ministral3": Architecture(
         "mistral3",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from . import gguf_fields as its
+from . import gguf_windows as windowed
 from .gguf_layout import LAYER_NORM, Architecture
 
 _AFTER_NORMS: Final = {
@@ -55,7 +56,7 @@ ENCODERS: Final[dict[str, Architecture]] = {
             }
         ),
         lists=frozenset({"attention.sliding_window_pattern"}),
-        fields=its.in_turns_fields,
+        fields=windowed.in_turns_fields,
         norm_key=LAYER_NORM,
         norm_field="norm_eps",
     ),

@@ -238,11 +238,13 @@ def _apply_yarn_options(file: GGUFFile, target: dict[str, Any], prefix: str) -> 
 def _apply_longrope(file: GGUFFile, config: Any, prefix: str) -> None:
     """LongRoPE: two tensors with a factor a frequency, for contexts up to the original one and beyond."""
     parameters = getattr(config, "rope_parameters", None)
-    original = file.metadata.get(prefix + "original_context_length")
+    # Without it llama.cpp takes the context's, so that the long factors are never taken.
+    context = file.metadata.get(f"{file.architecture}.context_length")
+    original = file.metadata.get(prefix + "original_context_length", context)
     if not isinstance(parameters, dict) or not original:
         raise UnsupportedError(
             f"{file.path.name} has {_ROPE_LONG}, but {config.model_type} no place for it, or the file says "
-            "no original_context_length",
+            "no context_length",
             remedy="give the model as a Hugging Face folder",
         )
     tensors = open_gguf_tensors(file)

@@ -17,7 +17,7 @@ from llmc.codegen.driver import compile_model
 from llmc.codegen.gguf.metadata import model_metadata
 from llmc.frontend.gguf_architectures import ARCHITECTURES
 from llmc.frontend.gguf_layout import Architecture
-from llmc.frontend.gguf_parts import shared_parts
+from llmc.frontend.gguf_parts import latent_parts, shared_parts
 from llmc.frontend.gguf_tabled import configuration, named, paired_rows, readable, weights
 from llmc.frontend.skeleton import model_class
 from llmc.frontend.source import open_source
@@ -50,13 +50,13 @@ READ = sorted(
 )
 SEEN = sorted(k for k, row in ARCHITECTURES.items() if "rope.dimension_sections" in row.ignores)
 FOUR: dict[str, Any] = {"num_hidden_layers": 4, "sliding_window": None}
+FOURTH = {**FOUR, "sliding_window": 12, "layer_types": [*["sliding_attention"] * 3, "full_attention"]}
 CHANGES: dict[str, dict[str, Any]] = {
     "smollm3": {**FOUR, "no_rope_layers": [1, 1, 1, 0], "layer_types": ["full_attention"] * 4},
-    "cohere2": {**FOUR, "sliding_window": 12, "layer_types": [*["sliding_attention"] * 3, "full_attention"]},
+    "cohere2": FOURTH,
 }
 FULL: dict[str, Any] = {"sliding_window": None, "layer_types": ["full_attention"] * 2}
-HALF = {"rope_type": "default", "rope_theta": 5e4, "partial_rotary_factor": 0.5}
-"""Not what a configuration has by itself: a file's own values have to arrive."""
+HALF = {"rope_type": "default", "rope_theta": 5e4, "partial_rotary_factor": 0.5}  # no configuration's own
 CHANGES |= {
     "qwen2": FULL,
     "qwen3": {**FULL, "head_dim": 24},
@@ -172,16 +172,16 @@ CHANGES |= {
         "norm_topk_prob": True,
         "first_k_dense_replace": 1,
     },
-    "afmoe": {**FOUR, "sliding_window": 12, "layer_types": [*["sliding_attention"] * 3, "full_attention"]},
+    "afmoe": {**FOURTH, "mup_enabled": True, "route_scale": 1.5, "num_dense_layers": 1},
     "gpt_neox": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}
     },
     "glm": {"rope_parameters": HALF},
     "apertus": {"rope_parameters": {**HALF, "partial_rotary_factor": 1.0}},
     "exaone": {"rope_parameters": {**HALF, "partial_rotary_factor": 1.0}},
+    "minicpm3": {"rope_parameters": {**HALF, "partial_rotary_factor": 1.0}},
     "olmo": {"clip_qkv": 0.4, "layer_norm_eps": 1e-5},
 }
-CHANGES["afmoe"] |= {"mup_enabled": True, "route_scale": 1.5, "num_dense_layers": 1}
 KEYS |= {
     "dots1": lambda c: {**_routed(c), "expert_gating_func": 2},
     "afmoe": lambda c: {
@@ -194,6 +194,13 @@ KEYS |= {
         "expert_gating_func": 2,
     },
     "gpt_neox": lambda c: {"use_parallel_residual": c.use_parallel_residual},
+    "minicpm3": lambda c: {
+        "attention.q_lora_rank": c.q_lora_rank,
+        "attention.kv_lora_rank": c.kv_lora_rank,
+        "attention.key_length": c.qk_nope_head_dim + c.qk_rope_head_dim,
+        "attention.value_length": c.v_head_dim,
+        "rope.dimension_count": c.qk_rope_head_dim,
+    },
     "olmo": lambda c: {"attention.clamp_kqv": c.clip_qkv},
 }
 _KINDS = {bool: BOOL, int: U32, float: F32, str: STRING}
@@ -262,7 +269,7 @@ def _parts(
         parts = value.reshape(config.num_attention_heads, 3, -1, *value.shape[1:]).swapaxes(0, 1)
         layer, kind = parameter.split(".layers.")[1].split(".")[0], parameter.rsplit(".", 1)[1]
         return {f"blk.{layer}.attn_qkv.{kind}": np.ascontiguousarray(parts.reshape(value.shape))}
-    if parameter.endswith("kv_b_proj.weight"):
+    if parameter.endswith("kv_b_proj.weight") and arch.merge is latent_parts:
         both = value.reshape(config.num_attention_heads, -1, value.shape[1])
         block, key = f"blk.{parameter.split('.')[2]}", config.qk_nope_head_dim
         return {

@@ -15,6 +15,7 @@ TABLES = {
     "frontend/gguf_hybrids.py": "those of recurrent layers",
     "frontend/gguf_encoders.py": "those of encoders",
     "frontend/gguf_fields.py": "what these layouts say of a model",
+    "frontend/gguf_windows.py": "what they say of its windows",
     "codegen/gguf/vocabulary.py": "the names of GGUF's rules of splitting text, to try them",
 }
 """Files that hold names which a file format fixes; each is a table of them."""
