@@ -24,6 +24,7 @@ _MAY_LATENT: Final = ROUTED | {
     "expert_gating_func",
 }
 _PATTERN: Final = frozenset({"attention.sliding_window_pattern"})
+_GATED: Final = frozenset({"expert_shared_count", "leading_dense_block_count", "expert_weights_scale"})
 _WITH_SLOPES: Final = 40
 """Layers of the one model of its family whose positions are slopes, by which llama.cpp knows it."""
 _WINDOWS: Final = _PATTERN | {"attention.sliding_window"}
@@ -61,7 +62,7 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
         permuted=True,
         written=False,
         may=frozenset({"attention.clamp_kqv"}),
-        fields=lambda k, t: {"clip_qkv": k.get("attention.clamp_kqv")},
+        fields=its.clipped_fields,
         norm_key=LAYER_NORM,
         norm_field="layer_norm_eps",
     ),
@@ -104,7 +105,7 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
         kind="granite",
         permuted=True,
         written=False,
-        reads=frozenset({"embedding_scale", "residual_scale", "logit_scale"}),
+        may=frozenset({"embedding_scale", "residual_scale", "logit_scale"}),
         fields=its.scaled_by_depth_fields,
     ),
     "minicpm3": Architecture(
@@ -122,7 +123,7 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
     "seed_oss": Architecture(
         "seed_oss", fields=lambda k, t: {"attention_out_bias": "blk.0.attn_output.bias" in t}
     ),
-    "exaone": Architecture("exaone", written=False, fields=lambda k, t: {}),
+    "exaone": Architecture("exaone", written=False, ignores=frozenset({LAYER_NORM}), fields=lambda k, t: {}),
     "exaone4": Architecture(
         "exaone4",
         check=its.windows_of_the_largest,
@@ -243,7 +244,7 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
         "dots1",
         written=False,
         reads=EXPERTS | {"expert_feed_forward_length"},
-        may=ROUTED | {"expert_gating_func"},
+        may=ROUTED - {"nextn_predict_layers"} | {"expert_gating_func"},
         ignores=EXPERT_SIZES - {"expert_feed_forward_length"},
         when=lambda k, t: k.get("expert_gating_func", its.SIGMOID) == its.SIGMOID,
         fields=lambda k, t: {
@@ -255,8 +256,9 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
     "afmoe": Architecture(
         "afmoe",
         written=False,
-        reads=EXPERTS | {"expert_feed_forward_length", "attention.sliding_window"},
-        may=ROUTED | _PATTERN | {"expert_gating_func"},
+        check=its.fourth_full,
+        reads=EXPERTS | {"expert_feed_forward_length", "attention.sliding_window", "expert_weights_norm"},
+        may=_GATED | _PATTERN | {"expert_gating_func"},
         lists=_PATTERN,
         when=lambda k, t: k.get("expert_gating_func", its.SIGMOID) == its.SIGMOID,
         parts={"self_attn.gate_proj": "attn_gate"},

@@ -9,6 +9,7 @@ cannot say. `gguf_architectures.py` names for each layout which of these functio
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, Final
@@ -99,9 +100,9 @@ def granite_keys(config: Any) -> dict[str, Any]:
 
 def windows_of_the_largest(config: Any) -> str | None:
     """llama.cpp takes windows in models of 64 layers alone, in all but every fourth."""
-    if "sliding_attention" not in (config.layer_types or []):
-        return None
-    return "windows in some layers" if config.num_hidden_layers != 64 else fourth_full(config)
+    if config.num_hidden_layers == 64:
+        return fourth_full(config)
+    return "windows in some layers" if "sliding_attention" in (config.layer_types or []) else None
 
 
 def window_key(config: Any) -> dict[str, Any]:
@@ -141,13 +142,27 @@ def partly_turned_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
     }
 
 
+def clipped_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
+    """Norms add 1e-5 to the variance, whatever a configuration says; queries, keys and values may be cut."""
+    epsilon = float(keys["attention.layer_norm_epsilon"])
+    if not math.isclose(epsilon, 1e-5, rel_tol=1e-3):
+        raise UnsupportedError(
+            f"the file's attention.layer_norm_epsilon is {epsilon:g}, where the model knows 1e-05",
+            remedy="give the model as a Hugging Face folder",
+        )
+    return {"clip_qkv": keys.get("attention.clamp_kqv") or None}
+
+
 def scaled_by_depth_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
-    """Embeddings, residuals and logits are scaled; queries by the length of a head."""
+    """Embeddings, residuals and logits are scaled; queries by the length of a head. Older files do not say by
+    what: the first models' factors, as llama.cpp takes them, but that it multiplies the logits where these
+    divide.
+    """
     heads, width = max(int(keys["attention.head_count"]), 1), int(keys["embedding_length"])
     return {
-        "embedding_multiplier": keys["embedding_scale"],
-        "residual_multiplier": keys["residual_scale"],
-        "logits_scaling": keys["logit_scale"],
+        "embedding_multiplier": keys.get("embedding_scale", 12.0),
+        "residual_multiplier": keys.get("residual_scale", 1.4 / max(int(keys["block_count"]), 1) ** 0.5),
+        "logits_scaling": keys.get("logit_scale", width / 256.0),
         "attention_multiplier": int(keys.get("attention.key_length", width // heads)) ** -0.5,
     }
 

@@ -171,9 +171,11 @@ def _alone(keys: Keys, tensors: Tensors) -> dict[str, Any]:
     """State spaces alone, whose steps are not held to a range."""
     heads, inner = int(keys["ssm.time_step_rank"]), int(keys["ssm.inner_size"])
     width = int(keys["embedding_length"])
-    if heads < 1 or inner % max(heads, 1) or inner % max(width, 1):
+    groups = int(keys["ssm.group_count"])
+    if min(heads, inner, groups, width) < 1 or inner % heads or inner % width or heads % groups:
         raise InputError(
-            f"the file has {inner} numbers of a state space for {heads} heads and a width of {width}",
+            f"the file has {inner} numbers of a state space for {heads} heads in {groups} groups and a width "
+            f"of {width}",
             remedy="download the file again",
         )
     return {

@@ -125,12 +125,12 @@ def delta_parts(config: Any, shapes: Shapes, tensors: Mapping[str, LazyTensor]) 
 
 
 def numbers_of_layers(config: Any, shapes: Shapes, tensors: Mapping[str, LazyTensor]) -> Merged:
-    """Parameters of one number, `….act_fn.alpha_p` of a layer, out of a key-value `….alpha_p` of all."""
+    """Parameters of one number, `….act_fn.alpha_p` of a layer, out of a key-value `xielu.alpha_p` of all."""
     found: Merged = {}, set()
     for parameter, shape in shapes.items():
         match = _OF_ACTIVATION.fullmatch(parameter)
-        for name in [n for n in tensors if match is not None and n.endswith(f".{match[2]}")]:
-            assert match is not None
+        name = "" if match is None else f"xielu.{match[2]}"
+        if match is not None and name in tensors:
             number = tensors[name].read()[int(match[1])].reshape(shape)
             found[0][parameter] = ArrayTensor(number, tensors[name].source)
             found[1].add(name)

@@ -35,6 +35,7 @@ _BESIDE: Final = frozenset(
         "vocab_size",
         "pooling_type",
         "attention.causal",
+        "tensor_data_layout",  # of q and k, which the row says
     }
 )
 _MOST_LAYERS: Final = 1024
@@ -122,7 +123,7 @@ def configuration(file: GGUFFile, arch: Architecture) -> dict[str, Any]:
             "head_dim": head_dim,
             "rope_theta": keys.get("rope.freq_base", 10000.0),
             "tie_word_embeddings": "output.weight" not in file.tensors,
-            "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+            "attention_bias": any(f"blk.0.attn_{part}.bias" in file.tensors for part in ("q", "qkv")),
             "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
         }
         if arch.latent:
@@ -210,7 +211,10 @@ def _numbers(file: GGUFFile, arch: Architecture) -> dict[str, LazyTensor]:
     for key in arch.by_layer:
         if key not in file.metadata:
             raise InputError(f"{file.path.name} lacks {key}", remedy="download the file again")
-        numbers = by_layer({"block_count": layers, key: file.metadata[key]}, key)
+        try:
+            numbers = by_layer({"block_count": layers, key: file.metadata[key]}, key)
+        except InputError as error:
+            raise InputError(f"{file.path.name}: {error.message}", remedy=error.remedy) from None
         found[key] = ArrayTensor(np.array(numbers, np.float32), f"{file.path.name}: {key}")
     return found
 

@@ -39,7 +39,7 @@ def gated_windows_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
     """Layers with a window, and without, which turn nothing; experts after layers without, beside shared
     ones. llama.cpp scales the embeddings, as published models do.
     """
-    if not keys.get("expert_weights_norm", True):
+    if not keys["expert_weights_norm"]:
         raise UnsupportedError(
             "the file has expert_weights_norm false, which the model does not know",
             remedy="give the model as a Hugging Face folder",

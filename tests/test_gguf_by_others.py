@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from llmc.frontend.gguf import read_gguf
 from llmc.frontend.gguf_architectures import ARCHITECTURES
 from llmc.frontend.gguf_tabled import named
 from llmc.frontend.source import open_source
 from llmc.frontend.trace import trace_source
+from llmc.frontend.weights import open_gguf_tensors
 from llmc.ir.errors import InputError, UnsupportedError
 
 from .gguf_files import BOOL, F32, STRING, U32, array, byte_vocabulary, entry, write_gguf
@@ -23,7 +25,7 @@ from .models import ids_of
 from .test_gguf_architectures import _parts, tiny, written
 
 Array = np.ndarray[Any, Any]
-_KINDS = {bool: BOOL, int: U32, float: F32}
+_KINDS = {bool: BOOL, int: U32, float: F32, str: STRING}
 SCALES = {"embedding_scale": 2.0, "residual_scale": 0.7, "logit_scale": 1.5}
 ALIKE: dict[str, tuple[str, dict[str, float], dict[str, Any]]] = {
     "llama (of internlm2)": ("llama", {}, {}),
@@ -53,6 +55,8 @@ def test_a_file_is_read_as_the_family_that_computes_it(row: str, tmp_path: Path)
     arch, ids = ARCHITECTURES[row], ids_of(40)
     model = tiny(family, **changes)
     further = [entry(f"{arch.name}.{key}", F32, value) for key, value in scales.items()]
+    if family == "llama":  # as their converters write
+        further.append(entry(f"{arch.name}.tensor_data_layout", STRING, "Meta AI original pth"))
     path = written(model, row, tmp_path / "m.gguf", *further, arch=arch)
     wanted = logits(model, ids)
     with LlamaCpp(path) as opened:  # its cache is of float16
@@ -183,6 +187,35 @@ def test_windows_of_every_fourth_layer_without_positions(tmp_path: Path) -> None
     ids, arch = ids_of(40), ARCHITECTURES["exaone4"]
     path = written(model, "exaone4", tmp_path / "m.gguf", arch=arch)
     wanted = logits(model, ids)
+    with LlamaCpp(path) as opened:
+        assert worst(opened.logits(ids), wanted) <= 0.01
+    assert worst(logits_of(trace_source(open_source(path)), ids), wanted) <= 5e-5
+
+
+def test_scales_that_an_older_file_does_not_say(tmp_path: Path) -> None:
+    """MiniCPM 2B's factors; and LongRoPE's without an original length, which is then the context's."""
+    arch, ids = ARCHITECTURES["granite (of minicpm)"], ids_of(40)
+    scales = {"embedding_multiplier": 12.0, "residual_multiplier": 1.4 / 2**0.5, "logits_scaling": 0.25}
+    model = tiny("granite", **scales, attention_multiplier=16**-0.5)
+    path = written(model, "minicpm", tmp_path / "m.gguf", arch=arch)
+    assert worst(logits_of(trace_source(open_source(path)), ids), logits(model, ids)) <= 5e-5
+
+
+def test_queries_keys_and_values_in_one_matrix_and_bias(tmp_path: Path) -> None:
+    """GLM-4 9B as it was published at first."""
+    model, ids = tiny("glm", attention_bias=True), ids_of(40)
+    path = written(model, "glm", tmp_path / "m.gguf")
+    wanted, tensors = logits(model, ids), dict[str, Array]()
+    for name, value in open_gguf_tensors(read_gguf(path)).items():
+        tensors[name] = value.read()
+    for layer in range(model.config.num_hidden_layers):
+        for kind in ("weight", "bias"):
+            parts = [tensors.pop(f"blk.{layer}.attn_{part}.{kind}") for part in "qkv"]
+            tensors[f"blk.{layer}.attn_qkv.{kind}"] = np.concatenate(parts)
+    keys = {k: v for k, v in read_gguf(path).metadata.items() if not k.startswith("tokenizer.")}
+    entries = [entry(k, _KINDS[type(v)], v) for k, v in keys.items()]
+    entries += byte_vocabulary([f"<x{i}>" for i in range(model.config.vocab_size - 256)])
+    path = write_gguf(tmp_path / "f.gguf", entries, tensors)
     with LlamaCpp(path) as opened:
         assert worst(opened.logits(ids), wanted) <= 0.01
     assert worst(logits_of(trace_source(open_source(path)), ids), wanted) <= 5e-5

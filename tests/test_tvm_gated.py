@@ -60,6 +60,12 @@ def test_rows(rows: int, isa: str) -> None:
     run(isa, rows, FORMS[0])
 
 
+@pytest.mark.parametrize(("width", "group"), [(384, 192), (256, 256)])
+@levels
+def test_wide_groups_hold_fewer_rows(width: int, group: int, isa: str) -> None:
+    run(isa, 133, {"width": width, "k": 2 * group, "bits": 8, "group_size": group, "quantize": (group, 8)})
+
+
 @pytest.mark.parametrize("form", FORMS[1:], ids=str)
 @levels
 def test_forms(form: dict[str, Any], isa: str) -> None:
@@ -68,6 +74,7 @@ def test_forms(form: dict[str, Any], isa: str) -> None:
 
 def test_groups_must_divide_the_result_and_be_whole_vectors() -> None:
     assert fits_gated(1536, activation_layout(1536, 64, 8))
-    assert not fits_gated(1536, activation_layout(1536, 256, 8))
+    assert fits_gated(1536, activation_layout(1536, 256, 8))
+    assert not fits_gated(1536, activation_layout(1536, 512, 8))
     assert not fits_gated(1500, activation_layout(1500, 64, 8))
     assert not fits_gated(96, activation_layout(96, 24, 8))

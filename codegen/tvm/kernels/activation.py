@@ -123,7 +123,8 @@ def _inverse(largest: Expr) -> Expr:
 
 def _lifted(x: Expr, inverse: Expr) -> Expr:
     """The nearest integer of x · inverse (ties to even) in the lowest bits of 16 lanes of uint32, beside
-    those of `_BESIDE`: for |x · inverse| < 2^22, since there are no bits below 1 beside 1.5 · 2^23.
+    those of `_BESIDE`: for |x · inverse| < 2^22, since there are no bits below 1 beside 1.5 · 2^23. Of NaN
+    they are any; its group's scale makes NaN of them.
     """
     value = call("float32x16", "llmc_add", x * inverse, f32s(1.5 * 2.0**23))
     return let(T.reinterpret(value, dtype="uint32x16"))
@@ -291,7 +292,7 @@ def reference_quantize_activation(
     largest = np.abs(grouped).max(2)
     usable = (largest >= SMALLEST) & np.isfinite(largest)
     inverse = np.where(usable, np.float32(127) / np.where(usable, largest, 1), 0).astype(np.float32)
-    grouped = np.rint(grouped * inverse[:, :, None])
+    grouped = np.rint(np.where(usable[:, :, None], grouped, 0) * inverse[:, :, None])
     padded = np.pad(grouped, ((0, 0), (0, 0), (0, lay.group - lay.real_group)))
     sums = grouped.sum(2)
     return padded.reshape(x.shape[0], -1).astype(np.int8), sums, largest / np.float32(127)

@@ -1,7 +1,7 @@
 """Attention of a block of rows and heads by vectors, with softmax computed on the way.
 
-For a query row and head, tiles of four pages of its context are taken in order (Milakov & Gimelshein 2018;
-Dao et al. 2022):
+For a query row and head, tiles of some pages of its context (`Block.tile`) are taken in order (Milakov &
+Gimelshein 2018; Dao et al. 2022):
 
     s[j] = Σ_d q[d] · scale · k[j, d]            one chain of multiply-adds over d, 16 tokens j at once
     m' = max(m, max_j s[j]);  p[j] = 2^(s[j] - m');  c = 2^(m - m')
@@ -92,7 +92,9 @@ class Block:
     """`rows` consecutive query rows of one sequence, by `heads` query heads of one key/value head."""
 
     tile = TILE
-    """Pages that are taken at once."""
+    """Pages that are taken at once: a multiple of 4 that divides a segment. The same for prompts and for
+    answers, since a maximum is taken of each.
+    """
     rough = False
     """Whether weights need no more digits than bfloat16 has."""
 

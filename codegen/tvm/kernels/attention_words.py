@@ -2,8 +2,9 @@
 
 As in `attention_blocks`, but that queries, once scaled, and weights are rounded to bfloat16, as keys and
 values are in the cache, and that two elements of a query, or two weights, are multiplied at once by the words
-in which pages hold two neighbours: half as many instructions, and none that widen. What the result is divided
-by is the sum of the weights before they are rounded.
+in which pages hold two neighbours: half as many instructions, and none that widen. Weights are as exact as
+bfloat16 needs (`exp2`, rough); what the result is divided by is their sum before they are rounded. Eight
+pages are taken at once, since what stands around the products takes a larger share.
 
 A token of a pair that no row of the block sees is taken out of the word, since what stands there may be NaN.
 The others that a row does not see add 0 to its sums, which changes none but those below the normal numbers

@@ -22,7 +22,7 @@ LANES = 16
 SERIAL_ELEMENTS = 8192
 """Elementwise work below which a parallel region does not pay."""
 ROWS_BESIDE = 4
-"""Rows that use the same memory in turn: to ask for it takes a tenth of a row of 576 quantized."""
+"""Rows that use the same memory in turn, at most: to ask for it takes a tenth of a row of 576 quantized."""
 WIDE = 1 << 31
 """Elements of which offsets of 32 bits do not reach the last."""
 Expr = Any
@@ -261,16 +261,19 @@ def for_each_row(rows: Expr, cost: int, body: Callable[[Any], None]) -> None:
 
 
 def for_each_row_beside(rows: Expr, cost: int, elements: int, body: Callable[[Any, Buffer], None]) -> None:
-    """`for_each_row` with memory of float32 [elements] beside a row, which some rows in turn share."""
+    """`for_each_row` with memory of float32 [elements] beside a row, which some rows in turn share, where
+    they are short.
+    """
+    together = max(1, min(ROWS_BESIDE, SERIAL_ELEMENTS // max(1, cost)))
     with T.If(rows < T.int32(-(-SERIAL_ELEMENTS // max(1, cost)))):
         with T.Then():
             held = T.alloc_buffer((elements,), "float32")
             with T.serial(0, rows) as i:
                 body(i, held)
-        with T.Else(), T.parallel(0, T.floordiv(rows + (ROWS_BESIDE - 1), T.int32(ROWS_BESIDE))) as c:
+        with T.Else(), T.parallel(0, T.floordiv(rows + (together - 1), T.int32(together))) as c:
             held = T.alloc_buffer((elements,), "float32")
-            first = let(c * ROWS_BESIDE)
-            with T.serial(0, T.min(rows - first, T.int32(ROWS_BESIDE))) as i:
+            first = let(c * together)
+            with T.serial(0, T.min(rows - first, T.int32(together))) as i:
                 body(first + i, held)
 
 

@@ -24,23 +24,20 @@ def _lanes(indices: list[int]) -> str:
     return "<" + ", ".join(f"i32 {i}" for i in indices) + ">"
 
 
-def _across(name: str, scalar: str, combine: list[str]) -> str:
-    """A reduction of 16 lanes by halves.
+def _across(name: str, combine: list[str]) -> str:
+    """A reduction of 16 lanes of float by halves.
 
     `combine` are instructions that make %R from %A and %B (all {vector}).
     """
-    vector = f"<16 x {scalar}>"
-    lines, value = [f"{_DEFINE} {scalar} @{name}({vector} %v) alwaysinline {{"], "%v"
+    lines, value = [f"{_DEFINE} float @{name}({_V} %v) alwaysinline {{"], "%v"
     for step in (8, 4, 2, 1):
         moved = f"%m{step}"
         mask = _lanes([(i + step) % 16 for i in range(16)])
-        lines.append(f"  {moved} = shufflevector {vector} {value}, {vector} poison, <16 x i32> {mask}")
-        names = {"A": value, "B": moved, "R": f"%r{step}", "C": f"%c{step}", "vector": vector}
+        lines.append(f"  {moved} = shufflevector {_V} {value}, {_V} poison, <16 x i32> {mask}")
+        names = {"A": value, "B": moved, "R": f"%r{step}", "C": f"%c{step}", "vector": _V}
         lines += ["  " + text.format(**names) for text in combine]
         value = f"%r{step}"
-    return "\n".join(
-        [*lines, f"  %out = extractelement {vector} {value}, i64 0", f"  ret {scalar} %out", "}"]
-    )
+    return "\n".join([*lines, f"  %out = extractelement {_V} {value}, i64 0", "  ret float %out", "}"])
 
 
 def _combine(name: str, out: str, a: str, b: str) -> list[str]:
@@ -111,10 +108,9 @@ def _reduction_i32(name: str, operation: str) -> str:
 
 def _reductions() -> list[str]:
     return [
-        _across("llmc_sum", "float", ["{R} = fadd {vector} {A}, {B}"]),
+        _across("llmc_sum", ["{R} = fadd {vector} {A}, {B}"]),
         _across(
             "llmc_max",
-            "float",
             ["{C} = fcmp ogt {vector} {A}, {B}", "{R} = select <16 x i1> {C}, {vector} {A}, {vector} {B}"],
         ),
         # Integers are the same in any order.
