@@ -220,6 +220,13 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
         unneeded=its.of_later_layers,
         fields=lambda k, t: {**its.routed_fields(k, t), "use_qk_norm": "blk.0.attn_q_norm.weight" in t},
     ),
+    "llama4_text": Architecture(
+        "llama4",
+        written=False,
+        experts_turned=True,
+        reads=EXPERTS | {"expert_feed_forward_length", "interleave_moe_layer_step"},
+        fields=windowed.chunked_fields,
+    ),
     "deepseek_v2": Architecture(
         "deepseek2",
         written=False,
@@ -267,6 +274,7 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
     "gpt_oss": Architecture(
         "gpt-oss",
         written=False,
+        experts_turned=True,
         experts_in_turns=True,
         reads=EXPERTS | {"attention.sliding_window", "rope.freq_base"},
         ignores=EXPERT_SIZES,

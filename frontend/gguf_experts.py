@@ -50,13 +50,13 @@ class JoinedTensor:
 
 
 def stacked_experts(
-    model: Any, tensors: Mapping[str, LazyTensor], *, in_turns: bool
+    model: Any, tensors: Mapping[str, LazyTensor], *, turned: bool, in_turns: bool
 ) -> tuple[dict[str, LazyTensor], set[str]]:
     """The model's parameters that hold all experts of a layer, and the names of the tensors behind them.
 
     GGUF has ffn_gate_exps, ffn_up_exps [E, I, H] and ffn_down_exps [E, H, I], some with biases. transformers
-    has gate and up in one, [E, 2 I, H], or up alone where experts have no gate; `in_turns`: [E, H, 2 I] in
-    turns, and down [E, I, H].
+    has gate and up in one, [E, 2 I, H], or up alone where experts have no gate; `turned`: [E, H, 2 I], and
+    down [E, I, H]; `in_turns`: a row of the gate, then one of up.
     """
     found, used = dict[str, LazyTensor](), set[str]()
     for parameter, _ in model.named_parameters():
@@ -66,7 +66,7 @@ def stacked_experts(
         kind = "bias" if match["bias"] else "weight"
         down = match["part"] in ("experts.down_proj", "output_linear.weight")
         block = f"blk.{match['layer']}.ffn"
-        if not down and f"{block}_gate_up_exps.{kind}" in tensors and not in_turns:
+        if not down and f"{block}_gate_up_exps.{kind}" in tensors and not turned:
             found[parameter] = tensors[f"{block}_gate_up_exps.{kind}"]
             used.add(f"{block}_gate_up_exps.{kind}")
             continue
@@ -78,6 +78,5 @@ def stacked_experts(
             continue  # a parameter without a tensor is an error that is told later
         used |= set(names)
         joined = held[0] if len(held) == 1 else JoinedTensor(held, in_turns=in_turns)
-        turned = in_turns and kind == "weight"
-        found[parameter] = TurnedTensor(joined) if turned else joined
+        found[parameter] = TurnedTensor(joined) if turned and kind == "weight" else joined
     return found, used

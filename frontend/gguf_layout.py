@@ -27,7 +27,8 @@ class Architecture:
         permuted: q and k rows are stored with rotary pairs side by side.
         norm_offset: norms are stored with this added.
         partial: rotary embeddings may turn a part of a head only.
-        experts_in_turns: transformers has an expert's gate and up in turns, and its matrices transposed.
+        experts_turned: transformers has an expert's matrices transposed.
+        experts_in_turns: and its gate and up in turns.
         latent: keys and values are made of a latent; `fields` says how long heads are.
         norm_key, norm_field: what is added to a norm's variance, in GGUF and in the configuration.
         check: what of a configuration cannot be said in GGUF, as a sentence, or None.
@@ -57,6 +58,7 @@ class Architecture:
     permuted: bool = False
     norm_offset: float = 0.0
     partial: bool = False
+    experts_turned: bool = False
     experts_in_turns: bool = False
     latent: bool = False
     norm_key: str = "attention.layer_norm_rms_epsilon"

@@ -178,7 +178,9 @@ def weights(
     names = {name_of(parameter): parameter for parameter in shapes}
     tensors = {**tensors, **_numbers(file, arch)}
     tensors = _cut(tensors, {name: shapes[parameter][0] for name, parameter in names.items() if name})
-    found, joined = stacked_experts(model, tensors, in_turns=arch.experts_in_turns)
+    found, joined = stacked_experts(
+        model, tensors, turned=arch.experts_turned, in_turns=arch.experts_in_turns
+    )
     made, parts = arch.merge(config, shapes, tensors)
     found, joined = found | made, joined | parts
     unused: list[str] = []

@@ -57,6 +57,22 @@ def gated_windows_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
     }
 
 
+def chunked_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
+    """Layers that see the chunk of positions they are in, and every fourth, which sees all and turns nothing:
+    what llama.cpp knows is what configurations have by themselves. Experts in every n-th layer; it knows the
+    model without norms of queries and keys by its 128 experts.
+    """
+    return {
+        "num_local_experts": keys["expert_count"],
+        "num_experts_per_tok": keys["expert_used_count"],
+        "intermediate_size": keys["expert_feed_forward_length"],
+        "intermediate_size_mlp": keys["feed_forward_length"],
+        "interleave_moe_layer_step": keys["interleave_moe_layer_step"],
+        "use_qk_norm": keys["expert_count"] != 128,
+        "rope_parameters": {"rope_type": "default", "rope_theta": keys.get("rope.freq_base", 10000.0)},
+    }
+
+
 def in_turns_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
     """Layers with a window, which counts both sides, and without: by a list, or every n-th without, the first
     one among them. Without a window there are none with one.

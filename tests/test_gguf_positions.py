@@ -16,11 +16,12 @@ from llmc.frontend.source import open_source
 from llmc.frontend.trace import trace_source
 from llmc.ir.errors import InputError, UnsupportedError
 
+from .gguf_cases import CHANGES, FOUR
 from .gguf_files import BOOL, F32, U32, array, entry
 from .graphs import logits_of
 from .llama_cpp import LlamaCpp
 from .models import ids_of
-from .test_gguf_architectures import CHANGES, FOUR, _with, tiny, written
+from .test_gguf_architectures import _with, tiny, written
 
 
 @pytest.mark.parametrize("said", ["layers", "period", ""])
