@@ -53,14 +53,7 @@ from .builder import (
     splat,
     vec,
 )
-from .cache import (
-    PAGE_SIZE,
-    in_pairs,
-    load_half,
-    load_page,
-    load_page_one,
-    page_scales,
-)
+from .cache import PAGE_SIZE, in_pairs, load_half, load_page, load_page_one, page_scales
 from .isa import Isa
 from .vector_math import exp2, tanh
 
