@@ -24,7 +24,8 @@ _MAY_LATENT: Final = ROUTED | {
     "expert_gating_func",
 }
 _PATTERN: Final = frozenset({"attention.sliding_window_pattern"})
-_GATED: Final = frozenset({"expert_shared_count", "leading_dense_block_count", "expert_weights_scale"})
+_SHARED: Final = frozenset({"expert_shared_count", "leading_dense_block_count", "expert_weights_scale"})
+"""Of experts that are not chosen in groups, beside shared ones, after layers without."""
 _WITH_SLOPES: Final = 40
 """Layers of the one model of its family whose positions are slopes, by which llama.cpp knows it."""
 _WINDOWS: Final = _PATTERN | {"attention.sliding_window"}
@@ -265,7 +266,7 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
         written=False,
         check=its.fourth_full,
         reads=EXPERTS | {"expert_feed_forward_length", "attention.sliding_window", "expert_weights_norm"},
-        may=_GATED | _PATTERN | {"expert_gating_func"},
+        may=_SHARED | _PATTERN | {"expert_gating_func"},
         lists=_PATTERN,
         when=lambda k, t: k.get("expert_gating_func", its.SIGMOID) == its.SIGMOID,
         parts={"self_attn.gate_proj": "attn_gate"},

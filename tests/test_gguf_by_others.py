@@ -4,6 +4,7 @@ attention: llama.cpp computes of them what transformers' model does, and so do w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +194,7 @@ def test_windows_of_every_fourth_layer_without_positions(tmp_path: Path) -> None
 
 
 def test_scales_that_an_older_file_does_not_say(tmp_path: Path) -> None:
-    """MiniCPM 2B's factors; and LongRoPE's without an original length, which is then the context's."""
+    """MiniCPM 2B's factors."""
     arch, ids = ARCHITECTURES["granite (of minicpm)"], ids_of(40)
     scales = {"embedding_multiplier": 12.0, "residual_multiplier": 1.4 / 2**0.5, "logits_scaling": 0.25}
     model = tiny("granite", **scales, attention_multiplier=16**-0.5)
@@ -201,21 +202,52 @@ def test_scales_that_an_older_file_does_not_say(tmp_path: Path) -> None:
     assert worst(logits_of(trace_source(open_source(path)), ids), logits(model, ids)) <= 5e-5
 
 
+def rewritten(path: Path, out: Path, change: Callable[[dict[str, Array]], None]) -> Path:
+    """The file with its tensors changed."""
+    file = read_gguf(path)
+    tensors: dict[str, Array] = {name: value.read() for name, value in open_gguf_tensors(file).items()}
+    change(tensors)
+    keys = {k: v for k, v in file.metadata.items() if not k.startswith("tokenizer.")}
+    entries = [entry(k, _KINDS[type(v)], v) for k, v in keys.items()]
+    entries += byte_vocabulary([f"<x{i}>" for i in range(len(tensors["token_embd.weight"]) - 256)])
+    return write_gguf(out, entries, tensors)
+
+
+def test_factors_of_frequencies_without_an_original_length(tmp_path: Path) -> None:
+    """MiniCPM4's LongRoPE: llama.cpp takes the context's length, so that the long factors are never taken."""
+    ids = ids_of(40)
+    short, long = np.linspace(1, 2, 8, dtype=np.float32), np.linspace(3, 9, 8, dtype=np.float32)
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": short.tolist()}
+    rope |= {"long_factor": long.tolist(), "original_max_position_embeddings": 256, "attention_factor": 1.0}
+    scales = {"embedding_multiplier": 2.0, "residual_multiplier": 0.7, "logits_scaling": 1.5}
+    plain = tiny("granite", **scales, attention_multiplier=16**-0.5)
+    scaled = tiny("granite", **scales, attention_multiplier=16**-0.5, rope_parameters=rope)
+    scaled.load_state_dict(plain.state_dict())
+    further = [entry(f"minicpm.{key}", F32, value) for key, value in SCALES.items()]
+    further.append(entry("minicpm.rope.scaling.type", STRING, "longrope"))
+    arch = ARCHITECTURES["granite (of minicpm)"]
+    path = written(plain, "minicpm", tmp_path / "m.gguf", *further, arch=arch)
+    factors = {"rope_factors_long.weight": long, "rope_factors_short.weight": short}
+    path = rewritten(path, tmp_path / "f.gguf", lambda tensors: tensors.update(factors))
+    wanted = logits(scaled, ids)
+    assert worst(logits(plain, ids), wanted) > 0.05
+    with LlamaCpp(path, window=128) as opened:
+        assert worst(opened.logits(ids), wanted) <= 0.01
+    assert worst(logits_of(trace_source(open_source(path)), ids), wanted) <= 5e-5
+
+
 def test_queries_keys_and_values_in_one_matrix_and_bias(tmp_path: Path) -> None:
     """GLM-4 9B as it was published at first."""
     model, ids = tiny("glm", attention_bias=True), ids_of(40)
-    path = written(model, "glm", tmp_path / "m.gguf")
-    wanted, tensors = logits(model, ids), dict[str, Array]()
-    for name, value in open_gguf_tensors(read_gguf(path)).items():
-        tensors[name] = value.read()
-    for layer in range(model.config.num_hidden_layers):
-        for kind in ("weight", "bias"):
-            parts = [tensors.pop(f"blk.{layer}.attn_{part}.{kind}") for part in "qkv"]
-            tensors[f"blk.{layer}.attn_qkv.{kind}"] = np.concatenate(parts)
-    keys = {k: v for k, v in read_gguf(path).metadata.items() if not k.startswith("tokenizer.")}
-    entries = [entry(k, _KINDS[type(v)], v) for k, v in keys.items()]
-    entries += byte_vocabulary([f"<x{i}>" for i in range(model.config.vocab_size - 256)])
-    path = write_gguf(tmp_path / "f.gguf", entries, tensors)
+    wanted, path = logits(model, ids), written(model, "glm", tmp_path / "m.gguf")
+
+    def fuse(tensors: dict[str, Array]) -> None:
+        for layer in range(model.config.num_hidden_layers):
+            for kind in ("weight", "bias"):
+                parts = [tensors.pop(f"blk.{layer}.attn_{part}.{kind}") for part in "qkv"]
+                tensors[f"blk.{layer}.attn_qkv.{kind}"] = np.concatenate(parts)
+
+    path = rewritten(path, tmp_path / "f.gguf", fuse)
     with LlamaCpp(path) as opened:
         assert worst(opened.logits(ids), wanted) <= 0.01
     assert worst(logits_of(trace_source(open_source(path)), ids), wanted) <= 5e-5

@@ -37,11 +37,12 @@ from .builder import (
     vec,
 )
 from .layout import QuantLayout
+from .vector_math import BESIDE
 
 _ABS = 0x7FFFFFFF
 _FINITE = 3.4028234663852886e38
-_BESIDE = 0x4B400000
-"""The bits of 1.5 · 2^23."""
+_BITS_BESIDE = 0x4B400000
+"""Those of `BESIDE`."""
 SMALLEST: Final = 2.0**-100
 """A group whose largest is less is zeros: 127 / largest might be infinite."""
 _HELD = 2048
@@ -123,10 +124,9 @@ def _inverse(largest: Expr) -> Expr:
 
 def _lifted(x: Expr, inverse: Expr) -> Expr:
     """The nearest integer of x · inverse (ties to even) in the lowest bits of 16 lanes of uint32, beside
-    those of `_BESIDE`: for |x · inverse| < 2^22, since there are no bits below 1 beside 1.5 · 2^23. Of NaN
-    they are any; its group's scale makes NaN of them.
+    those of `BESIDE`, for |x · inverse| < 2^22. Of NaN they are any; its group's scale makes NaN of them.
     """
-    value = call("float32x16", "llmc_add", x * inverse, f32s(1.5 * 2.0**23))
+    value = call("float32x16", "llmc_add", x * inverse, f32s(BESIDE))
     return let(T.reinterpret(value, dtype="uint32x16"))
 
 
@@ -137,7 +137,7 @@ def _put_group(to: Quantized, row: Expr, g: Expr, read: Read, largest: Expr) -> 
     inverse = splat(_inverse(largest))
     # Sums wrap: what they are too large by is taken off first.
     total = T.alloc_buffer((LANES,), "uint32")
-    put(total, T.broadcast(T.uint32(-(group // LANES) * _BESIDE % 2**32), LANES), 0)
+    put(total, T.broadcast(T.uint32(-(group // LANES) * _BITS_BESIDE % 2**32), LANES), 0)
     with T.serial(0, group // LANES) as i:
         value = _lifted(read(i * LANES), inverse)
         put(to.a, T.Cast("int8x16", value), row, g * group + i * LANES)

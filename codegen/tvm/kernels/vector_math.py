@@ -13,7 +13,8 @@ from tvm.script.ir_builder import tirx as T
 
 from .builder import LANES, Expr, call, f32s, fma, i32s, let
 
-_BESIDE = 1.5 * 2.0**23
+BESIDE = 1.5 * 2.0**23
+"""Beside it float32 has no bits below 1, and the lowest bits are those of a whole number."""
 _LOG2E = 1.4426950408889634
 # ln 2 in two parts, the first with few bits, so that n · ln 2 is subtracted without rounding (Cody & Waite
 # 1980).
@@ -65,7 +66,7 @@ def _whole(lifted: Expr, more: int = 0) -> tuple[Expr, Expr]:
     """
     lifted = let(lifted)
     power = T.shift_left(T.reinterpret(lifted, dtype="int32x16"), i32s(23))
-    return let(lifted - f32s(_BESIDE + more)), let(power)
+    return let(lifted - f32s(BESIDE + more)), let(power)
 
 
 def _times(p: Expr, power: Expr) -> Expr:
@@ -79,7 +80,7 @@ def exp2(x: Expr, more: int = 0, *, rough: bool = False) -> Expr:
     """
     x = let(x)
     x = let(T.Select(x < f32s(-125), f32s(-125), x))
-    n, power = _whole(call("float32x16", "llmc_add", x, f32s(_BESIDE + more)), more)
+    n, power = _whole(call("float32x16", "llmc_add", x, f32s(BESIDE + more)), more)
     return _times(_polynomial(_EXP2_ROUGH if rough else _EXP2, let(x - n)), power)
 
 
@@ -88,7 +89,7 @@ def exp(x: Expr) -> Expr:
     x = let(x)
     x = let(T.Select(x < f32s(-86.6), f32s(-86.6), x))
     x = let(T.Select(x > f32s(87), f32s(87), x))
-    n, power = _whole(fma(x, f32s(_LOG2E), f32s(_BESIDE)))
+    n, power = _whole(fma(x, f32s(_LOG2E), f32s(BESIDE)))
     r = let(fma(n, f32s(-_LN2_HIGH), x))
     r = let(fma(n, f32s(-_LN2_LOW), r))
     return _times(_polynomial(_EXP, r), power)
