@@ -15,10 +15,12 @@ from typing import Any
 from ..ir.codebooks import codebook
 from ..ir.core import Graph, Op, Value
 from ..ir.errors import CompileError, UnsupportedError
+from ..ir.hadamard import hadamard
 from ..ir.ops import math, nn, quant, shape
 from ..ir.types import Dim, divide, product
 from ..ir.weights import ArrayTensor
 from ..passes.canonicalize.parameters import widen_parameters
+from ..passes.derived import CastTensor
 from ..plugins.entries import blaming
 
 # Constructors are made by `@op`; for classes that inherit their operands a type checker does not see them.
@@ -390,6 +392,17 @@ def _attention(b: Builder, op: Any) -> Value:
 def _quantized_linear(b: Builder, op: Any) -> Value:
     weight = b(quant.Dequantize(op.q, op.scale, op.zero_point))
     return b(nn.Linear(op.x, b.cast(weight, op.x.dtype), op.bias))
+
+
+@decomposes("hadamard")
+def _hadamard(b: Builder, op: Any) -> Value:
+    *lead, k = op.x.shape
+    key = f"hadamard.{op.size}.{op.x.dtype}"
+    matrix = b.graph.weights.get(key)
+    if matrix is None:
+        matrix = b.graph.add_weight(key, CastTensor(ArrayTensor(hadamard(op.size), key), op.x.dtype))
+    runs = b.reshape(op.x, *lead, k // op.size, op.size)
+    return b.reshape(b(m.MatMul(runs, matrix)), *lead, k)
 
 
 @decomposes("quantized_embedding")

@@ -87,7 +87,10 @@ class Plan:
                     f"target {target.name} keeps no cache of {cache}",
                     remedy=f"pass --kv-dtype {' or '.join(target.kv_dtypes)}, or another --target",
                 )
-        quantize = tuple(with_verdict(quant, weight_passes(quant, quant_head, bits_per_weight), verdict))
+        weights = weight_passes(quant, quant_head, bits_per_weight)
+        if not all(target.int8_activations for target in chosen):
+            weights = [p for p in weights if not p.for_int8_activations]
+        quantize = tuple(with_verdict(quant, weights, verdict))
         extra = tuple(make_pass(p) for p in passes)
         return Plan(chosen, quant, quantize, extra, cache, adapter_passes(lora))
 

@@ -64,6 +64,9 @@ class Target(ABC):
     kv_dtypes: ClassVar[tuple[str, ...]] = ()
     """Element types that it takes for the cache; any where this is empty. Others are refused at once."""
 
+    int8_activations: ClassVar[bool] = False
+    """Whether products by quantized weights round activations to 8 bits, a scale a group of the weights."""
+
     def workers(self) -> int:
         """Other processes that compile kernels, each of some 400 MB (`peak.WORKER_BYTES`)."""
         return 0

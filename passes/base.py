@@ -73,13 +73,15 @@ class Pass(ABC):
     """Base of all passes.
 
     `requires` is the stage that a graph must have, `ensures` the stage it has afterwards (None: unchanged).
-    `needs_calibration`: whether `run` wants `context.calibration`; `calibration_tokens`: how many tokens
-    of it it does well with, where the user does not say.
+    `for_int8_activations`: whether a quantizer's pass is of use only where the targets round activations to 8
+    bits, and left out for others. `needs_calibration`: whether `run` wants `context.calibration`;
+    `calibration_tokens`: how many tokens of it it does well with, where the user does not say.
     """
 
     name: ClassVar[str] = ""
     requires: ClassVar[str | None] = None
     ensures: ClassVar[str | None] = None
+    for_int8_activations: ClassVar[bool] = False
     needs_calibration: ClassVar[bool] = False
     calibration_tokens: ClassVar[int] = TOKENS
 

@@ -63,10 +63,10 @@ if TYPE_CHECKING:
     from ..passes.base import RulePass as RulePass
     from ..passes.calibration import Calibration as Calibration
     from ..passes.quantize.attach import attach_quantized as attach_quantized
+    from ..passes.quantize.attach import is_head as is_head
     from ..passes.quantize.attach import is_quantizable as is_quantizable
     from ..passes.quantize.by_rows import QuantizedRows as QuantizedRows
     from ..passes.quantize.by_rows import quantize_by_rows as quantize_by_rows
-    from ..passes.quantize.walk import is_head as is_head
     from ..passes.registry import Quantizer as Quantizer
     from ..runtime.custom_sampler import Sampler as Sampler
     from ..runtime.custom_sampler import SamplerContext as SamplerContext

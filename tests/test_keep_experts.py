@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from llmc.codegen.driver import compile_model
-from llmc.codegen.tvm.emit_llm import kept_apart
+from llmc.codegen.tvm.emit_activations import kept_apart
 from llmc.codegen.tvm.weights import expert_layouts, quant_layout
 from llmc.frontend.source import open_source
 from llmc.frontend.trace import trace_source

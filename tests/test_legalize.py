@@ -193,6 +193,7 @@ CASES: dict[str, Make] = {
     "sdpa/causal, grouped": _sdpa(grouped=True, causal=True),
     "sdpa/additive": _sdpa("float32"),
     "sdpa/bool": _sdpa("bool"),
+    "hadamard": lambda g: g.append(quant.Hadamard(_input(g, "x", 2, T, 12), 4)).result,
     "dequantize": _quantized("dequantize", 4, False),
     "quantized_linear": _quantized("linear", 4, False),
     "quantized_linear/symmetric": _quantized("linear", 8, True, group=20),

@@ -24,6 +24,7 @@ FORMS = [
     {"width": 96, "k": 96, "group_size": 32, "quantize": (32, 8)},
     {"width": 256, "k": 192, "bits": 3, "group_size": 64, "quantize": (128, 16), "activation": "gelu"},
     {"width": 128, "k": 192, "bits": 8, "group_size": 64, "activation": "relu"},
+    {"width": 384, "k": 192, "bits": 8, "group_size": 192, "quantize": (192, 8), "rotate": 64},
 ]
 
 
@@ -31,6 +32,7 @@ def run(isa: str, rows: int, form: dict[str, Any]) -> None:
     options: dict[str, Any] = {"bits": 4, "zero_point": None, "bias": False, **form}
     activation, quantize = options.pop("activation", "silu"), options.pop("quantize", (64, 8))
     width, bits, groups = options.pop("width"), options["bits"], options["group_size"]
+    rotate = options.pop("rotate", 0)
     lay = QuantLayout(2 * width, options["k"], bits, groups, None, "float16", options["zero_point"])
     rng = np.random.default_rng(0)
     q = rng.integers(0, 1 << bits, (2 * width, lay.k)).astype(np.uint8)
@@ -44,7 +46,7 @@ def run(isa: str, rows: int, form: dict[str, Any]) -> None:
     if options["bias"]:
         given.append(normal(2 * width, seed=5))
     product = call(make_quantized_linear, isa, {"n": 2 * width, **options}, *given, blank(rows, 2 * width))
-    made = {"width": width, "activation": activation, "quantize": quantize}
+    made = {"width": width, "activation": activation, "quantize": quantize, "rotate": rotate}
     out = activation_layout(width, *quantize)
     results = [np.full((rows, out.k_padded), 77, np.int8), blank(rows, out.groups), blank(rows, out.groups)]
     expected = call(make_gated_mlp, isa, made, product, *results, outputs=3)

@@ -300,10 +300,12 @@ def test_what_is_quantized_as_it_is_made_has_the_same_bits(
         inputs = [x, normal(width, seed=1)] if parameters["weight"] else [x]
     floats = call(maker, isa, parameters, *inputs, blank(rows, width))
     apart = 0 if kernel == "gated_mlp" else 2 if width > 64 else 1
+    rotate = group if group >= 64 else 0
+    apart = 0 if rotate else apart
     outputs = quantized_outputs(rows, QuantLayout(1, width, 8, group), apart)
-    sizes = {"k": width, "group_size": group, "align": align, "apart": apart}
+    sizes = {"k": width, "group_size": group, "align": align, "apart": apart, "rotate": rotate}
     expected = call(make_quantize_activation, isa, sizes, floats, *outputs, outputs=3)
-    parameters["quantize"] = (group, align)
+    parameters |= {"quantize": (group, align), "rotate": rotate}
     if apart:
         parameters["apart"] = apart
     fused = call(maker, isa, parameters, *inputs, *outputs, outputs=3)

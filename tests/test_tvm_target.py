@@ -144,6 +144,8 @@ def add_layers(o: Ops) -> None:
         nn.Rope(o(shape.Reshape(o.c, (3, T, 2, 4))), *(o(shape.Slice(t, -1, 0, 4)) for t in (cos, sin))),
     )
     o.out("gated_mlp", nn.GatedMlp(o.c, "gelu_tanh"))
+    o.out("hadamard", quant.Hadamard(o.c, 8))
+    o.out("hadamard_kernel", quant.Hadamard(o(shape.Concat([o.a, o.a], -1)), 16))
     heads = [o(shape.Reshape(x, (1, T, 3, 8))) for x in (o.a, o.b, o.a)]
     o.out("attention", attention.Attention(*heads, None, scale=0.35, window=3))
     o.out("sdpa", attention.Sdpa(o.c, o.c, o.c, None, 0.3, causal=True))

@@ -15,6 +15,7 @@ from ...ir.define import OPS
 from ...ir.errors import InputError
 from ...ir.ops.lora import MOST_RANK
 from ...ir.ops.moe import Moe, QuantizedMoe
+from ...ir.ops.quant import Hadamard
 from ...ir.ops.state import Recurrence
 from ...ir.printer import print_graph
 from ...plugins.entries import package_of
@@ -25,7 +26,7 @@ from ..peak import WORKER_BYTES
 from ..target import Progress, Target
 from .kernels import kv_layout
 from .kernels.isa import LEVELS
-from .kernels.layout import SAMPLING_BLOCK, generates, has_bytes
+from .kernels.layout import SAMPLING_BLOCK, fits_rotation, generates, has_bytes
 from .kernels.schedule import Schedule
 from .libraries import Libraries
 from .weights import expert_layouts, page_values, stored_type, weight_specs
@@ -64,6 +65,7 @@ class TvmCpu(Target):
     name: ClassVar[str] = "tvm-cpu"
     operations: ClassVar[frozenset[str]] = OPERATIONS
     kv_dtype: ClassVar[str] = "bfloat16"
+    int8_activations: ClassVar[bool] = True
 
     isa: str = field(
         default="usual",
@@ -119,6 +121,8 @@ class TvmCpu(Target):
         if isinstance(op, Moe | QuantizedMoe):
             chosen = op.indices.shape[-1]
             return op.x.dtype == "float32" and isinstance(chosen, int) and _has_expert_kernel(op)
+        if isinstance(op, Hadamard):
+            return op.x.dtype == "float32" and fits_rotation(op.size)
         if op.opname == "rope":
             x, cos = op.operands[:2]
             heads = isinstance(x.shape[-2], int) and isinstance(x.shape[-1], int)

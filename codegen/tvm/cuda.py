@@ -31,7 +31,7 @@ ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "ptx")
 "ptx", which its driver compiles when it is opened, from the oldest of them on.
 """
 SOURCE, PROGRAM = "kernels.cu", "program.json"
-WITHOUT_KERNEL = frozenset({"attention", "sdpa", "cumsum"})
+WITHOUT_KERNEL = frozenset({"attention", "sdpa", "cumsum", "hadamard"})
 OPERATIONS = frozenset(name for name, op in OPS.items() if package_of(op) is None) - WITHOUT_KERNEL
 _MOST_HEAD_DIM = 512  # beyond 256 registers do not suffice, and part of a row waits in local memory
 

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...ir.core import Graph, Value
-from ...ir.types import Dim, sym
+from ...ir.core import Value
+from ...ir.types import Dim
 from . import kernels
-from .kernels.layout import QuantLayout, has_bytes
+from .emit_activations import form_of, kept_apart, present, quantized_activation
+from .kernels.layout import has_bytes
 from .lower import Lowering, emits
 from .untyped import relax, te
 from .weights import quant_layout
-
-LOGITS_APART = 4
-"""Activations kept apart of each row that logits are wanted of: of a small model's head they take 3/4 of what
-int8 loses there, and of a step with few rows little time.
-"""
-_WANTED = sym("R")
 
 Source = tuple[int, int]
 """(row width, first column): an operand that stands in columns of a wider matrix."""
@@ -49,10 +44,6 @@ def source_of(low: Lowering, value: Value) -> tuple[Any, Source | None]:
 def _int(d: Dim) -> int:
     assert isinstance(d, int)
     return d
-
-
-def _present(low: Lowering, *values: Value | None) -> list[Any]:
-    return [low.get(v) for v in values if v is not None]
 
 
 @emits("embedding")
@@ -115,7 +106,7 @@ def _linear(low: Lowering, op: Any, residual: Value | None) -> Any:
         "residual": residual is not None,
         "weight_dtype": op.weight.dtype,
     }
-    args = [low.rows(op.x, k), low.get(op.weight), *_present(low, op.bias)]
+    args = [low.rows(op.x, k), low.get(op.weight), *present(low, op.bias)]
     if residual is not None:
         args.append(low.rows(residual, n))
     return product(low, op, "linear", kernels.make_linear, static, args)
@@ -138,7 +129,7 @@ def generic_linear(low: Lowering, op: Any, residual: Value | None) -> Any:
     if op.weight.dtype != op.x.dtype:
         weight = low.emit(relax.op.astype(weight, op.x.dtype))
     out = low.emit(relax.op.matmul(low.get(op.x), low.emit(relax.op.permute_dims(weight))))
-    for extra in _present(low, op.bias, residual):
+    for extra in present(low, op.bias, residual):
         out = low.emit(relax.op.add(out, extra))
     return out
 
@@ -152,7 +143,7 @@ def _quantized_linear(low: Lowering, op: Any, residual: Value | None) -> Any:
         "bias": op.bias is not None,
         "residual": residual is not None,
     }
-    weights = _present(low, op.q, op.scale, op.zero_point, op.bias)
+    weights = present(low, op.q, op.scale, op.zero_point, op.bias)
     if residual is not None:
         weights.append(low.rows(residual, layout.n))
     if layout.codebook is not None and not has_bytes(layout.codebook):
@@ -161,141 +152,6 @@ def _quantized_linear(low: Lowering, op: Any, residual: Value | None) -> Any:
     static["apart"] = kept_apart(op.x, layout)
     args = [*quantized_activation(low, op.x, layout), *weights]
     return product(low, op, "quantized_linear", kernels.make_quantized_linear, static, args)
-
-
-def form_of(layout: QuantLayout) -> dict[str, Any]:
-    """The static parameters of a kernel that reads a quantized weight."""
-    return {
-        "bits": layout.bits,
-        "group_size": layout.group_size,
-        "zero_point": layout.zero_point,
-        "codebook": layout.codebook,
-        "scale_dtype": layout.scale_dtype,
-        "super_group": layout.super_group,
-    }
-
-
-def kept_apart(x: Value, layout: QuantLayout) -> int:
-    """How many of each row's largest activations are kept apart where x is quantized for weights of that
-    layout: of norms, through which the few large columns of the residual stream go; more of the rows that the
-    head reads, which are few and decide alone. Attention has no such columns, and rows of gated
-    MLPs are made in parts, by several threads.
-    """
-    from .kernels.activation import whole_groups
-
-    op: Any = x.producer
-    if op is None or not whole_groups(layout):
-        return 0
-    made = op.x.producer if op.opname == "gather_last" else op
-    if made is None or made.opname == "gated_mlp":
-        return 0
-    if x.shape[0] == _WANTED and _makes_logits(x, op.graph):
-        return LOGITS_APART
-    return 1 if made.opname in ("rms_norm", "layer_norm") else 0
-
-
-def _makes_logits(x: Value, graph: Graph) -> bool:
-    """Whether x, of the rows that logits are wanted of, is what the head reads."""
-    rows = graph.outputs
-    while len(rows) == 1 and (op := rows[0].producer) is not None:
-        if x in op.operands:
-            return True
-        rows = [v for v in op.operands if not v.is_weight and v.shape[:1] == (_WANTED,)]
-    return False
-
-
-def quantized_activation(low: Lowering, x: Value, layout: QuantLayout) -> list[Any]:
-    """x quantized per token and group to int8; ops that read the same x by the same groups share it."""
-    key = ("quantized", x, layout.k, layout.group_size, layout.group)
-    if key not in low.shared:
-        rows: Dim = 1
-        for d in x.shape[:-1]:
-            rows = d * rows
-        t, apart = low.dim(rows), kept_apart(x, layout)
-        out = [
-            low.tensor([t, layout.k_padded], "int8"),
-            low.tensor([t, layout.groups + apart], "float32"),
-            low.tensor([t, layout.groups + apart], "float32"),
-        ]
-        name, make, static, args = _made_quantized(low, x, layout) or (
-            "quantize_activation",
-            kernels.make_quantize_activation,
-            # All widths that pad groups alike share one kernel.
-            {"k": layout.k, "group_size": layout.group_size, "align": layout.align, "apart": apart},
-            [low.rows(x, layout.k)],
-        )
-        parts = low.kernel(name, make, static, args, out)
-        low.shared[key] = [low.emit(relax.TupleGetItem(parts, i)) for i in range(3)]
-    return low.shared[key]
-
-
-def _made_quantized(low: Lowering, x: Value, layout: QuantLayout) -> tuple[Any, ...] | None:
-    """The kernel that makes x and quantizes it at once, where quantized weights alone read x, all by the
-    same groups: name, maker, static parameters and arguments. The kernel that makes x as floats is emitted
-    too, and has no use then.
-    """
-    from .kernels.activation import fits_producer
-
-    op: Any = x.producer
-    if op is None or op.opname not in ("rms_norm", "gated_mlp") or not fits_producer(layout):
-        return None
-    if low.graph.output_uses(x) or not all(_reads_alike(user, layout) for user in x.users):
-        return None
-    quantize = (layout.group_size, layout.align)
-    if op.opname == "gated_mlp":
-        whole = _whole_gated_mlp(low, op, layout)
-        if whole is not None:
-            return whole
-        static = {"width": layout.k, "activation": op.activation, "quantize": quantize}
-        return "gated_mlp", kernels.make_gated_mlp, static, [low.rows(op.gate_up, 2 * layout.k)]
-    if op.x.type.rank == 3 and isinstance(op.x.shape[1], int):
-        return None  # norms of heads
-    static = {"width": layout.k, "eps": op.eps, "weight": op.weight is not None, "quantize": quantize}
-    static["apart"] = kept_apart(x, layout)
-    args = [low.rows(op.x, layout.k), *_present(low, op.weight)]
-    return "rms_norm", kernels.make_rms_norm, static, args
-
-
-def _whole_gated_mlp(low: Lowering, op: Any, layout: QuantLayout) -> tuple[Any, ...] | None:
-    """The kernel that makes a quantized gated MLP's result from its operand, where nobody else reads what is
-    in between.
-    """
-    from .kernels.gated import fits_gated
-
-    product: Any = op.gate_up.producer
-    alone = len(op.gate_up.users) == 1 and not low.graph.output_uses(op.gate_up)
-    if product is None or product.opname != "quantized_linear" or not alone:
-        return None
-    weight = quant_layout(product)
-    if weight.codebook is not None and not has_bytes(weight.codebook):
-        return None
-    if not fits_gated(layout.k, layout):
-        return None
-    static = {
-        "width": layout.k,
-        "k": weight.k,
-        **form_of(weight),
-        "bias": product.bias is not None,
-        "apart": kept_apart(product.x, weight),
-        "activation": op.activation,
-        "quantize": (layout.group_size, layout.align),
-    }
-    args = [*quantized_activation(low, product.x, weight)]
-    args += _present(low, product.q, product.scale, product.zero_point, product.bias)
-    return "quantized_gated_mlp", kernels.make_quantized_gated_mlp, static, args
-
-
-def _reads_alike(op: Any, layout: QuantLayout) -> bool:
-    """Whether an op takes its x quantized as weights of `layout` do."""
-    if op.opname != "quantized_linear":
-        return False
-    other = quant_layout(op)
-    floats = other.codebook is not None and not has_bytes(other.codebook)
-    return not floats and (other.k, other.group_size, other.align) == (
-        layout.k,
-        layout.group_size,
-        layout.align,
-    )
 
 
 @emits("linear")
@@ -322,7 +178,7 @@ def add(low: Lowering, op: Any) -> Any:
 def quantized_embedding(low: Lowering, op: Any) -> Any:
     layout = quant_layout(op)
     static = {"rows": layout.n, "width": layout.k, **form_of(layout)}
-    args = [_ids(low, op.ids), *_present(low, op.q, op.scale, op.zero_point)]
+    args = [_ids(low, op.ids), *present(low, op.q, op.scale, op.zero_point)]
     out = low.kernel(
         "quantized_embedding",
         kernels.make_quantized_embedding,
@@ -350,7 +206,7 @@ def rms_norm(low: Lowering, op: Any) -> Any:
         "heads": heads,
         "source": source,
     }
-    args = [x, *_present(low, op.weight)]
+    args = [x, *present(low, op.weight)]
     out = low.kernel("rms_norm", kernels.make_rms_norm, static, args, low.tensor(shape, "float32"))
     return out if len(shape) == op.x.type.rank else low.reshape(out, low.shape(op.x.shape))
 
@@ -366,7 +222,7 @@ def _rows(low: Lowering, value: Value) -> Any:
 def layer_norm(low: Lowering, op: Any) -> Any:
     width = _int(op.x.shape[-1])
     static = {"width": width, "eps": op.eps, "weight": op.weight is not None, "bias": op.bias is not None}
-    args = [low.rows(op.x, width), *_present(low, op.weight, op.bias)]
+    args = [low.rows(op.x, width), *present(low, op.weight, op.bias)]
     out = low.kernel(
         "layer_norm",
         kernels.make_layer_norm,
@@ -432,7 +288,7 @@ def attention_form(op: Any) -> dict[str, Any]:
 def attention_operands(low: Lowering, op: Any) -> list[Any]:
     """Its operands, those that it has."""
     operands = (op.q, op.pages, op.query_start, op.context_len, op.block_table)
-    return _present(low, *operands, op.sinks, op.slopes, op.distances)
+    return present(low, *operands, op.sinks, op.slopes, op.distances)
 
 
 @emits("append_kv")
@@ -455,7 +311,7 @@ def paged_attention(low: Lowering, op: Any) -> Any:
 def lora(low: Lowering, op: Any) -> Any:
     """Writes in place what the linear layer, or its sum with the residual, has written."""
     static = {"parts": tuple(op.parts), "k": op.x.shape[-1], "dtype": op.a.dtype}
-    args = _present(low, op.y, op.x, op.adapter, op.rank, op.scale, op.a, op.b)
+    args = present(low, op.y, op.x, op.adapter, op.rank, op.scale, op.a, op.b)
     return low.kernel_inplace("lora", kernels.make_lora, static, args, 0, low.type_of(op.result))
 
 

@@ -8,7 +8,7 @@ from ...ir.core import Value
 from ...ir.ops.moe import Moe, QuantizedMoe
 from ...ir.types import Dim
 from . import kernels
-from .emit_llm import form_of, kept_apart, quantized_activation
+from .emit_activations import form_of, kept_apart, quantized_activation
 from .lower import Lowering, emits
 from .untyped import relax
 from .weights import expert_layouts, length

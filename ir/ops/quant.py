@@ -12,6 +12,7 @@ from ..codebooks import CODEBOOKS, codebook
 from ..core import Op
 from ..define import Operand, OptionalOperand, op
 from ..errors import VerifyError
+from ..hadamard import hadamard
 from ..types import Quantization, TensorType
 from .nn import linear
 
@@ -149,6 +150,35 @@ class QuantizedLinear(Op):
         x, q, scale, zero_point, bias = args
         weight = dequantized(quantization(self.q.type, self.opname), q, scale, zero_point)
         return linear(x, weight, bias)
+
+
+@op("hadamard")
+class Hadamard(Op):
+    """x [..., K], each run of `size` columns times the Hadamard matrix of that order over √size → [..., K].
+
+    `size` is a power of two that divides K. Rotated twice, x is what it was (`hadamard.py`).
+    """
+
+    x: Operand
+    size: int
+
+    def infer(self) -> list[TensorType]:
+        return [self.x.type]
+
+    def verify(self) -> None:
+        k = self.x.shape[-1] if self.x.type.rank else 1
+        if self.size < 1 or self.size & (self.size - 1) or not isinstance(k, int) or k % self.size:
+            raise VerifyError(
+                f"hadamard: {self.x.type} in runs of {self.size}",
+                remedy="give a power of two that divides the last axis",
+            )
+
+    def reference(self, dims: Dims, *args: Any) -> Any:
+        import torch
+
+        (x,) = args
+        matrix = torch.from_numpy(hadamard(self.size).copy()).to(x.device, x.dtype)
+        return (x.reshape(*x.shape[:-1], -1, self.size) @ matrix).reshape(x.shape)
 
 
 @op("quantized_embedding")

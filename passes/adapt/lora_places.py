@@ -24,7 +24,7 @@ from ...ir.ops.cache import GatherLast
 from ...ir.ops.lora import LANES, Lora, column_blocks
 from ...ir.ops.math import Add
 from ...ir.ops.nn import Embedding, GatedMlp, Linear
-from ...ir.ops.quant import QuantizedEmbedding, QuantizedLinear
+from ...ir.ops.quant import Hadamard, QuantizedEmbedding, QuantizedLinear
 from ...ir.ops.shape import Slice
 from ...ir.types import TensorType, sym
 from ..base import Pass, PassContext, PassResult
@@ -164,7 +164,10 @@ def _place(graph: Graph, op: Op, parts: Parts, adapter: Value, dtype: str, numbe
         total = users[0][0]
         if total.a.type == total.b.type:
             y = total.results[0]
-    new = Lora(y, op.operands[0], adapter, rank, scale, a, b, parts=widths)
+    x = op.operands[0]
+    if isinstance(x.producer, Hadamard):  # an adapter's factors are not rotated
+        x = x.producer.x
+    new = Lora(y, x, adapter, rank, scale, a, b, parts=widths)
     assert y.producer is not None
     new.loc = op.loc
     following = y.producer.next

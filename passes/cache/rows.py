@@ -6,7 +6,7 @@ from ...ir.core import Op
 from ...ir.ops import math as m
 from ...ir.ops.attention import Attention, Sdpa
 from ...ir.ops.nn import LayerNorm, Linear, RmsNorm
-from ...ir.ops.quant import QuantizedLinear
+from ...ir.ops.quant import Hadamard, QuantizedLinear
 from ...ir.ops.select import TopK
 from ...ir.ops.shape import Concat, DimValue, Gather, Index, Reshape, Slice
 from ...ir.ops.state import Recurrence
@@ -63,7 +63,7 @@ def row_mixing(op: Op) -> str | None:
             return "picks rows by index"
         case Gather() | TopK() if -1 in inner:
             return "picks rows by index"
-        case RmsNorm() | LayerNorm() | Linear() | QuantizedLinear() if -1 in inner:
+        case RmsNorm() | LayerNorm() | Linear() | QuantizedLinear() | Hadamard() if -1 in inner:
             return "works along the axis of tokens"
         case DimValue() if mentions_tokens(op.dim):
             return "reads the number of tokens"

@@ -25,6 +25,22 @@ def is_quantizable(weight: Value) -> bool:
     return plain and not any(is_router(u) for u in users)
 
 
+def is_head(graph: Graph, weight: Value) -> bool:
+    """Whether a weight is an embedding table or makes the logits: read by an embedding, or by the last linear
+    layer before an output.
+    """
+    if any(isinstance(u, Embedding) for u in weight.users):
+        return True
+    for output in graph.outputs:
+        op = output.producer
+        while op is not None and not isinstance(op, (Linear, QuantizedLinear)):
+            # A scalar may stand first in a product (soft-capped logits): the logits are what has axes.
+            op = next((v.producer for v in op.operands if v.type.rank), None)
+        if isinstance(op, Linear) and op.weight is weight and graph.facts.get("kind") == "causal_lm":
+            return True
+    return False
+
+
 def attach_quantized(
     graph: Graph,
     weight: Value,

@@ -25,14 +25,13 @@ from ...ir.weights import ArrayTensor, LazyTensor
 from ..base import Pass, PassContext, PassResult
 from ..registry import Quantizer
 from .absorb import Absorption, absorb, find_absorption, give_norms_weights
-from .attach import attach_quantized, is_quantizable
+from .attach import attach_quantized, is_head, is_quantizable
 from .awq import Choice, Layer, Rounded, clip, search_scale
 from .blocks import Activations, Block, Segment, read_weight, run_ops, split_blocks, whole_weights
 from .calibrated import need_calibration
 from .grid import Grid
 from .moe import fall_back
 from .options import check_grid, parse_scheme
-from .walk import is_head
 
 if TYPE_CHECKING:
     import torch

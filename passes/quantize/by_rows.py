@@ -15,10 +15,9 @@ from ...ir.errors import CompileError
 from ...ir.types import Quantization
 from ...ir.weights import LazyTensor
 from ...plugins.entries import blaming
-from .attach import attach_quantized, is_quantizable
+from .attach import attach_quantized, is_head, is_quantizable
 from .moe import Parts, StackedPart, StackedRows, attach_experts, experts_of
 from .nearest import QuantizedWeight
-from .walk import is_head
 
 Array = np.ndarray[Any, Any]
 

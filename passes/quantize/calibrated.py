@@ -29,7 +29,7 @@ from ...ir.types import Quantization
 from ..base import PassContext
 from ..calibration import Calibration, too_few_tokens
 from ..work import PieceTensor, WorkFolder
-from .attach import attach_quantized, is_quantizable
+from .attach import attach_quantized, is_head, is_quantizable
 from .blocks import Activations, LinearOp, Segment, check_finite, read_weight, split_blocks, whole_weights
 from .gptq import Coded
 from .grid import Grid
@@ -42,7 +42,6 @@ from .moe_calibrated import (
     read_of_mixtures,
 )
 from .products import short_factors
-from .walk import is_head
 
 if TYPE_CHECKING:
     import torch

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from ...ir.core import Graph
 from ...ir.errors import InputError
 from ..base import Pass, PassContext, PassResult
-from .attach import is_quantizable
+from .attach import is_head, is_quantizable
 from .options import check_grid, check_group
-from .walk import attach_nearest, is_head
+from .walk import attach_nearest
 
 DEFAULT = "int8"
 FORMS = "none, int8, int6-gN, int4-gN[-sym], …"

@@ -23,11 +23,10 @@ from ...ir.weights import LazyTensor, QuantizedTensors, read_chunks
 from ..base import Pass, PassContext, PassResult
 from ..derived import ConcatRows
 from ..registry import Quantizer
-from .attach import attach_quantized, is_quantizable
+from .attach import attach_quantized, is_head, is_quantizable
 from .moe import fall_back
 from .nearest import QuantizedPart, QuantizedWeight
 from .nf4 import BLOCK, block_absmax, dequantize_absmax, quantize_absmax, quantize_rows, row_scales
-from .walk import is_head
 
 Array = np.ndarray[Any, Any]
 SMALLEST_GROUP = 8

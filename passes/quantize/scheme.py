@@ -25,6 +25,8 @@ def weight_passes(scheme: str, head: str | None = None, bits_per_weight: float |
         InputError: a scheme is unknown, or has no bits to choose.
     """
     linear = quantization_passes(scheme)
+    if bits_per_weight is not None:  # layers may get fewer bits than the 8 that rotation is for
+        linear = [p for p in linear if not p.for_int8_activations]
     default = default_head(scheme)
     if head is not None and default is None:
         raise InputError(

@@ -24,7 +24,7 @@ from ...ir.errors import InputError
 from ...ir.ops.nn import Embedding, Linear
 from ...ir.weights import num_bytes, num_elements
 from ..base import Pass, PassContext, PassResult, Progress, no_progress
-from .attach import is_quantizable
+from .attach import is_head, is_quantizable
 from .awq import nearest
 from .blocks import Activations, Block, read_weight, run_ops, split_blocks, whole_weights
 from .calibrated import need_calibration, open_work
@@ -33,7 +33,6 @@ from .grid import Grid
 from .head import LARGE, Cache, DiskCache, Head, find_head
 from .mixed import HEADER, WIDTHS, Option, allocate, smallest, stored_bits
 from .moe import experts_of
-from .walk import is_head
 
 if TYPE_CHECKING:
     import torch

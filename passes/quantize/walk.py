@@ -8,22 +8,28 @@ import re
 from dataclasses import dataclass
 
 from ...ir.core import Graph, Value
-from ...ir.ops.nn import Embedding, Linear
-from ...ir.ops.quant import QuantizedLinear
+from ...ir.ops.quant import Hadamard
 from ...ir.types import Quantization
 from ..base import Pass, PassContext, PassResult
 from ..registry import Quantizer
-from .attach import attach_quantized, is_quantizable
+from .attach import attach_quantized, is_head, is_quantizable
 from .moe import round_experts
 from .nearest import QuantizedPart, QuantizedWeight
 from .options import check_grid, check_group
+from .rotate import SIZE, RotateLinears
+
+WIDEST = 256
+"""Columns of an 8-bit group, at most, where activations are rotated: what the kernel of a gated MLP quantizes
+as it goes.
+"""
 
 
 @dataclass(frozen=True)
 class QuantizeRtn(Pass):
     """Round-to-nearest quantization of linear layers; embeddings and the output head are `quantize-head`'s.
 
-    Options: `bits`; `group` along K, 0 for whole rows; `symmetric`.
+    Options: `bits`; `group` along K, 0 for whole rows; `symmetric`; `widest`: of layers whose operand is
+    rotated, groups are the largest multiple of `group` up to this that divides K.
     """
 
     name = "quantize-rtn"
@@ -32,6 +38,7 @@ class QuantizeRtn(Pass):
     bits: int = 4
     group: int = 32
     symmetric: bool = False
+    widest: int = 0
 
     def __post_init__(self) -> None:
         check_grid(self.name, self.bits, self.group)
@@ -40,11 +47,19 @@ class QuantizeRtn(Pass):
         weights = [w for w in graph.weights.values() if is_quantizable(w) and not is_head(graph, w)]
         for weight in weights:
             bits = context.bits.get(weight.name, self.bits)
-            attach_nearest(graph, weight, bits, self.group, self.symmetric)
+            attach_nearest(graph, weight, bits, self._group(weight), self.symmetric)
         experts = round_experts(graph, context.bits, self.bits, self.group, self.symmetric)
         graph.drop_dead()
         found = bool(weights) or experts > 0
         return PassResult(graph, found, [] if found else ["no linear layer was found to quantize"])
+
+    def _group(self, weight: Value) -> int:
+        k = weight.shape[-1]
+        assert isinstance(k, int)
+        if not self.group or not all(isinstance(u.operands[0].producer, Hadamard) for u in weight.users):
+            return self.group
+        widths = range(self.group, self.widest + 1, self.group)
+        return max((g for g in widths if k % g == 0), default=self.group)
 
 
 def attach_nearest(graph: Graph, weight: Value, bits: int, group: int, symmetric: bool) -> None:
@@ -59,24 +74,10 @@ def attach_nearest(graph: Graph, weight: Value, bits: int, group: int, symmetric
     )
 
 
-def is_head(graph: Graph, weight: Value) -> bool:
-    """Whether a weight is an embedding table or makes the logits: read by an embedding, or by the last linear
-    layer before an output.
-    """
-    if any(isinstance(u, Embedding) for u in weight.users):
-        return True
-    for output in graph.outputs:
-        op = output.producer
-        while op is not None and not isinstance(op, (Linear, QuantizedLinear)):
-            # A scalar may stand first in a product (soft-capped logits): the logits are what has axes.
-            op = next((v.producer for v in op.operands if v.type.rank), None)
-        if isinstance(op, Linear) and op.weight is weight and graph.facts.get("kind") == "causal_lm":
-            return True
-    return False
-
-
 class RoundToNearest(Quantizer):
-    """`int8-gN` (symmetric; `int8` is `int8-g64`), `int4-gN`, `int4-gN-sym`."""
+    """`int8` (symmetric, in groups of 64, up to `WIDEST` where activations are rotated), `int8-gN`,
+    `int4-gN`, `int4-gN-sym`.
+    """
 
     forms = ("int8[-gN]", "int4-gN[-sym]")
 
@@ -89,4 +90,7 @@ class RoundToNearest(Quantizer):
         bits = 8 if scheme.startswith("int8") else 4
         group = int(m.group(1) or m.group(2) or 64)
         check_group(f"--quant {scheme}", group)
-        return [QuantizeRtn(bits=bits, group=group, symmetric=bits == 8 or m.group(3) is not None)]
+        if bits == 4:
+            return [QuantizeRtn(bits=bits, group=group, symmetric=m.group(3) is not None)]
+        rotate = [] if group % SIZE else [RotateLinears()]
+        return [*rotate, QuantizeRtn(8, group, True, widest=0 if m.group(1) else WIDEST)]

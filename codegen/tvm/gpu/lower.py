@@ -9,7 +9,8 @@ from typing import Any
 
 from ....ir.core import Graph, Op, Value
 from .. import emit_llm, emit_moe, emit_state, emit_tensor
-from ..emit_llm import form_of, source_of
+from ..emit_activations import form_of
+from ..emit_llm import source_of
 from ..kernels.isa import get_isa
 from ..lower import EMITTERS, Emitter, Lowering
 from ..weights import expert_layouts, length, quant_layout

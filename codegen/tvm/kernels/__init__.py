@@ -87,6 +87,7 @@ _MAKERS = {
     "make_gated_delta_rule": "state_delta",
     "make_gated_mlp": "elementwise",
     "make_gather_last": "gather",
+    "make_hadamard": "rotation",
     "make_layer_norm": "norms",
     "make_linear": "linear",
     "make_linear_recurrence": "state",

@@ -7,6 +7,9 @@ what stands beside them rounds to nothing. A scale a group keeps the damage with
 of a row can be kept apart, as float32 whose codes are 0 (`Quantized.apart`): one of each norm's halves what
 is lost. LLM.int8() (Dettmers et al., 2022, section 3.2) does so for whole columns, found by a threshold; a
 number for each row costs the same for every model and needs no text at compile time.
+
+Where the weights were rotated (`Quantized.rotate`), each run of a group's columns is rotated too before its
+scale is taken: nothing stands out then, and nothing is kept apart.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ from .builder import (
     vec,
 )
 from .layout import QuantLayout
+from .rotation import store_made
 from .vector_math import BESIDE
 
 _ABS = 0x7FFFFFFF
@@ -56,6 +60,8 @@ class Quantized:
 
     Sums and scale are `apart` longer: there scale holds that many of a row's largest activations, the largest
     first, and sums their columns, whole numbers. They count as 0 among the others.
+
+    `rotate`: columns that are rotated together first (`rotation`), or 0; it divides a group.
     """
 
     layout: QuantLayout
@@ -63,6 +69,7 @@ class Quantized:
     sums: Buffer
     scale: Buffer
     apart: int = 0
+    rotate: int = 0
 
 
 def activation_layout(k: int, group_size: int, align: int) -> QuantLayout:
@@ -71,7 +78,7 @@ def activation_layout(k: int, group_size: int, align: int) -> QuantLayout:
 
 
 def quantized_arguments(
-    kernel: Kernel, lay: QuantLayout, prefix: str = "", rows: str = "T", apart: int = 0
+    kernel: Kernel, lay: QuantLayout, prefix: str = "", rows: str = "T", apart: int = 0, rotate: int = 0
 ) -> Quantized:
     """The parameters a, sums and a_scale of a kernel, or others' with a prefix; `rows`: their symbol."""
     tokens = kernel.symbol(rows)
@@ -81,6 +88,7 @@ def quantized_arguments(
         kernel.argument(f"{prefix}sums", (tokens, lay.groups + apart), "float32"),
         kernel.argument(f"{prefix}a_scale", (tokens, lay.groups + apart), "float32"),
         apart,
+        rotate,
     )
 
 
@@ -146,8 +154,22 @@ def _put_group(to: Quantized, row: Expr, g: Expr, read: Read, largest: Expr) -> 
     put1(to.sums, T.Select(_usable(largest), T.Cast("float32", summed), T.float32(0)), row, g)
 
 
+def _hold(held: Buffer, first: Expr, count: int, make: Read, rotate: int) -> Expr:
+    """Put `count` elements, of which `make(i)` computes 16 from i on, into `held` from `first` on, rotated as
+    `Quantized.rotate` says; the largest |x| of them.
+    """
+    best = register_i32(i32s(0))
+
+    def store(i: Expr, value: Expr) -> None:
+        put(held, value, first + i)
+        put(best, T.max(vec(best, 0), _size(value)), 0)
+
+    store_made(count, make, store, rotate)
+    return let(T.reinterpret(call("int32", "llmc_max_i32", vec(best, 0)), dtype="float32"))
+
+
 def quantize_group(to: Quantized, row: Expr, g: Expr, read: Read) -> None:
-    """Quantize group g of a row, whose 16 elements from i on are `read(i)`."""
+    """Quantize group g of a row, whose 16 elements from i on are `read(i)`, rotated already."""
     _put_group(to, row, g, read, _largest(read, to.layout.group))
 
 
@@ -169,13 +191,9 @@ def quantize_as_made(to: Quantized, row: Expr, held: Buffer, make: Read) -> None
         first = let(turn * at_once)
         count = let(T.min(T.int32(groups) - first, T.int32(at_once)))
         with T.serial(0, count) as g:
-
-            def made(i: Expr, g: Expr = g) -> Expr:
-                value = let(make((first + g) * group + i))
-                put(held, value, g * group + i)
-                return value
-
-            put1(to.scale, _largest(made, group), row, first + g)
+            start = let((first + g) * group)
+            largest = _hold(held, g * group, group, lambda i, start=start: make(start + i), to.rotate)
+            put1(to.scale, largest, row, first + g)
         if to.apart:
             with T.serial(0, to.apart) as n:
                 _keep_apart(to, row, held, n)
@@ -250,22 +268,25 @@ def _ragged_group(
     put1(sums, T.Cast("float32", total[0]), row, g)
 
 
-def make_quantize_activation(*, k: int, group_size: int, align: int = 8, apart: int = 0, isa: str) -> Any:
+def make_quantize_activation(
+    *, k: int, group_size: int, align: int = 8, apart: int = 0, rotate: int = 0, isa: str
+) -> Any:
     """a = round(x · 127 / max|x|), a_scale = max|x| / 127, sums = Σ a, each over a group.
 
     x float32 [T, k]; with L the `QuantLayout` of any weights that pad groups to `align`: a int8 [T,
     L.k_padded], sums and a_scale float32 [T, L.groups + apart], the sums whole numbers: they are factors of
     floats. A group of zeros, or of less than `SMALLEST`, gives zeros; a NaN or an infinity makes the group's
-    scale NaN or infinite, or is what is kept `apart` (as in `Quantized`; for `whole_groups`).
+    scale NaN or infinite, or is what is kept `apart` (as in `Quantized`; for `whole_groups`). x is rotated
+    first in runs of `rotate` columns, where that is not 0.
     """
     lay = activation_layout(k, group_size, align)
     kernel = Kernel("quantize_activation", isa)
     with kernel:
         tokens = kernel.symbol("T")
         x = kernel.argument("x", (tokens, k), "float32")
-        to = quantized_arguments(kernel, lay, apart=apart)
+        to = quantized_arguments(kernel, lay, apart=apart, rotate=rotate)
         with kernel.body():
-            if apart:
+            if apart or rotate:
                 held = elements_held(lay, apart)
                 for_each_row_beside(tokens, 2 * k, held, lambda row, at: _quantize_row(x, row, at, to))
             else:

@@ -52,11 +52,13 @@ def activation_function(activation: str) -> Callable[[Expr], Expr]:
     return ACTIVATIONS[activation]
 
 
-def make_gated_mlp(*, width: int, activation: str, quantize: tuple[int, int] | None = None, isa: str) -> Any:
+def make_gated_mlp(
+    *, width: int, activation: str, quantize: tuple[int, int] | None = None, rotate: int = 0, isa: str
+) -> Any:
     """out = activation(gate) · up. gate_up float32 [T, 2 · width] = [gate, up]; out float32 [T, width].
 
     activation: silu, gelu, gelu_tanh, relu or sigmoid. With quantize = (group_size, align) the outputs are a,
-    sums and a_scale of `quantize_activation`.
+    sums and a_scale of `quantize_activation`, with `rotate`.
     """
     function = activation_function(activation)
     kernel = Kernel("gated_mlp", isa)
@@ -64,7 +66,7 @@ def make_gated_mlp(*, width: int, activation: str, quantize: tuple[int, int] | N
         tokens = kernel.symbol("T")
         x = kernel.argument("gate_up", (tokens, 2 * width), "float32")
         if quantize is not None:
-            to = quantized_arguments(kernel, activation_layout(width, *quantize))
+            to = quantized_arguments(kernel, activation_layout(width, *quantize), rotate=rotate)
             out = None
         else:
             to, out = None, kernel.argument("out", (tokens, width), "float32")

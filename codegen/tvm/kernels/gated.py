@@ -28,6 +28,7 @@ from .elementwise import COST, activation_function
 from .layout import QuantLayout
 from .panels import Held, Unpacked
 from .quantized import Plan, finish_groups, quantized_operands
+from .rotation import store_made
 from .schedule import Schedule
 from .tile_registers import TILE_ROWS
 from .tiles import multiply_tiles
@@ -76,9 +77,14 @@ def _fused(plan: Plan, tokens: Expr, to: Quantized, function: Callable[[Expr], E
             else:
                 for one in panels:
                     plan.multiply_unpacked((first, stop), one)
-        with T.serial(0, stop - first) as t, T.serial(0, blocks) as c:
-            at, i = let(T.floormod(first + t, T.int32(rows))), c * LANES
-            put(products, _make(function, products, at, i, group + i), at, i)
+        with T.serial(0, stop - first) as t:
+            at = let(T.floormod(first + t, T.int32(rows)))
+            store_made(
+                group,
+                lambda i, at=at: _make(function, products, at, i, group + i),
+                lambda i, value, at=at: put(products, value, at, i),
+                to.rotate,
+            )
         with T.serial(0, stop - first) as t:
             at = let(T.floormod(first + t, T.int32(rows)))
             quantize_group(to, first + t, g, lambda i: vec(products, at, i))
@@ -98,11 +104,13 @@ def make_quantized_gated_mlp(
     apart: int = 0,
     activation: str,
     quantize: tuple[int, int],
+    rotate: int = 0,
     schedule: Schedule | None = None,
     isa: str,
 ) -> Any:
     """gated_mlp(quantized_linear(x)), quantized: operands as in `make_quantized_linear` for n = 2 · width =
-    [gate, up], results as in `make_gated_mlp` with quantize = (group_size, align); for `fits_gated`.
+    [gate, up], results as in `make_gated_mlp` with quantize = (group_size, align) and `rotate`; for
+    `fits_gated`.
     """
     function = activation_function(activation)
     kernel = Kernel("quantized_gated_mlp", isa)
@@ -110,7 +118,7 @@ def make_quantized_gated_mlp(
     with kernel:
         tokens = kernel.symbol("T")
         ops = quantized_operands(kernel, lay, bias, apart)
-        to = quantized_arguments(kernel, activation_layout(width, *quantize), "out_")
+        to = quantized_arguments(kernel, activation_layout(width, *quantize), "out_", rotate=rotate)
 
         def few() -> None:
             products = T.alloc_buffer((tokens, 2 * width), "float32")

@@ -141,6 +141,18 @@ def _round() -> str:
 }}"""
 
 
+def _hadamard() -> str:
+    """16 lanes times Sylvester's matrix of that order: sums and differences of lanes 1, 2, 4 and 8 apart."""
+    lines, value = [f"{_DEFINE} {_V} @llmc_hadamard16({_V} %v) alwaysinline {{"], "%v"
+    for step in (1, 2, 4, 8):
+        mask = _lanes([i ^ step for i in range(16)])
+        signs = ", ".join(f"float {-1.0 if i & step else 1.0}" for i in range(16))
+        lines.append(f"  %m{step} = shufflevector {_V} {value}, {_V} poison, <16 x i32> {mask}")
+        lines.append(f"  %r{step} = call {_V} @llmc_fma({_V} {value}, {_V} <{signs}>, {_V} %m{step})")
+        value = f"%r{step}"
+    return "\n".join([*lines, f"  ret {_V} {value}", "}"])
+
+
 # TIR would simplify x + c - c.
 _ADD = f"""{_DEFINE} {_V} @llmc_add({_V} %x, {_V} %y) alwaysinline {{
   %r = fadd {_V} %x, %y
@@ -396,7 +408,7 @@ def library(isa_name: str) -> str:
     isa = get_isa(isa_name)
     halves = _HALF_HARDWARE if isa.half else _HALF_PLAIN
     many = [_many(name, count) for name in ("sum", "max") for count in (4, 8, 12, 16)]
-    others = (_round(), _ADD, _OPAQUE, *_prefetches(isa), halves, _TO_BFLOAT)
+    others = (_round(), _hadamard(), _ADD, _OPAQUE, *_prefetches(isa), halves, _TO_BFLOAT)
     registers = tiles() if isa.tiles else []
     words = [_BFLOAT_WORDS] if isa.bfloat else []
     return "\n".join(

@@ -54,6 +54,11 @@ def has_bytes(codebook: str) -> bool:
     return all(v == int(v) and -128 <= v < 128 for v in CODEBOOKS[codebook])
 
 
+def fits_rotation(size: int) -> bool:
+    """Whether runs of `size` columns, a power of two, are whole vectors of 16 that registers hold."""
+    return 16 <= size <= 256
+
+
 def pack_rows(rows: np.ndarray) -> np.ndarray:
     """Rows [n, k] of a float weight → [ceil(n/16), k, 16].
 

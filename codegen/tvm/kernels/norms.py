@@ -127,6 +127,7 @@ def make_rms_norm(
     source: Source = None,
     quantize: tuple[int, int] | None = None,
     apart: int = 0,
+    rotate: int = 0,
     isa: str,
 ) -> Any:
     """out = x / √(mean(x²) + eps) · weight over the last axis.
@@ -136,11 +137,12 @@ def make_rms_norm(
     width]. weight float32 [width].
 
     With quantize = (group_size, align) the outputs are a, sums and a_scale of `quantize_activation`, with
-    `apart`; heads is 0 then.
+    `apart` and `rotate`; heads is 0 then.
     """
     kernel = Kernel("rms_norm", isa)
     if quantize is not None:
-        return _rms_norm_quantized(kernel, width, eps, weight, activation_layout(width, *quantize), apart)
+        lay = activation_layout(width, *quantize)
+        return _rms_norm_quantized(kernel, width, eps, weight, lay, (apart, rotate))
     with kernel:
         tokens = kernel.symbol("T")
         if heads:
@@ -174,14 +176,14 @@ def make_rms_norm(
 
 
 def _rms_norm_quantized(
-    kernel: Kernel, width: int, eps: float, weight: bool, lay: QuantLayout, apart: int
+    kernel: Kernel, width: int, eps: float, weight: bool, lay: QuantLayout, how: tuple[int, int]
 ) -> Any:
     """The kernel whose rows are quantized as they are made; bit for bit those of the other, quantized."""
     with kernel:
         tokens = kernel.symbol("T")
         x = kernel.argument("x", (tokens, width), "float32")
         w = kernel.argument("weight", (width,), "float32") if weight else None
-        to = quantized_arguments(kernel, lay, apart=apart)
+        to = quantized_arguments(kernel, lay, apart=how[0], rotate=how[1])
 
         def row(t: Expr, held: Buffer) -> None:
             root = _inverse_root(_sum(width, x, lambda i: (t, i), T.float32(0)), width, eps)
@@ -193,7 +195,7 @@ def _rms_norm_quantized(
             quantize_as_made(to, t, held, make)
 
         with kernel.body():
-            for_each_row_beside(tokens, 3 * width, elements_held(lay, apart), row)
+            for_each_row_beside(tokens, 3 * width, elements_held(lay, to.apart), row)
     return kernel.function
 
 

@@ -28,10 +28,9 @@ from ...base import Pass, PassContext, PassResult
 from ...derived import ConcatRows
 from ...registry import Quantizer
 from ...work import WorkFolder
-from ..attach import is_quantizable
+from ..attach import is_head, is_quantizable
 from ..keep import attach_stored, split_by_grid
 from ..moe import fall_back
-from ..walk import is_head
 from .encode import encode
 from .importance import importances
 from .mixture import SCHEMES, Role, block_type

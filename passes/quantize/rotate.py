@@ -1,0 +1,89 @@
+"""Rotates what linear layers read, and their weights, for targets that round activations to 8 bits.
+
+    linear(x, w)   →   linear(hadamard(x), w · H)
+
+The same product: H is orthogonal. What stands out of x is spread over `size` columns, so that a scale a group
+loses less; weights of 8 bits lose nothing by it. Of four bits this is not said: weights that lie on a grid
+already (a GGUF file's) leave it.
+
+Not the output head: embeddings that have its weight would have to be rotated back for a hundredth of a step's
+time, and what the head reads keeps more apart (`benchmarks/README.md`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ...ir.core import Graph, Op, Value
+from ...ir.errors import InputError
+from ...ir.hadamard import rotate_columns
+from ...ir.ops.nn import Linear
+from ...ir.ops.quant import Hadamard
+from ...ir.weights import LazyTensor
+from ..base import Pass, PassContext, PassResult
+from .attach import is_head, is_quantizable
+
+Array = np.ndarray[Any, Any]
+SIZE = 64
+"""Columns that are rotated together: a group of activations has a multiple of them."""
+
+
+@dataclass(frozen=True)
+class RotateLinears(Pass):
+    """Rotate linear layers whose columns are a multiple of `size`, but the output head.
+
+    Options: `size`, a power of two.
+    """
+
+    name = "rotate-linears"
+    requires = "fused"
+    for_int8_activations = True
+    size: int = SIZE
+
+    def __post_init__(self) -> None:
+        if self.size < 2 or self.size & (self.size - 1):
+            raise InputError(f"pass {self.name}: size={self.size}", remedy="give a power of two, from 2 on")
+
+    def run(self, graph: Graph, context: PassContext) -> PassResult:
+        found = [w for w in graph.weights.values() if self._rotates(graph, w)]
+        rotated: dict[Value, Value] = {}
+        for op in graph.ops:
+            if not isinstance(op, Linear) or op.weight not in found:
+                continue
+            if op.x not in rotated:
+                new = Hadamard(op.x, size=self.size)
+                new.loc = op.loc
+                rotated[op.x] = graph.insert(new, before=op).result
+            graph.set_operand(op, 0, rotated[op.x])
+        for weight in found:
+            assert weight.weight is not None
+            graph.set_weight(weight, RotatedTensor(weight.weight, self.size))
+        return PassResult(graph, bool(found))
+
+    def _rotates(self, graph: Graph, weight: Value) -> bool:
+        if not is_quantizable(weight) or is_head(graph, weight):
+            return False
+        k = weight.shape[-1]
+        return isinstance(k, int) and k % self.size == 0 and all(_is_plain(u) for u in weight.users)
+
+
+def _is_plain(op: Op) -> bool:
+    """Whether an op is a linear layer of float32 that nothing was rotated for yet."""
+    return isinstance(op, Linear) and op.x.dtype == "float32" and not isinstance(op.x.producer, Hadamard)
+
+
+class RotatedTensor:
+    """Rows of a float weight [N, K], rotated in runs of `size` columns; float32."""
+
+    dtype = "float32"
+
+    def __init__(self, base: LazyTensor, size: int) -> None:
+        self.base, self.size = base, size
+        self.shape: tuple[int, ...] = base.shape
+        self.source = base.source
+
+    def read(self, start: int = 0, stop: int | None = None) -> Array:
+        return rotate_columns(self.base.read(start, stop), self.size)
