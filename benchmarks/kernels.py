@@ -144,20 +144,21 @@ def multiply_limit(isa: str, dtype: str) -> Measured:
 
 @dataclass(frozen=True)
 class Form:
-    """Weights of 4 bits."""
+    """How weights are quantized."""
 
     group: int
     zero: str | None = None
     apart: int = 1
     """How many of a row's largest activations are kept apart."""
+    bits: int = 4
 
     def __str__(self) -> str:
         kind = "sym" if self.zero is None else "asym"
-        return f"int4-g{self.group} {kind}, {self.apart} apart"
+        return f"int{self.bits}-g{self.group} {kind}, {self.apart} apart"
 
     def static(self) -> dict[str, Any]:
         return {
-            "bits": 4,
+            "bits": self.bits,
             "group_size": self.group,
             "zero_point": self.zero,
             "scale_dtype": "float16",
@@ -168,7 +169,7 @@ class Form:
         """Codes, scales, and zero points where there are any."""
         from llmc.codegen.tvm.kernels.layout import QuantLayout
 
-        lay = QuantLayout(n, k, 4, self.group, None, "float16", self.zero, 0)
+        lay = QuantLayout(n, k, self.bits, self.group, None, "float16", self.zero, 0)
         codes = np.random.default_rng(0).integers(0, 256, lay.weight_shape, dtype=np.uint8)
         found = [codes, np.full(lay.scale_shape, 0.01, lay.scale_storage)]
         if lay.zero_storage is not None:
@@ -179,7 +180,7 @@ class Form:
         """a, sums and a_scale of `quantize_activation` for these weights."""
         from llmc.codegen.tvm.kernels.layout import QuantLayout
 
-        lay = QuantLayout(1, k, 4, self.group)
+        lay = QuantLayout(1, k, self.bits, self.group)
         a = np.random.default_rng(1).integers(-127, 128, (rows, lay.k_padded), dtype=np.int8)
         sums = a.reshape(rows, lay.groups, -1).sum(2).astype(np.float32)
         if self.apart:
@@ -216,7 +217,7 @@ def gated(isa: str, width: int, k: int, rows: int, form: Form) -> Measured:
     from llmc.codegen.tvm.kernels.gated import make_quantized_gated_mlp
     from llmc.codegen.tvm.kernels.layout import QuantLayout
 
-    quantize = (form.group, QuantLayout(1, width, 4, form.group).align)
+    quantize = (form.group, QuantLayout(1, width, form.bits, form.group).align)
     static = {"width": width, "k": k, **form.static(), "activation": "silu", "quantize": quantize}
     function = _compiled(make_quantized_gated_mlp(**static, isa=isa), isa)
     lay = activation_layout(width, *quantize)

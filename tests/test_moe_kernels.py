@@ -111,7 +111,8 @@ def _chosen(rows: int, experts: int, k: int) -> np.ndarray:
 
 @levels
 @pytest.mark.parametrize(
-    ("bits", "group", "zero"), [(8, 64, None), (4, 32, "uint8"), (4, 64, None), (5, 16, "float16")]
+    ("bits", "group", "zero"),
+    [(8, 64, None), (8, 128, None), (4, 32, "uint8"), (4, 64, None), (5, 16, "float16")],
 )
 @pytest.mark.parametrize(("rows", "n", "k"), [(1, 48, 64), (90, 40, 128)])
 @pytest.mark.parametrize("apart", [0, 1])

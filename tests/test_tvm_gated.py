@@ -25,6 +25,8 @@ FORMS = [
     {"width": 256, "k": 192, "bits": 3, "group_size": 64, "quantize": (128, 16), "activation": "gelu"},
     {"width": 128, "k": 192, "bits": 8, "group_size": 64, "activation": "relu"},
     {"width": 384, "k": 192, "bits": 8, "group_size": 192, "quantize": (192, 8), "rotate": 64},
+    {"width": 256, "k": 640, "bits": 8, "group_size": 128, "quantize": (256, 8), "rotate": 64, "bias": True},
+    {"width": 512, "k": 2176, "group_size": 128, "zero_point": "uint8", "quantize": (256, 8), "bias": True},
 ]
 
 
@@ -72,6 +74,12 @@ def test_wide_groups_hold_fewer_rows(width: int, group: int, isa: str) -> None:
 @levels
 def test_forms(form: dict[str, Any], isa: str) -> None:
     run(isa, 70, form)
+
+
+@pytest.mark.parametrize("rows", [16, 17, 40, 300])
+@levels
+def test_rows_of_weights_as_they_lie(rows: int, isa: str) -> None:
+    run(isa, rows, FORMS[5])
 
 
 def test_groups_must_divide_the_result_and_be_whole_vectors() -> None:

@@ -173,6 +173,17 @@ def quantize_group(to: Quantized, row: Expr, g: Expr, read: Read) -> None:
     _put_group(to, row, g, read, _largest(read, to.layout.group))
 
 
+def quantize_held(to: Quantized, row: Expr, g: Expr, held: Buffer, first: Expr) -> None:
+    """Quantize group g of a row from held[first …], where it is rotated first as `to` says."""
+
+    def read(i: Expr) -> Expr:
+        return vec(held, first + i)
+
+    group = to.layout.group
+    largest = _hold(held, first, group, read, to.rotate) if to.rotate else _largest(read, group)
+    _put_group(to, row, g, read, largest)
+
+
 def elements_held(lay: QuantLayout, apart: int) -> int:
     """How many of a row's elements are made before they are quantized, by `quantize_as_made`."""
     return lay.k if apart else lay.group * min(lay.groups, max(1, _HELD // lay.group))

@@ -301,6 +301,11 @@ def prefetch(buffer: Buffer, *index: Expr) -> None:
     T.evaluate(T.call_extern("int32", "llmc_prefetch", T.address_of(buffer[index])))
 
 
+def prefetch_second(buffer: Buffer, *index: Expr) -> None:
+    """The same to the second cache, for more than the nearest one waits for at a time."""
+    T.evaluate(T.call_extern("int32", "llmc_prefetch_second", T.address_of(buffer[index])))
+
+
 def prefetch_to_write(buffer: Buffer, *index: Expr) -> None:
     """Fetch the cache line of an element that will be written, while something else is computed."""
     T.evaluate(T.call_extern("int32", "llmc_prefetch_to_write", T.address_of(buffer[index])))

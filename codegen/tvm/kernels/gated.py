@@ -8,7 +8,7 @@ group behind as bytes: the products, eight times as large, stay in the nearest c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,22 +21,27 @@ from .activation import (
     fits_producer,
     quantize_as_made,
     quantize_group,
+    quantize_held,
     quantized_arguments,
 )
 from .builder import LANES, Buffer, Expr, Kernel, for_each_row_beside, let, put, vec
 from .elementwise import COST, activation_function
 from .layout import QuantLayout
-from .panels import Held, Unpacked
-from .quantized import Plan, finish_groups, quantized_operands
+from .linear import row_shares
+from .panels import Held, Operands, Unpacked
+from .quantized import Plan, finish_block, quantized_operands
 from .rotation import store_made
 from .schedule import Schedule
+from .tile_pairs import After, multiply_pairs
 from .tile_registers import TILE_ROWS
-from .tiles import multiply_tiles
+from .tiles import in_pairs, multiply_tiles
 
 _ROWS = 256
-"""Rows whose products are held, at most; a power of 2. More would leave threads without work."""
+"""Rows that a thread multiplies, at most; a power of 2. More would leave threads without work."""
 _HELD = 1 << 15
 """Results of which products are held, at most: 256 kB, which the second cache keeps."""
+_SPREAD = 1 << 20
+"""Bytes of weights that are spread at once, at most, for the same reason."""
 
 
 def fits_gated(width: int, lay: QuantLayout) -> bool:
@@ -51,43 +56,107 @@ def _make(function: Callable[[Expr], Expr], x: Buffer, row: Expr, gate: Expr, up
 
 def _fused(plan: Plan, tokens: Expr, to: Quantized, function: Callable[[Expr], Expr]) -> None:
     """Parallel over (rows, group of the result)."""
-    given, group, width = plan.given(tokens), to.layout.group, to.layout.k
-    blocks, rows = group // LANES, min(_ROWS, 1 << (_HELD // group).bit_length() - 1)
-    # A panel for vectors is as wide as any: one block's sums alone would wait for each other.
-    together = 1 if plan.tiles else max(n for n in range(1, plan.width + 1) if blocks % n == 0)
-    count = let(T.floordiv(tokens + (rows - 1), T.int32(rows)))
-    share = T.floordiv(tokens + count - 1, count)
-    share = let(T.floordiv(share + (TILE_ROWS - 1), T.int32(TILE_ROWS)) * TILE_ROWS)
+    given, group = plan.given(tokens), to.layout.group
+    pairs = plan.tiles and in_pairs(plan.ops.layout)
+    rows = _ROWS if pairs else min(_ROWS, 1 << (_HELD // group).bit_length() - 1)
+    count, share = row_shares(tokens, rows)
+    make = _in_pairs if pairs else _one_by_one
 
     with T.parallel(0, count * to.layout.groups) as w:
         g = let(T.floormod(w, T.int32(to.layout.groups)))
         first = let(T.floordiv(w, T.int32(to.layout.groups)) * share)
-        stop = let(T.min(first + share, tokens))
-        products = T.alloc_buffer((rows, 2 * group), "float32")
+        make(plan, given, (first, let(T.min(first + share, tokens))), (rows, g), to, function)
 
-        def panel(start: int, column: int, c: Expr) -> Unpacked:
+
+def _one_by_one(
+    plan: Plan,
+    given: Operands,
+    span: tuple[Expr, Expr],
+    place: tuple[int, Expr],
+    to: Quantized,
+    function: Callable[[Expr], Expr],
+) -> None:
+    """Group g of rows [first, stop), at most `rows`: (first, stop) = span, (rows, g) = place."""
+    (first, stop), (rows, g) = span, place
+    group, width = to.layout.group, to.layout.k
+    blocks = group // LANES
+    # A panel for vectors is as wide as any: one block's sums alone would wait for each other.
+    together = 1 if plan.tiles else max(n for n in range(1, plan.width + 1) if blocks % n == 0)
+    products = T.alloc_buffer((rows, 2 * group), "float32")
+    with T.serial(0, blocks // together) as c:
+        panels: list[Unpacked] = []
+        for start, column in ((0, 0), (width, group)):
             block = let(start // LANES + g * blocks)
             held = Held(products, rows, block, column)
-            return Unpacked(replace(given, held=held), block + c * together, together)
+            panels.append(Unpacked(replace(given, held=held), block + c * together, together))
+        if plan.tiles:
+            multiply_tiles((first, stop), panels, finish_block)
+        else:
+            for one in panels:
+                plan.multiply_unpacked((first, stop), one)
 
-        with T.serial(0, blocks // together) as c:
-            panels = [panel(0, 0, c), panel(width, group, c)]
-            if plan.tiles:
-                multiply_tiles((first, stop), panels, finish_groups)
-            else:
-                for one in panels:
-                    plan.multiply_unpacked((first, stop), one)
-        with T.serial(0, stop - first) as t:
-            at = let(T.floormod(first + t, T.int32(rows)))
-            store_made(
-                group,
-                lambda i, at=at: _make(function, products, at, i, group + i),
-                lambda i, value, at=at: put(products, value, at, i),
-                to.rotate,
-            )
-        with T.serial(0, stop - first) as t:
-            at = let(T.floormod(first + t, T.int32(rows)))
-            quantize_group(to, first + t, g, lambda i: vec(products, at, i))
+    def row(t: Expr) -> Expr:
+        return let(T.floormod(first + t, T.int32(rows)))
+
+    with T.serial(0, stop - first) as t:
+        at = row(t)
+        store_made(
+            group,
+            lambda i: _make(function, products, at, i, group + i),
+            lambda i, value: put(products, value, at, i),
+            to.rotate,
+        )
+    with T.serial(0, stop - first) as t:
+        at = row(t)
+        quantize_group(to, first + t, g, lambda i: vec(products, at, i))
+
+
+def _in_pairs(
+    plan: Plan,
+    given: Operands,
+    span: tuple[Expr, Expr],
+    place: tuple[int, Expr],
+    to: Quantized,
+    function: Callable[[Expr], Expr],
+) -> None:
+    """The same by two tiles at a time, whose results of gate and up are multiplied before they are held."""
+    (first, stop), (rows, g) = span, place
+    lay, group = plan.ops.layout, to.layout.group
+    blocks = group // LANES
+    whole = plan.as_they_lie or 2 * group * lay.k_padded <= _SPREAD
+    together = blocks if whole else 1
+    held_rows = 2 * TILE_ROWS if whole else rows
+    # Rows that stand a power of two apart would meet in few sets of a cache.
+    stride = group + LANES
+    held = T.alloc_buffer((held_rows * stride,), "float32")
+    starts = [let(start // LANES + g * blocks) for start in (0, to.layout.k)]
+
+    def multiply(c: Expr, after: After | None) -> None:
+        panels = [plan.panel(given, start + c, together) for start in starts]
+
+        def write(row: Expr, t: Expr, block: Expr, values: Sequence[Expr]) -> None:
+            if given.bias is not None:
+                values = [
+                    value + vec(given.bias, (start + c + block) * LANES)
+                    for value, start in zip(values, starts, strict=True)
+                ]
+            gate, up = values
+            at = t if whole else T.floormod(row, T.int32(rows))
+            put(held, function(let(gate)) * up, at * stride + (c + block) * LANES)
+
+        multiply_pairs((first, stop), panels, finish_block, write, after)
+
+    def after(row: Expr, count: int) -> None:
+        with T.serial(0, count) as t:
+            quantize_held(to, row + t, g, held, t * stride)
+
+    if whole:
+        multiply(T.int32(0), after)
+        return
+    with T.serial(0, blocks) as c:
+        multiply(c, None)
+    with T.serial(0, stop - first) as t:
+        quantize_held(to, first + t, g, held, let(T.floormod(first + t, T.int32(rows)) * stride))
 
 
 def make_quantized_gated_mlp(

@@ -172,6 +172,7 @@ def _prefetches(isa: Isa) -> list[str]:
     return [
         "declare void @llvm.prefetch.p0(ptr, i32, i32, i32)",
         _prefetch("llmc_prefetch", 0, isa.fetched_to),
+        _prefetch("llmc_prefetch_second", 0, 2),
         _prefetch("llmc_prefetch_to_write", 1),
     ]
 

@@ -62,7 +62,8 @@ _BFLOAT = f"""{_DEFINE} {_V} @llmc_bfloat_rest({_V} %x) alwaysinline {{
 def tiles() -> list[str]:
     """`llmc_tile_configure_*`, `_release` (so that the operating system need not save 8 KiB whenever it takes
     the core away), `_zero_R`, `_load_R(from, bytes between rows)`, `_store_R(to, …)`, and products
-    `_bytes_C_A_B` and `_floats_C_A_B`: C += A · B of signed bytes, and of pairs of bfloat16.
+    `_bytes_C_A_B`, `_unsigned_C_A_B` and `_floats_C_A_B`: C += A · B of signed bytes, of signed and unsigned
+    ones, and of pairs of bfloat16.
     """
     calls = [("release", "", "tilerelease()")]
     for r in range(8):
@@ -74,7 +75,8 @@ def tiles() -> list[str]:
     for c in range(4):
         for a, b in ((4, 6), (5, 6), (4, 7), (5, 7)):
             calls += [(f"floats_{c}_{a}_{b}", "", f"tdpbf16ps(i8 {c}, i8 {a}, i8 {b})")]
-    calls += [("bytes_0_1_2", "", "tdpbssd(i8 0, i8 1, i8 2)")]
+            calls += [(f"bytes_{c}_{a}_{b}", "", f"tdpbssd(i8 {c}, i8 {a}, i8 {b})")]
+            calls += [(f"unsigned_{c}_{a}_{b}", "", f"tdpbsud(i8 {c}, i8 {a}, i8 {b})")]
     multiply = "i8 immarg, i8 immarg, i8 immarg"
     declared = {
         "ldtilecfg": "ptr",
@@ -83,11 +85,13 @@ def tiles() -> list[str]:
         "tileloadd64": "i8 immarg, ptr, i64",
         "tilestored64": "i8 immarg, ptr, i64",
         "tdpbssd": multiply,
+        "tdpbsud": multiply,
         "tdpbf16ps": multiply,
     }
     narrow = ["%depth = trunc i32 %given to i8", "%words = lshr i8 %depth, 2"]
-    bytes_: dict[int, _Shape] = {0: ("64", "16"), 1: ("%depth", "16"), 2: ("64", "%words")}
     narrower, whole = ("64", "%rows"), ("64", "16")
+    bytes_: dict[int, _Shape] = dict.fromkeys(range(4), whole)
+    bytes_ |= {4: ("%depth", "16"), 5: ("%depth", "16"), 6: ("64", "%words"), 7: ("64", "%words")}
     floats: dict[int, _Shape] = {r: narrower if r < 6 else whole for r in range(8)}
     return [
         *(f"declare void @llvm.x86.{name}({types})" for name, types in declared.items()),

@@ -90,6 +90,15 @@ def for_each_panel(blocks: int, width: int, body: Callable[[Expr, int], None]) -
         for_each(panel, panels, parallel=True)
 
 
+def row_shares(tokens: Expr, most: int) -> tuple[Expr, Expr]:
+    """(number, rows of each) of shares of at most `most` rows, a multiple of 32, that are equally large, but
+    for the last.
+    """
+    count = let(T.floordiv(tokens + (most - 1), T.int32(most)))
+    share = T.floordiv(tokens + count - 1, count)
+    return count, let(T.floordiv(share + 31, T.int32(32)) * 32)
+
+
 def one_panel(p: Expr, blocks: int, width: int, body: Callable[[int], None]) -> None:
     """`body(block_count)` for panel p of those of `width` blocks, the last maybe narrower."""
     if blocks % width == 0:

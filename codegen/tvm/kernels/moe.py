@@ -42,9 +42,8 @@ from .builder import (
 from .elementwise import COST, activation_function, put_active, put_gated
 from .layout import ROWS, QuantLayout, packed_shape, round_up
 from .linear import float_products, one_panel, store_block, tile_sizes
-from .panels import Operands, Packed, Unpacked, weight_arguments
-from .quantized import Plan, finish_groups
-from .tiles import multiply_tiles
+from .panels import Operands, Packed, weight_arguments
+from .quantized import Plan
 from .vector_math import sigmoid
 
 
@@ -216,11 +215,8 @@ def make_moe_quantized_linear(
             ops = replace(plan.ops, origin=origin)
 
             def many() -> None:
-                unpacked = Unpacked(replace(given, origin=origin), start, count)
-                if plan.tiles:
-                    multiply_tiles((first, stop), [unpacked], finish_groups)
-                else:
-                    plan.multiply_unpacked((first, stop), unpacked)
+                some = replace(given, origin=origin)
+                plan.multiply_many((first, stop), plan.panel(some, start, count))
 
             if plan.many is None:
                 plan.multiply_packed((first, stop), Packed(ops, start, count))

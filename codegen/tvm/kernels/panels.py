@@ -87,9 +87,12 @@ class Operands:
     """The block of the weight whose results are the first columns of `out`."""
 
     def expect(self, row: Expr, block: Expr) -> None:
-        """16 outputs of a row will be written: fetch their cache line meanwhile."""
+        """16 outputs of a row will be written: fetch their place, and what is added to them, meanwhile."""
         if self.held is None:
-            prefetch_to_write(self.out, row, (block - self.origin) * LANES)
+            column = (block - self.origin) * LANES
+            prefetch_to_write(self.out, row, column)
+            if self.residual is not None:
+                prefetch(self.residual, row, column)
 
     def write(self, value: Expr, row: Expr, block: Expr) -> None:
         """16 outputs of a row, bias and residual added."""

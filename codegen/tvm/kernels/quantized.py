@@ -42,16 +42,23 @@ from .builder import (
     register,
     register_i32,
     row_tiles,
+    scalar,
     splat,
     vec,
 )
 from .isa import Isa
 from .layout import QuantLayout
-from .linear import for_each_panel
+from .linear import for_each_panel, row_shares
 from .panels import LIFT, Operands, Packed, Unpacked, pair_steps, weight_arguments
 from .schedule import Schedule, default_schedule
+from .tile_pairs import multiply_pairs
 from .tile_registers import TILE_ROWS
-from .tiles import FinishGroup, in_tiles, multiply_tiles
+from .tiles import as_they_lie, in_pairs, in_tiles, multiply_tiles
+
+_ROWS_BYTES = 1 << 18
+"""Bytes of rows that a thread multiplies by panel after panel: the second cache keeps them."""
+_FEW, _PAIRS = 64, 8
+"""Rows up to which a thread takes one pair of blocks at a time, and pairs that it takes of more."""
 
 
 def _add_steps(
@@ -252,6 +259,11 @@ class Plan:
         return in_tiles(self.isa, self.ops.layout)
 
     @property
+    def as_they_lie(self) -> bool:
+        """Whether tile registers take panels as they lie in memory."""
+        return self.tiles and as_they_lie(self.ops.layout)
+
+    @property
     def many(self) -> int | None:
         """Rows from which on panels are unpacked first; None where that never pays. Tiles have 16 rows."""
         least = max(self.schedule.unpack, TILE_ROWS) if self.tiles else self.schedule.unpack
@@ -282,6 +294,19 @@ class Plan:
             return _with_unsigned(self.ops, tokens, tokens if used is None else used)
         return self.ops
 
+    def panel(self, given: Operands, first: Expr, count: int) -> Packed:
+        """A panel that many rows are multiplied by."""
+        return (Packed if self.as_they_lie else Unpacked)(given, first, count)
+
+    def multiply_many(self, rows: tuple[Expr, Expr], panel: Packed) -> None:
+        """Rows [first, stop), 16 at least where it is done in tiles, by such a panel."""
+        if not isinstance(panel, Unpacked) or (self.tiles and in_pairs(self.ops.layout)):
+            multiply_pairs(rows, [panel], finish_block)
+        elif self.tiles:
+            multiply_tiles(rows, [panel], finish_block)
+        else:
+            self.multiply_unpacked(rows, panel)
+
     def multiply_packed(self, rows: tuple[Expr, Expr], panel: Packed) -> None:
         """Rows [first, stop) by a panel as it lies in memory."""
         first, stop = rows
@@ -309,16 +334,15 @@ def _products(plan: Plan, tokens: Expr) -> None:
     """
 
     def many() -> None:
-        given = plan.given(tokens)
+        given, blocks = plan.given(tokens), plan.ops.layout.blocks
 
         def panel(first: Expr, count: int) -> None:
-            unpacked = Unpacked(given, first, count)
-            if plan.tiles:
-                multiply_tiles((T.int32(0), tokens), [unpacked], finish_groups)
-            else:
-                plan.multiply_unpacked((T.int32(0), tokens), unpacked)
+            plan.multiply_many((T.int32(0), tokens), plan.panel(given, first, count))
 
-        for_each_panel(given.layout.blocks, plan.width, panel)
+        if plan.as_they_lie:
+            _as_they_lie(given, tokens)
+        else:
+            for_each_panel(blocks, plan.width, panel)
 
     if plan.many is None:
         plan.few(tokens)
@@ -330,9 +354,34 @@ def _products(plan: Plan, tokens: Expr) -> None:
             many()
 
 
-def finish_groups(panel: Unpacked, row: Expr, c: Expr) -> FinishGroup:
-    """For `multiply_tiles`."""
-    return lambda g, totals, acc: _finish_group(panel.ops, row, panel, g, totals, acc, [c])
+def _as_they_lie(given: Operands, tokens: Expr) -> None:
+    """In tile registers, from the weight itself: parallel over (rows, pairs of blocks), since nothing is lost
+    where several threads read a panel, and each has its own of the rows near it.
+    """
+    lay = given.layout
+    pairs = (lay.blocks + 1) // 2
+    count, share = row_shares(tokens, max(32, _ROWS_BYTES // lay.k_padded // 32 * 32))
+    # Of few rows, what is done for all pairs is little, and threads finish together.
+    each = let(T.Select(tokens < _FEW, T.int32(1), T.int32(min(pairs, _PAIRS))))
+    parts = let(T.floordiv(pairs + each - 1, each))
+    with T.parallel(0, count * parts) as w:
+        first = let(T.floordiv(w, parts) * share)
+        begin = let(T.floormod(w, parts) * each)
+        rows = _hidden(first), _hidden(T.min(first + share, tokens))
+        span = _hidden(begin), _hidden(T.min(begin + each, T.int32(pairs)))
+        multiply_pairs(rows, [Packed(given, T.int32(0), lay.blocks)], finish_block, pairs=span)
+
+
+def _hidden(value: Expr) -> Expr:
+    """An int32 of which the simplifier knows nothing: it spends seconds on quotients by what is computed."""
+    return scalar(value, "int32")[0]
+
+
+def finish_block(
+    panel: Packed, row: Expr, c: Expr, group: Expr, totals: Iterable[list[Buffer]], sums: list[list[Buffer]]
+) -> None:
+    """For `multiply_tiles` and `multiply_pairs`."""
+    _finish_group(panel.ops, row, panel, group, totals, sums, [c])
 
 
 def _with_unsigned(ops: Operands, tokens: Expr, used: Expr) -> Operands:

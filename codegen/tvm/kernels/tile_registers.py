@@ -1,8 +1,8 @@
 """AMX's eight tile registers: 16 rows of 64 bytes each, read from memory and written to it.
 
 A thread configures them, for products of bytes or of pairs of bfloat16, and releases them when it is done.
-`tdpbssd` and `tdpbf16ps` take rows of the first operand as they lie in memory, and of the second words: four
-bytes, or two bfloat16, of 16 columns.
+`tdpbssd`, `tdpbsud` and `tdpbf16ps` take rows of the first operand as they lie in memory, and of the second
+words: four bytes, or two bfloat16, of 16 columns.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Steps:
 
 
 def configure_bytes(depth: int) -> None:
-    """Register 0: totals, 16 rows of 16 int32; 1: 16 rows of `depth` bytes; 2: depth / 4 rows of words."""
+    """0 … 3: totals, 16 rows of 16 int32; 4, 5: 16 rows of `depth` bytes; 6, 7: depth / 4 rows of words."""
     _call("configure_bytes", T.int32(depth))
 
 
@@ -62,9 +62,14 @@ def store(register: int, address: Expr, stride: int) -> None:
     _call(f"store_{register}", address, T.int64(stride))
 
 
-def multiply_bytes() -> None:
-    """0 += 1 · 2 of signed bytes, exactly."""
-    _call("bytes_0_1_2")
+def multiply_bytes(total: int, first: int, second: int) -> None:
+    """total += first · second of signed bytes, exactly."""
+    _call(f"bytes_{total}_{first}_{second}")
+
+
+def multiply_unsigned(total: int, first: int, second: int) -> None:
+    """total += first · second of signed and of unsigned bytes, exactly."""
+    _call(f"unsigned_{total}_{first}_{second}")
 
 
 def multiply_floats(total: int, first: int, second: int) -> None:

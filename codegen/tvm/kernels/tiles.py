@@ -1,4 +1,5 @@
-"""Products of many rows in AMX's tile registers: a part of `quantized_linear`.
+"""Products of many rows in AMX's tile registers: a part of `quantized_linear`, one tile at a time; for groups
+of several tiles see `tile_pairs`.
 
 A tile holds 16 rows of up to 64 bytes. The words of a panel are the second operand of `tdpbssd` as they lie
 there, and rows of activations the first; the result is a group's totals of 16 rows by 16 outputs. They go
@@ -22,7 +23,7 @@ from tvm.script.ir_builder import tirx as T
 from .builder import LANES, Buffer, Expr, f32s, let, register, register_i32, vec
 from .isa import Isa
 from .layout import QuantLayout
-from .panels import Unpacked
+from .panels import Packed, Unpacked
 from .tile_registers import (
     TILE_ROWS,
     Operation,
@@ -38,12 +39,14 @@ from .tile_registers import (
 _LEAST_DEPTH = 32
 """Columns of a group from which on tiles pay."""
 
-FinishGroup = Callable[[Expr, Iterable[list[Buffer]], list[list[Buffer]]], None]
-"""(group, totals, sums): add the scaled totals, int32 [row][0], to the float32 sums [row][0]. Totals are
-asked for row by row, each when the row before was added.
+_STARTS = 32
+"""Groups for which it is kept where totals start: 2 kB each."""
+
+Finish = Callable[[Packed, Expr, Expr, Expr, Iterable[list[Buffer]], list[list[Buffer]]], None]
+"""(panel, row, c, group, totals, sums): add that group's scaled totals of rows from `row` on by block c of
+the panel, int32 [row][0], to the float32 sums [row][0]. Totals are asked for row by row, each when the row
+before was added.
 """
-Finish = Callable[[Unpacked, Expr, Expr], FinishGroup]
-"""(panel, row, c): scales totals of 16 rows from `row` on by block c of the panel."""
 
 
 def tile_depth(lay: QuantLayout) -> int:
@@ -60,6 +63,17 @@ def tile_depth(lay: QuantLayout) -> int:
 def in_tiles(isa: Isa, lay: QuantLayout) -> bool:
     """Whether a level multiplies many rows by weights of a layout in tile registers."""
     return isa.tiles and tile_depth(lay) > 0
+
+
+def in_pairs(lay: QuantLayout) -> bool:
+    """Whether two tiles of rows are multiplied by those of two blocks."""
+    return lay.group > tile_depth(lay) > 0
+
+
+def as_they_lie(lay: QuantLayout) -> bool:
+    """Whether tiles are loaded from a weight itself."""
+    plain = lay.bits == 8 and lay.zero_point is None and lay.codebook is None
+    return plain and in_pairs(lay) and lay.groups <= _STARTS
 
 
 def multiply_tiles(
@@ -88,7 +102,6 @@ def _multiply_block(row: Expr, panel: Unpacked, c: Expr, totals: Buffer, finish:
     for t in range(TILE_ROWS):
         ops.expect(row + t, block)
     acc = [[register(f32s(0))] for _ in range(TILE_ROWS)]
-    finish_group = finish(panel, row, c)
     products = _Products(row, panel, c, totals)
     last = ops.layout.groups - 1
 
@@ -101,7 +114,7 @@ def _multiply_block(row: Expr, panel: Unpacked, c: Expr, totals: Buffer, finish:
                 steps.step()
                 yield [register_i32(vec(totals, T.bitwise_and(g, T.int32(1)), t, 0))]
 
-        finish_group(g, rows(), acc)
+        finish(panel, row, c, g, rows(), acc)
 
     products.load(T.int32(0))
     for operation in products.group(T.int32(0), more=last > 0):
@@ -146,23 +159,24 @@ class _Products:
     def _multiply(self, *, first: bool) -> None:
         if first:
             zero(0)
-        multiply_bytes()
+        multiply_bytes(0, 4, 6)
 
     def _store(self, g: Expr) -> None:
-        store(0, _address(self.totals, T.bitwise_and(g, T.int32(1)), 0, 0), 4 * LANES)
+        store(0, address(self.totals, T.bitwise_and(g, T.int32(1)), 0, 0), 4 * LANES)
 
     def _loads(self, g: Expr, part: int) -> list[Operation]:
         ops, lay = self.panel.ops, self.panel.ops.layout
 
         def rows() -> None:
-            load(1, _address(ops.a, self.row, g * lay.group + part * self.depth), lay.k_padded)
+            load(4, address(ops.a, self.row, g * lay.group + part * self.depth), lay.k_padded)
 
         def words() -> None:
             word = g * (lay.group // 4) + part * (self.depth // 4)
-            load(2, _address(self.panel.bytes, self.c, word, 0), 64)
+            load(6, address(self.panel.bytes, self.c, word, 0), 64)
 
         return [rows, words]
 
 
-def _address(buffer: Buffer, *index: Expr) -> Expr:
+def address(buffer: Buffer, *index: Expr) -> Expr:
+    """Of an element, as tile instructions take it."""
     return T.address_of(buffer[index])
