@@ -12,6 +12,7 @@ from ..ir.dtypes import FLOAT8
 from ..ir.errors import InputError
 from ..passes.base import Pass
 from ..passes.cache.positions import CheckPositions
+from ..passes.quantize.rotate import RotateLinears
 from ..passes.quantize.scheme import weight_passes
 from ..passes.registry import make_pass
 from .adapters import LoraOption, adapter_passes
@@ -92,6 +93,11 @@ class Plan:
             weights = [p for p in weights if not p.for_int8_activations]
         quantize = tuple(with_verdict(quant, weights, verdict))
         extra = tuple(make_pass(p) for p in passes)
+        if quant == "keep" and any(isinstance(p, RotateLinears) for p in extra):
+            raise InputError(
+                "--quant keep keeps the codes that the checkpoint has, which rotate-linears would change",
+                remedy="leave the pass out, or choose another --quant",
+            )
         return Plan(chosen, quant, quantize, extra, cache, adapter_passes(lora))
 
 
@@ -139,6 +145,7 @@ class Request:
             "head": self.quant_head,
             "bits": self.bits_per_weight,
             "passes": list(self.passes),
+            "rotated": any(p.for_int8_activations for p in self.plan().quantize),
             "context": length,
             "lora": [one.key() for one in self.lora],
             "rope_scaling": None if self.rope_scaling is None else self.rope_scaling.key(),

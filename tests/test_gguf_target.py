@@ -165,3 +165,9 @@ def test_what_gguf_cannot_say_is_refused(
     with pytest.raises(UnsupportedError, match=message):
         write(folder, tmp_path, quant=quant)
     assert not (tmp_path / "out.llmc").exists()
+
+
+def test_rotated_layers_are_refused(tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path / "llama")
+    with pytest.raises(UnsupportedError, match="layers are rotated, which GGUF cannot say"):
+        compile_model(folder, tmp_path / "out.llmc", targets=["gguf"], passes=["rotate-linears{size=16}"])

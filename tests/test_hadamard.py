@@ -171,6 +171,11 @@ def passes(target: str, scheme: str, bits: float | None = None) -> list[str]:
     return [p.name for p in Plan.make([target], scheme, None, [], None, bits).quantize]
 
 
+def test_kept_codes_are_not_rotated() -> None:
+    with pytest.raises(InputError, match="keeps the codes that the checkpoint has"):
+        Plan.make(["tvm-cpu"], "keep", None, ["rotate-linears"])
+
+
 def test_only_targets_that_round_activations_rotate() -> None:
     assert passes("tvm-cpu", "int8") == ["rotate-linears", "quantize-rtn", "quantize-head"]
     assert passes("tvm-cpu", "int8-g96") == passes("tvm-cpu", "int4-g64") == ["quantize-rtn", "quantize-head"]

@@ -19,11 +19,13 @@ from llmc.ir.core import Graph
 from llmc.ir.errors import InputError, UnsupportedError
 from llmc.ir.interpreter import run
 from llmc.ir.ops.lora import MOST_RANK, Lora
+from llmc.ir.ops.quant import Hadamard
 from llmc.ir.parser import parse
 from llmc.ir.printer import print_graph
 from llmc.passes.adapt.lora_places import PlaceAdapters
 from llmc.passes.base import PassContext
 from llmc.passes.manager import run_passes
+from llmc.passes.quantize.rotate import RotateLinears
 from llmc.passes.quantize.walk import QuantizeRtn
 from llmc.runtime.adapters import AdapterPlaces, Place
 from llmc.runtime.executor.adapter_memory import AdapterMemory
@@ -110,6 +112,24 @@ def test_every_linear_layer_has_its_places(family: str, tmp_path: Path) -> None:
     memory = AdapterMemory(places_of(graph), arrays.__setitem__)
     memory.set(1, memory.packed(places_of(graph).factors(read_adapter(tmp_path / "adapter"))))
     assert worst(logits(graph, ids, [1] * 21, arrays), wanted) < 2e-5 and worst(wanted, base) > 1e-2
+
+
+@pytest.mark.parametrize("family", ["phi", "cohere"])
+def test_rotated_layers_give_adapters_what_was_not_rotated(family: str, tmp_path: Path) -> None:
+    """Of the last layer also the wanted rows, where attention reads all of the same norm."""
+    pytest.importorskip("peft")
+    model, task = save_family(family, tmp_path / "model")
+    ids = token_ids(21)
+    linear = {n.rpartition(".")[2] for n, m in model.named_modules() if type(m) is torch.nn.Linear}
+    adapted = adapter(model, tmp_path / "adapter", scale=0.05, target_modules=sorted(linear - {"lm_head"}))
+    wanted = reference(adapted.eval(), ids, task)
+    traced_once = trace_source(open_source(tmp_path / "model"))
+    graph = placed(lowered(traced_once, "paged", [RotateLinears(16)])[0])
+    assert any(isinstance(op, Hadamard) for op in graph)
+    arrays: dict[str, np.ndarray] = {}
+    memory = AdapterMemory(places_of(graph), arrays.__setitem__)
+    memory.set(1, memory.packed(places_of(graph).factors(read_adapter(tmp_path / "adapter"))))
+    assert worst(logits(graph, ids, [1] * 21, arrays), wanted) < 2e-5
 
 
 def test_tied_blocks_have_no_places(tmp_path: Path) -> None:

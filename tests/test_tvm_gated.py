@@ -76,10 +76,17 @@ def test_forms(form: dict[str, Any], isa: str) -> None:
     run(isa, 70, form)
 
 
-@pytest.mark.parametrize("rows", [16, 17, 40, 300])
+@pytest.mark.parametrize("rows", [16, 17, 40, 300, 1800])
 @levels
 def test_rows_of_weights_as_they_lie(rows: int, isa: str) -> None:
+    """Of 1,800 rows the last share has 8."""
     run(isa, rows, FORMS[5])
+
+
+@pytest.mark.parametrize("form", FORMS[6:], ids=str)
+@levels
+def test_more_rows_than_are_held(form: dict[str, Any], isa: str) -> None:
+    run(isa, 300, form)
 
 
 def test_groups_must_divide_the_result_and_be_whole_vectors() -> None:

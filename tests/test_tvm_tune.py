@@ -102,7 +102,7 @@ def test_what_is_shipped_and_what_is_tried_are_schedules(isa: str, bits: int) ->
     for tiles in {get_isa(isa).tiles, False}:
         start = default_schedule(get_isa(isa), lay, tiles=tiles)
         assert Schedule.parse(json.loads(json.dumps(start.as_json()))) == start
-        for name, values in alternatives(start, tiles=tiles):
+        for name, values in alternatives(start, lay, tiles=tiles):
             assert getattr(start, name) not in values
             for value in values:
                 other = replace(start, **{name: value})

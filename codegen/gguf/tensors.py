@@ -22,7 +22,7 @@ from ...ir.core import Graph, Value
 from ...ir.dtypes import to_numpy
 from ...ir.errors import CompileError, InputError, UnsupportedError
 from ...ir.ggml import BLOCK_TYPES, BlockPart, BlockRows
-from ...ir.ops.quant import Dequantize, QuantizedEmbedding, QuantizedLinear
+from ...ir.ops.quant import Dequantize, Hadamard, QuantizedEmbedding, QuantizedLinear
 from ...ir.types import Quantization
 from ...ir.weights import LazyTensor
 from ...passes.derived import ConcatRows, SliceRows
@@ -179,6 +179,10 @@ def _beside(graph: Graph) -> set[Value]:
         for part in (op.scale, op.zero_point)
         if part is not None
     }
+    if any(isinstance(op, Hadamard) for op in graph):
+        raise UnsupportedError(
+            "gguf: layers are rotated, which GGUF cannot say", remedy="leave out --pass rotate-linears"
+        )
     for value in graph.weights.values():
         if value.users and re.search(r"\.(columns|order)$", value.name):
             raise UnsupportedError(

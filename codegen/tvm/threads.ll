@@ -25,7 +25,7 @@
 @threads = internal global i32 1, align 64           ; that may compute, the caller included
 @started = internal global i32 0                     ; workers that exist
 @busy = internal global i32 0, align 64              ; a region is running
-@state = internal global i64 0, align 64             ; region << 32 | next task
+@state = internal global i64 0, align 64             ; region << 32 | tasks taken from the end << 16 | from the beginning
 @left = internal global i32 0, align 64              ; tasks that are not finished
 @region = internal global i32 0, align 64            ; the futex that idle workers sleep on
 @sleepers = internal global i32 0, align 64
@@ -53,6 +53,7 @@ declare i32 @pthread_detach(i64)
 declare i32 @pthread_sigmask(i32, ptr, ptr)
 declare i64 @llvm.smax.i64(i64, i64)
 declare i64 @llvm.smin.i64(i64, i64)
+declare i32 @llvm.smin.i32(i32, i32)
 
 ; ---- entry points: int f(int64_t *dims, uint64_t *pointers), 0 where all went well; llmc_step is made by build.py -----
 
@@ -197,7 +198,8 @@ entry:
   %single = icmp sle i32 %n, 1
   %natural = select i1 %single, i32 1, i32 %several
   %free = icmp sle i32 %given, 0
-  %count = select i1 %free, i32 %natural, i32 %given
+  %asked = select i1 %free, i32 %natural, i32 %given
+  %count = call i32 @llvm.smin.i32(i32 %asked, i32 65535)
   %trivial = icmp eq i32 %count, 1
   %direct = or i1 %single, %trivial
   br i1 %direct, label %serial, label %lock
@@ -259,7 +261,7 @@ wake:                                                ; FUTEX_WAKE | FUTEX_PRIVAT
   br label %work
 
 work:
-  call void @take(i32 %number)
+  call void @take(i32 %number, i32 0)
   %t1 = call i64 @ticks()
   br label %wait
 
@@ -305,11 +307,14 @@ done:
   ret i32 %result
 }
 
-; Take tasks of region %number until none is left.
-define internal void @take(i32 %number) {
+; Take tasks of region %number until none is left: the caller from the first on, helpers from the last on. Tasks are rows
+; in their order, so that many a row is near the thread that computed it in the region before.
+define internal void @take(i32 %number, i32 %helper) {
 entry:
   %env = alloca { ptr, i32 }
   store ptr null, ptr %env
+  %helps = icmp ne i32 %helper, 0
+  %one = select i1 %helps, i64 65536, i64 1
   br label %look
 
 look:
@@ -323,14 +328,20 @@ claim:                                               ; what is read here belongs
   %f = load atomic ptr, ptr @function monotonic, align 8
   %data = load atomic ptr, ptr @closure monotonic, align 8
   %n = load atomic i32, ptr @tasks monotonic, align 4
-  %k = trunc i64 %s to i32
-  %open = icmp slt i32 %k, %n
+  %low = trunc i64 %s to i32
+  %begun = and i32 %low, 65535
+  %ended = lshr i32 %low, 16
+  %taken = add i32 %begun, %ended
+  %open = icmp slt i32 %taken, %n
   br i1 %open, label %swap, label %out
 
 swap:
-  %s1 = add i64 %s, 1
+  %s1 = add i64 %s, %one
   %pair = cmpxchg ptr @state, i64 %s, i64 %s1 acq_rel acquire
   %mine = extractvalue { i64, i1 } %pair, 1
+  %behind = sub i32 %n, %ended
+  %last = sub i32 %behind, 1
+  %k = select i1 %helps, i32 %last, i32 %begun
   br i1 %mine, label %run, label %look
 
 run:
@@ -375,7 +386,7 @@ serve:
   br i1 %wanted, label %help, label %served
 
 help:
-  call void @take(i32 %now)
+  call void @take(i32 %now, i32 1)
   br label %served
 
 served:

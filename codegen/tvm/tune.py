@@ -36,7 +36,7 @@ from .kernels.tiles import in_tiles
 from .lower import Lowered, lower
 from .untyped import relax, tirx, tvm
 
-VERSION = 2
+VERSION = 3
 """Of the file, and of the kernels that it is about: raise it where their fastest sizes may have changed."""
 GAIN = 0.03
 """Share of its time that a kernel must save for other sizes than it has."""
@@ -184,7 +184,7 @@ class Search:
     """The search for one kernel. `make(schedule=…)` gives its function."""
 
     def __init__(self, make: Callable[..., Any], isa: Isa, layout: QuantLayout) -> None:
-        self.make, self.isa = make, isa
+        self.make, self.isa, self.layout = make, isa, layout
         self.tiles = in_tiles(isa, layout)
         self.start = default_schedule(isa, layout, tiles=self.tiles)
         self._compiled: dict[Schedule, _Compiled] = {}
@@ -193,7 +193,7 @@ class Search:
     def run(self, stop: float) -> Schedule | None:
         """The best schedule; None where `time.monotonic()` passes `stop` before all was tried."""
         best = self.start
-        for name, values in alternatives(self.start, tiles=self.tiles):
+        for name, values in alternatives(self.start, self.layout, tiles=self.tiles):
             ratios: dict[Schedule, float] = {}
             for value in values:
                 if time.monotonic() > stop:

@@ -164,9 +164,7 @@ def _place(graph: Graph, op: Op, parts: Parts, adapter: Value, dtype: str, numbe
         total = users[0][0]
         if total.a.type == total.b.type:
             y = total.results[0]
-    x = op.operands[0]
-    if isinstance(x.producer, Hadamard):  # an adapter's factors are not rotated
-        x = x.producer.x
+    x = _unrotated(graph, op)
     new = Lora(y, x, adapter, rank, scale, a, b, parts=widths)
     assert y.producer is not None
     new.loc = op.loc
@@ -174,6 +172,16 @@ def _place(graph: Graph, op: Op, parts: Parts, adapter: Value, dtype: str, numbe
     graph.replace_uses(y, new.result)
     graph.set_operand(new, 0, y)
     graph.insert(new, before=following)
+
+
+def _unrotated(graph: Graph, op: Op) -> Value:
+    """What an op reads, or those rows of what was rotated for it: an adapter's factors are not rotated."""
+    x = op.operands[0]
+    if isinstance(x.producer, Hadamard):
+        return x.producer.x
+    if isinstance(x.producer, GatherLast) and isinstance(x.producer.x.producer, Hadamard):
+        return graph.insert(GatherLast(x.producer.x.producer.x, x.producer.index), before=op).result
+    return x
 
 
 __all__ = ["PlaceAdapters"]

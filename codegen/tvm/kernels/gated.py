@@ -41,7 +41,7 @@ _ROWS = 256
 _HELD = 1 << 15
 """Results of which products are held, at most: 256 kB, which the second cache keeps."""
 _SPREAD = 1 << 20
-"""Bytes of weights that are spread at once, at most, for the same reason."""
+"""Bytes of weights by which some rows are multiplied before others are, at most, for the same reason."""
 
 
 def fits_gated(width: int, lay: QuantLayout) -> bool:
@@ -123,8 +123,9 @@ def _in_pairs(
     (first, stop), (rows, g) = span, place
     lay, group = plan.ops.layout, to.layout.group
     blocks = group // LANES
-    whole = plan.as_they_lie or 2 * group * lay.k_padded <= _SPREAD
-    together = blocks if whole else 1
+    fits = max(1, _SPREAD // (2 * LANES * lay.k_padded))
+    together = max(n for n in range(1, blocks + 1) if blocks % n == 0 and n <= fits)
+    whole = together == blocks
     held_rows = 2 * TILE_ROWS if whole else rows
     # Rows that stand a power of two apart would meet in few sets of a cache.
     stride = group + LANES
@@ -153,8 +154,8 @@ def _in_pairs(
     if whole:
         multiply(T.int32(0), after)
         return
-    with T.serial(0, blocks) as c:
-        multiply(c, None)
+    with T.serial(0, blocks // together) as c:
+        multiply(c * together, None)
     with T.serial(0, stop - first) as t:
         quantize_held(to, first + t, g, held, let(T.floormod(first + t, T.int32(rows)) * stride))
 

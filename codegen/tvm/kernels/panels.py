@@ -87,12 +87,14 @@ class Operands:
     """The block of the weight whose results are the first columns of `out`."""
 
     def expect(self, row: Expr, block: Expr) -> None:
-        """16 outputs of a row will be written: fetch their place, and what is added to them, meanwhile."""
+        """16 outputs of a row will be written: fetch their cache line meanwhile."""
         if self.held is None:
-            column = (block - self.origin) * LANES
-            prefetch_to_write(self.out, row, column)
-            if self.residual is not None:
-                prefetch(self.residual, row, column)
+            prefetch_to_write(self.out, row, (block - self.origin) * LANES)
+
+    def expect_residual(self, row: Expr, block: Expr) -> None:
+        """The same for what is added to them."""
+        if self.residual is not None:
+            prefetch(self.residual, row, (block - self.origin) * LANES)
 
     def write(self, value: Expr, row: Expr, block: Expr) -> None:
         """16 outputs of a row, bias and residual added."""

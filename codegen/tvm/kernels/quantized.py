@@ -58,7 +58,7 @@ from .tiles import as_they_lie, in_pairs, in_tiles, multiply_tiles
 _ROWS_BYTES = 1 << 18
 """Bytes of rows that a thread multiplies by panel after panel: the second cache keeps them."""
 _FEW, _PAIRS = 64, 8
-"""Rows up to which a thread takes one pair of blocks at a time, and pairs that it takes of more."""
+"""Rows below which a thread takes one pair of blocks at a time, and pairs that it takes of more."""
 
 
 def _add_steps(
@@ -299,7 +299,7 @@ class Plan:
         return (Packed if self.as_they_lie else Unpacked)(given, first, count)
 
     def multiply_many(self, rows: tuple[Expr, Expr], panel: Packed) -> None:
-        """Rows [first, stop), 16 at least where it is done in tiles, by such a panel."""
+        """Rows [first, stop) by such a panel; in tiles `stop` is 16 at least."""
         if not isinstance(panel, Unpacked) or (self.tiles and in_pairs(self.ops.layout)):
             multiply_pairs(rows, [panel], finish_block)
         elif self.tiles:

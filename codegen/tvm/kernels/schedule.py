@@ -12,6 +12,7 @@ from typing import Any
 
 from .isa import Isa
 from .layout import QuantLayout
+from .tiles import as_they_lie, in_pairs
 
 _PANELS = 9
 """Panels below which they are not made wider for tiles."""
@@ -92,13 +93,16 @@ def default_schedule(isa: Isa, layout: QuantLayout, *, tiles: bool) -> Schedule:
     return Schedule(few, many, width, 20 if cheap else 8, ahead)
 
 
-def alternatives(schedule: Schedule, *, tiles: bool) -> list[tuple[str, list[Any]]]:
+def alternatives(schedule: Schedule, layout: QuantLayout, *, tiles: bool) -> list[tuple[str, list[Any]]]:
     """What a search may try, one field after the other: field → values other than the schedule's."""
+    widths = [1, 2, 3]
+    if tiles:  # panels as they lie have a width for few rows alone, for which no more than 2 are taken
+        widths = [1, 2] if as_they_lie(layout) else [2, 4, 8, 16] if in_pairs(layout) else [1, 2, 4, 8, 16]
     rows = [(2, 1), (3, 1), (4, 2, 1), (5, 2, 1), (6, 2, 1), (6, 4, 2, 1), (8, 4, 2, 1)]
     tried: list[tuple[str, list[Any]]] = [
         ("ahead", [0, 512, 1024, 2048, 4096]),
         ("few", [(1,), *rows]),
-        ("width", [1, 2, 4, 8, 16] if tiles else [1, 2, 3]),
+        ("width", widths),
     ]
     if schedule.unpack:
         tried += [("unpack", [16, 32, 48] if tiles else [12, 16, 20, 24, 32, 48, 64, 128])]

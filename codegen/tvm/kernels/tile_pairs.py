@@ -21,7 +21,6 @@ from .builder import (
     LANES,
     Buffer,
     Expr,
-    call,
     f32s,
     let,
     prefetch_second,
@@ -71,8 +70,8 @@ def multiply_pairs(
     after: After | None = None,
     pairs: tuple[Expr, Expr] | None = None,
 ) -> None:
-    """Rows [first, stop), 16 at least, by the blocks of panels: `Unpacked` ones, or as they lie in memory
-    where `as_they_lie`.
+    """Rows [first, stop) by the blocks of panels: `Unpacked` ones, or as they lie in memory where
+    `as_they_lie`. `stop` is 16 at least: of fewer rows than 16, some before `first` are computed too.
 
     `write`: of two panels, what becomes of a row's results by a block of each; None: they are written where
     the panels' operands say. `after`: what is done when some rows were multiplied by all blocks. `pairs`:
@@ -168,9 +167,7 @@ class _Products:
         with T.serial(0, T.floordiv(end - begin + (_MOST_PAIRS - 1), T.int32(_MOST_PAIRS))) as some:
             first = let(begin + some * _MOST_PAIRS)
             count = let(T.min(end - first, T.int32(_MOST_PAIRS)))
-            # LLVM would unroll the chunks, which takes it ten times as long.
-            chunks = call("int32", "llmc_opaque", T.int32(self.chunks))
-            with T.serial(0, chunks) as q, T.serial(0, count) as i:
+            with T.serial(0, self.chunks) as q, T.serial(0, count) as i:
                 self._chunk(row, tiles, columns(first + i), q, i)
 
     def _chunk(self, row: Expr, tiles: int, columns: Columns, q: Expr, slot: Expr) -> None:
@@ -250,6 +247,7 @@ class _Products:
             t = let(T.min((part - before) * each + e, T.int32(rows - 1)))
             for panel, c in columns:
                 panel.ops.expect(row + t, panel.first + c)
+                panel.ops.expect_residual(row + t, panel.first + c)
 
     def _fetch(self, columns: Columns, group: Expr, column: Expr) -> None:
         """The words of the blocks that follow, of these columns, from memory."""

@@ -81,10 +81,7 @@ def multiply_tiles(
     panels: Sequence[Unpacked],
     finish: Finish,
 ) -> None:
-    """Rows [first, stop) by the blocks of panels.
-
-    There are 16 rows at least.
-    """
+    """Rows [first, stop) by the blocks of panels. `stop` is 16 at least."""
     first, stop = rows
     totals = T.alloc_buffer((2, TILE_ROWS, LANES), "int32")
     configure_bytes(tile_depth(panels[0].ops.layout))
