@@ -149,7 +149,7 @@ def test_rows_that_are_chosen_of_a_norm_are_a_norms() -> None:
     torch.manual_seed(0)
     sizes = {"n_embd": 64, "n_inner": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 16, "n_positions": 64}
     model = GPTJForCausalLM(GPTJConfig(vocab_size=384, **sizes)).eval()
-    graph, _ = lowered(traced(model), "paged", weight_passes("int8", None, None))
+    graph, _ = lowered(traced(model), "paged", weight_passes("int4-g64", None, None))
     layers = [op for op in graph if isinstance(op, QuantizedLinear)]
     kept = {op.q.name: kept_apart(op.x, quant_layout(op)) for op in layers}
     (last,) = [op for op in layers if "h.1.mlp.fc_in" in op.q.name]
