@@ -33,7 +33,7 @@ ISA_FLAGS: Mapping[str, frozenset[str]] = {
     "avxvnni": _AVX2 | {"avx_vnni"},
     "avx512vnni": _AVX2 | _AVX512,
     "zen4": _AVX2 | _AVX512 | {"avx512_bf16", "sse4a"},
-    "amx": _AVX2 | _AVX512 | {"amx_tile", "amx_int8", "amx_bf16"},
+    "amx": _AVX2 | _AVX512 | {"avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"},
     "neon": frozenset({"asimd", "asimddp"}),
     "i8mm": frozenset({"asimd", "asimddp", "i8mm"}),
 }
@@ -41,8 +41,8 @@ ISA_FLAGS: Mapping[str, frozenset[str]] = {
 
 In LLVM's names: avx2 = x86-64-v3 (abm is lzcnt); avxvnni adds +avxvnni; avx512vnni is x86-64-v4 with
 +avx512vnni; zen4 adds +avx512bf16, and +sse4a, which Intel's processors lack (their vector units and caches
-want other sizes); amx adds +amx-tile, +amx-int8 and +amx-bf16 instead; neon is armv8-a with +dotprod, i8mm
-adds +i8mm.
+want other sizes); amx adds +avx512bf16, +amx-tile, +amx-int8 and +amx-bf16; neon is armv8-a with +dotprod,
+i8mm adds +i8mm.
 """
 
 # macOS (sysctl machdep.cpu) writes the same features differently; the VNNI names are the ones it has used.

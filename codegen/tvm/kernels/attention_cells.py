@@ -32,18 +32,14 @@ Take = Callable[..., Buffer]
 
 
 class Words:
-    """The first operand of a product: words of two neighbouring bfloat16, and words of their rests."""
+    """The first operand of a product: words of two neighbouring bfloat16."""
 
     def __init__(self, take: Take, *shape: int) -> None:
-        self.high, self.low = take(*shape, LANES), take(*shape, LANES)
-        self.depth = shape[-1]
+        self.words, self.depth = take(*shape, LANES), shape[-1]
 
     def put(self, first: Expr, second: Expr, *index: Expr) -> None:
         """Words of 32 neighbours of a row, float32."""
-        both = let(first), let(second)
-        put(self.high, call("float32x16", "llmc_bfloat_pairs", *both), *index, 0)
-        rests = [call("float32x16", "llmc_bfloat_rest", x) for x in both]
-        put(self.low, call("float32x16", "llmc_bfloat_pairs", *rests), *index, 0)
+        put(self.words, call("float32x16", "llmc_bfloat_pairs", first, second), *index, 0)
 
 
 class Cells:

@@ -1,8 +1,8 @@
 """`paged_attention` over a cache of bfloat16 in AMX's tile registers, in the order of `attention`.
 
-Tiles multiply bfloat16, whose 8 bits are too few for queries and weights. So each of these is split into a
-bfloat16 and the rest, rounded to one: x = h + l, 16 bits in all. Keys are multiplied where they lie in their
-pages; values are copied, since a tile takes those of two pages.
+As where pairs of bfloat16 are multiplied by vectors (`attention_words`), queries, once scaled, and weights
+are rounded to bfloat16, and what the result is divided by is the sum of weights before. Keys are multiplied
+where they lie in their pages; values are copied, since a tile takes those of two pages.
 
 A row of a tile is a *cell*: a query row and head. Its scores of some pages, and then its weighted values, are
 each a product of tiles whose other rows do not touch it, so that its bits depend on no neighbour: the rows
@@ -33,7 +33,6 @@ from .builder import (
     prefetch,
     put,
     put1,
-    register,
     scalar,
     splat,
     vec,
@@ -53,6 +52,8 @@ from .tile_registers import (
 from .vector_math import exp2, tanh
 
 _TOKENS = TILE * PAGE_SIZE
+_HIDDEN = 2 * NOTHING
+"""The score of a token that is not seen: so far below any maximum that its weight is 0."""
 _TASKS = 48
 """Pieces that a step is cut into, about, so that threads get equal shares."""
 
@@ -311,12 +312,9 @@ class _Block:
             if k == 0:
                 zero(c)
             if c == 0:
-                for register, words in ((4, a.high), (5, a.low)):
-                    load(register, T.address_of(words[which, 0, k, 0]), 4 * LANES * depth)
-            other = 6 + c % 2
-            load(other, right(column, k), 4 * LANES)
-            multiply_floats(c, 4, other)
-            multiply_floats(c, 5, other)
+                load(4 + k % 2, T.address_of(a.words[which, 0, k, 0]), 4 * LANES * depth)
+            load(6 + c % 2, right(column, k), 4 * LANES)
+            multiply_floats(c, 4 + k % 2, 6 + c % 2)
 
         for start in range(0, share, 4):
             some = [(c, half * share + start + c) for c in range(min(4, share - start))]
@@ -339,6 +337,24 @@ class _Block:
             seen.append(below if self.spec.window is None else T.And(below, tokens >= splat(low)))
         return seen
 
+    def _cap(self, turn: Expr, softcap: float) -> None:
+        with T.serial(0, self.cells.count) as i, T.serial(0, TILE) as u:
+            score = tanh(vec(self.scores, turn, i, u * LANES)) * f32s(softcap * LOG2E)
+            put(self.scores, score, turn, i, u * LANES)
+
+    def _hide(self, tile: Expr, turn: Expr, pages: Expr) -> None:
+        """Take out the scores of tokens that a cell does not see, where any does not see all."""
+        cells, token = self.cells, let(pages * _TOKENS)
+        first, last = cells.place(tile, T.int32(0))[0], cells.place(tile, T.int32(cells.count - 1))[0]
+        part = cells.high(first) < token + _TOKENS
+        if self.spec.window is not None:
+            part = T.Or(part, cells.low(last) > token)
+        with T.If(part), T.Then(), T.serial(0, cells.count) as i:
+            seen = self._seen(let(cells.place(tile, i)[0]), pages * TILE)
+            for u in range(TILE):
+                score = T.Select(seen[u], vec(self.scores, turn, i, u * LANES), f32s(_HIDDEN))
+                put(self.scores, score, turn, i, u * LANES)
+
     def _softmax(
         self, tile: Expr, turn: Expr, pages: Expr, beside: Callable[[Expr], list[Operation]]
     ) -> None:
@@ -346,18 +362,14 @@ class _Block:
 
         `beside(half)`: what is done beside each half of the cells' weights.
         """
-        cells, softcap = self.cells, self.spec.softcap
-        page, turn = let(pages * TILE), let(turn % 2)
+        cells = self.cells
+        turn = let(turn % 2)
+        if self.spec.softcap:
+            self._cap(turn, self.spec.softcap)
+        self._hide(tile, turn, pages)
         with T.serial(0, cells.count) as i:
-            seen = self._seen(let(cells.place(tile, i)[0]), page)
-            top = register(f32s(NOTHING))
-            for u in range(TILE):
-                score = vec(self.scores, turn, i, u * LANES)
-                if softcap:
-                    score = let(tanh(score) * f32s(softcap * LOG2E))
-                    put(self.scores, score, turn, i, u * LANES)
-                put(top, T.max(vec(top, 0), T.Select(seen[u], score, f32s(NOTHING))), 0)
-            put(self.lanes, vec(top, 0), i, 0)
+            scores = [vec(self.scores, turn, i, u * LANES) for u in range(TILE)]
+            put(self.lanes, T.max(T.max(scores[0], scores[1]), T.max(scores[2], scores[3])), i, 0)
         each = range(cells.count)
         best = let(vec(self.state.best, tile, 0))
         new = let(T.max(best, lane_maxima([vec(self.lanes, i, 0) for i in each])))
@@ -367,23 +379,19 @@ class _Block:
             with T.serial(0, 2) as half:
                 steps = Steps(beside(half), cells.count // 2)
                 for i in range(cells.count // 2):
-                    self._weights(tile, turn, let(half * (cells.count // 2) + i), page)
+                    self._weights(tile, turn, let(half * (cells.count // 2) + i))
                     steps.step()
         else:
             with T.serial(0, cells.count) as i:
-                self._weights(tile, turn, i, page)
+                self._weights(tile, turn, i)
         sums = lane_sums([vec(self.lanes, i, 0) for i in each])
         total = fma(vec(self.state.total, tile, 0), vec(self.rescale, turn, 0), sums)
         put(self.state.total, total, tile, 0)
 
-    def _weights(self, tile: Expr, turn: Expr, i: Expr, page: Expr) -> None:
-        """A cell's scores to weights."""
-        seen = self._seen(let(self.cells.place(tile, i)[0]), page)
+    def _weights(self, tile: Expr, turn: Expr, i: Expr) -> None:
+        """A cell's scores to weights; exactly 0 where nothing is seen."""
         best = let(splat(self.state.best[tile, i]))
-        weights: list[Expr] = []
-        for u in range(TILE):
-            weight = exp2(vec(self.scores, turn, i, u * LANES) - best)
-            weights.append(let(T.Select(seen[u], weight, f32s(0))))
+        weights = [let(exp2(vec(self.scores, turn, i, u * LANES) - best, rough=True)) for u in range(TILE)]
         put(self.lanes, (weights[0] + weights[1]) + (weights[2] + weights[3]), i, 0)
         for pair in range(TILE // 2):
             self.weights.put(*weights[2 * pair : 2 * pair + 2], turn, i, pair)

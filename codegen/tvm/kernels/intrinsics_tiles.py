@@ -8,7 +8,7 @@ from __future__ import annotations
 
 _DEFINE = "define linkonce_odr hidden"
 
-_V, _I, _W = "<16 x float>", "<16 x i32>", "<32 x i16>"
+_V = "<16 x float>"
 
 _Shape = tuple[str, str]
 """(bytes a row, rows) of a tile: i8 values."""
@@ -32,29 +32,11 @@ def _configure(name: str, lines: list[str], shapes: dict[int, _Shape]) -> str:
     return "\n".join([*text, "  call void @llvm.x86.ldtilecfg(ptr %c)", "  ret i32 0", "}"])
 
 
-def _mask(indices: list[int]) -> str:
-    return "<" + ", ".join(f"i32 {i}" for i in indices) + ">"
-
-
-_UPPER = _mask([2 * i + 1 for i in range(32)])
-
-# The upper half of a float32 is a bfloat16, cut off. `_rest` is what was cut off, to be cut off at its
-# nearest bfloat16 in turn; `_pairs` takes the upper halves of 32 lanes.
-_BFLOAT = f"""{_DEFINE} {_V} @llmc_bfloat_rest({_V} %x) alwaysinline {{
-  %b = bitcast {_V} %x to {_I}
-  %h = and {_I} %b, splat (i32 -65536)
-  %f = bitcast {_I} %h to {_V}
-  %r = fsub {_V} %x, %f
-  %i = bitcast {_V} %r to {_I}
-  %n = add {_I} %i, splat (i32 32768)
-  %o = bitcast {_I} %n to {_V}
-  ret {_V} %o
-}}
+# 32 neighbours as bfloat16, each rounded to its nearest.
+_BFLOAT = f"""declare <32 x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512({_V}, {_V})
 {_DEFINE} {_V} @llmc_bfloat_pairs({_V} %a, {_V} %b) alwaysinline {{
-  %x = bitcast {_V} %a to {_W}
-  %y = bitcast {_V} %b to {_W}
-  %p = shufflevector {_W} %x, {_W} %y, <32 x i32> {_UPPER}
-  %r = bitcast {_W} %p to {_V}
+  %p = call <32 x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512({_V} %b, {_V} %a)
+  %r = bitcast <32 x bfloat> %p to {_V}
   ret {_V} %r
 }}"""
 

@@ -105,7 +105,7 @@ LEVELS = {
         Isa(
             "amx",
             "x86-64-v4",
-            ("+avx512vnni", "+amx-tile", "+amx-int8", "+amx-bf16"),
+            ("+avx512vnni", "+avx512bf16", "+amx-tile", "+amx-int8", "+amx-bf16"),
             512,
             32,
             True,

@@ -74,12 +74,13 @@ def _times(p: Expr, power: Expr) -> Expr:
 
 
 def exp2(x: Expr, more: int = 0, *, rough: bool = False) -> Expr:
-    """2^(x + more), x + more not rounded, for x + more ≤ 127; below -125 x stays there. NaN stays NaN.
+    """2^(x + more), x + more not rounded, for x + more ≤ 127; below -127 x stays there: its power is 0 if
+    more is. NaN stays NaN.
 
     rough: to 1e-4, for what is rounded to bfloat16.
     """
     x = let(x)
-    x = let(T.Select(x < f32s(-125), f32s(-125), x))
+    x = let(T.Select(x < f32s(-127), f32s(-127), x))
     n, power = _whole(call("float32x16", "llmc_add", x, f32s(BESIDE + more)), more)
     return _times(_polynomial(_EXP2_ROUGH if rough else _EXP2, let(x - n)), power)
 
