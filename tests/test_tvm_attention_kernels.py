@@ -140,6 +140,25 @@ def test_append_kv_writes_slots_and_nothing_else(dtype: str, dim: int, isa: str)
     assert np.array_equal(to_logical(within), expected, equal_nan=True)
 
 
+@pytest.mark.parametrize("dim", [32, 64, 80, 96])
+@vector_levels
+def test_append_kv_of_whole_pages(dim: int, isa: str) -> None:
+    full = np.arange(16)
+    backward, holed, late = 96 + full[::-1], np.where(full == 4, -1, 112 + full), 128 + np.roll(full, 1)
+    runs = [np.arange(5, 16), 16 + full, 48 + full, [2], backward, holed, late, 144 + full, 160 + full[:9]]
+    slots = np.concatenate(runs).astype(np.int32)
+    k, v = normal(len(slots), 2, dim), normal(len(slots), 2, dim, seed=1)
+    k[13, 0, :4] = [np.inf, -np.nan, 1e-40, -0.0]
+    before = to_physical(normal(2, 11, 16, 2, dim, seed=2).astype(to_numpy("bfloat16")))
+    parameters = {"kv_heads": 2, "head_dim": dim, "kv_dtype": "bfloat16"}
+    after = call(make_append_kv, isa, parameters, k, v, slots, before)
+    logical = to_logical(before)
+    op = cache_ops.AppendKv(value(k), value(v), value(logical), value(slots))
+    expected = meaning(op, k, v, logical, slots)
+    expected[:, 10, 15] = logical[:, 10, 15]  # slot -1: none
+    assert np.array_equal(to_logical(after), expected, equal_nan=True)
+
+
 @vector_levels
 def test_numbers_of_8_bits_are_written_and_read_as_ml_dtypes_has_them(isa: str) -> None:
     float8 = to_numpy("float8_e4m3fn")

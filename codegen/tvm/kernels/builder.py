@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from math import prod
 from typing import Any
 
@@ -92,12 +93,46 @@ def vec(buffer: Buffer, *index: Expr, lanes: int = LANES) -> Expr:
 
 def put(buffer: Buffer, value: Expr, *index: Expr, lanes: int = LANES) -> None:
     """Store a vector where `vec` with the same index would read it."""
-    T.buffer_store(buffer, value, [*index[:-1], T.ramp(index[-1], 1, lanes)])
+    _store(buffer, value, [*index[:-1], T.ramp(index[-1], 1, lanes)])
 
 
 def put1(buffer: Buffer, value: Expr, *index: Expr) -> None:
     """Store a scalar."""
-    T.buffer_store(buffer, value, list(index))
+    _store(buffer, value, list(index))
+
+
+_kept: list[tuple[Buffer, Expr, list[Expr]]] | None = None
+"""The stores of a body of `in_turns` so far."""
+
+
+def _store(buffer: Buffer, value: Expr, index: list[Expr]) -> None:
+    if _kept is None:
+        T.buffer_store(buffer, value, index)
+    else:
+        _kept.append((buffer, value, index))
+
+
+def in_turns(bodies: Sequence[Callable[[], Any]]) -> list[Any]:
+    """What the bodies return, which do not depend on each other: the first store of each is written (`put`,
+    `put1`, `let`), then the second of each, and so on. A processor starts what is ready of the next 100
+    instructions or so; of one long chain after another it would find few. Eight chains keep two units busy
+    whose results take four cycles. No loops or conditions in bodies.
+    """
+    global _kept
+    results: list[Any] = []
+    chains: list[list[tuple[Buffer, Expr, list[Expr]]]] = []
+    for body in bodies:
+        _kept = []
+        try:
+            results.append(body())
+            chains.append(_kept)
+        finally:
+            _kept = None
+    for turn in zip_longest(*chains):
+        for store in turn:
+            if store is not None:
+                T.buffer_store(*store)
+    return results
 
 
 def let(value: Expr) -> Expr:

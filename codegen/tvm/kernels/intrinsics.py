@@ -153,6 +153,28 @@ def _hadamard() -> str:
     return "\n".join([*lines, f"  ret {_V} {value}", "}"])
 
 
+def _transpose() -> str:
+    """16 rows of 16 words at one place become columns at another: words 8, 4, 2 and 1 apart change places."""
+    w, rows = "<16 x i32>", [f"%r{i}" for i in range(16)]
+    lines = [f"{_DEFINE} i32 @llmc_transpose_words(ptr %from, ptr %to) alwaysinline {{"]
+    for i, row in enumerate(rows):
+        lines.append(f"  %f{i} = getelementptr i8, ptr %from, i64 {64 * i}")
+        lines.append(f"  {row} = load {w}, ptr %f{i}, align 4")
+    for step in (8, 4, 2, 1):
+        lower = _lanes([16 + lane - step if lane & step else lane for lane in range(16)])
+        upper = _lanes([16 + lane if lane & step else lane + step for lane in range(16)])
+        for i in range(16):
+            if not i & step:
+                a, b = rows[i], rows[i + step]
+                rows[i], rows[i + step] = f"{a}.{step}", f"{b}.{step}"
+                lines.append(f"  {rows[i]} = shufflevector {w} {a}, {w} {b}, <16 x i32> {lower}")
+                lines.append(f"  {rows[i + step]} = shufflevector {w} {a}, {w} {b}, <16 x i32> {upper}")
+    for i, row in enumerate(rows):
+        lines.append(f"  %t{i} = getelementptr i8, ptr %to, i64 {64 * i}")
+        lines.append(f"  store {w} {row}, ptr %t{i}, align 4")
+    return "\n".join([*lines, "  ret i32 0", "}"])
+
+
 # TIR would simplify x + c - c.
 _ADD = f"""{_DEFINE} {_V} @llmc_add({_V} %x, {_V} %y) alwaysinline {{
   %r = fadd {_V} %x, %y
@@ -409,7 +431,7 @@ def library(isa_name: str) -> str:
     isa = get_isa(isa_name)
     halves = _HALF_HARDWARE if isa.half else _HALF_PLAIN
     many = [_many(name, count) for name in ("sum", "max") for count in (4, 8, 12, 16)]
-    others = (_round(), _hadamard(), _ADD, _OPAQUE, *_prefetches(isa), halves, _TO_BFLOAT)
+    others = (_round(), _hadamard(), _transpose(), _ADD, _OPAQUE, *_prefetches(isa), halves, _TO_BFLOAT)
     registers = tiles() if isa.tiles else []
     words = [_BFLOAT_WORDS] if isa.bfloat else []
     return "\n".join(

@@ -32,8 +32,14 @@ def _configure(name: str, lines: list[str], shapes: dict[int, _Shape]) -> str:
     return "\n".join([*text, "  call void @llvm.x86.ldtilecfg(ptr %c)", "  ret i32 0", "}"])
 
 
-# 32 neighbours as bfloat16, each rounded to its nearest.
-_BFLOAT = f"""declare <32 x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512({_V}, {_V})
+# a · 2^b for whole numbers b, 0 where that is too small for float32; and 32 neighbours as bfloat16, each
+# rounded to its nearest.
+_FLOATS = f"""declare {_V} @llvm.x86.avx512.mask.scalef.ps.512({_V}, {_V}, {_V}, i16, i32)
+{_DEFINE} {_V} @llmc_scale({_V} %a, {_V} %b) alwaysinline {{
+  %r = call {_V} @llvm.x86.avx512.mask.scalef.ps.512({_V} %a, {_V} %b, {_V} %a, i16 -1, i32 4)
+  ret {_V} %r
+}}
+declare <32 x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512({_V}, {_V})
 {_DEFINE} {_V} @llmc_bfloat_pairs({_V} %a, {_V} %b) alwaysinline {{
   %p = call <32 x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512({_V} %b, {_V} %a)
   %r = bitcast <32 x bfloat> %p to {_V}
@@ -77,7 +83,7 @@ def tiles() -> list[str]:
     floats: dict[int, _Shape] = {r: narrower if r < 6 else whole for r in range(8)}
     return [
         *(f"declare void @llvm.x86.{name}({types})" for name, types in declared.items()),
-        _BFLOAT,
+        _FLOATS,
         _configure("bytes", narrow, bytes_),
         _configure("floats", ["%rows = trunc i32 %given to i8"], floats),
         *(

@@ -14,6 +14,7 @@ may write the same there); so do the last two blocks of a panel of an odd number
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from tvm.script.ir_builder import tirx as T
 
@@ -22,6 +23,7 @@ from .builder import (
     Buffer,
     Expr,
     f32s,
+    in_turns,
     let,
     prefetch_second,
     put,
@@ -179,10 +181,13 @@ class _Products:
             for j in range(len(columns)):
                 self._scale(row, let(s * _AT_ONCE), (columns, j), (q, base, groups, slot))
 
+        def write_one(t: Expr) -> None:
+            values = [let(vec(self.sums, slot, j, t, 0)) for j in range(len(columns))]
+            self._write(row, t, columns, values)
+
         def write() -> None:
-            with T.serial(0, tiles * TILE_ROWS) as t:
-                values = [let(vec(self.sums, slot, j, t, 0)) for j in range(len(columns))]
-                self._write(row, t, columns, values)
+            with T.serial(0, tiles * TILE_ROWS // _AT_ONCE) as s:
+                in_turns([partial(write_one, s * _AT_ONCE + r) for r in range(_AT_ONCE)])
 
         if self.rolled and self.chunks == 1:
             write()

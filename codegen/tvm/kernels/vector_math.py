@@ -56,8 +56,8 @@ _LOG1P = (
 def _polynomial(coefficients: tuple[float, ...], x: Expr) -> Expr:
     value = f32s(coefficients[-1])
     for c in reversed(coefficients[:-1]):
-        value = fma(value, x, f32s(c))
-    return let(value)
+        value = let(fma(value, x, f32s(c)))
+    return value
 
 
 def _whole(lifted: Expr, more: int = 0) -> tuple[Expr, Expr]:
@@ -83,6 +83,13 @@ def exp2(x: Expr, more: int = 0, *, rough: bool = False) -> Expr:
     x = let(T.Select(x < f32s(-127), f32s(-127), x))
     n, power = _whole(call("float32x16", "llmc_add", x, f32s(BESIDE + more)), more)
     return _times(_polynomial(_EXP2_ROUGH if rough else _EXP2, let(x - n)), power)
+
+
+def power_of_two(x: Expr) -> Expr:
+    """`exp2` of x ≤ 127, rough, by AVX-512's scaling: 0 where that is too small for float32."""
+    x = let(x)
+    n = let(call("float32x16", "llmc_add", x, f32s(BESIDE)) - f32s(BESIDE))
+    return let(call("float32x16", "llmc_scale", _polynomial(_EXP2_ROUGH, let(x - n)), n))
 
 
 def exp(x: Expr) -> Expr:
