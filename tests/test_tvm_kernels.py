@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
 from llmc.codegen.tvm.kernels.activation import make_quantize_activation
 from llmc.codegen.tvm.kernels.attention import make_paged_attention
+from llmc.codegen.tvm.kernels.builder import Kernel, in_turns, let, put, vec
 from llmc.codegen.tvm.kernels.cache import make_append_kv
 from llmc.codegen.tvm.kernels.elementwise import make_gated_mlp
 from llmc.codegen.tvm.kernels.gather import make_embedding, make_gather_last
@@ -20,6 +23,7 @@ from llmc.ir.errors import CompileError, InputError
 from llmc.ir.ops import cache as cache_ops
 from llmc.ir.ops import nn
 from llmc.runtime import cpu
+from tvm.script.ir_builder import tirx as T
 
 from .kernel_harness import blank, call, close, compiled, meaning, normal, value, vector_levels
 
@@ -120,6 +124,35 @@ def test_a_level_multiplies_with_its_own_instruction(isa: str, pattern: str) -> 
         assert "zmm" not in assembly
     if isa == "generic":
         assert "ymm" not in assembly and "fmaf" not in assembly
+
+
+def _polynomials_in_turns(*, loops: bool, isa: str) -> Any:
+    kernel = Kernel("polynomials", isa)
+    with kernel:
+        x, out = (kernel.argument(name, (64,), "float32") for name in ("x", "out"))
+
+        def body(i: int) -> None:
+            square = let(vec(x, i) * vec(x, i))
+            put(out, square * square + square, i)
+            if loops:
+                with T.serial(0, 2) as j:
+                    put(out, square, i + j)
+
+        with kernel.body():
+            in_turns([partial(body, i) for i in range(0, 64, 16)])
+    return kernel.function
+
+
+def test_bodies_in_turns_give_what_they_give_alone() -> None:
+    stores = re.findall(
+        r"^ *(\w+)\[.*\] = ", _polynomials_in_turns(loops=False, isa="generic").script(), re.M
+    )
+    assert len(stores) == 8 and "out" not in stores[:4] and stores[4:] == ["out"] * 4
+    x = normal(64)
+    out = call(_polynomials_in_turns, "generic", {"loops": False}, x, blank(64))
+    close(out, (x * x) ** 2 + x * x, 1e-6)
+    with pytest.raises(AssertionError, match="a loop or a condition"):
+        _polynomials_in_turns(loops=True, isa="generic")
 
 
 def test_attention_of_bfloat16_multiplies_in_tiles() -> None:

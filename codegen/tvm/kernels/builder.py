@@ -101,31 +101,40 @@ def put1(buffer: Buffer, value: Expr, *index: Expr) -> None:
     _store(buffer, value, list(index))
 
 
-_kept: list[tuple[Buffer, Expr, list[Expr]]] | None = None
-"""The stores of a body of `in_turns` so far."""
+_Store = tuple[Buffer, Expr, list[Expr]]
+_kept: tuple[int, list[_Store]] | None = None
+"""Within a body of `in_turns`: how many frames are open around it, and its stores so far."""
 
 
 def _store(buffer: Buffer, value: Expr, index: list[Expr]) -> None:
     if _kept is None:
         T.buffer_store(buffer, value, index)
-    else:
-        _kept.append((buffer, value, index))
+        return
+    frames, stores = _kept
+    assert _frames() == frames, "a body of in_turns has a loop or a condition"
+    stores.append((buffer, value, index))
+
+
+def _frames() -> int:
+    return len(IRBuilder.current().frames)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def in_turns(bodies: Sequence[Callable[[], Any]]) -> list[Any]:
     """What the bodies return, which do not depend on each other: the first store of each is written (`put`,
     `put1`, `let`), then the second of each, and so on. A processor starts what is ready of the next 100
     instructions or so; of one long chain after another it would find few. Eight chains keep two units busy
-    whose results take four cycles. No loops or conditions in bodies.
+    whose results take four cycles.
+
+    A body has no loops or conditions, and integers that it binds (`let`) depend on nothing that it stores.
     """
     global _kept
     results: list[Any] = []
-    chains: list[list[tuple[Buffer, Expr, list[Expr]]]] = []
+    chains: list[list[_Store]] = []
     for body in bodies:
-        _kept = []
+        chains.append([])
+        _kept = _frames(), chains[-1]
         try:
             results.append(body())
-            chains.append(_kept)
         finally:
             _kept = None
     for turn in zip_longest(*chains):

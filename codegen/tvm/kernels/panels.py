@@ -78,6 +78,8 @@ class Operands:
     """Whether weights are spread to bytes less their zero points."""
     shifted: bool = False
     """Whether a is uint8: 128 more than the activations; only where `signed`."""
+    as_they_lie: bool = False
+    """Whether tile registers take weights from where they lie in memory; only where `signed`."""
     paired: bool = False
     """Whether the words of unpacked panels lie two by two, for products of two rows at once."""
     held: Held | None = None
@@ -146,15 +148,17 @@ class Operands:
 
         They must stay below 2^22, and scale · LIFT must be exact, for which the 11 bits of a scale (19 of one
         of two levels) are few enough. Where a product of 8-bit weights is several instructions, registers are
-        short; totals from tile registers (`signed`, not `shifted`) start at zero.
+        short; totals from tile registers (`signed`, not `shifted`) start at zero, but for those of weights as
+        they lie.
         """
         lay = self.layout
-        top = 15 if lay.bits <= 4 and lay.codebook is None else 255
+        levels = 256 if lay.codebook is not None else 1 << lay.bits
+        top = max(self.middle, levels - 1 - self.middle)
         exact = lay.scale_dtype != "float32" or lay.super_group > 0
         pays = self.isa.dot != "maddubs" or self.dot == "llmc_dot4"
         fits = exact and lay.real_group * 127 * top < 1 << 22
-        in_tiles = self.signed and not self.shifted
-        return self.isa.fma and not self.minimum and not in_tiles and fits and pays
+        from_zero = self.signed and not self.shifted and not self.as_they_lie
+        return self.isa.fma and not self.minimum and not from_zero and fits and pays
 
     @property
     def dot(self) -> str:

@@ -287,7 +287,7 @@ class Plan:
     def given(self, tokens: Expr, used: Expr | None = None) -> Operands:
         """The operands as unpacked panels are multiplied by. `used`: how many tokens are, where not all."""
         if self.tiles:
-            return replace(self.ops, signed=True)
+            return replace(self.ops, signed=True, as_they_lie=self.as_they_lie)
         if self.isa.pairs_rows:
             return replace(self.ops, paired=pair_steps(self.ops.layout) > 0)
         if self.isa.dot in ("vnni512", "vnni256"):

@@ -32,7 +32,7 @@ from .builder import (
     splat,
     vec,
 )
-from .panels import Packed, Unpacked
+from .panels import LIFT, Packed, Unpacked
 from .tile_registers import (
     TILE_ROWS,
     configure_bytes,
@@ -139,9 +139,10 @@ class _Products:
     def blocks(self, row: Expr, tiles: int) -> None:
         """`tiles` times 16 rows from `row` on by all blocks."""
         if self.starts is not None:
+            zero = T.reinterpret(T.float32(LIFT), dtype="int32") if self.ops.lifted else T.int32(0)
             with T.serial(0, tiles * TILE_ROWS) as t, T.serial(0, self.layout.groups) as g:
                 sum_ = T.Cast("int32", self.ops.sums[row + t, g])
-                put(self.starts, splat(sum_ * T.int32(-self.ops.middle)), g, t, 0)
+                put(self.starts, splat(sum_ * T.int32(-self.ops.middle) + zero), g, t, 0)
         if self.write is not None:
             gate, up = self.panels
             self._pairs(row, tiles, (T.int32(0), T.int32(gate.count)), lambda c: [(gate, c), (up, c)])
@@ -186,6 +187,10 @@ class _Products:
             self._write(row, t, columns, values)
 
         def write() -> None:
+            if self.write is None:  # which may end in the middle of a block
+                with T.serial(0, tiles * TILE_ROWS) as t:
+                    write_one(t)
+                return
             with T.serial(0, tiles * TILE_ROWS // _AT_ONCE) as s:
                 in_turns([partial(write_one, s * _AT_ONCE + r) for r in range(_AT_ONCE)])
 
@@ -251,8 +256,9 @@ class _Products:
         with T.If(part >= before), T.Then(), T.serial(0, each) as e:
             t = let(T.min((part - before) * each + e, T.int32(rows - 1)))
             for panel, c in columns:
-                panel.ops.expect(row + t, panel.first + c)
-                panel.ops.expect_residual(row + t, panel.first + c)
+                # Where something is added, what is fetched for it leaves no place to fetch results too.
+                added = panel.ops.residual is not None
+                (panel.ops.expect_residual if added else panel.ops.expect)(row + t, panel.first + c)
 
     def _fetch(self, columns: Columns, group: Expr, column: Expr) -> None:
         """The words of the blocks that follow, of these columns, from memory."""
