@@ -26,6 +26,7 @@ SAPPHIRE_RAPIDS = CASCADE_LAKE + " avx_vnni avx512_bf16 amx_bf16 amx_tile amx_in
         (CASCADE_LAKE.replace("avx512vl ", ""), ["generic", "avx2"]),
         (CASCADE_LAKE + " avx512_bf16 sse4a", ["generic", "avx2", "avx512vnni", "zen4"]),
         (SAPPHIRE_RAPIDS.replace(" amx_int8", ""), ["generic", "avx2", "avxvnni", "avx512vnni"]),
+        (SAPPHIRE_RAPIDS.replace(" avx512_bf16", ""), ["generic", "avx2", "avxvnni", "avx512vnni"]),
         (SAPPHIRE_RAPIDS, ["generic", "avx2", "avxvnni", "avx512vnni", "amx"]),
     ],
 )

@@ -157,6 +157,14 @@ def test_append_kv_of_whole_pages(dim: int, isa: str) -> None:
     expected = meaning(op, k, v, logical, slots)
     expected[:, 10, 15] = logical[:, 10, 15]  # slot -1: none
     assert np.array_equal(to_logical(after), expected, equal_nan=True)
+    merged = np.concatenate([x.reshape(len(slots), -1) for x in (k, normal(len(slots), 5), v)], axis=1)
+    sources = {"k_source": (merged.shape[1], 0), "v_source": (merged.shape[1], 2 * dim + 5)}
+    for rows in (len(slots), 27):  # by several threads and by one
+        given = (merged[:rows], merged[:rows], slots[:rows], before)
+        within = call(make_append_kv, isa, parameters | sources, *given)
+        some = call(make_append_kv, isa, parameters, k[:rows], v[:rows], *given[2:])
+        assert np.array_equal(within, some, equal_nan=True)
+        assert rows < len(slots) or np.array_equal(within, after, equal_nan=True)
 
 
 @vector_levels
@@ -327,6 +335,7 @@ IN_TILES = [  # heads that fill tiles, and those that fall back to vectors
     (3, 3, 32, {"causal": False}),
     (8, 1, 96, {"sinks": True, "window": 40}),
     (34, 2, 64, {"causal": False, "window": 9, "sinks": True}),
+    (6, 2, 64, {"window": 30, "softcap": 20.0, "sinks": True}),
     (2, 1, 80, {}),
     (4, 4, 18, {"softcap": 5.0}),
     (4, 2, 64, {"slopes": True}),
@@ -338,6 +347,20 @@ IN_TILES = [  # heads that fill tiles, and those that fall back to vectors
 def test_attention_over_pairs_of_bfloat16(case: Any, isa: str) -> None:
     chunks = ((5, 0, 1), (5, 29, 30), (5, 3, 20), (5, 7, 30), (8, 0, 1), (8, 5, 100))
     check_attention(isa, [*LENGTHS, (150, 101)], case, "bfloat16", chunks)
+
+
+@tile_levels
+def test_a_score_of_minus_infinity_has_no_weight(isa: str) -> None:
+    batch = Batch([(40, 40), (70, 1)], 6, 2, 64, "bfloat16")
+    batch.q = np.abs(batch.q)
+    keys = batch.logical[0, batch.table[:, 0], 3]
+    batch.logical[0, batch.table[:, 0], 3] = np.full_like(keys, -3e38)
+    batch.pages = to_physical(batch.logical)
+    out, own = attend(isa, batch, {}), attend(isa, batch, {}, (0, 39, 40))
+    batch.logical[0, batch.table[:, 0], 3] = np.full_like(keys, -1e4)
+    batch.pages = to_physical(batch.logical)
+    assert np.array_equal(out, attend(isa, batch, {})) and np.isfinite(out).all()
+    assert np.array_equal(own[0], out[39])
 
 
 @pytest.mark.parametrize("case", [(6, 2, 64, {}), (2, 1, 32, {"window": 520, "sinks": True})], ids=str)

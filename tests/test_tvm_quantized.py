@@ -4,6 +4,7 @@ integers, the same bits for any number of rows and on all levels with FMA.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -381,6 +382,23 @@ def test_the_largest_products_saturate_nowhere(bits: int, isa: str) -> None:
         sums, one = np.full((1, 2), sign * 127 * 64, np.float32), np.ones((1, 2), np.float32)
         out = call(make_quantized_linear, isa, parameters, a, sums, one, weight, scale, blank(1, n))
         assert np.array_equal(out, np.full((1, n), sign * 127 * k * (top - (1 << (bits - 1))), np.float32))
+
+
+@pytest.mark.parametrize("group", [192, 256, 320])
+@levels
+def test_the_largest_totals_of_8_bits_stay_exact(group: int, isa: str) -> None:
+    """Where totals are counted from LIFT they must stay below 2^22: 256 · 127 · 128 just does."""
+    n, k = 32, 2 * group
+    layout = QuantLayout(n, k, 8, group)
+    scale = np.ones(layout.scale_shape, np.float16)
+    parameters = {"n": n, "k": k, "bits": 8, "group_size": group}
+    for code, sign, rows in itertools.product((0, 255), (1, -1), (1, 3, 40)):
+        weight = layout.pack(np.full((n, k), code, np.uint8))
+        a = np.full((rows, k), sign * 127, np.int8)
+        sums = np.full((rows, 2), sign * 127 * group, np.float32)
+        one = np.ones((rows, 2), np.float32)
+        out = call(make_quantized_linear, isa, parameters, a, sums, one, weight, scale, blank(rows, n))
+        assert np.array_equal(out, np.full((rows, n), sign * 127 * k * (code - 128), np.float32))
 
 
 @pytest.mark.parametrize("case", [*(CASES[i] for i in (0, 5, 7, 8, 12, 13, 16)), GENERAL[1]], ids=str)

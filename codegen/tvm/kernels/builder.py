@@ -126,8 +126,10 @@ def in_turns(bodies: Sequence[Callable[[], Any]]) -> list[Any]:
     whose results take four cycles.
 
     A body has no loops or conditions, and integers that it binds (`let`) depend on nothing that it stores.
+    What else it writes (calls of tiles, prefetches) stands before all stores.
     """
     global _kept
+    assert _kept is None, "in_turns in a body of in_turns"
     results: list[Any] = []
     chains: list[list[_Store]] = []
     for body in bodies:

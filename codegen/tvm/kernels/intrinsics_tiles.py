@@ -32,9 +32,14 @@ def _configure(name: str, lines: list[str], shapes: dict[int, _Shape]) -> str:
     return "\n".join([*text, "  call void @llvm.x86.ldtilecfg(ptr %c)", "  ret i32 0", "}"])
 
 
-# a · 2^b for whole numbers b, 0 where that is too small for float32; and 32 neighbours as bfloat16, each
-# rounded to its nearest.
-_FLOATS = f"""declare {_V} @llvm.x86.avx512.mask.scalef.ps.512({_V}, {_V}, {_V}, i16, i32)
+# x less the nearest whole number, 0 for infinity; a · 2^b for whole numbers b, 0 where that is too small for
+# float32; and 32 neighbours as bfloat16, each rounded to its nearest.
+_FLOATS = f"""declare {_V} @llvm.x86.avx512.mask.reduce.ps.512({_V}, i32 immarg, {_V}, i16, i32 immarg)
+{_DEFINE} {_V} @llmc_fraction({_V} %a) alwaysinline {{
+  %r = call {_V} @llvm.x86.avx512.mask.reduce.ps.512({_V} %a, i32 8, {_V} %a, i16 -1, i32 8)
+  ret {_V} %r
+}}
+declare {_V} @llvm.x86.avx512.mask.scalef.ps.512({_V}, {_V}, {_V}, i16, i32)
 {_DEFINE} {_V} @llmc_scale({_V} %a, {_V} %b) alwaysinline {{
   %r = call {_V} @llvm.x86.avx512.mask.scalef.ps.512({_V} %a, {_V} %b, {_V} %a, i16 -1, i32 4)
   ret {_V} %r

@@ -154,6 +154,10 @@ class Operands:
         lay = self.layout
         levels = 256 if lay.codebook is not None else 1 << lay.bits
         top = max(self.middle, levels - 1 - self.middle)
+        if (
+            lay.zero_point == "uint8"
+        ):  # where two share a byte they reach 15, and what they take off counts too
+            top = 15 if lay.bits <= 4 else 255
         exact = lay.scale_dtype != "float32" or lay.super_group > 0
         pays = self.isa.dot != "maddubs" or self.dot == "llmc_dot4"
         fits = exact and lay.real_group * 127 * top < 1 << 22

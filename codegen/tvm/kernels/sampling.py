@@ -33,7 +33,9 @@ _PART = 32
 """Blocks that a thread takes at once."""
 _INFINITY = 0x7F800000  # its bits
 _SMALLEST = -125
-"""2 to less than that is 0: `exp2` stays there, and a token that is out of reach must have no share."""
+"""2 to less than that is 0: below the normal numbers `exp2` is not exact, and a token that is out of reach
+must have no share.
+"""
 
 
 def make_sampling(*, isa: str) -> Any:

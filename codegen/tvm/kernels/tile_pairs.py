@@ -139,10 +139,10 @@ class _Products:
     def blocks(self, row: Expr, tiles: int) -> None:
         """`tiles` times 16 rows from `row` on by all blocks."""
         if self.starts is not None:
-            zero = T.reinterpret(T.float32(LIFT), dtype="int32") if self.ops.lifted else T.int32(0)
+            lift = T.reinterpret(T.float32(LIFT), dtype="int32") if self.ops.lifted else T.int32(0)
             with T.serial(0, tiles * TILE_ROWS) as t, T.serial(0, self.layout.groups) as g:
                 sum_ = T.Cast("int32", self.ops.sums[row + t, g])
-                put(self.starts, splat(sum_ * T.int32(-self.ops.middle) + zero), g, t, 0)
+                put(self.starts, splat(sum_ * T.int32(-self.ops.middle) + lift), g, t, 0)
         if self.write is not None:
             gate, up = self.panels
             self._pairs(row, tiles, (T.int32(0), T.int32(gate.count)), lambda c: [(gate, c), (up, c)])

@@ -74,8 +74,8 @@ def _times(p: Expr, power: Expr) -> Expr:
 
 
 def exp2(x: Expr, more: int = 0, *, rough: bool = False) -> Expr:
-    """2^(x + more), x + more not rounded, for x + more ≤ 127; below -127 x stays there: its power is 0 if
-    more is. NaN stays NaN.
+    """2^(x + more), x + more not rounded, for x + more ≤ 127; between 0 and 2^-126 where that is below -126,
+    and 0 from -127 on, if more is 0. NaN stays NaN.
 
     rough: to 1e-4, for what is rounded to bfloat16.
     """
@@ -86,10 +86,12 @@ def exp2(x: Expr, more: int = 0, *, rough: bool = False) -> Expr:
 
 
 def power_of_two(x: Expr) -> Expr:
-    """`exp2` of x ≤ 127, rough, by AVX-512's scaling: 0 where that is too small for float32."""
+    """`exp2` of x ≤ 127, rough, by AVX-512's scaling: 0 where that is too small for float32, as of -infinity.
+    NaN stays NaN.
+    """
     x = let(x)
-    n = let(call("float32x16", "llmc_add", x, f32s(BESIDE)) - f32s(BESIDE))
-    return let(call("float32x16", "llmc_scale", _polynomial(_EXP2_ROUGH, let(x - n)), n))
+    r = let(call("float32x16", "llmc_fraction", x))
+    return let(call("float32x16", "llmc_scale", _polynomial(_EXP2_ROUGH, r), let(x - r)))
 
 
 def exp(x: Expr) -> Expr:
@@ -178,6 +180,7 @@ __all__ = [
     "exp2",
     "gelu",
     "gelu_tanh",
+    "power_of_two",
     "relu",
     "sigmoid",
     "silu",
