@@ -9,7 +9,7 @@ group behind as bytes: the products, eight times as large, stay in the nearest c
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tvm.script.ir_builder import tirx as T
@@ -60,104 +60,112 @@ def _fused(plan: Plan, tokens: Expr, to: Quantized, function: Callable[[Expr], E
     pairs = plan.tiles and in_pairs(plan.ops.layout)
     rows = _ROWS if pairs else min(_ROWS, 1 << (_HELD // group).bit_length() - 1)
     count, share = row_shares(tokens, rows)
-    make = _in_pairs if pairs else _one_by_one
 
     with T.parallel(0, count * to.layout.groups) as w:
         g = let(T.floormod(w, T.int32(to.layout.groups)))
         first = let(T.floordiv(w, T.int32(to.layout.groups)) * share)
-        make(plan, given, (first, let(T.min(first + share, tokens))), (rows, g), to, function)
+        stop = let(T.min(first + share, tokens))
+        task = _Task(plan, given, to, function, first, stop, rows, g)
+        task.in_pairs() if pairs else task.one_by_one()
 
 
-def _one_by_one(
-    plan: Plan,
-    given: Operands,
-    span: tuple[Expr, Expr],
-    place: tuple[int, Expr],
-    to: Quantized,
-    function: Callable[[Expr], Expr],
-) -> None:
-    """Group g of rows [first, stop), at most `rows`: (first, stop) = span, (rows, g) = place."""
-    (first, stop), (rows, g) = span, place
-    group, width = to.layout.group, to.layout.k
-    blocks = group // LANES
-    # A panel for vectors is as wide as any: one block's sums alone would wait for each other.
-    together = 1 if plan.tiles else max(n for n in range(1, plan.width + 1) if blocks % n == 0)
-    products = T.alloc_buffer((rows, 2 * group), "float32")
-    with T.serial(0, blocks // together) as c:
-        panels: list[Unpacked] = []
-        for start, column in ((0, 0), (width, group)):
-            block = let(start // LANES + g * blocks)
-            held = Held(products, rows, block, column)
-            panels.append(Unpacked(replace(given, held=held), block + c * together, together))
-        if plan.tiles:
-            multiply_tiles((first, stop), panels, finish_block)
-        else:
-            for one in panels:
-                plan.multiply_unpacked((first, stop), one)
+@dataclass(frozen=True)
+class _Task:
+    """Group `g` of the result, of rows [first, stop), which are `rows` at most."""
 
-    def row(t: Expr) -> Expr:
-        return let(T.floormod(first + t, T.int32(rows)))
+    plan: Plan
+    given: Operands
+    to: Quantized
+    function: Callable[[Expr], Expr]
+    first: Expr
+    stop: Expr
+    rows: int
+    g: Expr
 
-    with T.serial(0, stop - first) as t:
-        at = row(t)
-        store_made(
-            group,
-            lambda i: _make(function, products, at, i, group + i),
-            lambda i, value: put(products, value, at, i),
-            to.rotate,
-        )
-    with T.serial(0, stop - first) as t:
-        at = row(t)
-        quantize_group(to, first + t, g, lambda i: vec(products, at, i))
+    @property
+    def span(self) -> tuple[Expr, Expr]:
+        return self.first, self.stop
 
+    @property
+    def blocks(self) -> int:
+        """Of gate and of up, that make a group."""
+        return self.to.layout.group // LANES
 
-def _in_pairs(
-    plan: Plan,
-    given: Operands,
-    span: tuple[Expr, Expr],
-    place: tuple[int, Expr],
-    to: Quantized,
-    function: Callable[[Expr], Expr],
-) -> None:
-    """The same by two tiles at a time, whose results of gate and up are multiplied before they are held."""
-    (first, stop), (rows, g) = span, place
-    lay, group = plan.ops.layout, to.layout.group
-    blocks = group // LANES
-    fits = max(1, _SPREAD // (2 * LANES * lay.k_padded))
-    together = max(n for n in range(1, blocks + 1) if blocks % n == 0 and n <= fits)
-    whole = together == blocks
-    held_rows = 2 * TILE_ROWS if whole else rows
-    # Rows that stand a power of two apart would meet in few sets of a cache.
-    stride = group + LANES
-    held = T.alloc_buffer((held_rows * stride,), "float32")
-    starts = [let(start // LANES + g * blocks) for start in (0, to.layout.k)]
+    def block(self, start: int) -> Expr:
+        """The first of them, of the weight whose columns begin at `start`: 0 for gate, K for up."""
+        return let(start // LANES + self.g * self.blocks)
 
-    def multiply(c: Expr, after: After | None) -> None:
-        panels = [plan.panel(given, start + c, together) for start in starts]
+    def place(self, row: Expr) -> Expr:
+        """Where a row is held."""
+        return T.floormod(row, T.int32(self.rows))
 
-        def write(row: Expr, t: Expr, block: Expr, values: Sequence[Expr]) -> None:
-            if given.bias is not None:
-                values = [
-                    value + vec(given.bias, (start + c + block) * LANES)
-                    for value, start in zip(values, starts, strict=True)
-                ]
-            gate, up = values
-            at = t if whole else T.floormod(row, T.int32(rows))
-            put(held, function(let(gate)) * up, at * stride + (c + block) * LANES)
+    def one_by_one(self) -> None:
+        """The products by gate and by up are held, then multiplied."""
+        plan, to, blocks = self.plan, self.to, self.blocks
+        group, width = to.layout.group, to.layout.k
+        # A panel for vectors is as wide as any: one block's sums alone would wait for each other.
+        together = 1 if plan.tiles else max(n for n in range(1, plan.width + 1) if blocks % n == 0)
+        products = T.alloc_buffer((self.rows, 2 * group), "float32")
+        with T.serial(0, blocks // together) as c:
+            panels: list[Unpacked] = []
+            for start, column in ((0, 0), (width, group)):
+                block = self.block(start)
+                held = Held(products, self.rows, block, column)
+                panels.append(Unpacked(replace(self.given, held=held), block + c * together, together))
+            if plan.tiles:
+                multiply_tiles(self.span, panels, finish_block)
+            else:
+                for one in panels:
+                    plan.multiply_unpacked(self.span, one)
+        with T.serial(0, self.stop - self.first) as t:
+            at = let(self.place(self.first + t))
+            store_made(
+                group,
+                lambda i: _make(self.function, products, at, i, group + i),
+                lambda i, value: put(products, value, at, i),
+                to.rotate,
+            )
+        with T.serial(0, self.stop - self.first) as t:
+            at = let(self.place(self.first + t))
+            quantize_group(to, self.first + t, self.g, lambda i: vec(products, at, i))
 
-        multiply_pairs((first, stop), panels, finish_block, write, after)
+    def in_pairs(self) -> None:
+        """By two tiles at a time, whose results of gate and up are multiplied before they are held."""
+        plan, given, to, blocks = self.plan, self.given, self.to, self.blocks
+        fits = max(1, _SPREAD // (2 * LANES * plan.ops.layout.k_padded))
+        together = max(n for n in range(1, blocks + 1) if blocks % n == 0 and n <= fits)
+        whole = together == blocks
+        # Rows that stand a power of two apart would meet in few sets of a cache.
+        stride = to.layout.group + LANES
+        held = T.alloc_buffer(((2 * TILE_ROWS if whole else self.rows) * stride,), "float32")
+        starts = [self.block(start) for start in (0, to.layout.k)]
 
-    def after(row: Expr, count: int) -> None:
-        with T.serial(0, count) as t:
-            quantize_held(to, row + t, g, held, t * stride)
+        def multiply(c: Expr, after: After | None) -> None:
+            panels = [plan.panel(given, start + c, together) for start in starts]
 
-    if whole:
-        multiply(T.int32(0), after)
-        return
-    with T.serial(0, blocks // together) as c:
-        multiply(c * together, None)
-    with T.serial(0, stop - first) as t:
-        quantize_held(to, first + t, g, held, let(T.floormod(first + t, T.int32(rows)) * stride))
+            def write(row: Expr, t: Expr, block: Expr, values: Sequence[Expr]) -> None:
+                if given.bias is not None:
+                    values = [
+                        value + vec(given.bias, (start + c + block) * LANES)
+                        for value, start in zip(values, starts, strict=True)
+                    ]
+                gate, up = values
+                at = t if whole else self.place(row)
+                put(held, self.function(let(gate)) * up, at * stride + (c + block) * LANES)
+
+            multiply_pairs(self.span, panels, finish_block, write, after)
+
+        def after(row: Expr, count: int) -> None:
+            with T.serial(0, count) as t:
+                quantize_held(to, row + t, self.g, held, t * stride)
+
+        if whole:
+            multiply(T.int32(0), after)
+            return
+        with T.serial(0, blocks // together) as c:
+            multiply(c * together, None)
+        with T.serial(0, self.stop - self.first) as t:
+            quantize_held(to, self.first + t, self.g, held, let(self.place(self.first + t) * stride))
 
 
 def make_quantized_gated_mlp(
