@@ -35,13 +35,12 @@ from .builder import (
     put,
     put1,
     register_i32,
-    scalar,
     splat,
     vec,
 )
 from .gather import load_one
 from .norms import Source, head_argument, head_index
-from .whole_pages import fits_whole, is_whole, put_keys, put_values
+from .whole_pages import by_pages, fits_whole, put_keys, put_values
 
 _ABS, _INFINITY = 0x7FFFFFFF, 0x7F800000
 _LARGEST, _SMALLEST_NORMAL = (int(np.float32(x).view(np.int32)) for x in (FLOAT8_LARGEST, 2**-6))
@@ -261,20 +260,10 @@ def make_append_kv(
                 head(t, h)
 
         def row(t: Expr) -> None:
-            if not fits_whole(kv_dtype, head_dim):
+            if fits_whole(kv_dtype, head_dim):
+                by_pages(slots, tokens, t, page, token)
+            else:
                 token(t)
-                return
-            # Where the page of a token is written whole, its first token does it.
-            offset = let(slots[t] % PAGE_SIZE)
-            start = let(t - offset)
-            whole = scalar(T.int32(0), "int32")
-            with T.If(T.And(T.And(slots[t] >= 0, start >= 0), start + PAGE_SIZE <= tokens)), T.Then():
-                put1(whole, is_whole(slots, start), 0)
-            with T.If(whole[0] == 0):
-                with T.Then():
-                    token(t)
-                with T.Else(), T.If(offset == 0), T.Then():
-                    page(t)
 
         with kernel.body():
             for_each_row(tokens, 8 * kv_heads * head_dim, row)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from tvm.script.ir_builder import tirx as T
 
 from . import PAGE_SIZE
-from .builder import LANES, Buffer, Expr, call, i32s, let, put, splat, vec
+from .builder import LANES, Buffer, Expr, call, i32s, let, put, put1, scalar, splat, vec
 
 Heads = Callable[[Expr, Expr], Expr]
 """16 elements of a head from i on, of a token: (token, i)."""
@@ -23,12 +23,30 @@ def fits_whole(kv_dtype: str, head_dim: int) -> bool:
     return kv_dtype == "bfloat16" and head_dim % WORDS == 0
 
 
-def is_whole(slots: Buffer, first: Expr) -> Expr:
+def _is_whole(slots: Buffer, first: Expr) -> Expr:
     """1 where the 16 tokens from `first` on, which are there, fill a page in order, else 0."""
     expected = splat(slots[first]) + T.ramp(0, 1, LANES)
     others = T.Select(vec(slots, first) == expected, i32s(0), i32s(1))
     starts = T.floormod(slots[first], T.int32(PAGE_SIZE)) == 0
     return T.Select(T.And(starts, call("int32", "llmc_max_i32", others) == 0), T.int32(1), T.int32(0))
+
+
+def by_pages(
+    slots: Buffer, tokens: Expr, t: Expr, page: Callable[[Expr], None], token: Callable[[Expr], None]
+) -> None:
+    """For token t `token(t)`, or where the page it is of is filled in order by tokens of this step: for the
+    first of these `page(t)`, for the others nothing.
+    """
+    offset = let(slots[t] % PAGE_SIZE)
+    start = let(t - offset)
+    whole = scalar(T.int32(0), "int32")
+    with T.If(T.And(T.And(slots[t] >= 0, start >= 0), start + PAGE_SIZE <= tokens)), T.Then():
+        put1(whole, _is_whole(slots, start), 0)
+    with T.If(whole[0] == 0):
+        with T.Then():
+            token(t)
+        with T.Else(), T.If(offset == 0), T.Then():
+            page(t)
 
 
 def _halves(value: Expr) -> Expr:
