@@ -26,7 +26,6 @@ from .builder import (
     Expr,
     f32s,
     fma,
-    in_turns,
     lane_maxima,
     lane_sums,
     let,
@@ -378,31 +377,24 @@ class _Block:
         put(self.rescale, exp2(best - new), turn, 0)
         if cells.many:
             with T.serial(0, 2) as half:
-                steps = Steps(beside(half), cells.count // 4)
-                for i in range(0, cells.count // 2, 2):
-                    self._weights(tile, turn, let(half * (cells.count // 2) + i), 2)
+                steps = Steps(beside(half), cells.count // 2)
+                for i in range(cells.count // 2):
+                    self._weights(tile, turn, let(half * (cells.count // 2) + i))
                     steps.step()
         else:
             with T.serial(0, cells.count) as i:
-                self._weights(tile, turn, i, 1)
+                self._weights(tile, turn, i)
         sums = lane_sums([vec(self.lanes, i, 0) for i in each])
         total = fma(vec(self.state.total, tile, 0), vec(self.rescale, turn, 0), sums)
         put(self.state.total, total, tile, 0)
 
-    def _weights(self, tile: Expr, turn: Expr, first: Expr, count: int) -> None:
-        """The scores of `count` cells to weights; exactly 0 where nothing is seen."""
-
-        def weight(i: int, u: int) -> Expr:
-            return power_of_two(vec(self.scores, turn, first + i, u * LANES) - splat(best[i]))
-
-        best = [let(self.state.best[tile, first + i]) for i in range(count)]
-        places = [(i, u) for i in range(count) for u in range(TILE)]
-        all_weights = in_turns([partial(weight, *place) for place in places])
-        for i in range(count):
-            weights = all_weights[i * TILE : (i + 1) * TILE]
-            put(self.lanes, (weights[0] + weights[1]) + (weights[2] + weights[3]), first + i, 0)
-            for pair in range(TILE // 2):
-                self.weights.put(*weights[2 * pair : 2 * pair + 2], turn, first + i, pair)
+    def _weights(self, tile: Expr, turn: Expr, i: Expr) -> None:
+        """A cell's scores to weights; exactly 0 where nothing is seen."""
+        best = let(splat(self.state.best[tile, i]))
+        weights = [power_of_two(vec(self.scores, turn, i, u * LANES) - best) for u in range(TILE)]
+        put(self.lanes, (weights[0] + weights[1]) + (weights[2] + weights[3]), i, 0)
+        for pair in range(TILE // 2):
+            self.weights.put(*weights[2 * pair : 2 * pair + 2], turn, i, pair)
 
     def _accumulate(self, tile: Expr, turn: Expr) -> None:
         """acc = acc · rescale + what the tiles gave."""

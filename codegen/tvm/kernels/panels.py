@@ -154,9 +154,7 @@ class Operands:
         lay = self.layout
         levels = 256 if lay.codebook is not None else 1 << lay.bits
         top = max(self.middle, levels - 1 - self.middle)
-        if (
-            lay.zero_point == "uint8"
-        ):  # where two share a byte they reach 15, and what they take off counts too
+        if lay.zero_point == "uint8":  # which may be more than a code
             top = 15 if lay.bits <= 4 else 255
         exact = lay.scale_dtype != "float32" or lay.super_group > 0
         pays = self.isa.dot != "maddubs" or self.dot == "llmc_dot4"
