@@ -15,7 +15,7 @@ from typing import Any
 from ..ir.codebooks import codebook
 from ..ir.core import Graph, Op, Value
 from ..ir.errors import CompileError, UnsupportedError
-from ..ir.hadamard import hadamard
+from ..ir.hadamard import rotation
 from ..ir.ops import math, nn, quant, shape
 from ..ir.types import Dim, divide, product
 from ..ir.weights import ArrayTensor
@@ -400,7 +400,7 @@ def _hadamard(b: Builder, op: Any) -> Value:
     key = f"hadamard.{op.size}.{op.x.dtype}"
     matrix = b.graph.weights.get(key)
     if matrix is None:
-        matrix = b.graph.add_weight(key, CastTensor(ArrayTensor(hadamard(op.size), key), op.x.dtype))
+        matrix = b.graph.add_weight(key, CastTensor(ArrayTensor(rotation(op.size), key), op.x.dtype))
     runs = b.reshape(op.x, *lead, k // op.size, op.size)
     return b.reshape(b(m.MatMul(runs, matrix)), *lead, k)
 

@@ -25,6 +25,8 @@ FORMS = [
     {"width": 256, "k": 192, "bits": 3, "group_size": 64, "quantize": (128, 16), "activation": "gelu"},
     {"width": 128, "k": 192, "bits": 8, "group_size": 64, "activation": "relu"},
     {"width": 384, "k": 192, "bits": 8, "group_size": 192, "quantize": (192, 8), "rotate": 64},
+    {"width": 384, "k": 576, "bits": 8, "group_size": 576, "quantize": (192, 8), "rotate": 192},
+    {"width": 896, "k": 640, "bits": 8, "group_size": 640, "quantize": (448, 8), "rotate": 448},
     {"width": 256, "k": 640, "bits": 8, "group_size": 128, "quantize": (256, 8), "rotate": 64, "bias": True},
     {"width": 512, "k": 2176, "group_size": 128, "zero_point": "uint8", "quantize": (256, 8), "bias": True},
 ]
@@ -92,6 +94,8 @@ def test_more_rows_than_are_held(form: dict[str, Any], isa: str) -> None:
 def test_groups_must_divide_the_result_and_be_whole_vectors() -> None:
     assert fits_gated(1536, activation_layout(1536, 64, 8))
     assert fits_gated(1536, activation_layout(1536, 256, 8))
-    assert not fits_gated(1536, activation_layout(1536, 512, 8))
+    assert fits_gated(1536, activation_layout(1536, 512, 8))
+    assert not fits_gated(1536, activation_layout(1536, 640, 8))
+    assert not fits_gated(1536, activation_layout(1536, 768, 8))
     assert not fits_gated(1500, activation_layout(1500, 64, 8))
     assert not fits_gated(96, activation_layout(96, 24, 8))

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llmc.codegen.tvm.kernels import super_scales
@@ -26,7 +27,9 @@ from llmc.codegen.tvm.kernels.layout import QuantLayout, has_bytes
 from llmc.codegen.tvm.kernels.norms import make_rms_norm
 from llmc.codegen.tvm.kernels.quantized import make_quantized_linear, reference_quantized_linear
 from llmc.ir.errors import CompileError
+from llmc.ir.hadamard import rotation
 from llmc.ir.ops import quant
+from llmc.ir.ops.nn import ACTIVATIONS, activate
 from llmc.ir.types import Quantization
 
 from .kernel_harness import (
@@ -284,34 +287,64 @@ def test_what_is_no_number_is_what_is_kept_apart(isa: str) -> None:
 @pytest.mark.parametrize(
     ("width", "group", "align"), [(576, 32, 8), (64, 64, 8), (96, 16, 16), (256, 256, 8)]
 )
-@pytest.mark.parametrize("kernel", ["rms_norm", "rms_norm without weight", "gated_mlp"])
+@pytest.mark.parametrize("weight", [True, False])
 @vector_levels
 def test_what_is_quantized_as_it_is_made_has_the_same_bits(
-    kernel: str, width: int, group: int, align: int, isa: str
+    weight: bool, width: int, group: int, align: int, isa: str
 ) -> None:
     rows = 20
-    x = normal(rows, width * (2 if kernel == "gated_mlp" else 1)) * np.float32(2)
+    x = normal(rows, width) * np.float32(2)
     x[1], x[2, 5], x[3, -1] = 0, np.nan, np.inf
-    if kernel == "gated_mlp":
-        maker: Any = make_gated_mlp
-        parameters, inputs = {"width": width, "activation": "silu"}, [x]
-    else:
-        maker = make_rms_norm
-        parameters = {"width": width, "eps": 1e-5, "weight": kernel == "rms_norm"}
-        inputs = [x, normal(width, seed=1)] if parameters["weight"] else [x]
-    floats = call(maker, isa, parameters, *inputs, blank(rows, width))
-    apart = 0 if kernel == "gated_mlp" else 2 if width > 64 else 1
+    inputs = [x, normal(width, seed=1)] if weight else [x]
+    parameters: dict[str, Any] = {"width": width, "eps": 1e-5, "weight": weight}
+    floats = call(make_rms_norm, isa, parameters, *inputs, blank(rows, width))
     rotate = group if group >= 64 else 0
-    apart = 0 if rotate else apart
+    apart = 0 if rotate else 2 if width > 64 else 1
     outputs = quantized_outputs(rows, QuantLayout(1, width, 8, group), apart)
     sizes = {"k": width, "group_size": group, "align": align, "apart": apart, "rotate": rotate}
     expected = call(make_quantize_activation, isa, sizes, floats, *outputs, outputs=3)
     parameters |= {"quantize": (group, align), "rotate": rotate}
     if apart:
         parameters["apart"] = apart
-    fused = call(maker, isa, parameters, *inputs, *outputs, outputs=3)
+    fused = call(make_rms_norm, isa, parameters, *inputs, *outputs, outputs=3)
     for a, b in zip(fused, expected, strict=True):
         assert np.array_equal(a, b, equal_nan=a.dtype == np.float32)
+
+
+@pytest.mark.parametrize("rotate", [0, 64, 192])
+@vector_levels
+def test_a_gated_mlp_quantizes_what_it_makes(rotate: int, isa: str) -> None:
+    """To half a step of the result in float64, and the 3e-4 of the activation of what is rotated to it."""
+    rows, width, group = 20, 576, 192
+    x = normal(rows, 2 * width) * np.float32(2)
+    x[1] = 0
+    parameters = {"width": width, "activation": "silu", "quantize": (group, 8), "rotate": rotate}
+    outputs = quantized_outputs(rows, QuantLayout(1, width, 8, group), 0)
+    a, sums, scale = call(make_gated_mlp, isa, parameters, x, *outputs, outputs=3)
+    gate, up = np.split(x.astype(np.float64), 2, 1)
+    exact = gate / (1 + np.exp(-gate)) * up
+    if rotate:
+        exact = (exact.reshape(-1, rotate) @ rotation(rotate)).reshape(rows, width)
+    got = a.reshape(rows, 3, group) * scale[:, :, None].astype(np.float64)
+    exact = exact.reshape(rows, 3, group)
+    size = np.abs(exact).max(2, keepdims=True)
+    rough = 3e-4 * max(1, rotate) ** 0.5
+    assert np.all(np.abs(got - exact) <= (0.5 / 127 + rough) * size + 1e-9)
+    assert np.array_equal(sums, a.reshape(rows, 3, group).sum(2, dtype=np.int32))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@vector_levels
+def test_rough_activations(activation: str, isa: str) -> None:
+    """A group of equal numbers has their result as the largest: to 3e-4."""
+    line = np.concatenate([np.linspace(-12, 12, 501), np.logspace(-6, 0, 50), [-80, 80, -300, 300, 0, 4e9]])
+    gate = np.repeat(line, 16).astype(np.float32)
+    x = np.concatenate([gate, np.ones_like(gate)])[None]
+    outputs = quantized_outputs(1, QuantLayout(1, gate.size, 8, 16), 0)
+    parameters = {"width": gate.size, "activation": activation, "quantize": (16, 8)}
+    _, _, scale = call(make_gated_mlp, isa, parameters, x, *outputs, outputs=3)
+    exact = activate(activation, torch.from_numpy(line.astype(np.float32)).double()).abs().numpy()
+    assert np.all(np.abs(scale[0] * 127.0 - exact) <= 3e-4 * exact + 1e-9)
 
 
 def run(

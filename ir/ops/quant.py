@@ -12,7 +12,7 @@ from ..codebooks import CODEBOOKS, codebook
 from ..core import Op
 from ..define import Operand, OptionalOperand, op
 from ..errors import VerifyError
-from ..hadamard import hadamard
+from ..hadamard import reflections, rotation
 from ..types import Quantization, TensorType
 from .nn import linear
 
@@ -154,9 +154,9 @@ class QuantizedLinear(Op):
 
 @op("hadamard")
 class Hadamard(Op):
-    """x [..., K], each run of `size` columns times the Hadamard matrix of that order over √size → [..., K].
+    """x [..., K], each run of `size` columns times `rotation(size)` (`hadamard.py`) → [..., K].
 
-    `size` is a power of two that divides K. Rotated twice, x is what it was (`hadamard.py`).
+    `size` divides K and is a power of two, times factors of 3, 5 and 7. Rotated twice, x is what it was.
     """
 
     x: Operand
@@ -167,17 +167,17 @@ class Hadamard(Op):
 
     def verify(self) -> None:
         k = self.x.shape[-1] if self.x.type.rank else 1
-        if self.size < 1 or self.size & (self.size - 1) or not isinstance(k, int) or k % self.size:
+        if reflections(self.size) is None or not isinstance(k, int) or k % self.size:
             raise VerifyError(
                 f"hadamard: {self.x.type} in runs of {self.size}",
-                remedy="give a power of two that divides the last axis",
+                remedy="give a size without other factors than 2, 3, 5 and 7 that divides the last axis",
             )
 
     def reference(self, dims: Dims, *args: Any) -> Any:
         import torch
 
         (x,) = args
-        matrix = torch.from_numpy(hadamard(self.size).copy()).to(x.device, x.dtype)
+        matrix = torch.from_numpy(rotation(self.size).copy()).to(x.device, x.dtype)
         return (x.reshape(*x.shape[:-1], -1, self.size) @ matrix).reshape(x.shape)
 
 

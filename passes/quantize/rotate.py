@@ -19,55 +19,75 @@ import numpy as np
 
 from ...ir.core import Graph, Op, Value
 from ...ir.errors import InputError
-from ...ir.hadamard import rotate_columns
-from ...ir.ops.nn import Linear
+from ...ir.hadamard import reflections, rotate_columns
+from ...ir.ops.nn import GatedMlp, Linear
 from ...ir.ops.quant import Hadamard
 from ...ir.weights import LazyTensor
 from ..base import Pass, PassContext, PassResult
 from .attach import is_head, is_quantizable
 
 Array = np.ndarray[Any, Any]
-SIZE = 64
-"""Columns that are rotated together: a group of activations has a multiple of them."""
+UNIT = 64
+"""Columns of what is rotated together are a multiple of this, where nobody says how many they are."""
+WIDEST = 640
+"""The most of them: what a kernel quantizes as it makes it, and multiplies at once."""
+_GROUPS = 8
+"""What a gated MLP makes is quantized group by group, by as many threads: it has as many groups at least, if
+it has so many units.
+"""
 
 
 @dataclass(frozen=True)
 class RotateLinears(Pass):
     """Rotate linear layers whose columns are a multiple of `size`, but the output head.
 
-    Options: `size`, a power of two.
+    Options: `size`, a power of two; 0: of each layer the largest multiple of 64 up to 640 that divides its
+    columns (behind a gated MLP, one that leaves 8 runs).
     """
 
     name = "rotate-linears"
     requires = "fused"
     for_int8_activations = True
-    size: int = SIZE
+    size: int = 0
 
     def __post_init__(self) -> None:
-        if self.size < 2 or self.size & (self.size - 1):
+        if self.size and (self.size < 2 or self.size & (self.size - 1)):
             raise InputError(f"pass {self.name}: size={self.size}", remedy="give a power of two, from 2 on")
 
     def run(self, graph: Graph, context: PassContext) -> PassResult:
-        found = [w for w in graph.weights.values() if self._rotates(graph, w)]
-        rotated: dict[Value, Value] = {}
+        found = {w: self._size(w) for w in graph.weights.values() if self._rotates(graph, w)}
+        rotated: dict[tuple[Value, int], Value] = {}
         for op in graph.ops:
             if not isinstance(op, Linear) or op.weight not in found:
                 continue
-            if op.x not in rotated:
-                new = Hadamard(op.x, size=self.size)
+            key = op.x, found[op.weight]
+            if key not in rotated:
+                new = Hadamard(op.x, size=key[1])
                 new.loc = op.loc
-                rotated[op.x] = graph.insert(new, before=op).result
-            graph.set_operand(op, 0, rotated[op.x])
-        for weight in found:
+                rotated[key] = graph.insert(new, before=op).result
+            graph.set_operand(op, 0, rotated[key])
+        for weight, size in found.items():
             assert weight.weight is not None
-            graph.set_weight(weight, RotatedTensor(weight.weight, self.size))
+            graph.set_weight(weight, RotatedTensor(weight.weight, size))
         return PassResult(graph, bool(found))
 
     def _rotates(self, graph: Graph, weight: Value) -> bool:
         if not is_quantizable(weight) or is_head(graph, weight):
             return False
         k = weight.shape[-1]
-        return isinstance(k, int) and k % self.size == 0 and all(_is_plain(u) for u in weight.users)
+        whole = isinstance(k, int) and k % (self.size or UNIT) == 0
+        return whole and all(_is_plain(u) for u in weight.users)
+
+    def _size(self, weight: Value) -> int:
+        """How many columns of a weight are rotated together."""
+        if self.size:
+            return self.size
+        k = weight.shape[-1]
+        assert isinstance(k, int)
+        gated = any(isinstance(u.operands[0].producer, GatedMlp) for u in weight.users)
+        most = min(WIDEST, k // _GROUPS) if gated else WIDEST
+        sizes = (s for s in range(UNIT, most + 1, UNIT) if k % s == 0 and reflections(s) is not None)
+        return max(sizes, default=UNIT)
 
 
 def _is_plain(op: Op) -> bool:

@@ -16,20 +16,15 @@ from .attach import attach_quantized, is_head, is_quantizable
 from .moe import round_experts
 from .nearest import QuantizedPart, QuantizedWeight
 from .options import check_grid, check_group
-from .rotate import SIZE, RotateLinears
-
-WIDEST = 256
-"""Columns of an 8-bit group, at most, where activations are rotated: what the kernel of a gated MLP quantizes
-as it goes.
-"""
+from .rotate import UNIT, RotateLinears
 
 
 @dataclass(frozen=True)
 class QuantizeRtn(Pass):
     """Round-to-nearest quantization of linear layers; embeddings and the output head are `quantize-head`'s.
 
-    Options: `bits`; `group` along K, 0 for whole rows; `symmetric`; `widest`: of layers whose operand is
-    rotated, groups are the largest multiple of `group` up to this that divides K.
+    Options: `bits`; `group` along K, 0 for whole rows; `symmetric`; `as_rotated`: of layers whose operand is
+    rotated, what is rotated together is a group.
     """
 
     name = "quantize-rtn"
@@ -38,7 +33,7 @@ class QuantizeRtn(Pass):
     bits: int = 4
     group: int = 32
     symmetric: bool = False
-    widest: int = 0
+    as_rotated: bool = False
 
     def __post_init__(self) -> None:
         check_grid(self.name, self.bits, self.group)
@@ -54,12 +49,9 @@ class QuantizeRtn(Pass):
         return PassResult(graph, found, [] if found else ["no linear layer was found to quantize"])
 
     def _group(self, weight: Value) -> int:
-        k = weight.shape[-1]
-        assert isinstance(k, int)
-        if not self.group or not all(isinstance(u.operands[0].producer, Hadamard) for u in weight.users):
-            return self.group
-        widths = range(self.group, self.widest + 1, self.group)
-        return max((g for g in widths if k % g == 0), default=self.group)
+        producers = [u.operands[0].producer for u in weight.users] if self.as_rotated else []
+        rotated = {op.size if isinstance(op, Hadamard) else 0 for op in producers}
+        return max(self.group, *rotated) if rotated and 0 not in rotated else self.group
 
 
 def attach_nearest(graph: Graph, weight: Value, bits: int, group: int, symmetric: bool) -> None:
@@ -75,8 +67,8 @@ def attach_nearest(graph: Graph, weight: Value, bits: int, group: int, symmetric
 
 
 class RoundToNearest(Quantizer):
-    """`int8` (symmetric, in groups of 64, up to `WIDEST` where activations are rotated), `int8-gN`,
-    `int4-gN`, `int4-gN-sym`.
+    """`int8` (symmetric, in groups of 64, or of what is rotated together), `int8-gN`, `int4-gN`,
+    `int4-gN-sym`.
     """
 
     forms = ("int8[-gN]", "int4-gN[-sym]")
@@ -92,5 +84,6 @@ class RoundToNearest(Quantizer):
         check_group(f"--quant {scheme}", group)
         if bits == 4:
             return [QuantizeRtn(bits=bits, group=group, symmetric=m.group(3) is not None)]
-        rotate = [] if group % SIZE else [RotateLinears()]
-        return [*rotate, QuantizeRtn(8, group, True, widest=0 if m.group(1) else WIDEST)]
+        given = m.group(1) is not None
+        rotate = [] if group % UNIT else [RotateLinears(UNIT if given else 0)]
+        return [*rotate, QuantizeRtn(8, group, True, as_rotated=not given)]

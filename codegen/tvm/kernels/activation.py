@@ -49,6 +49,8 @@ _BITS_BESIDE = 0x4B400000
 """Those of `BESIDE`."""
 SMALLEST: Final = 2.0**-100
 """A group whose largest is less is zeros: 127 / largest might be infinite."""
+WIDEST: Final = 640
+"""Columns of a group that is quantized as it is made, at most."""
 _HELD = 2048
 """Elements of a row that are made before they are quantized."""
 Read = Callable[[Expr], Expr]
@@ -96,7 +98,7 @@ def fits_producer(lay: QuantLayout) -> bool:
     """Whether a kernel can quantize its result as it makes it: groups of whole vectors that registers or a
     few cache lines hold.
     """
-    return whole_groups(lay) and lay.group <= 256
+    return whole_groups(lay) and lay.group <= WIDEST
 
 
 def whole_groups(lay: QuantLayout) -> bool:
@@ -162,9 +164,12 @@ def _hold(held: Buffer, first: Expr, count: int, make: Read, rotate: int) -> Exp
 
     def store(i: Expr, value: Expr) -> None:
         put(held, value, first + i)
+
+    def last(i: Expr, value: Expr) -> None:
+        store(i, value)
         put(best, T.max(vec(best, 0), _size(value)), 0)
 
-    store_made(count, make, store, rotate)
+    store_made(count, make, lambda i: vec(held, first + i), store, rotate, last)
     return let(T.reinterpret(call("int32", "llmc_max_i32", vec(best, 0)), dtype="float32"))
 
 

@@ -37,19 +37,19 @@ from .builder import (
     vec,
 )
 from .norms import Source, head_argument, head_index
-from .vector_math import ACTIVATIONS
+from .vector_math import ACTIVATIONS, ROUGH
 
 COST = 8
 """An activation costs about as much as touching this many elements."""
 
 
-def activation_function(activation: str) -> Callable[[Expr], Expr]:
-    """Of 16 lanes. Raises CompileError for a name without one."""
+def activation_function(activation: str, *, rough: bool = False) -> Callable[[Expr], Expr]:
+    """Of 16 lanes; rough: for what is rounded to 8 bits. Raises CompileError for a name without one."""
     if activation not in ACTIVATIONS:
         raise CompileError(
             f"no kernel for the activation {activation!r}", remedy=f"one of {', '.join(ACTIVATIONS)}"
         )
-    return ACTIVATIONS[activation]
+    return (ROUGH if rough else ACTIVATIONS)[activation]
 
 
 def make_gated_mlp(
@@ -60,7 +60,7 @@ def make_gated_mlp(
     activation: silu, gelu, gelu_tanh, relu or sigmoid. With quantize = (group_size, align) the outputs are a,
     sums and a_scale of `quantize_activation`, with `rotate`.
     """
-    function = activation_function(activation)
+    function = activation_function(activation, rough=quantize is not None)
     kernel = Kernel("gated_mlp", isa)
     with kernel:
         tokens = kernel.symbol("T")

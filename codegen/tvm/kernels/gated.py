@@ -119,11 +119,17 @@ class _Task:
                     plan.multiply_unpacked(self.span, one)
         with T.serial(0, self.stop - self.first) as t:
             at = let(self.place(self.first + t))
+
+            def store(i: Expr, value: Expr, at: Expr = at) -> None:
+                put(products, value, at, i)
+
             store_made(
                 group,
-                lambda i: _make(self.function, products, at, i, group + i),
-                lambda i, value: put(products, value, at, i),
+                lambda i, at=at: _make(self.function, products, at, i, group + i),
+                lambda i, at=at: vec(products, at, i),
+                store,
                 to.rotate,
+                store,
             )
         with T.serial(0, self.stop - self.first) as t:
             at = let(self.place(self.first + t))
@@ -190,7 +196,7 @@ def make_quantized_gated_mlp(
     [gate, up], results as in `make_gated_mlp` with quantize = (group_size, align) and `rotate`; for
     `fits_gated`.
     """
-    function = activation_function(activation)
+    function = activation_function(activation, rough=True)
     kernel = Kernel("quantized_gated_mlp", isa)
     lay = QuantLayout(2 * width, k, bits, group_size, codebook, scale_dtype, zero_point, super_group)
     with kernel:

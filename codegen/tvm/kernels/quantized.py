@@ -57,8 +57,10 @@ from .tiles import as_they_lie, in_pairs, in_tiles, multiply_tiles
 
 _ROWS_BYTES = 1 << 18
 """Bytes of rows that a thread multiplies by panel after panel: the second cache keeps them."""
-_FEW, _PAIRS = 64, 8
-"""Rows below which a thread takes one pair of blocks at a time, and pairs that it takes of more."""
+_FEW, _FEW_PAIRS, _PAIRS = 64, 3, 8
+"""Rows below which a thread takes few pairs of blocks at a time, how many then, at most, and of more rows."""
+_TASKS = 8
+"""Tasks of few rows, at least, where there are as many pairs."""
 
 
 def _add_steps(
@@ -361,8 +363,10 @@ def _as_they_lie(given: Operands, tokens: Expr) -> None:
     lay = given.layout
     pairs = (lay.blocks + 1) // 2
     count, share = row_shares(tokens, max(32, _ROWS_BYTES // lay.k_padded // 32 * 32))
-    # Of few rows, what is done for all pairs is little, and threads finish together.
-    each = let(T.Select(tokens < _FEW, T.int32(1), T.int32(min(pairs, _PAIRS))))
+    # Of few rows fewer, so that threads finish together; but what is fetched ahead is of the next pair, which
+    # another thread may take where it is of the next task.
+    few = max(1, min(_FEW_PAIRS, pairs // _TASKS))
+    each = let(T.Select(tokens < _FEW, T.int32(few), T.int32(min(pairs, _PAIRS))))
     parts = let(T.floordiv(pairs + each - 1, each))
     with T.parallel(0, count * parts) as w:
         first = let(T.floordiv(w, parts) * share)

@@ -1,48 +1,86 @@
-"""`hadamard`, and the same for what quantizes a row as it is made: each run of columns times a Hadamard
-matrix, by sums and differences in a fixed order.
+"""`hadamard`, and the same for what quantizes a row as it is made: each run of columns times
+`ir.hadamard.rotation`, by sums and differences in a fixed order.
+
+64 columns are four vectors: they are rotated in registers, and stored. Runs of more are m times 64, whose
+vectors of the same place are then rotated among each other: `rotation(64 · m)` is that of m, Kronecker that
+of 64.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import sqrt
+from math import gcd, sqrt
 from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
-from .builder import LANES, Expr, Kernel, call, f32s, for_each_row, let, put, vec
+from ....ir.hadamard import reflections
+from .builder import LANES, Expr, Kernel, call, f32s, fma, for_each_row, let, put, vec
+
+_RUN = 64
+"""Columns that are rotated in registers."""
+Read = Callable[[Expr], Expr]
+Store = Callable[[Expr, Expr], None]
 
 
-def rotated(vectors: Sequence[Expr]) -> list[Expr]:
-    """Vectors that follow one another, as many as a power of two, times `hadamard(16 · their number)`."""
+def _among(vectors: Sequence[Expr]) -> list[Expr]:
+    """Vectors times `rotation` of their number, but not divided by the root of its part that is a power of
+    two: that one first.
+    """
     values, count = list(vectors), len(vectors)
     step = 1
-    while step < count:
+    while count // step % 2 == 0:
         for i in range(count):
-            if not i & step:
+            if not i // step & 1:
                 a, b = values[i], values[i + step]
                 values[i], values[i + step] = let(a + b), let(a - b)
         step *= 2
-    factor = f32s(1 / sqrt(LANES * count))
-    return [let(call("float32x16", "llmc_hadamard16", v) * factor) for v in values]
+    for factor in reversed(reflections(count // step) or []):
+        for i in range(count):
+            if not i // step % factor:
+                places = range(i, i + factor * step, step)
+                total = values[i]
+                for at in places[1:]:
+                    total = let(total + values[at])
+                for at in places:
+                    values[at] = let(fma(total, f32s(-2 / factor), values[at]))
+        step *= factor
+    return values
 
 
-def store_made(
-    count: int, make: Callable[[Expr], Expr], store: Callable[[Expr, Expr], None], rotate: int
-) -> None:
-    """`store(i, value)` for `count` elements, of which `make(i)` computes 16 from i on: as they are where
-    `rotate` is 0, else each run of so many rotated.
+def store_made(count: int, make: Read, read: Read, store: Store, rotate: int, last: Store) -> None:
+    """`last(i, value)` for `count` elements, of which `make(i)` computes 16 from i on: as they are where
+    `rotate` is 0, else each run of so many rotated. `store` and `read` are of memory that holds 16 of them
+    meanwhile, as `last` may do too.
     """
-    run = rotate or LANES
-    with T.serial(0, count // run) as n:
-        places = [n * run + i for i in range(0, run, LANES)]
+    run = gcd(rotate, _RUN) if rotate else LANES
+    among = rotate // run if rotate else 1
+    scale = f32s(1 / sqrt(max(1, rotate & -rotate)))
+
+    def first(start: Expr, put_value: Store) -> None:
+        places = [start + i for i in range(0, run, LANES)]
         values = [let(make(place)) for place in places]
-        for place, value in zip(places, rotated(values) if rotate else values, strict=True):
-            store(place, value)
+        if rotate:
+            values = [let(call("float32x16", "llmc_hadamard16", v) * scale) for v in _among(values)]
+        for place, value in zip(places, values, strict=True):
+            put_value(place, value)
+
+    if among == 1:
+        with T.serial(0, count // run) as n:
+            first(n * run, last)
+        return
+    with T.serial(0, count // rotate) as n:
+        with T.serial(0, among) as part:
+            first(n * rotate + part * run, store)
+        with T.serial(0, run // LANES) as v:
+            places = [n * rotate + part * run + v * LANES for part in range(among)]
+            values = [let(read(place)) for place in places]
+            for place, value in zip(places, _among(values), strict=True):
+                last(place, value)
 
 
 def make_hadamard(*, width: int, size: int, isa: str) -> Any:
-    """out = x, each run of `size` columns times `hadamard(size)`: x and out float32 [T, width]; for
+    """out = x, each run of `size` columns times `rotation(size)`: x and out float32 [T, width]; for
     `layout.fits_rotation`, and a width that is a multiple of `size`.
     """
     kernel = Kernel("hadamard", isa)
@@ -52,7 +90,10 @@ def make_hadamard(*, width: int, size: int, isa: str) -> Any:
         out = kernel.argument("out", (tokens, width), "float32")
 
         def row(t: Expr) -> None:
-            store_made(width, lambda i: vec(x, t, i), lambda i, value: put(out, value, t, i), size)
+            def store(i: Expr, value: Expr) -> None:
+                put(out, value, t, i)
+
+            store_made(width, lambda i: vec(x, t, i), lambda i: vec(out, t, i), store, size, store)
 
         with kernel.body():
             for_each_row(tokens, 3 * width, row)

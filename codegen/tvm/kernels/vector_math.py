@@ -1,13 +1,15 @@
 """exp, tanh and activation functions in 16 lanes of float32, as polynomials: TIR's own call libm for each
 lane.
 
-Relative errors, against float64: exp 2e-7 for |x| < 86, tanh 4e-7, silu, gelu and softplus 5e-7. The
-coefficients are least-maximum fits of the relative error on the interval named beside them.
+Relative errors, against float64: exp 2e-7 for |x| < 86, tanh 4e-7, silu, gelu and softplus 5e-7; of `ROUGH`
+3e-4. The coefficients are least-maximum fits of the relative error on the interval named beside them.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 from tvm.script.ir_builder import tirx as T
 
@@ -105,11 +107,11 @@ def exp(x: Expr) -> Expr:
     return _times(_polynomial(_EXP, r), power)
 
 
-def _minus_reciprocal(d: Expr) -> Expr:
+def _minus_reciprocal(d: Expr, *, rough: bool = False) -> Expr:
     """-1 / d for 1 ≤ d < 10^38, to 1e-7: a division takes as long as eight products. NaN stays NaN.
 
     The first guess takes the exponent's complement, and is off by 5% at most; the error of the next is the
-    third power of that, of the last the second.
+    third power of that, of the last (which a rough one is without) the second.
     """
     d = let(d)
     guess = let(
@@ -117,7 +119,19 @@ def _minus_reciprocal(d: Expr) -> Expr:
     )
     rest = let(fma(d, guess, f32s(1)))
     guess = let(fma(guess, let(fma(rest, rest, rest)), guess))
-    return let(fma(guess, let(fma(d, guess, f32s(1))), guess))
+    return guess if rough else let(fma(guess, let(fma(d, guess, f32s(1))), guess))
+
+
+def _minus_logistic(minus: Expr) -> Expr:
+    """-1 / (1 + e^minus)."""
+    return _minus_reciprocal(f32s(1) + exp(minus))
+
+
+def _rough_minus_logistic(minus: Expr) -> Expr:
+    """The same to 3e-4, for what is rounded to 8 bits."""
+    power = let(minus * f32s(_LOG2E))
+    power = let(T.Select(power > f32s(125), f32s(125), power))
+    return _minus_reciprocal(f32s(1) + exp2(power, rough=True), rough=True)
 
 
 def tanh(x: Expr) -> Expr:
@@ -131,13 +145,16 @@ def tanh(x: Expr) -> Expr:
     return let(T.Select(small, near, far))
 
 
-def sigmoid(x: Expr) -> Expr:
-    return let(f32s(0) - _minus_reciprocal(f32s(1) + exp(f32s(0) - x)))
+_Function = Callable[[Expr], Expr]
 
 
-def silu(x: Expr) -> Expr:
+def sigmoid(x: Expr, minus_logistic: _Function = _minus_logistic) -> Expr:
+    return let(f32s(0) - minus_logistic(f32s(0) - x))
+
+
+def silu(x: Expr, minus_logistic: _Function = _minus_logistic) -> Expr:
     minus = let(f32s(0) - x)
-    return let(minus * _minus_reciprocal(f32s(1) + exp(minus)))
+    return let(minus * minus_logistic(minus))
 
 
 def softplus(x: Expr) -> Expr:
@@ -147,13 +164,13 @@ def softplus(x: Expr) -> Expr:
     return let(fma(small, _polynomial(_LOG1P, small), relu(x)))
 
 
-def gelu_tanh(x: Expr) -> Expr:
+def gelu_tanh(x: Expr, minus_logistic: _Function = _minus_logistic) -> Expr:
     """x/2 · (1 + tanh(√(2/π) (x + 0.044715 x³))), written x · sigmoid(2u) so that nothing cancels."""
     x = let(x)
     square = let(x * x)
     twice = 2 * math.sqrt(2 / math.pi)
     u = let(x * fma(square, f32s(0.044715 * twice), f32s(twice)))
-    return let((f32s(0) - x) * _minus_reciprocal(f32s(1) + exp(f32s(0) - u)))
+    return let((f32s(0) - x) * minus_logistic(f32s(0) - u))
 
 
 def gelu(x: Expr) -> Expr:
@@ -172,10 +189,19 @@ def relu(x: Expr) -> Expr:
 
 ACTIVATIONS = {"silu": silu, "gelu": gelu, "gelu_tanh": gelu_tanh, "relu": relu, "sigmoid": sigmoid}
 """By the names of `llmc.ir.ops.nn.ACTIVATIONS`."""
+ROUGH: dict[str, _Function] = {
+    **ACTIVATIONS,
+    **{
+        name: partial(function, minus_logistic=_rough_minus_logistic)
+        for name, function in (("silu", silu), ("gelu_tanh", gelu_tanh), ("sigmoid", sigmoid))
+    },
+}
+"""The same for results that are rounded to 8 bits, whose steps are 0.4 % of the largest and more."""
 
 __all__ = [
     "ACTIVATIONS",
     "LANES",
+    "ROUGH",
     "exp",
     "exp2",
     "gelu",
