@@ -1,8 +1,9 @@
 """Rotations by which activations and weights are made even before they are quantized.
 
 Of a power of two, `rotation(n)` is Sylvester's Hadamard matrix, H_1 = [1], H_2n = [[H_n, H_n], [H_n, -H_n]],
-over √n. For each factor of 3, 5 or 7 (there is no Hadamard matrix of such orders) it is the Kronecker product
-with the reflection I - (2 / p) · J, where J is all ones: rotation(p · n) = (I - (2 / p) J) ⊗ rotation(n).
+over √n. For each factor of 3, 5 or 7 it is the Kronecker product with the reflection I - (2 / p) · J, where J
+is all ones: rotation(p · n) = (I - (2 / p) J) ⊗ rotation(n). A reflection takes two operations a value and
+spreads less than a Hadamard matrix would (those of 12, 20 and 28 times a power of two would take many more).
 
 All are symmetric, orthogonal and so their own inverses: a product keeps its meaning when both factors are
 multiplied. A value that stands out is spread over all n, and what rounds to 8 bits beside it loses less
@@ -19,7 +20,9 @@ import numpy as np
 
 Array = np.ndarray[Any, Any]
 REFLECTED = (3, 5, 7)
-"""Odd factors that an order may have. Of larger ones a reflection leaves most of a value where it was."""
+"""Odd factors that an order may have. A reflection leaves 1 - 2 / p of a value where it was."""
+WIDEST = 640
+"""Columns that kernels rotate together and quantize as they are made, at most."""
 _RUN = 64
 """Columns by which the Hadamard part is multiplied as a matrix of its own, at most."""
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from ...ir.core import Graph, Op, Value
 from ...ir.errors import InputError
-from ...ir.hadamard import reflections, rotate_columns
+from ...ir.hadamard import WIDEST, reflections, rotate_columns
 from ...ir.ops.nn import GatedMlp, Linear
 from ...ir.ops.quant import Hadamard
 from ...ir.weights import LazyTensor
@@ -28,9 +28,7 @@ from .attach import is_head, is_quantizable
 
 Array = np.ndarray[Any, Any]
 UNIT = 64
-"""Columns of what is rotated together are a multiple of this, where nobody says how many they are."""
-WIDEST = 640
-"""The most of them: what a kernel quantizes as it makes it, and multiplies at once."""
+"""Columns that are rotated together, or what they are a multiple of."""
 _GROUPS = 8
 """What a gated MLP makes is quantized group by group, by as many threads: it has as many groups at least, if
 it has so many units.
@@ -41,18 +39,22 @@ it has so many units.
 class RotateLinears(Pass):
     """Rotate linear layers whose columns are a multiple of `size`, but the output head.
 
-    Options: `size`, a power of two; 0: of each layer the largest multiple of 64 up to 640 that divides its
-    columns (behind a gated MLP, one that leaves 8 runs).
+    Options: `size`, an order of `ir.hadamard.rotation` up to 640: kernels rotate where they quantize if it
+    divides the groups; 0: of each layer the largest multiple of 64 up to 640 that divides its columns (behind
+    a gated MLP, one that leaves 8 runs), for quantizers whose groups are what is rotated together.
     """
 
     name = "rotate-linears"
     requires = "fused"
     for_int8_activations = True
-    size: int = 0
+    size: int = UNIT
 
     def __post_init__(self) -> None:
-        if self.size and (self.size < 2 or self.size & (self.size - 1)):
-            raise InputError(f"pass {self.name}: size={self.size}", remedy="give a power of two, from 2 on")
+        if self.size and (not 2 <= self.size <= WIDEST or reflections(self.size) is None):
+            raise InputError(
+                f"pass {self.name}: size={self.size}",
+                remedy=f"give 0, or 2 to {WIDEST} without other factors than 2, 3, 5 and 7",
+            )
 
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         found = {w: self._size(w) for w in graph.weights.values() if self._rotates(graph, w)}

@@ -23,8 +23,8 @@ from .rotate import UNIT, RotateLinears
 class QuantizeRtn(Pass):
     """Round-to-nearest quantization of linear layers; embeddings and the output head are `quantize-head`'s.
 
-    Options: `bits`; `group` along K, 0 for whole rows; `symmetric`; `as_rotated`: of layers whose operand is
-    rotated, what is rotated together is a group.
+    Options: `bits`; `group` along K, 0 for whole rows; `symmetric`; `as_rotated`: of layers of 8 bits
+    whose operand is rotated, what is rotated together is a group.
     """
 
     name = "quantize-rtn"
@@ -42,14 +42,15 @@ class QuantizeRtn(Pass):
         weights = [w for w in graph.weights.values() if is_quantizable(w) and not is_head(graph, w)]
         for weight in weights:
             bits = context.bits.get(weight.name, self.bits)
-            attach_nearest(graph, weight, bits, self._group(weight), self.symmetric)
+            attach_nearest(graph, weight, bits, self._group(weight, bits), self.symmetric)
         experts = round_experts(graph, context.bits, self.bits, self.group, self.symmetric)
         graph.drop_dead()
         found = bool(weights) or experts > 0
         return PassResult(graph, found, [] if found else ["no linear layer was found to quantize"])
 
-    def _group(self, weight: Value) -> int:
-        producers = [u.operands[0].producer for u in weight.users] if self.as_rotated else []
+    def _group(self, weight: Value, bits: int) -> int:
+        as_rotated = self.as_rotated and bits == 8  # fewer bits may have been chosen for a layer
+        producers = [u.operands[0].producer for u in weight.users] if as_rotated else []
         rotated = {op.size if isinstance(op, Hadamard) else 0 for op in producers}
         return max(self.group, *rotated) if rotated and 0 not in rotated else self.group
 
@@ -85,5 +86,5 @@ class RoundToNearest(Quantizer):
         if bits == 4:
             return [QuantizeRtn(bits=bits, group=group, symmetric=m.group(3) is not None)]
         given = m.group(1) is not None
-        rotate = [] if group % UNIT else [RotateLinears(UNIT if given else 0)]
+        rotate = [] if group % UNIT else [RotateLinears() if given else RotateLinears(0)]
         return [*rotate, QuantizeRtn(8, group, True, as_rotated=not given)]

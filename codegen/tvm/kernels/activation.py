@@ -1,6 +1,6 @@
 """`quantize_activation`: a token's activations to int8, one scale a group of the weights, and the sums that
-zero points are corrected by. Kernels whose results only quantized weights read (`rms_norm`, `gated_mlp`) do
-it as they go, with the same bits.
+zero points are corrected by. Kernels whose results only quantized weights read do it as they go: `rms_norm`
+with the same bits, `gated_mlp` of a rougher activation (`vector_math.ROUGH`).
 
 One scale a token would cost 5% of perplexity: single activations are a hundred times others, and
 what stands beside them rounds to nothing. A scale a group keeps the damage within the group, and the largest
@@ -21,6 +21,7 @@ from typing import Any, Final
 import numpy as np
 from tvm.script.ir_builder import tirx as T
 
+from ....ir.hadamard import WIDEST
 from .builder import (
     LANES,
     Buffer,
@@ -49,8 +50,6 @@ _BITS_BESIDE = 0x4B400000
 """Those of `BESIDE`."""
 SMALLEST: Final = 2.0**-100
 """A group whose largest is less is zeros: 127 / largest might be infinite."""
-WIDEST: Final = 640
-"""Columns of a group that is quantized as it is made, at most."""
 _HELD = 2048
 """Elements of a row that are made before they are quantized."""
 Read = Callable[[Expr], Expr]
@@ -95,8 +94,8 @@ def quantized_arguments(
 
 
 def fits_producer(lay: QuantLayout) -> bool:
-    """Whether a kernel can quantize its result as it makes it: groups of whole vectors that registers or a
-    few cache lines hold.
+    """Whether a kernel can quantize its result as it makes it: groups of whole vectors that stay in the
+    nearest cache.
     """
     return whole_groups(lay) and lay.group <= WIDEST
 
@@ -162,14 +161,10 @@ def _hold(held: Buffer, first: Expr, count: int, make: Read, rotate: int) -> Exp
     """
     best = register_i32(i32s(0))
 
-    def store(i: Expr, value: Expr) -> None:
-        put(held, value, first + i)
-
-    def last(i: Expr, value: Expr) -> None:
-        store(i, value)
+    def seen(value: Expr) -> None:
         put(best, T.max(vec(best, 0), _size(value)), 0)
 
-    store_made(count, make, lambda i: vec(held, first + i), store, rotate, last)
+    store_made(count, make, held, lambda i: (first + i,), rotate, seen)
     return let(T.reinterpret(call("int32", "llmc_max_i32", vec(best, 0)), dtype="float32"))
 
 

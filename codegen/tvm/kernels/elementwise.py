@@ -58,7 +58,7 @@ def make_gated_mlp(
     """out = activation(gate) · up. gate_up float32 [T, 2 · width] = [gate, up]; out float32 [T, width].
 
     activation: silu, gelu, gelu_tanh, relu or sigmoid. With quantize = (group_size, align) the outputs are a,
-    sums and a_scale of `quantize_activation`, with `rotate`.
+    sums and a_scale of `quantize_activation`, with `rotate`, and the activation is one of `ROUGH`.
     """
     function = activation_function(activation, rough=quantize is not None)
     kernel = Kernel("gated_mlp", isa)

@@ -38,8 +38,8 @@ from .tiles import in_pairs, multiply_tiles
 
 _ROWS = 256
 """Rows that a thread multiplies, at most; a power of 2. More would leave threads without work."""
-_HELD = 1 << 15
-"""Results of which products are held, at most: 256 kB, which the second cache keeps."""
+_HELD = 1 << 16
+"""Products or results that are held, at most: 256 kB, which the second cache keeps."""
 _SPREAD = 1 << 20
 """Bytes of weights by which some rows are multiplied before others are, at most, for the same reason."""
 
@@ -58,7 +58,8 @@ def _fused(plan: Plan, tokens: Expr, to: Quantized, function: Callable[[Expr], E
     """Parallel over (rows, group of the result)."""
     given, group = plan.given(tokens), to.layout.group
     pairs = plan.tiles and in_pairs(plan.ops.layout)
-    rows = _ROWS if pairs else min(_ROWS, 1 << (_HELD // group).bit_length() - 1)
+    held = group if pairs else 2 * group  # of a row
+    rows = min(_ROWS, 1 << (_HELD // held).bit_length() - 1)
     count, share = row_shares(tokens, rows)
 
     with T.parallel(0, count * to.layout.groups) as w:
@@ -120,17 +121,10 @@ class _Task:
         with T.serial(0, self.stop - self.first) as t:
             at = let(self.place(self.first + t))
 
-            def store(i: Expr, value: Expr, at: Expr = at) -> None:
-                put(products, value, at, i)
+            def make(i: Expr, at: Expr = at) -> Expr:
+                return _make(self.function, products, at, i, group + i)
 
-            store_made(
-                group,
-                lambda i, at=at: _make(self.function, products, at, i, group + i),
-                lambda i, at=at: vec(products, at, i),
-                store,
-                to.rotate,
-                store,
-            )
+            store_made(group, make, products, lambda i, at=at: (at, i), to.rotate)
         with T.serial(0, self.stop - self.first) as t:
             at = let(self.place(self.first + t))
             quantize_group(to, self.first + t, self.g, lambda i: vec(products, at, i))

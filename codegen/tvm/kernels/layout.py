@@ -25,7 +25,7 @@ import numpy as np
 
 from ....ir.codebooks import CODEBOOKS
 from ....ir.errors import CompileError
-from ....ir.hadamard import reflections
+from ....ir.hadamard import WIDEST, reflections
 from . import super_scales
 
 ROWS = 16
@@ -57,7 +57,7 @@ def has_bytes(codebook: str) -> bool:
 
 def fits_rotation(size: int) -> bool:
     """Whether runs of `size` columns are whole vectors of 16, and not more than a kernel rotates."""
-    return size % 16 == 0 and size <= 640 and reflections(size) is not None
+    return size % 16 == 0 and size <= WIDEST and reflections(size) is not None
 
 
 def pack_rows(rows: np.ndarray) -> np.ndarray:

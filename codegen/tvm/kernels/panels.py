@@ -287,16 +287,15 @@ class Packed:
         size = 64 * lay.words * plane.width // 8  # bytes of a step
         start = plane.offset + step * size
         if self.ops.ahead:
-            # A block is read from its first byte to the last; then the next panel is. Of several planes each
-            # is read group by group.
+            # A block is read from its first byte to the last; then the next panel is, past the other blocks
+            # of this one. Of several planes each is read group by group.
             unit = 64 if len(lay.planes) == 1 else lay.weight_shape[-1]
             whole = lay.groups * lay.weight_shape[-1]
             ahead = min(max(unit, self.ops.ahead // unit * unit), whole)
             later = let(group * lay.weight_shape[-1] + start + ahead)
-            behind = T.Select(later >= whole, T.int32(1), T.int32(0))
+            skipped = T.Select(later >= whole, T.int32((self.count - 1) * whole), T.int32(0))
             for v in range(-(-size // 64)):
-                at = later - behind * whole + 64 * v
-                prefetch(self.ops.weight, block + behind * self.count, T.int32(0), at)
+                prefetch(self.ops.weight, block, T.int32(0), later + skipped + 64 * v)
         if plane.width == 1:
             half = vec(self.ops.weight, block, group, start, lanes=32)
             vectors = [let(call("uint8x64", "llmc_spread_bits", half))]

@@ -15,12 +15,12 @@ from typing import Any
 from tvm.script.ir_builder import tirx as T
 
 from ....ir.hadamard import reflections
-from .builder import LANES, Expr, Kernel, call, f32s, fma, for_each_row, let, put, vec
+from .builder import LANES, Buffer, Expr, Kernel, call, f32s, fma, for_each_row, let, put, vec
 
 _RUN = 64
 """Columns that are rotated in registers."""
 Read = Callable[[Expr], Expr]
-Store = Callable[[Expr, Expr], None]
+Index = Callable[[Expr], tuple[Expr, ...]]
 
 
 def _among(vectors: Sequence[Expr]) -> list[Expr]:
@@ -48,35 +48,39 @@ def _among(vectors: Sequence[Expr]) -> list[Expr]:
     return values
 
 
-def store_made(count: int, make: Read, read: Read, store: Store, rotate: int, last: Store) -> None:
-    """`last(i, value)` for `count` elements, of which `make(i)` computes 16 from i on: as they are where
-    `rotate` is 0, else each run of so many rotated. `store` and `read` are of memory that holds 16 of them
-    meanwhile, as `last` may do too.
+def store_made(
+    count: int, make: Read, to: Buffer, at: Index, rotate: int, seen: Callable[[Expr], None] | None = None
+) -> None:
+    """Put `count` elements, of which `make(i)` computes 16 from i on, to `to[at(i)]`: as they are where
+    `rotate` is 0, else each run of so many rotated. `seen`: what is done with each vector that is put.
     """
     run = gcd(rotate, _RUN) if rotate else LANES
     among = rotate // run if rotate else 1
     scale = f32s(1 / sqrt(max(1, rotate & -rotate)))
 
-    def first(start: Expr, put_value: Store) -> None:
+    def store(places: Sequence[Expr], values: Sequence[Expr], *, last: bool) -> None:
+        for place, value in zip(places, values, strict=True):
+            put(to, value, *at(place))
+            if last and seen is not None:
+                seen(value)
+
+    def first(start: Expr) -> None:
         places = [start + i for i in range(0, run, LANES)]
         values = [let(make(place)) for place in places]
         if rotate:
             values = [let(call("float32x16", "llmc_hadamard16", v) * scale) for v in _among(values)]
-        for place, value in zip(places, values, strict=True):
-            put_value(place, value)
+        store(places, values, last=among == 1)
 
     if among == 1:
         with T.serial(0, count // run) as n:
-            first(n * run, last)
+            first(n * run)
         return
     with T.serial(0, count // rotate) as n:
         with T.serial(0, among) as part:
-            first(n * rotate + part * run, store)
+            first(n * rotate + part * run)
         with T.serial(0, run // LANES) as v:
             places = [n * rotate + part * run + v * LANES for part in range(among)]
-            values = [let(read(place)) for place in places]
-            for place, value in zip(places, _among(values), strict=True):
-                last(place, value)
+            store(places, _among([let(vec(to, *at(place))) for place in places]), last=True)
 
 
 def make_hadamard(*, width: int, size: int, isa: str) -> Any:
@@ -90,10 +94,7 @@ def make_hadamard(*, width: int, size: int, isa: str) -> Any:
         out = kernel.argument("out", (tokens, width), "float32")
 
         def row(t: Expr) -> None:
-            def store(i: Expr, value: Expr) -> None:
-                put(out, value, t, i)
-
-            store_made(width, lambda i: vec(x, t, i), lambda i: vec(out, t, i), store, size, store)
+            store_made(width, lambda i: vec(x, t, i), out, lambda i: (t, i), size)
 
         with kernel.body():
             for_each_row(tokens, 3 * width, row)

@@ -71,7 +71,8 @@ def default_schedule(isa: Isa, layout: QuantLayout, *, tiles: bool) -> Schedule:
     elif isa.dot == "maddubs":
         many, few, width = (4, 2, 1), (4, 2, 1), 1
     elif isa.live_vectors >= 8:
-        many, few, width = (3, 1), (2, 1), 1
+        # Bytes need no spreading, which leaves registers for more sums: few would wait for each other.
+        many, few, width = (3, 1), ((4, 2, 1) if bits == 8 else (2, 1)), 1
     else:
         many, few, width = (2, 1), (1,), 1
     if tiles:
@@ -82,7 +83,7 @@ def default_schedule(isa: Isa, layout: QuantLayout, *, tiles: bool) -> Schedule:
         return Schedule(few, many, width, 16 if layout.group >= 48 else 24)
     if isa.pairs_rows:
         return Schedule(few, (4, 2, 1), width, 16)  # counted in instructions, not measured
-    ahead = 2048 if isa.fetched_to == 1 else 4096
+    ahead = 3072 if isa.fetched_to == 1 else 4096
     if bits == 8:
         return Schedule(few, many, width, 0, ahead)
     if isa.spare_units and bits == 4:

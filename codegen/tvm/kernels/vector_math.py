@@ -79,7 +79,7 @@ def exp2(x: Expr, more: int = 0, *, rough: bool = False) -> Expr:
     """2^(x + more), x + more not rounded, for x + more ≤ 127; between 0 and 2^-126 where that is below -126,
     and 0 from -127 on, if more is 0. NaN stays NaN.
 
-    rough: to 1e-4, for what is rounded to bfloat16.
+    rough: to 1e-4, for what is rounded to bfloat16 or 8 bits.
     """
     x = let(x)
     x = let(T.Select(x < f32s(-127), f32s(-127), x))
@@ -196,7 +196,7 @@ ROUGH: dict[str, _Function] = {
         for name, function in (("silu", silu), ("gelu_tanh", gelu_tanh), ("sigmoid", sigmoid))
     },
 }
-"""The same for results that are rounded to 8 bits, whose steps are 0.4 % of the largest and more."""
+"""The same for results that are rounded to 8 bits, in steps of 0.8 % of the largest."""
 
 __all__ = [
     "ACTIVATIONS",
