@@ -181,6 +181,33 @@ def test_the_product_stays_what_it_was() -> None:
     assert not RotateLinears().run(graph, PassContext()).changed  # it is done
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_is_rotated_with_its_embeddings(tied: bool) -> None:
+    """What is taken from the table is rotated back; a table that makes no logits stays as it is."""
+    graph = model()
+    if not tied:
+        head = graph.add_weight("head", ArrayTensor(normal(50, 192) / 14, "head"))
+        graph.set_operand(graph.outputs[0].producer, 1, head)
+    before = logits(graph)
+    RotateLinears(0, head=True).run(graph, PassContext())
+    verify(graph)
+    assert [op.opname for op in graph].count("hadamard") == (3 if tied else 2)
+    torch.testing.assert_close(logits(graph), before, atol=1e-5, rtol=0)
+
+
+def test_heads_of_other_schemes_stay() -> None:
+    """`int8` for the head is what rotates it: not its groups by name, fewer bits, or none."""
+    for head, rotated in [
+        (None, True),
+        ("int8", True),
+        ("int8-g64", False),
+        ("int6", False),
+        ("none", False),
+    ]:
+        assert [p.head for p in weight_passes("int8", head) if isinstance(p, RotateLinears)] == [rotated]
+    assert [p.head for p in weight_passes("int8-g64") if isinstance(p, RotateLinears)] == [False]
+
+
 @pytest.mark.parametrize("size", [-64, 1, 88, 1024])
 def test_sizes(size: int) -> None:
     with pytest.raises(InputError, match="give 0, or 2 to 640 without other factors than 2, 3, 5 and 7"):
@@ -210,7 +237,7 @@ def test_groups_are_as_wide_as_rotated_activations_allow(k: int, scheme: str, gr
         "a.q": group,
         "b.q": group,
         "c.q": 40,
-        "embed.q": 64,
+        "embed.q": group,
     }
     after = logits(graph)
     assert float((after - before).abs().mean() / before.abs().mean()) < 0.02

@@ -18,7 +18,7 @@ from ...ir.errors import InputError
 from ..base import Pass, PassContext, PassResult
 from .attach import is_head, is_quantizable
 from .options import check_grid, check_group
-from .walk import attach_nearest
+from .walk import attach_nearest, group_of
 
 DEFAULT = "int8"
 FORMS = "none, int8, int6-gN, int4-gN[-sym], …"
@@ -28,7 +28,7 @@ FORMS = "none, int8, int6-gN, int4-gN[-sym], …"
 class QuantizeHead(Pass):
     """Round-to-nearest quantization of embeddings and of the output head.
 
-    Options: `bits`; `group` along K, 0 for whole rows; `symmetric`.
+    Options: `bits`; `group` along K, 0 for whole rows; `symmetric`; `as_rotated` as of `QuantizeRtn`.
     """
 
     name = "quantize-head"
@@ -36,6 +36,7 @@ class QuantizeHead(Pass):
     bits: int = 8
     group: int = 64
     symmetric: bool = True
+    as_rotated: bool = False
 
     def __post_init__(self) -> None:
         check_grid(self.name, self.bits, self.group)
@@ -49,7 +50,8 @@ class QuantizeHead(Pass):
         heads = [w for w in graph.weights.values() if is_quantizable(w) and is_head(graph, w)]
         for weight in heads:
             bits = context.bits.get(weight.name, self.bits)
-            attach_nearest(graph, weight, bits, self.group, self.symmetric)
+            group = group_of(weight, bits, self.group) if self.as_rotated else self.group
+            attach_nearest(graph, weight, bits, group, self.symmetric)
         graph.drop_dead()
         return PassResult(graph, bool(heads))
 
@@ -64,4 +66,5 @@ def head_passes(scheme: str | None) -> list[Pass]:
     bits, group = int(m.group(1)), int(m.group(2) or (64 if m.group(1) == "8" else 32))
     check_group(f"--quant-head {scheme}", group)
     # At 8 bits a zero point buys nothing.
-    return [QuantizeHead(bits, group, m.group(3) is not None or bits == 8)]
+    symmetric = m.group(3) is not None or bits == 8
+    return [QuantizeHead(bits, group, symmetric, as_rotated=bits == 8 and m.group(2) is None)]

@@ -1,13 +1,11 @@
 """Rotates what linear layers read, and their weights, for targets that round activations to 8 bits.
 
-    linear(x, w)   →   linear(hadamard(x), w · H)
+    linear(x, w)        →   linear(hadamard(x), w · H)
+    embedding(ids, w)   →   hadamard(embedding(ids, w · H)), where w is the output head's too
 
-The same product: H is orthogonal. What stands out of x is spread over `size` columns, so that a scale a group
-loses less; weights of 8 bits lose nothing by it. Of four bits this is not said: weights that lie on a grid
-already (a GGUF file's) leave it.
-
-Not the output head: embeddings that have its weight would have to be rotated back for a hundredth of a step's
-time, and what the head reads keeps more apart (`benchmarks/README.md`).
+The same product: H is orthogonal, and its own inverse. What stands out of x is spread over `size` columns, so
+that a scale a group loses less; weights of 8 bits lose nothing by it. Of four bits this is not said: weights
+that lie on a grid already (a GGUF file's) leave it.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ import numpy as np
 from ...ir.core import Graph, Op, Value
 from ...ir.errors import InputError
 from ...ir.hadamard import WIDEST, reflections, rotate_columns
-from ...ir.ops.nn import GatedMlp, Linear
+from ...ir.ops.nn import Embedding, GatedMlp, Linear
 from ...ir.ops.quant import Hadamard
 from ...ir.weights import LazyTensor
 from ..base import Pass, PassContext, PassResult
@@ -37,17 +35,19 @@ it has so many units.
 
 @dataclass(frozen=True)
 class RotateLinears(Pass):
-    """Rotate linear layers whose columns are a multiple of `size`, but the output head.
+    """Rotate linear layers whose columns are a multiple of `size`.
 
     Options: `size`, an order of `ir.hadamard.rotation` up to 640: kernels rotate where they quantize if it
     divides the groups; 0: of each layer the largest multiple of 64 up to 640 that divides its columns (behind
-    a gated MLP, one that leaves 8 runs), for quantizers whose groups are what is rotated together.
+    a gated MLP, one that leaves 8 runs), for quantizers whose groups are what is rotated together. `head`:
+    whether the output head is rotated too.
     """
 
     name = "rotate-linears"
     requires = "fused"
     for_int8_activations = True
     size: int = UNIT
+    head: bool = False
 
     def __post_init__(self) -> None:
         if self.size and (not 2 <= self.size <= WIDEST or reflections(self.size) is None):
@@ -59,8 +59,11 @@ class RotateLinears(Pass):
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         found = {w: self._size(w) for w in graph.weights.values() if self._rotates(graph, w)}
         rotated: dict[tuple[Value, int], Value] = {}
-        for op in graph.ops:
-            if not isinstance(op, Linear) or op.weight not in found:
+        for op in list(graph.ops):
+            if not isinstance(op, Linear | Embedding) or op.weight not in found:
+                continue
+            if isinstance(op, Embedding):
+                _rotate_result(graph, op, found[op.weight])
                 continue
             key = op.x, found[op.weight]
             if key not in rotated:
@@ -74,7 +77,9 @@ class RotateLinears(Pass):
         return PassResult(graph, bool(found))
 
     def _rotates(self, graph: Graph, weight: Value) -> bool:
-        if not is_quantizable(weight) or is_head(graph, weight):
+        if not is_quantizable(weight):
+            return False
+        if is_head(graph, weight) and not (self.head and any(isinstance(u, Linear) for u in weight.users)):
             return False
         k = weight.shape[-1]
         whole = isinstance(k, int) and k % (self.size or UNIT) == 0
@@ -93,8 +98,20 @@ class RotateLinears(Pass):
 
 
 def _is_plain(op: Op) -> bool:
-    """Whether an op is a linear layer of float32 that nothing was rotated for yet."""
+    """Whether an op is an embedding, or a linear layer that nothing was rotated for yet, of float32."""
+    if isinstance(op, Embedding):
+        return op.result.dtype == "float32"
     return isinstance(op, Linear) and op.x.dtype == "float32" and not isinstance(op.x.producer, Hadamard)
+
+
+def _rotate_result(graph: Graph, op: Embedding, size: int) -> None:
+    """Rotate back what is taken from a rotated table."""
+    new = Hadamard(op.result, size=size)
+    new.loc = op.loc
+    following = op.next
+    graph.replace_uses(op.result, new.result)
+    graph.set_operand(new, 0, op.result)
+    graph.insert(new, before=following)
 
 
 class RotatedTensor:

@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 
 from ...ir.core import Graph, Value
+from ...ir.ops.nn import Linear
 from ...ir.ops.quant import Hadamard
 from ...ir.types import Quantization
 from ..base import Pass, PassContext, PassResult
@@ -42,17 +43,24 @@ class QuantizeRtn(Pass):
         weights = [w for w in graph.weights.values() if is_quantizable(w) and not is_head(graph, w)]
         for weight in weights:
             bits = context.bits.get(weight.name, self.bits)
-            attach_nearest(graph, weight, bits, self._group(weight, bits), self.symmetric)
+            group = group_of(weight, bits, self.group) if self.as_rotated else self.group
+            attach_nearest(graph, weight, bits, group, self.symmetric)
         experts = round_experts(graph, context.bits, self.bits, self.group, self.symmetric)
         graph.drop_dead()
         found = bool(weights) or experts > 0
         return PassResult(graph, found, [] if found else ["no linear layer was found to quantize"])
 
-    def _group(self, weight: Value, bits: int) -> int:
-        as_rotated = self.as_rotated and bits == 8  # fewer bits may have been chosen for a layer
-        producers = [u.operands[0].producer for u in weight.users] if as_rotated else []
-        rotated = {op.size if isinstance(op, Hadamard) else 0 for op in producers}
-        return max(self.group, *rotated) if rotated and 0 not in rotated else self.group
+
+def group_of(weight: Value, bits: int, group: int) -> int:
+    """The columns that are rotated together, of a weight of 8 bits (fewer may have been chosen for it) whose
+    layers all read what is rotated; else `group`.
+    """
+    if bits != 8:
+        return group
+    layers = [user for user in weight.users if isinstance(user, Linear)]
+    producers = [layer.x.producer for layer in layers]
+    rotated = {op.size if isinstance(op, Hadamard) else 0 for op in producers}
+    return max(group, *rotated) if rotated and 0 not in rotated else group
 
 
 def attach_nearest(graph: Graph, weight: Value, bits: int, group: int, symmetric: bool) -> None:
