@@ -35,7 +35,9 @@ def _among(vectors: Sequence[Expr]) -> list[Expr]:
                 a, b = values[i], values[i + step]
                 values[i], values[i + step] = let(a + b), let(a - b)
         step *= 2
-    for factor in reversed(reflections(count // step) or []):
+    factors = reflections(count // step)
+    assert factors is not None, f"no rotation among {count} vectors"
+    for factor in reversed(factors):
         for i in range(count):
             if not i // step % factor:
                 places = range(i, i + factor * step, step)
