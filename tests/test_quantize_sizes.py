@@ -65,7 +65,8 @@ def apply(graph: Graph, passes: list[Pass], context: PassContext | None = None) 
 @pytest.mark.parametrize(
     ("scheme", "expected"),
     [
-        ("int8", [QuantizeHead(8, 64, True)]),
+        ("int8", [QuantizeHead(8, 64, True, as_rotated=True)]),
+        ("int8-g64", [QuantizeHead(8, 64, True)]),
         ("int6-g64", [QuantizeHead(6, 64, False)]),
         ("int4-g32-sym", [QuantizeHead(4, 32, True)]),
         ("none", []),
