@@ -69,6 +69,16 @@ def _uri(path: str, mode: str) -> str:
 Access = Literal["read", "write", "immutable"]
 
 
+class _Connection(sqlite3.Connection):
+    """One that is closed where nobody holds it any more: Python warns of others since 3.13, and a store that
+    is dropped without `close` leaves its readers.
+    """
+
+    def __del__(self) -> None:
+        with contextlib.suppress(sqlite3.ProgrammingError):  # it could not be opened
+            self.close()
+
+
 def connect(path: str, access: Access) -> sqlite3.Connection:
     """A connection in which transactions are begun and ended by hand; it has read once.
 
@@ -82,6 +92,7 @@ def connect(path: str, access: Access) -> sqlite3.Connection:
         timeout=_TIMEOUT,
         isolation_level=None,
         check_same_thread=False,  # the pool hands a connection to one thread at a time
+        factory=_Connection,
     )
     try:
         # A store may come from a stranger: its schema runs no functions, and broken pages are noticed. No
