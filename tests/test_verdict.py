@@ -29,6 +29,7 @@ from llmc.passes.quantize.quality import (
     percent,
     report,
 )
+from llmc.passes.quantize.rotate import RotateLinears
 from llmc.passes.quantize.verdict import LayerError, Measured, measure
 from llmc.passes.registry import quantization_passes
 
@@ -195,6 +196,24 @@ def test_rows_of_a_head_are_those_of_the_whole(name: str) -> None:
         wanted = torch.cat(list(whole.logits(hidden, dims)), -1)[:, 10:90]
         torch.testing.assert_close(rows.logits(hidden, dims), wanted, rtol=1e-5, atol=1e-6)
     assert not torch.equal(read.matrix, HeadRows(source, 10, 90).matrix)
+
+
+def test_a_rotated_head_reads_what_the_model_makes(tmp_path: Path) -> None:
+    """Errors are of hidden states before they are rotated: rotation alone changes nothing but rounding, nor
+    do the rows of such a head.
+    """
+    graph = fused("llama")
+    source = graph.clone()
+    RotateLinears(16, head=True).run(graph, PassContext())
+    found = measure(source, graph, sequences(), tmp_path)
+    assert max(found.output_error, *(one.error or 0.0 for one in found.layers)) < 1e-5
+    assert abs(found.kl) < 1e-6
+    head = find_head(graph)
+    hidden = torch.randn(5, int(head.x.shape[-1]), generator=torch.Generator().manual_seed(3))
+    wanted = torch.cat(list(find_head(source).logits(hidden, {"T": 5})), -1)
+    torch.testing.assert_close(
+        torch.cat(list(head.logits(hidden, {"T": 5})), -1), wanted, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_an_encoder_has_an_output_error_alone(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from ...ir.core import Graph, Op, Value
 from ...ir.errors import CompileError
 from ...ir.interpreter import to_torch
 from ...ir.ops.nn import Linear, linear
-from ...ir.ops.quant import dequantized
+from ...ir.ops.quant import Hadamard, dequantized
 from .blocks import Fetch, LinearOp, run_ops
 from .nearest import QuantizedPart, QuantizedWeight
 
@@ -66,15 +66,23 @@ class DiskCache(MutableMapping[Any, Any]):
 
 @dataclass(frozen=True)
 class Head:
-    """The last linear layer and what comes after it, element by element (a soft cap)."""
+    """The last linear layer, a rotation of what it reads, and what comes after it, element by element (a soft
+    cap).
+    """
 
     layer: LinearOp
     after: tuple[Op, ...]
 
     @property
     def x(self) -> Value:
-        """The hidden states that it reads [1, T, D]."""
-        return self.layer.x
+        """The hidden states that it reads [1, T, D], before they are rotated."""
+        return self.before[0].x if self.before else self.layer.x
+
+    @property
+    def before(self) -> tuple[Hadamard, ...]:
+        """What rotates the hidden states, if that is done."""
+        op = self.layer.x.producer
+        return (op,) if isinstance(op, Hadamard) else ()
 
     @property
     def nbytes(self) -> int:
@@ -116,7 +124,7 @@ class Head:
 
             out = self.after[-1].result if self.after else self.layer.result
             wanted = [self.layer.result, out]
-            found = run_ops((self.layer, *self.after), {self.x: hidden}, wanted, dims, fetch)
+            found = run_ops((*self.before, self.layer, *self.after), {self.x: hidden}, wanted, dims, fetch)
             yield found[self.layer.result], found[out]
 
     def _by_row(self, value: Value) -> bool:
@@ -158,6 +166,8 @@ class HeadRows:
     def logits(self, hidden: torch.Tensor, dims: Mapping[str, int]) -> torch.Tensor:
         """Logits [..., stop − start] of hidden states [..., D]."""
         layer, after = self.head.layer, self.head.after
+        if self.head.before:
+            hidden = run_ops(self.head.before, {self.head.x: hidden}, [layer.x], dims, self._weight)[layer.x]
         made = linear(hidden, self.matrix, None if layer.bias is None else self._weight(layer.bias))
         if not after:
             return made
