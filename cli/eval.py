@@ -75,7 +75,9 @@ _QUESTION_TOKENS = 8192
     "--target", metavar="NAME", help="Which of the artifact's targets.  [default: the first that runs]"
 )
 @click.option("--threads", type=click.IntRange(min=1), help="Threads to compute with.  [default: one a core]")
-@click.option("--adapter", metavar="PATH", help="Measure ARTIFACT with this LoRA adapter (PEFT's folder).")
+@click.option(
+    "--adapter", metavar="PATH", help="Measure ARTIFACT with this LoRA adapter (PEFT's folder, or GGUF file)."
+)
 @json_option
 def command(
     artifact: Path,

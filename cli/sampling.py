@@ -60,7 +60,9 @@ _runtime_options = (
     click.option(
         "--draft", metavar="ARTIFACT", help="A smaller model that guesses; else the text's own past."
     ),
-    click.option("--adapter", metavar="PATH", help="Answer with this LoRA adapter (PEFT's folder)."),
+    click.option(
+        "--adapter", metavar="PATH", help="Answer with this LoRA adapter (PEFT's folder, or GGUF file)."
+    ),
     click.option(
         "--threads", type=click.IntRange(min=1), help="Threads to compute with.  [default: one a core]"
     ),

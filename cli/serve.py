@@ -123,7 +123,7 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
     "adapters",
     multiple=True,
     metavar="[MODEL:]NAME=PATH",
-    help="Serve this LoRA adapter (PEFT's folder) as the model NAME; repeatable.",
+    help="Serve this LoRA adapter (PEFT's folder, or GGUF file) as the model NAME; repeatable.",
 )
 @click.option(
     "--allow-adapter-updates",

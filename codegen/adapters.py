@@ -1,17 +1,23 @@
-"""`--lora PATH[:scale]`: adapters named on the command line, as passes."""
+"""`--lora PATH[:scale]`: adapters named on the command line, as passes; and what an artifact says to adapters
+that requests choose.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from ..frontend.lora import read_adapter
+from ..frontend.lora import is_gguf, read_adapter
+from ..frontend.lora_gguf import rows_of_modules
 from ..frontend.source import ModelSource
+from ..ir import gguf_rows
 from ..ir.adapters import MOST
 from ..ir.errors import InputError
 from ..passes.adapt.lora import MergeLora
+from .artifact import ArtifactWriter
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class LoraOption:
     @property
     def is_gguf(self) -> bool:
         """Whether it changes the tensors of a GGUF model, and no graph."""
-        return self.path.suffix == ".gguf" and not self.path.is_dir()
+        return is_gguf(self.path)
 
     def command(self) -> list[str]:
         """The option without folders, so that the same inputs give the same bytes."""
@@ -68,3 +74,11 @@ def merge_gguf_adapters(source: ModelSource, options: Sequence[LoraOption]) -> l
         if one.is_gguf
         for note in source.merge_gguf_adapter(one.path, one.scale)
     ]
+
+
+def write_gguf_rows(source: ModelSource, writer: ArtifactWriter) -> None:
+    """For adapters in GGUF files: where a GGUF model's modules stand in it."""
+    if source.gguf is not None and source.does == "causal_lm":
+        rows = rows_of_modules(source.gguf.architecture, source.weights, source.stored)
+        text = json.dumps(rows.to_json(), separators=(",", ":"))
+        writer.path(gguf_rows.FILE).write_text(text + "\n", encoding="utf-8", newline="\n")

@@ -31,7 +31,9 @@ from typing import Any, Literal
 import numpy as np
 from llmc import __version__
 
+from ..ir import gguf_rows
 from ..ir.errors import ArtifactError, InputError
+from ..ir.gguf_rows import GGUFRows
 from .weight_file import TensorSpec, map_weight_file, weight_file_size, write_weight_file
 
 SCHEMA = 1
@@ -309,14 +311,32 @@ class Artifact:
 
         Raises ArtifactError where the file is no JSON object.
         """
-        if QUALITY not in self.manifest["files"]:
+        return self._json(QUALITY)
+
+    @property
+    def gguf_rows(self) -> GGUFRows | None:
+        """Where its modules stand in the GGUF file that it was compiled from; None where it was none.
+
+        Raises ArtifactError where the file is damaged.
+        """
+        found = self._json(gguf_rows.FILE)
+        try:
+            return None if found is None else GGUFRows.from_json(found)
+        except ValueError as error:
+            raise ArtifactError(
+                f"{gguf_rows.FILE} of {self.root.name} is damaged: {error}", remedy=_AGAIN
+            ) from None
+
+    def _json(self, rel: str) -> dict[str, Any] | None:
+        """The object in a file; None where the artifact has no such file."""
+        if rel not in self.manifest["files"]:
             return None
         try:
-            found = json.loads(self.read_text(QUALITY))
+            found = json.loads(self.read_text(rel))
         except (ValueError, RecursionError):
             found = None
         if not isinstance(found, dict):
-            raise ArtifactError(f"{self.root / QUALITY} is damaged: no JSON object", remedy=_AGAIN)
+            raise ArtifactError(f"{self.root / rel} is damaged: no JSON object", remedy=_AGAIN)
         return found
 
     def path(self, rel: str) -> Path:

@@ -28,6 +28,7 @@ import numpy as np
 from ..ir.adapters import MOST, Adapter, LowRank, OfParameters
 from ..ir.errors import InputError, UnsupportedError
 from ..ir.weights import LazyTensor, read_chunks
+from .gguf import MAGIC
 from .hf import read_json
 from .safetensors import open_safetensors
 from .text_part import text_name
@@ -51,6 +52,17 @@ _LONGEST: Final = 200
 """Of patterns, and of names that they are matched with."""
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether an adapter is a GGUF file (`lora_gguf`): by its name, or, as links lose it, by its content."""
+    if path.is_dir():
+        return False
+    try:
+        with open(path, "rb") as file:
+            return path.suffix == ".gguf" or file.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return path.suffix == ".gguf"  # what is not there is told of by its reader
+
+
 def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     """Open an adapter folder; nothing of the weights is kept in memory.
 
@@ -59,11 +71,6 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
         UnsupportedError: an adapter of another kind than LoRA and DoRA.
     """
     folder = Path(path)
-    if folder.suffix == ".gguf" and not folder.is_dir():
-        raise UnsupportedError(
-            f"adapter {folder.name} is a GGUF file, which can only be merged into a GGUF model",
-            remedy="llmc compile MODEL.gguf --lora ADAPTER.gguf",
-        )
     if not (folder / "adapter_config.json").is_file():
         raise InputError(
             f"adapter {folder}: no adapter_config.json there", remedy="give a folder saved by PEFT"

@@ -1,5 +1,6 @@
-"""LoRA adapters in GGUF files, as llama.cpp's convert_lora_to_gguf writes them, merged into a GGUF model's
-tensors: both have llama.cpp's names and order of rows.
+"""LoRA adapters in GGUF files, as llama.cpp's convert_lora_to_gguf writes them, with llama.cpp's names and
+order of rows: merged into a GGUF model's tensors as they are, or by `GGUFRows` as changes of modules, for
+requests to choose among.
 
     general.type = "adapter", adapter.type = "lora", adapter.lora.alpha
     blk.0.attn_q.weight.lora_a           [r, K]        .lora_b  [N, r]
@@ -18,11 +19,12 @@ from typing import Any, Final
 
 import numpy as np
 
-from ..ir.adapters import MOST, listed
+from ..ir.adapters import MOST, Adapter, LowRank, listed
 from ..ir.errors import InputError, UnsupportedError
-from ..ir.weights import LazyTensor
+from ..ir.gguf_rows import GGUFRows
+from ..ir.weights import ArrayTensor, LazyTensor
 from .gguf import GGUFFile, read_gguf
-from .weights import GGUFTensor, open_gguf_tensors
+from .weights import GGUFTensor, ReorderedTensor, open_gguf_tensors
 
 _A, _B = ".lora_a", ".lora_b"
 _ROWS_BY_ID: Final = ("token_embd.weight",)
@@ -83,9 +85,7 @@ class GGUFAdapter:
         return {**tensors, **{name: self._changed(name, tensors[name], scale, tied) for name in names}}
 
     def _changed(self, name: str, base: LazyTensor, scale: float, tied: bool) -> ChangedTensor:
-        a, b = self.factors.get(name + _A), self.factors.get(name + _B)
-        if a is None or b is None:
-            raise InputError(f"{self.name} has no {name}{_A if a is None else _B}", remedy=_AGAIN)
+        a, b = self._pair(name)
         by_id = name in _ROWS_BY_ID
         if by_id and tied:
             raise UnsupportedError(
@@ -93,20 +93,62 @@ class GGUFAdapter:
                 remedy="give the adapter as PEFT's folder",
             )
         rank = _rank(base, a, b, by_id)
+        return ChangedTensor(base, a, b, scale * self._scaling(rank), by_id)
+
+    def of_modules(self, rows: GGUFRows) -> Adapter:
+        """The adapter as changes of modules, as PEFT has them.
+
+        Raises UnsupportedError where it changes what is no matrix of a module, InputError where factors are
+        damaged.
+        """
+        names = dict.fromkeys(name.removesuffix(_A).removesuffix(_B) for name in self.factors)
+        used = {name for name, _ in rows.modules.values()}
+        if others := [name for name in names if name not in used]:
+            raise UnsupportedError(
+                f"adapter {self.name} changes {listed(others)}, which requests cannot choose in {self.model}",
+                remedy="if it is this model's, merge it: llmc compile MODEL.gguf --lora ADAPTER.gguf",
+            )
+        changes: dict[str, LowRank] = {}
+        for name in names:
+            a, b = self._pair(name)
+            orders = {module: order for module, (of, order) in rows.modules.items() if of == name}
+            parts = [order for order in orders.values() if order is not None]
+            fits = len(a.shape) == len(b.shape) == 2 and a.shape[0] == b.shape[1] > 0
+            # Rows that no module has would be lost without a word.
+            if not fits or (
+                parts and not np.array_equal(np.unique(np.concatenate(parts)), range(b.shape[0]))
+            ):
+                raise InputError(
+                    f"{a.source} {list(a.shape)} and {b.source} {list(b.shape)} are no factors of {name}",
+                    remedy=_OTHER,
+                )
+            for module, order in orders.items():
+                ours = b if order is None else ArrayTensor(b.read()[order], b.source)
+                changes[module] = LowRank(a, ours, self._scaling(a.shape[0]))
+        return Adapter(self.name, changes, {})
+
+    def _pair(self, name: str) -> tuple[GGUFTensor, GGUFTensor]:
+        """A tensor's factors, both there and finite."""
+        a, b = self.factors.get(name + _A), self.factors.get(name + _B)
+        if a is None or b is None:
+            raise InputError(f"{self.name} has no {name}{_A if a is None else _B}", remedy=_AGAIN)
         for one in (a, b):
             if not (np.abs(one.read()) <= MOST).all():
                 raise InputError(f"{one.source} holds NaN or numbers beyond {MOST:g}", remedy=_AGAIN)
-        return ChangedTensor(base, a, b, scale * (self.alpha / rank if self.alpha else 1.0), by_id)
+        return a, b
+
+    def _scaling(self, rank: int) -> float:
+        return self.alpha / rank if self.alpha else 1.0
 
 
-def read_gguf_adapter(path: Path, model: GGUFFile) -> GGUFAdapter:
-    """Open an adapter for a model.
+def read_gguf_adapter(path: Path, model: str, architecture: str) -> GGUFAdapter:
+    """Open an adapter for a model of that name and llama.cpp's name of its architecture.
 
     Raises InputError where the file is damaged or the adapter another model's, UnsupportedError for an
     adapter of another kind.
     """
     file = read_gguf(path)
-    alpha = _alpha(file, model)
+    alpha = _alpha(file, model, architecture)
     tensors = open_gguf_tensors(file)
     factors = {name: one for name, one in tensors.items() if name.endswith((_A, _B))}
     norms = [name for name in tensors if name.endswith(_NORM)]
@@ -117,10 +159,27 @@ def read_gguf_adapter(path: Path, model: GGUFFile) -> GGUFAdapter:
         )
     if not factors:
         raise InputError(f"adapter {path.name} holds no factors", remedy=_AGAIN)
-    return GGUFAdapter(path.name, model.path.name, alpha, factors, norms)
+    return GGUFAdapter(path.name, model, alpha, factors, norms)
 
 
-def _alpha(file: GGUFFile, model: GGUFFile) -> float:
+def rows_of_modules(
+    architecture: str, weights: Mapping[str, LazyTensor], stored: Mapping[str, LazyTensor]
+) -> GGUFRows:
+    """Those matrices of a model (`weights`, by parameter) that are rows of a file's tensors (`stored`)."""
+    names = {id(tensor): name for name, tensor in stored.items() if name not in _ROWS_BY_ID}
+    modules: dict[str, tuple[str, np.ndarray[Any, Any] | None]] = {}
+    for parameter, tensor in weights.items():
+        base, order = tensor, None
+        while isinstance(base, ReorderedTensor):
+            order = base.order if order is None else base.order[order]
+            base = base.base
+        name = names.get(id(base))
+        if name is not None and len(base.shape) == 2 and parameter.endswith(".weight"):
+            modules[parameter.removesuffix(".weight")] = (name, order)
+    return GGUFRows(architecture, modules)
+
+
+def _alpha(file: GGUFFile, model: str, architecture: str) -> float:
     """What the file says of itself, checked; 0 where changes are not scaled."""
     name = file.path.name
     if file.metadata.get("general.type") != "adapter":
@@ -131,10 +190,10 @@ def _alpha(file: GGUFFile, model: GGUFFile) -> float:
             f"adapter {name} is an adapter of kind {kind if kind != 'lora' else 'alora'!r}",
             remedy="give a LoRA adapter",
         )
-    if file.architecture != model.architecture:
+    if file.architecture != architecture:
         raise InputError(
-            f"adapter {name} is of a model of architecture {file.architecture!r}, {model.path.name} is "
-            f"{model.architecture!r}",
+            f"adapter {name} is of a model of architecture {file.architecture!r}, {model} is "
+            f"{architecture!r}",
             remedy=_OTHER,
         )
     alpha = file.metadata.get("adapter.lora.alpha", 0.0)

@@ -270,7 +270,7 @@ class ModelSource:
                 remedy="give the model as a GGUF file, or the adapter as PEFT's folder",
             )
         before = self.stored
-        adapter = read_gguf_adapter(path, self.gguf)
+        adapter = read_gguf_adapter(path, self.gguf.path.name, self.gguf.architecture)
         self.stored = adapter.merged(
             before, scale, tied=self.task == "causal_lm" and "output.weight" not in before
         )

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -23,7 +26,9 @@ from .executor.base import Executor
 
 if TYPE_CHECKING:
     from ..ir.adapters import Adapter, LowRank
+    from ..ir.gguf_rows import GGUFRows
 
+_log = logging.getLogger("llmc.runtime")
 Factor = tuple[np.ndarray, np.ndarray]
 """(A [r, K], B [rows, r]) of one layer, float32, the scaling multiplied into B."""
 Factors = Mapping[int, Sequence[Factor | None]]
@@ -228,6 +233,8 @@ class AdapterRegistry:
         self._loaded: dict[str, LoadedAdapter] = {}
         self.default: str | None = None
         """What requests use that name none; None is the model as it is."""
+        self.gguf_rows: Callable[[], GGUFRows | None] = lambda: None
+        """Where the model's modules stand in the GGUF file that it was compiled from, for adapters of it."""
 
     def names(self) -> list[str]:
         """Those that are loaded, in order."""
@@ -246,8 +253,8 @@ class AdapterRegistry:
         return found
 
     def read(self, name: str, path: str | os.PathLike[str]) -> ReadAdapter:
-        """Read an adapter's folder, and make of it what a slot takes; nothing changes, so steps may run
-        meanwhile. Raises InputError or UnsupportedError, naming the file and what is wrong.
+        """Read an adapter's folder, or GGUF file, and make of it what a slot takes; nothing changes, so steps
+        may run meanwhile. Raises InputError or UnsupportedError, naming the file and what is wrong.
         """
         executor = self._executor
         if not isinstance(executor, TakesAdapters) or executor.adapter_places is None:
@@ -255,10 +262,32 @@ class AdapterRegistry:
                 "this artifact's kernels have no places for adapters",
                 remedy="compile the model with --adapters, or the adapter into it with --lora",
             )
-        from ..frontend.lora import read_adapter
-
-        factors = executor.adapter_places.factors(read_adapter(path))
+        factors = executor.adapter_places.factors(self._open(Path(path)))
         return ReadAdapter(name, _digest(factors), executor.packed_adapter(factors))
+
+    def _open(self, path: Path) -> Adapter:
+        from ..frontend.lora import is_gguf, read_adapter
+
+        if not is_gguf(path):
+            return read_adapter(path)
+        if find_spec("gguf") is None:
+            raise UnsupportedError(
+                f"adapter {path.name} is a GGUF file, which the package gguf reads",
+                remedy="pip install gguf, or give PEFT's folder",
+            )
+        from ..frontend.lora_gguf import read_gguf_adapter
+
+        rows = self.gguf_rows()
+        if rows is None:
+            raise UnsupportedError(
+                f"adapter {path.name} is a GGUF file, which has the names of a GGUF model's tensors; the "
+                "artifact was compiled of another, or by a version before",
+                remedy="compile the model's GGUF file with this version, or give PEFT's folder",
+            )
+        adapter = read_gguf_adapter(path, "this model", rows.architecture)
+        if adapter.norms:
+            _log.warning("adapter %s: %s are left out", path.name, listed(adapter.norms))
+        return adapter.of_modules(rows)
 
     def put(self, adapter: ReadAdapter) -> LoadedAdapter:
         """Give an adapter a slot. Raises InputError where the name is taken."""

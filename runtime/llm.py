@@ -336,7 +336,7 @@ class LLM:
         return view
 
     def load_adapter(self, name: str, path: str | os.PathLike[str]) -> None:
-        """Take up a LoRA adapter's folder (PEFT) under a name, while requests run.
+        """Take up a LoRA adapter's folder (PEFT), or GGUF file, under a name, while requests run.
 
         Raises InputError where it is damaged, of another model, or the name is taken, UnsupportedError where
         it can only be merged, or these kernels take none.

@@ -72,9 +72,9 @@ def load(
             `token_logprobs`) may be longer too; prompts may not. None: answers end there.
         verify: "once" checks the sha256 of every file where that was not done on this machine before, or a
             file has changed since; "full" checks it anyway, "size" only that they are there and complete.
-        adapters: folders of LoRA adapters (PEFT) by the names that requests choose them by
-            (`generate(…, adapter="name")`); {} for none yet (`LLM.load_adapter`).
-        adapter: the folder of one with which everything is answered that names none.
+        adapters: folders of LoRA adapters (PEFT), or their GGUF files, by the names that requests choose
+            them by (`generate(…, adapter="name")`); {} for none yet (`LLM.load_adapter`).
+        adapter: the folder or file of one with which everything is answered that names none.
         places: makes kernels that take adapters, where the artifact's own do not (it was compiled without
             --adapters). `llmc.load` gives it where TVM is installed.
 
@@ -100,6 +100,7 @@ def load(
         sinks=sinks,
     )
     engine = Engine(executor, tokenizer, _facts(artifact, sinks), options)
+    engine.adapters.gguf_rows = lambda: artifact.gguf_rows
     if prefix_cache_dir is not None:
         if not prefix_cache:
             raise InputError("prefix_cache_dir without prefix_cache", remedy="leave one of both out")

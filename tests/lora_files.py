@@ -50,3 +50,27 @@ def edit(folder: Path, **config: Any) -> None:
     """Change keys of a folder's configuration."""
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+
+
+def write_lora(
+    path: Path,
+    factors: Mapping[str, np.ndarray],
+    *,
+    architecture: str = "llama",
+    alpha: float = 6.0,
+    **keys: str,
+) -> Path:
+    """An adapter in a GGUF file; factors by the names of its tensors. alpha 0: they are not scaled."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, architecture)
+    for key, value in {"general.type": "adapter", "adapter.type": "lora", **keys}.items():
+        writer.add_string(key, value)
+    writer.add_float32("adapter.lora.alpha", alpha)
+    for name, array in factors.items():
+        writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

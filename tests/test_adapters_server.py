@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from llmc.cli.serve import _adapters, _named_adapters
 from llmc.ir.errors import InputError
+from llmc.ir.gguf_rows import GGUFRows
 from llmc.runtime import adapters
 from llmc.runtime.adapters import AdapterPlaces, Factors, Place
 from llmc.runtime.chat_template import ChatTemplate
@@ -25,7 +26,7 @@ from llmc.runtime.llm import LLM
 from llmc.runtime.server import ServerSettings
 from llmc.runtime.server.service import ServedModel
 
-from .lora_files import write_adapter
+from .lora_files import write_adapter, write_lora
 from .models import save_tiny
 from .server_harness import TEMPLATE, GatedExecutor, RunningServer, wait_until
 from .test_runtime_detokenizer import byte_level
@@ -148,6 +149,22 @@ def test_adapters_come_and_go(server: RunningServer) -> None:
     assert (status, gone["error"]["code"]) == (404, "model_not_found")
     assert load(server, "two", "turn3", base_model_name="base")[0] == 200  # the same name and prompt
     assert answer(server, "two")["choices"] != two
+
+
+def test_a_gguf_file_and_a_link_to_one(server: RunningServer, tmp_path: Path) -> None:
+    """As caches of downloads have them: a link with the name, a file without."""
+    pytest.importorskip("gguf")
+    factors = {"blk.0.x.weight.lora_a": np.eye(2, dtype="f"), "blk.0.x.weight.lora_b": np.zeros((3, 2), "f")}
+    factors["blk.0.x.weight.lora_b"][0, 0] = 2
+    folder = tmp_path / "adapters"
+    write_lora(folder / "blob", factors, alpha=0.0)
+    (folder / "link.gguf").symlink_to("blob")
+    status, refused = load(server, "three", "link.gguf")
+    assert status == 400 and "compiled of another" in refused["error"]["message"]
+    registry = server.models["base"].engine.engine.adapters
+    registry.gguf_rows = lambda: GGUFRows("llama", {MODULE: ("blk.0.x.weight", None)})
+    assert load(server, "two", "turn2")[0] == load(server, "three", "link.gguf")[0] == 200
+    assert answer(server, "three")["choices"] == answer(server, "two")["choices"]
 
 
 def test_an_adapter_is_read_and_packed_while_steps_run(

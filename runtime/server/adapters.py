@@ -92,7 +92,9 @@ def _base(service: Service, name: str | None) -> ServedModel:
 
 
 def _inside(folder: Path, given: str) -> Path:
-    """The folder that a request names, links followed. Raises InputError where it is not below `folder`."""
+    """The folder or file that a request names, links followed. Raises InputError where it is not below
+    `folder`.
+    """
     root = folder.resolve()
     try:
         path = (root / given).resolve()
@@ -100,6 +102,6 @@ def _inside(folder: Path, given: str) -> Path:
         path = root
     if path == root or root not in path.parents:
         raise InputError(
-            "lora_path is outside of the server's folder of adapters", remedy="name a folder in it"
+            "lora_path is outside of the server's folder of adapters", remedy="name a folder or file in it"
         )
     return path
