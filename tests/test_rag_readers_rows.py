@@ -65,7 +65,7 @@ def test_bad_rows_are_reported_and_skipped(read: Read) -> None:
     assert [id for id, _ in read.problems] == ["r.jsonl#1", "r.jsonl#2", "r.jsonl#3", "r.jsonl#5"]
     assert "no valid JSON" in read.problems[0][1]
     assert read.problems[1][1] == "holds no text"
-    assert "nested" in read.problems[2][1]
+    assert "nested" in read.problems[2][1] or "200 levels" in read.problems[2][1]  # Python 3.13 parses deeper
 
 
 def test_a_file_of_bad_rows_alone_is_an_error(read: Read) -> None:

@@ -97,6 +97,7 @@ def plot(records: Sequence[Record], path: Path) -> None:
         ("decode", "prompt", "tokens of context", "tokens/s, one stream"),
         ("answers", "streams", "streams of 128 + 64", "output tokens/s"),
     )
+    systems = list(dict.fromkeys(name for record in records for name in record["systems"]))
     figure, panels = plt.subplots(len(records), 2, figsize=(9, 3.4 * len(records)), squeeze=False)
     for record, row in zip(records, panels, strict=True):
         for (what, over, label, unit), axes in zip(curves, row, strict=True):
@@ -105,14 +106,15 @@ def plot(records: Sequence[Record], path: Path) -> None:
                 if system["alone"]:
                     continue
                 points = sorted((m[over], median(system["rates"][m["name"]])) for m in chosen)
-                axes.plot(*zip(*points, strict=True), marker="o" if system["ours"] else "s", label=name)
+                marker, color = "o" if system["ours"] else "s", f"C{systems.index(name)}"
+                axes.plot(*zip(*points, strict=True), marker=marker, color=color, label=name)
             axes.set_xscale("log", base=2)
             axes.set_ylim(bottom=0)
             axes.set_xlabel(label)
             axes.set_ylabel(unit)
             axes.set_title(record["model"], fontsize=9)
             axes.grid(alpha=0.3)
-        row[0].legend(fontsize=7)
+        row[1].legend(fontsize=7, loc="upper left")  # where every curve begins low
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     plt.close(figure)
