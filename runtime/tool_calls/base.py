@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 from ...ir.errors import InputError
+from ..json_depth import deeper
 
 MAX_TOOLS: Final = 128
 MAX_DESCRIPTION: Final = 16_384
@@ -115,7 +116,7 @@ def _checked_parameters(schema: Any, where: str) -> Mapping[str, Any]:
         raise InputError(f"{where} is {_shown(schema)}", remedy="give a JSON schema of an object")
     if schema.get("type", "object") != "object":
         raise InputError(f"{where}.type is {_shown(schema['type'])}", remedy='allowed: "object"')
-    if _deeper(schema, MAX_SCHEMA_DEPTH):
+    if deeper(schema, MAX_SCHEMA_DEPTH):
         raise InputError(
             f"{where} is nested too deep", remedy=f"at most {MAX_SCHEMA_DEPTH} levels are allowed"
         )
@@ -134,21 +135,6 @@ def _size(text: str, where: str) -> int:
         return len(text.encode())
     except UnicodeEncodeError:
         raise InputError(f"{where} is not valid Unicode", remedy="give it as UTF-8") from None
-
-
-def _deeper(value: Any, depth: int) -> bool:
-    """Whether a JSON value is nested deeper than `depth`, without recursion."""
-    level = [value]
-    for _ in range(depth):
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, Mapping | list | tuple)
-            for inner in (outer.values() if isinstance(outer, Mapping) else outer)
-        ]
-        if not level:
-            return False
-    return True
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from ....ir.errors import InputError
+from ...json_depth import deeper
 from ..features.terms import hash_of
 from ..types import Chunk, Document, Features, Mention, Triple
 from .base import Record, Settings
@@ -131,25 +132,11 @@ def metadata_text(document: Document) -> str:
     """A document's metadata as JSON; equal metadata give equal text."""
     try:
         text = _json(dict(document.metadata))
-        _check_depth(document.metadata)
+        if deeper(document.metadata, _DEEPEST):
+            raise ValueError(f"they have more than {_DEEPEST} levels")
         return text
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"document {document.id[:80]!r}: its metadata are not JSON: {error}") from None
-
-
-def _check_depth(value: Any) -> None:
-    """Raise ValueError where JSON is nested deeper than every version of Python parses."""
-    level: list[Any] = [value]
-    for _ in range(_DEEPEST):
-        level = [
-            inner
-            for one in level
-            if isinstance(one, Mapping | list | tuple)
-            for inner in (one.values() if isinstance(one, Mapping) else one)
-        ]
-        if not level:
-            return
-    raise ValueError(f"they have more than {_DEEPEST} levels")
 
 
 def settings_text(settings: Settings) -> str:
