@@ -100,17 +100,20 @@ def _decoding(chunks: Seq[Chunk[S]], page_size: int) -> StepInputs:
         page, offset = divmod(start, page_size)
         slots.append(chunk.sequence.block_table[page] * page_size + offset)
     steps = np.arange(batch + 1, dtype=np.int32)
+    tokens = [chunk.sequence.tokens[chunk.start] for chunk in chunks]
+    # One array of all, since making one takes longer than filling it.
+    arrays = np.array([tokens, starts, slots, [start + 1 for start in starts]], np.int32)
     shift = _first_positions(chunks)
     windows: list[WindowTables] = []
     for table in _window_tables(chunks):
         at, offset = np.divmod(np.array(starts, np.int32), np.int32(page_size))
         windows.append((table[steps[:-1], at] * np.int32(page_size) + offset, table))
     return StepInputs(
-        token_ids=np.array([chunk.sequence.tokens[chunk.start] for chunk in chunks], np.int32),
-        positions=np.array(starts, np.int32) if shift is None else np.array(starts, np.int32) + shift,
-        slot_mapping=np.array(slots, np.int32),
+        token_ids=arrays[0],
+        positions=arrays[1] if shift is None else arrays[1] + shift,
+        slot_mapping=arrays[2],
         query_start=steps,
-        context_len=np.array([start + 1 for start in starts], np.int32),
+        context_len=arrays[3],
         block_table=_block_table(chunks),
         output_index=steps[:-1],
         adapter=_adapters(chunks),

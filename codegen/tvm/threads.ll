@@ -402,7 +402,7 @@ spin:
   br label %look
 
 patience:
-  %yielding = icmp ult i32 %count1, 620
+  %yielding = icmp ult i32 %count1, 1600            ; as long as Python takes between two steps
   br i1 %yielding, label %yield, label %sleep
 
 yield:

@@ -21,7 +21,7 @@ import numpy as np
 
 from ...codegen.artifact import Artifact
 from ...ir.errors import InputError
-from .indices import within
+from .indices import divides, within
 from .windows import WindowTables
 
 Kernels = tuple[Mapping[str, Any], Path]
@@ -104,19 +104,17 @@ def check_step(
     sequences are counted from (`model.rope_scaling.offset`), 0 where there is no such thing.
     """
     tokens, sequences = len(inputs.token_ids), len(inputs.context_len)
-    starts = inputs.query_start
     if (
         len(inputs.positions) != tokens
         or len(inputs.slot_mapping) != tokens
-        or len(starts) != sequences + 1
+        or len(inputs.query_start) != sequences + 1
         or len(inputs.block_table) != sequences
     ):
         raise InputError(
             f"a step of {tokens} tokens and {sequences} sequences has arrays of other lengths",
             remedy="see StepInputs",
         )
-    counts = starts[1:] - starts[:-1]
-    if starts[0] != 0 or starts[-1] != tokens or (counts < 0).any() or (counts > inputs.context_len).any():
+    if not divides(inputs.query_start, inputs.context_len, tokens):
         raise InputError("query_start or context_len does not describe the step", remedy="see StepInputs")
     room = inputs.block_table.shape[1] * page_size
     bounds = (

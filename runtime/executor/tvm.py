@@ -66,14 +66,18 @@ class _Array:
         self.dtype = to_numpy(self.kind)
         self.shape: tuple[int | str, ...] = tuple(entry["shape"])
         self.memory = aligned((0,), self.dtype)
+        self._last = self.memory  # the array that was asked for last: mostly the next one's shape is the same
 
-    def sized(self, shape: Sequence[int]) -> tuple[np.ndarray, bool]:
+    def sized(self, shape: tuple[int, ...]) -> tuple[np.ndarray, bool]:
         """The array for a shape, and whether its address changed."""
+        if shape == self._last.shape:
+            return self._last, False
         size = math.prod(shape)
         grown = size > self.memory.size
         if grown:
             self.memory = aligned((max(size, 2 * self.memory.size),), self.dtype)
-        return self.memory[:size].reshape(shape), grown
+        self._last = self.memory[:size].reshape(shape)
+        return self._last, grown
 
 
 class TvmExecutor(WithSlots):
@@ -100,6 +104,8 @@ class TvmExecutor(WithSlots):
         self._pointers = np.zeros(len(self._arguments), np.uint64)
         self._call = (ctypes.c_void_p(self._dims.ctypes.data), ctypes.c_void_p(self._pointers.ctypes.data))
         self._workspace = aligned((0,), np.dtype(np.uint8))
+        self._sizes: Mapping[str, int] | None = None  # of the last call
+        self._given = [name for name in STEP_INPUTS if name in self._arguments and name != "adapter"]
         self._sampling_block = entry.get("sampling_block")  # artifacts made before have none
         self._weights = artifact.weights("tvm-cpu")
         self._bind_weights(artifact)
@@ -255,11 +261,8 @@ class TvmExecutor(WithSlots):
             self._put("adapter", adapter_slots(inputs, self._adapters.slots))
         elif inputs.adapter is not None:
             raise InputError("these kernels take no adapters", remedy="compile with --adapters")
-        for name, place in self._symbols.items():
-            self._dims[place] = sizes[name]
-        for name in STEP_INPUTS:
-            if name in self._arguments and name != "adapter":
-                self._put(name, getattr(inputs, name))
+        for name in self._given:
+            self._put(name, getattr(inputs, name))
         (output,) = self._outputs.values()
         rows = sizes["R"]
         if rows * self.vocab_size > MOST:
@@ -270,7 +273,7 @@ class TvmExecutor(WithSlots):
         logits, grown = output.sized((rows, self.vocab_size))
         if grown:
             self._pointers[self._arguments[f"output:{output.name}"]] = output.memory.ctypes.data
-        self._run()
+        self._run(sizes)
         return logits
 
     def prepare_sampling(self, logits: np.ndarray, scale: np.ndarray) -> Prepared | None:
@@ -321,25 +324,20 @@ class TvmExecutor(WithSlots):
         for name, value in inputs.items():
             array = self._inputs[name]
             match_shape(name, array.shape, array.kind, value, sizes)
-        for name, place in self._symbols.items():
-            self._dims[place] = sizes[name]
         for name, value in inputs.items():
             self._put(name, value)
         results: dict[str, np.ndarray] = {}
         for name, array in self._outputs.items():
             results[name] = aligned([evaluate(d, sizes) for d in array.shape], array.dtype)
             self._pointers[self._arguments[f"output:{name}"]] = results[name].ctypes.data
-        self._run()
+        self._run(sizes)
         return results
 
     # -- the call ------------------------------------------------------------------------------------------
-    def _run(self) -> None:
-        if self._library.llmc_workspace(*self._call) != 0:
-            raise LlmcError("the kernel library refused the call", remedy="report the artifact")
-        needed = int(self._dims[-1])
-        if needed > self._workspace.size:
-            self._workspace = aligned((max(needed, 2 * self._workspace.size),), np.dtype(np.uint8))
-            self._pointers[-1] = self._workspace.ctypes.data
+    def _run(self, sizes: Mapping[str, int]) -> None:
+        """Call the library with dimensions of these sizes: mostly those of the call before."""
+        if sizes != self._sizes:
+            self._size_up(sizes)
         self._dims[-1] = 0
         if self._times is not None:
             self._times.seconds -= time.perf_counter()
@@ -347,6 +345,19 @@ class TvmExecutor(WithSlots):
             raise LlmcError("a kernel got no scratch memory", remedy="free memory or send shorter prompts")
         if self._times is not None:
             self._times.seconds += time.perf_counter()
+
+    def _size_up(self, sizes: Mapping[str, int]) -> None:
+        """Tell the library other dimensions, and have as much scratch memory as it needs for them."""
+        self._sizes = None
+        for name, place in self._symbols.items():
+            self._dims[place] = sizes[name]
+        if self._library.llmc_workspace(*self._call) != 0:
+            raise LlmcError("the kernel library refused the call", remedy="report the artifact")
+        needed = int(self._dims[-1])
+        if needed > self._workspace.size:
+            self._workspace = aligned((max(needed, 2 * self._workspace.size),), np.dtype(np.uint8))
+            self._pointers[-1] = self._workspace.ctypes.data
+        self._sizes = sizes
 
     @contextlib.contextmanager
     def profile(self) -> Generator[CallTimes]:
