@@ -22,6 +22,7 @@ from ..ir.weights import LazyTensor
 from . import gguf_tabled
 from .conversions import apply_conversions, to_numpy_array
 from .gguf import GGUFFile
+from .gguf_factors import beside_blocks
 from .weights import MergedTensor, open_gguf_tensors, transformed
 
 _ROPE_FREQS: Final = "rope_freqs.weight"
@@ -318,7 +319,7 @@ def map_weights(file: GGUFFile, model: Any, tensors: Mapping[str, LazyTensor]) -
     else:
         weights, unused = _processed(file, model, tensors)
     known = {_ROPE_FREQS, _ROPE_LONG, _ROPE_SHORT, *([_HEAD, *DENSE] if pooling(file) else [])}
-    unused = [name for name in unused if name not in known]
+    unused = beside_blocks([name for name in unused if name not in known], tensors)
     if unused:
         raise UnsupportedError(
             f"{file.path.name}: tensor {unused[0]} has no place in {type(model).__name__}",

@@ -18,7 +18,7 @@ import numpy as np
 
 from ..ir.dtypes import from_numpy
 from ..ir.errors import CompileError, InputError
-from ..ir.ggml import block_parts
+from ..ir.ggml import block_parts, times
 from ..ir.weights import LazyTensor, QuantizedTensors, concat_quantized, quantized_of
 from .gguf import GGUFFile, GGUFTensorInfo
 from .mapped import MappedFile
@@ -37,9 +37,11 @@ class GGUFTensor:
         ggml_type: block type ("Q4_1"). block_size, type_size: elements and bytes of a block.
         quantized: codes, scales and minimums of matrices in one of `ir.ggml.BLOCK_TYPES`, read from their
             blocks; None for other types and other ranks.
+        factor: what all of its values are multiplied by (`ir.ggml.BlockRows`), once it is known.
     """
 
     dtype: str = "float32"
+    factor: np.ndarray[Any, Any] | None = None
 
     def __init__(self, file: MappedFile, info: GGUFTensorInfo) -> None:
         self._file = file
@@ -76,7 +78,7 @@ class GGUFTensor:
         step = max(1, _CHUNK_ELEMENTS // math.prod(self.shape[1:]))
         for row in range(first, last, step):
             end = min(last, row + step)
-            out[row - first : end - first] = self._dequantize(self.blocks(row, end))
+            out[row - first : end - first] = times(self.factor, self._dequantize(self.blocks(row, end)), row)
         return out
 
     def _bytes(self, begin: int, end: int) -> np.ndarray[Any, Any]:

@@ -11,6 +11,7 @@ formats' own readers multiply by.
     iq2      GGML's magnitudes of IQ2_XXS, IQ2_XS and IQ2_S with their signs: six values, in the first places
     iq3_xxs, iq3_s
              those of IQ3_XXS and of IQ3_S
+    iq1_m    eight times the values of IQ1_M, -1, 0 and 1, moved by an eighth up or down: six integers
     mxfp4    twice the values of a float with 2 bits of exponent and 1 of mantissa, integers (OCP Microscaling
              Formats 1.0, section 5.3.3), in ascending order: 0 stands twice
 """
@@ -45,6 +46,7 @@ CODEBOOKS: dict[str, tuple[float, ...]] = {
     "iq4_nl": (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
     "iq2": (-43, -25, -8, 8, 25, *(43,) * 11),
     "iq3_xxs": (-62, -52, -44, -36, -28, -20, -12, -4, 4, 12, 20, 28, 36, 44, 52, 62),
+    "iq1_m": (-9, -7, -1, 1, 7, *(9,) * 11),
     "iq3_s": tuple(range(-15, 16, 2)),
     "mxfp4": (-12, -8, -6, -4, -3, -2, -1, 0, 0, 1, 2, 3, 4, 6, 8, 12),
 }

@@ -174,6 +174,21 @@ def _mxfp4_scales(b: Array) -> Scales:
     return np.ldexp(np.float32(1), b[:, :1].astype(np.int32) - 128), None
 
 
+def _nvfp4_codes(b: Array) -> Array:
+    return E2M1_PLACES[_shifted(b[:, 4:36], 8, (0, 4), 15)]
+
+
+def _nvfp4_scales(b: Array) -> Scales:
+    """Half of four floats with 4 bits of exponent and 3 of mantissa, and no sign; their not-a-number is 0 in
+    ggml.
+    """
+    exponent, mantissa = (b[:, :4] >> np.uint8(3)).astype(np.int32) & 15, b[:, :4] & np.uint8(7)
+    # Without an exponent a step is 2^-9, as with the smallest one.
+    steps = (mantissa + np.where(exponent > 0, np.uint8(8), np.uint8(0))).astype(np.float32)
+    scales = np.ldexp(steps, np.maximum(exponent, 1) - 11)
+    return np.where(b[:, :4] == 0x7F, np.float32(0), scales).astype(np.float32), None
+
+
 def _iq4_xs_scales(b: Array) -> Scales:
     low = ((b[:, 4:8, None] >> np.array([0, 4], np.uint8)) & np.uint8(15)).reshape(len(b), 8)
     high = np.ascontiguousarray(b[:, 2:4]).view(np.uint16) >> np.arange(0, 16, 2, dtype=np.uint16)
@@ -245,6 +260,8 @@ def _table() -> dict[str, BlockType]:
         BlockType(
             "IQ1_S", SUPER, 50, Quantization(2, 32, False, f32), True, grids.iq1_s_codes, grids.iq1_s_scales
         ),
+        BlockType("IQ1_M", SUPER, 56, _table_of("iq1_m", 16), False, grids.iq1_m_codes, grids.iq1_m_scales),
+        BlockType("NVFP4", 64, 36, _table_of("mxfp4", 16), False, _nvfp4_codes, _nvfp4_scales),
         BlockType("TQ1_0", SUPER, 54, _affine(2, SUPER), True, grids.tq1_0_codes, grids.tq1_0_scales),
         BlockType("TQ2_0", SUPER, 66, _affine(2, SUPER), True, grids.tq2_0_codes, grids.tq2_0_scales),
     )  # fmt: skip
@@ -265,6 +282,11 @@ class BlockRows(Protocol):
 
     @property
     def ggml_type(self) -> str: ...
+
+    @property
+    def factor(self) -> Array | None:
+        """What the blocks' values are multiplied by: float32 [1], or [E] for stacked matrices; None: 1."""
+        ...
 
     def blocks(self, start: int = 0, stop: int | None = None) -> Array:
         """Raw bytes of rows [start:stop) of axis 0, uint8 [rows, …, bytes of a row]."""
@@ -302,10 +324,19 @@ class BlockPart:
                 f"{self.tensor.source} holds NaN or infinite scales",
                 remedy="the file is damaged: get it again",
             )
-        return found.reshape(shape)
+        return times(self.tensor.factor, found.reshape(shape), start)
 
     def __repr__(self) -> str:
         return f"BlockPart({self.dtype}{list(self.shape)}, {self.source!r})"
+
+
+def times(factor: Array | None, rows: Array, start: int) -> Array:
+    """Rows of axis 0, from number `start` on, of values that a factor belongs to (`BlockRows.factor`)."""
+    if factor is None:
+        return rows
+    if len(factor) > 1:
+        factor = factor[start : start + len(rows)].reshape(-1, *[1] * (rows.ndim - 1))
+    return rows * factor
 
 
 def block_parts(tensor: BlockRows) -> QuantizedTensors | None:

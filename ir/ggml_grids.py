@@ -1,5 +1,5 @@
-"""Unpacks GGML's block types whose values stand in grids (IQ1_S, IQ2_XXS … IQ3_S) and the ternary TQ1_0 and
-TQ2_0. Blocks uint8 [n, bytes] → codes uint8 [n, 256], scales and minimums [n, 256 / group].
+"""Unpacks GGML's block types whose values stand in grids (IQ1_S, IQ1_M, IQ2_XXS … IQ3_S) and the ternary
+TQ1_0 and TQ2_0. Blocks uint8 [n, bytes] → codes uint8 [n, 256], scales and minimums [n, 256 / group].
 
 A few bits name eight (four) magnitudes in a grid, others their signs. Magnitudes are few: with their signs
 they are a table of at most sixteen integers (`codebooks.py`), and a code is a place in it. Grids and signs
@@ -133,6 +133,23 @@ def iq1_s_scales(b: Array) -> tuple[Array, Array]:
     scale, high = _iq1_s_steps(b)
     moved = np.where(high & np.uint16(0x8000), np.float32(-1.125), np.float32(-0.875))
     return scale, scale * moved
+
+
+def iq1_m_codes(b: Array) -> Array:
+    """Places of nine, seven or one eighth, of either sign: eight values of a grid are moved together."""
+    fields = (b[:, 32:48, None] >> np.array([0, 4], np.uint8)).reshape(len(b), -1)
+    index = b[:, :32].astype(np.uint16) | ((fields & np.uint8(7)).astype(np.uint16) << np.uint16(8))
+    down = (fields & np.uint8(8) != 0)[:, :, None]
+    return (2 * _grid("IQ1_S")[index] + np.where(down, np.uint8(0), np.uint8(1))).reshape(len(b), -1)
+
+
+def iq1_m_scales(b: Array) -> tuple[Array, None]:
+    """Of each 16, an eighth; the block's float16 lies in the upper bits of its four words of scales."""
+    words = _words(b, np.uint16, 48, 56)
+    parts = (words & np.uint16(0xF000)) >> np.array([12, 8, 4, 0], np.uint16)
+    d = np.bitwise_or.reduce(parts, axis=1, keepdims=True).view(np.float16).astype(np.float32)
+    steps = ((words[:, :, None] >> np.array([0, 3, 6, 9], np.uint16)) & np.uint16(7)).reshape(len(b), -1)
+    return d * (2 * steps + 1).astype(np.float32) * np.float32(0.125), None
 
 
 def _around_one(b: Array, at: int) -> tuple[Array, Array]:

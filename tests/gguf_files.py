@@ -68,7 +68,7 @@ def write_gguf(
         x = array_.astype(np.float32)
         if kind.name.endswith("_K"):  # gguf's package has no encoders of these
             raw = encode(kind.name, x.reshape(-1, x.shape[-1])).tobytes()
-        elif kind.name.startswith("IQ"):
+        elif kind.name.startswith("IQ") or kind.name == "NVFP4":
             raw = _in_grids(kind, x.reshape(-1, x.shape[-1]))
         else:
             raw = to_blocks(x, kind).tobytes()
@@ -86,6 +86,7 @@ def _in_grids(kind: Any, rows: np.ndarray[Any, Any]) -> bytes:
 
     library().ggml_quantize_init(int(kind))
     k = rows.shape[1]
+    assert k % BLOCK_TYPES[kind.name].block_size == 0, "rows are whole blocks"
     return quantize(kind.name, rows, np.ones(k, np.float32), BLOCK_TYPES[kind.name].row_bytes(k)).tobytes()
 
 

@@ -22,7 +22,7 @@ from .gguf_files import STRING, assemble, entry, tensor_info
 TYPES = sorted(BLOCK_TYPES)
 # Where a block holds its float16 scales (and minimums): random bytes there would be NaN now and then.
 HALVES = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2),
-          "Q6_K": (208,), "TQ1_0": (52,), "TQ2_0": (64,)}  # fmt: skip
+          "Q6_K": (208,), "TQ1_0": (52,), "TQ2_0": (64,), "IQ1_M": (), "NVFP4": ()}  # fmt: skip
 
 
 def random_blocks(name: str, rows: int, k: int, seed: int = 0) -> np.ndarray[Any, Any]:
@@ -33,6 +33,11 @@ def random_blocks(name: str, rows: int, k: int, seed: int = 0) -> np.ndarray[Any
     if name == "MXFP4":  # an exponent: the least there are, and usual ones
         raw[:, 0] = rng.choice([0, 1, 2, *range(110, 130)], len(raw))
         return raw.reshape(rows, -1)
+    if name == "IQ1_M":  # four bits of it in each of four words
+        numbers = (rng.standard_normal(len(raw)) * 0.02).astype(np.float16).view(np.uint16)
+        words = raw[:, 48:].copy().view(np.uint16) & 0x0FFF
+        words |= (numbers[:, None] >> np.array([0, 4, 8, 12], np.uint16)) << 12
+        raw[:, 48:] = words.view(np.uint8)
     for at in HALVES.get(name, (0,)):
         numbers = (rng.standard_normal(len(raw)) * 0.02).astype(np.float16)
         raw[:, at : at + 2] = numbers.view(np.uint8).reshape(-1, 2)

@@ -5,7 +5,7 @@ of them what transformers' model does, and so do we.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +68,10 @@ def written(
     *further: bytes,
     arch: Architecture | None = None,
     quantize: str | Callable[[str], str] = "F32",
+    beside: Mapping[str, np.ndarray[Any, Any]] | None = None,
 ) -> Path:
     """A file of a model: key-values by the table, tensors by the package gguf's names, as `write_gguf` stores
-    them.
+    them, and those of `beside`.
     """
     arch = arch or ARCHITECTURES[kind]
     source: Any = ModelInMemory(model)
@@ -103,7 +104,7 @@ def written(
     for key in arch.by_layer:
         numbers = [float(v.float()) for k, v in state.items() if k.endswith(f".act_fn.{key.split('.')[1]}")]
         ends.append(array(key, F32, numbers))
-    return write_gguf(path, [*entries, *vocabulary, *ends, *further], tensors, quantize)
+    return write_gguf(path, [*entries, *vocabulary, *ends, *further], tensors | dict(beside or {}), quantize)
 
 
 def _parts(

@@ -27,7 +27,13 @@ from .test_gguf_architectures import tiny, written
 
 # Blocks of each layer's experts, as llama.cpp mixes them: gate and up alike, down with more bits or fewer.
 MIXED: list[tuple[str, str]] = [("Q4_K", "Q6_K"), ("Q8_0", "Q5_1"), ("Q4_0", "Q5_K")]
-GRIDS = [("IQ2_XXS", "IQ3_XXS"), ("IQ2_XS", "IQ3_S"), ("IQ2_S", "IQ4_XS"), ("IQ1_S", "TQ2_0")]
+GRIDS = [
+    ("IQ2_XXS", "IQ3_XXS"),
+    ("IQ2_XS", "IQ3_S"),
+    ("IQ2_S", "IQ4_XS"),
+    ("IQ1_S", "TQ2_0"),
+    ("IQ1_M", "NVFP4"),
+]
 """As large mixtures are published for small machines."""
 
 

@@ -147,6 +147,8 @@ CASES = [
     Case(24, 512, 4, 32, None, "float32", "iq3_xxs"),
     Case(33, 512, 4, 32, None, "float32", "iq3_s", 256),
     Case(20, 256, 2, 32, "float32", "float32"),  # IQ1_S
+    Case(33, 256, 4, 16, None, "float32", "iq1_m"),
+    Case(20, 192, 4, 16, None, "float32", "mxfp4"),  # NVFP4
     Case(24, 512, 2, 256, "float16"),  # TQ2_0
     # Other widths and groups
     Case(20, 64, 2, 32, "uint8"),

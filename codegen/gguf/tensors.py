@@ -66,8 +66,12 @@ class RawBlocks:
 
 
 def stored_blocks(codes: LazyTensor) -> tuple[str, LazyTensor] | None:
-    """Block type and raw rows of codes that were read from blocks; None for any others."""
+    """Block type and raw rows of codes that were read from blocks; None for any others, and for those that a
+    factor stands beside.
+    """
     if isinstance(codes, BlockPart):
+        if codes.tensor.factor is not None:
+            return None
         return codes.tensor.ggml_type, RawBlocks(codes.tensor)
     if isinstance(codes, ConcatRows):
         found = [stored_blocks(part) for part in codes.parts]

@@ -48,6 +48,8 @@ class EncodedTensor:
         quantized: its parts, read from the blocks.
     """
 
+    factor: Array | None = None
+
     def __init__(
         self,
         base: LazyTensor,
