@@ -131,6 +131,9 @@ def _slice(c: Importer, x: Value, dim: int = 0, start: Any = None, end: Any = No
     first, last = _end(0 if start is None else start, length), _end(end, length)
     if isinstance(first, int) and isinstance(last, int):
         last = max(first, last)
+    size = c.node.meta["val"].shape[axis]
+    if c.is_open(size) and step == 1 and all(map(c.never_negative, (first, last - first, length - last))):
+        c.is_size(size, last - first)
     if c.result_shape()[axis] == length and step == 1:
         return x
     return c.emit(shape.Slice(x, axis=axis, start=first, stop=last, step=step))

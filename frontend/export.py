@@ -189,6 +189,8 @@ def relation_holds(relation: Any, ranges: Any) -> bool | None:
     repeat an axis of one (all but one of two tokens is one), and what is traced for more holds for fewer.
     """
     symbols = list(relation.free_symbols)
+    if relation.is_Boolean and not symbols:
+        return bool(relation)
     if len(symbols) != 1 or symbols[0] not in ranges:
         return None
     least = ranges[symbols[0]].lower

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -18,6 +19,7 @@ from .aten_complex import Complex, complex_handler
 from .aten_table import REGISTERED, TABLE
 from .constants import Constants
 from .export import OtherSize, relation_holds
+from .held import size_in
 from .repeats import NAMESPACE, Bodies, CannotRepeat, Repeats
 from .sameness import same
 
@@ -37,6 +39,7 @@ class Importer:
         self.settles = settles
         self.symbols: dict[str, str] = {}  # torch's symbol → ours
         self.ranges: Any = {}  # torch's symbol → what it may be
+        self.sizes: dict[str, Dim] = {}  # torch's symbol of what is in a tensor → the size that it is
         self.bodies = None if repeats is None else Bodies(graph, repeats)
         self.values: dict[Any, Any] = {}
         self.constants = Constants({})
@@ -125,12 +128,51 @@ class Importer:
         relation = getattr(getattr(node, "meta", {}).get("val"), "node", None)
         if relation is None:
             return
-        ranges = relation.shape_env.var_to_range
-        if relation_holds(relation.expr, ranges) is False:
+        ranges, read = relation.shape_env.var_to_range, _read_off(relation.expr)
+        if any(str(s) not in self.sizes for s in read):
+            return  # about what is in a tensor: the model checks its inputs
+        sizes = {s: self.as_torch(self.sizes[str(s)], ranges) for s in read}
+        if relation_holds(relation.expr.xreplace(sizes), ranges) is False:
             raise UnsupportedError(
                 f"{self.location() or 'the model'} holds only for some numbers of tokens: {relation.expr}",
                 remedy="control flow and shapes must not depend on the number of tokens",
             )
+
+    def as_torch(self, size: Dim, ranges: Any) -> Any:
+        """A size as torch's expression."""
+        theirs = {self.symbols[str(s)]: s for s in ranges if str(s) in self.symbols}
+        terms = [((), size)] if isinstance(size, int) else size.terms
+        nothing = 0 * next(iter(ranges))  # a number of the same library
+        products = (math.prod((theirs[name] for name in names), start=number) for names, number in terms)
+        return sum(products, start=nothing)
+
+    def never_negative(self, size: Dim) -> bool:
+        """Whether a size is known to be at least 0 for every number of tokens."""
+        if isinstance(size, int):
+            return size >= 0
+        return relation_holds(self.as_torch(size, self.ranges) >= 0, self.ranges) is True
+
+    def take_size(self, node: Any) -> None:
+        """Note which size a number is that the model reads off a tensor."""
+        value = self.values.get(node.args[0])
+        size = size_in(value, self.look) if isinstance(value, Value) else None
+        if size is not None:
+            self.is_size(node.meta["val"], size)
+
+    def is_open(self, size: Any) -> bool:
+        """Whether one of torch's sizes stands for what is in a tensor, and none knows which it is."""
+        e = getattr(getattr(size, "node", None), "expr", None)
+        return e is not None and e.is_Symbol and bool(_read_off(e)) and str(e) not in self.sizes
+
+    def is_size(self, size: Any, known: Dim) -> None:
+        """Note which size one of torch's is, if it is open."""
+        if self.is_open(size):
+            self.sizes[str(size.node.expr)] = known
+
+    def look(self, value: Value) -> None:
+        """Raise CannotRepeat where what follows from a value's producer need not be so in a layer's copy."""
+        if self.bodies is not None and self.bodies.is_given(value):
+            raise CannotRepeat
 
     def chosen(self, e: Any) -> Any:
         """Max or Min of two sizes, as the one that it is for every number of tokens; None where none is."""
@@ -147,7 +189,9 @@ class Importer:
     def expression(self, e: Any) -> Dim:
         if e.is_Integer:
             return int(e)
-        if e.is_Symbol and str(e).startswith("u"):
+        if e.is_Symbol and str(e) in self.sizes:
+            return self.sizes[str(e)]
+        if e.is_Symbol and _read_off(e):
             raise UnsupportedError(
                 f"a size in {self.location() or 'the model'} depends on the values of a tensor",
                 remedy="rewrite the module so that shapes follow from shapes",
@@ -201,6 +245,8 @@ class Importer:
             return
         value = node.meta.get("val")
         if isinstance(value, (torch.SymInt, torch.SymBool, torch.SymFloat, int, bool, float)):
+            if str(node.target) in ("aten.item.default", "aten._local_scalar_dense.default"):
+                self.take_size(node)
             return  # sizes: read from their meta value where they are used
         name = str(node.target)
         if self.bodies is not None and name.startswith(NAMESPACE):
@@ -334,6 +380,14 @@ class Importer:
             a, b = max(start, last - size), min(end, last)
             found += self.part(piece, axis, a - last + size, b - last + size) if a < b else []
         return found
+
+
+def _read_off(e: Any) -> list[Any]:
+    """The symbols of torch's expression that stand for what is in a tensor."""
+    from torch.utils._sympy.symbol import SymT, symbol_is_type
+
+    kinds = (SymT.UNBACKED_INT, SymT.UNBACKED_FLOAT)
+    return [s for s in e.free_symbols if symbol_is_type(s, kinds)]
 
 
 def _turn(e: Any) -> int | None:

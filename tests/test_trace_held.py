@@ -1,0 +1,107 @@
+"""Sizes that are in tensors and follow from sizes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from llmc.frontend.export import narrower
+from llmc.frontend.source import open_source
+from llmc.frontend.trace import trace_module, trace_source
+from llmc.ir.core import Graph
+from llmc.ir.errors import UnsupportedError
+from llmc.ir.interpreter import run
+from torch import nn
+
+from .families import save_family
+
+ROWS = 24
+
+
+class Table(nn.Module):
+    """A function of a table [ROWS, 4] and tokens [1, T, 4]."""
+
+    def __init__(self, function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.function = function
+        self.register_buffer("table", torch.randn(ROWS, 4, generator=torch.Generator().manual_seed(2)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(self.table, x)
+
+
+def traced(function: Any, *, least: int = 3, most: int = 12) -> tuple[nn.Module, Graph]:
+    module = Table(function)
+    shapes = {"x": {1: torch.export.Dim("T", min=least, max=most)}}
+    graph = trace_module(module, (torch.zeros(1, 6, 4),), dynamic_shapes=shapes)
+    graph.drop_dead()
+    return module, graph
+
+
+def span(x: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(x.shape[1])
+
+
+SIZES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "both ends of a cut": lambda table, x: table[12 - span(x) : 12 + span(x)] * 2,
+    "up to it": lambda table, x: table[: span(x)] + x,
+    "from it on": lambda table, x: table[span(x) :] * 2,
+    "calculated with": lambda table, x: table[: 2 * span(x) - x.shape[1] + 1],
+    "a number": lambda table, x: table[: torch.full((), 3)] * 2,
+    "a bound": lambda table, x: torch.clamp(x * 10, max=-(-span(x)).item()),
+    "of what was cut": lambda table, x: table[: span(x)].view(1, -1, 2, 2).transpose(1, 2) @ torch.ones(2, 2),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_size_that_is_in_a_tensor_is_that_size(name: str) -> None:
+    module, graph = traced(SIZES[name])
+    for length in (1, 2, 3, 7, 12):
+        x = torch.randn(1, length, 4)
+        torch.testing.assert_close(run(graph, {"x": x})[0], module(x))
+
+
+def test_the_smaller_of_a_number_and_a_size_that_is_in_a_tensor_says_where_it_turns() -> None:
+    def cut(table: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return table[: torch.tensor(min(x.shape[1], 8))] * 2
+
+    with pytest.raises(UnsupportedError) as refused:
+        traced(cut)
+    assert narrower(refused.value, 12) == (8, True)
+    module, graph = traced(cut, most=8)
+    x = torch.randn(1, 8, 4)
+    assert torch.equal(run(graph, {"x": x})[0], module(x))
+
+
+UNKNOWN: dict[str, tuple[Callable[[torch.Tensor, torch.Tensor], torch.Tensor], str]] = {
+    "a value": (lambda table, x: table[: x.long().sum()], "depends on the values of a tensor"),
+    "a fraction": (lambda table, x: x * table.sum().item(), "depends on the values of a tensor"),
+    "what torch cuts off": (lambda table, x: table[: 3 * span(x)] * 2, "depends on the values of a tensor"),
+    "some rows": (
+        lambda table, x: table[torch.arange(ROWS) < 3] * 2,
+        "indexing by a mask in the model is not supported",
+    ),
+    "a mask of tokens": (
+        lambda table, x: x[torch.ones(1, x.shape[1]) > 0],
+        "indexing by a mask in the model",
+    ),
+    "a mask behind an axis": (
+        lambda table, x: table[:, torch.ones(4) > 0] * 2,
+        "indexing by a mask in the model is not supported",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_what_else_is_in_a_tensor_is_refused(name: str) -> None:
+    function, sentence = UNKNOWN[name]
+    with pytest.raises(UnsupportedError, match=sentence):
+        traced(function)
+
+
+def test_a_table_of_distances_bounds_the_tokens(tmp_path: Path) -> None:
+    save_family("deberta (disentangled)", tmp_path, changed={"max_relative_positions": ROWS})
+    assert trace_source(open_source(tmp_path)).facts["positions"] == ROWS
