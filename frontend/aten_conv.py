@@ -184,6 +184,8 @@ def _sides(c: Importer, x: Value, axis: int, count: int, number: float) -> list[
 @aten("cat.default", "concat.default", "concatenate.default")
 def _cat(c: Importer, xs: Sequence[Value], dim: int = 0) -> Value:
     dtype = c.result_dtype()
+    # torch leaves out what has the shape [0] whatever the others' rank is: a cache that is still empty.
+    xs = [x for x in xs if x.shape != (0,)] or xs
     axis = c.axis(dim, xs[0])
     if len(xs) == 1:
         return c.cast(xs[0], dtype)

@@ -30,6 +30,7 @@ def _reduction(kind: Callable[..., Op]) -> Handler:
 for _name, _kind in (("mean", m.ReduceMean), ("sum", m.ReduceSum), ("amax", m.ReduceMax)):
     for _overload in ("dim", "dim_IntList", "default"):
         TABLE[f"{_name}.{_overload}"] = _reduction(_kind)
+TABLE["max.default"] = _reduction(m.ReduceMax)
 
 
 @aten("logsumexp.default")

@@ -102,6 +102,8 @@ OPERATORS: dict[str, Any] = {
         x.amax(-1, keepdim=True),
         x.max(-1).values,
         x.mean(),
+        x.max(),
+        s.count.max(),
     ),
     "logarithms of sums": lambda s, x: (
         torch.logsumexp(50 * x, -1),

@@ -102,6 +102,12 @@ def test_what_else_is_in_a_tensor_is_refused(name: str) -> None:
         traced(function)
 
 
+def test_joining_leaves_out_what_is_empty_of_another_rank() -> None:
+    module, graph = traced(lambda table, x: torch.cat([torch.zeros(0), x, x], dim=-2))
+    x = torch.randn(1, 3, 4)
+    assert torch.equal(run(graph, {"x": x})[0], module(x))
+
+
 def test_a_table_of_distances_bounds_the_tokens(tmp_path: Path) -> None:
     save_family("deberta (disentangled)", tmp_path, changed={"max_relative_positions": ROWS})
     assert trace_source(open_source(tmp_path)).facts["positions"] == ROWS

@@ -26,6 +26,7 @@ from ...ir.types import TensorType
 from ...ir.weights import ArrayTensor, ShapeOnlyTensor, num_elements
 from ..base import Pass, PassContext, PassResult
 from ..derived import ComputedTensor
+from . import lengths
 
 FOLD_LIMIT = 1 << 22  # elements: larger weights stay as they are, folding would read them whole
 
@@ -294,6 +295,7 @@ RULES: tuple[Rule, ...] = (
     IndexOfFull(),
     DropEmpty(),
     CountUp(),
+    *lengths.RULES,
 )
 
 
@@ -382,10 +384,11 @@ class FoldConstants(Pass):
     name = "fold-constants"
 
     def run(self, graph: Graph, context: PassContext) -> PassResult:
-        count = simplify_weights(graph)
+        notes = lengths.count_tokens(graph)
+        count = len(notes) + simplify_weights(graph)
         while True:
             folded, _ = apply_rules(graph, RULES)
             folded += fold_weights(graph)
             count += folded
             if not folded:
-                return PassResult(graph, count > 0)
+                return PassResult(graph, count > 0, notes)
