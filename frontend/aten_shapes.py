@@ -10,6 +10,7 @@ from ..ir.ops import math as m
 from ..ir.ops import shape
 from ..ir.types import Dim, DimExpr, Shape, divide, product
 from .aten_table import TABLE, Handler, aten
+from .held import numbers_in
 
 if TYPE_CHECKING:
     from .importer import Importer
@@ -246,7 +247,7 @@ TABLE["triu.default"] = _triangle(m.LessEqual)
 def _index(c: Importer, x: Value, indices: Sequence[Value | None]) -> Value:
     given = [i for i in indices if i is not None]
     if any(i.dtype == "bool" for i in given):
-        raise c.unsupported("indexing by a mask")
+        return _masked(c, x, indices)
     if len(indices) == 1 and _is_every(given[0], x.shape[0]):
         return x
     if len(given) == 1 and indices[0] is None:
@@ -254,6 +255,50 @@ def _index(c: Importer, x: Value, indices: Sequence[Value | None]) -> Value:
     if list(indices[: len(given)]) != given:
         raise c.unsupported("indexing by several tensors behind a full axis")
     return c.emit(shape.Index(x, list(given)))
+
+
+def _masked(c: Importer, x: Value, indices: Sequence[Value | None]) -> Value:
+    """x[mask] where the mask is made of numbers alone and has all or none of the rows: one axis for those
+    that it has.
+    """
+    taken = _all_or_none(c, x, indices)
+    if taken is None:
+        raise c.unsupported("indexing by a mask")
+    (mask,) = indices
+    assert mask is not None
+    rest = x.shape[mask.type.rank :]
+    count = product(mask.shape) if taken else 0
+    c.is_size(c.node.meta["val"].shape[0], count)
+    if taken:
+        return reshaped(c, x, (count, *rest))
+    return c.emit(shape.Expand(c.scalar(0, x.dtype), shape=(0, *rest)))
+
+
+def _all_or_none(c: Importer, x: Value, indices: Sequence[Value | None]) -> bool | None:
+    """Whether one mask over the leading axes of x is true everywhere, or false everywhere; None where it is
+    neither, or depends on an input.
+    """
+    (mask, *others) = indices
+    if mask is None or others or mask.dtype != "bool" or mask.shape != x.shape[: mask.type.rank]:
+        return None
+    found = numbers_in(mask, c.look)
+    return bool(found.all()) if found is not None and found.all() == found.any() else None
+
+
+@aten("index_put.default")
+def _index_put(
+    c: Importer, x: Value, indices: Sequence[Value | None], values: Value, accumulate: bool = False
+) -> Value:
+    """x with values at the places of a mask that is made of numbers alone, and has all or none of them."""
+    taken = _all_or_none(c, x, indices) if not accumulate else None
+    if taken is None:
+        raise c.unsupported("writing to some places of a tensor")
+    if not taken:
+        return x
+    (mask,) = indices
+    assert mask is not None
+    wide = c.emit(shape.Expand(values, shape=(product(mask.shape), *x.shape[mask.type.rank :])))
+    return c.cast(reshaped(c, wide, x.shape), x.dtype)
 
 
 def _is_every(index: Value, length: Dim) -> bool:

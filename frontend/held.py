@@ -1,22 +1,29 @@
-"""What values hold whatever the inputs are: sizes, as far as their producers tell.
+"""What values hold whatever the inputs are: sizes and numbers, as far as their producers tell.
 
 Models make tensors of a size (`torch.tensor(min(x.shape[1], 512))`), calculate with them and cut by what
-comes out. torch knows such a size as what is in a tensor; for us it is a polynomial of the number of tokens
-as any other.
+comes out; and they pick rows by a mask that is made of numbers alone. torch knows such a size as what is in a
+tensor; for us it is a polynomial of the number of tokens as any other.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..ir.core import Op, Value
 from ..ir.ops import math as m
-from ..ir.ops.shape import DimValue, Expand, Full, Reshape
+from ..ir.ops.shape import Arange, DimValue, Expand, Full, Reshape
 from ..ir.types import Dim, product
 
+if TYPE_CHECKING:
+    import torch
+
 _WHOLE = ("int32", "int64")
+_LARGEST = 1024
+"""Elements of anything on the way to numbers."""
+_OPS = 64
+"""Operations on the way to numbers."""
 _ARITHMETIC: dict[type[Op], Callable[[Any, Any], Any]] = {
     m.Add: operator.add,
     m.Sub: operator.sub,
@@ -49,4 +56,33 @@ def size_in(v: Value, look: Callable[[Value], None]) -> Dim | None:
             return None
 
 
-__all__ = ["size_in"]
+def numbers_in(v: Value, look: Callable[[Value], None]) -> torch.Tensor | None:
+    """What a value holds that is made of few numbers alone; None for any other. `look` as for `size_in`."""
+    import torch
+
+    ops: dict[Op, None] = {}
+
+    def visit(one: Value) -> bool:
+        look(one)
+        op, count = one.producer, product(one.shape)
+        if op is not None and op in ops:
+            return True
+        if op is None or not isinstance(count, int) or count > _LARGEST or len(ops) >= _OPS:
+            return False
+        if not isinstance(op, _PLAIN) or not all(visit(operand) for operand in op.operands):
+            return False
+        ops[op] = None
+        return True
+
+    if not visit(v):
+        return None
+    made: dict[Value, torch.Tensor] = {}
+    with torch.no_grad():
+        for op in ops:
+            made[op.results[0]] = op.reference({}, *op.grouped([made[operand] for operand in op.operands]))
+    return made[v]
+
+
+_PLAIN = (Full, Arange, Reshape, Expand, m.Cast, m.Unary, m.Binary)
+
+__all__ = ["numbers_in", "size_in"]

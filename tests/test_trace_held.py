@@ -1,4 +1,4 @@
-"""Sizes that are in tensors and follow from sizes alone."""
+"""Sizes and masks that are in tensors, and follow from sizes and numbers alone."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from llmc.ir.interpreter import run
 from torch import nn
 
 from .families import save_family
+from .graphs import lowered, opnames
 
 ROWS = 24
 
@@ -102,10 +103,52 @@ def test_what_else_is_in_a_tensor_is_refused(name: str) -> None:
         traced(function)
 
 
+def put(table: torch.Tensor, x: torch.Tensor, taken: float, value: float | None = None) -> torch.Tensor:
+    y, mask = torch.zeros_like(x), torch.ones(1) == taken
+    y[mask] = nn.functional.linear(x[mask], table[:4]) if value is None else value
+    return y + x
+
+
+MASKS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "all": lambda table, x: put(table, x, 1.0),
+    "none": lambda table, x: put(table, x, 2.0),
+    "a number": lambda table, x: put(table, x, 1.0, 3.0),
+    "all of two axes": lambda table, x: table[torch.ones(ROWS, 4) > 0] * x[0, 0, 0],
+    "none of two axes": lambda table, x: table[torch.ones(ROWS, 4) < 0] * x[0, 0, 0],
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_a_mask_of_numbers_picks_all_or_none(name: str) -> None:
+    module, graph = traced(MASKS[name])
+    assert not {"index", "where"}.intersection(opnames(graph))
+    for length in (1, 3, 12):
+        x = torch.randn(1, length, 4)
+        torch.testing.assert_close(run(graph, {"x": x})[0], module(x))
+
+
+def test_writing_to_some_places_is_refused() -> None:
+    def some(table: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        y = table + 1
+        y[torch.arange(ROWS) < 2] = 0.0
+        return y
+
+    with pytest.raises(UnsupportedError, match="writing to some places of a tensor in the model"):
+        traced(some)
+
+
 def test_joining_leaves_out_what_is_empty_of_another_rank() -> None:
     module, graph = traced(lambda table, x: torch.cat([torch.zeros(0), x, x], dim=-2))
     x = torch.randn(1, 3, 4)
     assert torch.equal(run(graph, {"x": x})[0], module(x))
+
+
+def test_of_layers_that_are_chosen_by_a_number_one_is_left(tmp_path: Path) -> None:
+    """The weights of the others are not even read."""
+    save_family("xmod", tmp_path, changed={"languages": ["aa", "bb", "cc"], "default_language": "bb"})
+    graph, _ = lowered(trace_source(open_source(tmp_path)), "paged")
+    adapters = {name.split("adapter_modules.")[1][:2] for name in graph.weights if "adapter_modules." in name}
+    assert adapters == {"bb"}
 
 
 def test_a_table_of_distances_bounds_the_tokens(tmp_path: Path) -> None:
