@@ -399,18 +399,33 @@ def _turn(e: Any) -> int | None:
 
 
 def unread(nodes: Any) -> set[Any]:
-    """Of a program's nodes those that nothing comes of."""
+    """Of a program's nodes those that nothing comes of: nobody reads them, or what they write into."""
     found: set[Any] = set()
-    for node in reversed(nodes):
-        schema = getattr(node.target, "_schema", None)
-        pure = schema is not None and bool(schema.returns) and not schema.is_mutable
-        if (
-            node.op == "call_function"
-            and (pure or node.target is operator.getitem)
-            and found >= set(node.users)
-        ):
-            found.add(node)
+    lie: dict[Any, list[Any]] = {}  # by the node that made the memory
+    for node in nodes:
+        lie.setdefault(_memory(node), []).append(node)
+    before = -1
+    while len(found) > before:  # what is written into memory that nobody reads is not read either
+        before = len(found)
+        for node in reversed(nodes):
+            schema = getattr(node.target, "_schema", None)
+            pure = schema is not None and bool(schema.returns) and not schema.is_mutable
+            if node.op != "call_function" or not (pure or node.target is operator.getitem):
+                continue
+            own = {node, *lie.get(node, [])}
+            if found >= set(node.users):
+                found.add(node)
+            elif all(u in found or u in own for one in own for u in one.users) and all(
+                map(_writes_first, own)
+            ):
+                found.update(own)
     return found
+
+
+def _writes_first(node: Any) -> bool:
+    """Whether a node writes, if it does, into its first operand alone."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is None or not schema.is_mutable or schema.name.endswith("_")
 
 
 def _is_part(node: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Sizes and masks that are in tensors, and follow from sizes and numbers alone."""
+"""Sizes and masks that are in tensors, and follow from sizes and numbers alone; and what nobody reads."""
 
 from __future__ import annotations
 
@@ -137,6 +137,30 @@ def test_writing_to_some_places_is_refused() -> None:
         traced(some)
 
 
+def thrown_away(table: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    y = torch.empty(4, 4)
+    y.uniform_(-1, 1)
+    y[:2].normal_()
+    y[2:].copy_(torch.lgamma(table[:2]))
+    return x * 2
+
+
+def read_through_a_view(table: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    y = torch.empty(4, 4)
+    part = y[0]
+    y.uniform_(-1, 1)
+    return x + part
+
+
+def test_memory_that_nobody_reads_is_not_written() -> None:
+    module, graph = traced(thrown_away)
+    assert opnames(graph) == ["full", "mul"]
+    x = torch.randn(1, 3, 4)
+    assert torch.equal(run(graph, {"x": x})[0], module(x))
+    with pytest.raises(UnsupportedError, match=r"operator aten\.uniform"):
+        traced(read_through_a_view)
+
+
 def test_joining_leaves_out_what_is_empty_of_another_rank() -> None:
     module, graph = traced(lambda table, x: torch.cat([torch.zeros(0), x, x], dim=-2))
     x = torch.randn(1, 3, 4)
@@ -154,3 +178,13 @@ def test_of_layers_that_are_chosen_by_a_number_one_is_left(tmp_path: Path) -> No
 def test_a_table_of_distances_bounds_the_tokens(tmp_path: Path) -> None:
     save_family("deberta (disentangled)", tmp_path, changed={"max_relative_positions": ROWS})
     assert trace_source(open_source(tmp_path)).facts["positions"] == ROWS
+
+
+@pytest.mark.parametrize(("blocks", "bound"), [(4, 44), (64, None)])
+def test_a_sparse_attention_is_compiled_for_as_many_tokens_as_it_is_not_sparse(
+    tmp_path: Path, blocks: int, bound: int | None
+) -> None:
+    save_family("big_bird", tmp_path, changed={"block_size": blocks})
+    graph, _ = lowered(trace_source(open_source(tmp_path)), "paged")
+    assert graph.facts.get("positions") == bound
+    assert opnames(graph).count("paged_attention") == 2
