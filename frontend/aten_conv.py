@@ -1,5 +1,6 @@
 """ATen operators over neighbouring tokens of one sequence (see `aten_table.py`): convolutions, padding, and
-what stands some tokens back. All become `causal_conv1d`, which keeps the tokens that it needs between steps.
+what stands some tokens back. What sees no later tokens becomes `causal_conv1d`, which keeps the tokens that
+it needs between steps; what does, slices of padded rows, for which a step must take one whole text.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def _conv1d(
 ) -> Value:
     """A convolution over the tokens of one sequence, [1, C, T]: each token with those before it. What is
     before the first token are columns that the model has put there, or as much padding on either side, of
-    which the model then takes the first T columns alone.
+    which the model then takes the first T columns alone. Any other one sees tokens on both sides.
     """
     behind = weight.shape[-1] - 1
     assert isinstance(behind, int)
@@ -43,12 +44,12 @@ def _conv1d(
     if x.shape[0] != 1:
         raise c.unsupported("a convolution over the tokens of several sequences")
     count, lead, tokens = _led(x)
-    if behind and tuple(padding) == (behind,) and not count:
-        if not all(_takes_first(user, x.shape[-1], c) for user in c.node.users):
-            raise c.unsupported("a convolution that sees later tokens")
+    (around,) = padding
+    first = behind and around == behind and all(_takes_first(u, x.shape[-1], c) for u in c.node.users)
+    if first and not count:
         count = behind
-    elif tuple(padding) != (0,) or count < behind:
-        raise c.unsupported("a convolution that sees other tokens than the last ones")
+    elif around or count < behind:
+        return _over_both_sides(c, x, weight, bias, around, groups)
     rows = c.emit(shape.Transpose(tokens, perm=(-1, -2)))
     if lead is not None:  # columns of one value for all of them: they add the same to every token
         added = _every_token(c, lead, weight, groups)
@@ -104,6 +105,56 @@ def _over_the_last(c: Importer, rows: Value, weight: Value, bias: Value | None, 
         total = y if total is None else c.emit(m.Add(total, y))
     assert total is not None
     return total
+
+
+def _over_both_sides(
+    c: Importer, x: Value, weight: Value, bias: Value | None, around: int, groups: int
+) -> Value:
+    """The convolution over columns [1, C, T] with `around` zeros on either side, as each of its W places does
+    it: [1, N, T + 2 · around + 1 - W].
+    """
+    channels, per_group, width = weight.shape
+    assert isinstance(width, int)
+    padded = _pad(c, c.emit(shape.Transpose(x, perm=(-1, -2))), (0, 0, around, around))
+    length = padded.shape[-2] - (width - 1)
+    total: Value | None = None
+    for w in range(width):
+        rows = c.emit(shape.Slice(padded, axis=-2, start=w, stop=length + w))
+        if per_group == 1 and channels == groups:
+            filters = c.emit(shape.Slice(weight, axis=-1, start=w, stop=w + 1))
+            y = c.emit(m.Mul(rows, reshaped(c, filters, (channels,))))
+        else:
+            y = _by_groups(c, rows, weight, w, None, groups)
+        total = y if total is None else c.emit(m.Add(total, y))
+    assert total is not None
+    total = total if bias is None else c.emit(m.Add(total, bias))
+    return c.emit(shape.Transpose(total, perm=(-1, -2)))
+
+
+@aten("im2col.default")
+def _im2col(
+    c: Importer,
+    x: Value,
+    kernel_size: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+    stride: Sequence[int],
+) -> Value:
+    """unfold: [..., C, H, W] → of each place what a window of K elements sees there, [..., C · K, places]."""
+    if any(step != 1 for step in stride):
+        raise c.unsupported("unfolding with steps")
+    (high, wide), (down, right) = kernel_size, padding
+    x = _pad(c, x, (right, right, down, down))
+    *lead, channels, rows, columns = x.shape
+    ends = rows - dilation[0] * (high - 1), columns - dilation[1] * (wide - 1)
+    seen: list[Value] = []
+    for at in itertools.product(range(high), range(wide)):
+        part = x
+        for axis, place, gap, end in zip((-2, -1), at, dilation, ends, strict=True):
+            part = c.emit(shape.Slice(part, axis=axis, start=place * gap, stop=end + place * gap))
+        seen.append(reshaped(c, part, (*lead, channels, 1, ends[0] * ends[1])))
+    together = c.emit(shape.Concat(seen, axis=-2))
+    return reshaped(c, together, (*lead, channels * len(seen), ends[0] * ends[1]))
 
 
 def _every_token(c: Importer, row: Value, weight: Value, groups: int) -> Value:

@@ -27,6 +27,8 @@ OF_EACH_KIND = {
     "qwen3_5_text": "positions of three coordinates, tables put together from parts",
     "gemma3n_text": "hidden states stacked before the batch, layers without keys of their own",
     "deberta-v2 (disentangled)": "scores of queries, keys and distances, one text a step",
+    "deberta (disentangled)": "the same, with sizes that are in tensors",
+    "convbert": "convolutions over tokens on both sides, one text a step",
     "llama4_text": "chunks of positions, experts of weighted inputs",
     "glm_moe_dsa": "an indexer that picks keys",
     "muse_spark_text": "results of experts that are normalised",

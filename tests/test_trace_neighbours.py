@@ -14,6 +14,8 @@ from llmc.ir.errors import UnsupportedError
 from llmc.ir.interpreter import run
 from torch import nn
 
+from .graphs import opnames
+
 X = torch.linspace(-2, 3, 12).reshape(3, 4)
 LENGTHS = (1, 2, 3, 7)
 
@@ -70,13 +72,71 @@ def test_convolutions_see_the_tokens_before(name: str) -> None:
             torch.testing.assert_close(run(graph, {"x": x})[0], module(x), atol=1e-6, rtol=1e-6)
 
 
-class Centred(nn.Module):
-    def __init__(self) -> None:
+class Around(nn.Module):
+    """A convolution with zeros on either side."""
+
+    def __init__(self, around: int, outputs: int, width: int, groups: int, bias: bool) -> None:
         super().__init__()
-        self.conv = nn.Conv1d(4, 4, 3, padding=1, groups=4)
+        torch.manual_seed(0)
+        self.conv = nn.Conv1d(4, outputs, width, padding=around, groups=groups, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(x.transpose(1, 2))
+        return self.conv(x.transpose(1, 2)).transpose(1, 2)
+
+
+AROUND = {
+    "each channel's own": Around(1, 4, 3, 4, True),
+    "each channel's own, wide, without bias": Around(4, 4, 9, 4, False),
+    "in groups": Around(1, 6, 3, 2, True),
+    "of all channels": Around(2, 5, 5, 1, False),
+    "of an even width, one more than tokens": Around(2, 4, 4, 4, True),
+    "one fewer than tokens": Around(1, 4, 4, 1, True),
+    "of single tokens, with zeros": Around(1, 4, 1, 1, True),
+}
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_convolutions_see_tokens_on_both_sides(name: str) -> None:
+    """To 1e-6, the roundings of sums in another order."""
+    module = AROUND[name]
+    graph = over_tokens(module)
+    assert "causal_conv1d" not in opnames(graph)
+    for length in LENGTHS[1:]:
+        x = some(length)
+        with torch.no_grad():
+            torch.testing.assert_close(run(graph, {"x": x})[0], module(x), atol=1e-6, rtol=1e-6)
+
+
+UNFOLDED: dict[str, tuple[dict[str, object], int]] = {
+    "columns of tokens": ({"kernel_size": (3, 1), "padding": (1, 0)}, 4),
+    "wide": ({"kernel_size": (9, 1), "padding": (4, 0)}, 4),
+    "windows with gaps": ({"kernel_size": (2, 3), "dilation": (2, 1), "padding": (2, 1)}, 2),
+    "single places": ({"kernel_size": 1}, 1),
+}
+
+
+@pytest.mark.parametrize("name", UNFOLDED)
+def test_what_windows_see_is_unfolded(name: str) -> None:
+    options, channels = UNFOLDED[name]
+
+    class Unfolded(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            columns = x.view(1, -1, channels, 4 // channels).transpose(1, 2)
+            return nn.functional.unfold(columns, **options)  # pyright: ignore[reportArgumentType]  (of any options)
+
+    graph = over_tokens(Unfolded())
+    for length in LENGTHS:
+        x = some(length)
+        assert torch.equal(run(graph, {"x": x})[0], Unfolded()(x))
+
+
+def test_unfolding_with_steps_is_refused() -> None:
+    class Unfolded(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.unfold(x[None], (1, 2), stride=2)
+
+    with pytest.raises(UnsupportedError, match=r"unfolding with steps"):
+        over_tokens(Unfolded())
 
 
 class Stepping(nn.Module):
@@ -88,12 +148,9 @@ class Stepping(nn.Module):
         return self.conv(nn.functional.pad(x.transpose(1, 2), (1, 0)))
 
 
-@pytest.mark.parametrize(
-    ("module", "reason"), [(Centred(), "sees other tokens"), (Stepping(), "steps or gaps")]
-)
-def test_other_convolutions_are_refused(module: nn.Module, reason: str) -> None:
-    with pytest.raises(UnsupportedError, match=reason):
-        over_tokens(module)
+def test_other_convolutions_are_refused() -> None:
+    with pytest.raises(UnsupportedError, match="steps or gaps"):
+        over_tokens(Stepping())
 
 
 EARLIER: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

@@ -96,6 +96,10 @@ def add_movement(o: Ops) -> None:
     o.out("slice_end", shape.Slice(o.a, -2, T - 1, T))
     o.out("concat", shape.Concat([o.a, o.b, o(shape.Slice(o.a, -1, 0, 5))], -1))
     o.out("concat_rows", shape.Concat([o.a, o.b], -2))
+    edges = [o(shape.Full(float(n), "float32", (n, 24))) for n in (4, 3)]
+    padded = o(shape.Concat([edges[0], o.a, edges[1]], -2))
+    o.out("padded", m.Sin(padded))
+    o.out("windows", m.Mul(o(shape.Slice(padded, -2, 2, T + 2)), o(shape.Slice(padded, -2, 7, T + 7))))
     o.out("index", shape.Index(o.weight("table", 7, 5), [o.i]))
     o.out("index_two", shape.Index(o.weight("cube", 7, 6, 5), [o.i, o.k]))
     o.out("negative", shape.Index(o.weight("line", 9), [o(m.Neg(o(m.Add(o.i, o(shape.Full(1, "int64"))))))]))

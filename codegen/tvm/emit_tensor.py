@@ -200,7 +200,27 @@ def slice_(low: Lowering, op: Any) -> Any:
 
 @emits("concat")
 def concat(low: Lowering, op: Any) -> Any:
-    return low.emit(relax.op.concat([low.get(x) for x in op.xs], axis=op.axis))
+    axis, length = op.result.type.rank + op.axis, op.result.shape[op.axis]
+    if isinstance(length, int) or len(op.xs) == 2:
+        return low.emit(relax.op.concat([low.get(x) for x in op.xs], axis=op.axis))
+
+    # Of several pieces TVM writes the length as a sum of sums, and does not see that it is this one.
+    def join(shape: list[Any], *pieces: Any) -> Any:
+        def at(*i: Any) -> Any:
+            end, value = shape[axis], None
+            for piece in reversed(pieces):
+                end = end - piece.shape[axis]
+                own = piece(*i[:axis], i[axis] - end, *i[axis + 1 :])
+                value = (
+                    own
+                    if value is None
+                    else tirx.if_then_else(i[axis] >= end + piece.shape[axis], value, own)
+                )
+            return value
+
+        return te.compute(shape, at, name="concat")
+
+    return low.te("concat", join, *(low.get(x) for x in op.xs), dims=op.result.shape)
 
 
 @emits("index")
