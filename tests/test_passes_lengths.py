@@ -1,4 +1,4 @@
-"""How many tokens there are: counted by ids that are no padding, and compared with places."""
+"""Tokens that are hidden behind as many as are no padding: none, in a model of text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from llmc.ir.core import Graph, Value
 from llmc.ir.interpreter import run
 from llmc.ir.ops import math as m
-from llmc.ir.ops.shape import Arange, DimValue, Full, Reshape
+from llmc.ir.ops.shape import Arange, Full, Reshape
 from llmc.ir.types import TensorType, sym
 from llmc.passes.base import PassContext
 from llmc.passes.canonicalize.fold import FoldConstants
@@ -40,10 +40,16 @@ def seen(graph: Graph, ids: Value) -> Value:
     return graph.append(m.Less(places, length(graph, ids))).result
 
 
-def test_tokens_that_are_no_padding_are_all_tokens() -> None:
-    graph = made(seen)
+def seen_turned(graph: Graph, ids: Value) -> Value:
+    places = graph.append(Reshape(graph.append(Arange(length=T)).result, shape=(1, T))).result
+    return graph.append(m.Greater(length(graph, ids), places)).result
+
+
+@pytest.mark.parametrize("make", [seen, seen_turned])
+def test_no_token_of_a_text_is_hidden(make: Callable[[Graph, Value], Value]) -> None:
+    graph = made(make)
     result = FoldConstants().run(graph, PassContext())
-    assert result.notes == ["g counts tokens other than 7: taken as the number of tokens"]
+    assert result.notes == ["g hides as many tokens at the end as are 7: none, a text has no padding"]
     assert opnames(graph) == ["full"]
     assert run(graph, {"input_ids": torch.tensor([[1, 7, 3]])})[0].tolist() == [[True] * 3]
 
@@ -55,51 +61,41 @@ def test_other_inputs_are_counted(kind: str, name: str) -> None:
     assert run(graph, {name: torch.tensor([[1, 7, 3]])})[0].tolist() == [[True, True, False]]
 
 
-@pytest.mark.parametrize("op", [m.Equal, m.Less])
-def test_other_comparisons_are_counted(op: type[m.Comparison]) -> None:
-    def some(graph: Graph, ids: Value) -> Value:
-        seven = graph.append(Full(value=7, dtype="int64")).result
-        other = graph.append(m.Cast(graph.append(op(ids, seven)).result, dtype="int64")).result
-        return graph.append(m.ReduceSum(other, axes=(-1,))).result
+def others(
+    op: type[m.Comparison] = m.NotEqual, start: int = 0, step: int = 1, sure: bool = True
+) -> Callable[[Graph, Value], Value]:
+    """Comparisons that are like it, and are not it."""
 
-    graph = made(some)
+    def make(graph: Graph, ids: Value) -> Value:
+        seven = graph.append(Full(value=7, dtype="int64")).result
+        counted = graph.append(m.Cast(graph.append(op(ids, seven)).result, dtype="int64")).result
+        count = graph.append(m.ReduceSum(counted, axes=(-1,), keepdim=True)).result
+        places = graph.append(Arange(length=T, start=start, step=step)).result
+        return graph.append((m.Less if sure else m.LessEqual)(places, count)).result
+
+    return make
+
+
+OTHERS = {
+    "tokens that are the one": others(m.Equal),
+    "tokens below it": others(m.Less),
+    "places from one on": others(start=1),
+    "every second place": others(step=2),
+    "up to their number": others(sure=False),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_comparisons_stay(name: str) -> None:
+    graph = made(OTHERS[name])
+    before = graph.clone()
     assert not FoldConstants().run(graph, PassContext()).notes
+    ids = {"input_ids": torch.tensor([[1, 7, 3, 9, 7]])}
+    assert torch.equal(run(graph, ids)[0], run(before, ids)[0])
     assert "reduce_sum" in opnames(graph)
 
 
-@pytest.mark.parametrize(
-    ("start", "step", "more", "known"),
-    [
-        (0, 1, 0, True),
-        (0, 1, 2, True),
-        (2, 1, 2, True),
-        (1, 1, 0, False),
-        (0, 1, -1, False),
-        (0, 2, 9, False),
-    ],
-)
-def test_places_below_their_number(start: int, step: int, more: int, known: bool) -> None:
-    def below(graph: Graph, ids: Value) -> Value:
-        places = graph.append(Arange(length=T, start=start, step=step)).result
-        return graph.append(m.Less(places, graph.append(DimValue(dim=T + more)).result)).result
-
-    graph = made(below)
-    before = graph.clone()
-    FoldConstants().run(graph, PassContext())
-    assert (opnames(graph) == ["full"]) is known
-    for n in (1, 2, 9):
-        ids = {"input_ids": torch.zeros(1, n, dtype=torch.int64)}
-        assert torch.equal(run(graph, ids)[0], run(before, ids)[0])
-
-
-def test_fractions_are_compared() -> None:
-    """2⁻²⁴ and the like: casts to floats may round."""
-
-    def below(graph: Graph, ids: Value) -> Value:
-        places = graph.append(m.Cast(graph.append(Arange(length=T)).result, dtype="float32")).result
-        number = graph.append(DimValue(dim=T, dtype="float32")).result
-        return graph.append(m.Less(places, number)).result
-
-    graph = made(below)
-    FoldConstants().run(graph, PassContext())
-    assert "less" in opnames(graph)
+def test_a_number_of_tokens_that_is_used_otherwise_is_counted() -> None:
+    graph = made(length)
+    assert not FoldConstants().run(graph, PassContext()).notes
+    assert run(graph, {"input_ids": torch.tensor([[1, 7, 3]])})[0].tolist() == [[2]]

@@ -295,7 +295,6 @@ RULES: tuple[Rule, ...] = (
     IndexOfFull(),
     DropEmpty(),
     CountUp(),
-    *lengths.RULES,
 )
 
 
@@ -384,7 +383,7 @@ class FoldConstants(Pass):
     name = "fold-constants"
 
     def run(self, graph: Graph, context: PassContext) -> PassResult:
-        notes = lengths.count_tokens(graph)
+        notes = lengths.show_whole_texts(graph)
         count = len(notes) + simplify_weights(graph)
         while True:
             folded, _ = apply_rules(graph, RULES)

@@ -1,44 +1,53 @@
-"""How many tokens there are.
+"""Tokens that a text's length hides, of which there are none.
 
-    sum(input_ids ≠ padding)   → T
-    arange(T) < T              → true
+    arange(T) < sum(input_ids ≠ padding)   → true
 
 Models that take texts of different lengths side by side read off the ids how long each is, and hide what is
-behind. A text that is compiled for has no padding.
+behind. A text that is compiled for has nothing behind it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from ...ir.core import Graph, Op, Value
 from ...ir.ops import math as m
-from ...ir.ops.shape import Arange, DimValue, Expand, Full, Reshape
-from ...ir.rewriter import Match, P, Rewriter, Rule, constant
+from ...ir.ops.shape import Arange, Expand, Full, Reshape
+from ...ir.rewriter import constant
 
 _OF_TEXT = ("causal_lm", "encoder", "classifier")
 _WHOLE = ("int32", "int64")
 
 
-def count_tokens(graph: Graph) -> list[str]:
-    """Replace sums of `input_ids ≠ padding` [1, T] over the tokens by T, in a model of text: this differs
-    only for a text that spells the padding token out. A sentence for each.
+def show_whole_texts(graph: Graph) -> list[str]:
+    """Replace comparisons of places with the number of `input_ids` [1, T] that are no padding by true, in a
+    model of text: this differs only for a text that spells the padding token out. A sentence for each.
     """
-    notes: list[str] = []
     ids = [v for v in graph.inputs if v.name == "input_ids"] if graph.facts.get("kind") in _OF_TEXT else []
+    notes: list[str] = []
     for op in graph.ops if ids else ():
-        padding = _padding(op, ids[0])
+        padding = _hidden_behind(op, ids[0])
         if padding is None:
             continue
-        count = DimValue(dim=ids[0].shape[-1], dtype=op.results[0].dtype)
-        new: list[Op] = [count, Reshape(count.result, shape=op.results[0].shape)]
-        for one in new:
-            one.loc = op.loc
-            graph.insert(one, before=op)
-        graph.replace(op, [new[-1].results[0]])
+        seen = Full(value=True, dtype="bool", shape=op.results[0].shape)
+        seen.loc = op.loc
+        graph.insert(seen, before=op)
+        graph.replace(op, [seen.result])
         where = op.loc or graph.name
-        notes.append(f"{where} counts tokens other than {padding}: taken as the number of tokens")
+        notes.append(f"{where} hides as many tokens at the end as are {padding}: none, a text has no padding")
     return notes
+
+
+def _hidden_behind(op: Op, ids: Value) -> int | None:
+    """The padding token, where an op says which places are below the number of ids that are another; else
+    None.
+    """
+    if not isinstance(op, m.Less | m.Greater):
+        return None
+    below, above = (op.a, op.b) if isinstance(op, m.Less) else (op.b, op.a)
+    places, number = _moved(below), _moved(above)
+    if not isinstance(places, Arange) or number is None:
+        return None
+    first = (places.start, places.step, places.length) == (0, 1, ids.shape[-1])
+    return _padding(number, ids) if first else None
 
 
 def _padding(op: Op, ids: Value) -> int | None:
@@ -61,23 +70,6 @@ def _uncast(v: Value) -> Value:
     return v
 
 
-class BelowTheirNumber(Rule):
-    """arange(n) < n → true"""
-
-    pattern = P(m.Less)
-
-    def rewrite(self, found: Match, rw: Rewriter) -> Sequence[Value] | None:
-        op = rw.root
-        assert isinstance(op, m.Less)
-        places, number = _moved(op.a), _moved(op.b)
-        if not isinstance(places, Arange) or not isinstance(number, DimValue):
-            return None
-        beyond = number.dim - (places.start + places.length)  # the last place is one below
-        if places.step != 1 or not isinstance(beyond, int) or beyond < 0:
-            return None
-        return [rw.insert(Full(value=True, dtype="bool", shape=op.result.shape))]
-
-
 def _moved(v: Value) -> Op | None:
     """What made the whole numbers that a value holds."""
     while isinstance(op := v.producer, Reshape | Expand | m.Cast):
@@ -85,6 +77,3 @@ def _moved(v: Value) -> Op | None:
             return None
         v = op.x
     return v.producer if v.dtype in _WHOLE else None
-
-
-RULES: tuple[Rule, ...] = (BelowTheirNumber(),)
