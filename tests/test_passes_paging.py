@@ -194,6 +194,10 @@ MIXING: dict[str, tuple[Change, str]] = {
         lambda x: x[0, torch.arange(x.shape[1]) // 2][None],
         "index in inner picks rows by index",
     ),
+    "by sequence and position": (
+        lambda x: x[torch.zeros(1, 1, dtype=torch.long), torch.arange(x.shape[1])[None] // 2],
+        "index in inner picks rows by index",
+    ),
 }
 
 

@@ -27,7 +27,7 @@ from ...ir.ops.attention import Attention, Sdpa
 from ...ir.ops.cache import AppendKv, PagedAttention
 from ...ir.ops.nn import Embedding
 from ...ir.ops.quant import QuantizedEmbedding
-from ...ir.ops.shape import Arange, Concat, Expand, Full, Reshape, Slice
+from ...ir.ops.shape import Arange, Concat, Expand, Full, Index, Reshape, Slice
 from ...ir.rewriter import constant
 from ...ir.types import Dim, Shape, TensorType, sym
 from ..base import Pass, PassContext, PassResult
@@ -44,8 +44,10 @@ def _without_batch(shape: Shape) -> Shape:
 
 def drop_batch_axis(graph: Graph, *per_token: Value) -> None:
     """input_ids [1, T] → [T], any other input of a number a token as well, and every value after them;
-    attributes with shapes lose their leading 1, axes are negative and stay.
+    attributes with shapes lose their leading 1, axes are negative and stay. Raises UnsupportedError where
+    rows are picked along the batch axis as well.
     """
+    picked = {op: op.x.type.rank for op in graph if isinstance(op, Index)}
     for ids in per_token:
         ids.type = TensorType("int32", (T,))
         others = [
@@ -63,6 +65,11 @@ def drop_batch_axis(graph: Graph, *per_token: Value) -> None:
             op.shape = _without_batch(op.shape)
         if isinstance(op, m.Binary) and depends:
             _weights_without_batch(graph, op)
+        if isinstance(op, Index) and op.x.type.rank < picked[op]:
+            raise UnsupportedError(
+                f"{op.opname} in {op.loc or graph.name} picks rows by index: sequences would meet",
+                remedy="report the model",
+            )
         graph.retype(op)
 
 
