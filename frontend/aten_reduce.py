@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -94,8 +95,18 @@ def _max_dim(c: Importer, x: Value, dim: int, keepdim: bool = False) -> tuple[Va
 def _vector_norm(
     c: Importer, x: Value, order: float = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None
 ) -> Value:
-    if order != 2 or dim is None:
-        raise c.unsupported("a norm other than Euclid's along given axes")
+    """(Σ |x|^order)^(1 / order), and what that comes to for an order without end."""
+    if order <= 0 or dim is None:
+        raise c.unsupported("a norm of an order that is not positive, or along no given axes")
     x = c.cast(x, c.result_dtype())
     axes = tuple(sorted(c.axis(a, x) for a in ([dim] if isinstance(dim, int) else dim)))
-    return c.emit(m.Sqrt(c.emit(m.ReduceSum(c.emit(m.Mul(x, x)), axes=axes, keepdim=keepdim))))
+    if order == 2:
+        return c.emit(m.Sqrt(c.emit(m.ReduceSum(c.emit(m.Mul(x, x)), axes=axes, keepdim=keepdim))))
+    size = c.emit(m.Abs(x))
+    if order == math.inf:
+        return c.emit(m.ReduceMax(size, axes=axes, keepdim=keepdim))
+    if order == 1:
+        return c.emit(m.ReduceSum(size, axes=axes, keepdim=keepdim))
+    powers = c.emit(m.Pow(size, c.scalar(order, x.dtype)))
+    total = c.emit(m.ReduceSum(powers, axes=axes, keepdim=keepdim))
+    return c.emit(m.Pow(total, c.scalar(1 / order, x.dtype)))

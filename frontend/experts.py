@@ -3,8 +3,9 @@
 transformers computes experts through an interface (`ALL_EXPERTS_FUNCTIONS`): every model that uses it calls
 one function with hidden states [T, D], the router's choice [T, k] and its weights [T, k], and the module that
 holds the stacked matrices. While `installed` is open, that function is one operator of ours, which the
-importer turns into a `moe`; what routers compute stays tensor ops. A model that computes experts in another
-way is refused by the first operator that is not known.
+importer turns into a `moe`; what routers compute stays tensor ops. Modules that compute experts in a loop of
+their own leave the same operator, where it is found out what they compute (`expert_loops.py`). A model that
+computes experts in another way is refused by the first operator that is not known.
 
 What happens between the two products of an expert is a method of the module, and implementations name their
 constants as they like. It is found by trying it (`gate_of`): the constants are read off a few values, and the
@@ -17,14 +18,16 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..ir.core import Value
 from ..ir.errors import InputError, UnsupportedError
 from ..ir.ops.moe import GATES, Gate, Moe
+from . import expert_loops
 from .aten_table import registered
+from .export import depends_on_values
 from .operators import Definition, define_operators
 
 if TYPE_CHECKING:
@@ -50,8 +53,26 @@ def installed(model: Any) -> Generator[None]:
     Raises InputError where a router is to choose more experts than there are, UnsupportedError for a gate
     that is none of `Gate`'s.
     """
-    found = [(path, one) for path, one in model.named_modules() if _is_experts(one)]
     check_choice(model)
+    loops, unknown = expert_loops.forms_of(model)
+    with _interface(model), expert_loops.replaced(loops, _left):
+        try:
+            yield
+        except UnsupportedError as error:
+            if not unknown or not depends_on_values(error):
+                raise
+            raise UnsupportedError(
+                f"the experts of {unknown[0]} are computed in a loop over those that were chosen, and are of "
+                "a kind that is not known",
+                remedy="experts may have two or three matrices each, without biases, and an activation of "
+                "those of Gate in ir/ops/moe.py; or report the model",
+            ) from error
+
+
+@contextmanager
+def _interface(model: Any) -> Generator[None]:
+    """Experts that are computed through transformers' interface leave one operator each."""
+    found = [(path, one) for path, one in model.named_modules() if _is_experts(one)]
     if not found:
         yield
         return
@@ -70,6 +91,15 @@ def installed(model: Any) -> Generator[None]:
         for key, config in configs.items():
             config._experts_implementation = before[key]
         del ALL_EXPERTS_FUNCTIONS[name]
+
+
+def _left(
+    form: expert_loops.Form, parameters: Mapping[str, Any], hidden: Any, indices: Any, weights: Any
+) -> Any:
+    """The operator that stands for experts which are computed in a loop."""
+    up, down, turned = form.weights(parameters)
+    gate = dataclasses.astuple(form.gate)
+    return _operator()(hidden, indices, weights, up, down, None, None, *gate, turned)
 
 
 def _is_experts(module: Any) -> bool:

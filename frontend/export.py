@@ -178,6 +178,12 @@ def is_unproven(error: UnsupportedError) -> bool:
     return "satisfy the generated guard" in str(error.__cause__)
 
 
+def depends_on_values(error: UnsupportedError) -> bool:
+    """Whether a model could not be traced because what it does next depends on the values of a tensor."""
+    return _BY_VALUE in str(error.__cause__)
+
+
+_BY_VALUE = "Could not guard on data-dependent expression"
 _MOST_SIZES = 1 << 20
 
 
@@ -238,7 +244,11 @@ def narrower(error: UnsupportedError, bound: int) -> tuple[int, bool] | None:
 
 
 def _first_reason(error: Exception) -> str:
-    """One line of torch.export's message: the first listed violation, else the first line."""
+    """One line of torch.export's message: the first listed violation, else the first line; in our words where
+    torch has only its own.
+    """
+    if _BY_VALUE in str(error):
+        return "what it does next, or a size, depends on the values of a tensor"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     listed = next((line.removeprefix("- ") for line in lines if line.startswith("- ")), lines[0])
     for advice in (" For more information", " If you're using mark_dynamic"):  # on torch's own interface

@@ -306,6 +306,11 @@ FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "log1p": lambda x: torch.log1p(x.abs()),
     "outer": lambda x: torch.outer(x[0], x[:, 1]),
     "norm": lambda x: x / torch.linalg.vector_norm(x, dim=-1, keepdim=True),
+    "norms of other orders": lambda x: (
+        x.norm(p=1, dim=-1, keepdim=True)
+        + torch.linalg.vector_norm(x, ord=3.5, dim=0)
+        + torch.linalg.vector_norm(x, ord=float("inf"), dim=1, keepdim=True)
+    ),
     "as another": lambda x: x.reshape(-1).view_as(x) + x.t().contiguous().reshape_as(x),
     "scattered": lambda x: torch.full_like(x, -9.0).scatter(-1, *reversed(x.topk(2, dim=-1))),
 }

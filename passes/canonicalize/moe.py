@@ -3,7 +3,8 @@
     moe(x, …, @up [E, D, 2I], @down [E, I, D]) {transposed}  →  moe(x, …, @up.rows [E, 2I, D], @down.rows)
     moe(…) {interleaved}: gate0, up0, gate1, up1, …          →  gate0, gate1, …, up0, up1, … of rows and bias
 
-Weights are turned expert by expert as they are read.
+Weights are turned expert by expert as they are read. Those that are put together in the graph become weights
+first (`expert_weights.py`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from ...ir.errors import CompileError
 from ...ir.ops.moe import Moe
 from ...ir.weights import LazyTensor, QuantizedTensors, quantized_of, straight_of
 from ..base import Pass, PassContext, PassResult
+from .expert_weights import gather_experts
 
 Array = np.ndarray[Any, Any]
 
@@ -46,6 +48,7 @@ class NormalizeExperts(Pass):
     name = "normalize-experts"
 
     def run(self, graph: Graph, context: PassContext) -> PassResult:
+        gathered = gather_experts(graph)
         found = [op for op in graph if isinstance(op, Moe) and (op.transposed or op.interleaved)]
         for op in found:
             turned, apart = op.transposed, op.interleaved
@@ -68,7 +71,7 @@ class NormalizeExperts(Pass):
             graph.replace(op, [rw.result])
         if found:
             graph.drop_dead()
-        return PassResult(graph, bool(found))
+        return PassResult(graph, bool(found) or gathered > 0)
 
 
 def _changed(graph: Graph, value: Value, *, turned: bool, apart: bool) -> Value:

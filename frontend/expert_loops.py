@@ -1,0 +1,329 @@
+"""Experts that a module computes in a loop of its own over those that were chosen.
+
+    for e in those that some token chose: result[tokens] += share · down[e] · (act(gate[e] · x) · up[e] · x)
+
+Which experts that are depends on the values of a tensor, so torch.export cannot write the loop down. Such a
+module is known by what it is called with, `_TAKEN`, and what it computes is found by trying it: its
+parameters may stand for gates, ups and downs in a few orders (`_layouts`), and the one is taken that gives
+the same numbers as the module, over tokens that choose the first and the last expert and over such as choose
+a number beyond the last one. Numbers beyond it may be refused, add nothing, or add the token itself, as
+experts do that compute nothing.
+
+The trial runs the module as it is, in its own sizes, with parameters that take hardly any memory: views whose
+rows overlap.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import itertools
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import BuiltinFunctionType, FunctionType, MethodType
+from typing import TYPE_CHECKING, Any
+
+from ..ir.ops.moe import GATES, Gate, mix
+from .repeats import alike
+
+if TYPE_CHECKING:
+    import torch
+
+_TAKEN = ("hidden_states", "top_k_index", "top_k_weights")
+_TOLERANCE = 1e-4
+"""Largest difference, in units of the largest value, between a module and what stands for it."""
+_STEPS = (3, 5)
+"""Between the rows, and between the elements of a row, of an overlapping matrix: it is not its own transpose,
+and no expert is like another.
+"""
+
+Compute = Callable[..., Any]
+"""A form, parameters by name, hidden [T, D], indices and weights [T, k] → [T, D]."""
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """A parameter as one matrix for each expert, [E, N, K] as `Moe` takes them, or turned: [E, K, N]."""
+
+    name: str
+    turned: bool
+
+    def of(self, parameters: Mapping[str, torch.Tensor], experts: int) -> torch.Tensor:
+        """[E, …] as it is stored; parameters of two axes have their experts one below the other."""
+        x = parameters[self.name]
+        x = x.view(experts, -1, x.shape[-1]) if x.dim() == 2 else x
+        return x if x.shape[0] == experts else x[:experts]
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a module of experts computes.
+
+    ups: one parameter of gates and ups, one of each, or one of ups alone. beyond: what an expert of a number
+    beyond the last one does: "" where the module refuses such a number, "nothing", "passes" the token.
+    ranks: axes of hidden states that were tried.
+    """
+
+    experts: int
+    ups: tuple[_Matrix, ...]
+    down: _Matrix
+    gate: Gate
+    beyond: str = ""
+    ranks: tuple[int, ...] = (2,)
+
+    def weights(self, parameters: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, bool]:
+        """gate_up and down, and whether both are turned."""
+        import torch
+
+        every = [one.of(parameters, self.experts) for one in (*self.ups, self.down)]
+        turned = all(one.turned for one in (*self.ups, self.down))
+        if not turned:
+            pairs = zip(every, (*self.ups, self.down), strict=True)
+            every = [x.transpose(1, 2) if one.turned else x for x, one in pairs]
+        *ups, down = every
+        return (ups[0] if len(ups) == 1 else torch.cat(ups, 2 if turned else 1)), down, turned
+
+    def expert(self, parameters: Mapping[str, torch.Tensor], e: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """gate_up [2I, D] and down [D, I] of one expert."""
+        import torch
+
+        every = [(one.of(parameters, self.experts)[e], one.turned) for one in (*self.ups, self.down)]
+        *ups, down = (x.T if turned else x for x, turned in every)
+        return (ups[0] if len(ups) == 1 else torch.cat(ups)), down
+
+    def __call__(
+        self, parameters: Mapping[str, torch.Tensor], given: Sequence[torch.Tensor], compute: Compute
+    ) -> torch.Tensor:
+        """What the module gives for hidden states [..., D], choice and shares [T, k]."""
+        hidden, indices, shares = given
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        shares = shares.to(hidden.dtype)
+        if not self.beyond:
+            return compute(self, parameters, flat, indices, shares).reshape(hidden.shape)
+        own = indices < self.experts
+        kept = shares * own
+        result = compute(self, parameters, flat, indices * own, kept)
+        if self.beyond == "passes":
+            result = result + flat * (shares - kept).sum(-1, keepdim=True)
+        return result.reshape(hidden.shape)
+
+
+def forms_of(model: torch.nn.Module) -> tuple[list[tuple[torch.nn.Module, Form]], list[str]]:
+    """The modules of a model that compute experts in a loop of their own and what each computes; the paths of
+    those, called as such modules are, of which it was not found out.
+    """
+    found: list[tuple[torch.nn.Module, Form]] = []
+    unknown: list[str] = []
+    tried: list[tuple[torch.nn.Module, Form | None]] = []
+    for path, module in model.named_modules():
+        if not _is_called_so(module):
+            continue
+        known = [(other, one) for other, one in tried if alike(other, module)]
+        form = known[0][1] if known else _form_of(module)
+        tried.append((module, form))
+        if form is None:
+            unknown.append(path)
+        else:
+            found.append((module, form))
+    return found, unknown
+
+
+def _is_called_so(module: torch.nn.Module) -> bool:
+    return _parameters(type(module)) == _TAKEN and not hasattr(type(module), "_apply_gate")
+
+
+@functools.cache
+def _parameters(kind: type[torch.nn.Module]) -> tuple[str, ...]:
+    try:
+        return tuple(inspect.signature(kind.forward).parameters)[1:]
+    except (TypeError, ValueError):
+        return ()
+
+
+def standing(form: Form, compute: Compute) -> Callable[..., Any]:
+    """What is called as a module's forward method; one object for one form, so that layers stay alike."""
+
+    def forward(self: Any, hidden_states: Any, top_k_index: Any, top_k_weights: Any) -> Any:
+        if hidden_states.dim() not in form.ranks:  # not tried: the module itself says what it does
+            return type(self).forward(self, hidden_states, top_k_index, top_k_weights)
+        parameters = dict(self.named_parameters())
+        return form(parameters, (hidden_states, top_k_index, top_k_weights), compute)
+
+    return forward
+
+
+@contextlib.contextmanager
+def replaced(found: Sequence[tuple[torch.nn.Module, Form]], compute: Compute) -> Generator[None]:
+    """Within it, the modules found leave what `compute` leaves."""
+    made = {form: standing(form, compute) for _, form in found}
+    try:
+        for module, form in found:
+            vars(module)["forward"] = MethodType(made[form], module)
+        yield
+    finally:
+        for module, _ in found:
+            vars(module).pop("forward", None)
+
+
+# -- finding out
+
+
+def _form_of(module: torch.nn.Module) -> Form | None:
+    import torch
+
+    parameters = {name: _overlapping(p.shape, i) for i, (name, p) in enumerate(module.named_parameters())}
+    with torch.no_grad():
+        for form in _candidates(module):
+            proven = _proven(module, form, parameters)
+            if proven is not None:
+                return proven
+    return None
+
+
+def _overlapping(shape: Sequence[int], seed: int) -> torch.Tensor:
+    """A tensor of this shape whose rows overlap in memory, so that it takes little; drawn at random."""
+    import torch
+
+    row, element = _STEPS
+    strides = [element]
+    for i in range(len(shape) - 2, -1, -1):
+        strides.insert(0, row if i == len(shape) - 2 else strides[0] * shape[i + 1])
+    size = 1 + sum(step * (n - 1) for step, n in zip(strides, shape, strict=True))
+    drawn = torch.randn(max(size, 1), generator=torch.Generator().manual_seed(seed))
+    return (drawn / max(shape[-1], 1) ** 0.5).as_strided(tuple(shape), tuple(strides))
+
+
+def _candidates(module: torch.nn.Module) -> Iterator[Form]:
+    shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
+    if len(shapes) not in (2, 3) or not all(len(s) in (2, 3) for s in shapes.values()):
+        return
+    gates = _activations(module)
+    for experts in _counts(module, shapes):
+        stacked = {n: s if len(s) == 3 else (experts, s[0] // experts, s[1]) for n, s in shapes.items()}
+        for ups, down, gated in _layouts(stacked):
+            orders = (False, True) if gated and len(ups) == 1 else (False,)
+            for name, interleaved in itertools.product(gates, orders):
+                yield Form(experts, ups, down, Gate(name, interleaved=interleaved, gated=gated))
+
+
+def _counts(module: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> list[int]:
+    """How many experts there may be."""
+    stacks = [s[0] for s in shapes.values() if len(s) == 3]
+    flat = [s[0] for s in shapes.values() if len(s) == 2]
+    plain = [n for n in vars(module).values() if isinstance(n, int) and n > 1]
+    some = [min(stacks)] if stacks else sorted(set(plain))
+    return [n for n in some if n > 0 and all(rows % n == 0 for rows in flat)]
+
+
+def _activations(module: torch.nn.Module) -> list[str]:
+    """Names of what the module may compute between its products: those of the functions that it holds."""
+    import torch
+
+    kinds = torch.nn.Module | FunctionType | BuiltinFunctionType
+    held = [v for one in module.modules() for v in (one, *vars(one).values()) if isinstance(v, kinds)]
+    grid, found = torch.linspace(-8, 8, 257), list[str]()
+    names = [name for name in GATES if name != "swish"]
+    for function in held:
+        if isinstance(function, torch.nn.Module) and next(function.parameters(), None) is not None:
+            continue
+        given = None
+        with contextlib.suppress(Exception):  # it may be anything
+            given = function(grid)
+        if isinstance(given, torch.Tensor) and given.shape == grid.shape:
+            like = [n for n in names if torch.allclose(Gate(n, gated=False)(grid), given, atol=1e-5)]
+            found += [n for n in like if n not in found]
+    return found
+
+
+def _layouts(stacked: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[tuple[_Matrix, ...], _Matrix, bool]]:
+    """Ups, down, and whether there are gates: parameters [E, a, b] in every order that their shapes allow."""
+    common = set.intersection(*(set(s[1:]) for s in stacked.values()))
+    for order, width in itertools.product(itertools.permutations(stacked), sorted(common, reverse=True)):
+        *above, last = order
+        others = [_other(stacked[name], width) for name in order]
+        inner = others[-1]
+        gated = len(above) == 2 or others[0] == 2 * inner
+        if others[:-1] != [inner * (2 if gated and len(above) == 1 else 1)] * len(above):
+            continue
+        sides = [_turned(stacked[name], width, -1) for name in above] + [_turned(stacked[last], width, -2)]
+        for turned in itertools.product(*sides):
+            matrices = [_Matrix(name, t) for name, t in zip(order, turned, strict=True)]
+            yield tuple(matrices[:-1]), matrices[-1], gated
+
+
+def _other(shape: tuple[int, ...], width: int) -> int:
+    """The length beside `width` of a matrix."""
+    return shape[1] if shape[2] == width else shape[2]
+
+
+def _turned(shape: tuple[int, ...], width: int, axis: int) -> list[bool]:
+    """Whether `width` stands along the axis where `Moe` has it, along the other one, or both."""
+    other = -3 - axis
+    return [turned for turned, at in ((False, axis), (True, other)) if shape[at] == width]
+
+
+def _proven(module: torch.nn.Module, form: Form, parameters: Mapping[str, Any]) -> Form | None:
+    """The form with what it does beyond its experts, where it gives what the module does."""
+    ranks = tuple(rank for rank in (2, 3) if _agrees(module, form, parameters, 0, rank))
+    if not ranks:
+        return None
+    ways = [_agreeing(module, form, parameters, more, ranks[0]) for more in (1, 2, 3)]
+    beyond = {way for way in ways if way}
+    if len(beyond) > 1 or None in ways:
+        return None
+    return Form(form.experts, form.ups, form.down, form.gate, next(iter(beyond), ""), ranks)
+
+
+def _agreeing(
+    module: torch.nn.Module, form: Form, parameters: Mapping[str, Any], more: int, rank: int
+) -> str | None:
+    """What an expert beyond the last one does; None where that is nothing known."""
+    if _called(module, parameters, _given(form, parameters, more, rank)) is None:
+        return ""
+    for beyond in ("passes", "nothing"):
+        one = Form(form.experts, form.ups, form.down, form.gate, beyond)
+        if _agrees(module, one, parameters, more, rank):
+            return beyond
+    return None
+
+
+def _given(form: Form, parameters: Mapping[str, Any], more: int, rank: int) -> tuple[Any, Any, Any]:
+    """Three tokens that choose the first expert, one in the middle and the last one; with `more`, one that
+    is so many beyond the last instead of it.
+    """
+    import torch
+
+    x = form.down.of(parameters, form.experts)
+    width = x.shape[-1 if form.down.turned else -2]
+    hidden = torch.randn((1,) * (rank - 2) + (3, width), generator=torch.Generator().manual_seed(7))
+    middle, last = form.experts // 2, form.experts - 1 + more
+    indices = torch.tensor([[0, last], [last, middle], [middle, 0]])
+    return hidden, indices, torch.tensor([[0.7, 0.2], [0.4, 1.1], [0.5, 0.3]])
+
+
+def _called(module: torch.nn.Module, parameters: Mapping[str, Any], given: tuple[Any, Any, Any]) -> Any:
+    """What the module gives; None where it refuses the call."""
+    import torch
+
+    try:
+        result = torch.func.functional_call(module, dict(parameters), given)
+    except Exception:  # noqa: BLE001  (whatever it raises for numbers that it does not know)
+        return None
+    return result if isinstance(result, torch.Tensor) and result.shape == given[0].shape else None
+
+
+def _agrees(module: torch.nn.Module, form: Form, parameters: Mapping[str, Any], more: int, rank: int) -> bool:
+    given = _given(form, parameters, more, rank)
+    wanted = _called(module, parameters, given)
+    if wanted is None:
+        return False
+    ours = form(parameters, given, _computed)
+    return float((ours - wanted).abs().max()) <= _TOLERANCE * float(wanted.abs().max())  # no NaN
+
+
+def _computed(
+    form: Form, parameters: Mapping[str, Any], hidden: Any, indices: Any, weights: Any
+) -> torch.Tensor:
+    """The meaning of `Moe`, of the experts that are chosen alone: all of them would take memory."""
+    return mix(hidden, indices, weights, lambda e: form.expert(parameters, e), form.gate)
