@@ -29,6 +29,7 @@ OF_EACH_KIND = {
     "deberta-v2 (disentangled)": "scores of queries, keys and distances, one text a step",
     "deberta (disentangled)": "the same, with sizes that are in tensors",
     "convbert": "convolutions over tokens on both sides, one text a step",
+    "doge": "a number of each key in the mask of torch's operator",
     "llama4_text": "chunks of positions, experts of weighted inputs",
     "glm_moe_dsa": "an indexer that picks keys",
     "muse_spark_text": "results of experts that are normalised",
@@ -44,11 +45,12 @@ SLOW = (
     "muse_spark_text",
 )
 OF_ROUTERS = {"muse_spark_text": 0.12}
-"""What int8 may lose where rounding turns the choices of routers of random weights (0.105 was seen)."""
+"""What int8 may lose where rounding turns the choices of routers of random weights (0.105 was seen).
+"""
 KERNELS = (*OF_EACH_KIND, "falcon (new)", "deepseek_v3", "xglm", "esm", "roformer", "modernbert-decoder")
 REFUSED = {
     "bart": "is an encoder-decoder",
-    "doge": "the mask is not understood",
+    "inkling_text": "what is added to the scores is computed from hidden states",
 }
 
 

@@ -5,6 +5,7 @@
     matmul(slice(softmax(concat([scores, sinks]))), v)            → attention(q, k, v, sinks)
     scores + slopes [H, 1, 1] · positions                         → attention(q, k, v, slopes)
     scores + table[bucket(j - i)]                                 → attention(q, k, v, distances)
+    scores + bias of each key [B, H, 1, T]                        → attention([q, …], [k, bias], v)
 
 `attention` is token-major; the transposes made here cancel with the model's own. Repeated heads (GQA) are
 recognised and dropped. What a mask means is worked out by `masks.py`.
@@ -24,12 +25,12 @@ from ...ir.rewriter import Any, Match, Or, P, Rewriter, Rule, constant, single_u
 from ...ir.types import Shape, product
 from ..base import RulePass
 from .distances import Distances, read_distances
+from .key_bias import KeyBias, read_key_bias
 from .mask_terms import NEGATIVE, Choice, Meaning, Predicate
 from .masks import MaskAnalysis, MaskFacts, classify
 from .rope import SWAP_HEADS, token_major
 from .slopes import Slopes, read_slopes
 
-LAST_TWO = (-1, -2)
 _LOWEST = -3e38
 
 
@@ -74,12 +75,18 @@ def unrepeated(x: Value) -> Heads:
     return Heads(narrow.x, (b, heads, tokens, width))
 
 
+LAST_TWO = (-1, -2)
+Along = Slopes | Distances | KeyBias
+
+
 @dataclass(frozen=True)
 class Terms:
-    """What is added to scores: masks, and slopes along the keys or what belongs to their distance."""
+    """What is added to scores: masks, and slopes along the keys, what belongs to their distance, or what each
+    brings along.
+    """
 
     masks: tuple[Meaning, ...] = ()
-    along: Slopes | Distances | None = None
+    along: Along | None = None
 
     def and_mask(self, mask: Meaning) -> Terms:
         return Terms((*self.masks, mask), self.along)
@@ -193,10 +200,7 @@ def _hidden(known: MaskAnalysis, op: m.Where) -> tuple[Value, Meaning] | None:
     number = constant(hidden)
     if number is None or number > NEGATIVE:
         return None
-    seen = known.meaning(op.condition)
-    if hidden is op.a:
-        seen = seen.negated() if isinstance(seen, Predicate) else None
-    return x, seen
+    return x, known.opposite(op.condition) if hidden is op.a else known.meaning(op.condition)
 
 
 def _added(known: MaskAnalysis, op: m.Add | m.Sub) -> tuple[Value, Terms] | None:
@@ -233,6 +237,14 @@ def read_bias(known: MaskAnalysis, bias: Value, heads: object) -> Terms | None:
         if parts[0] is None or parts[1] is None or (parts[0].along and parts[1].along):
             return None
         return parts[0].both(parts[1])
+    once = unrepeated(bias) if bias.type.rank == 4 else Heads(bias, bias.shape)
+    own = None if _reads_positions(bias) else read_key_bias(once.value, once.shape)
+    if own is not None:
+        return Terms((), own)
+    if once.value is not bias and once.value.shape == once.shape:
+        found = read_bias(known, once.value, once.shape[1])
+        if found is not None and (found.along is None or isinstance(found.along, KeyBias)):
+            return found
     if isinstance(op, Reshape | Expand) and bias.shape[-3:] == op.x.shape[-3:]:
         return read_bias(known, op.x, heads)
     return None
@@ -313,6 +325,18 @@ def _facts(masks: Sequence[Meaning]) -> MaskFacts | str:
     return MaskFacts(causal, window)
 
 
+def _bias_fits(along: Along | None, k: Heads, k_token_major: bool, softcap: float | None) -> str | None:
+    """Why a bias of each key is none of these keys; None where nothing is wrong with it."""
+    if not isinstance(along, KeyBias):
+        return None
+    batch, heads, tokens = (k.shape[i] for i in ((0, 2, 1) if k_token_major else (0, 1, 2)))
+    if along.shape[1] not in (1, heads):
+        return f"a bias of {along.shape[1]} heads is added to scores of {heads} heads of keys"
+    if (along.shape[0], along.shape[3]) != (batch, tokens):
+        return "a bias of other keys than those is added to the scores"
+    return None if softcap is None else "a bias of each key is added to scores that are capped"
+
+
 def _heads_fit(q: Value, k: Heads, v: Heads, k_token_major: bool = False) -> str | None:
     if q.type.rank != 4 or len(k.shape) != 4 or len(v.shape) != 4:
         return f"attention over tensors of rank {q.type.rank}, not [B, H, T, D]"
@@ -331,12 +355,15 @@ def _emit(
     k: Heads,
     v: Heads,
     sinks: Value | None,
-    along: Slopes | Distances | None,
+    along: Along | None,
     *,
     k_token_major: bool = False,
     **fields: Anything,
 ) -> Value:
+    queries = token_major(rw, q)
     keys = k.emit(rw) if k_token_major else token_major(rw, k.emit(rw))
+    if isinstance(along, KeyBias):
+        queries, keys = along.joined(rw, queries, keys, fields["scale"])
     if sinks is not None and sinks.type.rank != 1:
         sinks = rw.insert(Reshape(sinks, shape=(product(sinks.shape),)))
     heads = q.shape[1]
@@ -344,7 +371,7 @@ def _emit(
     slopes = along.emit(rw, heads) if isinstance(along, Slopes) else None
     distances = along.emit(rw) if isinstance(along, Distances) else None
     values = token_major(rw, v.emit(rw))
-    y = rw.insert(Attention(token_major(rw, q), keys, values, sinks, slopes, distances, **fields))
+    y = rw.insert(Attention(queries, keys, values, sinks, slopes, distances, **fields))
     return rw.insert(Transpose(y, perm=SWAP_HEADS))
 
 
@@ -353,7 +380,7 @@ class FuseSdpa(Rule):
 
     pattern = P(Sdpa, name="sdpa")
 
-    def _parts(self, found: Match) -> tuple[Sdpa, Heads, Heads, MaskFacts | str, Slopes | Distances | None]:
+    def _parts(self, found: Match) -> tuple[Sdpa, Heads, Heads, MaskFacts | str, Along | None]:
         op = found.op("sdpa")
         assert isinstance(op, Sdpa)
         terms = Terms()
@@ -361,13 +388,17 @@ class FuseSdpa(Rule):
             known = MaskAnalysis()
             terms = read_bias(known, op.mask, op.q.shape[-3]) or terms.and_mask(None)
         facts = _facts(terms.masks)
+        if isinstance(facts, str) and op.mask is not None and not _reads_positions(op.mask):
+            facts = "what is added to the scores is computed from hidden states, and is no number of each key"
         if isinstance(facts, MaskFacts) and op.causal:
             facts = MaskFacts(True, facts.window)
         return op, unrepeated(op.k), unrepeated(op.v), facts, terms.along
 
     def check(self, found: Match) -> str | None:
-        op, k, v, facts, _ = self._parts(found)
-        return facts if isinstance(facts, str) else _heads_fit(op.q, k, v)
+        op, k, v, facts, along = self._parts(found)
+        if isinstance(facts, str):
+            return facts
+        return _heads_fit(op.q, k, v) or _bias_fits(along, k, False, None)
 
     def rewrite(self, found: Match, rw: Rewriter) -> Sequence[Value]:
         op, k, v, facts, along = self._parts(found)
@@ -414,7 +445,9 @@ class FuseEagerAttention(Rule):
         weights = [found.op(name) for name in ("softmax", "slice") if name in found]
         if not all(op.graph is not None and single_use(op.graph, op.result) for op in weights):
             return "the attention weights are used elsewhere"
-        return _heads_fit(scores.q, unrepeated(scores.k), unrepeated(found["v"]), scores.k_token_major)
+        k, along = unrepeated(scores.k), scores.terms.along
+        misfit = _heads_fit(scores.q, k, unrepeated(found["v"]), scores.k_token_major)
+        return misfit or _bias_fits(along, k, scores.k_token_major, scores.softcap)
 
     def rewrite(self, found: Match, rw: Rewriter) -> Sequence[Value]:
         scores, facts = self._parts(found)
@@ -437,7 +470,7 @@ class FuseEagerAttention(Rule):
 
 
 class FuseAttention(RulePass):
-    """Attention from both of its traced forms."""
+    """Attention from its traced forms."""
 
     name = "fuse-attention"
     rules = (FuseSdpa(), FuseEagerAttention())

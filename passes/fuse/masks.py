@@ -15,6 +15,7 @@ for every length at once. What is outside of this language is "not understood", 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,6 +103,19 @@ class MaskAnalysis:
     def _of_weight(v: Value) -> Meaning:
         found = None if v.weight is None else stored_triangle(v.weight)
         return Choice(found, 1.0, 0.0) if found is not None and v.dtype == "float32" else found
+
+    def opposite(self, v: Value) -> Predicate | None:
+        """Where a boolean value is false; that may be a conjunction, where the value itself is none."""
+        inner, op = self.meaning(v), v.producer
+        if isinstance(inner, Predicate):
+            return inner.negated()
+        found: Meaning = None
+        if isinstance(op, m.LogicalNot):
+            found = self.meaning(op.x)
+        elif isinstance(op, m.Equal | m.NotEqual):
+            other = m.NotEqual if isinstance(op, m.Equal) else m.Equal
+            found = self._of_numbers(self.meaning(op.a), self.meaning(op.b), COMPARE[other])
+        return found if isinstance(found, Predicate) else None
 
     def _of_op(self, op: Op) -> Meaning:
         match op:
@@ -221,10 +235,14 @@ class MaskAnalysis:
             return compared(op, a.plus(b, -1))
         if isinstance(b, Affine) and isinstance(op, m.Less | m.LessEqual):
             return self._within(op, b)
+        return self._of_numbers(a, b, COMPARE[type(op)])
+
+    @staticmethod
+    def _of_numbers(a: Meaning, b: Meaning, function: Callable[[float, float], bool]) -> Predicate | None:
+        """Where a function of two numbers is true, of which at least one is the same everywhere."""
         left, right = as_choice(a), as_choice(b)
         if left is None or right is None:
             return None
-        function = COMPARE[type(op)]
         if right.when.always:
             return where_true(left.when, function(left.yes, right.yes), function(left.no, right.yes))
         if left.when.always:
