@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ..ir.core import Graph, Op, Value
 
 NAMESPACE = "llmc_trace"
-_NUMBERS = ("layer_idx", "layer_index", "layer_id")
+NUMBERS = ("layer_idx", "layer_index", "layer_id")
 _HOOKS = (
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
     "_state_dict_hooks", "_load_state_dict_pre_hooks",
@@ -103,7 +103,7 @@ class Repeats:
             for path, layer in _layers(self.model):
                 stack.enter_context(_replaced(layer, "forward", self._wrapped(path, layer)))
                 for part in layer.modules():
-                    for name in _NUMBERS:
+                    for name in NUMBERS:
                         if isinstance(vars(part).get(name), int):
                             stack.enter_context(_replaced(part, name, _HiddenNumber()))
             yield

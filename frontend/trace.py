@@ -17,7 +17,7 @@ from ..ir.core import Graph, Value
 from ..ir.errors import CompileError, InputError, UnsupportedError
 from ..ir.types import Shape, TensorType
 from ..ir.weights import ArrayTensor, LazyTensor, ShapeOnlyTensor
-from . import experts, masks, recurrence
+from . import blocks, experts, masks, recurrence
 from .classifier import score_every_token, unpadded
 from .constants import Constants
 from .export import export, is_unproven, narrower
@@ -244,6 +244,10 @@ def _trace_source(
     kept = {name: stored[name] for name, _ in model.named_buffers() if name in stored}
     weights: dict[str, LazyTensor] = {**_buffers(model), **kept, **_aliases(model, stored)}
     tied = _tied(model)
+    size = 2 * (bound or _longest(source))  # of blocks that no sequence fills
+    free = blocks.blocks_of(model) if source.kind != "module" else []
+    free, tables = blocks.tables_of(free, weights, size)
+    weights |= tables
     device = (
         "cpu" if source.kind == "module" else "meta"
     )  # a module from Python stays as it is: export reads no values
@@ -269,9 +273,10 @@ def _trace_source(
     shapes = (tuple({1: tokens} for _ in inputs),)
     layers = repeats.installed() if repeats else contextlib.nullcontext()
     ways = experts.installed(model), recurrence.installed(model), masks.installed()
+    whole = blocks.installed(free, size)
     decides = source.task == "classifier" and not is_encoder(source.config)
     padding = unpadded(model) if decides else contextlib.nullcontext()
-    with layers, ways[0], ways[1], ways[2], padding, settling(model) as settled:
+    with layers, whole, ways[0], ways[1], ways[2], padding, settling(model) as settled:
         program = export(Wrapper(), examples, shapes, source.name, asserting=asserting)
     graph = Graph(source.name)
     _import_program(program, graph, inputs, weights, "model_.", repeats, settles=settled.noted)

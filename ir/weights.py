@@ -81,6 +81,22 @@ class ShapeOnlyTensor:
         return f"ShapeOnlyTensor({self.dtype}{list(self.shape)}, {self.source!r})"
 
 
+class LongerTensor:
+    """A table that goes on beyond what is stored of it, `base`, by a rule that whoever reads `base` must
+    know; it has no values itself.
+    """
+
+    def __init__(self, base: LazyTensor, shape: tuple[int, ...]) -> None:
+        self.base, self.shape = base, shape
+        self.dtype, self.source = base.dtype, base.source
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
+        raise CompileError(
+            f"{self.source} is read beyond {list(self.base.shape)}, where nothing is stored",
+            remedy="report the model",
+        )
+
+
 def num_elements(tensor: LazyTensor) -> int:
     """Elements of a tensor; 1 for a scalar."""
     count = 1

@@ -134,7 +134,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bailing_hybrid": _RECURRENT,
     "granitemoehybrid": _RECURRENT,
     "kimi_linear": _RECURRENT,
-    "minimax": _RECURRENT,
+    # Blocks end within the texts that are compared.
+    "minimax": {**_RECURRENT, "block_size": 16},
+    "glm5_next_text": {
+        "layer_types": ["linear_attention", "indexed_attention"],
+        "qk_rope_head_dim": 0,
+        "linear_head_dim": 16,
+        "linear_num_heads": 4,
+        "index_kpool": 4,
+    },
     "qwen3_5_text": _RECURRENT,
     "qwen3_next": _RECURRENT,
 }

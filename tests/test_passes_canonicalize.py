@@ -76,6 +76,11 @@ FOLDS: dict[str, tuple[Any, list[str]]] = {
     "times one": (lambda b: b(m.Mul(b.full(1.0), b.x)), []),
     "plus zero": (lambda b: b(m.Add(b.x, b.full(0.0))), []),
     "minus zero, divided by one": (lambda b: b(m.Div(b(m.Sub(b.x, b.full(0.0))), b.full(1.0))), []),
+    "product of zeros": (
+        lambda b: b(m.Add(b(m.MatMul(b.x, b.full(0.0, shape=(6, 6)))), b.x)),
+        [],
+    ),
+    "product of ones": (lambda b: b(m.MatMul(b.x, b.full(1.0, shape=(6, 2)))), ["full", "matmul"]),
     "zero minus": (lambda b: b(m.Sub(b.full(0.0), b.x)), ["full", "sub"]),
     "one divided": (lambda b: b(m.Div(b.full(1.0), b.x)), ["full", "div"]),
     "one that widens": (lambda b: b(m.Mul(b.x, b.full(1.0, shape=(3, 4, 6)))), ["full", "mul"]),

@@ -1,6 +1,7 @@
 """Constants and identities.
 
 mul(x, 1.0)            → x
+matmul(x, 0.0)         → 0.0
 pow(x, 2.0)            → mul(x, x)
 mul(x, sigmoid(x))     → silu(x)
 add(weight, 1.0)       → a weight (computed when it is read)
@@ -125,6 +126,17 @@ class DropIdentity(Rule):
         if isinstance(op, Transpose) and op.perm != tuple(range(-len(op.perm), 0)):
             return None
         return [x] if x.type == op.result.type else None
+
+
+class ProductOfZeros(Rule):
+    """matmul(x, zeros) → zeros"""
+
+    pattern = P(m.MatMul)
+
+    def rewrite(self, found: Match, rw: Rewriter) -> Sequence[Value] | None:
+        if not any(constant(v) == 0 for v in rw.root.operands):
+            return None
+        return [rw.insert(full_like(rw.root.result.type, 0.0))]
 
 
 class Square(Rule):
@@ -286,6 +298,7 @@ RULES: tuple[Rule, ...] = (
     FoldNumbers(),
     FoldMoved(),
     DropIdentity(),
+    ProductOfZeros(),
     Square(),
     ReciprocalSqrt(),
     MakeSilu(),

@@ -5,6 +5,7 @@
     matmul(slice(softmax(concat([scores, sinks]))), v)            → attention(q, k, v, sinks)
     scores + slopes [H, 1, 1] · positions                         → attention(q, k, v, slopes)
     scores + table[bucket(j - i)]                                 → attention(q, k, v, distances)
+    matmul(matmul(q, kᵀ) · decays, v)                             → ssd_scan (`decays.py`)
     scores + bias of each key [B, H, 1, T]                        → attention([q, …], [k, bias], v)
 
 `attention` is token-major; the transposes made here cancel with the model's own. Repeated heads (GQA) are
@@ -17,13 +18,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any as Anything
 
-from ...ir.core import Value
+from ...ir.core import Graph, Value
 from ...ir.ops import math as m
 from ...ir.ops.attention import Attention, Sdpa
 from ...ir.ops.shape import Arange, Concat, Expand, Reshape, Slice, Transpose
 from ...ir.rewriter import Any, Match, Or, P, Rewriter, Rule, constant, single_use
 from ...ir.types import Shape, product
-from ..base import RulePass
+from ..base import PassContext, PassResult, RulePass
+from .decays import FuseDecayedAttention, check_tables, keys_of
 from .distances import Distances, read_distances
 from .key_bias import KeyBias, read_key_bias
 from .mask_terms import NEGATIVE, Choice, Meaning, Predicate
@@ -75,7 +77,6 @@ def unrepeated(x: Value) -> Heads:
     return Heads(narrow.x, (b, heads, tokens, width))
 
 
-LAST_TWO = (-1, -2)
 Along = Slopes | Distances | KeyBias
 
 
@@ -275,7 +276,7 @@ def read_scores(x: Value) -> Scores | str:
         )
     if not isinstance(product, m.MatMul):
         return "the softmax is not over a product of queries and keys"
-    keys = _keys_of(product.b)
+    keys = keys_of(product.b)
     if keys is None:
         return "the keys are not transposed in the last two axes"
     q, scale = _peel_scale(product.a, scale)
@@ -298,18 +299,6 @@ def _reads_positions(v: Value) -> bool:
             counts |= isinstance(one.producer, Arange)
             waiting += one.producer.operands
     return counts
-
-
-def _keys_of(kt: Value) -> tuple[Value, bool] | None:
-    """The keys from kt [B, H, D, T]: head-major k [B, H, T, D], or (true) token-major k [B, T, H, D] where
-    the transposes were merged.
-    """
-    op = kt.producer
-    if isinstance(op, Transpose) and op.perm == LAST_TWO:
-        return op.x, False
-    if isinstance(op, Transpose) and op.perm == (-2, -1, -3):
-        return op.x, True
-    return None
 
 
 def _facts(masks: Sequence[Meaning]) -> MaskFacts | str:
@@ -473,4 +462,9 @@ class FuseAttention(RulePass):
     """Attention from its traced forms."""
 
     name = "fuse-attention"
-    rules = (FuseSdpa(), FuseEagerAttention())
+    rules = (FuseSdpa(), FuseEagerAttention(), FuseDecayedAttention())
+
+    def run(self, graph: Graph, context: PassContext) -> PassResult:
+        result = super().run(graph, context)
+        check_tables(graph)
+        return result
