@@ -141,7 +141,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "qk_rope_head_dim": 0,
         "linear_head_dim": 16,
         "linear_num_heads": 4,
-        "index_kpool": 4,
     },
     "qwen3_5_text": _RECURRENT,
     "qwen3_next": _RECURRENT,
@@ -149,7 +148,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
 """Fields by family, and by variant "family (what is special)", that make it small or interesting."""
 
 _LARGE = "its parts for pictures or bytes stay gigabytes large, whatever is made small"
-NOT_BUILT: dict[str, str] = dict.fromkeys(("blt", "fuyu", "mllama", "ultravbert"), _LARGE)
+_DRAFTS = "it drafts for another model, whose hidden states, keys and values it takes instead of tokens"
+NOT_BUILT: dict[str, str] = {
+    **dict.fromkeys(("blt", "fuyu", "mllama", "ultravbert"), _LARGE),
+    **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), _DRAFTS),
+    "dots3_note": "its class of language models takes the configuration of its text model alone",
+}
 """Families that no small configuration of ours builds, and why."""
 
 
