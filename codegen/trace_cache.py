@@ -97,7 +97,11 @@ def _factors(source: ModelSource) -> list[Any]:
 
 
 def _content(graph: Graph, source: ModelSource) -> bytes | None:
-    """A graph as bytes; None where it holds what its source and some small tensors do not give."""
+    """A graph as bytes; None where it holds what its source and some small tensors do not give, or depends on
+    the values of weights.
+    """
+    if graph.facts.get("of_values"):
+        return None
     names = {id(data): name for name, data in reversed(list(source.weights.items()))}
     taken: dict[str, str] = {}
     made: dict[str, np.ndarray[Any, Any]] = {}

@@ -94,7 +94,7 @@ def tables_of(
             continue
         kept.append(one)
         for name, full in names.items():
-            made = ArrayTensor(getattr(one.module, name).float().numpy().copy(), f"buffer:{full}")
+            made = ArrayTensor(getattr(one.module, name).float().numpy(), f"buffer:{full}")
             longer[full] = LongerTensor(made, one.longer(made.shape, size))
     return kept, longer
 

@@ -5,9 +5,10 @@
 Which experts that are depends on the values of a tensor, so torch.export cannot write the loop down. Such a
 module is known by what it is called with, `_TAKEN`, and what it computes is found by trying it: its
 parameters may stand for gates, ups and downs in a few orders (`_layouts`), and the one is taken that gives
-the same numbers as the module, over tokens that choose the first and the last expert and over such as choose
-a number beyond the last one. Numbers beyond it may be refused, add nothing, or add the token itself, as
-experts do that compute nothing.
+the same numbers as the module: over tokens that choose the first and the last expert, over large ones, which
+whatever limits what it takes or gives would change, over many that choose the same experts, and over such as
+choose a number beyond the last one. Numbers beyond it may be refused, add nothing, or add the token itself,
+as experts do that compute nothing.
 
 The trial runs the module as it is, in its own sizes, with parameters that take hardly any memory: views whose
 rows overlap.
@@ -157,13 +158,15 @@ def standing(form: Form, compute: Compute) -> Callable[..., Any]:
 def replaced(found: Sequence[tuple[torch.nn.Module, Form]], compute: Compute) -> Generator[None]:
     """Within it, the modules found leave what `compute` leaves."""
     made = {form: standing(form, compute) for _, form in found}
+    before = [{n: v for n, v in vars(module).items() if n == "forward"} for module, _ in found]
     try:
         for module, form in found:
             vars(module)["forward"] = MethodType(made[form], module)
         yield
     finally:
-        for module, _ in found:
+        for (module, _), own in zip(found, before, strict=True):
             vars(module).pop("forward", None)
+            vars(module).update(own)
 
 
 # -- finding out
@@ -265,8 +268,13 @@ def _turned(shape: tuple[int, ...], width: int, axis: int) -> list[bool]:
 
 def _proven(module: torch.nn.Module, form: Form, parameters: Mapping[str, Any]) -> Form | None:
     """The form with what it does beyond its experts, where it gives what the module does."""
-    ranks = tuple(rank for rank in (2, 3) if _agrees(module, form, parameters, 0, rank))
+    ranks = tuple(
+        rank for rank in (2, 3) if _agrees(module, form, parameters, _given(form, parameters, 0, rank))
+    )
     if not ranks:
+        return None
+    strained = _large(form, parameters, ranks[0]), _alike(form, parameters, ranks[0])
+    if not all(_agrees(module, form, parameters, given) for given in strained):
         return None
     ways = [_agreeing(module, form, parameters, more, ranks[0]) for more in (1, 2, 3)]
     beyond = {way for way in ways if way}
@@ -279,16 +287,21 @@ def _agreeing(
     module: torch.nn.Module, form: Form, parameters: Mapping[str, Any], more: int, rank: int
 ) -> str | None:
     """What an expert beyond the last one does; None where that is nothing known."""
-    if _called(module, parameters, _given(form, parameters, more, rank)) is None:
+    given = _given(form, parameters, more, rank)
+    if _called(module, parameters, given) is None:
         return ""
     for beyond in ("passes", "nothing"):
         one = Form(form.experts, form.ups, form.down, form.gate, beyond)
-        if _agrees(module, one, parameters, more, rank):
+        if _agrees(module, one, parameters, given):
             return beyond
     return None
 
 
-def _given(form: Form, parameters: Mapping[str, Any], more: int, rank: int) -> tuple[Any, Any, Any]:
+_Given = tuple[Any, Any, Any]
+"""Hidden states, indices and weights."""
+
+
+def _given(form: Form, parameters: Mapping[str, Any], more: int, rank: int) -> _Given:
     """Three tokens that choose the first expert, one in the middle and the last one; with `more`, one that
     is so many beyond the last instead of it.
     """
@@ -302,7 +315,22 @@ def _given(form: Form, parameters: Mapping[str, Any], more: int, rank: int) -> t
     return hidden, indices, torch.tensor([[0.7, 0.2], [0.4, 1.1], [0.5, 0.3]])
 
 
-def _called(module: torch.nn.Module, parameters: Mapping[str, Any], given: tuple[Any, Any, Any]) -> Any:
+def _large(form: Form, parameters: Mapping[str, Any], rank: int) -> _Given:
+    """The same tokens a hundred times larger."""
+    hidden, indices, shares = _given(form, parameters, 0, rank)
+    return hidden * 100, indices, shares
+
+
+def _alike(form: Form, parameters: Mapping[str, Any], rank: int) -> _Given:
+    """192 tokens of which all choose the last expert."""
+    import torch
+
+    hidden, _, shares = _given(form, parameters, 0, rank)
+    indices = torch.tensor([[form.experts - 1, 0]]).repeat(192, 1)
+    return torch.cat([hidden] * 64, -2), indices, shares.repeat(64, 1)
+
+
+def _called(module: torch.nn.Module, parameters: Mapping[str, Any], given: _Given) -> Any:
     """What the module gives; None where it refuses the call."""
     import torch
 
@@ -313,8 +341,7 @@ def _called(module: torch.nn.Module, parameters: Mapping[str, Any], given: tuple
     return result if isinstance(result, torch.Tensor) and result.shape == given[0].shape else None
 
 
-def _agrees(module: torch.nn.Module, form: Form, parameters: Mapping[str, Any], more: int, rank: int) -> bool:
-    given = _given(form, parameters, more, rank)
+def _agrees(module: torch.nn.Module, form: Form, parameters: Mapping[str, Any], given: _Given) -> bool:
     wanted = _called(module, parameters, given)
     if wanted is None:
         return False

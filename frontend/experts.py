@@ -64,8 +64,8 @@ def installed(model: Any) -> Generator[None]:
             raise UnsupportedError(
                 f"the experts of {unknown[0]} are computed in a loop over those that were chosen, and are of "
                 "a kind that is not known",
-                remedy="experts may have two or three matrices each, without biases, and an activation of "
-                "those of Gate in ir/ops/moe.py; or report the model",
+                remedy="experts may have two or three matrices each, without biases, and between them an "
+                "activation that the module holds, of those of Gate in ir/ops/moe.py; or report the model",
             ) from error
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..ir.errors import InputError
 from ..ir.weights import LazyTensor
+from .lora_gguf import ChangedTensor
 from .weights import GGUFTensor
 
 _KINDS: Final = ("scale", "input_scale")
@@ -28,6 +29,8 @@ def beside_blocks(unused: Sequence[str], tensors: Mapping[str, LazyTensor]) -> l
     for name in unused:
         stem, _, kind = name.rpartition(".")
         weight = tensors.get(f"{stem}.weight")
+        while isinstance(weight, ChangedTensor):
+            weight = weight.base
         if kind not in _KINDS or not isinstance(weight, GGUFTensor) or weight.ggml_type != "NVFP4":
             left.append(name)
         elif kind == "scale":
@@ -38,7 +41,7 @@ def beside_blocks(unused: Sequence[str], tensors: Mapping[str, LazyTensor]) -> l
 def _factor(tensor: LazyTensor, weight: GGUFTensor) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
     values = np.asarray(tensor.read(), np.float32).reshape(-1)
     stacked = weight.shape[0] if len(weight.shape) > 2 else 1
-    if len(values) not in {1, stacked} or not np.isfinite(values).all():
+    if len(weight.shape) < 2 or len(values) not in {1, stacked} or not np.isfinite(values).all():
         raise InputError(
             f"{tensor.source} has shape {list(tensor.shape)}, or values that are no numbers; it scales "
             f"{weight.name} of shape {list(weight.shape)}",

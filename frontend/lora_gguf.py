@@ -39,12 +39,12 @@ class ChangedTensor:
     dtype: str = "float32"
 
     def __init__(self, base: LazyTensor, a: GGUFTensor, b: GGUFTensor, scaling: float, by_id: bool) -> None:
-        self._base, self._a, self._b = base, a, b
+        self.base, self._a, self._b = base, a, b
         self._scaling, self._by_id = np.float32(scaling), by_id
         self.shape, self.source = base.shape, f"{base.source} + {b.source}"
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
-        rows = self._base.read(start, stop).astype(np.float32)
+        rows = self.base.read(start, stop).astype(np.float32)
         if self._by_id:
             change = self._a.read(start, stop) @ self._b.read().T
         elif len(self.shape) == 3:

@@ -245,8 +245,8 @@ def _trace_source(
     weights: dict[str, LazyTensor] = {**_buffers(model), **kept, **_aliases(model, stored)}
     tied = _tied(model)
     size = 2 * (bound or _longest(source))  # of blocks that no sequence fills
-    free = blocks.blocks_of(model) if source.kind != "module" else []
-    free, tables = blocks.tables_of(free, weights, size)
+    found = blocks.blocks_of(model) if source.kind != "module" else []
+    free, tables = blocks.tables_of(found, weights, size)
     weights |= tables
     device = (
         "cpu" if source.kind == "module" else "meta"
@@ -282,6 +282,8 @@ def _trace_source(
     _import_program(program, graph, inputs, weights, "model_.", repeats, settles=settled.noted)
     graph.output_names = [_OUTPUTS[source.task]]
     graph.facts["kind"] = source.task
+    if len(free) < len(found):
+        graph.facts["of_values"] = True  # with other tables in its checkpoint the graph would be another
     for names in tied:
         held = next((n for n in names if n in graph.weights), None)
         if held is not None:

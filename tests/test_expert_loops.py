@@ -142,6 +142,22 @@ class Other(Loop):
         return (self.act_fn(gate) * torch.tanh(up)) @ self.down[e].T
 
 
+class Clamped(Loop):
+    """What only large numbers show."""
+
+    def one(self, e: Any, x: torch.Tensor) -> torch.Tensor:
+        gate, up = (x @ self.gate_up[e].T).chunk(2, -1)
+        return (self.act_fn(gate.clamp(max=7.0)) * up.clamp(-7.0, 7.0)) @ self.down[e].T
+
+
+class Full(Loop):
+    """An expert takes a number of tokens at most, and nothing becomes of the others."""
+
+    def one(self, e: Any, x: torch.Tensor) -> torch.Tensor:
+        kept = torch.arange(len(x)) < 16
+        return super().one(e, x) * kept[:, None]
+
+
 class Layer(nn.Module):
     """A router and experts, over rows [T, D] or a batch of them."""
 
@@ -194,10 +210,17 @@ def test_loops_become_mixtures(name: str, sizes: tuple[int, int], batched: bool)
             )
 
 
-@pytest.mark.parametrize("kind", [Biased, Other, Doubling])
+@pytest.mark.parametrize("kind", [Biased, Other, Doubling, Clamped, Full])
 def test_loops_of_another_kind_are_refused(kind: type[Loop]) -> None:
     with pytest.raises(UnsupportedError, match="the experts of experts are computed in a loop over those"):
         traced(Layer(kind()))
+
+
+def test_a_forward_method_of_the_users_own_stays() -> None:
+    layer = Layer(Loop())
+    own = layer.experts.forward = lambda *given: Loop.forward(layer.experts, *given)
+    traced(layer)
+    assert vars(layer.experts)["forward"] is own
 
 
 def test_what_depends_on_values_elsewhere_is_said_in_our_words() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
+from llmc.codegen.adapters import LoraOption
 from llmc.frontend.gguf import read_gguf
 from llmc.frontend.source import open_source
 from llmc.frontend.trace import trace_source
@@ -19,8 +20,11 @@ from llmc.ir.weights import quantized_of
 
 from .graphs import logits_of
 from .llama_cpp import LlamaCpp
+from .lora_files import write_lora
 from .models import ids_of
 from .test_gguf_architectures import tiny, written
+from .test_lora_gguf import adapted
+from .test_lora_gguf import factors_of as lora_of
 
 SIZES = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "head_dim": 16}
 
@@ -78,6 +82,23 @@ def test_factors_are_part_of_the_weights(kind: str, tmp_path: Path) -> None:
     with LlamaCpp(path) as opened:
         theirs = opened.logits(ids)
     assert np.linalg.norm(theirs - wanted) < 0.05 * np.linalg.norm(wanted)
+
+
+def test_adapters_are_added_to_what_factors_leave(tmp_path: Path) -> None:
+    """Two of them, beside the same over the numbers multiplied out; llama.cpp takes none over such weights."""
+    model, ids = tiny("llama", **SIZES), ids_of(24)
+    first = written(model, "llama", tmp_path / "first.gguf", quantize=stored)
+    scales = factors_of(first)
+    path = written(model, "llama", tmp_path / "m.gguf", quantize=stored, beside=scales)
+    other = plain(path, model, "llama", scales, tmp_path / "plain.gguf")
+    changes = [lora_of(path, ("attn_q", "ffn_down"), seed=seed) for seed in (1, 2)]
+    options = [LoraOption(write_lora(tmp_path / f"{i}.gguf", one), 1.5) for i, one in enumerate(changes)]
+    found, wanted, without = (
+        logits_of(trace_source(adapted(file, *given)[0]), ids).numpy()
+        for file, given in ((path, options), (other, options), (path, []))
+    )
+    assert np.linalg.norm(without - wanted) > 0.2 * np.linalg.norm(wanted)
+    assert np.abs(found - wanted).max() < 1e-4
 
 
 def test_rows_of_a_stack_are_multiplied_by_their_own_factor(tmp_path: Path) -> None:

@@ -126,6 +126,26 @@ def test_tokens_that_are_counted_become_positions_and_it_is_said() -> None:
     assert worst(whole, expected(model, SECOND)) < 1e-5
 
 
+class Cut(Tiny):
+    """A table of places, of which a text's first rows are taken."""
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(input_ids) + self.places.weight[: input_ids.shape[1]]
+        q, k, v = (self.split(layer(x)) for layer in (self.q, self.k, self.v))
+        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        return self.head(x + y.transpose(1, 2).reshape(x.shape))
+
+
+def test_a_table_that_is_cut_to_the_tokens_of_a_step_is_no_table_of_places() -> None:
+    """A later step would take its first rows again; an encoder sees whole texts, one in a step."""
+    with pytest.raises(UnsupportedError, match="slice in module cuts or joins along the axis of tokens"):
+        paged(Cut())
+    model = Cut(causal=False)
+    graph = paged(model)
+    assert graph.facts["alone"] is True
+    assert worst(PagedRun(graph).step([("a", FIRST)])[0], expected(model, FIRST)) < 1e-5
+
+
 def test_an_encoder_sees_the_whole_sequence_and_no_other() -> None:
     model = Tiny(causal=False)
     graph = paged(model)

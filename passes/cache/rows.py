@@ -55,7 +55,8 @@ def row_mixing(op: Op) -> str | None:
             return "normalises over tokens"
         case m.MatMul() if not _multiplies_each(*axes):
             return "multiplies along the axis of tokens"
-        case Slice() | Concat() if op.axis in inner:
+        # Of a table cut to the number of tokens the first rows, whatever the places of the tokens are.
+        case Slice() | Concat() if op.axis in (inner or out):
             return "cuts or joins along the axis of tokens"
         case Reshape() if inner and (not out or _lead(op.operands[0].shape) != _lead(op.results[0].shape)):
             return "moves the axis of tokens"

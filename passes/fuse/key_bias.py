@@ -1,9 +1,11 @@
 """Scores with a bias that each key brings along, whoever asks: a number for each key and head.
 
-    scores [B, H, T, T] + bias [B, H, 1, T]  →  attention of [q, 1 / scale, 0, …] over [k, bias, 0, …]
+    scores [B, H, T, T] + bias [B, H, 1, T]
+        →  attention of [q, 1 / scale, 1 / scale, 0, …] over [k, bias, rest, 0, …]
 
 The scaled product of what is joined to a query and to a key is the bias, which is thus kept in the cache with
-its key. Zeros fill both up to a width that kernels like.
+its key: rounded to bfloat16, and what that leaves, since a cache of 16 bits would round a large bias by as
+much as a score may differ. Zeros fill both up to a width that kernels like.
 """
 
 from __future__ import annotations
@@ -36,15 +38,17 @@ class KeyBias:
         if heads != k.shape[-2]:
             column = rw.insert(Expand(column, shape=(*k.shape[:-1], 1)))
         column = column if column.dtype == k.dtype else rw.insert(m.Cast(column, dtype=k.dtype))
-        ones = rw.insert(Full(value=1.0 / scale, dtype=q.dtype, shape=(*q.shape[:-1], 1)))
-        return _widened(rw, q, ones), _widened(rw, k, column)
+        rounded = rw.insert(m.Cast(rw.insert(m.Cast(column, dtype="bfloat16")), dtype=k.dtype))
+        rest = rw.insert(m.Sub(column, rounded))
+        ones = rw.insert(Full(value=1.0 / scale, dtype=q.dtype, shape=(*q.shape[:-1], 2)))
+        return _widened(rw, q, ones), _widened(rw, k, rounded, rest)
 
 
-def _widened(rw: Rewriter, x: Value, column: Value) -> Value:
-    """x [..., D] and a column behind it, and zeros up to a multiple of `_WIDTH`."""
+def _widened(rw: Rewriter, x: Value, *columns: Value) -> Value:
+    """x [..., D] and two columns behind it, and zeros up to a multiple of `_WIDTH`."""
     width = x.shape[-1]
     assert isinstance(width, int)
-    parts, rest = [x, column], -(width + 1) % _WIDTH
+    parts, rest = [x, *columns], -(width + 2) % _WIDTH
     if rest:
         parts.append(rw.insert(Full(value=0.0, dtype=x.dtype, shape=(*x.shape[:-1], rest))))
     return rw.insert(Concat(parts, axis=-1))
