@@ -85,7 +85,7 @@ def test_factors_are_part_of_the_weights(kind: str, tmp_path: Path) -> None:
 
 
 def test_adapters_are_added_to_what_factors_leave(tmp_path: Path) -> None:
-    """Two of them, beside the same over the numbers multiplied out; llama.cpp takes none over such weights."""
+    """Two, beside the same over the numbers multiplied out; llama.cpp takes none over such weights."""
     model, ids = tiny("llama", **SIZES), ids_of(24)
     first = written(model, "llama", tmp_path / "first.gguf", quantize=stored)
     scales = factors_of(first)
