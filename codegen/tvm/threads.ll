@@ -405,12 +405,12 @@ patience:
   %yielding = icmp ult i32 %count1, 1600            ; as long as Python takes between two steps
   br i1 %yielding, label %yield, label %sleep
 
-yield:                                               ; who was away for some 20 µs has a core that others want
+yield:                                               ; who was away for some 200 µs has a core that others want
   %before = call i64 @ticks()
   %y = call i32 @sched_yield()
   %after = call i64 @ticks()
   %away = sub i64 %after, %before
-  %others = icmp ugt i64 %away, 60000
+  %others = icmp ugt i64 %away, 600000
   br i1 %others, label %sleep, label %look
 
 sleep:                                               ; FUTEX_WAIT | FUTEX_PRIVATE: returns at once if @region has changed
