@@ -284,11 +284,7 @@ def _trace_source(
     graph.facts["kind"] = source.task
     if len(free) < len(found):
         graph.facts["of_values"] = True  # with other tables in its checkpoint the graph would be another
-    for names in tied:
-        held = next((n for n in names if n in graph.weights), None)
-        if held is not None:
-            entries = {n: {"of": held, "embedding": by_ids} for n, by_ids in names.items()}
-            graph.facts["tied"] = graph.facts.get("tied", {}) | entries
+    _note_tied(graph, tied)
     if source.task == "classifier":
         score_every_token(graph)
     if len(inputs) > 1:
@@ -298,6 +294,15 @@ def _trace_source(
             f"{source.name}: expected one output, got {len(graph.outputs)}", remedy="report the model"
         )
     return graph
+
+
+def _note_tied(graph: Graph, tied: Sequence[Mapping[str, bool]]) -> None:
+    """`facts["tied"]` of what `_tied` found."""
+    for names in tied:
+        held = next((n for n in names if n in graph.weights), None)
+        if held is not None:
+            entries = {n: {"of": held, "embedding": by_ids} for n, by_ids in names.items()}
+            graph.facts["tied"] = graph.facts.get("tied", {}) | entries
 
 
 _OUTPUTS = {"causal_lm": "logits", "encoder": "hidden", "classifier": "scores"}
