@@ -26,7 +26,7 @@ from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
 from ..ir.ops.moe import GATES, Gate, mix
-from .repeats import alike
+from . import repeats
 
 if TYPE_CHECKING:
     import torch
@@ -120,7 +120,7 @@ def forms_of(model: torch.nn.Module) -> tuple[list[tuple[torch.nn.Module, Form]]
     for path, module in model.named_modules():
         if not _is_called_so(module):
             continue
-        known = [(other, one) for other, one in tried if alike(other, module)]
+        known = [(other, one) for other, one in tried if repeats.alike(other, module)]
         form = known[0][1] if known else _form_of(module)
         tried.append((module, form))
         if form is None:
@@ -158,15 +158,10 @@ def standing(form: Form, compute: Compute) -> Callable[..., Any]:
 def replaced(found: Sequence[tuple[torch.nn.Module, Form]], compute: Compute) -> Generator[None]:
     """Within it, the modules found leave what `compute` leaves."""
     made = {form: standing(form, compute) for _, form in found}
-    before = [{n: v for n, v in vars(module).items() if n == "forward"} for module, _ in found]
-    try:
+    with contextlib.ExitStack() as stack:
         for module, form in found:
-            vars(module)["forward"] = MethodType(made[form], module)
+            stack.enter_context(repeats.replaced(module, "forward", MethodType(made[form], module)))
         yield
-    finally:
-        for (module, _), own in zip(found, before, strict=True):
-            vars(module).pop("forward", None)
-            vars(module).update(own)
 
 
 # -- finding out

@@ -101,11 +101,11 @@ class Repeats:
         with ExitStack() as stack:
             stack.callback(_current.reset, _current.set(self))
             for path, layer in _layers(self.model):
-                stack.enter_context(_replaced(layer, "forward", self._wrapped(path, layer)))
+                stack.enter_context(replaced(layer, "forward", self._wrapped(path, layer)))
                 for part in layer.modules():
                     for name in NUMBERS:
                         if isinstance(vars(part).get(name), int):
-                            stack.enter_context(_replaced(part, name, _HiddenNumber()))
+                            stack.enter_context(replaced(part, name, _HiddenNumber()))
             yield
 
     def twin_of(self, name: str) -> str | None:
@@ -227,8 +227,8 @@ class Bodies:
 
 
 @contextmanager
-def _replaced(module: torch.nn.Module, name: str, value: Any) -> Generator[None]:
-    """An instance attribute for a while."""
+def replaced(module: torch.nn.Module, name: str, value: Any) -> Generator[None]:
+    """An instance attribute for a while; what was there comes back."""
     missing = object()
     before = vars(module).get(name, missing)
     vars(module)[name] = value

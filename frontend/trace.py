@@ -248,13 +248,11 @@ def _trace_source(
     found = blocks.blocks_of(model) if source.kind != "module" else []
     free, tables = blocks.tables_of(found, weights, size)
     weights |= tables
-    device = (
-        "cpu" if source.kind == "module" else "meta"
-    )  # a module from Python stays as it is: export reads no values
+    # A module from Python stays as it is: export reads no values.
+    device = "cpu" if source.kind == "module" else "meta"
     model = model.to(device)
     causal = source.task == "causal_lm"
     inputs = ["input_ids", *(["token_type_ids"] if _tells_types(model, source.task) else [])]
-
     caches = "use_cache" in inspect.signature(model.forward).parameters
     options = {"use_cache": False} if causal or caches else {}
 

@@ -188,3 +188,8 @@ def test_a_sparse_attention_is_compiled_for_as_many_tokens_as_it_is_not_sparse(
     graph, _ = lowered(trace_source(open_source(tmp_path)), "paged")
     assert graph.facts.get("positions") == bound
     assert opnames(graph).count("paged_attention") == 2
+
+
+def test_a_model_that_picks_its_best_keys_is_compiled_for_as_many_as_it_picks(tmp_path: Path) -> None:
+    save_family("doge", tmp_path, changed={"keep_window_size": 16})
+    assert trace_source(open_source(tmp_path)).facts["positions"] == 16
