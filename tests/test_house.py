@@ -204,6 +204,13 @@ def test_opening_a_model_looks_for_no_packages() -> None:
     assert SLOW not in _loaded_after("import llmc.runtime.loader")
 
 
+def test_only_kernel_compilers_load_tvm() -> None:
+    """Importing TVM takes a second: the workers do it meanwhile."""
+    modules = ("cpu", "cuda", "webgpu", "weights")
+    code = "; ".join(f"import llmc.codegen.tvm.{module}" for module in modules)
+    assert not _loaded_after(code) & {"tvm", "tvm_ffi"}
+
+
 def test_importing_llmc_loads_nothing_heavy() -> None:
     assert not _loaded_after("import llmc") & (HEAVY | {"numpy", "onnxruntime", "tokenizers", "tvm_ffi"})
 

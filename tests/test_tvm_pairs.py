@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from llmc.codegen.tvm.kernels.activation import reference_quantize_activation, whole_groups
 from llmc.codegen.tvm.kernels.quantized import reference_quantized_linear
-from llmc.codegen.tvm.kernels.tiles import as_they_lie, in_pairs
+from llmc.codegen.tvm.kernels.tile_layout import as_they_lie, in_pairs
 
 from .kernel_harness import close, levels, normal
 from .test_tvm_quantized import Case, run

@@ -168,12 +168,12 @@ class TvmCpu(Target):
             if weights is not None:
                 packing = weight_specs(legal, lambda share: progress("tvm-cpu: weights", 0.5 * share))
                 writer.write_weights(weights, packing)
-            for i, (level, rel) in enumerate(paths.items()):
+            for i, (level, rel) in enumerate(reversed(paths.items())):  # as they are begun
                 progress(f"tvm-cpu: kernels for {level}", 0.5 + 0.5 * i / len(levels))
                 built = libraries.result(level)
                 calls = f"targets/{self.name}/{level}.calls.json"
                 writer.path(calls).write_text(json.dumps(built["calls"], indent=0) + "\n", encoding="utf-8")
-                kernels.append({"isa": level, "path": rel, "calls": calls})
+                kernels.insert(0, {"isa": level, "path": rel, "calls": calls})
         progress("tvm-cpu", 1.0)
         entry: dict[str, Any] = {
             "options": self.options(),

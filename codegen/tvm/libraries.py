@@ -50,7 +50,7 @@ class Libraries:
         if missing:
             # A thread for each process that runs at once: it waits for a level, and begins the next.
             self._threads = ThreadPoolExecutor(processes_at_once(len(missing), WORKER_BYTES), "kernels")
-            for level in missing:
+            for level in reversed(missing):  # the last take the longest: a short one should end it
                 here = copy_context()  # which knows the workers that are ready
                 self._waiting[level] = self._threads.submit(here.run, self._compile, level)
         return self

@@ -32,7 +32,7 @@ from .build import compile_kernel
 from .kernels.isa import Isa, get_isa
 from .kernels.layout import QuantLayout
 from .kernels.schedule import Schedule, alternatives, default_schedule
-from .kernels.tiles import in_tiles
+from .kernels.tile_layout import in_tiles
 from .lower import Lowered, lower
 from .untyped import relax, tirx, tvm
 

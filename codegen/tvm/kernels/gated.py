@@ -32,9 +32,10 @@ from .panels import Held, Operands, Unpacked
 from .quantized import Plan, finish_block, quantized_operands
 from .rotation import store_made
 from .schedule import Schedule
+from .tile_layout import in_pairs
 from .tile_pairs import After, multiply_pairs
 from .tile_registers import TILE_ROWS
-from .tiles import in_pairs, multiply_tiles
+from .tiles import multiply_tiles
 
 _ROWS = 256
 """Rows that a thread multiplies, at most; a power of 2. More would leave threads without work."""

@@ -51,9 +51,10 @@ from .layout import QuantLayout
 from .linear import for_each_panel, row_shares
 from .panels import LIFT, Operands, Packed, Unpacked, pair_steps, weight_arguments
 from .schedule import Schedule, default_schedule
+from .tile_layout import as_they_lie, in_pairs, in_tiles
 from .tile_pairs import multiply_pairs
 from .tile_registers import TILE_ROWS
-from .tiles import as_they_lie, in_pairs, in_tiles, multiply_tiles
+from .tiles import multiply_tiles
 
 _ROWS_BYTES = 1 << 18
 """Bytes of rows that a thread multiplies by panel after panel: the second cache keeps them."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from .isa import Isa
 from .layout import QuantLayout
-from .tiles import as_they_lie, in_pairs
+from .tile_layout import as_they_lie, in_pairs
 
 _PANELS = 9
 """Panels below which they are not made wider for tiles."""

@@ -33,6 +33,7 @@ from .builder import (
     vec,
 )
 from .panels import LIFT, Packed, Unpacked
+from .tile_layout import tile_depth
 from .tile_registers import (
     TILE_ROWS,
     configure_bytes,
@@ -43,7 +44,7 @@ from .tile_registers import (
     store,
     zero,
 )
-from .tiles import Finish, address, tile_depth
+from .tiles import Finish, address
 
 _GROUPS, _COLUMNS = 3, 512
 """Groups whose totals are stored before they are scaled, 4 kB each, and columns of them: what two tiles of

@@ -21,9 +21,8 @@ from functools import partial
 from tvm.script.ir_builder import tirx as T
 
 from .builder import LANES, Buffer, Expr, f32s, let, register, register_i32, vec
-from .isa import Isa
-from .layout import QuantLayout
 from .panels import Packed, Unpacked
+from .tile_layout import tile_depth
 from .tile_registers import (
     TILE_ROWS,
     Operation,
@@ -36,44 +35,11 @@ from .tile_registers import (
     zero,
 )
 
-_LEAST_DEPTH = 32
-"""Columns of a group from which on tiles pay."""
-
-_STARTS = 32
-"""Groups for which it is kept where totals start: 2 kB each."""
-
 Finish = Callable[[Packed, Expr, Expr, Expr, Iterable[list[Buffer]], list[list[Buffer]]], None]
 """(panel, row, c, group, totals, sums): add that group's scaled totals of rows from `row` on by block c of
 the panel, int32 [row][0], to the float32 sums [row][0]. Totals are asked for row by row, each when the row
 before was added.
 """
-
-
-def tile_depth(lay: QuantLayout) -> int:
-    """Columns of a tile of activations: the largest part of a group that a tile holds, or 0 where tiles do
-    not pay (scaling a group's totals takes longer than multiplying fewer columns) or where signed bytes do
-    not hold the weights less their zero points.
-    """
-    signed = lay.bits < 8 or lay.zero_point is None
-    depth = next(d for d in range(64, 0, -1) if lay.group % d == 0 and d % 4 == 0)
-    whole = depth // 4 % lay.words == 0
-    return depth if signed and whole and depth >= _LEAST_DEPTH else 0
-
-
-def in_tiles(isa: Isa, lay: QuantLayout) -> bool:
-    """Whether a level multiplies many rows by weights of a layout in tile registers."""
-    return isa.tiles and tile_depth(lay) > 0
-
-
-def in_pairs(lay: QuantLayout) -> bool:
-    """Whether two tiles of rows are multiplied by those of two blocks."""
-    return lay.group > tile_depth(lay) > 0
-
-
-def as_they_lie(lay: QuantLayout) -> bool:
-    """Whether tiles are loaded from a weight itself."""
-    plain = lay.bits == 8 and lay.zero_point is None and lay.codebook is None
-    return plain and in_pairs(lay) and lay.groups <= _STARTS
 
 
 def multiply_tiles(
