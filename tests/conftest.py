@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from llmc.codegen.tvm import cpu
 from llmc.codegen.tvm.worker import ready_workers
 
 # Before any test imports transformers or huggingface_hub: a test that needs the hub is a test that fails on
@@ -25,6 +26,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     # One folder for all processes of a run, and none of an earlier run's.
     os.environ["LLMC_CACHE"] = f"{_caches.name}/llmc"
 
+USUAL = cpu._USUAL
 LONG = bool(os.environ.get("LLMC_LONG_TESTS"))
 """Whether tests that try many things at random try all of them, which takes a quarter of an hour more."""
 
@@ -63,6 +65,22 @@ def _one_kernel_compiler() -> Iterator[None]:
     """One process compiles kernels for all tests: each compilation would wait for its own to import TVM."""
     with ready_workers(1, at_once=False):
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _this_machines_level() -> Iterator[None]:
+    """Kernels for the level that the tests run on: those of the other usual levels are never loaded, and
+    are most of what a compilation takes. Tests that name levels, and those with `usual_levels`, have theirs.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "_USUAL", ())
+        yield
+
+
+@pytest.fixture
+def usual_levels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels for all levels that a compilation makes where nothing is said."""
+    monkeypatch.setattr(cpu, "_USUAL", USUAL)
 
 
 @pytest.fixture(scope="session")

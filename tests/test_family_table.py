@@ -116,6 +116,7 @@ def test_families_do_what_the_document_says() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", KERNELS if LONG else KERNELS[::4])
+@pytest.mark.usefixtures("usual_levels")
 def test_compiled_kernels_equal_transformers(family: str, tmp_path: Path) -> None:
     import torch
 
