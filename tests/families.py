@@ -125,8 +125,10 @@ def save_family(
     return model, task
 
 
-def attempt(family: str, folder: Path, stored: str = "float32") -> Outcome:
-    """Tries one family, in this process, from weights of a dtype."""
+def attempt(
+    family: str, folder: Path, stored: str = "float32", changed: Mapping[str, Any] = MappingProxyType({})
+) -> Outcome:
+    """Tries one family, in this process, from weights of a dtype; `changed` as in `small_config`."""
     from llmc.frontend.source import open_source
     from llmc.frontend.trace import trace_source
     from llmc.passes.quantize.scheme import weight_passes
@@ -135,7 +137,7 @@ def attempt(family: str, folder: Path, stored: str = "float32") -> Outcome:
 
     first, second = token_ids(40), token_ids(21, seed=3)
     try:
-        model, task = save_family(family, folder, stored)
+        model, task = save_family(family, folder, stored, changed=changed)
         wanted = [reference(model, ids, task) for ids in (first, second)]
     except LlmcError as error:
         return Outcome("refused", error.message)
