@@ -176,6 +176,8 @@ def relative(got: Any, wanted: Any) -> float:
 def bounds(draw: Draw) -> tuple[float, float]:
     """How far results may be from transformers', and from each other's."""
     scheme = next((x for name, x in LOSSES.items() if draw.quant.startswith(name)), MOST)
+    if draw.bits is not None:  # layers may have as few bits as it takes
+        scheme = max(scheme, MOST)
     if draw.head not in (None, "none") and draw.quant != "none":
         scheme = max(scheme, MOST if "4" in draw.head else 0.15)
     sensitive = max(1.0, matching().get(draw.family, 0.0) / USUAL)
