@@ -269,7 +269,9 @@ def _backward(
     wanted = [v for v in gradients if v not in inputs]
     with torch.enable_grad():
         made = run_ops(block.ops, leaves, wanted, dims, weights)
-        torch.autograd.backward([made[v] for v in wanted], [gradients[v] for v in wanted])
+        # A number that several blocks use (a scale of queries) may be made in one: nothing led there.
+        led = [v for v in wanted if made[v].requires_grad]
+        torch.autograd.backward([made[v] for v in led], [gradients[v] for v in led])
     with torch.no_grad():
         for value, leaf in weights.leaves.items():
             if leaf.grad is not None:
