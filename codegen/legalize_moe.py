@@ -59,10 +59,14 @@ def _gated(b: Builder, form: Gate, products: Value, wide: Dim) -> Value:
     assert half is not None
     gate, up = b.part(products, 0, half), b.part(products, half, wide)
     if form.limit:
-        gate = b(m.Minimum(gate, b.scalar(form.limit, gate)))
+        if not form.limits_active:
+            gate = b(m.Minimum(gate, b.scalar(form.limit, gate)))
         up = b(m.Minimum(up, b.scalar(form.limit, up)))
         up = b(m.Maximum(up, b.scalar(-form.limit, up)))
-    return b.mul(_active(b, form, gate), b.add(up, form.offset) if form.offset else up)
+    active = _active(b, form, gate)
+    if form.limit and form.limits_active:
+        active = b(m.Minimum(active, b.scalar(form.limit, active)))
+    return b.mul(active, b.add(up, form.offset) if form.offset else up)
 
 
 def _active(b: Builder, form: Gate, x: Value) -> Value:

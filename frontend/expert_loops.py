@@ -4,11 +4,12 @@
 
 Which experts that are depends on the values of a tensor, so torch.export cannot write the loop down. Such a
 module is known by what it is called with, `_TAKEN`, and what it computes is found by trying it: its
-parameters may stand for gates, ups and downs in a few orders (`_layouts`), and the one is taken that gives
-the same numbers as the module: over tokens that choose the first and the last expert, over large ones, which
-whatever limits what it takes or gives would change, over many that choose the same experts, and over such as
-choose a number beyond the last one. Numbers beyond it may be refused, add nothing, or add the token itself,
-as experts do that compute nothing.
+parameters may stand for gates, ups and downs in a few orders (`_layouts`), what it computes between its
+products with them is tried for itself (`expert_gates.py`), and the order is taken that gives the same numbers
+as the module: over tokens that choose the first and the last expert, over large ones, which whatever limits
+what it takes or gives would change, over many that choose the same experts, and over such as choose a number
+beyond the last one. Numbers beyond it may be refused, add nothing, or add the token itself, as experts do
+that compute nothing.
 
 The trial runs the module as it is, in its own sizes, with parameters that take hardly any memory: views whose
 rows overlap.
@@ -22,11 +23,11 @@ import inspect
 import itertools
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import BuiltinFunctionType, FunctionType, MethodType
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
-from ..ir.ops.moe import GATES, Gate, mix
-from . import repeats
+from ..ir.ops.moe import Gate, mix
+from . import expert_gates, repeats
 
 if TYPE_CHECKING:
     import torch
@@ -72,6 +73,14 @@ class Form:
     gate: Gate
     beyond: str = ""
     ranks: tuple[int, ...] = (2,)
+
+    def width(self, parameters: Mapping[str, torch.Tensor]) -> int:
+        """D."""
+        return self.down.of(parameters, self.experts).shape[-1 if self.down.turned else -2]
+
+    def inner(self, parameters: Mapping[str, torch.Tensor]) -> int:
+        """I."""
+        return self.down.of(parameters, self.experts).shape[-2 if self.down.turned else -1]
 
     def weights(self, parameters: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, bool]:
         """gate_up and down, and whether both are turned."""
@@ -130,8 +139,13 @@ def forms_of(model: torch.nn.Module) -> tuple[list[tuple[torch.nn.Module, Form]]
     return found, unknown
 
 
+def has_interface(module: torch.nn.Module) -> bool:
+    """Whether a module computes experts through transformers' interface, which `experts.py` knows."""
+    return hasattr(type(module), "_apply_gate") and hasattr(module, "is_transposed")
+
+
 def _is_called_so(module: torch.nn.Module) -> bool:
-    return _parameters(type(module)) == _TAKEN and not hasattr(type(module), "_apply_gate")
+    return _parameters(type(module)) == _TAKEN and not has_interface(module)
 
 
 @functools.cache
@@ -172,7 +186,7 @@ def _form_of(module: torch.nn.Module) -> Form | None:
 
     parameters = {name: _overlapping(p.shape, i) for i, (name, p) in enumerate(module.named_parameters())}
     with torch.no_grad():
-        for form in _candidates(module):
+        for form in _candidates(module, parameters):
             proven = _proven(module, form, parameters)
             if proven is not None:
                 return proven
@@ -192,17 +206,49 @@ def _overlapping(shape: Sequence[int], seed: int) -> torch.Tensor:
     return (drawn / max(shape[-1], 1) ** 0.5).as_strided(tuple(shape), tuple(strides))
 
 
-def _candidates(module: torch.nn.Module) -> Iterator[Form]:
+def _candidates(module: torch.nn.Module, parameters: Mapping[str, Any]) -> Iterator[Form]:
     shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
     if len(shapes) not in (2, 3) or not all(len(s) in (2, 3) for s in shapes.values()):
         return
-    gates = _activations(module)
+    gates: dict[tuple[object, ...], Gate | None] = {}
     for experts in _counts(module, shapes):
         stacked = {n: s if len(s) == 3 else (experts, s[0] // experts, s[1]) for n, s in shapes.items()}
         for ups, down, gated in _layouts(stacked):
-            orders = (False, True) if gated and len(ups) == 1 else (False,)
-            for name, interleaved in itertools.product(gates, orders):
-                yield Form(experts, ups, down, Gate(name, interleaved=interleaved, gated=gated))
+            form = Form(experts, ups, down, Gate(gated=gated))
+            key = experts, *(one.name for one in (*ups, down)), form.inner(parameters)
+            if key not in gates:
+                gates[key] = _gate_of(module, form, parameters)
+            gate = gates[key]
+            if gate is not None:
+                yield Form(experts, ups, down, gate)
+
+
+def _gate_of(module: torch.nn.Module, form: Form, parameters: Mapping[str, Any]) -> Gate | None:
+    """What the module computes between the products of a form; None where it multiplies otherwise."""
+    import torch
+
+    for rank in (2, 3):
+
+        def call(tokens: int, rank: int = rank) -> object:
+            return torch.func.functional_call(
+                module, dict(parameters), _equal(form, parameters, rank, tokens)
+            )
+
+        matrices = [one.name for one in form.ups], form.down.name
+        between = expert_gates.Between(call, parameters, matrices, form.inner(parameters))
+        gate = expert_gates.gate_between(between, form.gate.gated)
+        if gate is not None:
+            return gate
+    return None
+
+
+def _equal(form: Form, parameters: Mapping[str, Any], rank: int, tokens: int) -> _Given:
+    """Tokens that all choose the first expert and the last one."""
+    import torch
+
+    hidden = torch.ones((1,) * (rank - 2) + (tokens, form.width(parameters)))
+    indices = torch.tensor([[0, form.experts - 1]]).repeat(tokens, 1)
+    return hidden, indices, torch.ones(tokens, 2)
 
 
 def _counts(module: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> list[int]:
@@ -212,26 +258,6 @@ def _counts(module: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> l
     plain = [n for n in vars(module).values() if isinstance(n, int) and n > 1]
     some = [min(stacks)] if stacks else sorted(set(plain))
     return [n for n in some if n > 0 and all(rows % n == 0 for rows in flat)]
-
-
-def _activations(module: torch.nn.Module) -> list[str]:
-    """Names of what the module may compute between its products: those of the functions that it holds."""
-    import torch
-
-    kinds = torch.nn.Module | FunctionType | BuiltinFunctionType
-    held = [v for one in module.modules() for v in (one, *vars(one).values()) if isinstance(v, kinds)]
-    grid, found = torch.linspace(-8, 8, 257), list[str]()
-    names = [name for name in GATES if name != "swish"]
-    for function in held:
-        if isinstance(function, torch.nn.Module) and next(function.parameters(), None) is not None:
-            continue
-        given = None
-        with contextlib.suppress(Exception):  # it may be anything
-            given = function(grid)
-        if isinstance(given, torch.Tensor) and given.shape == grid.shape:
-            like = [n for n in names if torch.allclose(Gate(n, gated=False)(grid), given, atol=1e-5)]
-            found += [n for n in like if n not in found]
-    return found
 
 
 def _layouts(stacked: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[tuple[_Matrix, ...], _Matrix, bool]]:
@@ -302,9 +328,8 @@ def _given(form: Form, parameters: Mapping[str, Any], more: int, rank: int) -> _
     """
     import torch
 
-    x = form.down.of(parameters, form.experts)
-    width = x.shape[-1 if form.down.turned else -2]
-    hidden = torch.randn((1,) * (rank - 2) + (3, width), generator=torch.Generator().manual_seed(7))
+    shape = (1,) * (rank - 2) + (3, form.width(parameters))
+    hidden = torch.randn(shape, generator=torch.Generator().manual_seed(7))
     middle, last = form.experts // 2, form.experts - 1 + more
     indices = torch.tensor([[0, last], [last, middle], [middle, 0]])
     return hidden, indices, torch.tensor([[0.7, 0.2], [0.4, 1.1], [0.5, 0.3]])

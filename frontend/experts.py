@@ -7,9 +7,7 @@ importer turns into a `moe`; what routers compute stays tensor ops. Modules that
 their own leave the same operator, where it is found out what they compute (`expert_loops.py`). A model that
 computes experts in another way is refused by the first operator that is not known.
 
-What happens between the two products of an expert is a method of the module, and implementations name their
-constants as they like. It is found by trying it (`gate_of`): the constants are read off a few values, and the
-result is compared with the module's own on a grid.
+What happens between the two products of an expert is a method of the module, which is tried (`gate_of`).
 """
 
 from __future__ import annotations
@@ -17,15 +15,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..ir.core import Value
 from ..ir.errors import InputError, UnsupportedError
-from ..ir.ops.moe import GATES, Gate, Moe
-from . import expert_loops
+from ..ir.ops.moe import Gate, Moe
+from . import expert_gates, expert_loops
 from .aten_table import registered
 from .export import depends_on_values
 from .operators import Definition, define_operators
@@ -37,12 +34,10 @@ if TYPE_CHECKING:
 
 NAMESPACE = "llmc_experts"
 _numbers = itertools.count()  # of our functions in transformers' registry: other threads may trace too
-_FAR = 1e9  # beyond every limit of a gate
-_TOLERANCE = 1e-5  # of a gate's result: some compute in float32
 _SCHEMA = (
     "(Tensor hidden, Tensor indices, Tensor weights, Tensor gate_up, Tensor down, Tensor? up_bias, "
     "Tensor? down_bias, str activation, float alpha, float limit, float offset, bool interleaved, "
-    "bool gated, bool transposed) -> Tensor"
+    "bool gated, bool limits_active, bool transposed) -> Tensor"
 )
 
 
@@ -64,15 +59,15 @@ def installed(model: Any) -> Generator[None]:
             raise UnsupportedError(
                 f"the experts of {unknown[0]} are computed in a loop over those that were chosen, and are of "
                 "a kind that is not known",
-                remedy="experts may have two or three matrices each, without biases, and between them an "
-                "activation that the module holds, of those of Gate in ir/ops/moe.py; or report the model",
+                remedy="experts may have two or three matrices each, without biases, and between them what "
+                "Gate in ir/ops/moe.py computes; or report the model",
             ) from error
 
 
 @contextmanager
 def _interface(model: Any) -> Generator[None]:
     """Experts that are computed through transformers' interface leave one operator each."""
-    found = [(path, one) for path, one in model.named_modules() if _is_experts(one)]
+    found = [(path, one) for path, one in model.named_modules() if expert_loops.has_interface(one)]
     if not found:
         yield
         return
@@ -100,11 +95,6 @@ def _left(
     up, down, turned = form.weights(parameters)
     gate = dataclasses.astuple(form.gate)
     return _operator()(hidden, indices, weights, up, down, None, None, *gate, turned)
-
-
-def _is_experts(module: Any) -> bool:
-    """Whether a module computes experts through transformers' interface."""
-    return hasattr(type(module), "_apply_gate") and hasattr(module, "is_transposed")
 
 
 def _forward(gates: dict[int, Gate]) -> Callable[..., Any]:
@@ -160,7 +150,12 @@ def gate_of(path: str, module: Any) -> Gate:
     """What a module of experts computes between its two products. Raises UnsupportedError for what is no
     `Gate`.
     """
-    gate = _found(module._apply_gate) if module.has_gate else _found_activation(module.act_fn)
+    import torch
+
+    if module.has_gate:
+        gate = expert_gates.found_gate(expert_gates.of_products(module._apply_gate), torch.float64)
+    else:
+        gate = expert_gates.found_activation(module.act_fn, torch.float64)
     if gate is None:
         kind = "a gate" if module.has_gate else "an activation"
         raise UnsupportedError(
@@ -168,50 +163,6 @@ def gate_of(path: str, module: Any) -> Gate:
             remedy="add it to Gate in ir/ops/moe.py, or report the model",
         )
     return gate
-
-
-def _found(apply: Callable[[Any], Any]) -> Gate | None:
-    """The `Gate` that computes what `apply` does: products [..., 2I] → [..., I]."""
-    import torch
-
-    def value(gate: float, up: float, interleaved: bool) -> float:
-        order = [gate, up, 0.0, 0.0] if interleaved else [gate, 0.0, up, 0.0]
-        return float(apply(torch.tensor([order], dtype=torch.float64))[0, 0])
-
-    # Of two pairs the first result: where the second pair stands apart, it depends on elements 0 and 1.
-    interleaved = value(1.0, 1.0, True) != value(1.0, 0.0, True)
-    at_zero, at_one = value(1.0, 0.0, interleaved), value(1.0, 1.0, interleaved)
-    active = at_one - at_zero
-    if not active or not math.isfinite(active):
-        return None
-    offset = _rounded(at_zero / active)
-    most = value(1.0, _FAR, interleaved) / active - offset
-    limit = 0.0 if most > _FAR / 2 else _rounded(most)
-    form: dict[str, Any] = {"limit": limit, "offset": offset, "interleaved": interleaved}
-    candidates = [Gate(name, **form) for name in GATES if name != "swish"]
-    if 0 < active < 1:
-        candidates.append(Gate("swish", alpha=_rounded(-math.log(1 / active - 1)), **form))
-    grid = torch.linspace(-12, 12, 49, dtype=torch.float64)
-    products = torch.cartesian_prod(grid, grid)  # one pair a row stands alike in both orders
-    wanted = apply(products)
-    scale = _TOLERANCE * (1 + wanted.abs())
-    return next((one for one in candidates if bool(((one(products) - wanted).abs() <= scale).all())), None)
-
-
-def _found_activation(apply: Callable[[Any], Any]) -> Gate | None:
-    """The `Gate` without a gate that computes what `apply` does, element by element."""
-    import torch
-
-    grid = torch.linspace(-12, 12, 4001, dtype=torch.float64)
-    wanted = apply(grid)
-    candidates = [Gate(name, gated=False) for name in GATES if name != "swish"]
-    scale = _TOLERANCE * (1 + wanted.abs())
-    return next((one for one in candidates if bool(((one(grid) - wanted).abs() <= scale).all())), None)
-
-
-def _rounded(value: float) -> float:
-    """A constant as somebody wrote it, out of a result of float32 or float64."""
-    return float(f"{value:.6g}")
 
 
 _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")

@@ -194,6 +194,7 @@ GATES = {
     "silu": Gate("silu"),
     "swish": Gate("swish", alpha=1.702, limit=1.5, offset=1.0),
     "gelu": Gate("gelu_tanh", limit=0.7),
+    "active": Gate("silu", limit=0.4, limits_active=True),
     "none": Gate("relu2", gated=False),
     "relu2": Gate("relu2"),
 }

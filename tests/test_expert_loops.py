@@ -142,12 +142,63 @@ class Other(Loop):
         return (self.act_fn(gate) * torch.tanh(up)) @ self.down[e].T
 
 
+class Inline(Loop):
+    """It holds no activation."""
+
+    def make(self) -> None:
+        super().make()
+        del self.act_fn
+
+    def one(self, e: Any, x: torch.Tensor) -> torch.Tensor:
+        gate, up = torch.nn.functional.linear(x, self.gate_up[e]).chunk(2, -1)
+        return (torch.nn.functional.gelu(gate, approximate="tanh") * up) @ self.down[e].T
+
+
 class Clamped(Loop):
     """What only large numbers show."""
 
+    limits = (7.0, 7.0)
+
     def one(self, e: Any, x: torch.Tensor) -> torch.Tensor:
         gate, up = (x @ self.gate_up[e].T).chunk(2, -1)
-        return (self.act_fn(gate.clamp(max=7.0)) * up.clamp(-7.0, 7.0)) @ self.down[e].T
+        first, second = self.limits
+        return (self.act_fn(gate.clamp(max=first)) * up.clamp(-second, second)) @ self.down[e].T
+
+
+class Uneven(Clamped):
+    limits = (7.0, 5.0)
+
+
+class ClampedLater(Loop):
+    """The active gate is limited, by a method that experts of transformers' interface have as well."""
+
+    def _apply_gate(self, both: torch.Tensor) -> torch.Tensor:
+        gate, up = both.chunk(2, -1)
+        return torch.nn.functional.silu(gate).clamp(max=16.0) * up.clamp(-16.0, 16.0)
+
+    def one(self, e: Any, x: torch.Tensor) -> torch.Tensor:
+        return self._apply_gate(x @ self.gate_up[e].T) @ self.down[e].T
+
+
+class ClampedLow(ClampedLater):
+    """A limit within which activations differ from their limits."""
+
+    def _apply_gate(self, both: torch.Tensor) -> torch.Tensor:
+        gate, up = both[..., ::2], both[..., 1::2]
+        active = torch.nn.functional.gelu(gate).clamp(max=1.5)
+        return active * (up.clamp(-1.5, 1.5) + 0.25)
+
+
+class Columns(Loop):
+    """Tokens are columns, and there are three matrices."""
+
+    def make(self) -> None:
+        self.a, self.b = (nn.Parameter(torch.randn(EXPERTS, self.inner, self.width)) for _ in range(2))
+        self.c = nn.Parameter(torch.randn(EXPERTS, self.width, self.inner))
+
+    def one(self, e: Any, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.a[e] @ x.T, self.b[e] @ x.T
+        return (self.c[e] @ (gate * torch.sigmoid(1.702 * gate) * up)).T
 
 
 class Full(Loop):
@@ -179,11 +230,17 @@ def traced(module: Layer) -> Graph:
     return trace_module(module, (torch.zeros(3, module.experts.width),), dynamic_shapes=tokens)
 
 
+_LOW = Gate("gelu", limit=1.5, offset=0.25, interleaved=True, limits_active=True)
 KNOWN: dict[str, tuple[type[Loop], Gate, str]] = {
     "stacked": (Loop, Gate("silu"), ""),
     "flat": (Flat, Gate("gelu"), ""),
     "turned": (Turned, Gate("relu", interleaved=True), ""),
     "without a gate": (Ungated, Gate("gelu", gated=False), ""),
+    "of functions": (Inline, Gate("gelu_tanh"), ""),
+    "clamped": (Clamped, Gate("silu", limit=7.0), ""),
+    "clamped later": (ClampedLater, Gate("silu", limit=16.0), ""),
+    "clamped low": (ClampedLow, _LOW, ""),
+    "columns": (Columns, Gate("swish", alpha=1.702), ""),
     "passing": (Passing, Gate("silu"), "passes"),
     "silent": (Silent, Gate("silu"), "nothing"),
 }
@@ -210,7 +267,7 @@ def test_loops_become_mixtures(name: str, sizes: tuple[int, int], batched: bool)
             )
 
 
-@pytest.mark.parametrize("kind", [Biased, Other, Doubling, Clamped, Full])
+@pytest.mark.parametrize("kind", [Biased, Other, Doubling, Uneven, Full])
 def test_loops_of_another_kind_are_refused(kind: type[Loop]) -> None:
     with pytest.raises(UnsupportedError, match="the experts of experts are computed in a loop over those"):
         traced(Layer(kind()))
@@ -248,6 +305,32 @@ def test_hidden_states_of_a_rank_that_was_not_tried_are_left_to_the_module() -> 
 def test_families_equal_transformers(family: str, tmp_path: Path) -> None:
     found = attempt(family, tmp_path / family)
     assert (found.status, found.reason) == ("equal", "")
+
+
+@pytest.mark.parametrize("limit", [None, 1.5, 16.0])
+def test_experts_of_transformers_that_have_half_of_its_interface(limit: float | None) -> None:
+    """A gate of the interface's name in a loop. transformers has no text model of these alone: the layer is
+    compared: within 1e-5 of the largest value.
+    """
+    from transformers.models.step3p7 import configuration_step3p7, modeling_step3p7
+
+    config = configuration_step3p7.Step3p7TextConfig(
+        hidden_size=64, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=24,
+        share_expert_dim=24, num_hidden_layers=1, swiglu_limits=[limit],
+    )  # fmt: skip
+    layer = modeling_step3p7.Step3p7SparseMoeBlock(config, 0).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_(std=0.5)
+    tokens = ({1: torch.export.Dim("T", min=2)},)
+    graph = trace_module(layer, (torch.zeros(1, 3, 64),), dynamic_shapes=tokens)
+    assert opnames(graph).count("moe") == 1
+    x = torch.randn(1, 17, 64)
+    with torch.no_grad():
+        wanted = layer(x)
+    (got,) = run(graph, {graph.inputs[0].name: x})
+    assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
 # -- weights

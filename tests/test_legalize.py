@@ -150,6 +150,7 @@ CASES: dict[str, Make] = {
     "moe": _moe(),
     "moe/gelu, biased": _moe(bias=True, activation="gelu_tanh"),
     "moe/clamped": _moe(activation="swish", alpha=1.7, limit=0.5, offset=1.0),
+    "moe/clamped when active": _moe(activation="silu", limit=0.5, limits_active=True),
     "moe/without a gate": _moe(bias=True, activation="relu2", gated=False),
     "quantized_moe": _quantized_moe,
     "neg": _unary(math.Neg),

@@ -249,6 +249,10 @@ GATES = [
         lambda x: torch.nn.functional.silu(_halves(x)[0].clamp(max=2.5)) * _halves(x)[1].clamp(-2.5, 2.5),
         Gate("silu", limit=2.5),
     ),
+    (
+        lambda x: torch.nn.functional.silu(_halves(x)[0]).clamp(max=2.5) * _halves(x)[1].clamp(-2.5, 2.5),
+        Gate("silu", limit=2.5, limits_active=True),
+    ),
 ]
 
 
@@ -257,7 +261,13 @@ def test_gates_are_found_by_what_they_compute(apply: Any, gate: Gate) -> None:
     assert gate_of("experts", _Module(apply)) == gate
 
 
-@pytest.mark.parametrize("apply", [lambda x: x[..., ::2] ** 2, lambda x: torch.tanh(_halves(x)[0])])
+def _late(x: torch.Tensor) -> torch.Tensor:
+    """A limit of ups alone, beyond the numbers that are usual."""
+    gate, up = _halves(x)
+    return torch.nn.functional.silu(gate) * up.clamp(-16.0, 16.0)
+
+
+@pytest.mark.parametrize("apply", [lambda x: x[..., ::2] ** 2, lambda x: torch.tanh(_halves(x)[0]), _late])
 def test_a_gate_that_is_not_known(apply: Any) -> None:
     with pytest.raises(UnsupportedError, match=r"the experts of layers\.0 have a gate of a kind that is not"):
         gate_of("layers.0", _Module(apply))

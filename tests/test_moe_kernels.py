@@ -174,6 +174,8 @@ GATES = [
     Gate("gelu_tanh"),
     Gate("swish", alpha=1.702, limit=7.0, offset=1.0),
     Gate("silu", limit=0.5),
+    Gate("silu", limit=0.5, limits_active=True),
+    Gate("relu2", limit=1.5, offset=0.5, limits_active=True),
     Gate("relu2", gated=False),
     Gate("relu2", limit=1.5),
     Gate("gelu", gated=False),
@@ -182,7 +184,7 @@ GATES = [
 
 @levels
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("gate", GATES, ids=lambda g: f"{g.activation}-{g.limit:g}")
+@pytest.mark.parametrize("gate", GATES, ids=str)
 @pytest.mark.parametrize(("rows", "width"), [(1, 7), (9, 40)])
 def test_gates(isa: str, gate: Gate, bias: bool, rows: int, width: int) -> None:
     import torch
@@ -201,6 +203,7 @@ def test_gates(isa: str, gate: Gate, bias: bool, rows: int, width: int) -> None:
         "offset": gate.offset,
         "bias": bias,
         "gated": gate.gated,
+        "limits_active": gate.limits_active,
     }
     more = [source, indices.reshape(-1).astype(np.int32), b] if bias else []
     got = call(kernels.make_moe_gate, isa, static, x, *more, blank(rows * top_k, width))

@@ -86,6 +86,7 @@ class Pairs:
             "offset": gate.offset,
             "bias": op.up_bias is not None,
             "gated": gate.gated,
+            "limits_active": gate.limits_active,
         }
         args = [products]
         if op.up_bias is not None:

@@ -34,7 +34,8 @@ class Gate:
     (`gated` False) activation(products).
 
     activation: one of `ACTIVATIONS`, "swish": x · sigmoid(alpha · x), or "relu2": max(x, 0)². limit 0: none.
-    interleaved: products are [gate0, up0, gate1, up1, …].
+    interleaved: products are [gate0, up0, gate1, up1, …]. limits_active: min(activation(gate), limit) in
+    place of activation(min(gate, limit)).
     """
 
     activation: str = "silu"
@@ -43,6 +44,7 @@ class Gate:
     offset: float = 0.0
     interleaved: bool = False
     gated: bool = True
+    limits_active: bool = False
 
     @property
     def products(self) -> int:
@@ -57,9 +59,13 @@ class Gate:
             gate, up = products[..., ::2], products[..., 1::2]
         else:
             gate, up = products.chunk(2, -1)
-        if self.limit:
-            gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
-        return self._active(gate) * (up + self.offset)
+        if not self.limit:
+            return self._active(gate) * (up + self.offset)
+        if self.limits_active:
+            active = self._active(gate).clamp(max=self.limit)
+        else:
+            active = self._active(gate.clamp(max=self.limit))
+        return active * (up.clamp(-self.limit, self.limit) + self.offset)
 
     def _active(self, x: Any) -> Any:
         import torch
@@ -130,7 +136,7 @@ def _verify(one: Moe | QuantizedMoe) -> None:
             f"{one.opname}: no activation {one.activation}", remedy=f"one of {', '.join(GATES)}"
         )
     gate = one.gate
-    if not gate.gated and (gate.limit or gate.offset or gate.interleaved):
+    if not gate.gated and (gate.limit or gate.offset or gate.interleaved or gate.limits_active):
         raise VerifyError(f"{one.opname}: {gate} has no gate to limit", remedy="leave the constants away")
     if one.indices.dtype not in ("int32", "int64"):
         raise VerifyError(f"{one.opname}: indices {one.indices.type}", remedy="indices are integers")
@@ -163,10 +169,12 @@ class Moe(Op):
     interleaved: bool = False
     transposed: bool = False
     gated: bool = True
+    limits_active: bool = False
 
     @property
     def gate(self) -> Gate:
-        return Gate(self.activation, self.alpha, self.limit, self.offset, self.interleaved, self.gated)
+        form = (self.activation, self.alpha, self.limit, self.offset, self.interleaved, self.gated)
+        return Gate(*form, self.limits_active)
 
     def infer(self) -> list[TensorType]:
         return _check(self, self.gate_up.type, self.down.type)
@@ -206,10 +214,12 @@ class QuantizedMoe(Op):
     limit: float = 0.0
     offset: float = 0.0
     gated: bool = True
+    limits_active: bool = False
 
     @property
     def gate(self) -> Gate:
-        return Gate(self.activation, self.alpha, self.limit, self.offset, gated=self.gated)
+        form = {"gated": self.gated, "limits_active": self.limits_active}
+        return Gate(self.activation, self.alpha, self.limit, self.offset, **form)
 
     def infer(self) -> list[TensorType]:
         return _check(self, self.up_q.type, self.down_q.type)

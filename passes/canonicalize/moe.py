@@ -65,6 +65,7 @@ class NormalizeExperts(Pass):
                 limit=op.limit,
                 offset=op.offset,
                 gated=op.gated,
+                limits_active=op.limits_active,
             )
             rw.loc = op.loc
             graph.insert(rw, before=op)

@@ -59,6 +59,7 @@ def attach_experts(graph: Graph, op: Moe, up: Parts, down: Parts) -> None:
         limit=op.limit,
         offset=op.offset,
         gated=op.gated,
+        limits_active=op.limits_active,
     )
     made.loc = op.loc
     graph.insert(made, before=op)

@@ -82,13 +82,14 @@ DEVICE void moe_gate(const float* products, const int* source, const int* indice
     gate += bias[(i64)e * wide + i], up += bias[(i64)e * wide + second + i];
   }
   if (P::limit > 0.0f) {
-    gate = gate > P::limit ? P::limit : gate;
+    if (!P::limits_active) gate = gate > P::limit ? P::limit : gate;
     up = up > P::limit ? P::limit : up < -P::limit ? -P::limit : up;
   }
   float active;
   if constexpr (P::swish) active = gate / (1.0f + expf(-P::alpha * gate));
   else active = activated<P::activation>(gate);
   if constexpr (P::squared) active *= active;
+  if (P::limits_active && P::limit > 0.0f) active = active > P::limit ? P::limit : active;
   out[at] = P::gated ? active * (up + P::offset) : active;
 }
 

@@ -214,6 +214,7 @@ def moe_gate(
     offset: float,
     bias: bool,
     gated: bool,
+    limits_active: bool = False,
 ) -> Code:
     products = (2 if gated else 1) * width
     arguments = [Argument("products", ("S", products), "float32")]
@@ -245,6 +246,7 @@ def moe_gate(
             "activation": ACTIVATIONS.get("relu" if activation == "relu2" else activation, 0),
             "alpha": float(alpha),
             "limit": float(limit),
+            "limits_active": limits_active,
             "offset": float(offset),
             "bias": bias,
             "threads": FLAT_THREADS,

@@ -246,6 +246,7 @@ def make_moe_gate(
     offset: float = 0.0,
     bias: bool = False,
     gated: bool = True,
+    limits_active: bool = False,
     isa: str,
 ) -> Any:
     """out = gate(products + bias of the row's expert), as `ir.ops.moe.Gate` says.
@@ -265,10 +266,13 @@ def make_moe_gate(
         out = kernel.argument("out", (pairs, width), "float32")
 
         def both(gate: Expr, up: Expr) -> Expr:
-            if limit:
+            if limit and not limits_active:
                 gate = T.min(gate, f32s(limit))
+            active = function(let(gate))
+            if limit:
+                active = T.min(active, f32s(limit)) if limits_active else active
                 up = T.max(T.min(up, f32s(limit)), f32s(-limit))
-            return function(let(gate)) * (up + f32s(offset) if offset else up)
+            return active * (up + f32s(offset) if offset else up)
 
         def row(s: Expr) -> None:
             e = let(indices[source[s]]) if bias else None

@@ -20,7 +20,9 @@ fn kernel(block: vec3<i32>, thread: i32) {
   up += up_bias[e * wide + second + i];
 #endif
 #if LIMIT
+#if !LIMITS_ACTIVE
   gate = select(gate, LIMIT, gate > LIMIT);  // what is no number stays so
+#endif
   up = select(select(up, LIMIT, up > LIMIT), -LIMIT, up < -LIMIT);
 #endif
 #if SWISH
@@ -30,6 +32,11 @@ fn kernel(block: vec3<i32>, thread: i32) {
 #endif
 #if SQUARED
   y *= y;
+#endif
+#if LIMIT
+#if LIMITS_ACTIVE
+  y = select(y, LIMIT, y > LIMIT);
+#endif
 #endif
 #if GATED
   y *= up + OFFSET;
