@@ -24,7 +24,7 @@ class JoinedTensor:
 
     def __init__(self, parts: Sequence[LazyTensor], *, in_turns: bool) -> None:
         first, second = parts
-        self._parts = parts
+        self.parts = parts
         self._in_turns = in_turns
         self.shape: tuple[int, ...] = (first.shape[0], first.shape[1] + second.shape[1], *first.shape[2:])
         self.dtype = first.dtype
@@ -37,10 +37,10 @@ class JoinedTensor:
         def join(parts: Sequence[LazyTensor]) -> LazyTensor:
             return JoinedTensor(parts, in_turns=self._in_turns)
 
-        return concat_quantized(self._parts, join)
+        return concat_quantized(self.parts, join)
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
-        arrays = [part.read(start, stop) for part in self._parts]
+        arrays = [part.read(start, stop) for part in self.parts]
         if not self._in_turns:
             return np.concatenate(arrays, axis=1)
         return np.stack(arrays, axis=2).reshape(len(arrays[0]), *self.shape[1:])

@@ -86,6 +86,7 @@ def experts_of(folder: Path, *, keep: bool) -> tuple[list[np.ndarray], set[str]]
     [
         *(("qwen3_moe", form) for form in FORMS),
         *((family, "gptq") for family in FAMILIES),
+        ("longcat_flash", "compressed int4"),  # a loop of its own, over some of the experts that are stored
         ("gpt_oss", "mxfp4"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,19 @@ from llmc.codegen.tvm.emit_activations import kept_apart
 from llmc.codegen.tvm.weights import expert_layouts, quant_layout
 from llmc.frontend.source import open_source
 from llmc.frontend.trace import trace_source
+from llmc.frontend.weights import TurnedTensor
+from llmc.ir.core import Graph, Op, Value
 from llmc.ir.ops.moe import Moe, QuantizedMoe
+from llmc.ir.ops.nn import Linear
 from llmc.ir.ops.quant import QuantizedLinear, dequantized
+from llmc.ir.ops.shape import Concat, Reshape, Transpose
+from llmc.ir.types import TensorType, sym
+from llmc.ir.weights import ArrayTensor, LazyTensor
+from llmc.passes.base import PassContext
+from llmc.passes.canonicalize.expert_weights import Stacked
+from llmc.passes.canonicalize.fold import FoldConstants
+from llmc.passes.canonicalize.moe import NormalizeExperts
+from llmc.passes.manager import run_passes
 from llmc.passes.quantize.keep import KeepQuantized
 from llmc.passes.quantize.scheme import weight_passes
 from transformers import GPTJConfig, GPTJForCausalLM
@@ -23,6 +35,7 @@ from transformers import GPTJConfig, GPTJForCausalLM
 from .graphs import lowered, traced
 from .llama_cpp import LlamaCpp
 from .models import ids_of
+from .test_ggml import gguf_with, random_blocks
 from .test_gguf_architectures import tiny, written
 
 # Blocks of each layer's experts, as llama.cpp mixes them: gate and up alike, down with more bits or fewer.
@@ -136,6 +149,99 @@ def test_experts_without_codes_of_their_own_stay_floats_and_say_why(tmp_path: Pa
         "the experts of 1 mixtures stay floats: model.layers.1.mlp.experts.down_proj (stored as" in note
         for note in notes
     )
+
+
+# -- experts that are put together in the graph, as of a loop of a model's own
+
+_E, _I, _D = 3, 256, 512
+
+
+def _together(folder: Path, up: str, down: str, form: str) -> Graph:
+    """A mixture of three matrices in blocks, experts one below the other: gate and up, joined, of types
+    "A B", down of another. "turned": the model has the matrices transposed, as stacks that lie straight;
+    "crossed": down is stored transposed, experts one below the other.
+    """
+    graph = Graph()
+    x = graph.add_input("x", TensorType("float32", (sym("T"), _D)))
+    indices = graph.add_input("i", TensorType("int64", (sym("T"), 2)))
+    weights = graph.add_input("w", TensorType("float32", (sym("T"), 2)))
+
+    def stored(name: str, kind: str, rows: int, k: int, seed: int) -> LazyTensor:
+        if kind == "F32":
+            return ArrayTensor(np.random.default_rng(seed).random((_E * rows, k), np.float32), name)
+        path = folder / f"{name}.gguf"
+        return gguf_with(path, kind, random_blocks(kind, _E * rows, k, seed), k)["t"]
+
+    def put(op: Op) -> Value:
+        graph.append(op)
+        return op.results[0]
+
+    kinds = up.split()
+    halves = [stored(n, k, _I, _D, i) for i, (n, k) in enumerate(zip(("gate", "up"), kinds, strict=True))]
+    last = stored("down", down, *((_I, _D) if form == "crossed" else (_D, _I)), 2)
+    if form == "turned":
+        turned = [graph.add_weight(f"w{i}", TurnedTensor(Stacked(h, _E))) for i, h in enumerate(halves)]
+        both = put(Concat(turned, axis=-1))
+        second = graph.add_weight("down", TurnedTensor(Stacked(last, _E)))
+    else:
+        parts = [graph.add_weight(f"w{i}", h) for i, h in enumerate(halves)]
+        both = put(Concat([put(Reshape(p, shape=(_E, _I, _D))) for p in parts], axis=-2))
+        shape = (_E, _I, _D) if form == "crossed" else (_E, _D, _I)
+        second = put(Reshape(graph.add_weight("down", last), shape=shape))
+        second = put(Transpose(second, perm=(-1, -2))) if form == "crossed" else second
+    op = Moe(x, indices, weights, both, second, None, None, transposed=form == "turned")
+    graph.outputs, graph.output_names = [put(op)], ["y"]
+    graph.stage = "fused"
+    return graph
+
+
+@pytest.mark.parametrize("form", ["flat", "turned"])
+@pytest.mark.parametrize(("up", "down"), [("Q4_K", "Q6_K"), ("Q8_0", "Q5_1"), ("IQ4_XS", "IQ2_XXS")])
+def test_codes_of_experts_that_are_put_together_are_kept(
+    up: str, down: str, form: str, tmp_path: Path
+) -> None:
+    """The blocks' own numbers, bit for bit."""
+    graph = _together(tmp_path, f"{up} {up}", down, form)
+    floats, _ = run_passes(graph.clone(), [FoldConstants(), NormalizeExperts()], PassContext())
+    (one,) = [op for op in floats if isinstance(op, Moe)]
+    wanted = [one.gate_up.weight.read(), one.down.weight.read()]
+    kept, _ = run_passes(graph, [FoldConstants(), NormalizeExperts(), KeepQuantized()], PassContext())
+    (op,) = [op for op in kept if isinstance(op, QuantizedMoe)]
+    parts = ((op.up_q, op.up_scale, op.up_zero_point), (op.down_q, op.down_scale, op.down_zero_point))
+    for three, floats_of in zip(parts, wanted, strict=True):
+        read = [None if p is None else torch.from_numpy(p.weight.read()) for p in three]
+        assert np.array_equal(dequantized(three[0].type.quant, *read).numpy(), floats_of)
+        for start, stop in ((0, 1), (1, 3), (3, None)):  # an expert is read for itself
+            assert np.array_equal(three[0].weight.read(start, stop), three[0].weight.read()[start:stop])
+
+
+@pytest.mark.parametrize(
+    ("up", "down", "form", "why"),
+    [
+        ("Q4_K Q6_K", "Q8_0", "flat", r"w0\.rows \(stored as gates and ups in codes of two kinds\)"),
+        ("Q4_K F32", "Q8_0", "flat", r"w0\.rows \(stored as floats in part\)"),
+        ("Q4_K Q4_K", "F32", "flat", r"down\.reshape \(stored as floats, or in codes that no kernel reads"),
+        (
+            "Q4_K Q4_K",
+            "Q8_0",
+            "crossed",
+            r"down\.rows \(stored transposed, with codes in groups along the axis",
+        ),
+    ],
+)
+def test_codes_that_are_not_kept_say_why(up: str, down: str, form: str, why: str, tmp_path: Path) -> None:
+    graph = _together(tmp_path, up, down, form)
+    other = graph.add_weight(
+        "other", gguf_with(tmp_path / "o.gguf", "Q8_0", random_blocks("Q8_0", 64, _D), _D)["t"]
+    )
+    layer = Linear(graph.inputs[0], other, None)
+    graph.append(layer)
+    graph.outputs.append(layer.result)
+    graph.output_names.append("z")
+    kept, records = run_passes(graph, [FoldConstants(), NormalizeExperts(), KeepQuantized()], PassContext())
+    assert not [op for op in kept if isinstance(op, QuantizedMoe)]
+    notes = [note for record in records for note in record.notes]
+    assert any(re.search(f"the experts of 1 mixtures stay floats: {why}", note) for note in notes), notes
 
 
 def test_the_largest_activations_are_kept_apart_of_norms_and_of_rows_that_logits_are_wanted_of() -> None:

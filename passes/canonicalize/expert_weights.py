@@ -9,7 +9,7 @@ Models whose experts are traced from modules of their own (`frontend/expert_loop
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ import numpy as np
 from ...ir.core import Graph, Value
 from ...ir.ops.moe import Moe
 from ...ir.ops.shape import Concat, Reshape, Slice, Transpose
-from ...ir.weights import LazyTensor
+from ...ir.weights import LazyTensor, QuantizedTensors, concat_quantized, quantized_of, straight_of
 from ..derived import SliceRows
 
 Array = np.ndarray[Any, Any]
@@ -32,28 +32,67 @@ class Stacked:
         self.shape: tuple[int, ...] = (experts, self.n, width)
         self.dtype, self.source = base.dtype, base.source
 
+    @property
+    def quantized(self) -> QuantizedTensors | None:
+        """The base's quantized parts, stacked as it is."""
+        stored = quantized_of(self.base)
+        return stored and stored.map_rows(lambda part: Stacked(part, self.shape[0]))
+
     def read(self, start: int = 0, stop: int | None = None) -> Array:
         first, last, _ = slice(start, stop).indices(self.shape[0])
         rows = self.base.read(first * self.n, max(first, last) * self.n)
         return rows.reshape(-1, *self.shape[1:])
 
 
-class Combined:
-    """Stacked tensors [E, …] from which each expert is made for itself."""
+class Joined:
+    """Stacked tensors [E, …] joined along one of their last two axes, each expert for itself."""
 
-    def __init__(
-        self,
-        parts: Sequence[LazyTensor],
-        shape: tuple[int, ...],
-        combine: Callable[[list[Array]], Array],
-        what: str,
-    ) -> None:
-        self.parts, self._combine = tuple(parts), combine
-        self.shape, self.dtype = shape, parts[0].dtype
-        self.source = f"{what}({', '.join(p.source for p in parts)})"
+    def __init__(self, parts: Sequence[LazyTensor], axis: int) -> None:
+        self.parts, self.axis = tuple(parts), axis
+        shape = list(parts[0].shape)
+        shape[axis] = sum(p.shape[axis] for p in parts)
+        self.shape, self.dtype = tuple(shape), parts[0].dtype
+        self.source = f"concat({', '.join(p.source for p in parts)})"
+
+    @property
+    def quantized(self) -> QuantizedTensors | None:
+        """The parts' own quantized parts, where rows are joined and all have them on one grid."""
+        if self.axis != -2:
+            return None
+        return concat_quantized(self.parts, lambda parts: Joined(parts, -2))
+
+    @property
+    def straight(self) -> LazyTensor | None:
+        """Of parts whose columns are stored as rows: those rows, joined."""
+        stored = [straight_of(p) for p in self.parts]
+        held = [one for one in stored if one is not None]
+        return Joined(held, -2) if self.axis == -1 and len(held) == len(stored) else None
 
     def read(self, start: int = 0, stop: int | None = None) -> Array:
-        return np.ascontiguousarray(self._combine([p.read(start, stop) for p in self.parts]))
+        return np.concatenate([p.read(start, stop) for p in self.parts], self.axis)
+
+
+class Turned:
+    """Stacked matrices [E, N, K], each transposed."""
+
+    def __init__(self, base: LazyTensor) -> None:
+        experts, rows, columns = base.shape
+        self.base, self.dtype = base, base.dtype
+        self.shape: tuple[int, ...] = (experts, columns, rows)
+        self.source = f"transpose({base.source})"
+
+    @property
+    def straight(self) -> LazyTensor:
+        """What is turned."""
+        return self.base
+
+    @property
+    def quantized(self) -> QuantizedTensors | None:
+        """The stored parts of a base that turns what is stored itself: codes lie in rows."""
+        return quantized_of(straight_of(self.base))
+
+    def read(self, start: int = 0, stop: int | None = None) -> Array:
+        return np.ascontiguousarray(self.base.read(start, stop).swapaxes(1, 2))
 
 
 def gathered(graph: Graph, value: Value) -> Value:
@@ -97,14 +136,13 @@ def _made(
     base = parts[0]
     match op:
         case Concat() if op.axis in (-1, -2) and len({(p.shape[0], p.dtype) for p in parts}) == 1:
-            axis = op.axis
-            return Combined(parts, shape, lambda xs: np.concatenate(xs, axis), "concat")
+            return Joined(parts, op.axis)
         case Reshape() if len(base.shape) == 2 and base.shape[1] == shape[2]:
             return Stacked(base, shape[0])
         case Slice() if op.axis == -3 and op.step == 1 and isinstance(op.start, int):
             return SliceRows(base, op.start, op.start + shape[0])
         case Transpose() if op.perm == (-1, -2) and len(base.shape) == 3:
-            return Combined(parts, shape, lambda xs: xs[0].swapaxes(1, 2), "transpose")
+            return Turned(base)
         case _:
             return None
 

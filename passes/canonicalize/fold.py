@@ -21,10 +21,11 @@ from ...ir.core import Graph, Op, Value
 from ...ir.dtypes import to_numpy
 from ...ir.interpreter import from_torch, to_torch
 from ...ir.ops import math as m
+from ...ir.ops.moe import Moe
 from ...ir.ops.shape import Arange, Concat, Expand, Full, Gather, Index, Reshape, Slice, Transpose
 from ...ir.rewriter import Any, Const, Match, Or, P, Rewriter, Rule, apply_rules, constant
 from ...ir.types import TensorType
-from ...ir.weights import ArrayTensor, ShapeOnlyTensor, num_elements
+from ...ir.weights import ArrayTensor, ShapeOnlyTensor, num_elements, quantized_of, straight_of
 from ..base import Pass, PassContext, PassResult
 from ..derived import ComputedTensor
 from . import lengths
@@ -361,6 +362,23 @@ def _computes(op: Op) -> Callable[[], Anything]:
     return compute
 
 
+def _puts_experts_together(op: Op) -> bool:
+    """Whether all that an op does is to move rows of stored codes for a mixture of experts: a computed weight
+    would have floats, and `normalize-experts` keeps the codes.
+    """
+    if not isinstance(op, Concat | Reshape | Slice | Transpose):
+        return False
+    if not any(quantized_of(straight_of(v.weight) or v.weight) for v in op.operands):
+        return False
+    users = list(op.result.users)
+    for user in users:  # grows as it goes
+        if isinstance(user, Moe):
+            return True
+        if isinstance(user, Concat | Reshape | Slice | Transpose):
+            users += user.result.users
+    return False
+
+
 def fold_weights(graph: Graph) -> int:
     """Ops over nothing but small weights and constants become weights, computed when read. How many."""
     count = 0
@@ -372,6 +390,8 @@ def fold_weights(graph: Graph) -> int:
         if len(op.results) != 1 or not weights or size > FOLD_LIMIT or isinstance(op, Expand):
             continue
         if not all(v.is_weight or constant(v) is not None for v in op.operands) or op.opname == "embedding":
+            continue
+        if _puts_experts_together(op):
             continue
         name = weights[0].name + f".{op.opname}"
         if name in graph.weights:

@@ -9,7 +9,7 @@ first (`expert_weights.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from ...ir.errors import CompileError
 from ...ir.ops.moe import Moe
 from ...ir.weights import LazyTensor, QuantizedTensors, quantized_of, straight_of
 from ..base import Pass, PassContext, PassResult
-from .expert_weights import gather_experts
+from .expert_weights import Joined, Turned, gather_experts
 
 Array = np.ndarray[Any, Any]
 
@@ -98,6 +98,22 @@ def _changed(graph: Graph, value: Value, *, turned: bool, apart: bool) -> Value:
     if stored is not None:
         rows.quantized = stored.map_rows(_part_with_gates_first) if apart else stored
     return graph.add_weight(name, rows)
+
+
+def why_floats(tensor: LazyTensor | None) -> str | None:
+    """Why experts have no codes although codes are stored of them; None where none are known of."""
+    if tensor is None or quantized_of(tensor) is not None:
+        return None
+    base: LazyTensor | None = getattr(tensor, "base", None)
+    parts: Sequence[LazyTensor] = getattr(tensor, "parts", None) or ([] if base is None else [base])
+    held = [quantized_of(part) is not None for part in parts]
+    if not any(held):
+        return next((why for part in parts if (why := why_floats(part)) is not None), None)
+    if isinstance(tensor, Turned | MappedExperts) or (isinstance(tensor, Joined) and tensor.axis == -1):
+        return "stored transposed, with codes in groups along the axis that is not summed over"
+    if len(parts) < 2:
+        return None
+    return "stored as gates and ups in codes of two kinds" if all(held) else "stored as floats in part"
 
 
 def _gates_first(rows: Array) -> Array:

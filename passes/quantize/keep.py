@@ -31,10 +31,13 @@ from ...ir.weights import (
     read_chunks,
 )
 from ..base import Pass, PassContext, PassResult
+from ..canonicalize.moe import why_floats
 from ..derived import CastTensor, ConcatRows, SliceRows
 from ..registry import Quantizer
 from .attach import attach_quantized, is_quantizable
 from .moe import Parts, attach_experts, experts_of
+
+_UNKNOWN = "stored as floats, or in codes that no kernel reads or that differ from expert to expert"
 
 
 @dataclass(frozen=True)
@@ -107,11 +110,18 @@ def narrowed(parts: QuantizedTensors) -> QuantizedTensors:
 
 
 def _without_codes(mixtures: Sequence[Moe]) -> str:
-    """Which of the mixtures' weights have no codes, and why."""
-    weights = [v.name for op in mixtures for v in (op.gate_up, op.down) if quantized_of(v.weight) is None]
-    more = f" and {len(weights) - 8} more" if len(weights) > 8 else ""
-    why = "stored as floats, as gates and ups in blocks of two types, or in blocks that no kernel reads"
-    return f"{', '.join(weights[:8])}{more} ({why})"
+    """Which of the mixtures' weights have no codes that can be kept, and why."""
+    names: dict[str, list[str]] = {}
+    for v in (v for op in mixtures for v in (op.gate_up, op.down)):
+        parts = quantized_of(v.weight)
+        if parts is None:
+            names.setdefault(why_floats(v.weight) or _UNKNOWN, []).append(v.name)
+        elif parts.columns is not None:
+            names.setdefault("stored with columns in another order", []).append(v.name)
+    return "; ".join(
+        f"{', '.join(some[:8])}{f' and {len(some) - 8} more' if len(some) > 8 else ''} ({why})"
+        for why, some in names.items()
+    )
 
 
 def attach_stored(graph: Graph, weight: Value, parts: QuantizedTensors) -> None:
