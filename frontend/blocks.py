@@ -17,7 +17,8 @@ import copy
 import inspect
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import combinations, islice, product
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,25 +34,41 @@ _TOLERANCE = 1e-4
 """Largest difference of a row, in units of the largest value."""
 _MOST = 1024
 """Tokens in a block that are tried: more are no blocks of a loop."""
+_MOST_CHOICES = 256
+"""Of axes as long as a block: which of them are of tokens."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A buffer with an element for each token of a block along some axes."""
+
+    name: str
+    axes: tuple[int, ...]
+
+    def longer(self, shape: Sequence[int], size: int) -> tuple[int, ...]:
+        """Its shape for blocks of `size`."""
+        return tuple(size if i in self.axes else n for i, n in enumerate(shape))
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """A module that gives the same wherever its blocks end; the attribute with their length, and it."""
+    """A module that gives the same wherever its blocks end; the attribute with their length, it, and the
+    tables that are as long.
+    """
 
     path: str
     module: torch.nn.Module
     name: str
     size: int
+    tables: tuple[Table, ...] = ()
 
-    def longer(self, shape: Sequence[int], size: int) -> tuple[int, ...]:
-        """The shape of a table for blocks of `size`."""
-        return tuple(size if n == self.size else n for n in shape)
-
-    def tables(self) -> list[str]:
-        """Its own buffers with a row, or a row and a column, for each token of a block."""
-        own = self.module.named_buffers(recurse=False)
-        return [name for name, table in own if self.size in table.shape]
+    def like(self) -> list[Table]:
+        """Its own buffers with axes as long as a block, all of which are taken for those of tokens."""
+        found: list[Table] = []
+        for name, table in self.module.named_buffers(recurse=False):
+            axes = tuple(i for i, n in enumerate(table.shape) if n == self.size)
+            found += [Table(name, axes)] if axes else []
+        return found
 
     def has_pairs(self) -> bool:
         """Whether one of them is of pairs of tokens: other lengths may be the same by chance."""
@@ -62,7 +79,7 @@ class Blocks:
 def blocks_of(model: torch.nn.Module) -> list[Blocks]:
     """The modules of a model that are proven. Their buffers must have values."""
     found: list[Blocks] = []
-    known: dict[str, bool] = {}
+    known: dict[str, tuple[Table, ...] | None] = {}
     for path, module in model.named_modules():
         for name in _NAMES:
             size = vars(module).get(name)
@@ -74,9 +91,10 @@ def blocks_of(model: torch.nn.Module) -> list[Blocks]:
             plain = {n: v for n, v in vars(module).items() if isinstance(v, int | float | str)}
             key = repr((type(module), sorted((n, v) for n, v in plain.items() if n not in NUMBERS)))
             if key not in known:
-                known[key] = _is_free(one)
-            if known[key]:
-                found.append(one)
+                known[key] = _tables(one) if _is_free(one) else None
+            tables = known[key]
+            if tables is not None:
+                found.append(replace(one, tables=tables))
     return found
 
 
@@ -89,13 +107,15 @@ def tables_of(
     kept: list[Blocks] = []
     longer: dict[str, LazyTensor] = {}
     for one in blocks:
-        names = {name: f"{one.path}.{name}" if one.path else name for name in one.tables()}
-        if not all(_holds(weights.get(full), getattr(one.module, name)) for name, full in names.items()):
+        names = {table: f"{one.path}.{table.name}" if one.path else table.name for table in one.tables}
+        if not all(
+            _holds(weights.get(full), getattr(one.module, table.name)) for table, full in names.items()
+        ):
             continue
         kept.append(one)
-        for name, full in names.items():
-            made = ArrayTensor(getattr(one.module, name).float().numpy(), f"buffer:{full}")
-            longer[full] = LongerTensor(made, one.longer(made.shape, size))
+        for table, full in names.items():
+            made = ArrayTensor(getattr(one.module, table.name).float().numpy(), f"buffer:{full}")
+            longer[full] = LongerTensor(made, table.longer(made.shape, size))
     return kept, longer
 
 
@@ -112,12 +132,20 @@ def installed(blocks: Sequence[Blocks], size: int) -> Generator[None]:
     """Within it the modules have blocks of `size` tokens, with tables that have no values."""
     with contextlib.ExitStack() as stack:
         for one in blocks:
-            stack.callback(setattr, one.module, one.name, one.size)
-            setattr(one.module, one.name, size)
-            for name in one.tables():
-                table = one.module.get_buffer(name)
-                stack.callback(setattr, one.module, name, table)
-                setattr(one.module, name, table.new_empty(one.longer(table.shape, size), device="meta"))
+            stack.enter_context(_lengthened(one.module, one, size, "meta"))
+        yield
+
+
+@contextmanager
+def _lengthened(module: torch.nn.Module, one: Blocks, size: int, device: str) -> Generator[None]:
+    """Within it a module, that of `one` or one like it, has blocks of `size` and tables without values."""
+    with contextlib.ExitStack() as stack:
+        stack.callback(setattr, module, one.name, getattr(module, one.name))
+        setattr(module, one.name, size)
+        for table in one.tables:
+            held = module.get_buffer(table.name)
+            stack.callback(setattr, module, table.name, held)
+            setattr(module, table.name, held.new_zeros(table.longer(held.shape, size), device=device))
         yield
 
 
@@ -145,6 +173,33 @@ def _is_free(one: Blocks) -> bool:
                     return False
             return True
     return False
+
+
+def _tables(one: Blocks) -> tuple[Table, ...] | None:
+    """Which axes of which buffers grow with a block; None where that is not found out.
+
+    Others may be as long by chance, such as those of as many heads. The module is tried with longer blocks,
+    and a text that shorter ones would not hold: what grows too much or too little does not fit the rest.
+    """
+    import torch
+
+    module, widths = _light(one.module)
+    size = one.size + 3
+    choices = [
+        [
+            Table(table.name, some)
+            for n in range(len(table.axes), -1, -1)
+            for some in combinations(table.axes, n)
+        ]
+        for table in one.like()
+    ]
+    for width, some in product(widths, islice(product(*choices), _MOST_CHOICES)):
+        tables = tuple(table for table in some if table.axes)
+        x = torch.zeros(1, size - 1, width)
+        with torch.no_grad(), _lengthened(module, replace(one, tables=tables), size, "cpu"):
+            if _rows(module, x) is not None:
+                return tables
+    return None
 
 
 def _light(module: torch.nn.Module) -> tuple[torch.nn.Module, list[int]]:

@@ -75,7 +75,7 @@ def reference(model: Any, ids: Sequence[int], task: str) -> Any:
     return out[0].float()
 
 
-def _rows(graph: Any, task: str, first: list[int], second: list[int]) -> list[Any]:
+def rows_of(graph: Any, task: str, first: list[int], second: list[int]) -> list[Any]:
     """What the paged graph gives for both sequences."""
     import torch
 
@@ -93,7 +93,7 @@ def _rows(graph: Any, task: str, first: list[int], second: list[int]) -> list[An
     return [torch.cat([head, tail]), whole]
 
 
-def _compared(got: list[Any], wanted: list[Any]) -> tuple[float, float]:
+def compared(got: list[Any], wanted: list[Any]) -> tuple[float, float]:
     """The largest absolute difference, and the relative one."""
     import torch
 
@@ -147,14 +147,14 @@ def attempt(
     try:
         graph = trace_source(open_source(folder))
         paged, _ = lowered(graph, "paged")
-        worst, _ = _compared(_rows(paged, task, first, second), wanted)
+        worst, _ = compared(rows_of(paged, task, first, second), wanted)
     except LlmcError as error:
         return Outcome("refused", error.message, task)
     found = Outcome("equal" if worst <= TOLERANCE else "differs", task=task, float32=worst)
     found.largest = max(float(w.abs().max()) for w in wanted)
     try:
         quantized, _ = lowered(graph, "paged", weight_passes("int8"))
-        found.int8 = _compared(_rows(quantized, task, first, second), wanted)[1]
+        found.int8 = compared(rows_of(quantized, task, first, second), wanted)[1]
     except LlmcError as error:
         found.int8_reason = error.message
     return found

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from llmc.frontend.blocks import Blocks, blocks_of, installed, tables_of
+from llmc.frontend.blocks import Table, blocks_of, installed, tables_of
+from llmc.frontend.source import open_source
+from llmc.frontend.trace import trace_source
 from llmc.ir.weights import ArrayTensor, LongerTensor, ShapeOnlyTensor
 from torch import nn
+
+from .families import TOLERANCE, compared, reference, rows_of, save_family
+from .family_configs import token_ids
+from .graphs import lowered
 
 HEADS, WIDTH, BLOCK = 2, 6, 8
 
@@ -16,11 +23,14 @@ HEADS, WIDTH, BLOCK = 2, 6, 8
 class Decayed(nn.Module):
     """Linear attention with decays over blocks of tokens."""
 
+    heads = HEADS
+
     def __init__(self, keeps: float = 1.0, rate: float = 0.2) -> None:
         super().__init__()
         self.block_size, self.keeps, self.layer_idx = BLOCK, keeps, int(rate * 10)
-        self.qkv = nn.Linear(10, 3 * HEADS * WIDTH, bias=False)
-        self.out = nn.Linear(HEADS * WIDTH, 10, bias=False)
+        self.qkv = nn.Linear(10, 3 * self.heads * WIDTH, bias=False)
+        self.scale: Any = 1.0
+        self.out = nn.Linear(self.heads * WIDTH, 10, bias=False)
         steps = torch.arange(BLOCK)
         distance = steps[:, None] - steps[None]
         self.rate = rate
@@ -29,18 +39,31 @@ class Decayed(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, mask: Any, cache: Any = None) -> Any:
         length = hidden_states.shape[1]
-        parts = self.qkv(hidden_states).view(1, length, HEADS, -1).transpose(1, 2).chunk(3, -1)
-        state, rows = torch.zeros(1, HEADS, WIDTH, WIDTH), list[torch.Tensor]()
+        parts = self.qkv(hidden_states).view(1, length, self.heads, -1).transpose(1, 2).chunk(3, -1)
+        state, rows = torch.zeros(1, self.heads, WIDTH, WIDTH), list[torch.Tensor]()
         for i in range((length + self.block_size - 1) // self.block_size):
             q, k, v = (x[:, :, i * self.block_size : (i + 1) * self.block_size] for x in parts)
             n = q.shape[2]
-            within = (q @ k.transpose(-1, -2) * self.table[:, :n, :n]) @ v
-            rows.append(within + (q * self.rows[:n]) @ state)
+            within = (q @ k.transpose(-1, -2) * self.table[..., :n, :n] * self.scale) @ v / self.scale
+            rows.append(within + (q * self.rows[..., :n, :]) @ state)
             fading = torch.exp(-self.rate * (n - 1 - torch.arange(n)))[:, None]
             state = self.keeps * state * float(torch.exp(torch.tensor(-self.rate * n)))
             state = state + (k * fading).transpose(-1, -2) @ v
         joined = torch.cat(rows, 2).transpose(1, 2).reshape(1, length, -1)
         return self.out(joined), state
+
+
+class AsManyHeads(Decayed):
+    """Tables have an axis of heads, of which there are as many as tokens in a block; so has a scale."""
+
+    heads = BLOCK
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Buffer(self.table[:, None].repeat(1, BLOCK, 1, 1))
+        self.rows = nn.Buffer(self.rows.repeat(BLOCK, 1, 1))
+        del self.scale
+        self.scale = nn.Buffer(torch.linspace(1, 2, BLOCK)[:, None, None])
 
 
 class Apart(Decayed):
@@ -74,9 +97,32 @@ def stored(model: nn.Module) -> dict[str, Any]:
 def test_blocks_that_end_anywhere_are_found() -> None:
     model = nn.ModuleList([Decayed(), Decayed(rate=0.1), Apart(), Biased(), Untabled(), nn.Linear(2, 2)])
     found = blocks_of(model)
-    assert [(one.path, one.name, one.size, one.tables()) for one in found] == [
-        (path, "block_size", BLOCK, ["table", "rows"]) for path in ("0", "1")
+    assert [(one.path, one.name, one.size, one.tables) for one in found] == [
+        (path, "block_size", BLOCK, (Table("table", (1, 2)), Table("rows", (0,)))) for path in ("0", "1")
     ]
+
+
+def test_axes_that_are_as_long_as_a_block_by_chance_stay_so() -> None:
+    model = nn.ModuleList([AsManyHeads()])
+    (found,) = blocks_of(model)
+    assert found.tables == (Table("table", (2, 3)), Table("rows", (1,)))
+    kept, longer = tables_of([found], stored(model), 1000)
+    assert {name: data.shape for name, data in longer.items()} == {
+        "0.table": (1, BLOCK, 1000, 1000),
+        "0.rows": (BLOCK, 1000, 1),
+    }
+    with installed(kept, 1000):
+        assert model[0].scale.shape == (BLOCK, 1, 1) and model[0].rows.shape == (BLOCK, 1000, 1)
+
+
+def test_a_family_with_as_many_heads_as_tokens_in_a_block(tmp_path: Path) -> None:
+    """Beside transformers in float32, in two chunks."""
+    model, task = save_family("minimax", tmp_path, changed={"num_attention_heads": 16, "head_dim": 8})
+    assert model.config.block_size == 16
+    texts = token_ids(40), token_ids(21, seed=3)
+    paged, _ = lowered(trace_source(open_source(tmp_path)), "paged")
+    worst, _ = compared(rows_of(paged, task, *texts), [reference(model, ids, task) for ids in texts])
+    assert worst <= TOLERANCE
 
 
 def test_parameters_without_values_are_no_hindrance() -> None:
@@ -126,8 +172,7 @@ def test_what_a_checkpoint_has_instead_of_a_table(kind: str) -> None:
 
 
 def test_lengths_of_blocks() -> None:
-    one = Blocks("", Decayed(), "block_size", BLOCK)
-    assert one.longer((1, BLOCK, 3, BLOCK), 50) == (1, 50, 3, 50)
+    assert Table("table", (1, 3)).longer((1, BLOCK, BLOCK, BLOCK), 50) == (1, 50, BLOCK, 50)
     module = Decayed()
     module.block_size = 2048
     assert not blocks_of(nn.ModuleList([module]))

@@ -16,6 +16,7 @@ from llmc.ir.ops.shape import Slice, Transpose
 from llmc.ir.types import TensorType, sym
 from llmc.ir.weights import ArrayTensor, LongerTensor
 from llmc.passes.base import PassContext
+from llmc.passes.fuse import decays as decays_module
 from llmc.passes.fuse.attention import FuseAttention
 from llmc.passes.fuse.decays import rates
 from llmc.passes.manager import run_passes
@@ -63,6 +64,18 @@ def test_attention_that_decays_becomes_a_recurrence(rate: float) -> None:
         weights = torch.from_numpy(decays(n=length, rate=rate))
         wanted = (given["q"] @ given["k"].transpose(-1, -2) * weights) @ given["v"]
         assert worst(run(graph, given)[0], wanted) <= 2e-5
+
+
+def test_a_table_is_compared_with_the_formula_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[tuple[int, ...]] = []
+
+    def counted(table: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | None:
+        tried.append(table.shape)
+        return rates(table)
+
+    monkeypatch.setattr(decays_module, "rates", counted)
+    graph, _ = run_passes(attention(ArrayTensor(decays()[None])), [FuseAttention()], PassContext())
+    assert "ssd_scan" in opnames(graph) and tried == [(3, 12, 12)]
 
 
 def _two_rates(table: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any as Anything
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -30,6 +31,8 @@ _TOLERANCE = 2e-5
 """Of a table of float32, whose largest element is 1."""
 
 Array = np.ndarray[Anything, Anything]
+_known: WeakKeyDictionary[LazyTensor, Array | None] = WeakKeyDictionary()
+"""What was found of tables: a rule looks at one when it checks and when it rewrites, some thousand rows."""
 
 
 def keys_of(kt: Value) -> tuple[Value, bool] | None:
@@ -73,6 +76,17 @@ def rates(table: Array) -> Array | None:
     return a.astype(np.float32)
 
 
+def _rates_of(table: Value) -> Array | None:
+    """a [H] of a weight that is a table of decays; None where it is none."""
+    data = table.weight
+    if data is None:
+        return None
+    if data not in _known:
+        values = _read(table)
+        _known[data] = None if values is None else rates(values)
+    return _known[data]
+
+
 def _read(v: Value) -> Array | None:
     """A weight as a table [H, n, n]; None where it has no values, or another shape."""
     data: LazyTensor | None = v.weight
@@ -99,15 +113,14 @@ class FuseDecayedAttention(Rule):
             return f"linear attention over tensors of rank {q.type.rank}, not [B, H, T, D]"
         if q.shape[1:3] != (heads, tokens) or v.shape[1:3] != (heads, tokens):
             return "linear attention whose heads differ in number, or whose lengths"
-        values = _read(table)
-        if values is None or values.shape[0] != heads or rates(values) is None:
+        a = _rates_of(table)
+        if a is None or len(a) != heads:
             return f"the table {table.name} holds no decays of one rate a head"
         return None
 
     def rewrite(self, found: Match, rw: Rewriter) -> Sequence[Value] | None:
         table, keys = _table(found.value("decays")), keys_of(found.value("kt"))
-        values = None if table is None else _read(table)
-        a = None if values is None else rates(values)
+        a = None if table is None else _rates_of(table)
         if table is None or keys is None or a is None:
             return None
         k, turned = keys
