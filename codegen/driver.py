@@ -174,7 +174,7 @@ def _model_facts(source: ModelSource, graph: Graph, context: int | None) -> dict
     facts = describe(source) if source.config is not None else {}
     context = _held(graph, context)
     width = graph.outputs[0].shape[-1] if graph.outputs[0].type.rank else None
-    known = ("token_types", "state", "alone", "scored")
+    known = ("token_types", "state", "alone", "scored", "pooling")
     types = {name: graph.facts[name] for name in known if name in graph.facts}
     rope = _rope_facts(source)
     return {

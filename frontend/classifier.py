@@ -8,6 +8,9 @@ sequence's scores, and the head is computed for these rows alone. Of a decoder i
 `scored`). Scores that come of a text in another way (of the mean of its hidden states, say) are repeated for
 each of its tokens; a step takes one text then.
 
+An encoder whose result is a vector of its first token, or of its last one, becomes one that gives a vector
+for each token, and says which is the text's (`pool_every_token`).
+
 A language model whose answer is read off the logits of some tokens ("yes", "no") is a classifier with a head
 of those rows of its own (`score_by_tokens`).
 """
@@ -22,8 +25,10 @@ import numpy as np
 
 from ..ir.core import Graph, Op, Value
 from ..ir.errors import CompileError, InputError, UnsupportedError
+from ..ir.ops import math as m
 from ..ir.ops.nn import Linear
-from ..ir.ops.shape import Expand, Reshape, Slice
+from ..ir.ops.shape import Expand, Full, Index, Reshape, Slice
+from ..ir.rewriter import constant
 from ..ir.types import Dim, Shape, sym
 from ..ir.weights import ArrayTensor, LazyTensor, ShapeOnlyTensor
 
@@ -61,6 +66,37 @@ def score_every_token(graph: Graph) -> None:
         )
     row = graph.append(Reshape(scores, shape=(1, 1, scores.shape[-1]))).result
     graph.outputs = [graph.append(Expand(row, shape=(1, _TOKENS, scores.shape[-1]))).result]
+
+
+def pool_every_token(graph: Graph) -> None:
+    """Rewrite a traced encoder in place whose result is one row, [1, D]: a row for each token, of which the
+    fact `pooling` says which is the text's. Others are left as they are.
+
+    Raises UnsupportedError where the row is not one token's.
+    """
+    (row,) = graph.outputs
+    if len(row.shape) != 2 or row.shape[0] != 1 or row.shape[1] == _TOKENS:
+        return
+    picked = [op for op in graph if isinstance(op, Slice) and _picked(op) is not None]
+    if len(picked) != 1 or not _widens(graph):
+        raise UnsupportedError(
+            f"{graph.name}: its result is {row.type}, a row that is not of the first or last token alone",
+            remedy="report the model",
+        )
+    graph.facts["pooling"] = {"first": "cls", "last": "last"}[str(_picked(picked[0]))]
+    _widen_from(graph, picked[0])
+
+
+def see_padding(graph: Graph, padding: int) -> None:
+    """Masks that hide keys whose ids are those of padding, in a traced encoder: they hide none, as a step has
+    no padding. What else is made of such ids (positions are) stays.
+    """
+    for op in graph.ops:
+        if not isinstance(op, m.NotEqual) or op.a not in graph.inputs or constant(op.b) != padding:
+            continue
+        if all(isinstance(user, Index) for user in op.result.users):
+            graph.replace(op, [graph.insert(Full(value=1.0, dtype="bool", shape=op.result.shape), op).result])
+    graph.drop_dead()
 
 
 def score_by_tokens(graph: Graph, ids: Sequence[int]) -> None:

@@ -105,7 +105,7 @@ def project(graph: Graph, source: ModelSource) -> None:
     layers = source.dense
     if not layers:
         return
-    pooled = source.pooling or "mean"
+    pooled = graph.facts.get("pooling") or source.pooling or "mean"
     if pooled == "max" or (pooled == "mean" and any(one.activation is not None for one in layers)):
         raise InputError(
             f"{source.name} puts a layer behind its pooling ({pooled}) that cannot be applied before it",

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import fields, is_dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 from ..ir.errors import InputError, LlmcError, UnsupportedError
 from .text_part import built, first_class, headed
@@ -78,10 +79,35 @@ def model_class(config: Any) -> tuple[type[torch.nn.Module], Task]:
                 f"architecture {label} takes no token ids", remedy="llmc compiles models of text"
             )
         return cls, "encoder"  # the hidden states of a model that was saved without a head
+    pooled = _pooled(named, kind)
+    if pooled is not None:
+        return pooled, "encoder"
     raise InputError(
         f"unknown architecture {label}: transformers has no causal language model or encoder of that name",
         remedy="give a model whose architecture transformers implements",
     )
+
+
+def _pooled(named: Sequence[str], kind: type[Any]) -> type[Any] | None:
+    """The class of `architectures` whose first result is a text's vector, and that takes token ids; None
+    where there is none. Encoders of questions and of passages are two classes of one configuration, of which
+    transformers' tables have one.
+    """
+    import transformers
+
+    for name in named:
+        cls: Any = getattr(transformers, name, None)
+        if getattr(cls, "config_class", None) is not kind:
+            continue
+        takes = inspect.signature(cls.forward)
+        first = [
+            fields(one)[0].name
+            for one in get_args(get_type_hints(cls.forward).get("return")) or ()
+            if is_dataclass(one)
+        ]
+        if "input_ids" in takes.parameters and first == ["pooler_output"]:
+            return cls
+    return None
 
 
 def _generator(entry: Any, config: Any, label: str) -> type[torch.nn.Module]:

@@ -18,7 +18,7 @@ from ..ir.errors import CompileError, InputError, UnsupportedError
 from ..ir.types import Shape, TensorType
 from ..ir.weights import ArrayTensor, LazyTensor, ShapeOnlyTensor
 from . import blocks, experts, masks, recurrence
-from .classifier import score_every_token, unpadded
+from .classifier import pool_every_token, score_every_token, see_padding, unpadded
 from .constants import Constants
 from .export import export, is_unproven, narrower
 from .importer import Importer, dtype_name, unread, written
@@ -285,6 +285,8 @@ def _trace_source(
     _note_tied(graph, tied)
     if source.task == "classifier":
         score_every_token(graph)
+    if source.task == "encoder":
+        _give_every_token(graph, source)
     if len(inputs) > 1:
         graph.facts["token_types"] = int(model.config.type_vocab_size)
     if len(graph.outputs) != 1:
@@ -292,6 +294,24 @@ def _trace_source(
             f"{source.name}: expected one output, got {len(graph.outputs)}", remedy="report the model"
         )
     return graph
+
+
+def _give_every_token(graph: Graph, source: ModelSource) -> None:
+    """Let an encoder that gives one row of a text give each token's.
+
+    Raises InputError where it is said that the text's vector is another one.
+    """
+    padding = getattr(source.config, "pad_token_id", None)
+    if isinstance(padding, int):
+        see_padding(graph, padding)
+    if len(graph.outputs) == 1:
+        pool_every_token(graph)
+    pooling = graph.facts.get("pooling")
+    if pooling is not None and source.pooling not in (None, pooling):
+        raise InputError(
+            f"{source.name} pools by {source.pooling}, and its model gives one row of a text ({pooling})",
+            remedy="correct 1_Pooling/config.json",
+        )
 
 
 def _note_tied(graph: Graph, tied: Sequence[Mapping[str, bool]]) -> None:

@@ -87,7 +87,9 @@ def rows_of(graph: Any, task: str, first: list[int], second: list[int]) -> list[
             a, b = (PagedRun(graph).step([("a", one)])[0] for one in (first, second))
         else:
             b, a = paged.step([("b", second), ("a", first)])
-        return [a, b] if task == "encoder" else [a[:1], b[:1]]
+        pooling = {"cls": slice(1), "last": slice(-1, None)}.get(graph.facts.get("pooling"), slice(None))
+        kept = pooling if task == "encoder" else slice(1)
+        return [a[kept], b[kept]]
     head = paged.step([("a", first[:17])])[0]
     tail, whole = paged.step([("a", first[17:]), ("b", second)])
     return [torch.cat([head, tail]), whole]

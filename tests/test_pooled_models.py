@@ -12,14 +12,24 @@ import pytest
 import torch
 import transformers
 from llmc.codegen.driver import check_model
+from llmc.frontend.classifier import pool_every_token, see_padding
+from llmc.frontend.skeleton import model_class
 from llmc.frontend.source import open_source
+from llmc.frontend.trace import trace_source
+from llmc.ir.core import Graph
 from llmc.ir.errors import InputError, UnsupportedError
+from llmc.ir.interpreter import run
+from llmc.ir.ops import math
+from llmc.ir.ops.nn import Embedding
+from llmc.ir.ops.shape import Arange, Full, Index, Reshape, Slice
+from llmc.ir.types import TensorType, sym
+from llmc.ir.weights import ArrayTensor
 from llmc.runtime.rag.embedder import Embedder
 from safetensors.torch import save_file
 
-from .family_configs import small_config
+from .family_configs import random_model, small_config
 from .gguf_files import BOOL, U32, byte_vocabulary, entry, llama_entries, llama_tensors, write_gguf
-from .graphs import logits_of, lowered, traced
+from .graphs import logits_of, lowered, opnames, traced
 from .models import CONTEXT, ids_of, save_tiny, save_tokenizer
 from .test_text_part import whole_model
 from .tvm_graphs import ISA
@@ -252,3 +262,101 @@ def test_gguf_files_that_are_pooled(tmp_path: Path, causal: bool):
             states = model(input_ids=torch.tensor([llm.prompt_ids(text)])).last_hidden_state[0]
             want = torch.nn.functional.normalize(states.mean(0), dim=0)
             np.testing.assert_allclose(llm.embeddings([text])[0], want, atol=1e-5)
+
+
+# -- encoders whose result is one token's vector
+
+
+def encoder_of_one_row(kind: str, projection: int) -> Any:
+    config = small_config("dpr", changed={"projection_dim": projection, "architectures": [kind]})
+    return random_model(config, getattr(transformers, kind))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("kind", "projection"), [("DPRQuestionEncoder", 0), ("DPRContextEncoder", 0), ("DPRContextEncoder", 24)]
+)
+def test_an_encoder_that_gives_its_first_tokens_vector(
+    kind: str, projection: int, target: str, tmp_path: Path
+) -> None:
+    """Beside transformers' vectors in float32, both of length 1: within 1e-5."""
+    model = encoder_of_one_row(kind, projection)
+    model.save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    llmc.compile(tmp_path / "model", tmp_path / "m.llmc", targets=[target])
+    with llmc.load(tmp_path / "m.llmc") as llm:
+        assert llm.artifact is not None and llm.artifact.model["pooling"] == "cls"
+        assert llm.artifact.model["hidden_size"] == (projection or 64)
+        ids = [llm.prompt_ids(text) for text in TEXTS]
+        with torch.no_grad():
+            rows = [model(torch.tensor([one])).pooler_output[0].numpy() for one in ids]
+        wanted = np.stack([row / np.linalg.norm(row) for row in rows])
+        np.testing.assert_allclose(llm.embeddings(TEXTS), wanted, atol=1e-5)
+
+
+def test_an_encoder_of_one_row_that_is_said_to_pool_otherwise(tmp_path: Path) -> None:
+    encoder_of_one_row("DPRQuestionEncoder", 0).save_pretrained(tmp_path)
+    put_behind_the_pooling(tmp_path, "mean_tokens", [])
+    with pytest.raises(InputError, match=r"pools by mean, and its model gives one row of a text \(cls\)"):
+        trace_source(open_source(tmp_path))
+
+
+def test_a_head_whose_first_result_is_no_vector_is_no_encoder(tmp_path: Path) -> None:
+    config = small_config("dpr", changed={"architectures": ["DPRReader"]})
+    with pytest.raises(InputError, match=r"unknown architecture dpr \(DPRReader\)"):
+        model_class(config)
+
+
+def _ends(form: str) -> Graph:
+    """An encoder of one layer, and the row that it gives."""
+    graph = Graph("m")
+    x = graph.add_input("input_ids", TensorType("int64", (1, sym("T"))))
+    table = graph.add_weight("table", ArrayTensor(np.ones((384, 8), np.float32)))
+
+    def put(op: Any) -> Any:
+        graph.append(op)
+        return op.result
+
+    hidden = put(Embedding(x, table))
+    if form == "mean":
+        row = put(math.ReduceMean(hidden, axes=(-2,), keepdim=False))
+    else:
+        start, stop = {"first": (0, 1), "last": (sym("T") - 1, sym("T")), "second": (1, 2)}[form]
+        row = put(Reshape(put(Slice(hidden, axis=-2, start=start, stop=stop)), shape=(1, 8)))
+    graph.outputs, graph.output_names = [row], ["hidden"]
+    return graph
+
+
+@pytest.mark.parametrize(("form", "pooling"), [("first", "cls"), ("last", "last")])
+def test_whose_row_it_is(form: str, pooling: str) -> None:
+    graph = _ends(form)
+    pool_every_token(graph)
+    assert graph.facts["pooling"] == pooling and graph.outputs[0].shape == (1, sym("T"), 8)
+
+
+@pytest.mark.parametrize("form", ["mean", "second"])
+def test_a_row_of_several_tokens_is_refused(form: str) -> None:
+    with pytest.raises(UnsupportedError, match="a row that is not of the first or last token alone"):
+        pool_every_token(_ends(form))
+
+
+def test_ids_of_padding_are_seen_in_masks_and_nowhere_else() -> None:
+    graph = Graph("m")
+    ids = graph.add_input("input_ids", TensorType("int64", (1, sym("T"))))
+
+    def put(op: Any) -> Any:
+        graph.append(op)
+        return op.result
+
+    pad = put(Full(value=0.0, dtype="int64", shape=()))
+    places, none = put(Arange(length=sym("T"))), put(Full(value=0.0, dtype="int64", shape=(1,)))
+    masks = [put(math.NotEqual(ids, pad)) for _ in range(2)]
+    graph.outputs = [put(Index(mask, [none, places])) for mask in masks]
+    graph.outputs.append(put(math.Cast(masks[1], dtype="float32")))
+    graph.output_names = ["a", "b", "c"]
+    see_padding(graph, 3)
+    assert opnames(graph).count("not_equal") == 2
+    see_padding(graph, 0)
+    assert opnames(graph).count("not_equal") == 1
+    given = {"input_ids": torch.tensor([[5, 0, 7]])}
+    assert [out.tolist() for out in run(graph, given)] == [[True] * 3, [True, False, True], [[1.0, 0.0, 1.0]]]
