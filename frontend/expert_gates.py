@@ -208,12 +208,12 @@ def _putting(products: Mapping[int, torch.Tensor], down: torch.Tensor) -> Any:
             return None if known is None else known[0]
 
         def _product(self, func: Any, args: Any, kwargs: Any, given: Sequence[Any], key: int) -> Any:
+            plain = [torch.empty_like(x, device="meta") if isinstance(x, torch.Tensor) else x for x in args]
+            shape = func(*plain, **kwargs).shape  # of real sizes the product itself takes long
             if key == id(down):
                 others = [x for x in given if self._key(x) is None]
                 self.result = others[-1].clone() if others else None
-                return func(*args, **kwargs)
-            plain = [torch.empty_like(x, device="meta") if isinstance(x, torch.Tensor) else x for x in args]
-            shape = func(*plain, **kwargs).shape
+                return torch.zeros(shape)
             rows = _as_rows(products[key], (shape[-2], shape[-1])) if len(shape) > 1 else None
             if rows is None:
                 raise NothingBetween
