@@ -9,11 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
+from ..frontend import stored_modules
 from ..frontend.lora import is_gguf, read_adapter
 from ..frontend.lora_gguf import rows_of_modules
 from ..frontend.source import ModelSource
 from ..ir import gguf_rows
+from ..ir import stored_modules as names
 from ..ir.adapters import MOST
 from ..ir.errors import InputError
 from ..passes.adapt.lora import MergeLora
@@ -76,9 +79,20 @@ def merge_gguf_adapters(source: ModelSource, options: Sequence[LoraOption]) -> l
     ]
 
 
-def write_gguf_rows(source: ModelSource, writer: ArtifactWriter) -> None:
-    """For adapters in GGUF files: where a GGUF model's modules stand in it."""
-    if source.gguf is not None and source.does == "causal_lm":
+def write_module_names(source: ModelSource, writer: ArtifactWriter) -> None:
+    """For adapters that requests choose, in other names than the model's: where its modules stand in a GGUF
+    file, and what its checkpoint calls them.
+    """
+    if source.does != "causal_lm":
+        return
+    if source.gguf is not None:
         rows = rows_of_modules(source.gguf.architecture, source.weights, source.stored)
-        text = json.dumps(rows.to_json(), separators=(",", ":"))
-        writer.path(gguf_rows.FILE).write_text(text + "\n", encoding="utf-8", newline="\n")
+        _write(writer, gguf_rows.FILE, rows.to_json())
+    named = stored_modules.stored_modules(source)
+    if named.modules:
+        _write(writer, names.FILE, named.to_json())
+
+
+def _write(writer: ArtifactWriter, path: str, content: dict[str, Any]) -> None:
+    text = json.dumps(content, separators=(",", ":"))
+    writer.path(path).write_text(text + "\n", encoding="utf-8", newline="\n")

@@ -22,18 +22,17 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from llmc import __version__
 
-from ..ir import gguf_rows
+from ..ir import gguf_rows, stored_modules
 from ..ir.errors import ArtifactError, InputError
-from ..ir.gguf_rows import GGUFRows
 from .weight_file import TensorSpec, map_weight_file, weight_file_size, write_weight_file
 
 SCHEMA = 1
@@ -45,6 +44,7 @@ _MAX_MANIFEST = 64 << 20
 _AGAIN = "compile the model again or copy the artifact again"
 
 Verify = Literal["full", "size"]
+_T = TypeVar("_T")
 
 
 def safe_relative(name: str) -> bool:
@@ -314,18 +314,23 @@ class Artifact:
         return self._json(QUALITY)
 
     @property
-    def gguf_rows(self) -> GGUFRows | None:
-        """Where its modules stand in the GGUF file that it was compiled from; None where it was none.
-
-        Raises ArtifactError where the file is damaged.
+    def gguf_rows(self) -> gguf_rows.GGUFRows | None:
+        """Where its modules stand in the GGUF file that it was compiled from; None where it was none. Raises
+        ArtifactError where the file is damaged.
         """
-        found = self._json(gguf_rows.FILE)
+        return self._read(gguf_rows.FILE, gguf_rows.GGUFRows.from_json)
+
+    @property
+    def stored_modules(self) -> stored_modules.StoredModules | None:
+        """What its checkpoint calls its modules, where it has other names than the model; as `gguf_rows`."""
+        return self._read(stored_modules.FILE, stored_modules.StoredModules.from_json)
+
+    def _read(self, rel: str, parse: Callable[[Any], _T]) -> _T | None:
+        found = self._json(rel)
         try:
-            return None if found is None else GGUFRows.from_json(found)
+            return None if found is None else parse(found)
         except ValueError as error:
-            raise ArtifactError(
-                f"{gguf_rows.FILE} of {self.root.name} is damaged: {error}", remedy=_AGAIN
-            ) from None
+            raise ArtifactError(f"{rel} of {self.root.name} is damaged: {error}", remedy=_AGAIN) from None
 
     def _json(self, rel: str) -> dict[str, Any] | None:
         """The object in a file; None where the artifact has no such file."""

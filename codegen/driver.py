@@ -31,7 +31,7 @@ from ..passes.calibration import LENGTH
 from ..passes.manager import PassRecord, run_passes
 from ..passes.pipelines import function, language_model
 from ..passes.quantize.scheme import without_calibration
-from .adapters import LoraOption, merge_gguf_adapters, write_gguf_rows
+from .adapters import LoraOption, merge_gguf_adapters, write_module_names
 from .artifact import Artifact, ArtifactWriter
 from .calibrate import (
     CalibrationOptions,
@@ -322,7 +322,7 @@ def _write(job: _Job, graph: Graph, share: Share) -> tuple[Artifact, int, float]
     writer.path("ir.txt").write_text(print_graph(graph), encoding="utf-8", newline="\n")
     if job.context.quality is not None:
         writer.write_quality(job.context.quality)
-    write_gguf_rows(job.source, writer)
+    write_module_names(job.source, writer)
     entries = _emit(job, graph, share)
     share.progress("write", 0.98)
     weight_bytes = written_bytes(writer, entries)

@@ -27,6 +27,7 @@ from .executor.base import Executor
 if TYPE_CHECKING:
     from ..ir.adapters import Adapter, LowRank
     from ..ir.gguf_rows import GGUFRows
+    from ..ir.stored_modules import StoredModules
 
 _log = logging.getLogger("llmc.runtime")
 Factor = tuple[np.ndarray, np.ndarray]
@@ -95,13 +96,15 @@ class AdapterPlaces:
                 f"the manifest's adapters are incomplete ({error})", remedy="compile the model again"
             ) from None
 
-    def factors(self, adapter: Adapter) -> Factors:
-        """An adapter's matrices where they belong.
+    def factors(self, adapter: Adapter, stored: StoredModules | None = None) -> Factors:
+        """An adapter's matrices where they belong; what it names as the checkpoint does, `stored` finds.
 
         Raises InputError where it was made for another model, naming modules and shapes, and UnsupportedError
         for what can only be merged.
         """
         _refuse_what_is_merged(adapter)
+        if stored is not None:
+            adapter = stored.of_modules(adapter, self._where)
         self._refuse_strangers(adapter)
         found: dict[int, list[Factor | None]] = {}
         for module, change in adapter.changes.items():
@@ -235,6 +238,8 @@ class AdapterRegistry:
         """What requests use that name none; None is the model as it is."""
         self.gguf_rows: Callable[[], GGUFRows | None] = lambda: None
         """Where the model's modules stand in the GGUF file that it was compiled from, for adapters of it."""
+        self.stored_modules: Callable[[], StoredModules | None] = lambda: None
+        """What the model's checkpoint calls its modules, for adapters that do."""
 
     def names(self) -> list[str]:
         """Those that are loaded, in order."""
@@ -262,7 +267,7 @@ class AdapterRegistry:
                 "this artifact's kernels have no places for adapters",
                 remedy="compile the model with --adapters, or the adapter into it with --lora",
             )
-        factors = executor.adapter_places.factors(self._open(Path(path)))
+        factors = executor.adapter_places.factors(self._open(Path(path)), self.stored_modules())
         return ReadAdapter(name, _digest(factors), executor.packed_adapter(factors))
 
     def _open(self, path: Path) -> Adapter:

@@ -101,6 +101,7 @@ def load(
     )
     engine = Engine(executor, tokenizer, _facts(artifact, sinks), options)
     engine.adapters.gguf_rows = lambda: artifact.gguf_rows
+    engine.adapters.stored_modules = lambda: artifact.stored_modules
     if prefix_cache_dir is not None:
         if not prefix_cache:
             raise InputError("prefix_cache_dir without prefix_cache", remedy="leave one of both out")

@@ -1,0 +1,138 @@
+"""What a model's checkpoint calls its matrices, where the model's class has others: what an adapter in the
+checkpoint's names needs to change that model per request.
+
+    {"orders": [[[64, 1, 32]], …],                       see row_orders.py
+     "modules": {"model.layers.0.mlp.down_proj": [["transformer.h.0.mlp.c_proj", null]],
+                 "model.layers.0.self_attn.k_proj": [["model.layers.0.attention.query_key_value", 0]], …}}
+
+A module's rows are those of its pieces, one below the other; a piece is rows of a matrix of the checkpoint,
+null where it is all of it, as it stands (and the module nothing else).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from .adapters import Adapter, LowRank
+from .errors import InputError
+from .row_orders import Orders, Rows, read_orders
+from .weights import ArrayTensor, LazyTensor
+
+FILE = "stored_modules.json"
+"""Its name in an artifact."""
+
+_OTHER = "give an adapter of this model"
+
+Piece = tuple[str, Rows | None]
+"""A matrix of the checkpoint, by its module's name there, and which of its rows."""
+
+
+@dataclass(frozen=True, eq=False)
+class StoredModules:
+    """The pieces of each module that the checkpoint calls otherwise."""
+
+    modules: Mapping[str, Sequence[Piece]]
+
+    def to_json(self) -> dict[str, Any]:
+        orders = Orders()
+        modules = {
+            module: [[name, orders.place(rows)] for name, rows in pieces]
+            for module, pieces in self.modules.items()
+        }
+        return {"orders": orders.runs, "modules": modules}
+
+    @staticmethod
+    def from_json(found: Any) -> StoredModules:
+        """Raises ValueError where it is not as `to_json` writes it."""
+        try:
+            orders = read_orders(found["orders"])
+            modules = {
+                str(module): [(str(name), None if place is None else orders[place]) for name, place in pieces]
+                for module, pieces in found["modules"].items()
+            }
+        except (AttributeError, IndexError, KeyError, TypeError, OverflowError) as error:
+            raise ValueError(str(error)) from error
+        whole = (rows is None for pieces in modules.values() if len(pieces) != 1 for _, rows in pieces)
+        if any(whole) or not all(modules.values()):
+            raise ValueError("a module of no pieces, or of one whole matrix and others")
+        return StoredModules(modules)
+
+    def of_modules(self, adapter: Adapter, known: Container[str]) -> Adapter:
+        """The adapter by the model's names: what it changes that is not `known` there is looked for here, and
+        stays as it is where it is not found.
+
+        Raises InputError where rows do not fit.
+        """
+        used = {name for pieces in self.modules.values() for name, _ in pieces}
+        stored = {m: change for m, change in adapter.changes.items() if m in used and m not in known}
+        if not stored:
+            return adapter
+        for name, change in stored.items():
+            self._check_rows(adapter, name, change)
+        changes = {module: change for module, change in adapter.changes.items() if module not in stored}
+        for module, pieces in self.modules.items():
+            found = [(stored.get(name), rows) for name, rows in pieces]
+            if not any(change is not None for change, _ in found):
+                continue
+            if module in changes:
+                raise InputError(
+                    f"adapter {adapter} changes {module} and {pieces[0][0]}, which are one matrix here",
+                    remedy="merge one of them with PEFT (merge_and_unload) and give the merged model",
+                )
+            columns = sorted({change.a.shape[1] for change, _ in found if change is not None})
+            if len(columns) != 1:
+                said = ", ".join(map(str, columns))
+                raise InputError(
+                    f"adapter {adapter} changes parts of {module} of {said} columns",
+                    remedy=_OTHER,
+                )
+            changes[module] = _joined(found)
+        return replace(adapter, changes=changes)
+
+    def _check_rows(self, adapter: Adapter, name: str, change: LowRank) -> None:
+        """Rows that no module has would be lost without a word."""
+        parts = [rows for pieces in self.modules.values() for stored, rows in pieces if stored == name]
+        orders = [rows for rows in parts if rows is not None]
+        if orders and not np.array_equal(np.unique(np.concatenate(orders)), range(change.b.shape[0])):
+            raise InputError(
+                f"adapter {adapter} is of a model of other sizes: {name} "
+                f"{[change.b.shape[0], change.a.shape[1]]}",
+                remedy=_OTHER,
+            )
+
+
+def _joined(pieces: Sequence[tuple[LowRank | None, Rows | None]]) -> LowRank:
+    """The change of a module: each piece changes its own rows, by factors of its own."""
+    first, rows = pieces[0]
+    if len(pieces) == 1 and first is not None:
+        return first if rows is None else _rows_of(first, rows)
+    changed = [change for change, _ in pieces if change is not None]
+    total = sum(0 if rows is None else len(rows) for _, rows in pieces)
+    a = np.concatenate([change.a.read().astype(np.float32) for change in changed])
+    b = np.zeros((total, len(a)), np.float32)
+    row = column = 0
+    for change, order in pieces:
+        assert order is not None
+        if change is not None:
+            rank = change.a.shape[0]
+            own = change.b.read().astype(np.float32)[order] * np.float32(change.scaling)
+            b[row : row + len(order), column : column + rank] = own
+            column += rank
+        row += len(order)
+    return LowRank(ArrayTensor(a, changed[0].a.source), ArrayTensor(b, changed[0].b.source), 1.0)
+
+
+def _rows_of(change: LowRank, rows: Rows) -> LowRank:
+    def picked(tensor: LazyTensor | None) -> LazyTensor | None:
+        return None if tensor is None else ArrayTensor(tensor.read()[rows], tensor.source)
+
+    b = picked(change.b)
+    assert b is not None
+    return replace(change, b=b, magnitude=picked(change.magnitude))
+
+
+__all__ = ["FILE", "Piece", "StoredModules"]
