@@ -97,7 +97,9 @@ class StoredModules:
         """Rows that no module has would be lost without a word."""
         parts = [rows for pieces in self.modules.values() for stored, rows in pieces if stored == name]
         orders = [rows for rows in parts if rows is not None]
-        if orders and not np.array_equal(np.unique(np.concatenate(orders)), range(change.b.shape[0])):
+        rows = change.b.shape[0]
+        fits = not orders or np.array_equal(np.unique(np.concatenate(orders)), range(rows))
+        if not fits or (change.magnitude is not None and np.prod(change.magnitude.shape) != rows):
             raise InputError(
                 f"adapter {adapter} is of a model of other sizes: {name} "
                 f"{[change.b.shape[0], change.a.shape[1]]}",
@@ -123,16 +125,31 @@ def _joined(pieces: Sequence[tuple[LowRank | None, Rows | None]]) -> LowRank:
             b[row : row + len(order), column : column + rank] = own
             column += rank
         row += len(order)
-    return LowRank(ArrayTensor(a, changed[0].a.source), ArrayTensor(b, changed[0].b.source), 1.0)
+    joined = LowRank(ArrayTensor(a, changed[0].a.source), ArrayTensor(b, changed[0].b.source), 1.0)
+    scaled = next((change.magnitude for change in changed if change.magnitude is not None), None)
+    if scaled is None:
+        return joined
+    return replace(joined, magnitude=ArrayTensor(_magnitudes(pieces), scaled.source))
+
+
+def _magnitudes(pieces: Sequence[tuple[LowRank | None, Rows | None]]) -> Rows:
+    """Of rows that have none NaN."""
+    found: list[Rows] = []
+    for change, order in pieces:
+        assert order is not None
+        whole = None if change is None else change.magnitude
+        found.append(np.full(len(order), np.nan, np.float32) if whole is None else _flat(whole)[order])
+    return np.concatenate(found)
+
+
+def _flat(magnitude: LazyTensor) -> Rows:
+    return magnitude.read().astype(np.float32).reshape(-1)
 
 
 def _rows_of(change: LowRank, rows: Rows) -> LowRank:
-    def picked(tensor: LazyTensor | None) -> LazyTensor | None:
-        return None if tensor is None else ArrayTensor(tensor.read()[rows], tensor.source)
-
-    b = picked(change.b)
-    assert b is not None
-    return replace(change, b=b, magnitude=picked(change.magnitude))
+    b, m = change.b, change.magnitude
+    magnitude = None if m is None else ArrayTensor(_flat(m)[rows], m.source)
+    return replace(change, b=ArrayTensor(b.read()[rows], b.source), magnitude=magnitude)
 
 
 __all__ = ["FILE", "Piece", "StoredModules"]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -61,9 +62,15 @@ def _with_places(load: Any) -> Any:
     def wrapped(path: Any, **options: Any) -> Any:
         if "adapters" in options or "adapter" in options:
             options.setdefault("places", _placed_kernels)
+            if importlib.util.find_spec("tvm") is not None:
+                options.setdefault("base", _base_weights)
         return load(path, **options)
 
     return wrapped
+
+
+def _base_weights(artifact: Any) -> Any:
+    return importlib.import_module(".codegen.tvm.base_weights", __name__).BaseWeights(artifact)
 
 
 def _placed_kernels(artifact: Any, isa: str) -> Any:

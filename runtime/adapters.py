@@ -28,10 +28,13 @@ if TYPE_CHECKING:
     from ..ir.adapters import Adapter, LowRank
     from ..ir.gguf_rows import GGUFRows
     from ..ir.stored_modules import StoredModules
+    from ..ir.weights import LazyTensor
 
 _log = logging.getLogger("llmc.runtime")
-Factor = tuple[np.ndarray, np.ndarray]
-"""(A [r, K], B [rows, r]) of one layer, float32, the scaling multiplied into B."""
+Factor = tuple[np.ndarray, np.ndarray] | tuple[np.ndarray, np.ndarray, np.ndarray]
+"""(A [r, K], B [rows, r]) of one layer, float32, the scaling multiplied into B; and [2, rows] where it scales
+what the layer gives (`BaseWeights.gains`).
+"""
 Factors = Mapping[int, Sequence[Factor | None]]
 """By the number of a place, a factor for each of its parts; None where the part stays as it is."""
 
@@ -48,11 +51,13 @@ class Place:
         k: columns of each.
         parts: (module, rows) of each.
         dtype: of factors in memory, "float32" or "int8".
+        gains: whether adapters may scale what the layers give, too (DoRA).
     """
 
     k: int
     parts: tuple[tuple[str, int], ...]
     dtype: str = "float32"
+    gains: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,7 @@ class AdapterPlaces:
                     int(one["k"]),
                     tuple((str(module), int(rows)) for module, rows in one["parts"]),
                     str(one["dtype"]),
+                    bool(one.get("gains", False)),  # artifacts made before have none
                 )
                 for one in found["places"]
             )
@@ -96,8 +102,11 @@ class AdapterPlaces:
                 f"the manifest's adapters are incomplete ({error})", remedy="compile the model again"
             ) from None
 
-    def factors(self, adapter: Adapter, stored: StoredModules | None = None) -> Factors:
-        """An adapter's matrices where they belong; what it names as the checkpoint does, `stored` finds.
+    def factors(
+        self, adapter: Adapter, stored: StoredModules | None = None, base: BaseWeights | None = None
+    ) -> Factors:
+        """An adapter's matrices where they belong; what it names as the checkpoint does, `stored` finds;
+        `base` is asked for the gains of DoRA.
 
         Raises InputError where it was made for another model, naming modules and shapes, and UnsupportedError
         for what can only be merged.
@@ -117,10 +126,40 @@ class AdapterPlaces:
                 )
             a, b = change.a.read().astype(np.float32), change.b.read().astype(np.float32)
             with np.errstate(over="ignore", invalid="ignore"):
-                factor = a, b * np.float32(change.scaling)
+                b = b * np.float32(change.scaling)
+            factor: Factor = a, b
+            if change.magnitude is not None:
+                factor = a, b, self._gains(adapter, module, change.magnitude, factor, base)
             for place, part in self._where[module]:
                 found.setdefault(place, [None] * len(self.places[place].parts))[part] = factor
         return found
+
+    def _gains(
+        self,
+        adapter: Adapter,
+        module: str,
+        magnitude: LazyTensor,
+        factor: tuple[np.ndarray, np.ndarray],
+        base: BaseWeights | None,
+    ) -> np.ndarray:
+        """[2, rows] of a DoRA adapter's change of a module."""
+        if not all(self.places[place].gains for place, _ in self._where[module]):
+            raise UnsupportedError(
+                f"adapter {adapter} has magnitudes (DoRA), which these kernels have no places for",
+                remedy=f"open or compile the model again with --target tvm-cpu, or {_MERGE}",
+            )
+        if base is None:
+            raise UnsupportedError(
+                f"adapter {adapter} has magnitudes (DoRA), which needs what compiles models",
+                remedy=f"pip install 'llmc[compile]', or {_MERGE}",
+            )
+        m = magnitude.read().astype(np.float32).reshape(-1)
+        if len(m) != len(factor[1]):
+            raise InputError(
+                f"{magnitude.source} has the shape {list(magnitude.shape)}, not [{len(factor[1])}]",
+                remedy="give an adapter of this model",
+            )
+        return base.gains(module, *factor, m)
 
     def _refuse_strangers(self, adapter: Adapter) -> None:
         unknown = [module for module in adapter.changes if module not in self._where]
@@ -163,9 +202,18 @@ def _refuse_what_is_merged(adapter: Adapter) -> None:
 
 
 def _merged_kinds(change: LowRank) -> list[str]:
-    kinds = ["magnitudes (DoRA)"] if change.magnitude is not None else []
-    kinds += ["biases (lora_bias)"] if change.bias is not None else []
+    kinds = ["biases (lora_bias)"] if change.bias is not None else []
     return kinds + (["changes of embeddings"] if change.embedding else [])
+
+
+class BaseWeights(Protocol):
+    """What an artifact's linear layers multiply by (`codegen/tvm/base_weights.py`)."""
+
+    def gains(self, module: str, a: np.ndarray, b: np.ndarray, magnitude: np.ndarray) -> np.ndarray:
+        """[2, rows] of a module that DoRA scales to `magnitude` [rows] (NaN: not this row): what multiplies
+        W x + B A x, and what is added to it. a [r, K]; b [rows, r], the scaling in it.
+        """
+        ...
 
 
 @runtime_checkable
@@ -240,6 +288,8 @@ class AdapterRegistry:
         """Where the model's modules stand in the GGUF file that it was compiled from, for adapters of it."""
         self.stored_modules: Callable[[], StoredModules | None] = lambda: None
         """What the model's checkpoint calls its modules, for adapters that do."""
+        self.base: BaseWeights | None = None
+        """The model's weights, for adapters with magnitudes (DoRA)."""
 
     def names(self) -> list[str]:
         """Those that are loaded, in order."""
@@ -267,7 +317,7 @@ class AdapterRegistry:
                 "this artifact's kernels have no places for adapters",
                 remedy="compile the model with --adapters, or the adapter into it with --lora",
             )
-        factors = executor.adapter_places.factors(self._open(Path(path)), self.stored_modules())
+        factors = executor.adapter_places.factors(self._open(Path(path)), self.stored_modules(), self.base)
         return ReadAdapter(name, _digest(factors), executor.packed_adapter(factors))
 
     def _open(self, path: Path) -> Adapter:
@@ -355,6 +405,7 @@ __all__ = [
     "AdapterInUseError",
     "AdapterPlaces",
     "AdapterRegistry",
+    "BaseWeights",
     "Factor",
     "Factors",
     "LoadedAdapter",

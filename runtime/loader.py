@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
 from ..codegen.artifact import Artifact
 from ..ir.errors import ArtifactError, InputError
-from .adapters import check_places
+from .adapters import BaseWeights, check_places
 from .chat_template import template_of
 from .drafters import DraftModel
 from .engine import Engine, EngineOptions, ModelFacts
@@ -47,6 +47,7 @@ def load(
     adapters: Mapping[str, str | os.PathLike[str]] | None = None,
     adapter: str | os.PathLike[str] | None = None,
     places: MakePlaces | None = None,
+    base: Callable[[Artifact], BaseWeights] | None = None,
 ) -> LLM:
     """Open an artifact, choose its target for this machine, and size the KV cache.
 
@@ -76,7 +77,9 @@ def load(
             them by (`generate(…, adapter="name")`); {} for none yet (`LLM.load_adapter`).
         adapter: the folder or file of one with which everything is answered that names none.
         places: makes kernels that take adapters, where the artifact's own do not (it was compiled without
-            --adapters). `llmc.load` gives it where TVM is installed.
+            --adapters). `llmc.load` gives it.
+        base: reads the artifact's weights for adapters with magnitudes (DoRA). `llmc.load` gives it where TVM
+            is installed.
 
     Raises ArtifactError where the artifact is damaged or does not suit this machine, InputError where an
     option is impossible.
@@ -102,6 +105,7 @@ def load(
     engine = Engine(executor, tokenizer, _facts(artifact, sinks), options)
     engine.adapters.gguf_rows = lambda: artifact.gguf_rows
     engine.adapters.stored_modules = lambda: artifact.stored_modules
+    engine.adapters.base = None if base is None else base(artifact)
     if prefix_cache_dir is not None:
         if not prefix_cache:
             raise InputError("prefix_cache_dir without prefix_cache", remedy="leave one of both out")

@@ -39,9 +39,10 @@ KINDS: dict[str, dict[str, Any]] = {
         "alpha_pattern": {"up_proj": 3, r"layers\.1\.self_attn\.q_proj": 32},
     },
     "head": {"target_modules": ["lm_head", "down_proj"]},
+    "dora": {"target_modules": LINEAR, "use_dora": True},
+    "some dora": {"target_modules": ["k_proj", "o_proj", "lm_head"], "use_dora": True, "r": 20},
 }
 MERGED: dict[str, tuple[dict[str, Any], str]] = {
-    "DoRA": ({"target_modules": ["q_proj"], "use_dora": True}, r"magnitudes \(DoRA\)"),
     "modules": (
         {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
         r"lm_head\.weight .*modules_to_save",
@@ -360,7 +361,7 @@ def test_commands_take_one(folder: Path, llm: LLM) -> None:
 
 @pytest.mark.slow
 def test_a_published_model_beside_peft(tmp_path: Path) -> None:
-    """SmolLM2 in float32, two adapters over all its linear layers: logits within 1e-3 of PEFT's."""
+    """SmolLM2 in float32, two adapters over its linear layers, one of DoRA: logits within 1e-3 of PEFT's."""
     from llmc.cli.peer import load_transformers
 
     source = real_model("smollm2")
@@ -370,7 +371,8 @@ def test_a_published_model_beside_peft(tmp_path: Path) -> None:
     ids = list(range(1000, 1040))
     for seed, name in enumerate(names):
         model = load_transformers(str(source), "float32")
-        adapted = adapter(model, tmp_path / name, seed=seed, scale=0.02, r=16, target_modules=LINEAR)
+        kind = {"r": 16, "target_modules": LINEAR, "use_dora": name == "two"}
+        adapted = adapter(model, tmp_path / name, seed=seed, scale=0.02, **kind)
         found[name] = reference_logits(adapted, ids)
     with llmc.load(
         tmp_path / "a.llmc", adapters={name: tmp_path / name for name in names}, kv_tokens=512

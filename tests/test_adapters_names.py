@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +79,17 @@ def factors(opened: Opened, seed: int = 3, rank: int = 3) -> dict[str, tuple[np.
     return found
 
 
-def changed(opened: Opened, folder: Path, change: dict[str, tuple[np.ndarray, np.ndarray]]) -> Any:
-    """Logits of transformers over the checkpoint with the change in it."""
+def changed(
+    opened: Opened, folder: Path, change: dict[str, tuple[np.ndarray, np.ndarray]], norm: float = 0
+) -> Any:
+    """Logits of transformers over the checkpoint with the change in it, rows scaled to a `norm` but 0."""
     tensors = load_file(opened.model / "model.safetensors")
     for module, (a, b) in change.items():
         weight = tensors[f"{module}.weight"]
         delta = torch.from_numpy(b).double() @ torch.from_numpy(a).double()
-        tensors[f"{module}.weight"] = (weight.double() + delta).to(weight.dtype)
+        rows = weight.double() + delta
+        rows = rows * norm / rows.norm(dim=1, keepdim=True) if norm else rows
+        tensors[f"{module}.weight"] = rows.to(weight.dtype)
     folder.mkdir()
     for file in opened.model.glob("*.json"):
         (folder / file.name).write_bytes(file.read_bytes())
@@ -105,6 +109,19 @@ def test_logits_are_those_of_a_changed_checkpoint(opened: Opened, tmp_path: Path
         assert np.abs(found - wanted).max() < 1e-4
         assert np.abs(found - plain).max() > 1e-2
         opened.llm.unload_adapter(name)
+
+
+def test_dora_too(opened: Opened, tmp_path: Path) -> None:
+    """Of what is one matrix in the checkpoint and several here, each has its own norms of rows."""
+    change = factors(opened)
+    file = write_adapter(tmp_path / "one", change) / "adapter_model.safetensors"
+    prefix, part = "base_model.model.", "lora_magnitude_vector"
+    norms = {f"{prefix}{m}.{part}": torch.full((len(b),), 0.7) for m, (_, b) in change.items()}
+    save_file({**load_file(file), **norms}, file)
+    opened.llm.load_adapter("one", tmp_path / "one")
+    wanted = changed(opened, tmp_path / "changed", change, 0.7)
+    assert np.abs(opened.llm.logits(IDS, adapter="one") - wanted).max() < 1e-4
+    opened.llm.unload_adapter("one")
 
 
 def test_other_sizes_are_refused(opened: Opened, tmp_path: Path) -> None:
@@ -170,6 +187,23 @@ def test_a_module_that_is_several_in_the_checkpoint() -> None:
         names.of_modules(Adapter("a", {"w1": one, "up": low_rank(1, 6, 5, 2)}, {}), {"up"})
     with pytest.raises(InputError, match="parts of up of 5, 6 columns"):
         names.of_modules(Adapter("a", {"w1": one, "w3": low_rank(1, 2, 6, 2)}, {}), set())
+
+
+def test_magnitudes_of_parts() -> None:
+    """Rows of what the adapter leaves alone, or only adds to, have none."""
+    names = StoredModules(
+        {"up": [("w1", np.array([1, 0])), ("w3", np.arange(2))], "q": [("w2", np.array([1, 0]))]}
+    )
+    norms = ArrayTensor(np.array([[3.0], [4.0]], np.float32))
+    scaled = replace(low_rank(1, 2, 5, 0), magnitude=norms)
+    for others in ({}, {"w3": low_rank(1, 2, 5, 1)}):
+        found = names.of_modules(Adapter("a", {"w1": scaled, "w2": scaled, **others}, {}), set()).changes
+        up, q = found["up"].magnitude, found["q"].magnitude
+        assert up is not None and q is not None and q.read().tolist() == [4, 3]
+        np.testing.assert_array_equal(up.read(), [4, 3, np.nan, np.nan])
+    wrong = replace(scaled, magnitude=ArrayTensor(np.ones(3, np.float32)))
+    with pytest.raises(InputError, match="of a model of other sizes"):
+        names.of_modules(Adapter("a", {"w2": wrong}, {}), set())
 
 
 @pytest.mark.parametrize(

@@ -45,13 +45,19 @@ def factors(
     return plain, [np.array(ranks, np.int32), scale, a, b]
 
 
-def run(isa: str, parts: tuple[int, ...], dtype: str, arrays: list[np.ndarray]) -> np.ndarray:
-    """`arrays`: y, x, adapter, rank, scale, a, b. The kernel takes y as its first operand."""
+def run(isa: str, parts: tuple[int, ...], dtype: str, arrays: list[np.ndarray], **how: bool) -> np.ndarray:
+    """`arrays`: y, x, adapter, rank, scale, a, b, and what `how` asks for. The kernel takes y as its first
+    operand.
+    """
     k = arrays[1].shape[1]
 
     tensors = [arrays[0].copy(), *arrays[1:]]
     results = call(
-        kernels.make_lora, isa, {"parts": parts, "k": k, "dtype": dtype}, *tensors, outputs=len(tensors)
+        kernels.make_lora,
+        isa,
+        {"parts": parts, "k": k, "dtype": dtype, **how},
+        *tensors,
+        outputs=len(tensors),
     )
     return results[0]
 
@@ -77,10 +83,48 @@ def test_is_the_product(isa: str, dtype: str, parts: tuple[int, ...], k: int) ->
         close(found, expected, 3e-6)
         np.testing.assert_array_equal(found[slots < 0], y[slots < 0])
         op = Lora(*map(value, (y, x, slots, *given)), parts=parts)
-        close(meaning(op, y, x, slots, *given), expected, 3e-6)
+        close(meaning(op, y, x, slots, *given, None, None, None), expected, 3e-6)
         for t in range(0, len(slots), 13):  # alone, and in other company
             one = run(isa, parts, dtype, [y[t : t + 1], x[t : t + 1], slots[t : t + 1], *given])
             np.testing.assert_array_equal(one[0], found[t])
+
+
+@vector_levels
+@pytest.mark.parametrize("with_residual", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_scales_what_the_layer_gives(isa: str, dtype: str, with_residual: bool) -> None:
+    """Of parts that are scaled all but what was added since; of the others no gain is read."""
+    parts, k = (40, 7, 16), 37
+    plain, given = factors(parts, k, [[5, 3, 20], [0, 17, 2], [4, 4, 4]], dtype, blocks=2)
+    gained = np.array([[1, 0, 1], [0, 1, 0], [0, 0, 0]], np.int32)
+    gain = np.random.default_rng(2).uniform(0.5, 2, (3, 2, sum(parts))).astype(np.float32)
+    ends = np.cumsum((0, *parts))
+    for s, p in np.argwhere(gained == 0):
+        gain[s, :, ends[p] : ends[p + 1]] = np.nan
+    for adapter in ([0], [-1], [0] * 6 + [1, 2, -1] + [1] * 9 + [2] * 5, [1, 0, 2, 1]):
+        slots = np.array(adapter, np.int32)
+        x, y, rest = normal(len(slots), k), normal(len(slots), ends[-1], seed=1), normal(len(slots), ends[-1])
+        rest *= 30
+        y = y + rest if with_residual else y
+        rows, scales = [y, x, slots], [*given, gained, gain]
+        beside = [rest] if with_residual else []
+        how = {"gains": True, "residual": with_residual}
+        found, expected = run(isa, parts, dtype, [*rows, *scales, *beside], **how), y.astype(np.float64)
+        for t, s in enumerate(adapter):
+            for p, (down, up) in enumerate(plain[s] if s >= 0 else ()):
+                columns = slice(ends[p], ends[p + 1])
+                expected[t, columns] += up @ (down @ x[t].astype(np.float64))
+                if gained[s, p]:
+                    kept = rest[t, columns].astype(np.float64) if with_residual else 0
+                    total = gain[s, 0, columns] * (expected[t, columns] - kept)
+                    expected[t, columns] = kept + total + gain[s, 1, columns]
+        close(found, expected, 3e-6)
+        np.testing.assert_array_equal(found[slots < 0], y[slots < 0])
+        op = Lora(*map(value, (*rows, *scales, *beside)), parts=parts)
+        close(meaning(op, *rows, *scales, rest if with_residual else None), expected, 3e-6)
+        for t in range(len(slots)):  # alone
+            own, mine = ([one[t : t + 1] for one in several] for several in (rows, beside))
+            np.testing.assert_array_equal(run(isa, parts, dtype, [*own, *scales, *mine], **how)[0], found[t])
 
 
 def test_nothing_to_do() -> None:
@@ -94,6 +138,12 @@ def test_shapes_must_agree() -> None:
     x, slots = normal(3, 8), np.zeros(3, np.int32)
     with pytest.raises(CompileError, match=r"lora: float32\[3, 30\]"):
         Lora(*map(value, (normal(3, 30), x, slots, rank, scale, a, b)), parts=(16, 16))
+    gained, gain = np.zeros((1, 2), np.int32), np.zeros((1, 2, 32), np.float32)
+    given = (normal(3, 32), x, slots, rank, scale, a, b)
+    with pytest.raises(VerifyError, match="gain, gained and residual"):
+        Lora(*map(value, (*given, gained)), parts=(16, 16)).verify()
+    with pytest.raises(CompileError, match="lora: "):
+        Lora(*map(value, (*given, gained, gain[:, :, 1:])), parts=(16, 16))
     mixed = Lora(
         *map(value, (normal(3, 32), x, slots, rank, scale, a, np.zeros_like(b, np.int8))), parts=(16, 16)
     )

@@ -230,6 +230,23 @@ def test_memory_grows_and_keeps_what_was_in_it(dtype: str, error: float) -> None
     assert not arrays["lora_rank.0"][1].any() and arrays["lora_rank.0"][5].tolist() == [40, 40]
 
 
+def test_gains_come_and_go_with_their_slots() -> None:
+    arrays: dict[str, np.ndarray] = {}
+    place = Place(5, (("a", 3), ("b", 20)), gains=True)
+    memory = AdapterMemory(AdapterPlaces(64, (place,)), arrays.__setitem__)
+    down, up, gain = (np.full(shape, 2, np.float32) for shape in ((1, 5), (20, 1), (2, 20)))
+    memory.set(1, memory.packed({0: [None, (down, up, gain)]}))
+    memory.set(6, memory.packed({0: [(down, up[:3], gain[:, :3]), None]}))
+    assert arrays["lora_gained.0"][[1, 6]].tolist() == [[0, 1], [1, 0]]
+    assert arrays["lora_gain.0"][1, :, 3:].all() and not arrays["lora_gain.0"][1, :, :3].any()
+    memory.set(1, memory.packed({0: [None, (down, up)]}))
+    assert arrays["lora_gained.0"][[1, 6]].tolist() == [[0, 0], [1, 0]]
+    memory.clear(6)
+    assert not arrays["lora_gained.0"].any()
+    with pytest.raises(InputError, match="the adapter's change of b is beyond what float32 holds"):
+        memory.packed({0: [None, (down, up, gain * np.float32(np.inf))]})
+
+
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_factors_beyond_floats_are_refused(dtype: str) -> None:
     memory, _ = memory_of(dtype)

@@ -310,8 +310,11 @@ def paged_attention(low: Lowering, op: Any) -> Any:
 @emits("lora")
 def lora(low: Lowering, op: Any) -> Any:
     """Writes in place what the linear layer, or its sum with the residual, has written."""
-    static = {"parts": tuple(op.parts), "k": op.x.shape[-1], "dtype": op.a.dtype}
-    args = present(low, op.y, op.x, op.adapter, op.rank, op.scale, op.a, op.b)
+    static: dict[str, Any] = {"parts": tuple(op.parts), "k": op.x.shape[-1], "dtype": op.a.dtype}
+    if op.gain is not None:
+        static |= {"gains": True, "residual": op.residual is not None}
+    factors = (op.rank, op.scale, op.a, op.b, op.gained, op.gain, op.residual)
+    args = present(low, op.y, op.x, op.adapter, *factors)
     return low.kernel_inplace("lora", kernels.make_lora, static, args, 0, low.type_of(op.result))
 
 

@@ -29,14 +29,16 @@ if TYPE_CHECKING:
     from ..artifact import Artifact
 
 
-def with_places(graph: Graph) -> Graph:
-    """A copy of a final graph that takes adapters. Raises UnsupportedError for what is no language model."""
+def with_places(graph: Graph, *, gains: bool = True) -> Graph:
+    """A copy of a final graph that takes adapters, DoRA too with `gains`. Raises UnsupportedError for what
+    is no language model.
+    """
     if graph.facts.get("kind") != "causal_lm":
         raise UnsupportedError(
             f"{graph.name} is no language model: requests choose no adapters for it",
             remedy="compile the adapter into it with --lora",
         )
-    return run_passes(graph.clone(), [PlaceAdapters()], PassContext())[0]
+    return run_passes(graph.clone(), [PlaceAdapters(gains)], PassContext())[0]
 
 
 @contextmanager

@@ -7,6 +7,12 @@ The factors of many adapters stand in *slots*, in blocks of 16 as vectors take t
     scale [A, P, L, 16]      scale[s, p, l, i]  multiplies row 16 l + i of A x: with factors of int8, what a
                              step of that row of A and of that column of B is worth
 
+and, where adapters may scale what a part gives (DoRA, Liu et al. 2024, section 4):
+
+    gained [A, P]            whether slot s does
+    gain [A, 2, N]           gain[s, 0, n] multiplies W x + B A x of column n, gain[s, 1, n] is added: what
+                             the bias, which is not multiplied, has lost by it
+
 Each part begins a block of b. A slots, 16 · L the largest rank, P parts, C = sum over parts of
 ceil(rows / 16). Parts are the layers that fusion has put one below the other (q, k and v): each has factors
 of its own over the same x. What lies beyond a part's rank or its rows is never read.
@@ -18,7 +24,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..core import Op
-from ..define import Operand, op
+from ..define import Operand, OptionalOperand, op
 from ..errors import CompileError, VerifyError
 from ..types import TensorType
 
@@ -39,6 +45,9 @@ def column_blocks(parts: tuple[int, ...]) -> int:
 class Lora(Op):
     """y [T, N] + B[s] (scale[s] · A[s] x) for tokens of slot s = adapter[t]; y itself where that is negative.
 
+    With gains, of parts that a slot has gained: r + gain[s, 0] · (y - r + B[s] …) + gain[s, 1], r being what
+    was added to the layer's result since, `residual` [T, N], or 0.
+
     x float32 [T, K]; adapter int32 [T]; rank int32 [A, P], 0 where a slot leaves a part alone; scale, a, b as
     in the module's text; `parts`: rows of each part, N together. Computed in float32. A target may write in
     place: y must not be read after this op but through its result.
@@ -51,6 +60,9 @@ class Lora(Op):
     scale: Operand
     a: Operand
     b: Operand
+    gained: OptionalOperand
+    gain: OptionalOperand
+    residual: OptionalOperand
     parts: tuple[int, ...]
 
     def infer(self) -> list[TensorType]:
@@ -64,6 +76,10 @@ class Lora(Op):
             and (self.a.shape[1], *self.a.shape[3:]) == (count, k, LANES)
             and self.b.shape[1:] == (column_blocks(self.parts), LANES * self.a.shape[2], LANES)
         )
+        slots = self.rank.shape[:1]
+        if self.gain is not None and self.gained is not None:
+            fits = fits and self.gained.shape == self.rank.shape and self.gain.shape == (*slots, 2, n)
+            fits = fits and (self.residual is None or self.residual.type == self.y.type)
         if not fits:
             raise CompileError(
                 f"lora: {self.y.type} by {self.x.type}, factors {self.a.type}, {self.b.type} ({self.loc})",
@@ -76,9 +92,13 @@ class Lora(Op):
             raise VerifyError(
                 f"lora: factors are {self.a.dtype} and {self.b.dtype}", remedy="both float32 or both int8"
             )
+        if (self.gain is None) != (self.gained is None) or (self.gain is None and self.residual is not None):
+            raise VerifyError(
+                "lora: gain, gained and residual", remedy="gains with both, residual with gains"
+            )
 
     def reference(self, dims: Dims, *args: Any) -> Any:
-        y, x, adapter, rank, scale, a, b = args
+        y, x, adapter, rank, scale, a, b, gained, gain, residual = args
         out = y.clone()
         for slot in adapter.unique().tolist():
             if slot < 0:
@@ -89,7 +109,12 @@ class Lora(Op):
                 r, last = int(rank[slot, part]), first + -(-count // LANES)
                 down = a[slot, part].transpose(1, 2).flatten(0, 1)[:r].float()
                 up = b[slot, first:last].transpose(1, 2).flatten(0, 1)[:count, :r].float()
-                out[rows, start : start + count] += x[rows] @ down.T * scale[slot, part].flatten()[:r] @ up.T
+                columns = slice(start, start + count)
+                total = y[rows, columns] + x[rows] @ down.T * scale[slot, part].flatten()[:r] @ up.T
+                if gain is not None and gained[slot, part]:
+                    kept = 0 if residual is None else residual[rows, columns]
+                    total = kept + gain[slot, 0, columns] * (total - kept) + gain[slot, 1, columns]
+                out[rows, columns] = total
                 first, start = last, start + count
         return out
 

@@ -4,11 +4,13 @@
     %2 = add(%r, %1)           →        %2 = add(%r, %1)
                                         %3 = lora(%2, %x, %adapter, %lora_rank.0, …)
 
+With gains the op may scale what the layer gives, too (DoRA); it then reads what was added to that since.
+
 On the final graph, so that an artifact's text is all it takes. A sum with the residual stays beside its
 layer, whose kernel does it. The layers below one another in a merged projection are found by the weight's
 name, "….q_proj.weight+k_proj+v_proj", and by how its result is cut. `graph.facts["adapters"]` says what
-stands where: {"places": [{"k", "parts": [[module, rows], …], "dtype": of the factors}, …]}, in the order of
-the inputs' numbers.
+stands where: {"places": [{"k", "parts": [[module, rows], …], "dtype": of the factors, "gains": true}, …]},
+in the order of the inputs' numbers.
 """
 
 from __future__ import annotations
@@ -40,20 +42,14 @@ _ENDS = (".q", ".transposed", ".weight")
 
 @dataclass(frozen=True)
 class PlaceAdapters(Pass):
-    """Make a paged graph take adapters as inputs."""
+    """Make a paged graph take adapters as inputs; `gains`: also those that scale what a layer gives."""
 
     name = "place-adapters"
     requires = "paged"
+    gains: bool = True
 
     def run(self, graph: Graph, context: PassContext) -> PassResult:
-        found = [(op, parts) for op in graph.ops if (parts := _parts_of(graph, op))]
-        # Several modules may have one weight (tied blocks), each of which an adapter changes by itself: no
-        # place for it. A module that is gone through several times is one.
-        users: dict[str, set[str]] = {}
-        for op, parts in found:
-            for module, _ in parts:
-                users.setdefault(module, set()).add(op.loc)
-        found = [(op, parts) for op, parts in found if all(len(users[module]) == 1 for module, _ in parts)]
+        found = layers_of(graph)
         if not found:
             raise UnsupportedError(
                 f"{graph.name} has no linear layer that an adapter could change",
@@ -65,10 +61,32 @@ class PlaceAdapters(Pass):
         places: list[dict[str, Any]] = []
         for op, parts in found:
             dtype = "int8" if _rounds(op) else "float32"
-            _place(graph, op, parts, _adapter_of(graph, op, rows), dtype, len(places))
-            places.append({"k": _width(op), "parts": [list(part) for part in parts], "dtype": dtype})
+            _place(graph, op, parts, _adapter_of(graph, op, rows), dtype, len(places), self.gains)
+            place = {"k": _width(op), "parts": [list(part) for part in parts], "dtype": dtype}
+            places.append({**place, "gains": True} if self.gains else place)
         graph.facts["adapters"] = {"places": places}
         return PassResult(graph, True)
+
+
+def layers_of(graph: Graph) -> list[tuple[Op, Parts]]:
+    """The linear layers of a final graph that adapters can change, in order, and the modules in each."""
+    found = [(op, parts) for op in graph.ops if (parts := _parts_of(graph, op))]
+    # Several modules may have one weight (tied blocks), each of which an adapter changes by itself: no place
+    # for it. A module that is gone through several times is one.
+    users: dict[str, set[str]] = {}
+    for op, parts in found:
+        for module, _ in parts:
+            users.setdefault(module, set()).add(op.loc)
+    return [(op, parts) for op, parts in found if all(len(users[module]) == 1 for module, _ in parts)]
+
+
+def rotation_of(op: Op) -> int:
+    """The size of the rotation of what an op reads, which its weight's rows are rotated by too; 0 where there
+    is none.
+    """
+    made = op.operands[0].producer
+    made = made.x.producer if isinstance(made, GatherLast) else made
+    return made.size if isinstance(made, Hadamard) else 0
 
 
 def _rounds(op: Op) -> bool:
@@ -149,7 +167,7 @@ def _adapter_of(graph: Graph, op: Op, rows: dict[Any, Value]) -> Value:
     return rows[count]
 
 
-def _place(graph: Graph, op: Op, parts: Parts, adapter: Value, dtype: str, number: int) -> None:
+def _place(graph: Graph, op: Op, parts: Parts, adapter: Value, dtype: str, number: int, gains: bool) -> None:
     widths = tuple(rows for _, rows in parts)
     shape = (SLOTS, len(parts), BLOCKS, _width(op), LANES)
     rank = graph.add_input(f"lora_rank.{number}", TensorType("int32", (SLOTS, len(parts))))
@@ -158,14 +176,19 @@ def _place(graph: Graph, op: Op, parts: Parts, adapter: Value, dtype: str, numbe
     b = graph.add_input(
         f"lora_b.{number}", TensorType(dtype, (SLOTS, column_blocks(widths), LANES * BLOCKS, LANES))
     )
+    gained = gain = residual = None
+    if gains:
+        gained = graph.add_input(f"lora_gained.{number}", rank.type)
+        gain = graph.add_input(f"lora_gain.{number}", TensorType("float32", (SLOTS, 2, sum(widths))))
     y = op.results[0]
     users = list(y.uses)
     if len(users) == 1 and not graph.output_uses(y) and isinstance(users[0][0], Add):
         total = users[0][0]
         if total.a.type == total.b.type:
+            residual = (total.b if total.a is y else total.a) if gains else None
             y = total.results[0]
     x = _unrotated(graph, op)
-    new = Lora(y, x, adapter, rank, scale, a, b, parts=widths)
+    new = Lora(y, x, adapter, rank, scale, a, b, gained, gain, residual, parts=widths)
     assert y.producer is not None
     new.loc = op.loc
     following = y.producer.next
@@ -184,4 +207,4 @@ def _unrotated(graph: Graph, op: Op) -> Value:
     return x
 
 
-__all__ = ["PlaceAdapters"]
+__all__ = ["Parts", "PlaceAdapters", "layers_of", "rotation_of"]

@@ -22,8 +22,9 @@ _MOST = (1 << 31) - 1
 _HUGE = 4 << 20
 """Bytes of an array from which large pages are asked for, as numpy does."""
 
-Part = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""Blocks of scales [L, 16], of A [L, K, 16] and of B [C, r, 16]."""
+Part = tuple[np.ndarray, np.ndarray, np.ndarray] | tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+"""Blocks of scales [L, 16], of A [L, K, 16] and of B [C, r, 16]; and gains [2, rows] where the part has some.
+"""
 Packed = Mapping[int, Sequence[Part | None]]
 """By the number of a place, for each of its parts; None where it stays as it is."""
 
@@ -63,7 +64,9 @@ class _Zeros:
 
 
 class _Arrays:
-    """Of one place: rank [A, P] int32, scale [A, P, L, 16], a [A, P, L, K, 16], b [A, C, 16 · L, 16]."""
+    """Of one place: rank [A, P] int32, scale [A, P, L, 16], a [A, P, L, K, 16], b [A, C, 16 · L, 16], and
+    where it has gains gained [A, P] int32 and gain [A, 2, N].
+    """
 
     def __init__(self, place: Place, slots: int, blocks: int) -> None:
         dtype, parts = to_numpy(place.dtype), len(place.parts)
@@ -76,10 +79,16 @@ class _Arrays:
         self._rank = _Zeros((slots, parts), np.dtype(np.int32))
         self.rank = self._rank.array
         self.scale, self.a, self.b = (one.array for one in self._all)
+        self._gained = _Zeros((slots, parts), np.dtype(np.int32))
+        self._gain = _Zeros((slots if place.gains else 0, 2, rows_of(place)), np.dtype(np.float32))
+        self.gained, self.gain = self._gained.array, self._gain.array
 
     def take(self, old: _Arrays) -> None:
         """The slots of others. What an adapter does not use of its slot stays untouched."""
         self.rank[: len(old.rank)] = old.rank
+        self.gained[: len(old.rank)] = old.gained
+        for slot in np.flatnonzero(old.gained.any(1)):
+            self.gain[slot] = old.gain[slot]
         for slot in np.flatnonzero(old.rank.any(1)):
             blocks = blocks_of(int(old.rank[slot].max()))
             self.scale[slot, :, :blocks] = old.scale[slot, :, :blocks]
@@ -92,6 +101,14 @@ class _Arrays:
             self.rank[slot] = 0
             for one in self._all:
                 one.give_back(slot)
+        if self.gained[slot].any():
+            self.gained[slot] = 0
+            self._gain.give_back(slot)
+
+
+def rows_of(place: Place) -> int:
+    """Rows of all parts of a place."""
+    return sum(rows for _, rows in place.parts)
 
 
 def columns_of(place: Place) -> int:
@@ -165,15 +182,18 @@ class AdapterMemory:
             self._resize(self._room(slot, blocks) if slot >= self.slots else self.slots, blocks)
         self.clear(slot)
         for number, parts in packed.items():
-            arrays, block = self._arrays[number], 0
+            arrays, block, row = self._arrays[number], 0, 0
             for p, ((_, rows), part) in enumerate(zip(self._places[number].parts, parts, strict=True)):
                 if part is not None:
-                    scale, a, b = part
+                    scale, a, b, *gain = part
                     arrays.rank[slot, p] = b.shape[1]
                     arrays.scale[slot, p, : len(scale)] = scale
                     arrays.a[slot, p, : len(a)] = a
                     arrays.b[slot, block : block + len(b), : b.shape[1]] = b
-                block += blocks_of(rows)
+                    if gain:
+                        arrays.gained[slot, p] = 1
+                        arrays.gain[slot, :, row : row + rows] = gain[0]
+                block, row = block + blocks_of(rows), row + rows
 
     def clear(self, slot: int) -> None:
         """Empty a slot."""
@@ -211,6 +231,9 @@ class AdapterMemory:
             self._bind(f"lora_scale.{number}", arrays.scale)
             self._bind(f"lora_a.{number}", arrays.a)
             self._bind(f"lora_b.{number}", arrays.b)
+            if self._places[number].gains:
+                self._bind(f"lora_gained.{number}", arrays.gained)
+                self._bind(f"lora_gain.{number}", arrays.gain)
 
 
 def pack(places: AdapterPlaces, factors: Factors) -> Packed:
@@ -230,20 +253,22 @@ def _packed(place: Place, parts: Sequence[Factor | None]) -> list[Part | None]:
         if part is None:
             result.append(None)
             continue
+        down, up, *gain = part
         with np.errstate(over="ignore", invalid="ignore"):
-            scale, a, b = _steps(*part) if place.dtype == "int8" else (np.ones(len(part[0])), *part)
+            scale, a, b = _steps(down, up) if place.dtype == "int8" else (np.ones(len(down)), down, up)
             scales = _in_blocks(scale.astype(np.float32)[:, None])[..., 0]
-        if not all(np.isfinite(one).all() for one in (scales, a, b)):
+        if not all(np.isfinite(one).all() for one in (scales, a, b, *gain)):
             raise InputError(
                 f"the adapter's change of {module} is beyond what float32 holds",
                 remedy="merge it: llmc compile MODEL --lora FOLDER",
             )
         blocks = [_in_blocks(one.astype(to_numpy(place.dtype))).transpose(0, 2, 1) for one in (a, b)]
-        result.append((scales, blocks[0], blocks[1]))
+        packed = scales, blocks[0], blocks[1]
+        result.append((*packed, gain[0]) if gain else packed)
     return result
 
 
-def _steps(a: np.ndarray, b: np.ndarray) -> Part:
+def _steps(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Scales [r] of float64, and factors in whole steps of them, -127 … 127: each row of A and each column
     of B by the largest of its numbers.
     """

@@ -134,7 +134,7 @@ class CudaAdapters:
         arrays, block = self._arrays.places[number], 0
         for p, ((_, rows), part) in enumerate(zip(self._places.places[number].parts, parts, strict=True)):
             if part is not None:
-                scale, a, b = part
+                scale, a, b = part[:3]  # gains have no places here
                 whole = np.zeros((len(b), *arrays["b"].shape[2:]), b.dtype)
                 whole[:, : b.shape[1]] = b
                 for name, array, place in (("scale", scale, p), ("a", a, p), ("b", whole, block)):
@@ -194,7 +194,7 @@ class CudaAdapters:
 
 def _in_order(part: Part) -> Part:
     """The same, as a copy of memory wants it."""
-    scale, a, b = part
+    scale, a, b = part[:3]
     return scale, np.ascontiguousarray(a), np.ascontiguousarray(b)
 
 

@@ -3,11 +3,15 @@
 Rows of one adapter stand together (a sequence's tokens are back to back), so that factors are read once for
 four of them; a row without an adapter costs a look at its number, and a step in which none has one a scan
 of these. Each sum runs in an order that depends on the row alone: A x in four chains over k, which are added
-in pairs; B (A x) in one chain over the rank.
+in pairs; B (A x) in one chain over the rank. Where an adapter scales what a part gives, that is said once a
+part, and done as the sums are stored.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from tvm.script.ir_builder import tirx as T
@@ -38,11 +42,22 @@ the processor's own fetching stops. Factors of many adapters come from memory, a
 """
 
 
+@dataclass(frozen=True)
+class _Gains:
+    """gained int32 [A, P]; gain float32 [A, 2, N]; residual float32 [T, N] or None."""
+
+    gained: Buffer
+    gain: Buffer
+    residual: Buffer | None
+
+
 class _Change:
     """The statements for rows of one adapter."""
 
-    def __init__(self, parts: tuple[int, ...], k: int, dtype: str, buffers: tuple[Buffer, ...]) -> None:
-        self.parts, self.k, self.dtype = parts, k, dtype
+    def __init__(
+        self, parts: tuple[int, ...], k: int, dtype: str, buffers: tuple[Buffer, ...], gains: _Gains | None
+    ) -> None:
+        self.parts, self.k, self.dtype, self.gains = parts, k, dtype, gains
         self.y, self.x, self.rank, self.scale, self.a, self.b = buffers
         self.a_line = 4 if dtype == "int8" else 1  # vectors in a line of the cache
 
@@ -58,7 +73,8 @@ class _Change:
         for part, width in enumerate(self.parts):
             rank = let(self.rank[slot, part])
             self._down(held, row, rows, slot, part, rank)
-            self._up(held, row, rows, slot, (block, start, width), rank)
+            gained = None if self.gains is None else let(self.gains.gained[slot, part])
+            self._up(held, row, rows, slot, (block, start, width), rank, gained)
             block, start = block + -(-width // LANES), start + width
 
     def _down(self, held: Buffer, row: Expr, rows: int, slot: Expr, part: int, rank: Expr) -> None:
@@ -84,9 +100,16 @@ class _Change:
                 put(held, total * vec(self.scale, slot, part, block, 0), t, block * LANES)
 
     def _up(
-        self, held: Buffer, row: Expr, rows: int, slot: Expr, part: tuple[int, int, int], rank: Expr
+        self,
+        held: Buffer,
+        row: Expr,
+        rows: int,
+        slot: Expr,
+        part: tuple[int, int, int],
+        rank: Expr,
+        gained: Expr | None,
     ) -> None:
-        """y += B held; `part`: its first block of columns, its first column, its width."""
+        """y += B held, or that times the gain; `part`: its first block of columns, first column, width."""
         block, start, width = part
         whole = width // LANES
 
@@ -98,9 +121,20 @@ class _Change:
                     w = self._load(self.b, slot, block + first + c, r, 0)
                     for t in range(rows):
                         put(acc[t][c], fma(splat(held[t, r]), w, vec(acc[t][c], 0)), 0)
-            for t in range(rows):
-                for c in range(count):
-                    self._store(acc[t][c], row + t, start + (first + c) * LANES, lanes)
+
+            def stored(store: Callable[[Buffer, Expr, Expr, int], None]) -> None:
+                for t in range(rows):
+                    for c in range(count):
+                        store(acc[t][c], row + t, start + (first + c) * LANES, lanes)
+
+            if gained is None:
+                stored(self._add)
+                return
+            with T.If(gained == 0):
+                with T.Then():
+                    stored(self._add)
+                with T.Else():
+                    stored(partial(self._scale, slot))
 
         with T.If(rank > 0), T.Then():
             with T.serial(0, whole // _COLUMNS) as i:
@@ -110,19 +144,41 @@ class _Change:
             if width % LANES:
                 blocks(T.int32(whole), 1, width % LANES)
 
-    def _store(self, acc: Buffer, row: Expr, column: Expr, lanes: int) -> None:
+    def _add(self, acc: Buffer, row: Expr, column: Expr, lanes: int) -> None:
         if lanes == LANES:
             put(self.y, vec(self.y, row, column) + vec(acc, 0), row, column)
             return
         with T.serial(0, lanes) as j:
             put1(self.y, self.y[row, column + j] + acc[j], row, column + j)
 
+    def _scale(self, slot: Expr, acc: Buffer, row: Expr, column: Expr, lanes: int) -> None:
+        assert self.gains is not None
+        gain, residual = self.gains.gain, self.gains.residual
+        if lanes == LANES:
+            rest = f32s(0) if residual is None else let(vec(residual, row, column))
+            product = (vec(self.y, row, column) - rest) + vec(acc, 0)
+            total = fma(vec(gain, slot, 0, column), product, vec(gain, slot, 1, column))
+            put(self.y, rest + total, row, column)
+            return
+        with T.serial(0, lanes) as j:
+            i = column + j
+            one = T.float32(0) if residual is None else let(residual[row, i])
+            put1(
+                self.y,
+                one + (gain[slot, 0, i] * ((self.y[row, i] - one) + acc[j]) + gain[slot, 1, i]),
+                row,
+                i,
+            )
 
-def make_lora(*, parts: tuple[int, ...], k: int, dtype: str, isa: str) -> Any:
+
+def make_lora(
+    *, parts: tuple[int, ...], k: int, dtype: str, isa: str, gains: bool = False, residual: bool = False
+) -> Any:
     """y += B[adapter] (A[adapter] x) where adapter ≥ 0, as `ir/ops/lora.py` has it.
 
     y float32 [T, N], written in place; x float32 [T, K]; adapter int32 [T]; rank int32 [A, P]; scale float32
-    [A, P, L, 16]; a `dtype` (float32 or int8) [A, P, L, K, 16]; b `dtype` [A, C, 16 · L, 16].
+    [A, P, L, 16]; a `dtype` (float32 or int8) [A, P, L, K, 16]; b `dtype` [A, C, 16 · L, 16]; with `gains`
+    gained int32 [A, P] and gain float32 [A, 2, N], and where there is one the `residual`, float32 [T, N].
     """
     kernel = Kernel("lora", isa)
     count = len(parts)
@@ -137,7 +193,13 @@ def make_lora(*, parts: tuple[int, ...], k: int, dtype: str, isa: str) -> Any:
         scale = kernel.argument("scale", (slots, count, blocks, LANES), "float32")
         a = kernel.argument("a", (slots, count, blocks, k, LANES), dtype)
         b = kernel.argument("b", (slots, column_blocks(parts), blocks * LANES, LANES), dtype)
-        change = _Change(parts, k, dtype, (y, x, rank, scale, a, b))
+        scaled = None
+        if gains:
+            gained = kernel.argument("gained", (slots, count), "int32")
+            gain = kernel.argument("gain", (slots, 2, sum(parts)), "float32")
+            rest = kernel.argument("residual", (tokens, sum(parts)), "float32") if residual else None
+            scaled = _Gains(gained, gain, rest)
+        change = _Change(parts, k, dtype, (y, x, rank, scale, a, b), scaled)
 
         def alone(row: Expr) -> None:
             with T.If(adapter[row] >= 0), T.Then():

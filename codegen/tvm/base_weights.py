@@ -1,0 +1,96 @@
+"""What an artifact's linear layers multiply by, for adapters that need to know it: the gains of DoRA.
+
+    y = W x + b   →   y = m / ‖W + B A‖ ∘ (W x + B A x) + b       norms of rows
+
+Norms are of the weights as they were quantized, read out of the artifact as an adapter is loaded.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...ir.hadamard import rotate_columns
+from ...ir.ops.nn import Linear
+from ...ir.ops.quant import QuantizedLinear, quantization
+from ...ir.weights import LazyTensor, QuantizedTensors, dequantize_rows
+from ...passes.adapt.lora_places import layers_of, rotation_of
+from ..extensions import parse_graph
+from .stored import stored_graph
+
+if TYPE_CHECKING:
+    from ...ir.core import Op, Value
+    from ..artifact import Artifact
+
+Array = np.ndarray[Any, Any]
+_ROWS = 1024
+"""Of a weight that are in memory at a time."""
+
+
+class BaseWeights:
+    """Of an artifact that was compiled for tvm-cpu; read when first asked for."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self._artifact = artifact
+
+    def gains(self, module: str, a: Array, b: Array, magnitude: Array) -> Array:
+        """[2, rows] of a module: m / ‖W + B A‖, and what its bias loses by it, (1 - m / ‖…‖) · bias.
+
+        Args:
+            a, b: [r, K], and [rows, r] with the scaling in it. magnitude: m [rows]; NaN where a row is not
+                scaled.
+
+        Raises ArtifactError where graph and weights of the artifact are not of this version.
+        """
+        op, first = self._layers[module]
+        size = rotation_of(op)
+        a = rotate_columns(a, size) if size else a
+        gain = np.ones(len(b), np.float32)
+        for start in range(0, len(b), _ROWS):
+            part = b[start : start + _ROWS]
+            rows = self._rows(op, first + start, first + start + len(part))
+            norm = np.linalg.norm(rows + part @ a, axis=1)
+            wanted = magnitude[start : start + len(part)]
+            scaled = wanted / np.where(norm == 0, np.float32(1), norm)
+            gain[start : start + len(part)] = np.where(np.isnan(wanted), np.float32(1), scaled)
+        return np.stack([gain, (1 - gain) * self._bias(op, first, len(b))]).astype(np.float32)
+
+    @cached_property
+    def _layers(self) -> dict[str, tuple[Op, int]]:
+        """By module: the op that computes it, and its first row."""
+        found: dict[str, tuple[Op, int]] = {}
+        for op, parts in layers_of(parse_graph(self._artifact.read_text("ir.txt"))):
+            row = 0
+            for module, rows in parts:
+                found[module] = op, row
+                row += rows
+        return found
+
+    @cached_property
+    def _weights(self) -> dict[str, LazyTensor]:
+        graph = stored_graph(self._artifact)
+        return {name: value.weight for name, value in graph.weights.items() if value.weight is not None}
+
+    def _weight(self, value: Value) -> LazyTensor:
+        return self._weights[value.name]
+
+    def _rows(self, op: Op, start: int, stop: int) -> Array:
+        """Rows of a layer's weight, float32 [n, K]; rotated as what it reads is."""
+        if isinstance(op, QuantizedLinear):
+            zero = None if op.zero_point is None else self._weight(op.zero_point)
+            quant = quantization(op.q.type, op.opname)
+            parts = QuantizedTensors(quant, self._weight(op.q), self._weight(op.scale), zero)
+            return dequantize_rows(parts, start, stop).astype(np.float32)
+        assert isinstance(op, Linear)
+        return self._weight(op.weight).read(start, stop).astype(np.float32)
+
+    def _bias(self, op: Op, start: int, rows: int) -> Array:
+        assert isinstance(op, Linear | QuantizedLinear)
+        if op.bias is None:
+            return np.zeros(rows, np.float32)
+        return self._weight(op.bias).read(start, start + rows).astype(np.float32)
+
+
+__all__ = ["BaseWeights"]
