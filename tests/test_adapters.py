@@ -298,11 +298,12 @@ def over(values: dict[str, np.ndarray], family: str) -> Any:
     return model
 
 
-def quantized(tmp_path: Path, values: dict[str, np.ndarray]) -> tuple[Any, LLM, np.ndarray]:
+def quantized(tmp_path: Path, values: dict[str, np.ndarray], **options: Any) -> tuple[Any, LLM, np.ndarray]:
     """PEFT over what a checkpoint stands for; its artifact opened with the adapter; logits without it."""
     llmc.compile(tmp_path / "base", tmp_path / "a.llmc", targets=[HERE], quant="keep", kv_dtype="float32")
     plain = reference_logits(over(values, "llama"), ids_of(19))
-    adapted = adapter(over(values, "llama"), tmp_path / "one", target_modules=LINEAR, r=9, scale=0.05)
+    options |= {"target_modules": LINEAR, "r": 9, "scale": 0.05}
+    adapted = adapter(over(values, "llama"), tmp_path / "one", **options)
     llm = llmc.load(tmp_path / "a.llmc", adapters={"one": tmp_path / "one"}, kv_tokens=512, context=256)
     return adapted, llm, plain
 
@@ -321,12 +322,16 @@ def test_over_nf4(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_over_int4(tmp_path: Path) -> None:
+@pytest.mark.parametrize("desc_act", [False, True])
+@pytest.mark.parametrize("dora", [False, True])
+def test_over_int4(desc_act: bool, dora: bool, tmp_path: Path) -> None:
     """The base's kernels round activations to 8 bits, and factors are of 8 bits: with an adapter logits are
-    no further from PEFT's than 2.5 times what the base alone is from its own float model.
+    no further from PEFT's than 2.5 times what the base alone is from its own float model. Also where columns
+    are stored in another order than the model's.
     """
     save_tiny("llama", tmp_path / "base")
-    adapted, llm, plain = quantized(tmp_path, save_gptq(tmp_path / "base"))
+    values = save_gptq(tmp_path / "base", desc_act=desc_act)
+    adapted, llm, plain = quantized(tmp_path, values, use_dora=dora)
     with llm:
         rounding = np.abs(llm.logits(ids_of(19)) - plain).max()
         found = llm.logits(ids_of(19), adapter="one")

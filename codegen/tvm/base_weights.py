@@ -16,7 +16,7 @@ from ...ir.hadamard import rotate_columns
 from ...ir.ops.nn import Linear
 from ...ir.ops.quant import QuantizedLinear, quantization
 from ...ir.weights import LazyTensor, QuantizedTensors, dequantize_rows
-from ...passes.adapt.lora_places import layers_of, rotation_of
+from ...passes.adapt.lora_places import columns_of, layers_of, rotation_of
 from ..extensions import parse_graph
 from .stored import stored_graph
 
@@ -45,7 +45,8 @@ class BaseWeights:
         Raises ArtifactError where graph and weights of the artifact are not of this version.
         """
         op, first = self._layers[module]
-        size = rotation_of(op)
+        size, columns = rotation_of(op), columns_of(op)
+        a = a if columns is None else a[:, self._weight(columns).read()]
         a = rotate_columns(a, size) if size else a
         gain = np.ones(len(b), np.float32)
         for start in range(0, len(b), _ROWS):
@@ -77,7 +78,9 @@ class BaseWeights:
         return self._weights[value.name]
 
     def _rows(self, op: Op, start: int, stop: int) -> Array:
-        """Rows of a layer's weight, float32 [n, K]; rotated as what it reads is."""
+        """Rows of a layer's weight, float32 [n, K]; their columns rotated, or in another order, as what it
+        reads is.
+        """
         if isinstance(op, QuantizedLinear):
             zero = None if op.zero_point is None else self._weight(op.zero_point)
             quant = quantization(op.q.type, op.opname)

@@ -27,7 +27,7 @@ from ...ir.ops.lora import LANES, Lora, column_blocks
 from ...ir.ops.math import Add
 from ...ir.ops.nn import Embedding, GatedMlp, Linear
 from ...ir.ops.quant import Hadamard, QuantizedEmbedding, QuantizedLinear
-from ...ir.ops.shape import Slice
+from ...ir.ops.shape import Gather, Slice
 from ...ir.types import TensorType, sym
 from ..base import Pass, PassContext, PassResult
 from ..merged_names import merged_names
@@ -84,9 +84,25 @@ def rotation_of(op: Op) -> int:
     """The size of the rotation of what an op reads, which its weight's rows are rotated by too; 0 where there
     is none.
     """
+    made = _made_for(op)
+    return made.size if isinstance(made, Hadamard) else 0
+
+
+def columns_of(op: Op) -> Value | None:
+    """The order of columns that a weight is stored in, where it is another than the module's: column j is the
+    module's column order[j].
+    """
+    made = _made_for(op)
+    return made.index if isinstance(made, Gather) else None
+
+
+def _made_for(op: Op) -> Hadamard | Gather | None:
+    """What made what an op reads of what its module reads: its columns rotated, or in another order."""
     made = op.operands[0].producer
     made = made.x.producer if isinstance(made, GatherLast) else made
-    return made.size if isinstance(made, Hadamard) else 0
+    if isinstance(made, Gather):
+        return made if made.index.is_weight and made.index.type.rank == 1 else None
+    return made if isinstance(made, Hadamard) else None
 
 
 def _rounds(op: Op) -> bool:
@@ -187,7 +203,7 @@ def _place(graph: Graph, op: Op, parts: Parts, adapter: Value, dtype: str, numbe
         if total.a.type == total.b.type:
             residual = (total.b if total.a is y else total.a) if gains else None
             y = total.results[0]
-    x = _unrotated(graph, op)
+    x = _read_by_module(graph, op)
     new = Lora(y, x, adapter, rank, scale, a, b, gained, gain, residual, parts=widths)
     assert y.producer is not None
     new.loc = op.loc
@@ -197,14 +213,16 @@ def _place(graph: Graph, op: Op, parts: Parts, adapter: Value, dtype: str, numbe
     graph.insert(new, before=following)
 
 
-def _unrotated(graph: Graph, op: Op) -> Value:
-    """What an op reads, or those rows of what was rotated for it: an adapter's factors are not rotated."""
-    x = op.operands[0]
-    if isinstance(x.producer, Hadamard):
-        return x.producer.x
-    if isinstance(x.producer, GatherLast) and isinstance(x.producer.x.producer, Hadamard):
-        return graph.insert(GatherLast(x.producer.x.producer.x, x.producer.index), before=op).result
-    return x
+def _read_by_module(graph: Graph, op: Op) -> Value:
+    """What an op's module reads, or those rows of it that the op does: an adapter's factors are neither
+    rotated nor in the weight's order of columns.
+    """
+    x, made = op.operands[0], _made_for(op)
+    if made is None:
+        return x
+    if isinstance(x.producer, GatherLast):
+        return graph.insert(GatherLast(made.x, x.producer.index), before=op).result
+    return made.x
 
 
-__all__ = ["Parts", "PlaceAdapters", "layers_of", "rotation_of"]
+__all__ = ["Parts", "PlaceAdapters", "columns_of", "layers_of", "rotation_of"]
