@@ -380,8 +380,14 @@ class AdapterRegistry:
 
 def check_places(artifact: Artifact, executor: Executor) -> None:
     """Raise UnsupportedError, with the command that compiles it again, where an artifact's kernels take no
-    adapters.
+    adapters, or its layers read other than their modules do: AWQ's scales were moved between them.
     """
+    scheme = str(artifact.manifest.get("quantization", {}).get("scheme"))
+    if scheme.startswith("awq-"):
+        raise UnsupportedError(
+            f"{artifact.root.name} is of {scheme}, which scales what layers read: adapters know of no scales",
+            remedy=f"compile the model in another scheme, such as gptq-int4-g32, or {_MERGE}",
+        )
     if isinstance(executor, TakesAdapters) and executor.adapter_places is not None:
         return
     name = getattr(executor, "target_name", None) or "this target"

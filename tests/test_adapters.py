@@ -16,8 +16,9 @@ import llmc
 import numpy as np
 import pytest
 import torch
+from llmc.codegen.artifact import Artifact
 from llmc.ir.errors import InputError, UnsupportedError
-from llmc.runtime.adapters import AdapterInUseError
+from llmc.runtime.adapters import AdapterInUseError, check_places
 from llmc.runtime.llm import LLM
 
 from .lora_files import adapter, edit, write_adapter
@@ -218,6 +219,18 @@ def test_targets_that_take_none(folder: Path) -> None:
     llmc.compile(folder / "base", folder / "null.llmc", targets=["null"])
     with pytest.raises(UnsupportedError, match="have no places") as caught:
         llmc.load(folder / "null.llmc", adapters={})
+    assert "--lora" in caught.value.remedy
+
+
+def test_where_layers_read_scaled_channels_none_are_taken(folder: Path, llm: LLM) -> None:
+    """Factors would multiply x / s where the module reads x."""
+    with pytest.raises(InputError, match="--adapters: awq-int4-g32 scales what layers read"):
+        llmc.compile(folder / "base", folder / "x.llmc", targets=[HERE], quant="awq-int4-g32", adapters=True)
+    artifact = Artifact.open(folder / "base.llmc")
+    check_places(artifact, llm.executor)
+    artifact.manifest["quantization"]["scheme"] = "awq-int4-g32"
+    with pytest.raises(UnsupportedError, match=r"base\.llmc is of awq-int4-g32, which scales") as caught:
+        check_places(artifact, llm.executor)
     assert "--lora" in caught.value.remedy
 
 
