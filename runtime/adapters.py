@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from ..ir.adapters import Adapter, LowRank
     from ..ir.gguf_rows import GGUFRows
     from ..ir.stored_modules import StoredModules
-    from ..ir.weights import LazyTensor
 
 _log = logging.getLogger("llmc.runtime")
 Factor = tuple[np.ndarray, np.ndarray] | tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -129,7 +128,7 @@ class AdapterPlaces:
                 b = b * np.float32(change.scaling)
             factor: Factor = a, b
             if change.magnitude is not None:
-                factor = a, b, self._gains(adapter, module, change.magnitude, factor, base)
+                factor = a, b, self._gains(adapter, module, change, factor, base)
             for place, part in self._where[module]:
                 found.setdefault(place, [None] * len(self.places[place].parts))[part] = factor
         return found
@@ -138,7 +137,7 @@ class AdapterPlaces:
         self,
         adapter: Adapter,
         module: str,
-        magnitude: LazyTensor,
+        change: LowRank,
         factor: tuple[np.ndarray, np.ndarray],
         base: BaseWeights | None,
     ) -> np.ndarray:
@@ -153,6 +152,8 @@ class AdapterPlaces:
                 f"adapter {adapter} has magnitudes (DoRA), which needs what compiles models",
                 remedy=f"pip install 'llmc[compile]', or {_MERGE}",
             )
+        magnitude = change.magnitude
+        assert magnitude is not None
         m = magnitude.read().astype(np.float32).reshape(-1)
         if len(m) != len(factor[1]):
             raise InputError(
