@@ -94,7 +94,8 @@ def see_padding(graph: Graph, padding: int) -> None:
     for op in graph.ops:
         if not isinstance(op, m.NotEqual) or op.a not in graph.inputs or constant(op.b) != padding:
             continue
-        if all(isinstance(user, Index) for user in op.result.users):
+        users = op.result.users
+        if users and all(isinstance(u, Index) and op.result not in u.indices for u in users):
             graph.replace(op, [graph.insert(Full(value=1.0, dtype="bool", shape=op.result.shape), op).result])
     graph.drop_dead()
 

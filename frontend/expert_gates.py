@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _FAR = 1e9  # beyond every limit of a gate
 _TOLERANCE = 1e-5  # of a gate's result: some compute in float32
+_ROUNDED = 1e-6  # of an activation, in units of its argument
 
 Pairs = Callable[[Any, Any, bool], Any]
 """Gates [P], ups [P] and whether products are to be interleaved → results [P]."""
@@ -64,12 +65,13 @@ def found_gate(pairs: Pairs, dtype: torch.dtype) -> Gate | None:
         candidates += [Gate(name, **form) for name in GATES if name != "swish"]
         if 0 < active < 1:
             candidates.append(Gate("swish", alpha=_rounded(-math.log(1 / active - 1)), **form))
-    grid = torch.linspace(-12, 12, 49, dtype=dtype)
     # What a limit does shows near it and beyond it.
-    grid = torch.cat([grid, limit * torch.tensor([-3, -1.1, -0.9, 0.9, 1.1, 3], dtype=dtype)])
+    near = limit * torch.tensor([-3, -1.1, -0.9, 0.9, 1.1, 3], dtype=dtype)
+    grid = torch.cat([torch.linspace(-12, 12, 49, dtype=dtype), _outliers(dtype), near])
     gates, ups = torch.cartesian_prod(grid, grid).unbind(-1)
     wanted = pairs(gates, ups, interleaved)
-    scale = _TOLERANCE * (1 + wanted.abs())
+    # The second: what float32 rounds of an activation that is nearly zero, multiplied.
+    scale = _TOLERANCE * (1 + wanted.abs()) + _ROUNDED * (gates * ups).abs()
 
     def computed(one: Gate) -> torch.Tensor:
         order = torch.stack([gates, ups], -1)  # a single pair a row stands alike in both orders
@@ -82,11 +84,19 @@ def found_activation(apply: Each, dtype: torch.dtype) -> Gate | None:
     """The `Gate` without a gate that computes what `apply` does, element by element."""
     import torch
 
-    grid = torch.linspace(-12, 12, 4001, dtype=dtype)
+    grid = torch.cat([torch.linspace(-12, 12, 4001, dtype=dtype), _outliers(dtype)])
     wanted = apply(grid)
     candidates = [Gate(name, gated=False) for name in GATES if name != "swish"]
     scale = _TOLERANCE * (1 + wanted.abs())
     return next((one for one in candidates if bool(((one(grid) - wanted).abs() <= scale).all())), None)
+
+
+def _outliers(dtype: torch.dtype) -> torch.Tensor:
+    """Numbers near zero, where thresholds may be, and large ones, which limits of one side alone cut."""
+    import torch
+
+    near, far = (1e-3, 5e-3, 0.02, 0.07, 0.13, 0.29, 0.37), (16, 24, 48, 100, 448, 1e3, 1e4)
+    return torch.tensor([sign * x for x in (*near, *far) for sign in (-1, 1)], dtype=dtype)
 
 
 def _rounded(value: float) -> float:

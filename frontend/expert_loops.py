@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 _TAKEN = ("hidden_states", "top_k_index", "top_k_weights")
 _TOLERANCE = 1e-4
+_MOST_LARGE = 16
+"""Experts that are tried with large numbers."""
 """Largest difference, in units of the largest value, between a module and what stands for it."""
 _STEPS = (3, 5)
 """Between the rows, and between the elements of a row, of an overlapping matrix: it is not its own transpose,
@@ -336,9 +338,16 @@ def _given(form: Form, parameters: Mapping[str, Any], more: int, rank: int) -> _
 
 
 def _large(form: Form, parameters: Mapping[str, Any], rank: int) -> _Given:
-    """The same tokens a hundred times larger."""
-    hidden, indices, shares = _given(form, parameters, 0, rank)
-    return hidden * 100, indices, shares
+    """Tokens a hundred times larger, a third of them for each expert and the next one: limits may be an
+    expert's own. Of many experts sixteen.
+    """
+    import torch
+
+    hidden, _, shares = _given(form, parameters, 0, rank)
+    count = min(form.experts, _MOST_LARGE)
+    chosen = torch.linspace(0, form.experts - 1, count).round().long()
+    indices = torch.stack([chosen, chosen.roll(1)], -1).repeat(3, 1)
+    return torch.cat([hidden * 100] * count, -2), indices, shares.repeat(count, 1)
 
 
 def _alike(form: Form, parameters: Mapping[str, Any], rank: int) -> _Given:

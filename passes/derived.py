@@ -13,7 +13,14 @@ import numpy as np
 
 from ..ir.dtypes import to_numpy
 from ..ir.errors import CompileError
-from ..ir.weights import LazyTensor, QuantizedTensors, concat_quantized, quantized_of, read_chunks
+from ..ir.weights import (
+    LazyTensor,
+    QuantizedTensors,
+    concat_quantized,
+    quantized_of,
+    read_chunks,
+    straight_of,
+)
 
 Array = np.ndarray[Any, Any]
 
@@ -66,6 +73,12 @@ class SliceRows:
         """These rows of the base's quantized parts."""
         whole = quantized_of(self.base)
         return whole and whole.map_rows(lambda part: SliceRows(part, self.start, self.start + self.shape[0]))
+
+    @property
+    def straight(self) -> LazyTensor | None:
+        """Matrices [start, stop) of a stack whose columns are stored as rows, as they are stored."""
+        whole = straight_of(self.base) if len(self.shape) == 3 else None
+        return whole and SliceRows(whole, self.start, self.start + self.shape[0])
 
     def read(self, start: int = 0, stop: int | None = None) -> Array:
         end = self.shape[0] if stop is None else min(stop, self.shape[0])

@@ -165,6 +165,13 @@ class Clamped(Loop):
         return (self.act_fn(gate.clamp(max=first)) * up.clamp(-second, second)) @ self.down[e].T
 
 
+class OneClamped(Clamped):
+    """All experts but one have limits."""
+
+    def one(self, e: Any, x: torch.Tensor) -> torch.Tensor:
+        return Loop.one(self, e, x) if e == 1 else super().one(e, x)
+
+
 class Uneven(Clamped):
     limits = (7.0, 5.0)
 
@@ -267,7 +274,7 @@ def test_loops_become_mixtures(name: str, sizes: tuple[int, int], batched: bool)
             )
 
 
-@pytest.mark.parametrize("kind", [Biased, Other, Doubling, Uneven, Full])
+@pytest.mark.parametrize("kind", [Biased, Other, Doubling, OneClamped, Uneven, Full])
 def test_loops_of_another_kind_are_refused(kind: type[Loop]) -> None:
     with pytest.raises(UnsupportedError, match="the experts of experts are computed in a loop over those"):
         traced(Layer(kind()))

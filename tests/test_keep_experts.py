@@ -22,11 +22,12 @@ from llmc.ir.ops.nn import Linear
 from llmc.ir.ops.quant import QuantizedLinear, dequantized
 from llmc.ir.ops.shape import Concat, Reshape, Transpose
 from llmc.ir.types import TensorType, sym
-from llmc.ir.weights import ArrayTensor, LazyTensor
+from llmc.ir.weights import ArrayTensor, LazyTensor, quantized_of
 from llmc.passes.base import PassContext
-from llmc.passes.canonicalize.expert_weights import Stacked
+from llmc.passes.canonicalize.expert_weights import Stacked, Turned
 from llmc.passes.canonicalize.fold import FoldConstants
 from llmc.passes.canonicalize.moe import NormalizeExperts
+from llmc.passes.derived import SliceRows
 from llmc.passes.manager import run_passes
 from llmc.passes.quantize.keep import KeepQuantized
 from llmc.passes.quantize.scheme import weight_passes
@@ -193,6 +194,17 @@ def _together(folder: Path, up: str, down: str, form: str) -> Graph:
     graph.outputs, graph.output_names = [put(op)], ["y"]
     graph.stage = "fused"
     return graph
+
+
+def test_some_matrices_of_a_turned_stack_have_its_codes(tmp_path: Path) -> None:
+    blocks = gguf_with(tmp_path / "m.gguf", "Q4_K", random_blocks("Q4_K", _E * _I, _D, 0), _D)["t"]
+    whole = Stacked(blocks, _E)
+    some = Turned(SliceRows(Turned(whole), 1, 3))
+    stored, kept = quantized_of(whole), quantized_of(some)
+    assert stored is not None and kept is not None
+    assert np.array_equal(kept.codes.read(), stored.codes.read(1, 3))
+    assert np.array_equal(kept.scale.read(), stored.scale.read(1, 3))
+    assert np.array_equal(some.read(), whole.read(1, 3))
 
 
 @pytest.mark.parametrize("form", ["flat", "turned"])

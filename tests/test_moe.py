@@ -267,7 +267,23 @@ def _late(x: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.silu(gate) * up.clamp(-16.0, 16.0)
 
 
-@pytest.mark.parametrize("apply", [lambda x: x[..., ::2] ** 2, lambda x: torch.tanh(_halves(x)[0]), _late])
+def _gated(activation: Any, ups: Any = lambda u: u) -> Any:
+    return lambda x: activation(_halves(x)[0]) * ups(_halves(x)[1])
+
+
+@pytest.mark.parametrize(
+    "apply",
+    [
+        lambda x: x[..., ::2] ** 2,
+        lambda x: torch.tanh(_halves(x)[0]),
+        _late,
+        # Limits of one side alone, and a threshold that is nearly zero.
+        _gated(lambda g: torch.nn.functional.silu(g.clamp(max=16.0))),
+        _gated(lambda g: torch.nn.functional.silu(g).clamp(max=448.0)),
+        _gated(torch.nn.functional.silu, lambda u: u.clamp(min=-16.0)),
+        _gated(lambda g: torch.nn.functional.threshold(g, 0.01, 0.0)),
+    ],
+)
 def test_a_gate_that_is_not_known(apply: Any) -> None:
     with pytest.raises(UnsupportedError, match=r"the experts of layers\.0 have a gate of a kind that is not"):
         gate_of("layers.0", _Module(apply))
@@ -281,6 +297,9 @@ def test_experts_without_a_gate(name: str) -> None:
     module.has_gate, module.act_fn = False, ACT2FN[name]
     known = {"gelu_pytorch_tanh": "gelu_tanh"}.get(name, name)
     assert gate_of("experts", module) == Gate(known, gated=False)
+    module.act_fn = lambda x: ACT2FN[name](x).clamp(max=16.0)
+    with pytest.raises(UnsupportedError, match=r"an activation of a kind"):
+        gate_of("layers.0", module)
     module.act_fn = torch.tanh
     with pytest.raises(UnsupportedError, match=r"the experts of layers\.0 have an activation of a kind"):
         gate_of("layers.0", module)

@@ -353,10 +353,18 @@ def test_ids_of_padding_are_seen_in_masks_and_nowhere_else() -> None:
     masks = [put(math.NotEqual(ids, pad)) for _ in range(2)]
     graph.outputs = [put(Index(mask, [none, places])) for mask in masks]
     graph.outputs.append(put(math.Cast(masks[1], dtype="float32")))
-    graph.output_names = ["a", "b", "c"]
+    of_each = graph.add_weight("of each", ArrayTensor(np.array([1.0, 2.0], np.float32)))
+    chosen = put(math.NotEqual(ids, pad))
+    graph.outputs.append(put(Index(of_each, [chosen])))
+    graph.output_names = ["a", "b", "c", "d"]
     see_padding(graph, 3)
-    assert opnames(graph).count("not_equal") == 2
+    assert opnames(graph).count("not_equal") == 3
     see_padding(graph, 0)
-    assert opnames(graph).count("not_equal") == 1
+    assert opnames(graph).count("not_equal") == 2
     given = {"input_ids": torch.tensor([[5, 0, 7]])}
-    assert [out.tolist() for out in run(graph, given)] == [[True] * 3, [True, False, True], [[1.0, 0.0, 1.0]]]
+    assert [out.tolist() for out in run(graph, given)] == [
+        [True] * 3,
+        [True, False, True],
+        [[1.0, 0.0, 1.0]],
+        [[2.0, 1.0, 2.0]],
+    ]
