@@ -283,17 +283,24 @@ def _trace_source(
     if len(free) < len(found):
         graph.facts["of_values"] = True  # with other tables in its checkpoint the graph would be another
     _note_tied(graph, tied)
+    if len(inputs) > 1:
+        graph.facts["token_types"] = int(model.config.type_vocab_size)
+    _give_rows(graph, source)
+    return graph
+
+
+def _give_rows(graph: Graph, source: ModelSource) -> None:
+    """Let what gives scores, or one row, of a text give a row for each token. Raises CompileError where a
+    model gives several results.
+    """
     if source.task == "classifier":
         score_every_token(graph)
     if source.task == "encoder":
         _give_every_token(graph, source)
-    if len(inputs) > 1:
-        graph.facts["token_types"] = int(model.config.type_vocab_size)
     if len(graph.outputs) != 1:
         raise CompileError(
             f"{source.name}: expected one output, got {len(graph.outputs)}", remedy="report the model"
         )
-    return graph
 
 
 def _give_every_token(graph: Graph, source: ModelSource) -> None:
