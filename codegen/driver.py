@@ -235,7 +235,7 @@ def compile_model(
     until then.
     """
     targets = _searching(targets, tune, max_ram) if tune else targets
-    targets = with_adapters(targets, quant) if adapters else targets
+    targets = with_adapters(targets) if adapters else targets
     merged = tuple(LoraOption.parse(text) for text in lora)
     options = (quant, quant_head, bits_per_weight, context, kv_dtype, tuple(passes), merged)
     scaling = None if rope_scaling is None else RopeScaling.parse(rope_scaling)

@@ -98,7 +98,21 @@ class Plan:
                 "--quant keep keeps the codes that the checkpoint has, which rotate-linears would change",
                 remedy="leave the pass out, or choose another --quant",
             )
+        _check_adapters(chosen, (*quantize, *extra), quant)
         return Plan(chosen, quant, quantize, extra, cache, adapter_passes(lora))
+
+
+def _check_adapters(targets: Sequence[Target], passes: Sequence[Pass], quant: str) -> None:
+    """Raise InputError where kernels are to have places for adapters, and layers will read other numbers than
+    their modules do.
+    """
+    scaling = next((p for p in passes if p.scales_channels), None)
+    if scaling is not None and any(getattr(target, "adapters", False) for target in targets):
+        raise InputError(
+            f"--adapters: {scaling.name} (--quant {quant}) scales what layers read, and adapters know of no "
+            "scales",
+            remedy="merge the adapter with --lora, or choose another scheme, such as gptq-int4-g32",
+        )
 
 
 def with_scaling(plan: Plan, scaling: RopeScaling | None) -> Plan:

@@ -250,16 +250,10 @@ def with_tune(specs: Sequence[str], seconds: int) -> tuple[str, ...]:
     return _with(specs, "tune", seconds, "has nothing to search for")
 
 
-def with_adapters(specs: Sequence[str], quant: str = "none") -> tuple[str, ...]:
+def with_adapters(specs: Sequence[str]) -> tuple[str, ...]:
     """Target specs that ask for places for adapters, where a target can have them (option `adapters`). Raises
-    InputError where none can, and for a scheme that moves scales of channels between layers: these no longer
-    read what their modules do.
+    InputError where none can.
     """
-    if quant.startswith("awq-"):
-        raise InputError(
-            f"--adapters: {quant} scales what layers read, and adapters know of no scales",
-            remedy="merge the adapter with --lora, or choose another scheme, such as gptq-int4-g32",
-        )
     return _with(specs, "adapters", True, "takes no adapters per request")
 
 

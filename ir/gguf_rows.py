@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .row_orders import Orders, Rows, read_orders
+from .row_orders import Orders, Rows, order_at, read_orders
 
 FILE = "gguf_rows.json"
 """Its name in an artifact."""
@@ -44,7 +44,7 @@ class GGUFRows:
         try:
             orders = read_orders(found["orders"])
             modules = {
-                str(module): (str(tensor), None if place is None else orders[place])
+                str(module): (str(tensor), order_at(orders, place))
                 for module, (tensor, place) in found["modules"].items()
             }
             return GGUFRows(str(found["architecture"]), modules)

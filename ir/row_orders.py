@@ -34,9 +34,27 @@ def read_orders(found: Any) -> list[Rows]:
     """Those of `Orders.runs`. Raises ValueError where numbers are no rows, IndexError or TypeError where it
     is no list of runs.
     """
-    if sum(run[2] for runs in found for run in runs) > _MOST:
+    total = 0
+    for runs in found:
+        for run in runs:
+            _check_run(*run)
+            total += run[2]
+    if total > _MOST:
         raise ValueError("more rows than a model has")
-    return [np.concatenate([_run(*run) for run in runs]) for runs in found]
+    return [
+        np.concatenate([first + step * np.arange(count) for first, step, count in runs]) for runs in found
+    ]
+
+
+def order_at(orders: list[Rows], place: Any) -> Rows | None:
+    """The order that a module names; None for rows as they stand. Raises ValueError for what is no number of
+    an order.
+    """
+    if place is None:
+        return None
+    if type(place) is not int or not 0 <= place < len(orders):
+        raise ValueError(f"{place!r} is the number of no order")
+    return orders[place]
 
 
 def _runs(rows: Rows) -> list[list[int]]:
@@ -51,12 +69,13 @@ def _runs(rows: Rows) -> list[list[int]]:
     return runs
 
 
-def _run(first: int, step: int, count: int) -> Rows:
-    last = first + step * (count - 1)
+def _check_run(first: int, step: int, count: int) -> None:
     whole = all(type(number) is int for number in (first, step, count))
-    if not whole or count < 1 or not 0 <= min(first, last) <= max(first, last) < _MOST:
-        raise ValueError(f"a run of {count} rows from {first} on")
-    return first + step * np.arange(count)
+    if whole and 1 <= count <= _MOST:
+        last = first + step * (count - 1)
+        if 0 <= min(first, last) <= max(first, last) < _MOST:
+            return
+    raise ValueError(f"a run of {count} rows from {first} on")
 
 
-__all__ = ["Orders", "Rows", "read_orders"]
+__all__ = ["Orders", "Rows", "order_at", "read_orders"]

@@ -19,7 +19,7 @@ import numpy as np
 
 from .adapters import Adapter, LowRank
 from .errors import InputError
-from .row_orders import Orders, Rows, read_orders
+from .row_orders import Orders, Rows, order_at, read_orders
 from .weights import ArrayTensor, LazyTensor
 
 FILE = "stored_modules.json"
@@ -51,7 +51,7 @@ class StoredModules:
         try:
             orders = read_orders(found["orders"])
             modules = {
-                str(module): [(str(name), None if place is None else orders[place]) for name, place in pieces]
+                str(module): [(str(name), order_at(orders, place)) for name, place in pieces]
                 for module, pieces in found["modules"].items()
             }
         except (AttributeError, IndexError, KeyError, TypeError, OverflowError) as error:
@@ -98,8 +98,15 @@ class StoredModules:
         parts = [rows for pieces in self.modules.values() for stored, rows in pieces if stored == name]
         orders = [rows for rows in parts if rows is not None]
         rows = change.b.shape[0]
-        fits = not orders or np.array_equal(np.unique(np.concatenate(orders)), range(rows))
-        if not fits or (change.magnitude is not None and np.prod(change.magnitude.shape) != rows):
+        known = np.unique(np.concatenate(orders)) if orders else np.arange(rows)
+        if known[-1] == rows - 1 and len(known) < rows:
+            raise InputError(
+                f"adapter {adapter} changes rows of {name} that no module here has",
+                remedy="merge it: llmc compile MODEL --lora FOLDER",
+            )
+        if known[-1] != rows - 1 or (
+            change.magnitude is not None and np.prod(change.magnitude.shape) != rows
+        ):
             raise InputError(
                 f"adapter {adapter} is of a model of other sizes: {name} "
                 f"{[change.b.shape[0], change.a.shape[1]]}",

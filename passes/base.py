@@ -76,6 +76,8 @@ class Pass(ABC):
     `for_int8_activations`: whether a quantizer's pass is of use only where the targets round activations to 8
     bits, and left out for others. `needs_calibration`: whether `run` wants `context.calibration`;
     `calibration_tokens`: how many tokens of it it does well with, where the user does not say.
+    `scales_channels`: whether layers may read other numbers afterwards than their modules do, so that no
+    adapter suits them.
     """
 
     name: ClassVar[str] = ""
@@ -83,6 +85,7 @@ class Pass(ABC):
     ensures: ClassVar[str | None] = None
     for_int8_activations: ClassVar[bool] = False
     needs_calibration: ClassVar[bool] = False
+    scales_channels: ClassVar[bool] = False
     calibration_tokens: ClassVar[int] = TOKENS
 
     @abstractmethod

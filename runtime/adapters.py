@@ -145,7 +145,8 @@ class AdapterPlaces:
         if not all(self.places[place].gains for place, _ in self._where[module]):
             raise UnsupportedError(
                 f"adapter {adapter} has magnitudes (DoRA), which these kernels have no places for",
-                remedy=f"open or compile the model again with --target tvm-cpu, or {_MERGE}",
+                remedy="open the model with --target tvm-cpu, or compile it again where it was compiled with "
+                f"--adapters before, or {_MERGE}",
             )
         if base is None:
             raise UnsupportedError(
@@ -379,14 +380,26 @@ class AdapterRegistry:
         self._executor.clear_adapter(found.slot)
 
 
+def _scaled_by(artifact: Artifact) -> str | None:
+    """The scheme or pass by which an artifact's layers read scaled channels; None where there is none that
+    this version has. Graphs say it too, but not those of versions before.
+    """
+    scheme = str(artifact.manifest.get("quantization", {}).get("scheme"))
+    if scheme.startswith("awq-"):
+        return scheme
+    words = artifact.manifest.get("command")
+    passes = [str(word).partition(":")[0] for word in words] if isinstance(words, list) else []
+    return next((name for name in ("scale-channels", "quantize-awq") if name in passes), None)
+
+
 def check_places(artifact: Artifact, executor: Executor) -> None:
     """Raise UnsupportedError, with the command that compiles it again, where an artifact's kernels take no
     adapters, or its layers read other than their modules do: AWQ's scales were moved between them.
     """
-    scheme = str(artifact.manifest.get("quantization", {}).get("scheme"))
-    if scheme.startswith("awq-"):
+    scaled = _scaled_by(artifact)
+    if scaled is not None:
         raise UnsupportedError(
-            f"{artifact.root.name} is of {scheme}, which scales what layers read: adapters know of no scales",
+            f"{artifact.root.name} is of {scaled}, which scales what layers read: adapters know of no scales",
             remedy=f"compile the model in another scheme, such as gptq-int4-g32, or {_MERGE}",
         )
     if isinstance(executor, TakesAdapters) and executor.adapter_places is not None:

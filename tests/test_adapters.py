@@ -224,8 +224,18 @@ def test_targets_that_take_none(folder: Path) -> None:
 
 def test_where_layers_read_scaled_channels_none_are_taken(folder: Path, llm: LLM) -> None:
     """Factors would multiply x / s where the module reads x."""
-    with pytest.raises(InputError, match="--adapters: awq-int4-g32 scales what layers read"):
+    with pytest.raises(InputError, match=r"--adapters: quantize-awq \(--quant awq-int4-g32\) scales"):
         llmc.compile(folder / "base", folder / "x.llmc", targets=[HERE], quant="awq-int4-g32", adapters=True)
+    places, passes = f"{HERE},adapters=true", ["scale-channels"]
+    with pytest.raises(InputError, match="--adapters: scale-channels"):
+        llmc.compile(folder / "base", folder / "x.llmc", targets=[places], quant="none", passes=passes)
+    llmc.compile(folder / "base", folder / "scaled.llmc", targets=[HERE], quant="none", passes=passes)
+    with pytest.raises(UnsupportedError, match="was compiled with scaled channels"):
+        llmc.load(folder / "scaled.llmc", adapters={})
+    # Graphs of versions before do not say it.
+    scaled = Artifact.open(folder / "scaled.llmc")
+    with pytest.raises(UnsupportedError, match=r"scaled\.llmc is of scale-channels, which scales"):
+        check_places(scaled, llm.executor)
     artifact = Artifact.open(folder / "base.llmc")
     check_places(artifact, llm.executor)
     artifact.manifest["quantization"]["scheme"] = "awq-int4-g32"

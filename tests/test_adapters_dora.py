@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import llmc
@@ -15,7 +16,7 @@ from llmc.codegen.tvm import base_weights
 from llmc.codegen.tvm.base_weights import BaseWeights
 from llmc.frontend.lora import read_adapter
 from llmc.ir.adapters import Adapter
-from llmc.ir.errors import InputError, UnsupportedError
+from llmc.ir.errors import ArtifactError, InputError, UnsupportedError
 from llmc.runtime import adapters
 from llmc.runtime.adapters import AdapterPlaces, Factors, Place
 
@@ -93,6 +94,13 @@ def test_without_what_reads_weights_that_is_told(one: Adapter) -> None:
     with pytest.raises(UnsupportedError, match="which needs what compiles models") as caught:
         places().factors(only(one))
     assert "llmc[compile]" in caught.value.remedy
+
+
+def test_graphs_that_cannot_be_read_are_told_of() -> None:
+    ones, text = np.ones((2, 2), np.float32), "llmc 1\nno graph"
+    artifact: Any = SimpleNamespace(root=Path("m.llmc"), read_text=lambda name: text)
+    with pytest.raises(ArtifactError, match=r"m\.llmc.ir\.txt is of another version of llmc"):
+        BaseWeights(artifact).gains("q_proj", ones, ones, np.ones(2, np.float32))
 
 
 def test_magnitudes_of_another_number_are_refused(one: Adapter) -> None:

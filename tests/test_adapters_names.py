@@ -216,6 +216,10 @@ def test_magnitudes_of_parts() -> None:
         {"orders": [], "modules": {"a": []}},
         {"orders": [], "modules": {"a": 3}},
         {"orders": [[[0, 1, 2]]], "modules": {"a": [["t", 0], ["u", None]]}},
+        {"orders": [[[0, 0, 10**15], [0, 1, -(10**15)]]], "modules": {}},
+        {"orders": [[[0, 0, 10**10], [0, 1, float("nan")]]], "modules": {}},
+        {"orders": [[[0, 1, 2]]], "modules": {"a": [["t", -1]]}},
+        {"orders": [[[0, 1, 2]]], "modules": {"a": [["t", True]]}},
     ],
 )
 def test_damaged_names(damage: Any) -> None:

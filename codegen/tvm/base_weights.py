@@ -8,10 +8,12 @@ Norms are of the weights as they were quantized, read out of the artifact as an 
 from __future__ import annotations
 
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...ir.errors import ArtifactError, CompileError, UnsupportedError
 from ...ir.hadamard import rotate_columns
 from ...ir.ops.nn import Linear
 from ...ir.ops.quant import QuantizedLinear, quantization
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from ..artifact import Artifact
 
 Array = np.ndarray[Any, Any]
+_AGAIN = "install the package, or compile the model again"
 _ROWS = 1024
 """Of a weight that are in memory at a time."""
 
@@ -42,8 +45,11 @@ class BaseWeights:
             a, b: [r, K], and [rows, r] with the scaling in it. magnitude: m [rows]; NaN where a row is not
                 scaled.
 
-        Raises ArtifactError where graph and weights of the artifact are not of this version.
+        Raises ArtifactError where graph and weights of the artifact are not of this version, UnsupportedError
+        where a bias is none of its weights.
         """
+        if module not in self._layers:
+            raise ArtifactError(f"{self._text} has no layer of {module}", remedy=_AGAIN)
         op, first = self._layers[module]
         size, columns = rotation_of(op), columns_of(op)
         a = a if columns is None else a[:, self._weight(columns).read()]
@@ -61,8 +67,16 @@ class BaseWeights:
     @cached_property
     def _layers(self) -> dict[str, tuple[Op, int]]:
         """By module: the op that computes it, and its first row."""
+        try:
+            graph = parse_graph(self._artifact.read_text("ir.txt"))
+        except CompileError as error:
+            raise ArtifactError(
+                f"{self._text} is of another version of llmc, or its ops are of a package that is not "
+                f"installed ({error.message})",
+                remedy=_AGAIN,
+            ) from None
         found: dict[str, tuple[Op, int]] = {}
-        for op, parts in layers_of(parse_graph(self._artifact.read_text("ir.txt"))):
+        for op, parts in layers_of(graph):
             row = 0
             for module, rows in parts:
                 found[module] = op, row
@@ -73,6 +87,10 @@ class BaseWeights:
     def _weights(self) -> dict[str, LazyTensor]:
         graph = stored_graph(self._artifact)
         return {name: value.weight for name, value in graph.weights.items() if value.weight is not None}
+
+    @property
+    def _text(self) -> Path:
+        return self._artifact.root / "ir.txt"
 
     def _weight(self, value: Value) -> LazyTensor:
         return self._weights[value.name]
@@ -93,6 +111,11 @@ class BaseWeights:
         assert isinstance(op, Linear | QuantizedLinear)
         if op.bias is None:
             return np.zeros(rows, np.float32)
+        if op.bias.name not in self._weights:
+            raise UnsupportedError(
+                f"the bias of {op.loc} is computed: magnitudes (DoRA) cannot leave it as it is",
+                remedy="merge the adapter: llmc compile MODEL --lora FOLDER",
+            )
         return self._weight(op.bias).read(start, start + rows).astype(np.float32)
 
 

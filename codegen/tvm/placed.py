@@ -31,12 +31,17 @@ if TYPE_CHECKING:
 
 def with_places(graph: Graph, *, gains: bool = True) -> Graph:
     """A copy of a final graph that takes adapters, DoRA too with `gains`. Raises UnsupportedError for what
-    is no language model.
+    is no language model, and for one whose layers read other numbers than their modules do.
     """
     if graph.facts.get("kind") != "causal_lm":
         raise UnsupportedError(
             f"{graph.name} is no language model: requests choose no adapters for it",
             remedy="compile the adapter into it with --lora",
+        )
+    if graph.facts.get("scaled_channels"):
+        raise UnsupportedError(
+            f"{graph.name} was compiled with scaled channels (AWQ): adapters know of no scales",
+            remedy="compile the model in another scheme, such as gptq-int4-g32, or merge it with --lora",
         )
     return run_passes(graph.clone(), [PlaceAdapters(gains)], PassContext())[0]
 

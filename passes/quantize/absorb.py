@@ -150,7 +150,8 @@ def _result(x: Value, numbers: Numbers, channels: Channels) -> Absorption:
 def absorb(graph: Graph, absorption: Absorption, scale: Array) -> None:
     """Carry it out: x becomes x / scale (scale > 0, [count]), and weights take in the difference, lazily.
 
-    Weights keep their names. CompileError where a scale is not positive and finite.
+    Weights keep their names; the fact `scaled_channels` says that layers read other numbers than their
+    modules do. CompileError where a scale is not positive and finite.
     """
     scale = np.asarray(scale, np.float64)
     if scale.shape != (absorption.count,) or not (np.isfinite(scale).all() and (scale > 0).all()):
@@ -158,6 +159,7 @@ def absorb(graph: Graph, absorption: Absorption, scale: Array) -> None:
             f"scales of {absorption.x!r} must be {absorption.count} positive numbers",
             remedy="this is a bug of the quantizer",
         )
+    graph.facts["scaled_channels"] = True
     for edit in absorption.edits:
         _scale_weight(graph, edit.weight, edit.factors(scale).astype(np.float32), edit.axis)
 

@@ -91,6 +91,7 @@ class QuantizeAwq(Pass):
     """
 
     name = "quantize-awq"
+    scales_channels = True
     requires = "fused"
     ensures = "quantized"
     needs_calibration = True
@@ -149,6 +150,7 @@ class ScaleChannels(QuantizeAwq):
     """
 
     name = "scale-channels"
+    scales_channels = True
     ensures = None
 
     def run(self, graph: Graph, context: PassContext) -> PassResult:
