@@ -338,8 +338,8 @@ def _given(form: Form, parameters: Mapping[str, Any], more: int, rank: int) -> _
 
 
 def _large(form: Form, parameters: Mapping[str, Any], rank: int) -> _Given:
-    """Tokens a hundred times larger, a third of them for each expert and the next one: limits may be an
-    expert's own. Of many experts sixteen.
+    """Tokens a hundred times larger, three for each expert and the one before it: limits may be an expert's
+    own. Of many experts sixteen.
     """
     import torch
 
