@@ -69,18 +69,18 @@ def _one_kernel_compiler() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _this_machines_level() -> Iterator[None]:
-    """Kernels for the level that the tests run on: those of the other usual levels are never loaded, and
-    are most of what a compilation takes. Tests that name levels, and those with `usual_levels`, have theirs.
+    """Kernels for the level that the tests run on: those of a lesser one are never loaded, and are most of
+    what a compilation takes. Tests that name levels, and those with `usual_levels`, have theirs.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "_USUAL", ())
+        patch.setattr(cpu, "_BASELINE", ())
         yield
 
 
 @pytest.fixture
 def usual_levels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels for all levels that a compilation makes where nothing is said."""
-    monkeypatch.setattr(cpu, "_USUAL", USUAL)
+    """Kernels for the levels of most machines, where nothing is said."""
+    monkeypatch.setattr(cpu, "_BASELINE", USUAL)
 
 
 @pytest.fixture(scope="session")

@@ -81,20 +81,24 @@ def test_names_of_levels() -> None:
 
 
 @pytest.mark.parametrize(
-    ("best", "usual"),
+    ("best", "default", "usual"),
     [
-        ("avx512vnni", "avx2+avx512vnni+amx"),  # the same bytes on most machines
-        ("avxvnni", "avx2+avxvnni+avx512vnni+amx"),
-        ("generic", "generic+avx2+avx512vnni+amx"),
-        ("zen4", "avx2+avx512vnni+zen4+amx"),
+        ("avx512vnni", "avx2+avx512vnni", "avx2+avx512vnni+amx"),  # the same bytes on most machines
+        ("avxvnni", "avx2+avxvnni", "avx2+avxvnni+avx512vnni+amx"),
+        ("generic", "generic+avx2", "generic+avx2+avx512vnni+amx"),
+        ("zen4", "avx2+zen4", "avx2+avx512vnni+zen4+amx"),
+        ("avx2", "avx2", "avx2+avx512vnni+amx"),
     ],
 )
-def test_native_is_the_best_level_and_among_the_usual_ones(
-    best: str, usual: str, monkeypatch: pytest.MonkeyPatch
+def test_levels_of_this_machine_and_of_others(
+    best: str, default: str, usual: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(target, "best_isa", lambda: best)
+    monkeypatch.setattr(target, "_BASELINE", ("avx2",))
     monkeypatch.setattr(target, "_USUAL", ("avx2", "avx512vnni", "amx"))
-    assert TvmCpu().options()["isa"] == usual and str(TvmCpu()) == "tvm-cpu"
+    assert TvmCpu().options()["isa"] == default and str(TvmCpu()) == "tvm-cpu"
+    assert TvmCpu(isa="usual").options()["isa"] == usual
+    assert TvmCpu(isa="baseline").levels() == ("avx2",)
     native = TvmCpu(isa="native")
     assert native.levels() == (best,) and native.options()["isa"] == best
     assert str(native) == "tvm-cpu:isa=native"
@@ -105,7 +109,7 @@ def test_a_machine_without_a_level_is_told_before_anything_is_compiled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(target, "best_isa", lambda: None)
-    for isa in ("usual", "native"):
+    for isa in ("usual", "native", "native+baseline"):
         with pytest.raises(InputError, match="no instruction-set level for this machine"):
             TvmCpu(isa=isa)
     assert TvmCpu(isa="neon").levels() == ("neon",)

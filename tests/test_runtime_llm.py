@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from llmc.codegen.artifact import Artifact, ArtifactWriter
 from llmc.ir.errors import ArtifactError, InputError
-from llmc.runtime import cpu
+from llmc.runtime import cpu, executor
 from llmc.runtime.chat_template import ChatTemplate
 from llmc.runtime.engine import Engine, EngineOptions, ModelFacts
 from llmc.runtime.executor import choose_isa, choose_target, open_executor
@@ -147,6 +147,17 @@ def test_targets_and_isas_are_chosen_for_this_machine(monkeypatch: pytest.Monkey
         choose_isa(kernels, "avxvnni")
     artifact = Artifact.open(write_artifact(tmp_path / "m.llmc"))
     assert open_executor(artifact).batch_invariant
+
+
+def test_better_kernels_than_an_artifact_has_are_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    artifact = Artifact.open(write_artifact(tmp_path / "m.llmc"))
+    monkeypatch.setattr(executor, "choose_isa", lambda kernels, wanted: wanted or "avx2")
+    for best, isa, told in (("avx2", None, False), ("amx", "avx2", False), ("amx", None, True)):
+        monkeypatch.setattr(cpu, "best_isa", lambda best=best: best)
+        open_executor(artifact, isa=isa)
+        assert ("runs kernels for amx too: --target tvm-cpu:isa=native" in caplog.text) is told
 
 
 # Generation

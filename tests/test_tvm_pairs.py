@@ -5,12 +5,11 @@ which vectors multiply, and the values of the reference.
 from __future__ import annotations
 
 import numpy as np
-import pytest
 from llmc.codegen.tvm.kernels.activation import reference_quantize_activation, whole_groups
 from llmc.codegen.tvm.kernels.quantized import reference_quantized_linear
 from llmc.codegen.tvm.kernels.tile_layout import as_they_lie, in_pairs
 
-from .kernel_harness import close, levels, normal
+from .kernel_harness import close, level_cases, normal
 from .test_tvm_quantized import Case, run
 
 CASES = [
@@ -32,12 +31,10 @@ CASES = [
 ROWS = 150
 
 
-@pytest.mark.parametrize(
-    ("case", "lies", "apart"),
+@level_cases(
+    "case,lies,apart",
     [(case, lies, n) for case, lies in CASES for n in (0, 4) if n == 0 or whole_groups(case.layout)],
-    ids=str,
 )
-@levels
 def test_rows_do_not_depend_on_their_number(case: Case, lies: bool, apart: int, isa: str) -> None:
     assert as_they_lie(case.layout) is lies
     x = normal(ROWS, case.k)

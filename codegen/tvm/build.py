@@ -13,6 +13,7 @@ from ...ir.core import Graph
 from .backends import require
 from .elf import link
 from .kernels import make_sampling
+from .kernels.intrinsics import library
 from .kernels.isa import Isa, triple
 from .kernels.layout import generates
 from .kernels.schedule import Schedule
@@ -186,6 +187,7 @@ def _compile(module: Module, isa: Isa) -> Any:
         for gv, function in module.functions.items():
             if int(function.attrs.get("calling_conv", 0)) == 0:
                 module.update_func(gv, function.with_body(_on_cpu(_freed_before_return(function.body))))
+        _import_intrinsics(module, isa)
         finish = [tirx.transform.LowerTVMBuiltin(), tirx.transform.LowerIntrin()]
         module = tvm.transform.Sequential(finish)(module)
         return tvm.get_global_func("target.build.llvm")(module, target)
@@ -197,7 +199,9 @@ def _lowering_passes() -> list[Any]:
     Our kernels allocate what they need; compacting their allocations (CompactBufferAllocation) changes
     nothing and took 40 of 49 seconds. RenormalizeSplitPattern finds next to nothing to do. Expressions that
     stand twice are found by LLVM as well: CommonSubexprElim took a tenth of the time, and gave a sixteenth
-    more code (benchmarks/README.md).
+    more code. NarrowDataType, LoopPartition and SplitHostDevice changed no byte of a library
+    (benchmarks/README.md). UnrollLoop must be followed by StmtSimplify: what is left unsimplified takes LLVM
+    twenty times as long.
     """
     block, plain = tvm.s_tir.transform, tirx.transform
     return [
@@ -210,8 +214,6 @@ def _lowering_passes() -> list[Any]:
         block.LowerOpaqueBlock(),
         plain.FlattenBuffer(),
         plain.BF16ComputeLegalize(),
-        plain.NarrowDataType(32),
-        block.LoopPartition(),
         plain.VectorizeLoop(True),
         plain.StorageRewrite(),
         plain.UnrollLoop(),
@@ -219,10 +221,19 @@ def _lowering_passes() -> list[Any]:
         block.RewriteUnsafeSelect(),
         plain.VerifyMemory(),
         plain.AnnotateEntryFunc(),
-        plain.SplitHostDevice(),
         plain.MakePackedAPI(),
         plain.BF16StorageLegalize(),
     ]
+
+
+def _import_intrinsics(module: Module, isa: Isa) -> None:
+    """Give what kernels call (`intrinsics.py`) to the first function: LLVM would read it anew for each that
+    asks for it.
+    """
+    gv, function = next(iter(module.functions.items()))
+    text = tvm.ir.StringImm(library(isa.name))
+    body = tirx.AttrStmt(tirx.IntImm("int32", 0), "pragma_import_llvm", text, function.body)
+    module.update_func(gv, function.with_body(body))
 
 
 def _freed_before_return(body: Any) -> Any:

@@ -41,10 +41,13 @@ OPERATIONS = frozenset(name for name, op in OPS.items() if package_of(op) is Non
 """The ops of `lower.EMITTERS`, which cannot be asked without importing TVM."""
 
 
-_USUAL = ("neon", "i8mm") if platform.machine() == "aarch64" else ("avx2", "avx512vnni", "amx")
-"""Not the compiling machine's own level alone: an artifact runs elsewhere too, and where that one is among
-these, its bytes are the same everywhere.
+_ARM = platform.machine() == "aarch64"
+_BASELINE = ("neon",) if _ARM else ("avx2",)
+"""What runs on nearly every machine of an architecture: an artifact is compiled for this one, and runs
+elsewhere too.
 """
+_USUAL = ("neon", "i8mm") if _ARM else ("avx2", "avx512vnni", "amx")
+"""Levels of most machines. Where this machine's is among them, an artifact's bytes do not depend on it."""
 
 
 def native() -> str:
@@ -68,10 +71,11 @@ class TvmCpu(Target):
     int8_activations: ClassVar[bool] = True
 
     isa: str = field(
-        default="usual",
+        default="native+baseline",
         metadata={
-            "help": f"instruction-set levels, joined by +: {', '.join(LEVELS)}; all of them; native: the "
-            "best that this machine has, compiled soonest; usual: those of most machines, and native"
+            "help": f"instruction-set levels, joined by +: {', '.join(LEVELS)}; native: the best that this "
+            "machine has; baseline: what nearly every machine runs (avx2 or neon); usual: those of most "
+            "machines, and native; all"
         },
     )
 
@@ -98,15 +102,19 @@ class TvmCpu(Target):
         """The levels asked for, in the order of `LEVELS`. Raises InputError for an unknown one."""
         if self.isa == "all":
             return tuple(LEVELS)
+        groups = {"baseline": _BASELINE, "usual": _USUAL}
         asked: list[str] = []
         for level in self.isa.split("+"):
-            asked += _USUAL if level == "usual" else ()
-            asked += [native()] if level in ("usual", "native") else [level]
+            asked += groups.get(level, ())
+            if level not in groups:
+                asked.append(native() if level == "native" else level)
+            elif level == "usual":
+                asked.append(native())
         for level in asked:
             if level not in LEVELS:
                 raise InputError(
                     f"tvm-cpu has no instruction-set level {level!r}",
-                    remedy=f"isa={'+'.join(LEVELS)} or some of them, or isa=all, native, usual",
+                    remedy=f"isa={'+'.join(LEVELS)} or some of them, or isa=all, native, baseline, usual",
                 )
         return tuple(level for level in LEVELS if level in asked)
 

@@ -125,6 +125,9 @@ def open_executor(
     name = choose_target(artifact.targets, target)
     level = choose_isa(artifact.target(name).get("kernels", []), isa)
     _log.info("target %s, kernels %s", name, level or "of the target")
+    best = cpu.best_isa()
+    if level is not None and isa is None and level != best:
+        _log.warning("this processor runs kernels for %s too: --target tvm-cpu:isa=native has them", best)
     if name not in _MODULES:
         from .plugin import open_plugin
 

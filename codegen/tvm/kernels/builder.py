@@ -16,7 +16,6 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
-from .intrinsics import library
 from .isa import Isa, get_isa
 
 LANES = 16
@@ -81,9 +80,10 @@ class Kernel:
 
     @contextmanager
     def body(self) -> Generator[None]:
-        """The statements of the kernel; the functions of `intrinsics` can be called in it."""
-        with T.attr(T.int32(0), "pragma_import_llvm", library(self.isa.name)):
-            yield
+        """The statements of the kernel, behind its arguments; they may call the functions of `intrinsics`,
+        which `build` gives to the module.
+        """
+        yield
 
 
 def vec(buffer: Buffer, *index: Expr, lanes: int = LANES) -> Expr:
