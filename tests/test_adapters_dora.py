@@ -46,18 +46,35 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Adapter:
     return read_adapter(folder)
 
 
-# Merged projections with biases, an output projection; rotated weights (int8), two codes a byte.
-@pytest.mark.parametrize(("scheme", "tolerance"), [("int8", 4e-3), ("int4-g32", 4e-2)])
+WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
+"""As wide as a block of the K types."""
+
+
+# Merged projections with biases, an output projection; rotated weights (int8), two codes a byte, a codebook
+# (one scale a row), what calibration finds, scales of two levels.
+@pytest.mark.parametrize(
+    ("scheme", "tolerance", "sizes"),
+    [
+        ("int8", 4e-3, {}),
+        ("int4-g32", 4e-2, {}),
+        ("nf4", 6e-2, {}),
+        ("best-int4-g32", 4e-2, {}),
+        ("gguf-q4_k_m", 4e-2, WIDE),
+    ],
+)
 def test_gains_are_of_the_weights_in_the_artifact(
-    scheme: str, tolerance: float, one: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    scheme: str, tolerance: float, sizes: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    adapter(tiny_model("qwen2", **sizes), tmp_path / "one", target_modules=LINEAR, use_dora=True)
+    one = read_adapter(tmp_path / "one")
     made = llmc.compile(
-        save_tiny("qwen2", tmp_path / "base"), tmp_path / "a.llmc", targets=[HERE], quant=scheme
+        save_tiny("qwen2", tmp_path / "base", **sizes), tmp_path / "a.llmc", targets=[HERE], quant=scheme
     )
-    assert ("hadamard" in made.read_text("ir.txt")) == (scheme == "int8")
+    text = made.read_text("ir.txt")
+    assert ("hadamard" in text) == (scheme == "int8") and ("super" in text) == bool(sizes)
     base = BaseWeights(made)
     errors: list[float] = []
-    weights = {name: p.detach().numpy() for name, p in tiny_model("qwen2").named_parameters()}
+    weights = {name: p.detach().numpy() for name, p in tiny_model("qwen2", **sizes).named_parameters()}
     for module, change in one.changes.items():
         assert change.magnitude is not None
         a, b, m = change.a.read(), change.b.read() * np.float32(change.scaling), change.magnitude.read()

@@ -82,6 +82,39 @@ def test_requests_choose_over_codes_with_factors(
             assert not name or np.linalg.norm(logits - wanted[""]) > 4 * tolerance * size
 
 
+def test_requests_choose_over_layers_of_several_types(tmp_path: Path) -> None:
+    """As in Q4_K_M: keys and values, gates and ups in other blocks than what they are merged with, which are
+    then products of their own. What 8 bits of activations and factors round is 5 % here, 5.6 % where all are
+    of one type.
+    """
+    pytest.importorskip("peft")
+    kinds = {"attn_k": "Q8_0", "attn_v": "Q5_1", "ffn_up": "Q8_0"}
+
+    def kind(name: str) -> str:
+        return next((kinds[part] for part in kinds if part in name), "Q4_0")
+
+    path = written(tiny("llama", **SIZES), "llama", tmp_path / "m.gguf", quantize=kind)
+    made = llmc.compile(
+        path, tmp_path / "a.llmc", targets=[HERE], quant="keep", kv_dtype="float32", adapters=True
+    )
+    for name in ("q_proj.weight+k_proj+v_proj.part2.q", "gate_proj.weight+up_proj.part1.q"):
+        assert name in made.read_text("ir.txt")
+    modules = [*MODULES, "v_proj", "gate_proj"]
+    wanted = {"": reference_logits(over(open_source(path), SIZES), IDS)}
+    for name, dora in (("lora", False), ("dora", True)):
+        changed = adapter(
+            over(open_source(path), SIZES), tmp_path / name, target_modules=modules, use_dora=dora
+        )
+        wanted[name] = reference_logits(changed, IDS)
+    names = {name: tmp_path / name for name in wanted if name}
+    with llmc.load(made.root, adapters=names, threads=1, kv_tokens=512, context=64) as llm:
+        for name, logits in wanted.items():
+            found = llm.logits(IDS, adapter=name or None)
+            size = np.linalg.norm(logits)
+            assert np.linalg.norm(found - logits) <= 0.08 * size, name
+            assert not name or np.linalg.norm(logits - wanted[""]) > size
+
+
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_a_file_and_a_folder_in_one_compilation(order: tuple[int, int], tmp_path: Path) -> None:
     """Whichever is named first: a file changes the model's tensors, a folder what is made of them."""

@@ -8,13 +8,15 @@ With gains the op may scale what the layer gives, too (DoRA); it then reads what
 
 On the final graph, so that an artifact's text is all it takes. A sum with the residual stays beside its
 layer, whose kernel does it. The layers below one another in a merged projection are found by the weight's
-name, "….q_proj.weight+k_proj+v_proj", and by how its result is cut. `graph.facts["adapters"]` says what
+name, "….q_proj.weight+k_proj+v_proj", and by how its result is cut, or what it is put together with where
+the layers are stored in blocks of several types (`keep.py`). `graph.facts["adapters"]` says what
 stands where: {"places": [{"k", "parts": [[module, rows], …], "dtype": of the factors, "gains": true}, …]},
 in the order of the inputs' numbers.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -27,7 +29,7 @@ from ...ir.ops.lora import LANES, Lora, column_blocks
 from ...ir.ops.math import Add
 from ...ir.ops.nn import Embedding, GatedMlp, Linear
 from ...ir.ops.quant import Hadamard, QuantizedEmbedding, QuantizedLinear
-from ...ir.ops.shape import Gather, Slice
+from ...ir.ops.shape import Concat, Gather, Slice
 from ...ir.types import TensorType, sym
 from ..base import Pass, PassContext, PassResult
 from ..merged_names import merged_names
@@ -38,6 +40,7 @@ Parts = list[tuple[str, int]]
 SLOTS, BLOCKS = sym("A"), sym("L")
 _ENDS = (".q", ".transposed", ".weight")
 """What passes put behind a module's name, the outermost first."""
+_PIECE = re.compile(r"\.part\d+$")
 
 
 @dataclass(frozen=True)
@@ -131,20 +134,51 @@ def _parts_of(graph: Graph, op: Op) -> Parts | None:
         return None
     if any(isinstance(user, Embedding | QuantizedEmbedding) for user in weight.users):
         return [(op.loc, rows)] if op.loc else None  # tied: the weight has the embedding's name
-    names = [name.removesuffix(".weight") for name in merged_names(_base(weight.name))]
+    name, is_piece = _base(weight.name)
+    names = [name.removesuffix(".weight") for name in merged_names(name)]
+    whole, first = _put_together(op.result) if is_piece else (op.result, 0)
     if len(names) == 1:
-        return [(names[0], rows)]
+        return None if is_piece else [(names[0], rows)]
     for halves in (False, True):
-        widths = _cuts(op.result, halves)
-        if widths is not None and len(widths) == len(names) and sum(widths) == rows:
-            return list(zip(names, widths, strict=True))
+        widths = _cuts(whole, halves)
+        if widths is not None and len(widths) == len(names) and sum(widths) == whole.shape[-1]:
+            return _within(list(zip(names, widths, strict=True)), first, first + rows)
     return None
 
 
-def _base(name: str) -> str:
+def _base(name: str) -> tuple[str, bool]:
+    """A weight's name without what passes put behind it, and whether it is a piece of that weight."""
     for end in _ENDS:
         name = name.removesuffix(end)
-    return name
+    base = _PIECE.sub("", name)
+    return base.removesuffix(".weight"), base != name
+
+
+def _put_together(y: Value) -> tuple[Value, int]:
+    """What the columns y are put together in, and where they begin there: of the layers in a merged
+    projection some may be stored in other blocks (Q4_K_M), which are then products of their own.
+    """
+    users = list(y.users)
+    if len(users) == 1 and isinstance(users[0], Concat) and users[0].axis in (-1, y.type.rank - 1):
+        parts = users[0].operands
+        widths = [part.shape[-1] for part in parts[: parts.index(y)]]
+        if all(isinstance(width, int) for width in widths):
+            return users[0].result, sum(width for width in widths if isinstance(width, int))
+    return y, 0
+
+
+def _within(parts: Parts, start: int, stop: int) -> Parts | None:
+    """Those of parts, one behind the other, that lie between two rows; None where one does in part."""
+    found: Parts = []
+    first = 0
+    for module, rows in parts:
+        last = first + rows
+        if start <= first and last <= stop:
+            found.append((module, rows))
+        elif first < stop and start < last:
+            return None
+        first = last
+    return found
 
 
 def _cuts(y: Value, halves: bool) -> list[int] | None:
