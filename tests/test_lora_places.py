@@ -164,6 +164,47 @@ def test_where_it_applies() -> None:
     assert after == [*2 * ["linear", "add", "linear", "add"], "linear"]
 
 
+FIRST = 'linear(%0, @"a.q_proj.weight+k_proj+v_proj.part0", _)'
+
+
+def in_pieces(made: str, edge: int) -> Graph:
+    """q, k and v of 4, edge - 4 and 8 - edge rows, in pieces of 6 and 2; what is `made` of the first is put
+    before the second.
+    """
+    return parse(
+        f"""graph "g" stage="paged"
+        input %token_ids : int32[T]
+        weight @"e" : float32[9, 8]
+        weight @"a.q_proj.weight+k_proj+v_proj.part0" : float32[6, 8]
+        weight @"a.q_proj.weight+k_proj+v_proj.part1" : float32[2, 8]
+        weight @"b.part1.weight" : float32[8, 8]
+        %0 : float32[T, 8] = embedding(%token_ids, @"e")
+        %1 : float32[T, 6] = {made}
+        %2 : float32[T, 2] = linear(%0, @"a.q_proj.weight+k_proj+v_proj.part1", _)
+        %3 : float32[T, 8] = concat([%1, %2]) {{axis = -1}}
+        %4 : float32[T, 4] = slice(%3) {{axis = -1, start = 0, stop = 4, step = 1}}
+        %5 : float32[T, {edge - 4}] = slice(%3) {{axis = -1, start = 4, stop = {edge}, step = 1}}
+        %6 : float32[T, {8 - edge}] = slice(%3) {{axis = -1, start = {edge}, stop = 8, step = 1}}
+        %7 : float32[T, 8] = concat([%4, %5, %6]) {{axis = -1}}
+        %8 : float32[T, 8] = linear(%7, @"b.part1.weight", _)
+        return "logits" = %8"""
+    )
+
+
+@pytest.mark.parametrize(
+    ("made", "edge", "expected"),
+    [
+        (FIRST, 6, [[["a.q_proj", 4], ["a.k_proj", 2]], [["a.v_proj", 2]]]),
+        (FIRST, 7, []),  # k lies in both pieces
+        ("slice(%0) {axis = -1, start = 0, stop = 6, step = 1}", 6, []),  # columns of something else
+    ],
+)
+def test_pieces_of_a_merged_weight_have_their_own_places(made: str, edge: int, expected: list[Any]) -> None:
+    places = placed(in_pieces(made, edge)).facts["adapters"]["places"]
+    # A module that is called as pieces are is one as any other.
+    assert [place["parts"] for place in places] == [*expected, [["b.part1", 8]]]
+
+
 def test_factors_over_whole_codes_are_8_bits_wide() -> None:
     graph, _ = lowered(traced(tiny_model("llama")), "paged", [QuantizeRtn(bits=8, group=32)])
     places = placed(graph).facts["adapters"]["places"]

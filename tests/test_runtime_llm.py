@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from llmc.codegen.artifact import Artifact, ArtifactWriter
 from llmc.ir.errors import ArtifactError, InputError
-from llmc.runtime import cpu, executor
+from llmc.runtime import cpu
 from llmc.runtime.chat_template import ChatTemplate
 from llmc.runtime.engine import Engine, EngineOptions, ModelFacts
 from llmc.runtime.executor import choose_isa, choose_target, open_executor
@@ -153,11 +153,13 @@ def test_better_kernels_than_an_artifact_has_are_named(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     artifact = Artifact.open(write_artifact(tmp_path / "m.llmc"))
-    monkeypatch.setattr(executor, "choose_isa", lambda kernels, wanted: wanted or "avx2")
+    monkeypatch.setitem(artifact.target("null"), "kernels", [{"isa": "generic"}, {"isa": "avx2"}])
+    monkeypatch.setattr(cpu, "supported_isas", lambda: ["generic", "avx2"])
     for best, isa, told in (("avx2", None, False), ("amx", "avx2", False), ("amx", None, True)):
         monkeypatch.setattr(cpu, "best_isa", lambda best=best: best)
         open_executor(artifact, isa=isa)
-        assert ("runs kernels for amx too: --target tvm-cpu:isa=native" in caplog.text) is told
+        assert (f"{artifact.root} has no kernels for amx" in caplog.text) is told
+    assert "--target null:isa=generic+avx2+amx" in caplog.text
 
 
 # Generation

@@ -199,9 +199,9 @@ def _lowering_passes() -> list[Any]:
     Our kernels allocate what they need; compacting their allocations (CompactBufferAllocation) changes
     nothing and took 40 of 49 seconds. RenormalizeSplitPattern finds next to nothing to do. Expressions that
     stand twice are found by LLVM as well: CommonSubexprElim took a tenth of the time, and gave a sixteenth
-    more code. NarrowDataType, LoopPartition and SplitHostDevice changed no byte of a library
-    (benchmarks/README.md). UnrollLoop must be followed by StmtSimplify: what is left unsimplified takes LLVM
-    twenty times as long.
+    more code. NarrowDataType, LoopPartition and SplitHostDevice changed no byte of the libraries that were
+    compared (benchmarks/README.md). UnrollLoop must be followed by StmtSimplify: what is left unsimplified
+    takes LLVM fifty times as long.
     """
     block, plain = tvm.s_tir.transform, tirx.transform
     return [

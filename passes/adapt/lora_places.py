@@ -8,10 +8,11 @@ With gains the op may scale what the layer gives, too (DoRA); it then reads what
 
 On the final graph, so that an artifact's text is all it takes. A sum with the residual stays beside its
 layer, whose kernel does it. The layers below one another in a merged projection are found by the weight's
-name, "….q_proj.weight+k_proj+v_proj", and by how its result is cut, or what it is put together with where
-the layers are stored in blocks of several types (`keep.py`). `graph.facts["adapters"]` says what
-stands where: {"places": [{"k", "parts": [[module, rows], …], "dtype": of the factors, "gains": true}, …]},
-in the order of the inputs' numbers.
+name, "….q_proj.weight+k_proj+v_proj", and by how its result is cut; where they are stored in several types
+of blocks (Q4_K_M), products by pieces of that weight (`keep.py`) are put together before.
+
+`graph.facts["adapters"]` says what stands where: {"places": [{"k", "parts": [[module, rows], …], "dtype": of
+the factors, "gains": true}, …]}, in the order of the inputs' numbers.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ Parts = list[tuple[str, int]]
 """(module, rows) of each layer in a weight, from its first row on."""
 
 SLOTS, BLOCKS = sym("A"), sym("L")
-_ENDS = (".q", ".transposed", ".weight")
-"""What passes put behind a module's name, the outermost first."""
+_ENDS = (".q", ".transposed")
+"""What passes put behind a weight's name, the outermost first."""
 _PIECE = re.compile(r"\.part\d+$")
 
 
@@ -136,9 +137,14 @@ def _parts_of(graph: Graph, op: Op) -> Parts | None:
         return [(op.loc, rows)] if op.loc else None  # tied: the weight has the embedding's name
     name, is_piece = _base(weight.name)
     names = [name.removesuffix(".weight") for name in merged_names(name)]
-    whole, first = _put_together(op.result) if is_piece else (op.result, 0)
     if len(names) == 1:
         return None if is_piece else [(names[0], rows)]
+    whole, first = op.result, 0
+    if is_piece:
+        joined = _put_together(op.result, name)
+        if joined is None:
+            return None
+        whole, first = joined
     for halves in (False, True):
         widths = _cuts(whole, halves)
         if widths is not None and len(widths) == len(names) and sum(widths) == whole.shape[-1]:
@@ -154,17 +160,24 @@ def _base(name: str) -> tuple[str, bool]:
     return base.removesuffix(".weight"), base != name
 
 
-def _put_together(y: Value) -> tuple[Value, int]:
-    """What the columns y are put together in, and where they begin there: of the layers in a merged
-    projection some may be stored in other blocks (Q4_K_M), which are then products of their own.
+def _put_together(y: Value, name: str) -> tuple[Value, int] | None:
+    """What the columns y, products by a piece of the weight `name`, are put together in, and where they begin
+    there; None where that is not what the other pieces give, and nothing else.
     """
-    users = list(y.users)
-    if len(users) == 1 and isinstance(users[0], Concat) and users[0].axis in (-1, y.type.rank - 1):
-        parts = users[0].operands
-        widths = [part.shape[-1] for part in parts[: parts.index(y)]]
-        if all(isinstance(width, int) for width in widths):
-            return users[0].result, sum(width for width in widths if isinstance(width, int))
-    return y, 0
+    (joined, *others) = y.users or (None,)
+    if not isinstance(joined, Concat) or others or joined.axis not in (-1, y.type.rank - 1):
+        return None
+    first, found = 0, None
+    for part in joined.operands:
+        op, width = part.producer, part.shape[-1]
+        if not isinstance(op, Linear | QuantizedLinear) or not isinstance(width, int):
+            return None
+        weight = op.q if isinstance(op, QuantizedLinear) else op.weight
+        if _base(weight.name) != (name, True):
+            return None
+        found = first if part is y else found
+        first += width
+    return None if found is None else (joined.result, found)
 
 
 def _within(parts: Parts, start: int, stop: int) -> Parts | None:

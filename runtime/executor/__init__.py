@@ -106,6 +106,21 @@ def choose_isa(kernels: Sequence[dict[str, Any]], wanted: str | None = None) -> 
     return runnable[-1]
 
 
+def _name_better(artifact: Artifact, target: str, level: str) -> None:
+    """Say where this processor runs better kernels than the best that an artifact has for it."""
+    best = cpu.best_isa()
+    if best is None or best == level:
+        return
+    levels = "+".join([*(str(kernel["isa"]) for kernel in artifact.target(target)["kernels"]), best])
+    _log.warning(
+        "%s has no kernels for %s, the best that this processor runs; compile with --target %s:isa=%s",
+        artifact.root,
+        best,
+        target,
+        levels,
+    )
+
+
 def open_executor(
     artifact: Artifact,
     target: str | None = None,
@@ -125,9 +140,8 @@ def open_executor(
     name = choose_target(artifact.targets, target)
     level = choose_isa(artifact.target(name).get("kernels", []), isa)
     _log.info("target %s, kernels %s", name, level or "of the target")
-    best = cpu.best_isa()
-    if level is not None and isa is None and level != best:
-        _log.warning("this processor runs kernels for %s too: --target tvm-cpu:isa=native has them", best)
+    if level is not None and isa is None:
+        _name_better(artifact, name, level)
     if name not in _MODULES:
         from .plugin import open_plugin
 
