@@ -85,7 +85,7 @@ def file_of(path: Path, kind: str, mixed: list[tuple[str, str]], others: str = "
     ("kind", "mixed"),
     [
         *((kind, MIXED) for kind in ("qwen3_moe", "granitemoe", "mixtral")),
-        ("qwen3_moe", GRIDS),
+        pytest.param("qwen3_moe", GRIDS, marks=pytest.mark.slow),
         ("deepseek_v3", MIXED[:2]),
         ("gpt_oss", [("MXFP4", "MXFP4")] * 2),
     ],
@@ -115,7 +115,11 @@ def test_experts_are_kept_as_they_are_stored(kind: str, mixed: list[tuple[str, s
 
 @pytest.mark.parametrize(
     ("kind", "mixed"),
-    [("qwen3_moe", MIXED), ("qwen3_moe", GRIDS[:3]), ("gpt_oss", [("MXFP4", "MXFP4")] * 2)],
+    [
+        ("qwen3_moe", MIXED),
+        ("qwen3_moe", GRIDS[:3]),
+        pytest.param("gpt_oss", [("MXFP4", "MXFP4")] * 2, marks=pytest.mark.slow),
+    ],
 )
 def test_the_artifact_is_the_files_model(kind: str, mixed: list[tuple[str, str]], tmp_path: Path) -> None:
     """But for activations of 8 bits: 2.6 % of the logits' norm for the first random model; llama.cpp, which

@@ -32,7 +32,15 @@ IDS = ids_of(40)
 ALL = ("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 
 
-@pytest.fixture(scope="module", params=["llama", "granite", "qwen3", "phi", "phi3"])
+KINDS = [
+    "llama",
+    "qwen3",
+    "phi3",
+    *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("granite", "phi")),
+]
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def opened(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Path, str, LLM]]:
