@@ -4,12 +4,20 @@
     model.layers.0.self_attn.q_proj.weight+k_proj+-mlp-fc1       -mlp-fc1: model.layers.0.mlp.fc1
 
 Each leading "-" goes up by one module, the others stand for dots: what is quantized later adds ".q" and the
-like to the end.
+like to the end, and weights that are stored on several grids are cut into pieces, "….part0" and so on.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+
+_PIECE = re.compile(r"\.part\d+$")
+
+
+def without_piece(name: str) -> str:
+    """The name of the weight that one of this name is a piece of (`split_by_grid`), or its own."""
+    return _PIECE.sub("", name)
 
 
 def merged_name(names: Sequence[str]) -> str:

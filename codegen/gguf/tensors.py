@@ -26,7 +26,7 @@ from ...ir.ops.quant import Dequantize, Hadamard, QuantizedEmbedding, QuantizedL
 from ...ir.types import Quantization
 from ...ir.weights import LazyTensor
 from ...passes.derived import ConcatRows, SliceRows
-from ...passes.merged_names import merged_names
+from ...passes.merged_names import merged_names, without_piece
 from ...passes.quantize.gguf.blocks import pack_affine, pack_symmetric
 
 Array = np.ndarray[Any, Any]
@@ -156,7 +156,7 @@ def parameters(graph: Graph, known: Mapping[str, LazyTensor], floats: str) -> di
             continue
         name = value.name.removesuffix(".q") if value.type.quant is not None else value.name
         if value.users:
-            pieces.setdefault(re.sub(r"\.part\d+$", "", name), []).append(value)
+            pieces.setdefault(without_piece(name), []).append(value)
     found: dict[str, Rows] = {}
     for name, values in pieces.items():
         names = [_parameter(one, known) for one in merged_names(name)]

@@ -102,14 +102,17 @@ class TvmCpu(Target):
         """The levels asked for, in the order of `LEVELS`. Raises InputError for an unknown one."""
         if self.isa == "all":
             return tuple(LEVELS)
-        groups = {"baseline": _BASELINE, "usual": _USUAL}
         asked: list[str] = []
-        for level in self.isa.split("+"):
-            asked += groups.get(level, ())
-            if level not in groups:
-                asked.append(native() if level == "native" else level)
-            elif level == "usual":
-                asked.append(native())
+        for word in self.isa.split("+"):
+            match word:
+                case "native":
+                    asked.append(native())
+                case "baseline":
+                    asked += _BASELINE
+                case "usual":
+                    asked += [*_USUAL, native()]
+                case _:
+                    asked.append(word)
         for level in asked:
             if level not in LEVELS:
                 raise InputError(

@@ -17,7 +17,6 @@ the factors, "gains": true}, …]}, in the order of the inputs' numbers.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -33,7 +32,7 @@ from ...ir.ops.quant import Hadamard, QuantizedEmbedding, QuantizedLinear
 from ...ir.ops.shape import Concat, Gather, Slice
 from ...ir.types import TensorType, sym
 from ..base import Pass, PassContext, PassResult
-from ..merged_names import merged_names
+from ..merged_names import merged_names, without_piece
 
 Parts = list[tuple[str, int]]
 """(module, rows) of each layer in a weight, from its first row on."""
@@ -41,7 +40,6 @@ Parts = list[tuple[str, int]]
 SLOTS, BLOCKS = sym("A"), sym("L")
 _ENDS = (".q", ".transposed")
 """What passes put behind a weight's name, the outermost first."""
-_PIECE = re.compile(r"\.part\d+$")
 
 
 @dataclass(frozen=True)
@@ -156,7 +154,7 @@ def _base(name: str) -> tuple[str, bool]:
     """A weight's name without what passes put behind it, and whether it is a piece of that weight."""
     for end in _ENDS:
         name = name.removesuffix(end)
-    base = _PIECE.sub("", name)
+    base = without_piece(name)
     return base.removesuffix(".weight"), base != name
 
 
