@@ -104,9 +104,8 @@ class StoredModules:
                 f"adapter {adapter} changes rows of {name} that no module here has",
                 remedy="merge it: llmc compile MODEL --lora FOLDER",
             )
-        if known[-1] != rows - 1 or (
-            change.magnitude is not None and np.prod(change.magnitude.shape) != rows
-        ):
+        of_rows = [one for one in (change.magnitude, change.bias) if one is not None]
+        if known[-1] != rows - 1 or any(np.prod(one.shape) != rows for one in of_rows):
             raise InputError(
                 f"adapter {adapter} is of a model of other sizes: {name} "
                 f"{[change.b.shape[0], change.a.shape[1]]}",
@@ -122,7 +121,7 @@ def _joined(pieces: Sequence[tuple[LowRank | None, Rows | None]]) -> LowRank:
     changed = [change for change, _ in pieces if change is not None]
     total = sum(0 if rows is None else len(rows) for _, rows in pieces)
     a = np.concatenate([change.a.read().astype(np.float32) for change in changed])
-    b = np.zeros((total, len(a)), np.float32)
+    b, bias = np.zeros((total, len(a)), np.float32), np.zeros(total, np.float32)
     row = column = 0
     for change, order in pieces:
         assert order is not None
@@ -131,8 +130,13 @@ def _joined(pieces: Sequence[tuple[LowRank | None, Rows | None]]) -> LowRank:
             own = change.b.read().astype(np.float32)[order] * np.float32(change.scaling)
             b[row : row + len(order), column : column + rank] = own
             column += rank
+            if change.bias is not None:
+                bias[row : row + len(order)] = _flat(change.bias)[order] * np.float32(change.scaling)
         row += len(order)
     joined = LowRank(ArrayTensor(a, changed[0].a.source), ArrayTensor(b, changed[0].b.source), 1.0)
+    added = next((change.bias for change in changed if change.bias is not None), None)
+    if added is not None:
+        joined = replace(joined, bias=ArrayTensor(bias, added.source))
     scaled = next((change.magnitude for change in changed if change.magnitude is not None), None)
     if scaled is None:
         return joined
@@ -149,14 +153,17 @@ def _magnitudes(pieces: Sequence[tuple[LowRank | None, Rows | None]]) -> Rows:
     return np.concatenate(found)
 
 
-def _flat(magnitude: LazyTensor) -> Rows:
-    return magnitude.read().astype(np.float32).reshape(-1)
+def _flat(tensor: LazyTensor) -> Rows:
+    return tensor.read().astype(np.float32).reshape(-1)
 
 
 def _rows_of(change: LowRank, rows: Rows) -> LowRank:
-    b, m = change.b, change.magnitude
-    magnitude = None if m is None else ArrayTensor(_flat(m)[rows], m.source)
-    return replace(change, b=ArrayTensor(b.read()[rows], b.source), magnitude=magnitude)
+    magnitude, bias = (
+        None if one is None else ArrayTensor(_flat(one)[rows], one.source)
+        for one in (change.magnitude, change.bias)
+    )
+    b = ArrayTensor(change.b.read()[rows], change.b.source)
+    return replace(change, b=b, magnitude=magnitude, bias=bias)
 
 
 __all__ = ["FILE", "Piece", "StoredModules"]

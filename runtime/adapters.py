@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,14 +26,15 @@ from ..ir.errors import ArtifactError, InputError, LlmcError, UnsupportedError
 from .executor.base import Executor
 
 if TYPE_CHECKING:
-    from ..ir.adapters import Adapter, LowRank
+    from ..ir.adapters import Adapter
     from ..ir.gguf_rows import GGUFRows
     from ..ir.stored_modules import StoredModules
+    from ..ir.weights import LazyTensor
 
 _log = logging.getLogger("llmc.runtime")
 Factor = tuple[np.ndarray, np.ndarray] | tuple[np.ndarray, np.ndarray, np.ndarray]
 """(A [r, K], B [rows, r]) of one layer, float32, the scaling multiplied into B; and [2, rows] where it scales
-what the layer gives (`BaseWeights.gains`).
+what the layer gives (`BaseWeights.gains`), or adds to it alone (biases).
 """
 Factors = Mapping[int, Sequence[Factor | None]]
 """By the number of a place, a factor for each of its parts; None where the part stays as it is."""
@@ -50,7 +52,7 @@ class Place:
         k: columns of each.
         parts: (module, rows) of each.
         dtype: of factors in memory, "float32" or "int8".
-        gains: whether adapters may scale what the layers give, too (DoRA).
+        gains: whether adapters may scale what the layers give (DoRA), and add to it (biases).
     """
 
     k: int
@@ -105,17 +107,42 @@ class AdapterPlaces:
         self, adapter: Adapter, stored: StoredModules | None = None, base: BaseWeights | None = None
     ) -> Factors:
         """An adapter's matrices where they belong; what it names as the checkpoint does, `stored` finds;
-        `base` is asked for the gains of DoRA.
+        `base` is asked for the gains of DoRA, and for biases that others take the place of.
 
         Raises InputError where it was made for another model, naming modules and shapes, and UnsupportedError
         for what can only be merged.
         """
-        _refuse_what_is_merged(adapter)
+        biases = self._biases(adapter)
+        _refuse_what_is_merged(adapter, biases)
         if stored is not None:
             adapter = stored.of_modules(adapter, self._where)
         self._refuse_strangers(adapter)
         found: dict[int, list[Factor | None]] = {}
-        for module, change in adapter.changes.items():
+        for module in dict.fromkeys([*adapter.changes, *biases]):
+            factor = self._factor(adapter, module, biases.get(module), base)
+            for place, part in self._where[module]:
+                found.setdefault(place, [None] * len(self.places[place].parts))[part] = factor
+        return found
+
+    def _biases(self, adapter: Adapter) -> dict[str, LazyTensor]:
+        """By the name of a module that has a place: the bias that an adapter has in the place of its own."""
+        named = {
+            name.removesuffix(".bias"): data
+            for name, data in adapter.replaced.items()
+            if name.endswith(".bias") and name not in adapter.copies
+        }
+        return {module: data for module, data in named.items() if module in self._where}
+
+    def _factor(
+        self, adapter: Adapter, module: str, bias: LazyTensor | None, base: BaseWeights | None
+    ) -> Factor:
+        """What a module's parts take; `bias` as `_biases` has it."""
+        change = adapter.changes.get(module)
+        if change is None:  # factors that add nothing, beside a bias
+            place, part = self._where[module][0]
+            a = np.zeros((1, self.places[place].k), np.float32)
+            b = np.zeros((self.places[place].parts[part][1], 1), np.float32)
+        else:
             rank = change.a.shape[0]
             if rank > self.most_rank:
                 raise UnsupportedError(
@@ -126,42 +153,35 @@ class AdapterPlaces:
             a, b = change.a.read().astype(np.float32), change.b.read().astype(np.float32)
             with np.errstate(over="ignore", invalid="ignore"):
                 b = b * np.float32(change.scaling)
-            factor: Factor = a, b
-            if change.magnitude is not None:
-                factor = a, b, self._gains(adapter, module, change, factor, base)
-            for place, part in self._where[module]:
-                found.setdefault(place, [None] * len(self.places[place].parts))[part] = factor
-        return found
+        magnitude = None if change is None else change.magnitude
+        added = None if change is None else change.bias
+        if magnitude is None and added is None and bias is None:
+            return a, b
+        self._check_gains(adapter, module, "biases" if magnitude is None else "magnitudes (DoRA)")
+        gains = np.stack([np.ones(len(b), np.float32), np.zeros(len(b), np.float32)])
+        if magnitude is not None:
+            gains = _needed(base, adapter).gains(module, a, b, _rows_of(magnitude, len(b)))
+        with np.errstate(over="ignore", invalid="ignore"):  # what is too large is refused as it is packed
+            if change is not None and added is not None:
+                gains[1] += _rows_of(added, len(b)) * np.float32(change.scaling)
+            if bias is not None:
+                own = _needed(base, adapter).bias(module, len(b))
+                if own is None:
+                    raise InputError(
+                        f"{bias.source} of adapter {adapter} is a bias of {module}, which has none here",
+                        remedy="give an adapter of this model",
+                    )
+                gains[1] += _rows_of(bias, len(b)) - own
+        return a, b, gains
 
-    def _gains(
-        self,
-        adapter: Adapter,
-        module: str,
-        change: LowRank,
-        factor: tuple[np.ndarray, np.ndarray],
-        base: BaseWeights | None,
-    ) -> np.ndarray:
-        """[2, rows] of a DoRA adapter's change of a module."""
+    def _check_gains(self, adapter: Adapter, module: str, what: str) -> None:
+        """Raise UnsupportedError where a module's parts cannot be scaled or added to."""
         if not all(self.places[place].gains for place, _ in self._where[module]):
             raise UnsupportedError(
-                f"adapter {adapter} has magnitudes (DoRA), which these kernels have no places for",
+                f"adapter {adapter} has {what}, which these kernels have no places for",
                 remedy="open the model with --target tvm-cpu, or compile it again where it was compiled with "
                 f"--adapters before, or {_MERGE}",
             )
-        if base is None:
-            raise UnsupportedError(
-                f"adapter {adapter} has magnitudes (DoRA), which needs what compiles models",
-                remedy=f"pip install 'llmc[compile]', or {_MERGE}",
-            )
-        magnitude = change.magnitude
-        assert magnitude is not None
-        m = magnitude.read().astype(np.float32).reshape(-1)
-        if len(m) != len(factor[1]):
-            raise InputError(
-                f"{magnitude.source} has the shape {list(magnitude.shape)}, not [{len(factor[1])}]",
-                remedy="give an adapter of this model",
-            )
-        return base.gains(module, *factor, m)
 
     def _refuse_strangers(self, adapter: Adapter) -> None:
         unknown = [module for module in adapter.changes if module not in self._where]
@@ -190,22 +210,37 @@ class AdapterPlaces:
         return list(dict.fromkeys(module.rpartition(".")[2] for module in self._where))
 
 
-def _refuse_what_is_merged(adapter: Adapter) -> None:
-    if replaced := [name for name in adapter.replaced if name not in adapter.copies]:
+def _needed(base: BaseWeights | None, adapter: Adapter) -> BaseWeights:
+    if base is None:
+        raise UnsupportedError(
+            f"adapter {adapter} has magnitudes (DoRA) or trained biases, which needs what compiles models",
+            remedy=f"pip install 'llmc[compile]', or {_MERGE}",
+        )
+    return base
+
+
+def _rows_of(tensor: LazyTensor, rows: int) -> np.ndarray:
+    """[rows] float32. Raises InputError where it has another number."""
+    if math.prod(tensor.shape) != rows:
+        raise InputError(
+            f"{tensor.source} has the shape {list(tensor.shape)}, not [{rows}]",
+            remedy="give an adapter of this model",
+        )
+    return tensor.read().astype(np.float32).reshape(-1)
+
+
+def _refuse_what_is_merged(adapter: Adapter, biases: Mapping[str, Any]) -> None:
+    """`biases`: by module, those of the adapter's that have places."""
+    known = {*adapter.copies, *(f"{module}.bias" for module in biases)}
+    if replaced := [name for name in adapter.replaced if name not in known]:
         what = f"replaces whole tensors, {listed(replaced)} (modules_to_save, saved embeddings, biases)"
     elif adapter.parameters:
         what = f"changes parameters (target_parameters), of {listed([*adapter.parameters])}"
+    elif any(change.embedding for change in adapter.changes.values()):
+        what = "has changes of embeddings"
     else:
-        kinds = {kind for change in adapter.changes.values() for kind in _merged_kinds(change)}
-        if not kinds:
-            return
-        what = f"has {' and '.join(sorted(kinds))}"
+        return
     raise UnsupportedError(f"adapter {adapter} {what}, which cannot be chosen per request", remedy=_MERGE)
-
-
-def _merged_kinds(change: LowRank) -> list[str]:
-    kinds = ["biases (lora_bias)"] if change.bias is not None else []
-    return kinds + (["changes of embeddings"] if change.embedding else [])
 
 
 class BaseWeights(Protocol):
@@ -215,6 +250,10 @@ class BaseWeights(Protocol):
         """[2, rows] of a module that DoRA scales to `magnitude` [rows] (NaN: not this row): what multiplies
         W x + B A x, and what is added to it. a [r, K]; b [rows, r], the scaling in it.
         """
+        ...
+
+    def bias(self, module: str, rows: int) -> np.ndarray | None:
+        """[rows] that a module of so many adds; None where it has no bias."""
         ...
 
 
@@ -291,7 +330,7 @@ class AdapterRegistry:
         self.stored_modules: Callable[[], StoredModules | None] = lambda: None
         """What the model's checkpoint calls its modules, for adapters that do."""
         self.base: BaseWeights | None = None
-        """The model's weights, for adapters with magnitudes (DoRA)."""
+        """The model's weights, for adapters with magnitudes (DoRA) or trained biases."""
 
     def names(self) -> list[str]:
         """Those that are loaded, in order."""

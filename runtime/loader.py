@@ -78,8 +78,8 @@ def load(
         adapter: the folder or file of one with which everything is answered that names none.
         places: makes kernels that take adapters, where the artifact's own do not (it was compiled without
             --adapters). `llmc.load` gives it.
-        base: reads the artifact's weights for adapters with magnitudes (DoRA). `llmc.load` gives it where TVM
-            is installed.
+        base: reads the artifact's weights for adapters with magnitudes (DoRA) or trained biases. `llmc.load`
+            gives it where TVM is installed.
 
     Raises ArtifactError where the artifact is damaged or does not suit this machine, InputError where an
     option is impossible.

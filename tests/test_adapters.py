@@ -42,13 +42,16 @@ KINDS: dict[str, dict[str, Any]] = {
     "head": {"target_modules": ["lm_head", "down_proj"]},
     "dora": {"target_modules": LINEAR, "use_dora": True},
     "some dora": {"target_modules": ["k_proj", "o_proj", "lm_head"], "use_dora": True, "r": 20},
+    "lora bias": {"target_modules": [*LINEAR, "lm_head"], "lora_bias": True, "lora_alpha": 2},
+    "trained biases": {"target_modules": ["q_proj", "v_proj", "o_proj"], "bias": "lora_only"},
+    "all biases": {"target_modules": ["v_proj", "up_proj"], "bias": "all"},
+    "dora and biases": {"target_modules": ["q_proj", "k_proj"], "use_dora": True, "bias": "lora_only"},
 }
 MERGED: dict[str, tuple[dict[str, Any], str]] = {
     "modules": (
         {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
         r"lm_head\.weight .*modules_to_save",
     ),
-    "biases": ({"target_modules": ["q_proj"], "bias": "lora_only"}, r"q_proj\.bias.* biases\)"),
     "tokens": (
         {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]},
         r"embed_tokens\.token_adapter\.trainable_tokens_delta",

@@ -1,5 +1,5 @@
-"""DoRA that requests choose: what multiplies a layer's result, read out of an artifact. Logits beside PEFT's
-are in test_adapters.py.
+"""DoRA and biases that requests choose: what multiplies a layer's result and is added to it, read out of an
+artifact. Logits beside PEFT's are in test_adapters.py.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from llmc.codegen.tvm.base_weights import BaseWeights
 from llmc.frontend.lora import read_adapter
 from llmc.ir.adapters import Adapter
 from llmc.ir.errors import ArtifactError, InputError, UnsupportedError
+from llmc.ir.weights import ArrayTensor
 from llmc.runtime import adapters
 from llmc.runtime.adapters import AdapterPlaces, Factors, Place
 
@@ -37,6 +38,9 @@ class Ones:
 
     def gains(self, module: str, a: np.ndarray, b: np.ndarray, magnitude: np.ndarray) -> np.ndarray:
         return np.stack([magnitude, np.zeros(len(b), np.float32)])
+
+    def bias(self, module: str, rows: int) -> np.ndarray | None:
+        return np.arange(rows, dtype=np.float32) if module == ONE else None
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +84,8 @@ def test_gains_are_of_the_weights_in_the_artifact(
         wanted = m / np.linalg.norm(weights[f"{module}.weight"] + b @ a, axis=1)
         gain, shift = base.gains(module, a, b, m)
         assert np.abs(gain / wanted - 1).max() < tolerance
-        bias = weights.get(f"{module}.bias", np.zeros(len(b), np.float32))
+        bias, added = weights.get(f"{module}.bias", np.zeros(len(b), np.float32)), base.bias(module, len(b))
+        np.testing.assert_array_equal(0 * bias if added is None else added, bias)
         np.testing.assert_allclose(shift, (1 - gain) * bias, atol=1e-6)
         monkeypatch.setattr(base_weights, "rotation_of", lambda _: 0)
         errors.append(np.abs(base.gains(module, a, b, m)[0] / wanted - 1).max())
@@ -134,6 +139,86 @@ def test_magnitudes_tell_adapters_apart(one: Adapter) -> None:
     plain = salt(places().factors(only(one, magnitude=None)))
     scaled = salt(places().factors(only(one), None, Ones()))
     assert plain != scaled == salt(places().factors(only(one), None, Ones()))
+
+
+TWO = "model.layers.0.self_attn.o_proj"
+
+
+def one_more() -> AdapterPlaces:
+    return AdapterPlaces(256, (Place(64, ((ONE, 32),), gains=True), Place(64, ((TWO, 64),), gains=True)))
+
+
+def drawn(*shape: int) -> ArrayTensor:
+    return ArrayTensor(np.random.default_rng(len(shape)).normal(size=shape).astype(np.float32), "a.bin")
+
+
+def test_biases_are_added_to_what_the_layer_gives(one: Adapter) -> None:
+    """lora_bias after scaling; one in the place of the layer's, what that is more; with DoRA beside both."""
+    change = one.changes[ONE]
+    m = change.magnitude
+    assert m is not None
+    scaled, added, trained = m.read(), drawn(32), drawn(32)
+    own = np.arange(32, dtype=np.float32)
+    biased = only(one, magnitude=None, bias=added)
+    (found,) = places().factors(biased)[0]  # nothing of the model is asked for
+    assert found is not None
+    gain, shift = found[2]
+    assert (gain == 1).all()
+    np.testing.assert_allclose(shift, added.read() * np.float32(change.scaling), rtol=1e-6)
+    for magnitude, wanted in ((None, np.ones(32)), (m, scaled)):
+        both = replace(only(one, magnitude=magnitude, bias=added), replaced={f"{ONE}.bias": trained})
+        (found,) = places().factors(both, None, Ones())[0]
+        assert found is not None
+        gain, shift = found[2]
+        np.testing.assert_allclose(gain, wanted, rtol=1e-6)
+        total = added.read() * np.float32(change.scaling) + trained.read() - own
+        np.testing.assert_allclose(shift, total, rtol=1e-5, atol=1e-5)
+    salts = {adapters._digest(places().factors(a, None, Ones())) for a in (both, biased, only(one))}
+    assert len(salts) == 3
+
+
+def test_a_bias_alone_is_a_change(one: Adapter) -> None:
+    """`bias="all"` trains those of layers that have no factors."""
+    trained = drawn(32)
+    alone = replace(one, changes={}, replaced={f"{ONE}.bias": trained})
+    found = one_more().factors(alone, None, Ones())
+    assert list(found) == [0]
+    (part,) = found[0]
+    assert part is not None and not part[0].any() and not part[1].any()
+    np.testing.assert_allclose(part[2][1], trained.read() - np.arange(32), rtol=1e-5, atol=1e-5)
+
+
+def test_a_copy_of_the_bases_bias_is_no_change(one: Adapter) -> None:
+    """PEFT saves a head's bias beside its factors, unasked."""
+    name = f"{ONE}.bias"
+    copied = replace(only(one, magnitude=None), replaced={name: drawn(32)}, copies=frozenset([name]))
+    (found,) = places(gains=False).factors(copied)[0]
+    assert found is not None and len(found) == 2
+
+
+def test_biases_that_do_not_fit_are_refused(one: Adapter) -> None:
+    def refused(adapter: Adapter, base: Any, kind: type[Exception], text: str, gains: bool = True) -> None:
+        with pytest.raises(kind, match=text):
+            (one_more() if gains else places(gains=False)).factors(adapter, None, base)
+
+    biased = only(one, magnitude=None, bias=drawn(32))
+    refused(
+        biased, Ones(), UnsupportedError, "has biases, which these kernels have no places for", gains=False
+    )
+    refused(
+        only(one, magnitude=None, bias=drawn(31)),
+        None,
+        InputError,
+        r"a\.bin has the shape \[31\], not \[32\]",
+    )
+    trained = replace(one, changes={}, replaced={f"{ONE}.bias": drawn(32)})
+    refused(trained, None, UnsupportedError, "trained biases, which needs what compiles models")
+    other = replace(one, changes={}, replaced={f"{TWO}.bias": drawn(64)})
+    refused(other, Ones(), InputError, f"is a bias of {TWO}, which has none here")
+    named = replace(trained, replaced={**trained.replaced, ONE: drawn(32)})
+    refused(named, Ones(), UnsupportedError, rf"replaces whole tensors, {ONE} \(")
+    norms = replace(trained, replaced={**trained.replaced, "model.norm.bias": drawn(64)})
+    refused(norms, Ones(), UnsupportedError, r"replaces whole tensors, model\.norm\.bias \(")
 
 
 def test_over_8_bits_beside_peft(tmp_path: Path) -> None:

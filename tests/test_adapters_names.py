@@ -206,6 +206,24 @@ def test_magnitudes_of_parts() -> None:
         names.of_modules(Adapter("a", {"w2": wrong}, {}), set())
 
 
+def test_biases_of_parts() -> None:
+    """Scaled as the factors are; rows of what the adapter leaves alone, or gives none, gain nothing."""
+    names = StoredModules(
+        {"up": [("w1", np.array([1, 0])), ("w3", np.arange(2))], "q": [("w2", np.array([1, 0]))]}
+    )
+    bias = ArrayTensor(np.array([3.0, 4.0], np.float32))
+    biased = replace(low_rank(1, 2, 5, 0, scaling=0.5), bias=bias)
+    for others in ({}, {"w3": low_rank(1, 2, 5, 1)}):
+        found = names.of_modules(Adapter("a", {"w1": biased, "w2": biased, **others}, {}), set()).changes
+        up, q = found["up"].bias, found["q"].bias
+        assert up is not None and q is not None
+        np.testing.assert_array_equal(q.read() * np.float32(found["q"].scaling), [2, 1.5])
+        np.testing.assert_array_equal(up.read() * np.float32(found["up"].scaling), [2, 1.5, 0, 0])
+    wrong = replace(biased, bias=ArrayTensor(np.ones(3, np.float32)))
+    with pytest.raises(InputError, match="of a model of other sizes"):
+        names.of_modules(Adapter("a", {"w2": wrong}, {}), set())
+
+
 @pytest.mark.parametrize(
     "damage",
     [

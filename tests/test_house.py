@@ -40,6 +40,7 @@ ALLOWED: dict[str, set[str]] = {
         "ir.dtypes",
         "ir.gguf_rows",
         "ir.stored_modules",
+        "ir.weights",
         "plugins.entries",
         "plugins.options",
     },

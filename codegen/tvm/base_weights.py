@@ -1,4 +1,5 @@
-"""What an artifact's linear layers multiply by, for adapters that need to know it: the gains of DoRA.
+"""What an artifact's linear layers multiply by and add, for adapters that need to know it: the gains of DoRA,
+and biases that others take the place of.
 
     y = W x + b   →   y = m / ‖W + B A‖ ∘ (W x + B A x) + b       norms of rows
 
@@ -48,9 +49,7 @@ class BaseWeights:
         Raises ArtifactError where graph and weights of the artifact are not of this version, UnsupportedError
         where a bias is none of its weights.
         """
-        if module not in self._layers:
-            raise ArtifactError(f"{self._text} has no layer of {module}", remedy=_AGAIN)
-        op, first = self._layers[module]
+        op, first = self._layer(module)
         size, columns = rotation_of(op), columns_of(op)
         a = a if columns is None else a[:, self._weight(columns).read()]
         a = rotate_columns(a, size) if size else a
@@ -62,7 +61,18 @@ class BaseWeights:
             wanted = magnitude[start : start + len(part)]
             scaled = wanted / np.where(norm == 0, np.float32(1), norm)
             gain[start : start + len(part)] = np.where(np.isnan(wanted), np.float32(1), scaled)
-        return np.stack([gain, (1 - gain) * self._bias(op, first, len(b))]).astype(np.float32)
+        bias = self._bias(op, first, len(b))
+        return np.stack([gain, (1 - gain) * (0 if bias is None else bias)]).astype(np.float32)
+
+    def bias(self, module: str, rows: int) -> Array | None:
+        """[rows] float32 that a module of so many rows adds, None where it adds none. Raises as `gains`."""
+        return self._bias(*self._layer(module), rows)
+
+    def _layer(self, module: str) -> tuple[Op, int]:
+        """What computes a module, and the module's first row there."""
+        if module not in self._layers:
+            raise ArtifactError(f"{self._text} has no layer of {module}", remedy=_AGAIN)
+        return self._layers[module]
 
     @cached_property
     def _layers(self) -> dict[str, tuple[Op, int]]:
@@ -107,13 +117,13 @@ class BaseWeights:
         assert isinstance(op, Linear)
         return self._weight(op.weight).read(start, stop).astype(np.float32)
 
-    def _bias(self, op: Op, start: int, rows: int) -> Array:
+    def _bias(self, op: Op, start: int, rows: int) -> Array | None:
         assert isinstance(op, Linear | QuantizedLinear)
         if op.bias is None:
-            return np.zeros(rows, np.float32)
+            return None
         if op.bias.name not in self._weights:
             raise UnsupportedError(
-                f"the bias of {op.loc} is computed: magnitudes (DoRA) cannot leave it as it is",
+                f"the bias of {op.loc} is computed: magnitudes (DoRA) and biases need one that is stored",
                 remedy="merge the adapter: llmc compile MODEL --lora FOLDER",
             )
         return self._weight(op.bias).read(start, start + rows).astype(np.float32)

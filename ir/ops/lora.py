@@ -7,11 +7,12 @@ The factors of many adapters stand in *slots*, in blocks of 16 as vectors take t
     scale [A, P, L, 16]      scale[s, p, l, i]  multiplies row 16 l + i of A x: with factors of int8, what a
                              step of that row of A and of that column of B is worth
 
-and, where adapters may scale what a part gives (DoRA, Liu et al. 2024, section 4):
+and, where adapters may scale what a part gives (DoRA, Liu et al. 2024, section 4), or add biases to it:
 
     gained [A, P]            whether slot s does
     gain [A, 2, N]           gain[s, 0, n] multiplies W x + B A x of column n, gain[s, 1, n] is added: what
-                             the bias, which is not multiplied, has lost by it
+                             the bias, which is not multiplied, has lost by it, and
+                             what the adapter adds to the bias
 
 Each part begins a block of b. A slots, 16 · L the largest rank, P parts, C = sum over parts of
 ceil(rows / 16). Parts are the layers that fusion has put one below the other (q, k and v): each has factors

@@ -4,7 +4,8 @@
     %2 = add(%r, %1)           →        %2 = add(%r, %1)
                                         %3 = lora(%2, %x, %adapter, %lora_rank.0, …)
 
-With gains the op may scale what the layer gives, too (DoRA); it then reads what was added to that since.
+With gains the op may scale what the layer gives, too (DoRA), and add biases; it then reads what was added
+to that since.
 
 On the final graph, so that an artifact's text is all it takes. A sum with the residual stays beside its
 layer, whose kernel does it. The layers below one another in a merged projection are found by the weight's
