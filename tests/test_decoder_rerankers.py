@@ -82,7 +82,7 @@ def prompt_ids(folder: Path, passage: str, longest: int = 96) -> list[int]:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("family", ["qwen3", "gemma2"])
+@pytest.mark.parametrize("family", ["qwen3", pytest.param("gemma2", marks=pytest.mark.slow)])
 def test_a_language_model_that_is_asked_for_yes_or_no(tmp_path: Path, target: str, family: str):
     """As Qwen3-Reranker is published. Gemma 2 caps its logits behind the head."""
     folder = tmp_path / "m"

@@ -86,7 +86,8 @@ def experts_of(folder: Path, *, keep: bool) -> tuple[list[np.ndarray], set[str]]
     [
         *(("qwen3_moe", form) for form in FORMS),
         *((family, "gptq") for family in FAMILIES),
-        ("longcat_flash", "compressed int4"),  # a loop of its own, over some of the experts that are stored
+        # A loop of its own, over some of the experts that are stored.
+        pytest.param("longcat_flash", "compressed int4", marks=pytest.mark.slow),
         ("gpt_oss", "mxfp4"),
     ],
 )
