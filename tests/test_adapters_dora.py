@@ -231,14 +231,22 @@ def test_over_8_bits_beside_peft(tmp_path: Path) -> None:
     )  # fmt: skip
     ids = ids_of(19)
     plain = reference_logits(tiny_model("qwen2"), ids)
-    adapted = adapter(tiny_model("qwen2"), tmp_path / "one", target_modules=LINEAR, use_dora=True)
-    wanted = reference_logits(adapted, ids)
-    with llmc.load(
-        tmp_path / "a.llmc", adapters={"one": tmp_path / "one"}, kv_tokens=512, context=256
-    ) as llm:
+    kinds: dict[str, dict[str, Any]] = {
+        "dora": {"use_dora": True},
+        "biases": {"bias": "lora_only", "lora_bias": True},
+    }
+    wanted = {
+        name: reference_logits(
+            adapter(tiny_model("qwen2"), tmp_path / name, target_modules=LINEAR, **options), ids
+        )
+        for name, options in kinds.items()
+    }
+    files = {name: tmp_path / name for name in kinds}
+    with llmc.load(tmp_path / "a.llmc", adapters=files, kv_tokens=512, context=256) as llm:
         rounding = np.abs(llm.logits(ids) - plain).max()
-        found = llm.logits(ids, adapter="one").copy()
-        pieces = [part.copy() for part in llm.iter_logits(ids, 7, "one")]
-    assert np.abs(found - wanted).max() < 2.5 * rounding
-    assert np.abs(wanted - plain).max() > 8 * rounding
-    np.testing.assert_array_equal(np.concatenate(pieces), found)
+        for name, logits in wanted.items():
+            found = llm.logits(ids, adapter=name).copy()
+            pieces = [part.copy() for part in llm.iter_logits(ids, 7, name)]
+            assert np.abs(found - logits).max() < 2.5 * rounding
+            assert np.abs(logits - plain).max() > 8 * rounding
+            np.testing.assert_array_equal(np.concatenate(pieces), found)
