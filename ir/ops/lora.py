@@ -11,7 +11,7 @@ and, where adapters may scale what a part gives (DoRA, Liu et al. 2024, section 
 
     gained [A, P]            whether slot s does
     gain [A, 2, N]           gain[s, 0, n] multiplies W x + B A x of column n, gain[s, 1, n] is added: what
-                             the bias, which is not multiplied, has lost by it, and what the adapter adds to it
+                             the bias, which is not multiplied, loses by it, and what the adapter adds to it
 
 Each part begins a block of b. A slots, 16 · L the largest rank, P parts, C = sum over parts of
 ceil(rows / 16). Parts are the layers that fusion has put one below the other (q, k and v): each has factors
