@@ -89,7 +89,7 @@ def write_module_names(source: ModelSource, writer: ArtifactWriter) -> None:
         rows = rows_of_modules(source.gguf.architecture, source.weights, source.stored)
         _write(writer, gguf_rows.FILE, rows.to_json())
     named = stored_modules.stored_modules(source)
-    if named.modules:
+    if named:
         _write(writer, names.FILE, named.to_json())
 
 

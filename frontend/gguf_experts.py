@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from ..ir.row_orders import Rows
 from ..ir.weights import LazyTensor, QuantizedTensors, concat_quantized
 from .weights import TurnedTensor
 
@@ -80,3 +81,28 @@ def stacked_experts(
         joined = held[0] if len(held) == 1 else JoinedTensor(held, in_turns=in_turns)
         found[parameter] = TurnedTensor(joined) if turned and kind == "weight" else joined
     return found, used
+
+
+def stacks_of_file(
+    weights: Mapping[str, LazyTensor], stored: Mapping[str, LazyTensor]
+) -> dict[str, list[tuple[str, Rows]]]:
+    """The tensors of a file (`stored`) that a model's stacks are (`weights`, by parameter), as
+    `StoredModules` has them: of each the name with a "*" for the matrix's number, and all of its rows.
+    """
+    names = {id(tensor): name for name, tensor in stored.items()}
+    found: dict[str, list[tuple[str, Rows]]] = {}
+    for parameter, tensor in weights.items():
+        base = tensor.straight if isinstance(tensor, TurnedTensor) else tensor
+        parts = base.parts if isinstance(base, JoinedTensor) else [base]
+        known = [names.get(id(part)) for part in parts]
+        if len(tensor.shape) == 3 and all(name is not None for name in known):
+            found[parameter] = [
+                (matrix_of(str(name), "*"), np.arange(part.shape[1]))
+                for name, part in zip(known, parts, strict=True)
+            ]
+    return found
+
+
+def matrix_of(tensor: str, number: int | str) -> str:
+    """What one of the matrices in a file's tensor is called."""
+    return f"{tensor.removesuffix('.weight')}.{number}"

@@ -24,11 +24,13 @@ from ..ir.errors import InputError, UnsupportedError
 from ..ir.gguf_rows import GGUFRows
 from ..ir.weights import ArrayTensor, LazyTensor
 from .gguf import GGUFFile, read_gguf
+from .gguf_experts import matrix_of
 from .weights import GGUFTensor, ReorderedTensor, open_gguf_tensors
 
 _A, _B = ".lora_a", ".lora_b"
 _ROWS_BY_ID: Final = ("token_embd.weight",)
 _NORM: Final = "_norm.weight"
+_EXPERTS: Final = "_exps."
 _OTHER: Final = "the adapter belongs to another model"
 _AGAIN: Final = "download the adapter again"
 
@@ -96,12 +98,15 @@ class GGUFAdapter:
         return ChangedTensor(base, a, b, scale * self._scaling(rank), by_id)
 
     def of_modules(self, rows: GGUFRows) -> Adapter:
-        """The adapter as changes of modules, as PEFT has them.
+        """The adapter as changes of modules, as PEFT has them; of stacked experts, those of each matrix
+        (`gguf_experts.matrix_of`).
 
         Raises UnsupportedError where it changes what is no matrix of a module, InputError where factors are
         damaged.
         """
-        names = dict.fromkeys(name.removesuffix(_A).removesuffix(_B) for name in self.factors)
+        every = dict.fromkeys(name.removesuffix(_A).removesuffix(_B) for name in self.factors)
+        stacks = [name for name in every if _EXPERTS in name]
+        names = [name for name in every if _EXPERTS not in name]
         used = {name for name, _ in rows.modules.values()}
         if others := [name for name in names if name not in used]:
             raise UnsupportedError(
@@ -109,6 +114,8 @@ class GGUFAdapter:
                 remedy="if it is this model's, merge it: llmc compile MODEL.gguf --lora ADAPTER.gguf",
             )
         changes: dict[str, LowRank] = {}
+        for name in stacks:
+            changes |= self._of_experts(name)
         for name in names:
             a, b = self._pair(name)
             orders = {module: order for module, (of, order) in rows.modules.items() if of == name}
@@ -126,6 +133,20 @@ class GGUFAdapter:
                 ours = b if order is None else ArrayTensor(b.read()[order], b.source)
                 changes[module] = LowRank(a, ours, self._scaling(a.shape[0]))
         return Adapter(self.name, changes, {})
+
+    def _of_experts(self, name: str) -> dict[str, LowRank]:
+        a, b = self._pair(name)
+        if not len(a.shape) == len(b.shape) == 3 or a.shape[:2] != (b.shape[0], b.shape[2]) or not a.shape[1]:
+            raise InputError(
+                f"{a.source} {list(a.shape)} and {b.source} {list(b.shape)} are no factors of experts",
+                remedy=_OTHER,
+            )
+        return {
+            matrix_of(name, e): LowRank(
+                ArrayTensor(down, a.source), ArrayTensor(up, b.source), self._scaling(a.shape[1])
+            )
+            for e, (down, up) in enumerate(zip(a.read(), b.read(), strict=True))
+        }
 
     def _pair(self, name: str) -> tuple[GGUFTensor, GGUFTensor]:
         """A tensor's factors, both there and finite."""

@@ -1,4 +1,4 @@
-"""What a folder's checkpoint calls the model's matrices, for adapters in its names that requests choose.
+"""What a model's checkpoint calls its matrices, for adapters in those names that requests choose.
 
 A module's matrix is one of the checkpoint's tensors under another name, or rows of some (a projection that
 the class splits, two that it joins). Which rows, the conversions say by what they make of a probe.
@@ -6,14 +6,17 @@ the class splits, two that it joins). Which rows, the conversions say by what th
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from ..ir.row_orders import Rows
 from ..ir.stored_modules import Piece, StoredModules
 from ..ir.weights import stored_name
+from .gguf_experts import stacks_of_file
 from .skeleton import instantiate
 from .source import ModelSource
 from .weights import MergedTensor
@@ -24,9 +27,11 @@ _MOST_ROWS = 1 << 22
 
 
 def stored_modules(source: ModelSource) -> StoredModules:
-    """Of a folder's model. A tensor that several parameters share is no single module's, nor is one of
-    stacked matrices: both are left out.
+    """Of a folder's model; of a GGUF file's its experts, for `rows_of_modules` has the rest. A tensor that
+    several parameters share is no single module's: it is left out.
     """
+    if source.gguf is not None:
+        return StoredModules({}, stacks_of_file(source.weights, source.stored))
     if source.kind != "hf":
         return StoredModules({})
     shared = Counter(id(tensor) for tensor in source.weights.values())
@@ -48,7 +53,35 @@ def stored_modules(source: ModelSource) -> StoredModules:
         pieces = _pieces(made[module])
         if pieces is not None:
             found[module] = pieces
-    return StoredModules(found)
+    stacks = {
+        parameter: pieces
+        for parameter, tensor in source.weights.items()
+        if isinstance(tensor, MergedTensor) and (pieces := _pieces_of_experts(tensor))
+    }
+    return StoredModules(found, stacks)
+
+
+def _pieces_of_experts(tensor: MergedTensor) -> list[tuple[str, Rows]] | None:
+    """The rows of the checkpoint's tensors that make each of some stacked matrices, names with a "*" for its
+    number; None where it is anything else of them, or names do not count.
+    """
+    one = tensor.first_matrix()
+    pieces = None if one is None else _pieces(one)
+    if pieces is None:
+        return None
+    found: list[tuple[str, Rows]] = []
+    for name, rows in pieces:
+        # A layer's number may be 0 too: what counts is that every expert's name is one of these.
+        places = [match.span() for match in re.finditer(r"(?<=\.)0(?=\.)", name)]
+        texts = [f"{name[:start]}*{name[stop:]}" for start, stop in places]
+        known, experts = tensor.stored, range(tensor.shape[0])
+        numbered = [
+            text for text in texts if all(text.replace("*", str(e)) + _WEIGHT in known for e in experts)
+        ]
+        if rows is None or len(numbered) != 1:
+            return None
+        found.append((numbered[0], rows))
+    return found
 
 
 def _linear(source: ModelSource, modules: Sequence[str] | dict[str, Any]) -> list[str]:

@@ -386,6 +386,19 @@ class MergedTensor:
         order = np.minimum(np.searchsorted(probe[:, 0], whole[:, 0]), rows - 1)
         return order if np.array_equal(probe[order], whole) else None
 
+    def first_matrix(self) -> MergedTensor | None:
+        """Of stacked matrices: the first, made of its own tensors; None where they are stacked of more."""
+        if not self._stacks_rows or len(self.shape) != 3 or not self._names:
+            return None
+        return MergedTensor(
+            self._name,
+            self.shape[1:],
+            lambda parts: self._convert(parts)[0],
+            {pattern: tensors[:1] for pattern, tensors in self._sources.items()},
+            stacks_rows=False,
+            names={pattern: names[:1] for pattern, names in self._names.items()},
+        )
+
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
         rows = slice(start, stop)
         first, last, _ = rows.indices(self.shape[0])

@@ -3,22 +3,28 @@ checkpoint's names needs to change that model per request.
 
     {"orders": [[[64, 1, 32]], …],                       see row_orders.py
      "modules": {"model.layers.0.mlp.down_proj": [["transformer.h.0.mlp.c_proj", null]],
-                 "model.layers.0.self_attn.k_proj": [["model.layers.0.attention.query_key_value", 0]], …}}
+                 "model.layers.0.self_attn.k_proj": [["model.layers.0.attention.query_key_value", 0]], …},
+     "stacks": {"model.layers.0.mlp.experts.gate_up_proj":
+                [["model.layers.0.block_sparse_moe.experts.*.w1", 1], ["….experts.*.w3", 1]], …}}
 
 A module's rows are those of its pieces, one below the other; a piece is rows of a matrix of the checkpoint,
-null where it is all of it, as it stands (and the module nothing else).
+null where it is all of it, as it stands (and the module nothing else). An expert's matrix in a stack has a
+piece for its gate and one for its up, or one for all of it; the "*" is the expert's number. Of a GGUF model's
+stacks that is the number of a matrix in the tensor: "blk.0.ffn_gate_exps.*". An artifact of a version before
+has no stacks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from .adapters import Adapter, LowRank
 from .errors import InputError
+from .expert_parts import ExpertParts, pieces_of_experts
 from .row_orders import Orders, Rows, order_at, read_orders
 from .weights import ArrayTensor, LazyTensor
 
@@ -33,48 +39,66 @@ Piece = tuple[str, Rows | None]
 
 @dataclass(frozen=True, eq=False)
 class StoredModules:
-    """The pieces of each module that the checkpoint calls otherwise."""
+    """The pieces of each module that the checkpoint calls otherwise, and of stacked experts."""
 
     modules: Mapping[str, Sequence[Piece]]
+    stacks: Mapping[str, Sequence[tuple[str, Rows]]] = field(default_factory=dict[str, Any])
+
+    def __bool__(self) -> bool:
+        return bool(self.modules or self.stacks)
 
     def to_json(self) -> dict[str, Any]:
         orders = Orders()
-        modules = {
-            module: [[name, orders.place(rows)] for name, rows in pieces]
-            for module, pieces in self.modules.items()
-        }
-        return {"orders": orders.runs, "modules": modules}
+        modules, stacks = (
+            {module: [[name, orders.place(rows)] for name, rows in pieces] for module, pieces in one.items()}
+            for one in (self.modules, self.stacks)
+        )
+        return {"orders": orders.runs, "modules": modules, "stacks": stacks}
 
     @staticmethod
     def from_json(found: Any) -> StoredModules:
         """Raises ValueError where it is not as `to_json` writes it."""
         try:
             orders = read_orders(found["orders"])
-            modules = {
-                str(module): [(str(name), order_at(orders, place)) for name, place in pieces]
-                for module, pieces in found["modules"].items()
-            }
+            modules, stacks = (
+                {
+                    str(module): [(str(name), order_at(orders, place)) for name, place in pieces]
+                    for module, pieces in one.items()
+                }
+                for one in (found["modules"], found.get("stacks", {}))
+            )
         except (AttributeError, IndexError, KeyError, TypeError, OverflowError) as error:
             raise ValueError(str(error)) from error
         whole = (rows is None for pieces in modules.values() if len(pieces) != 1 for _, rows in pieces)
         if any(whole) or not all(modules.values()):
             raise ValueError("a module of no pieces, or of one whole matrix and others")
-        return StoredModules(modules)
+        of_experts: dict[str, list[tuple[str, Rows]]] = {}
+        for name, pieces in stacks.items():
+            of_experts[name] = [(piece, rows) for piece, rows in pieces if rows is not None and "*" in piece]
+            if len(of_experts[name]) < len(pieces):
+                raise ValueError("a stack of what is no expert's")
+        return StoredModules(modules, of_experts)
 
-    def of_modules(self, adapter: Adapter, known: Container[str]) -> Adapter:
+    def of_modules(
+        self, adapter: Adapter, known: Container[str], stacks: Sequence[ExpertParts] = ()
+    ) -> Adapter:
         """The adapter by the model's names: what it changes that is not `known` there is looked for here, and
-        stays as it is where it is not found.
+        stays as it is where it is not found. Experts become parts of `stacks`.
 
         Raises InputError where rows do not fit.
         """
-        used = {name for pieces in self.modules.values() for name, _ in pieces}
+        modules = {**self.modules, **pieces_of_experts(stacks, self.stacks)}
+        used: dict[str, list[Rows | None]] = {}
+        for pieces in modules.values():
+            for name, rows in pieces:
+                used.setdefault(name, []).append(rows)
         stored = {m: change for m, change in adapter.changes.items() if m in used and m not in known}
         if not stored:
             return adapter
         for name, change in stored.items():
-            self._check_rows(adapter, name, change)
+            _check_rows(adapter, name, change, used[name])
         changes = {module: change for module, change in adapter.changes.items() if module not in stored}
-        for module, pieces in self.modules.items():
+        for module, pieces in modules.items():
             found = [(stored.get(name), rows) for name, rows in pieces]
             if not any(change is not None for change, _ in found):
                 continue
@@ -93,24 +117,24 @@ class StoredModules:
             changes[module] = _joined(found)
         return replace(adapter, changes=changes)
 
-    def _check_rows(self, adapter: Adapter, name: str, change: LowRank) -> None:
-        """Rows that no module has would be lost without a word."""
-        parts = [rows for pieces in self.modules.values() for stored, rows in pieces if stored == name]
-        orders = [rows for rows in parts if rows is not None]
-        rows = change.b.shape[0]
-        known = np.unique(np.concatenate(orders)) if orders else np.arange(rows)
-        if known[-1] == rows - 1 and len(known) < rows:
-            raise InputError(
-                f"adapter {adapter} changes rows of {name} that no module here has",
-                remedy="merge it: llmc compile MODEL --lora FOLDER",
-            )
-        of_rows = [one for one in (change.magnitude, change.bias) if one is not None]
-        if known[-1] != rows - 1 or any(np.prod(one.shape) != rows for one in of_rows):
-            raise InputError(
-                f"adapter {adapter} is of a model of other sizes: {name} "
-                f"{[change.b.shape[0], change.a.shape[1]]}",
-                remedy=_OTHER,
-            )
+
+def _check_rows(adapter: Adapter, name: str, change: LowRank, parts: Sequence[Rows | None]) -> None:
+    """Rows that no module has would be lost without a word; `parts`: those that modules have."""
+    orders = [rows for rows in parts if rows is not None]
+    rows = change.b.shape[0]
+    known = np.unique(np.concatenate(orders)) if orders else np.arange(rows)
+    if known[-1] == rows - 1 and len(known) < rows:
+        raise InputError(
+            f"adapter {adapter} changes rows of {name} that no module here has",
+            remedy="merge it: llmc compile MODEL --lora FOLDER",
+        )
+    of_rows = [one for one in (change.magnitude, change.bias) if one is not None]
+    if known[-1] != rows - 1 or any(np.prod(one.shape) != rows for one in of_rows):
+        raise InputError(
+            f"adapter {adapter} is of a model of other sizes: {name} "
+            f"{[change.b.shape[0], change.a.shape[1]]}",
+            remedy=_OTHER,
+        )
 
 
 def _joined(pieces: Sequence[tuple[LowRank | None, Rows | None]]) -> LowRank:

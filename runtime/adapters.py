@@ -23,6 +23,7 @@ import numpy as np
 from ..codegen.artifact import Artifact
 from ..ir.adapters import listed
 from ..ir.errors import ArtifactError, InputError, LlmcError, UnsupportedError
+from ..ir.expert_parts import ExpertParts, by_experts
 from .executor.base import Executor
 
 if TYPE_CHECKING:
@@ -53,12 +54,25 @@ class Place:
         parts: (module, rows) of each.
         dtype: of factors in memory, "float32" or "int8".
         gains: whether adapters may scale what the layers give (DoRA), and add to it (biases).
+        stack: what the layers are of where they are a mixture's, all parts of an expert before the next.
     """
 
     k: int
     parts: tuple[tuple[str, int], ...]
     dtype: str = "float32"
     gains: bool = False
+    stack: ExpertParts | None = None
+
+    @staticmethod
+    def parse(entry: Mapping[str, Any]) -> Place:
+        """Of the manifest. Raises KeyError, TypeError or ValueError for what is none."""
+        k, parts = int(entry["k"]), tuple((str(module), int(rows)) for module, rows in entry["parts"])
+        # Artifacts of versions before have neither gains nor experts.
+        gains, experts, stack = bool(entry.get("gains", False)), int(entry.get("experts", 0)), None
+        if experts:
+            stack = ExpertParts(str(entry["of"]), experts, k, parts, bool(entry["interleaved"]))
+            parts = stack.expanded()
+        return Place(k, parts, str(entry["dtype"]), gains, stack)
 
 
 @dataclass(frozen=True)
@@ -88,16 +102,7 @@ class AdapterPlaces:
         if found is None:
             return None
         try:
-            places = tuple(
-                Place(
-                    int(one["k"]),
-                    tuple((str(module), int(rows)) for module, rows in one["parts"]),
-                    str(one["dtype"]),
-                    bool(one.get("gains", False)),  # artifacts made before have none
-                )
-                for one in found["places"]
-            )
-            return AdapterPlaces(int(found["most_rank"]), places)
+            return AdapterPlaces(int(found["most_rank"]), tuple(map(Place.parse, found["places"])))
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(
                 f"the manifest's adapters are incomplete ({error})", remedy="compile the model again"
@@ -113,9 +118,11 @@ class AdapterPlaces:
         for what can only be merged.
         """
         biases = self._biases(adapter)
+        stacks = list({place.stack.parameter: place.stack for place in self.places if place.stack}.values())
+        adapter = by_experts(adapter, stacks, self._where)
         _refuse_what_is_merged(adapter, biases)
         if stored is not None:
-            adapter = stored.of_modules(adapter, self._where)
+            adapter = stored.of_modules(adapter, self._where, stacks)
         self._refuse_strangers(adapter)
         found: dict[int, list[Factor | None]] = {}
         for module in dict.fromkeys([*adapter.changes, *biases]):

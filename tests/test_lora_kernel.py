@@ -1,5 +1,5 @@
-"""The kernel of `lora` against the operation's own meaning and a plain product in float64; a row's bits do
-not depend on the rows beside it.
+"""The kernels of `lora` and of experts against the operation's own meaning and a plain product in float64; a
+row's bits do not depend on the rows beside it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import pytest
 from llmc.codegen.tvm import kernels
 from llmc.ir.errors import CompileError, VerifyError
 from llmc.ir.ops.lora import LANES, Lora, column_blocks
+from llmc.ir.ops.lora_experts import LoraMoe
+from llmc.ir.ops.moe import Moe
 
 from .kernel_harness import call, close, meaning, normal, value, vector_levels
 
@@ -149,3 +151,78 @@ def test_shapes_must_agree() -> None:
     )
     with pytest.raises(VerifyError, match="float32 and int8"):
         mixed.verify()
+
+
+EXPERTS, TOP_K = 3, 2
+
+
+@vector_levels
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize(("rows", "parts", "k"), [(20, 2, 37), (16, 1, 8)])
+@pytest.mark.parametrize("by_token", [True, False])
+def test_of_the_experts_that_tokens_chose(
+    isa: str, dtype: str, rows: int, parts: int, k: int, by_token: bool
+) -> None:
+    """Rows by expert; those of one adapter are worked on together, and alone they have the same bits."""
+    count = EXPERTS * parts
+    ranks = [[(5 + 7 * s + 11 * p) % 34 for p in range(count)] for s in range(3)]
+    ranks[1][:parts] = [0] * parts
+    plain, given = factors((rows,) * count, k, ranks, dtype, blocks=3)
+    static = {"rows": rows, "parts": parts, "k": k, "experts": EXPERTS, "top_k": TOP_K}
+    rng = np.random.default_rng(4)
+    for adapter in ([0], [-1, -1], [2, 2, -1, 0, 1], [0] * 30 + [1, -1] + [2] * 9):
+        slots, tokens = np.array(adapter, np.int32), len(adapter)
+        chosen = rng.permuted(np.tile(np.arange(EXPERTS, dtype=np.int32), (tokens, 1)), axis=1)[:, :TOP_K]
+        x = normal(tokens if by_token else tokens * TOP_K, k)
+        y = normal(tokens * TOP_K, parts * rows, seed=1)
+        how = {**static, "by_token": by_token, "dtype": dtype}
+
+        def sorted_by_expert(first: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+            """The pairs of those tokens as they stand, and what the kernel makes of their rows."""
+            indices = chosen[first:stop].reshape(-1)  # noqa: B023
+            source = np.argsort(indices, kind="stable").astype(np.int32)
+            pairs = first * TOP_K + source
+            own = x[first:stop] if by_token else x[pairs]  # noqa: B023
+            arrays = [y[pairs], own, source, indices, slots[first:stop], *given]  # noqa: B023
+            return pairs, call(kernels.make_moe_lora, isa, how, *arrays, outputs=len(arrays))[0]  # noqa: B023
+
+        pairs, found = sorted_by_expert(0, tokens)
+        expected = y[pairs].astype(np.float64)
+        for s, pair in enumerate(pairs):
+            slot, expert = adapter[pair // TOP_K], chosen.reshape(-1)[pair]
+            row = x[pair // TOP_K if by_token else pair].astype(np.float64)
+            for p in range(parts if slot >= 0 else 0):
+                down, up = plain[slot][expert * parts + p]
+                expected[s, p * rows : (p + 1) * rows] += up @ (down @ row)
+        close(found, expected, 3e-6)
+        for t in range(0, tokens, 7):
+            alone, of_token = sorted_by_expert(t, t + 1)
+            for pair, row in zip(alone, of_token, strict=True):
+                np.testing.assert_array_equal(row, found[pairs == pair][0])
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_a_mixture_means_what_its_merged_experts_do(gated: bool) -> None:
+    tokens, d, i, parts = 9, 20, 12, 2 if gated else 1
+    x, weights = normal(tokens, d), np.abs(normal(tokens, TOP_K, seed=3))
+    indices = np.stack([np.arange(tokens) % EXPERTS, (np.arange(tokens) + 1) % EXPERTS], 1).astype(np.int32)
+    up, down = normal(EXPERTS, parts * i, d, seed=1), normal(EXPERTS, d, i, seed=2)
+    biases = normal(EXPERTS, parts * i, seed=5), normal(EXPERTS, d, seed=6)
+    slots = np.array([0, 0, 1, -1, 1, 1, 0, -1, 0], np.int32)
+    count = EXPERTS * parts
+    of_up, up_factors = factors((i,) * count, d, [[3] * count, [17] * count], "float32", 2)
+    of_down, down_factors = factors((d,) * EXPERTS, i, [[0, 4, 5], [2, 20, 1]], "float32", 2)
+    arrays = (x, indices, weights, up, down, *biases, slots, *up_factors, *down_factors)
+    found = meaning(LoraMoe(*map(value, arrays), activation="silu", gated=gated), *arrays)
+    for slot in (-1, 0, 1):
+        own_up, own_down = up.astype(np.float64), down.astype(np.float64)
+        if slot >= 0:
+            own_up = own_up + np.stack([b @ a for a, b in of_up[slot]]).reshape(own_up.shape)
+            own_down = own_down + np.stack([b @ a for a, b in of_down[slot]])
+        merged = (x, indices, weights, own_up.astype(np.float32), own_down.astype(np.float32), *biases)
+        wanted = meaning(Moe(*map(value, merged), activation="silu", gated=gated), *merged)
+        close(found[slots == slot], wanted[slots == slot], 1e-5)
+    with pytest.raises(CompileError, match=r"lora_moe: float32\[9, 20\], adapter int32\[8\]"):
+        LoraMoe(*map(value, (*arrays[:7], slots[1:], *arrays[8:])), gated=gated)
+    with pytest.raises(VerifyError, match="float32 and int8"):
+        LoraMoe(*map(value, (*arrays[:-1], np.zeros_like(arrays[-1], np.int8))), gated=gated).verify()

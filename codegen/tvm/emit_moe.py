@@ -1,10 +1,13 @@
-"""Emitters of routers and experts: `top_k`, and a mixture of experts in steps (`kernels/moe.py`)."""
+"""Emitters of routers and experts: `top_k`, and a mixture of experts in steps (`kernels/moe.py`), with
+what adapters add to it (`kernels/lora.py`).
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 from ...ir.core import Value
+from ...ir.ops.lora_experts import LoraMoe, QuantizedLoraMoe
 from ...ir.ops.moe import Moe, QuantizedMoe
 from ...ir.types import Dim
 from . import kernels
@@ -93,8 +96,25 @@ class Pairs:
             args += [self.source, self.indices, _floats(self.low, op.up_bias)]
         return self.low.kernel("moe_gate", kernels.make_moe_gate, static, args, self.rows(width))
 
+    def adapted(self, op: Moe | QuantizedMoe, y: Any, x: Any, *, by_token: bool) -> Any:
+        """Products y of all pairs → with what the tokens' adapters add, written in place; x: of the tokens,
+        whose products are gates and ups, or of the pairs.
+        """
+        if not isinstance(op, LoraMoe | QuantizedLoraMoe):
+            return y
+        low, stack = self.low, op.stacks[0 if by_token else 1]
+        parts = op.gate.products if by_token else 1
+        factors = [op.lora_up_rank, op.lora_up_scale, op.lora_up_a, op.lora_up_b]
+        if not by_token:
+            factors = [op.lora_down_rank, op.lora_down_scale, op.lora_down_a, op.lora_down_b]
+        n, k = (length(d) for d in stack.shape[1:])
+        static = {"rows": n // parts, "parts": parts, "k": k, "experts": self.experts, "top_k": self.k}
+        static |= {"by_token": by_token, "dtype": factors[2].dtype}
+        args = [y, x, self.source, self.indices, low.get(op.adapter), *map(low.get, factors)]
+        return low.kernel_inplace("moe_lora", kernels.make_moe_lora, static, args, 0, self.rows(n))
 
-@emits("moe")
+
+@emits("moe", "lora_moe")
 def moe(low: Lowering, op: Any) -> Any:
     experts, wide, width = op.gate_up.shape
     pairs = Pairs(low, op, experts)
@@ -105,12 +125,13 @@ def moe(low: Lowering, op: Any) -> Any:
         args = [x, pairs.source, pairs.offsets, pairs.active, low.get(weight)]
         return low.kernel("moe_linear", kernels.make_moe_linear, static, args, pairs.rows(length(n)))
 
-    products = product(low.rows(op.x, width), op.gate_up, pairs.k)
+    x = low.rows(op.x, width)
+    products = pairs.adapted(op, product(x, op.gate_up, pairs.k), x, by_token=True)
     held = pairs.gate(op, products, wide // op.gate.products)
-    return pairs.finish(op, product(held, op.down, 0))
+    return pairs.finish(op, pairs.adapted(op, product(held, op.down, 0), held, by_token=False))
 
 
-@emits("quantized_moe")
+@emits("quantized_moe", "quantized_lora_moe")
 def quantized_moe(low: Lowering, op: Any) -> Any:
     up, down = expert_layouts(op)
     pairs = Pairs(low, op, op.up_q.shape[0])
@@ -133,6 +154,7 @@ def quantized_moe(low: Lowering, op: Any) -> Any:
     parts = low.kernel("moe_gather", kernels.make_moe_gather, static, args, types(up, apart))
     given = [low.emit(relax.TupleGetItem(parts, i)) for i in range(3)]
     products = product(given, up, [op.up_q, op.up_scale, op.up_zero_point], apart)
+    products = pairs.adapted(op, products, low.rows(op.x, up.k), by_token=True)
 
     held = pairs.gate(op, products, up.n // op.gate.products)
     static = {"k": down.k, "group_size": down.group_size, "align": down.align, "apart": 0}
@@ -140,4 +162,5 @@ def quantized_moe(low: Lowering, op: Any) -> Any:
         "quantize_activation", kernels.make_quantize_activation, static, [held], types(down, 0)
     )
     given = [low.emit(relax.TupleGetItem(parts, i)) for i in range(3)]
-    return pairs.finish(op, product(given, down, [op.down_q, op.down_scale, op.down_zero_point], 0))
+    y = product(given, down, [op.down_q, op.down_scale, op.down_zero_point], 0)
+    return pairs.finish(op, pairs.adapted(op, y, held, by_token=False))

@@ -29,9 +29,10 @@ if TYPE_CHECKING:
     from ..artifact import Artifact
 
 
-def with_places(graph: Graph, *, gains: bool = True) -> Graph:
-    """A copy of a final graph that takes adapters, DoRA too with `gains`. Raises UnsupportedError for what
-    is no language model, and for one whose layers read other numbers than their modules do.
+def with_places(graph: Graph, *, gains: bool = True, experts: bool = True) -> Graph:
+    """A copy of a final graph that takes adapters, DoRA too with `gains`, those of experts with `experts`.
+    Raises UnsupportedError for what is no language model, and for one whose layers read other numbers than
+    their modules do.
     """
     if graph.facts.get("kind") != "causal_lm":
         raise UnsupportedError(
@@ -43,7 +44,7 @@ def with_places(graph: Graph, *, gains: bool = True) -> Graph:
             f"{graph.name} was compiled with scaled channels (AWQ): adapters know of no scales",
             remedy="compile the model in another scheme, such as gptq-int4-g32, or merge it with --lora",
         )
-    return run_passes(graph.clone(), [PlaceAdapters(gains)], PassContext())[0]
+    return run_passes(graph.clone(), [PlaceAdapters(gains, experts)], PassContext())[0]
 
 
 @contextmanager

@@ -41,6 +41,14 @@ def column_blocks(parts: tuple[int, ...]) -> int:
     return sum(-(-rows // LANES) for rows in parts)
 
 
+def low_rank(x: Any, rows: int, rank: Any, scale: Any, a: Any, b: Any) -> Any:
+    """What a part of so many rows adds to those of x [T, K], in torch; its factors as they lie in a slot."""
+    r = int(rank)
+    down = a.transpose(1, 2).flatten(0, 1)[:r].float()
+    up = b.transpose(1, 2).flatten(0, 1)[:rows, :r].float()
+    return x @ down.T * scale.flatten()[:r] @ up.T
+
+
 @op("lora")
 class Lora(Op):
     """y [T, N] + B[s] (scale[s] · A[s] x) for tokens of slot s = adapter[t]; y itself where that is negative.
@@ -106,11 +114,10 @@ class Lora(Op):
             rows = adapter == slot
             first = start = 0
             for part, count in enumerate(self.parts):
-                r, last = int(rank[slot, part]), first + -(-count // LANES)
-                down = a[slot, part].transpose(1, 2).flatten(0, 1)[:r].float()
-                up = b[slot, first:last].transpose(1, 2).flatten(0, 1)[:count, :r].float()
+                last = first + -(-count // LANES)
                 columns = slice(start, start + count)
-                total = y[rows, columns] + x[rows] @ down.T * scale[slot, part].flatten()[:r] @ up.T
+                factors = rank[slot, part], scale[slot, part], a[slot, part], b[slot, first:last]
+                total = y[rows, columns] + low_rank(x[rows], count, *factors)
                 if gain is not None and gained[slot, part]:
                     kept = 0 if residual is None else residual[rows, columns]
                     total = kept + gain[slot, 0, columns] * (total - kept) + gain[slot, 1, columns]
@@ -119,4 +126,4 @@ class Lora(Op):
         return out
 
 
-__all__ = ["FACTOR_DTYPES", "LANES", "MOST_RANK", "Lora", "column_blocks"]
+__all__ = ["FACTOR_DTYPES", "LANES", "MOST_RANK", "Lora", "column_blocks", "low_rank"]

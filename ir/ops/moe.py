@@ -6,7 +6,7 @@ biases, `top_k` and normalisation differ from model to model, what experts do wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,15 +80,25 @@ class Gate:
 Weights = Callable[[int], tuple[Any, Any]]
 """An expert → its matrices gate_up [2I, D] (without a gate [I, D]) and down [D, I]."""
 
+Change = Callable[[int, Any, Any], Any]
+"""(expert, tokens [n], their x [n, K]) → what is added to the products of a matrix of that expert [n, N]."""
+
 
 def mix(
-    x: Any, indices: Any, weights: Any, experts: Weights, gate: Gate, biases: tuple[Any, Any] = (None, None)
+    x: Any,
+    indices: Any,
+    weights: Any,
+    experts: Weights,
+    gate: Gate,
+    biases: tuple[Any, Any] = (None, None),
+    changes: tuple[Change, Change] | None = None,
 ) -> Any:
     """Σ_j weights[t, j] · expert(indices[t, j])(x[t]), the chosen experts' results added in the order of j.
 
     Args:
         x: [..., D]; indices, weights: [..., k].
         biases: [E, 2I] and [E, D], or None.
+        changes: of gate_up and of down.
     """
     import torch
 
@@ -98,7 +108,13 @@ def mix(
         token, place = (chosen == e).nonzero(as_tuple=True)
         up, down = experts(e)
         first, last = (None if b is None else b[e] for b in biases)
-        parts[token, place] = linear(gate(linear(rows[token], up, first)), down, last)
+        products = linear(rows[token], up, first)
+        if changes is not None:
+            products = products + changes[0](e, token, rows[token])
+        held = gate(products)
+        parts[token, place] = linear(held, down, last)
+        if changes is not None:
+            parts[token, place] += changes[1](e, token, held)
     out = torch.zeros_like(rows)
     for j in range(chosen.shape[1]):
         out = out + parts[:, j] * weights.reshape(chosen.shape)[:, j, None].to(x.dtype)
@@ -176,6 +192,11 @@ class Moe(Op):
         form = (self.activation, self.alpha, self.limit, self.offset, self.interleaved, self.gated)
         return Gate(*form, self.limits_active)
 
+    @property
+    def stacks(self) -> tuple[Value, Value]:
+        """The matrices of all experts."""
+        return self.gate_up, self.down
+
     def infer(self) -> list[TensorType]:
         return _check(self, self.gate_up.type, self.down.type)
 
@@ -183,12 +204,16 @@ class Moe(Op):
         _verify(self)
 
     def reference(self, dims: Dims, *args: Any) -> Any:
+        return self.mixed(args)
+
+    def mixed(self, args: Sequence[Any], changes: tuple[Change, Change] | None = None) -> Any:
+        """What operands give, in torch."""
         x, indices, weights, up, down, up_bias, down_bias = args
 
         def experts(e: int) -> tuple[Any, Any]:
             return (up[e].T, down[e].T) if self.transposed else (up[e], down[e])
 
-        return mix(x, indices, weights, experts, self.gate, (up_bias, down_bias))
+        return mix(x, indices, weights, experts, self.gate, (up_bias, down_bias), changes)
 
 
 @op("quantized_moe")
@@ -221,6 +246,11 @@ class QuantizedMoe(Op):
         form = {"gated": self.gated, "limits_active": self.limits_active}
         return Gate(self.activation, self.alpha, self.limit, self.offset, **form)
 
+    @property
+    def stacks(self) -> tuple[Value, Value]:
+        """The codes of all experts' matrices."""
+        return self.up_q, self.down_q
+
     def infer(self) -> list[TensorType]:
         return _check(self, self.up_q.type, self.down_q.type)
 
@@ -233,6 +263,10 @@ class QuantizedMoe(Op):
             check_parts(self.opname, q.type, scale.type, None if zero is None else zero.type)
 
     def reference(self, dims: Dims, *args: Any) -> Any:
+        return self.mixed(args)
+
+    def mixed(self, args: Sequence[Any], changes: tuple[Change, Change] | None = None) -> Any:
+        """What operands give, in torch."""
         x, indices, weights, *parts, up_bias, down_bias = args
         forms = [quantization(q.type, self.opname) for q in (self.up_q, self.down_q)]
 
@@ -243,7 +277,7 @@ class QuantizedMoe(Op):
             )
             return up, down
 
-        return mix(x, indices, weights, experts, self.gate, (up_bias, down_bias))
+        return mix(x, indices, weights, experts, self.gate, (up_bias, down_bias), changes)
 
 
 def quantized_parts(op: Op) -> list[tuple[Value, Value, Value | None]]:

@@ -12,8 +12,12 @@ layer, whose kernel does it. The layers below one another in a merged projection
 name, "….q_proj.weight+k_proj+v_proj", and by how its result is cut; where they are stored in several types
 of blocks (Q4_K_M), products by pieces of that weight (`keep.py`) are put together before.
 
+Mixtures of experts take theirs themselves (`lora_experts.py`).
+
 `graph.facts["adapters"]` says what stands where: {"places": [{"k", "parts": [[module, rows], …], "dtype": of
-the factors, "gains": true}, …]}, in the order of the inputs' numbers.
+the factors, "gains": true}, …]}, in the order of the inputs' numbers; a place of experts has parts for each:
+{"k", "parts": [["….gate_up_proj.gate", rows], ["….gate_up_proj.up", rows]], "dtype", "experts": their number,
+"of": "….gate_up_proj", "interleaved": whether gates and ups alternate in that parameter}.
 """
 
 from __future__ import annotations
@@ -22,7 +26,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from ...ir.codebooks import codebook
 from ...ir.core import Graph, Op, Value
 from ...ir.errors import UnsupportedError
 from ...ir.ops.cache import GatherLast
@@ -34,6 +37,7 @@ from ...ir.ops.shape import Concat, Gather, Slice
 from ...ir.types import TensorType, sym
 from ..base import Pass, PassContext, PassResult
 from ..merged_names import merged_names, without_piece
+from .lora_experts import factor_dtype, place_experts
 
 Parts = list[tuple[str, int]]
 """(module, rows) of each layer in a weight, from its first row on."""
@@ -45,11 +49,14 @@ _ENDS = (".q", ".transposed")
 
 @dataclass(frozen=True)
 class PlaceAdapters(Pass):
-    """Make a paged graph take adapters as inputs; `gains`: also those that scale what a layer gives."""
+    """Make a paged graph take adapters as inputs; `gains`: also those that scale what a layer gives;
+    `experts`: also those of experts.
+    """
 
     name = "place-adapters"
     requires = "paged"
     gains: bool = True
+    experts: bool = True
 
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         found = layers_of(graph)
@@ -63,10 +70,14 @@ class PlaceAdapters(Pass):
         rows: dict[Any, Value] = {tokens.shape[0]: adapter}
         places: list[dict[str, Any]] = []
         for op, parts in found:
-            dtype = "int8" if _rounds(op) else "float32"
+            dtype = "float32"
+            if isinstance(op, QuantizedLinear):
+                dtype = factor_dtype(op.q)
             _place(graph, op, parts, _adapter_of(graph, op, rows), dtype, len(places), self.gains)
             place = {"k": _width(op), "parts": [list(part) for part in parts], "dtype": dtype}
             places.append({**place, "gains": True} if self.gains else place)
+        if self.experts:
+            places += place_experts(graph, lambda op: _adapter_of(graph, op, rows), len(places))
         graph.facts["adapters"] = {"places": places}
         return PassResult(graph, True)
 
@@ -106,16 +117,6 @@ def _made_for(op: Op) -> Hadamard | Gather | None:
     if isinstance(made, Gather):
         return made if made.index.is_weight and made.index.type.rank == 1 else None
     return made if isinstance(made, Hadamard) else None
-
-
-def _rounds(op: Op) -> bool:
-    """Whether a layer's codes are whole numbers: targets then multiply them by activations of 8 bits, and
-    factors of 8 bits lose no more than these.
-    """
-    quant = op.q.type.quant if isinstance(op, QuantizedLinear) else None
-    if quant is None:
-        return False
-    return quant.codebook is None or bool((codebook(quant.codebook) % 1 == 0).all())
 
 
 def _width(op: Op) -> int:

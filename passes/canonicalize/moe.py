@@ -4,7 +4,8 @@
     moe(…) {interleaved}: gate0, up0, gate1, up1, …          →  gate0, gate1, …, up0, up1, … of rows and bias
 
 Weights are turned expert by expert as they are read. Those that are put together in the graph become weights
-first (`expert_weights.py`).
+first (`expert_weights.py`). `graph.facts["experts"]` says which stacks are those of parameters, and whether
+their gates and ups alternated: {"….gate_up_proj.rows": {"of": "….gate_up_proj", "interleaved": true}, …}.
 """
 
 from __future__ import annotations
@@ -97,6 +98,9 @@ def _changed(graph: Graph, value: Value, *, turned: bool, apart: bool) -> Value:
     stored = quantized_of(straight_of(value.weight) if turned else value.weight)
     if stored is not None:
         rows.quantized = stored.map_rows(_part_with_gates_first) if apart else stored
+    if len(shape) == 3 and ".rows" not in value.name:
+        known = graph.facts.get("experts", {})
+        graph.facts["experts"] = {**known, name: {"of": value.name, "interleaved": apart}}
     return graph.add_weight(name, rows)
 
 

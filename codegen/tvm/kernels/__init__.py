@@ -20,6 +20,8 @@ scale_dtype, zero_point, super_group)`, here L; FORM stands for the last six par
     make_lora(parts, k, dtype)
         y [T, N], which is written in place, x [T, K], adapter int32 [T], rank int32 [A, P], scale
         [A, P, L, 16], a dtype [A, P, L, K, 16], b dtype [A, C, 16 · L, 16]: factors (`ir/ops/lora.py`)
+    make_moe_lora(rows, parts, k, experts, top_k, by_token, dtype)
+        the same of rows by expert: see `lora`
     make_codebook_linear(n, k, FORM, bias, residual)
         x [T, K], weight, scale as of quantized_linear, (bias [N]), (residual [T, N]) → out [T, N]
     make_embedding(rows, width, packed, weight_dtype)
@@ -96,6 +98,7 @@ _MAKERS = {
     "make_moe_gate": "moe",
     "make_moe_gather": "moe",
     "make_moe_linear": "moe",
+    "make_moe_lora": "lora",
     "make_moe_quantized_linear": "moe",
     "make_moe_rows": "moe",
     "make_paged_attention": "attention",

@@ -1,4 +1,5 @@
-"""`lora`: what each token's adapter adds to a linear layer's result, in place.
+"""`lora` and `moe_lora`: what each token's adapter adds to the result of a linear layer, or of the experts
+that the token has chosen, in place.
 
 Rows of one adapter stand together (a sequence's tokens are back to back), so that factors are read once for
 four of them; a row without an adapter costs a look at its number, and a step in which none has one a scan
@@ -9,7 +10,7 @@ part, and done as the sums are stored.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -52,12 +53,10 @@ class _Gains:
 
 
 class _Change:
-    """The statements for rows of one adapter."""
+    """The statements for rows of one adapter; a row of y, and the row of x that it is computed of."""
 
-    def __init__(
-        self, parts: tuple[int, ...], k: int, dtype: str, buffers: tuple[Buffer, ...], gains: _Gains | None
-    ) -> None:
-        self.parts, self.k, self.dtype, self.gains = parts, k, dtype, gains
+    def __init__(self, k: int, dtype: str, buffers: tuple[Buffer, ...], gains: _Gains | None = None) -> None:
+        self.k, self.dtype, self.gains = k, dtype, gains
         self.y, self.x, self.rank, self.scale, self.a, self.b = buffers
         self.a_line = 4 if dtype == "int8" else 1  # vectors in a line of the cache
 
@@ -66,26 +65,37 @@ class _Change:
             return let(vec(buffer, *index))
         return let(T.Cast("float32x16", T.Cast("int32x16", vec(buffer, *index))))
 
-    def add(self, row: Expr, rows: int, slot: Expr) -> None:
-        """y of `rows` rows from `row` on."""
-        held = T.alloc_buffer((rows, MOST_RANK), "float32")
-        block = start = 0
-        for part, width in enumerate(self.parts):
+    def add(
+        self,
+        rows: Sequence[Expr],
+        of: Sequence[Expr],
+        slot: Expr,
+        widths: Sequence[int],
+        first: tuple[Expr, Expr] = (0, 0),
+    ) -> None:
+        """Those rows of y, of the rows `of` x, by parts of so many rows each; `first`: the number of the
+        first one, and of its first block of columns.
+        """
+        held = T.alloc_buffer((len(rows), MOST_RANK), "float32")
+        (number, block), start = first, 0
+        for i, width in enumerate(widths):
+            part = number + i
             rank = let(self.rank[slot, part])
-            self._down(held, row, rows, slot, part, rank)
+            self._down(held, of, slot, part, rank)
             gained = None if self.gains is None else let(self.gains.gained[slot, part])
-            self._up(held, row, rows, slot, (block, start, width), rank, gained)
+            self._up(held, rows, slot, (block, start, width), rank, gained)
             block, start = block + -(-width // LANES), start + width
 
-    def _down(self, held: Buffer, row: Expr, rows: int, slot: Expr, part: int, rank: Expr) -> None:
+    def _down(self, held: Buffer, of: Sequence[Expr], slot: Expr, part: Expr, rank: Expr) -> None:
         """held = A x, 16 ranks at a time."""
+        rows = len(of)
         with T.serial(0, T.floordiv(rank + (LANES - 1), T.int32(LANES))) as block:
             acc = [[register(f32s(0)) for _ in range(_CHAINS)] for _ in range(rows)]
 
             def step(i: Expr, chain: int) -> None:
                 w = self._load(self.a, slot, part, block, i, 0)
                 for t in range(rows):
-                    put(acc[t][chain], fma(splat(self.x[row + t, i]), w, vec(acc[t][chain], 0)), 0)
+                    put(acc[t][chain], fma(splat(self.x[of[t], i]), w, vec(acc[t][chain], 0)), 0)
 
             with T.serial(0, self.k // _CHAINS) as i:
                 for chain in range(0, _CHAINS, self.a_line):
@@ -102,15 +112,15 @@ class _Change:
     def _up(
         self,
         held: Buffer,
-        row: Expr,
-        rows: int,
+        of: Sequence[Expr],
         slot: Expr,
-        part: tuple[int, int, int],
+        part: tuple[Expr, int, int],
         rank: Expr,
         gained: Expr | None,
     ) -> None:
         """y += B held, or that times the gain; `part`: its first block of columns, first column, width."""
         block, start, width = part
+        rows = len(of)
         whole = width // LANES
 
         def blocks(first: Expr, count: int, lanes: int) -> None:
@@ -125,7 +135,7 @@ class _Change:
             def stored(store: Callable[[Buffer, Expr, Expr, int], None]) -> None:
                 for t in range(rows):
                     for c in range(count):
-                        store(acc[t][c], row + t, start + (first + c) * LANES, lanes)
+                        store(acc[t][c], of[t], start + (first + c) * LANES, lanes)
 
             if gained is None:
                 stored(self._add)
@@ -182,8 +192,6 @@ def make_lora(
     """
     kernel = Kernel("lora", isa)
     count = len(parts)
-    # Sums of several rows in all chains stay in registers where there are 32 of 16 lanes.
-    together = 4 if kernel.isa.live_vectors >= 32 else 1
     with kernel:
         tokens, slots, blocks = kernel.symbol("T"), kernel.symbol("A"), kernel.symbol("L")
         y = kernel.argument("y", (tokens, sum(parts)), "float32")
@@ -199,28 +207,92 @@ def make_lora(
             gain = kernel.argument("gain", (slots, 2, sum(parts)), "float32")
             rest = kernel.argument("residual", (tokens, sum(parts)), "float32") if residual else None
             scaled = _Gains(gained, gain, rest)
-        change = _Change(parts, k, dtype, (y, x, rank, scale, a, b), scaled)
+        change = _Change(k, dtype, (y, x, rank, scale, a, b), scaled)
 
-        def alone(row: Expr) -> None:
-            with T.If(adapter[row] >= 0), T.Then():
-                change.add(row, 1, let(adapter[row]))
-
-        def several(row: Expr) -> None:
-            """The first of a group that has one adapter works for all; where they differ, each for itself."""
-            first = let(T.floordiv(row, T.int32(together)) * together)
-            same = tokens >= first + together
-            for t in range(1, together):
-                same = T.And(same, adapter[first] == adapter[T.min(first + t, tokens - 1)])
-            with T.If(same):
-                with T.Then(), T.If(T.And(row == first, adapter[first] >= 0)), T.Then():
-                    change.add(first, together, let(adapter[first]))
-                with T.Else():
-                    alone(row)
+        def work(rows: Sequence[Expr]) -> None:
+            change.add(rows, rows, let(adapter[rows[0]]), parts)
 
         with kernel.body():
-            most = scalar(T.int32(-1), "int32")
-            with T.serial(0, tokens) as t:
-                put1(most, T.max(most[0], adapter[t]), 0)
-            with T.If(most[0] >= 0), T.Then(), T.parallel(0, tokens) as row:
-                (several if together > 1 else alone)(row)
+            _by_adapter(kernel, tokens, tokens, adapter, lambda row: adapter[row], work)
     return kernel.function
+
+
+def make_moe_lora(
+    *, rows: int, parts: int, k: int, experts: int, top_k: int, by_token: bool, dtype: str, isa: str
+) -> Any:
+    """y[s] += B[adapter, e] (A[adapter, e] x) where the adapter of row s's token is ≥ 0, e being the row's
+    expert, as `ir/ops/lora_experts.py` has it; an expert has `parts` of so many rows each.
+
+    y float32 [S, parts · rows], written in place; x float32 [T, k] with `by_token`, else [S, k]; source int32
+    [S] of `moe_rows`, indices int32 [S]; adapter int32 [T]; rank int32 [A, P], P = experts · parts; scale
+    float32 [A, P, L, 16]; a `dtype` (float32 or int8) [A, P, L, k, 16]; b `dtype` [A, C, 16 · L, 16].
+    """
+    kernel = Kernel("moe_lora", isa)
+    count, widths = experts * parts, (rows,) * parts
+    with kernel:
+        pairs, tokens = kernel.symbol("S"), kernel.symbol("T")
+        slots, blocks = kernel.symbol("A"), kernel.symbol("L")
+        y = kernel.argument("y", (pairs, sum(widths)), "float32")
+        x = kernel.argument("x", (tokens if by_token else pairs, k), "float32")
+        source = kernel.argument("source", (pairs,), "int32")
+        indices = kernel.argument("indices", (pairs,), "int32")
+        adapter = kernel.argument("adapter", (tokens,), "int32")
+        rank = kernel.argument("rank", (slots, count), "int32")
+        scale = kernel.argument("scale", (slots, count, blocks, LANES), "float32")
+        a = kernel.argument("a", (slots, count, blocks, k, LANES), dtype)
+        b = kernel.argument("b", (slots, experts * column_blocks(widths), blocks * LANES, LANES), dtype)
+        change = _Change(k, dtype, (y, x, rank, scale, a, b))
+
+        def token(row: Expr) -> Expr:
+            return T.floordiv(source[row], T.int32(top_k))
+
+        def expert(row: Expr) -> Expr:  # what is no expert is the nearest one, as in `moe_rows`
+            return T.max(T.min(indices[source[row]], T.int32(experts - 1)), T.int32(0))
+
+        def work(of_y: Sequence[Expr]) -> None:
+            of = [let(token(row)) for row in of_y] if by_token else of_y
+            e = let(expert(of_y[0]))
+            change.add(of_y, of, let(adapter[token(of_y[0])]), widths, (e * parts, e * column_blocks(widths)))
+
+        with kernel.body():
+            _by_adapter(kernel, tokens, pairs, adapter, lambda row: adapter[token(row)], work, expert)
+    return kernel.function
+
+
+def _by_adapter(
+    kernel: Kernel,
+    tokens: Expr,
+    rows: Expr,
+    adapter: Buffer,
+    slot: Callable[[Expr], Expr],
+    work: Callable[[Sequence[Expr]], None],
+    expert: Callable[[Expr], Expr] | None = None,
+) -> None:
+    """Parallel over rows that have an adapter, `slot` of each: four of one adapter, and of one expert, at a
+    time, where sums of so many stay in registers. Nothing where no token has one.
+    """
+    together = 4 if kernel.isa.live_vectors >= 32 else 1  # of 16 lanes
+
+    def alone(row: Expr) -> None:
+        with T.If(slot(row) >= 0), T.Then():
+            work([row])
+
+    def several(row: Expr) -> None:
+        """The first of a group that has one adapter works for all; where they differ, each for itself."""
+        first = let(T.floordiv(row, T.int32(together)) * together)
+        same = rows >= first + together
+        for t in range(1, together):
+            other = T.min(first + t, rows - 1)
+            same = T.And(same, slot(first) == slot(other))
+            same = same if expert is None else T.And(same, expert(first) == expert(other))
+        with T.If(same):
+            with T.Then(), T.If(T.And(row == first, slot(first) >= 0)), T.Then():
+                work([first + t for t in range(together)])
+            with T.Else():
+                alone(row)
+
+    most = scalar(T.int32(-1), "int32")
+    with T.serial(0, tokens) as t:
+        put1(most, T.max(most[0], adapter[t]), 0)
+    with T.If(most[0] >= 0), T.Then(), T.parallel(0, rows) as row:
+        (several if together > 1 else alone)(row)

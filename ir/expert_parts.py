@@ -1,0 +1,150 @@
+"""Changes of stacked experts, as adapters say them, by the matrices that kernels have places for: each
+expert's gate, up and down.
+
+    model.layers.0.mlp.experts.gate_up_proj [E, 2I, D]   →   ….gate_up_proj.gate[0], ….gate_up_proj.up[0], …
+    model.layers.0.mlp.experts.down_proj    [E, D, I]    →   ….down_proj[0], ….down_proj[1], …
+
+The parameter may have its matrices transposed; rows here are what a product has columns for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from .adapters import Adapter, LowRank, OfParameters, listed
+from .errors import InputError, UnsupportedError
+from .weights import ArrayTensor, LazyTensor
+
+Array = np.ndarray[Any, Any]
+_OTHER = "give an adapter of this model"
+_MERGE = "merge it: llmc compile MODEL --lora FOLDER"
+
+
+@dataclass(frozen=True)
+class ExpertParts:
+    """The places of a stack.
+
+    Attributes:
+        parameter: the stack's name in the model.
+        experts: their number. k: columns of each matrix.
+        parts: what an expert's matrices are called, and the rows of each, one below the other.
+        interleaved: row i of the parameter's matrix is of part i % len(parts).
+    """
+
+    parameter: str
+    experts: int
+    k: int
+    parts: tuple[tuple[str, int], ...]
+    interleaved: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Of an expert's matrix."""
+        return sum(rows for _, rows in self.parts)
+
+    def expanded(self) -> tuple[tuple[str, int], ...]:
+        """(name, rows) of each part of each expert, in the order of their factors."""
+        return tuple((_named(part, e), rows) for e in range(self.experts) for part, rows in self.parts)
+
+    def of_expert(self, expert: int) -> Iterator[tuple[str, Array]]:
+        """The name of each part, and the rows of the parameter's matrix that are its own, int64."""
+        start, count = 0, len(self.parts)
+        for i, (part, rows) in enumerate(self.parts):
+            own = np.arange(i, self.rows, count) if self.interleaved else np.arange(start, start + rows)
+            yield _named(part, expert), own
+            start += rows
+
+
+def _named(part: str, expert: int) -> str:
+    return f"{part}[{expert}]"
+
+
+def by_experts(adapter: Adapter, stacks: Sequence[ExpertParts], known: Container[str]) -> Adapter:
+    """The adapter with its changes of parameters as changes of matrices: of the stacks' parts, and of the
+    modules that are `known`. What is neither stays.
+
+    Raises InputError where sizes are of another model, UnsupportedError where an adapter changes parameters
+    beside those that have places.
+    """
+    changes = dict(adapter.changes)
+    left: dict[str, OfParameters] = {}
+    for module, of in adapter.parameters.items():
+        held = [one for one in stacks if one.parameter.rpartition(".")[0] == module and _rules(of, one)]
+        if held and len(held) != len(of.factors):
+            raise UnsupportedError(
+                f"adapter {adapter} has {len(of.factors)} changes of parameters of {module} "
+                f"({of.factors[0][0].source}); places are there for {listed([s.parameter for s in held])}",
+                remedy=_MERGE,
+            )
+        for stack, factors in zip(held, of.factors, strict=False):
+            changes |= _of_stack(adapter, stack, of, factors)
+        if held:
+            continue
+        matrix = of.rules("weight")
+        if module not in known or len(of.factors) > 1:
+            left[module] = of
+        elif matrix is not None and of.factors[0][0].shape[0] == matrix[0]:
+            changes[module] = LowRank(*of.factors[0], matrix[1])
+        else:
+            changes[module] = of.itself()
+    return replace(adapter, changes=changes, parameters=left)
+
+
+def _rules(of: OfParameters, stack: ExpertParts) -> tuple[int, float] | None:
+    return of.rules(stack.parameter.rpartition(".")[2])
+
+
+def _of_stack(
+    adapter: Adapter, stack: ExpertParts, of: OfParameters, factors: tuple[LazyTensor, LazyTensor]
+) -> dict[str, LowRank]:
+    """Changes by parts. PEFT counts columns of B by rank first, and gives a matrix [K, N] its change
+    transposed where the module computes with it so.
+    """
+    rules, (a, b) = _rules(of, stack), factors
+    assert rules is not None
+    rank, scaling = rules
+    n, k = b.shape[0], a.shape[1]
+    straight, turned = (n, k) == (stack.rows, stack.k), (n, k) == (stack.k, stack.rows)
+    if a.shape[0] != rank * stack.experts or not (straight or turned):
+        raise InputError(
+            f"{a.source} {list(a.shape)} and {b.source} {list(b.shape)} of adapter {adapter} are no change "
+            f"of {stack.parameter} of {stack.experts} × [{stack.rows}, {stack.k}] of rank {rank}",
+            remedy=_OTHER,
+        )
+    down = a.read().astype(np.float32).reshape(stack.experts, rank, k)
+    up = b.read().astype(np.float32).reshape(n, rank, stack.experts).transpose(2, 0, 1)
+    if not straight:
+        down, up = up.swapaxes(1, 2), down.swapaxes(1, 2)
+    return {
+        name: LowRank(ArrayTensor(down[e], a.source), ArrayTensor(up[e][rows], b.source), scaling)
+        for e in range(stack.experts)
+        for name, rows in stack.of_expert(e)
+    }
+
+
+def pieces_of_experts(
+    stacks: Sequence[ExpertParts], stored: Mapping[str, Sequence[tuple[str, Array]]]
+) -> dict[str, list[tuple[str, Array]]]:
+    """For each part, the module of the checkpoint that has its rows, and which of them it is. `stored`: by
+    the stack's name, the pieces of an expert's matrix by their names with a "*" for the expert's number: one
+    for each part, or one for all. Other stacks are left out.
+    """
+    found: dict[str, list[tuple[str, Array]]] = {}
+    for stack in stacks:
+        pieces = stored.get(stack.parameter, ())
+        sizes = [len(order) for _, order in pieces]
+        apart = sizes == [rows for _, rows in stack.parts]
+        if not apart and sizes != [stack.rows]:
+            continue
+        for e in range(stack.experts):
+            for i, (name, rows) in enumerate(stack.of_expert(e)):
+                piece, order = pieces[i if apart else 0]
+                found[name] = [(piece.replace("*", str(e)), order if apart else order[rows])]
+    return found
+
+
+__all__ = ["ExpertParts", "by_experts", "pieces_of_experts"]

@@ -1,0 +1,260 @@
+"""Adapters of requests that change experts: PEFT, llama.cpp and changed checkpoints are the oracles of their
+logits, each request alone the oracle of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import llmc
+import numpy as np
+import pytest
+import torch
+from llmc.codegen.artifact import Artifact
+from llmc.frontend.gguf_architectures import ARCHITECTURES
+from llmc.ir.errors import InputError, UnsupportedError
+from llmc.runtime.adapters import AdapterPlaces, Place
+from llmc.runtime.llm import LLM
+from safetensors.torch import load_file, save_file
+
+from .families import reference, save_family
+from .family_configs import token_ids
+from .llama_cpp import LlamaCpp
+from .lora_files import adapter, edit, write_adapter, write_lora
+from .models import save_tokenizer
+from .test_gguf_architectures import tiny, written
+from .test_lora_experts import per_expert
+from .test_lora_gguf import factors_of
+from .tvm_graphs import ISA
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT still calls what transformers deprecates
+peft = pytest.importorskip("peft")
+
+HERE = f"tvm-cpu:isa={ISA}"
+IDS = token_ids(21)
+BOTH = {"target_modules": [], "target_parameters": ["gate_up_proj", "down_proj"]}
+KINDS: dict[str, dict[str, Any]] = {
+    "both": BOTH,
+    "one": {"target_modules": [], "target_parameters": ["experts.down_proj"], "use_rslora": True, "r": 20},
+    "beside modules": {
+        "target_modules": ["q_proj"],
+        "target_parameters": ["gate_up_proj", "gate.weight"],
+        "alpha_pattern": {"gate.weight": 32, "q_proj": 5},
+        "rank_pattern": {"gate.weight": 2},
+    },
+}
+
+
+def compiled(folder: Path, family: str, stored: str = "float32", **options: Any) -> tuple[Any, str, Artifact]:
+    """A family's model, its task and an artifact that was compiled without a thought of adapters."""
+    changed = options.pop("changed", {})
+    model, task = save_family(family, folder / "model", stored, changed=changed)
+    save_tokenizer(folder / "model")
+    made = llmc.compile(folder / "model", folder / "a.llmc", targets=[HERE], kv_dtype="float32", **options)
+    return model, task, made
+
+
+def opened(artifact: Artifact, **adapters: Path) -> LLM:
+    return llmc.load(artifact.root, adapters=adapters, threads=2, kv_tokens=1024, context=128)
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, np.ndarray], LLM]]:
+    """A folder with the model and an adapter of each kind; PEFT's logits with each; the artifact."""
+    folder = tmp_path_factory.mktemp("mixtral")
+    model, task, made = compiled(folder, "mixtral")
+    wanted = {"": reference(model, IDS, task).numpy()}
+    for seed, (kind, options) in enumerate(KINDS.items()):
+        fresh = type(model).from_pretrained(folder / "model", dtype=torch.float32)
+        adapted = adapter(fresh, folder / kind, seed=seed, scale=0.1, **options).eval()
+        wanted[kind] = reference(adapted, IDS, task).numpy()
+    modules = per_expert(folder / "model", r".*\.experts\.\d+\.\w+\.weight")
+    write_adapter(folder / "names", modules, target_modules=["w1", "w2", "w3"], task_type="CAUSAL_LM")
+    fresh = type(model).from_pretrained(folder / "model", dtype=torch.float32)
+    adapted = peft.PeftModel.from_pretrained(fresh, str(folder / "names")).eval()
+    wanted["names"] = reference(adapted, IDS, task).numpy()
+    with opened(made, **{kind: folder / kind for kind in [*KINDS, "names"]}) as llm:
+        yield folder, wanted, llm
+
+
+@pytest.mark.parametrize("kind", ["", *KINDS, "names"])
+def test_logits_are_those_of_peft(mixtral: tuple[Path, dict[str, np.ndarray], LLM], kind: str) -> None:
+    _, wanted, llm = mixtral
+    found = llm.logits(IDS, adapter=kind or None)
+    assert np.abs(found - wanted[kind]).max() < 1e-4
+    assert not kind or np.abs(found - wanted[""]).max() > 1e-2
+
+
+def test_a_batch_of_several_gives_each_its_own(mixtral: tuple[Path, dict[str, np.ndarray], LLM]) -> None:
+    """Rows of one expert are of several adapters and of none."""
+    llm = mixtral[2]
+
+    def greedy(prompts: list[tuple[str, list[int]]]) -> list[list[int]]:
+        streams = [llm.stream(p, adapter=name or None, max_tokens=8, ignore_eos=True) for name, p in prompts]
+        return [[token for output in stream for token in output.token_ids] for stream in streams]
+
+    prompts = [(name, token_ids(3 + 5 * i)) for i, name in enumerate([*KINDS, "", "names", "", "both"])]
+    alone = [greedy([one])[0] for one in prompts]
+    assert greedy(prompts) == alone and greedy(prompts[::-1]) == alone[::-1]
+    assert len({tuple(tokens) for tokens in alone}) > 4
+
+
+def test_logits_of_chunks_are_bit_for_bit_those_of_the_whole(
+    mixtral: tuple[Path, dict[str, np.ndarray], LLM],
+) -> None:
+    """Chunks of other sizes take other rows together."""
+    llm, ids = mixtral[2], token_ids(90)
+    whole = llm.logits(ids, adapter="both").copy()
+    for chunk in (1, 7, 64):
+        parts = [part.copy() for part in llm.iter_logits(ids, chunk, "both")]
+        np.testing.assert_array_equal(np.concatenate(parts), whole)
+
+
+def test_what_does_not_fit_is_refused(
+    mixtral: tuple[Path, dict[str, np.ndarray], LLM], tmp_path: Path
+) -> None:
+    folder, _, llm = mixtral
+
+    def refused(why: str, path: Path, kind: type[Exception] = InputError) -> None:
+        with pytest.raises(kind, match=why):
+            llm.load_adapter("bad", path)
+        assert "bad" not in llm.adapters
+
+    stack = tmp_path / "stack"
+    stack.mkdir()
+    for file in (folder / "both").iterdir():
+        (stack / file.name).write_bytes(file.read_bytes())
+    edit(stack, r=2)
+    refused(r"no change of model\.layers\.\d\.mlp\.experts\.\w+ of 4 × \[\d+, \d+\] of rank 2", stack)
+    edit(stack, r=4, target_parameters=["down_proj"])
+    refused(
+        r"has 2 changes of parameters of .*experts .* places are there for .*down_proj",
+        stack,
+        UnsupportedError,
+    )
+    modules = per_expert(folder / "model", r".*\.experts\.0\.w1\.weight")
+    strangers = {name.replace("experts.0", "experts.9"): parts for name, parts in modules.items()}
+    refused(
+        r"changes .*experts\.9\.w1.*, which this model has no place for",
+        write_adapter(tmp_path / "2", strangers),
+    )
+    smaller = {name: (a[:, :-1].copy(), b) for name, (a, b) in modules.items()}
+    refused(r"of other sizes: .*gate_up_proj\.gate\[0\]", write_adapter(tmp_path / "3", smaller))
+    shorter = {name: (a, b[1:].copy()) for name, (a, b) in modules.items()}
+    refused(r"of other sizes: .*experts\.0\.w1", write_adapter(tmp_path / "4", shorter))
+    norms = write_adapter(tmp_path / "5", modules) / "adapter_model.safetensors"
+    part = "lora_magnitude_vector"
+    magnitudes = {f"base_model.model.{m}.{part}": torch.ones(len(b)) for m, (_, b) in modules.items()}
+    save_file({**load_file(norms), **magnitudes}, norms)
+    refused("magnitudes .*which these kernels have no places for", norms.parent, UnsupportedError)
+
+
+# Matrices stored turned, gates and ups in turns; without a gate, all sizes equal; beside shared experts.
+@pytest.mark.parametrize(
+    ("family", "changed", "options"),
+    [
+        ("gpt_oss", {}, BOTH),
+        pytest.param("gpt_oss", {"hidden_size": 32, "intermediate_size": 32}, BOTH, marks=pytest.mark.slow),
+        (
+            "nemotron_h",
+            {"hidden_size": 32, "moe_intermediate_size": 32, "intermediate_size": 32},
+            {"target_modules": [], "target_parameters": ["experts.up_proj", "down_proj"]},
+        ),
+        pytest.param("deepseek_v3", {}, BOTH, marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", {}, BOTH, marks=pytest.mark.slow),
+        pytest.param("llama4_text", {}, BOTH, marks=pytest.mark.slow),
+    ],
+)
+def test_other_forms_of_experts(
+    family: str, changed: dict[str, Any], options: dict[str, Any], tmp_path: Path
+) -> None:
+    model, task, made = compiled(tmp_path, family, changed=changed)
+    plain = reference(model, IDS, task).numpy()
+    wanted = reference(adapter(model, tmp_path / "one", scale=0.1, **options).eval(), IDS, task).numpy()
+    with opened(made, one=tmp_path / "one") as llm:
+        assert np.abs(llm.logits(IDS, adapter="one") - wanted).max() < 1e-4
+        assert np.abs(llm.logits(IDS) - plain).max() < 1e-4
+    assert np.abs(wanted - plain).max() > 1e-2
+
+
+def test_experts_by_the_names_of_the_checkpoint(tmp_path: Path) -> None:
+    """Some of them alone, gates and no ups."""
+    model, task, made = compiled(tmp_path, "qwen2_moe")
+    modules = per_expert(tmp_path / "model", r".*\.experts\.[02]\.(gate|down)_proj\.weight")
+    write_adapter(tmp_path / "one", modules)
+    with opened(made, one=tmp_path / "one") as llm:
+        found, plain = llm.logits(IDS, adapter="one").copy(), llm.logits(IDS).copy()
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    for module, (a, b) in modules.items():
+        weight = tensors[f"{module}.weight"]
+        tensors[f"{module}.weight"] = (
+            weight.double() + torch.from_numpy(b).double() @ torch.from_numpy(a).double()
+        ).float()
+    save_file(tensors, file, metadata={"format": "pt"})
+    wanted = reference(
+        type(model).from_pretrained(tmp_path / "model", dtype=torch.float32), IDS, task
+    ).numpy()
+    assert np.abs(found - wanted).max() < 1e-4 and np.abs(plain - wanted).max() > 1e-2
+
+
+# Every token chooses all experts: a router that chooses others than the float model's would say nothing of
+# the adapter.
+def test_over_experts_of_8_bits(tmp_path: Path) -> None:
+    model, task, made = compiled(
+        tmp_path, "mixtral", changed={"num_experts_per_tok": 4}, quant="int8", adapters=True
+    )
+    places = AdapterPlaces.parse(made.target("tvm-cpu"))
+    assert places is not None
+    assert {place.dtype for place in places.places if place.stack is not None} == {"int8"}
+    plain = reference(model, IDS, task).numpy()
+    wanted = reference(adapter(model, tmp_path / "one", scale=0.1, **BOTH).eval(), IDS, task).numpy()
+    with opened(made, one=tmp_path / "one") as llm:
+        found, base = llm.logits(IDS, adapter="one").copy(), llm.logits(IDS)
+    change = np.linalg.norm(wanted - plain)
+    assert change > 0.3 * np.linalg.norm(plain)
+    lost = np.linalg.norm(base - plain) / np.linalg.norm(plain)
+    # What the weights themselves lose moves what the adapter changes too.
+    assert np.linalg.norm((found - base) - (wanted - plain)) < (2 * lost + 0.02) * change
+
+
+def test_places_say_what_they_are_of() -> None:
+    entry = {"k": 8, "parts": [["s.gate", 3], ["s.up", 3]], "dtype": "float32", "experts": 2, "of": "s"}
+    place = Place.parse({**entry, "interleaved": True})
+    assert place.parts == (("s.gate[0]", 3), ("s.up[0]", 3), ("s.gate[1]", 3), ("s.up[1]", 3))
+    assert place.stack is not None
+    assert {name: rows.tolist() for name, rows in place.stack.of_expert(1)} == {
+        "s.gate[1]": [0, 2, 4],
+        "s.up[1]": [1, 3, 5],
+    }
+    with pytest.raises(KeyError):
+        Place.parse(entry)
+
+
+# Gates and ups apart in the file; every expert with biases, matrices turned and in turns in the model.
+@pytest.mark.parametrize("kind", ["qwen3_moe", pytest.param("gpt_oss", marks=pytest.mark.slow)])
+def test_a_gguf_file_over_a_gguf_model(kind: str, tmp_path: Path) -> None:
+    base = written(tiny(kind), kind, tmp_path / "model.gguf")
+    parts = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps", "ffn_gate_inp", "attn_q")
+    path = tmp_path / "one.gguf"
+    factors = factors_of(base, parts, 3, seed=1)
+    assert any(array.ndim == 3 for array in factors.values())
+    write_lora(path, factors, architecture=ARCHITECTURES[kind].name)
+    made = llmc.compile(base, tmp_path / "a.llmc", targets=[HERE])
+    with LlamaCpp(base) as oracle:
+        plain = oracle.logits(IDS)
+        oracle.adapt([(path, 1.0)])
+        wanted = oracle.logits(IDS)
+    assert np.abs(wanted - plain).max() > 0.1
+    with opened(made, one=path) as llm:
+        # llama.cpp keeps its cache in float16.
+        assert np.abs(llm.logits(IDS) - plain).max() <= 0.01 * np.abs(plain).max()
+        assert np.abs(llm.logits(IDS, adapter="one") - wanted).max() <= 0.01 * np.abs(wanted).max()
+        name = "blk.0.ffn_up_exps.weight"
+        bad = {**factors, f"{name}.lora_a": factors[f"{name}.lora_a"][:, :-1].copy()}
+        with pytest.raises(InputError, match="are no factors of experts"):
+            llm.load_adapter(
+                "bad", write_lora(tmp_path / "bad.gguf", bad, architecture=ARCHITECTURES[kind].name)
+            )
