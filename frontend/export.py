@@ -48,6 +48,22 @@ def _uncached() -> Any:
     return patch(name, False) if hasattr(settings, name) else contextlib.nullcontext()
 
 
+@contextlib.contextmanager
+def _without_stacks() -> Generator[None]:
+    """torch notes for each operator which lines of Python led to it, a tenth of a trace; nobody reads it."""
+    import torch.fx.config as settings
+
+    name = "do_not_emit_stack_traces"
+    before = getattr(settings, name, None)  # an older torch has no such setting
+    if before is not None:
+        setattr(settings, name, True)
+    try:
+        yield
+    finally:
+        if before is not None:
+            setattr(settings, name, before)
+
+
 def _flat(data: Any) -> tuple[list[Any], list[int]] | None:
     """Numbers of nested lists in order, and their shape; None for anything else."""
     if isinstance(data, bool | int | float):
@@ -146,7 +162,7 @@ def export(
     import torch
 
     try:
-        with _quiet(), _uncached(), torch.no_grad(), _literals():
+        with _quiet(), _uncached(), _without_stacks(), torch.no_grad(), _literals():
             return torch.export.export(
                 module,
                 args,

@@ -13,21 +13,22 @@ def few_collections() -> Generator[Callable[[], None]]:
     """Look for reference cycles seldom: importing torch and transformers and tracing a model make a million
     objects that stay, and going through them again and again takes a fifth of the time. Cycles are looked for
     once when the function that this gives is called, and not before; and later no more among the objects of
-    then, until the block is left.
+    then, until the block is left; where somebody else has objects stay so already, that is left to them.
     """
-    enabled, frozen = gc.isenabled(), gc.get_freeze_count()
+    enabled, frozen = gc.isenabled(), gc.get_freeze_count() > 0
     gc.disable()
 
     def settled() -> None:
         gc.collect()
-        gc.freeze()
+        if not frozen:
+            gc.freeze()
         if enabled:
             gc.enable()
 
     try:
         yield settled
     finally:
-        if not frozen:  # else somebody wants objects to stay so
+        if not frozen:
             gc.unfreeze()
         if enabled:
             gc.enable()

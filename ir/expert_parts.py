@@ -9,7 +9,7 @@ The parameter may have its matrices transposed; rows here are what a product has
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,13 +50,15 @@ class ExpertParts:
         """(name, rows) of each part of each expert, in the order of their factors."""
         return tuple((_named(part, e), rows) for e in range(self.experts) for part, rows in self.parts)
 
-    def of_expert(self, expert: int) -> Iterator[tuple[str, Array]]:
-        """The name of each part, and the rows of the parameter's matrix that are its own, int64."""
+    def rows_of_parts(self) -> list[tuple[str, Array]]:
+        """What matrices are called, and which rows of the parameter's matrix are theirs, int64."""
+        found: list[tuple[str, Array]] = []
         start, count = 0, len(self.parts)
         for i, (part, rows) in enumerate(self.parts):
             own = np.arange(i, self.rows, count) if self.interleaved else np.arange(start, start + rows)
-            yield _named(part, expert), own
+            found.append((part, own))
             start += rows
+        return found
 
 
 def _named(part: str, expert: int) -> str:
@@ -120,9 +122,9 @@ def _of_stack(
     if not straight:
         down, up = up.swapaxes(1, 2), down.swapaxes(1, 2)
     return {
-        name: LowRank(ArrayTensor(down[e], a.source), ArrayTensor(up[e][rows], b.source), scaling)
+        _named(part, e): LowRank(ArrayTensor(down[e], a.source), ArrayTensor(up[e][rows], b.source), scaling)
+        for part, rows in stack.rows_of_parts()
         for e in range(stack.experts)
-        for name, rows in stack.of_expert(e)
     }
 
 
@@ -140,10 +142,11 @@ def pieces_of_experts(
         apart = sizes == [rows for _, rows in stack.parts]
         if not apart and sizes != [stack.rows]:
             continue
-        for e in range(stack.experts):
-            for i, (name, rows) in enumerate(stack.of_expert(e)):
-                piece, order = pieces[i if apart else 0]
-                found[name] = [(piece.replace("*", str(e)), order if apart else order[rows])]
+        for i, (part, rows) in enumerate(stack.rows_of_parts()):
+            piece, order = pieces[i if apart else 0]
+            own = order if apart else order[rows]
+            for e in range(stack.experts):
+                found[_named(part, e)] = [(piece.replace("*", str(e)), own)]
     return found
 
 

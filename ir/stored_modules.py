@@ -87,6 +87,8 @@ class StoredModules:
 
         Raises InputError where rows do not fit.
         """
+        if all(module in known for module in adapter.changes):
+            return adapter
         modules = {**self.modules, **pieces_of_experts(stacks, self.stacks)}
         used: dict[str, list[Rows | None]] = {}
         for pieces in modules.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from collections.abc import Iterator
@@ -58,6 +59,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return LONGEST.index(name) if name in LONGEST else len(LONGEST)
 
     items.sort(key=place)  # stable: within a file, and among the others, the order stays
+
+
+def pytest_collection_finish() -> None:
+    _let_stay()
+
+
+def _let_stay() -> None:
+    """Look for reference cycles no more among what is there: modules that were imported, a million objects,
+    which every compilation would go through once.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imported_stays() -> Iterator[None]:
+    yield
+    _let_stay()
 
 
 @pytest.fixture(scope="session", autouse=True)

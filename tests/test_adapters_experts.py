@@ -225,9 +225,9 @@ def test_places_say_what_they_are_of() -> None:
     place = Place.parse({**entry, "interleaved": True})
     assert place.parts == (("s.gate[0]", 3), ("s.up[0]", 3), ("s.gate[1]", 3), ("s.up[1]", 3))
     assert place.stack is not None
-    assert {name: rows.tolist() for name, rows in place.stack.of_expert(1)} == {
-        "s.gate[1]": [0, 2, 4],
-        "s.up[1]": [1, 3, 5],
+    assert {part: rows.tolist() for part, rows in place.stack.rows_of_parts()} == {
+        "s.gate": [0, 2, 4],
+        "s.up": [1, 3, 5],
     }
     with pytest.raises(KeyError):
         Place.parse(entry)
