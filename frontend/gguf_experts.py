@@ -97,12 +97,12 @@ def stacks_of_file(
         known = [names.get(id(part)) for part in parts]
         if len(tensor.shape) == 3 and all(name is not None for name in known):
             found[parameter] = [
-                (matrix_of(str(name), "*"), np.arange(part.shape[1]))
+                (matrix_of(str(name), "*", part.shape[0]), np.arange(part.shape[1]))
                 for name, part in zip(known, parts, strict=True)
             ]
     return found
 
 
-def matrix_of(tensor: str, number: int | str) -> str:
-    """What one of the matrices in a file's tensor is called."""
-    return f"{tensor.removesuffix('.weight')}.{number}"
+def matrix_of(tensor: str, number: int | str, count: int) -> str:
+    """What one of so many matrices in a file's tensor is called: one of another number is another's."""
+    return f"{tensor.removesuffix('.weight')}.{number}/{count}"

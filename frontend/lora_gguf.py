@@ -142,7 +142,7 @@ class GGUFAdapter:
                 remedy=_OTHER,
             )
         return {
-            matrix_of(name, e): LowRank(
+            matrix_of(name, e, a.shape[0]): LowRank(
                 ArrayTensor(down, a.source), ArrayTensor(up, b.source), self._scaling(a.shape[1])
             )
             for e, (down, up) in enumerate(zip(a.read(), b.read(), strict=True))

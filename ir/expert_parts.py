@@ -33,6 +33,7 @@ class ExpertParts:
         experts: their number. k: columns of each matrix.
         parts: what an expert's matrices are called, and the rows of each, one below the other.
         interleaved: row i of the parameter's matrix is of part i % len(parts).
+        unsaid: the module has its matrices transposed, and no `is_transposed`: PEFT adds to them as they are.
     """
 
     parameter: str
@@ -40,6 +41,7 @@ class ExpertParts:
     k: int
     parts: tuple[tuple[str, int], ...]
     interleaved: bool = False
+    unsaid: bool = False
 
     @property
     def rows(self) -> int:
@@ -66,8 +68,8 @@ def _named(part: str, expert: int) -> str:
 
 
 def by_experts(adapter: Adapter, stacks: Sequence[ExpertParts], known: Container[str]) -> Adapter:
-    """The adapter with its changes of parameters as changes of matrices: of the stacks' parts, and of the
-    modules that are `known`. What is neither stays.
+    """The adapter with its changes of parameters as changes of matrices: of the stacks' parts, and of
+    modules. What may be of other parameters stays.
 
     Raises InputError where sizes are of another model, UnsupportedError where an adapter changes parameters
     beside those that have places.
@@ -87,12 +89,15 @@ def by_experts(adapter: Adapter, stacks: Sequence[ExpertParts], known: Container
         if held:
             continue
         matrix = of.rules("weight")
-        if module not in known or len(of.factors) > 1:
+        if len(of.factors) > 1:
             left[module] = of
-        elif matrix is not None and of.factors[0][0].shape[0] == matrix[0]:
+        elif module in known and matrix is not None and of.factors[0][0].shape[0] == matrix[0]:
             changes[module] = LowRank(*of.factors[0], matrix[1])
         else:
-            changes[module] = of.itself()
+            try:
+                changes[module] = of.itself()  # by the checkpoint's name, maybe
+            except InputError:
+                left[module] = of  # of another rank, as that of many matrices is
     return replace(adapter, changes=changes, parameters=left)
 
 
@@ -103,8 +108,9 @@ def _rules(of: OfParameters, stack: ExpertParts) -> tuple[int, float] | None:
 def _of_stack(
     adapter: Adapter, stack: ExpertParts, of: OfParameters, factors: tuple[LazyTensor, LazyTensor]
 ) -> dict[str, LowRank]:
-    """Changes by parts. PEFT counts columns of B by rank first, and gives a matrix [K, N] its change
-    transposed where the module computes with it so.
+    """Changes by parts. PEFT counts columns of B by rank first. Its factors are of the matrix as rows are
+    counted here where the module says how it has them, and where it does not, of the matrix as it is stored
+    (ParamWrapper); the sizes tell, if no matrix is square.
     """
     rules, (a, b) = _rules(of, stack), factors
     assert rules is not None
@@ -117,9 +123,9 @@ def _of_stack(
             f"of {stack.parameter} of {stack.experts} × [{stack.rows}, {stack.k}] of rank {rank}",
             remedy=_OTHER,
         )
-    down = a.read().astype(np.float32).reshape(stack.experts, rank, k)
-    up = b.read().astype(np.float32).reshape(n, rank, stack.experts).transpose(2, 0, 1)
-    if not straight:
+    down = a.read().reshape(stack.experts, rank, k)
+    up = b.read().reshape(n, rank, stack.experts).transpose(2, 0, 1)
+    if not straight or (turned and stack.unsaid):
         down, up = up.swapaxes(1, 2), down.swapaxes(1, 2)
     return {
         _named(part, e): LowRank(ArrayTensor(down[e], a.source), ArrayTensor(up[e][rows], b.source), scaling)

@@ -10,8 +10,8 @@ checkpoint's names needs to change that model per request.
 A module's rows are those of its pieces, one below the other; a piece is rows of a matrix of the checkpoint,
 null where it is all of it, as it stands (and the module nothing else). An expert's matrix in a stack has a
 piece for its gate and one for its up, or one for all of it; the "*" is the expert's number. Of a GGUF model's
-stacks that is the number of a matrix in the tensor: "blk.0.ffn_gate_exps.*". An artifact of a version before
-has no stacks.
+stacks that is the number of a matrix in the tensor: "blk.0.ffn_gate_exps.*/128". An artifact of a version
+before has no stacks.
 """
 
 from __future__ import annotations

@@ -41,6 +41,7 @@ Factors = Mapping[int, Sequence[Factor | None]]
 """By the number of a place, a factor for each of its parts; None where the part stays as it is."""
 
 _MERGE = "merge it: llmc compile MODEL --lora FOLDER"
+_MOST_EXPERTS = 1 << 14
 _CHOOSE = ("tvm-cpu", "tvm-cuda")
 """Targets that can be compiled with places for adapters."""
 
@@ -69,8 +70,11 @@ class Place:
         k, parts = int(entry["k"]), tuple((str(module), int(rows)) for module, rows in entry["parts"])
         # Artifacts of versions before have neither gains nor experts.
         gains, experts, stack = bool(entry.get("gains", False)), int(entry.get("experts", 0)), None
+        if not (0 <= experts <= _MOST_EXPERTS and k > 0 and all(rows > 0 for _, rows in parts)):
+            raise ValueError(f"{experts} experts, {k} columns, parts {str(parts)[:80]}")
         if experts:
-            stack = ExpertParts(str(entry["of"]), experts, k, parts, bool(entry["interleaved"]))
+            forms = bool(entry["interleaved"]), bool(entry["unsaid"])
+            stack = ExpertParts(str(entry["of"]), experts, k, parts, *forms)
             parts = stack.expanded()
         return Place(k, parts, str(entry["dtype"]), gains, stack)
 
@@ -103,7 +107,7 @@ class AdapterPlaces:
             return None
         try:
             return AdapterPlaces(int(found["most_rank"]), tuple(map(Place.parse, found["places"])))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, OverflowError, TypeError, ValueError) as error:
             raise ArtifactError(
                 f"the manifest's adapters are incomplete ({error})", remedy="compile the model again"
             ) from None
@@ -157,7 +161,7 @@ class AdapterPlaces:
                     f"adapters of at most {self.most_rank}",
                     remedy=_MERGE,
                 )
-            a, b = change.a.read().astype(np.float32), change.b.read().astype(np.float32)
+            a, b = (one.read().astype(np.float32, copy=False) for one in (change.a, change.b))
             with np.errstate(over="ignore", invalid="ignore"):
                 b = b * np.float32(change.scaling)
         magnitude = None if change is None else change.magnitude
@@ -183,6 +187,11 @@ class AdapterPlaces:
 
     def _check_gains(self, adapter: Adapter, module: str, what: str) -> None:
         """Raise UnsupportedError where a module's parts cannot be scaled or added to."""
+        if any(self.places[place].stack for place, _ in self._where[module]):
+            raise UnsupportedError(
+                f"adapter {adapter} has {what} of experts, {module}: none can be chosen per request",
+                remedy=_MERGE,
+            )
         if not all(self.places[place].gains for place, _ in self._where[module]):
             raise UnsupportedError(
                 f"adapter {adapter} has {what}, which these kernels have no places for",
@@ -214,7 +223,7 @@ class AdapterPlaces:
 
     def _kinds(self) -> list[str]:
         """The last parts of the modules' names: q_proj, k_proj, …"""
-        return list(dict.fromkeys(module.rpartition(".")[2] for module in self._where))
+        return list(dict.fromkeys(module.partition("[")[0].rpartition(".")[2] for module in self._where))
 
 
 def _needed(base: BaseWeights | None, adapter: Adapter) -> BaseWeights:
@@ -238,16 +247,17 @@ def _rows_of(tensor: LazyTensor, rows: int) -> np.ndarray:
 
 def _refuse_what_is_merged(adapter: Adapter, biases: Mapping[str, Any]) -> None:
     """`biases`: by module, those of the adapter's that have places."""
-    known = {*adapter.copies, *(f"{module}.bias" for module in biases)}
+    known, remedy = {*adapter.copies, *(f"{module}.bias" for module in biases)}, _MERGE
     if replaced := [name for name in adapter.replaced if name not in known]:
         what = f"replaces whole tensors, {listed(replaced)} (modules_to_save, saved embeddings, biases)"
     elif adapter.parameters:
-        what = f"changes parameters (target_parameters), of {listed([*adapter.parameters])}"
+        remedy = f"compile the model again, if a version before did, or {_MERGE}"
+        what = f"changes parameters (target_parameters), of {listed([*adapter.parameters])}, without places"
     elif any(change.embedding for change in adapter.changes.values()):
         what = "has changes of embeddings"
     else:
         return
-    raise UnsupportedError(f"adapter {adapter} {what}, which cannot be chosen per request", remedy=_MERGE)
+    raise UnsupportedError(f"adapter {adapter} {what}, which cannot be chosen per request", remedy=remedy)
 
 
 class BaseWeights(Protocol):

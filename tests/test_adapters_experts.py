@@ -14,8 +14,12 @@ import pytest
 import torch
 from llmc.codegen.artifact import Artifact
 from llmc.frontend.gguf_architectures import ARCHITECTURES
-from llmc.ir.errors import InputError, UnsupportedError
+from llmc.ir.adapters import Adapter, LowRank, OfParameters
+from llmc.ir.errors import ArtifactError, InputError, UnsupportedError
+from llmc.ir.expert_parts import ExpertParts, by_experts
+from llmc.ir.weights import ArrayTensor
 from llmc.runtime.adapters import AdapterPlaces, Place
+from llmc.runtime.executor.adapter_memory import AdapterMemory
 from llmc.runtime.llm import LLM
 from safetensors.torch import load_file, save_file
 
@@ -24,6 +28,7 @@ from .family_configs import token_ids
 from .llama_cpp import LlamaCpp
 from .lora_files import adapter, edit, write_adapter, write_lora
 from .models import save_tokenizer
+from .quantized_files import save_bnb
 from .test_gguf_architectures import tiny, written
 from .test_lora_experts import per_expert
 from .test_lora_gguf import factors_of
@@ -148,7 +153,7 @@ def test_what_does_not_fit_is_refused(
     part = "lora_magnitude_vector"
     magnitudes = {f"base_model.model.{m}.{part}": torch.ones(len(b)) for m, (_, b) in modules.items()}
     save_file({**load_file(norms), **magnitudes}, norms)
-    refused("magnitudes .*which these kernels have no places for", norms.parent, UnsupportedError)
+    refused(r"magnitudes \(DoRA\) of experts, .*gate\[0\]: none can be chosen", norms.parent, UnsupportedError)
 
 
 # Matrices stored turned, gates and ups in turns; without a gate, all sizes equal; beside shared experts.
@@ -165,6 +170,9 @@ def test_what_does_not_fit_is_refused(
         pytest.param("deepseek_v3", {}, BOTH, marks=pytest.mark.slow),
         pytest.param("qwen3_moe", {}, BOTH, marks=pytest.mark.slow),
         pytest.param("llama4_text", {}, BOTH, marks=pytest.mark.slow),
+        pytest.param(
+            "llama4_text", {"hidden_size": 32, "intermediate_size": 32}, BOTH, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_other_forms_of_experts(
@@ -222,7 +230,8 @@ def test_over_experts_of_8_bits(tmp_path: Path) -> None:
 
 def test_places_say_what_they_are_of() -> None:
     entry = {"k": 8, "parts": [["s.gate", 3], ["s.up", 3]], "dtype": "float32", "experts": 2, "of": "s"}
-    place = Place.parse({**entry, "interleaved": True})
+    whole = {**entry, "interleaved": True, "unsaid": False}
+    place = Place.parse(whole)
     assert place.parts == (("s.gate[0]", 3), ("s.up[0]", 3), ("s.gate[1]", 3), ("s.up[1]", 3))
     assert place.stack is not None
     assert {part: rows.tolist() for part, rows in place.stack.rows_of_parts()} == {
@@ -231,6 +240,9 @@ def test_places_say_what_they_are_of() -> None:
     }
     with pytest.raises(KeyError):
         Place.parse(entry)
+    for bad in ({"experts": -1}, {"experts": 10**9}, {"experts": float("inf")}, {"parts": [["s", 0]]}):
+        with pytest.raises(ArtifactError, match="adapters are incomplete"):
+            AdapterPlaces.parse({"adapters": {"most_rank": 256, "places": [{**whole, **bad}]}})
 
 
 # Gates and ups apart in the file; every expert with biases, matrices turned and in turns in the model.
@@ -239,9 +251,9 @@ def test_a_gguf_file_over_a_gguf_model(kind: str, tmp_path: Path) -> None:
     base = written(tiny(kind), kind, tmp_path / "model.gguf")
     parts = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps", "ffn_gate_inp", "attn_q")
     path = tmp_path / "one.gguf"
-    factors = factors_of(base, parts, 3, seed=1)
+    factors, architecture = factors_of(base, parts, 3, seed=1), ARCHITECTURES[kind].name
     assert any(array.ndim == 3 for array in factors.values())
-    write_lora(path, factors, architecture=ARCHITECTURES[kind].name)
+    write_lora(path, factors, architecture=architecture)
     made = llmc.compile(base, tmp_path / "a.llmc", targets=[HERE])
     with LlamaCpp(base) as oracle:
         plain = oracle.logits(IDS)
@@ -254,7 +266,82 @@ def test_a_gguf_file_over_a_gguf_model(kind: str, tmp_path: Path) -> None:
         assert np.abs(llm.logits(IDS, adapter="one") - wanted).max() <= 0.01 * np.abs(wanted).max()
         name = "blk.0.ffn_up_exps.weight"
         bad = {**factors, f"{name}.lora_a": factors[f"{name}.lora_a"][:, :-1].copy()}
+        fewer = {n: array[:-1].copy() if array.ndim == 3 else array for n, array in factors.items()}
+        with pytest.raises(InputError, match=r"changes blk\.0\.ffn_\w+_exps\.0/\d.*no place for"):
+            llm.load_adapter("bad", write_lora(tmp_path / "few.gguf", fewer, architecture=architecture))
         with pytest.raises(InputError, match="are no factors of experts"):
-            llm.load_adapter(
-                "bad", write_lora(tmp_path / "bad.gguf", bad, architecture=ARCHITECTURES[kind].name)
-            )
+            llm.load_adapter("bad", write_lora(tmp_path / "bad.gguf", bad, architecture=architecture))
+
+
+def test_a_stack_that_does_not_say_that_it_is_transposed() -> None:
+    """PEFT adds B A to the matrix as it is stored, [K, N]; where no size tells, that decides."""
+    generator = np.random.default_rng(1)
+    rank, size, experts = 2, 4, 3
+    a, b = generator.normal(size=(rank * experts, size)), generator.normal(size=(size, rank * experts))
+    factors = ArrayTensor(a.astype("f")), ArrayTensor(b.astype("f"))
+
+    def itself() -> LowRank:
+        raise InputError("of another rank", remedy="none")
+
+    of = OfParameters([factors], lambda name: (rank, 0.5) if name == "down_proj" else None, itself)
+    given = Adapter("a", {}, {}, parameters={"m": of})
+    for unsaid in (False, True):
+        stack = ExpertParts("m.down_proj", experts, size, (("m.down_proj", size),), unsaid=unsaid)
+        changes = by_experts(given, [stack], ()).changes
+        for e in range(experts):
+            own = b.reshape(size, rank, experts)[:, :, e] @ a[rank * e : rank * (e + 1)] * 0.5
+            found = changes[f"m.down_proj[{e}]"]
+            product = found.b.read() @ found.a.read() * found.scaling
+            np.testing.assert_allclose(product, own.T if unsaid else own, rtol=1e-5)
+    assert list(by_experts(given, [], ()).parameters) == ["m"]
+
+
+def test_slots_of_experts_are_those_of_adapters_that_change_some() -> None:
+    """Others take no room there; what an adapter leaves alone stays untouched as slots move."""
+    layer = Place(8, (("q", 32),))
+    entry = {"k": 8, "parts": [["s.gate", 16], ["s.up", 16]], "dtype": "float32", "experts": 40}
+    experts = Place.parse({**entry, "of": "s", "interleaved": False, "unsaid": False})
+    arrays: dict[str, np.ndarray] = {}
+    memory = AdapterMemory(AdapterPlaces(256, (layer, experts)), arrays.__setitem__)
+
+    def slots(*adapters: int) -> list[int]:
+        found = memory.expert_slots(np.array(adapters, np.int32))
+        assert found is not None
+        return found.tolist()
+
+    ones = (np.ones((3, 8), "f"), np.ones((32, 3), "f"))
+    for slot in range(5):
+        memory.set(slot, memory.packed({0: [ones]}))
+    assert memory.sizes() == {"A": 6, "L": 1, "AE": 0, "LE": 1}
+    assert slots(-1, 0, 4) == [-1, -1, -1]
+    part = (np.full((20, 8), 2, "f"), np.full((16, 20), 3, "f"))
+    for number, slot in enumerate((3, 1, 4)):
+        parts: list[Any] = [None] * 80
+        parts[7 + number] = part
+        memory.set(slot, memory.packed({0: [ones], 1: parts}))
+    assert memory.sizes() == {"A": 6, "L": 1, "AE": 6, "LE": 2}
+    assert slots(-1, 1, 3, 4, 0) == [-1, 1, 0, 2, -1]
+    for number in range(3):
+        rank, a, b = (arrays[f"lora_{kind}.1"][number] for kind in ("rank", "a", "b"))
+        assert np.flatnonzero(rank).tolist() == [7 + number] and rank.max() == 20
+        assert (a[7 + number, 0] == 2).all() and (a[7 + number, 1, :, :4] == 2).all()
+        assert (b[7 + number, :20] == 3).all() and a.sum() == 2 * 20 * 8 and b.sum() == 3 * 20 * 16
+    memory.clear(1)
+    memory.set(0, memory.packed({0: [None], 1: [part, *[None] * 79]}))
+    assert slots(1, 0, 4) == [-1, 1, 2]
+    assert np.flatnonzero(arrays["lora_rank.1"][1]).tolist() == [0]
+
+
+def test_a_mixture_without_kernels_leaves_other_layers_their_places(tmp_path: Path) -> None:
+    """Experts that stay NF4 are computed otherwise: they have no places, attention has."""
+    save_family("qwen3_moe", tmp_path / "model")
+    save_bnb(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    made = llmc.compile(tmp_path / "model", tmp_path / "a.llmc", targets=[HERE], quant="keep")
+    assert "quantized_moe" in made.read_text("ir.txt")
+    module, factors = "model.layers.0.self_attn.q_proj", (np.ones((2, 64), "f"), np.ones((64, 2), "f"))
+    with opened(made, one=write_adapter(tmp_path / "one", {module: factors})) as llm:
+        assert np.abs(llm.logits(IDS, adapter="one") - llm.logits(IDS)).max() > 1e-3
+        expert = write_adapter(tmp_path / "bad", {"model.layers.0.mlp.experts.0.gate_proj": factors})
+        with pytest.raises(InputError, match="which this model has no place for"):
+            llm.load_adapter("bad", expert)

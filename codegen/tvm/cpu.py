@@ -164,7 +164,7 @@ class TvmCpu(Target):
         if self.adapters:
             from .placed import with_places
 
-            graph = with_places(graph)
+            graph = with_places(graph, experts=self.supports)
         legal = self.legal(graph)
         text = print_graph(legal)
         paths = {level: f"targets/{self.name}/{level}.so" for level in levels}

@@ -87,7 +87,7 @@ class TvmCuda(Target):
         if self.adapters:
             from .placed import with_places
 
-            graph = with_places(graph, gains=False, experts=False)
+            graph = with_places(graph, gains=False)
         legal = self.legal(graph)
         folder = f"targets/{self.name}"
         weights = f"weights/{self.name}.safetensors" if legal.weights else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,12 +25,14 @@ from .libraries import Libraries
 from .stored import stored_weights
 
 if TYPE_CHECKING:
-    from ...ir.core import Graph
+    from ...ir.core import Graph, Op
     from ..artifact import Artifact
 
 
-def with_places(graph: Graph, *, gains: bool = True, experts: bool = True) -> Graph:
-    """A copy of a final graph that takes adapters, DoRA too with `gains`, those of experts with `experts`.
+def with_places(graph: Graph, *, gains: bool = True, experts: Callable[[Op], bool] | None = None) -> Graph:
+    """A copy of a final graph that takes adapters, DoRA too with `gains`, and those of experts in mixtures
+    that `experts` says yes to, as a target does to those that it has kernels for.
+
     Raises UnsupportedError for what is no language model, and for one whose layers read other numbers than
     their modules do.
     """
@@ -63,14 +65,14 @@ def placed_kernels(artifact: Artifact, isa: str) -> Generator[tuple[Mapping[str,
             remedy="pip install 'llmc[compile]', or compile the model with --adapters",
         )
     try:
-        graph = with_places(parse_graph(artifact.read_text("ir.txt")))
+        target = TvmCpu(isa=isa, adapters=True)
+        graph = with_places(parse_graph(artifact.read_text("ir.txt")), experts=target.supports)
     except CompileError as error:
         raise ArtifactError(
             f"{artifact.root / 'ir.txt'} is of another version of llmc, or its ops are of a package that is "
             f"not installed ({error.message})",
             remedy=f"install the package, or {again}",
         ) from None
-    target = TvmCpu(isa=isa, adapters=True)
     legal = target.legal(graph)
     stored_weights(artifact, legal, again)
     with tempfile.TemporaryDirectory(prefix="llmc-adapters-") as folder:

@@ -3,13 +3,15 @@ token has chosen.
 
     moe(%x, %i, %w, @up, @down)  →  lora_moe(%x, %i, %w, @up, @down, %adapter, %lora_rank.0, …)
 
-Two places each, of gates and ups and of downs, whose parts are the matrices of each expert. Stacks that are
-put together of several parameters have none: adapters call those by other names.
+Two places each, of gates and ups and of downs, whose parts are the matrices of each expert. They have slots
+of their own (the input `expert_adapter` says which is each token's): hundreds of parts take room that
+adapters of other layers need not have. Stacks that are put together of several parameters have no places:
+adapters call those by other names. Nor have mixtures that the target has no kernels for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ...ir.codebooks import codebook
@@ -18,7 +20,7 @@ from ...ir.ops.lora_experts import LoraMoe, QuantizedLoraMoe, factor_shapes
 from ...ir.ops.moe import Moe, QuantizedMoe
 from ...ir.types import TensorType, sym
 
-SLOTS, BLOCKS = sym("A"), sym("L")
+SLOTS, BLOCKS = sym("AE"), sym("LE")
 _CODES = ".q"
 
 
@@ -33,12 +35,14 @@ def factor_dtype(codes: Value) -> str:
     return "int8" if whole else "float32"
 
 
-def place_experts(graph: Graph, adapter_of: Callable[[Op], Value], number: int) -> list[dict[str, Any]]:
-    """Make every mixture take adapters, `adapter_of` each of its tokens; inputs are counted from `number` on.
+def place_experts(
+    graph: Graph, mixtures: Sequence[Moe | QuantizedMoe], adapter_of: Callable[[Op], Value], number: int
+) -> list[dict[str, Any]]:
+    """Make mixtures take adapters, `adapter_of` each of their tokens; inputs are counted from `number` on.
     What stands where, as `lora_places.py` has it.
     """
     places: list[dict[str, Any]] = []
-    for op in mixtures_of(graph):
+    for op in mixtures:
         up, down = (_parameter(graph, stack) for stack in op.stacks)
         assert up is not None and down is not None
         factors = _factors(graph, op, number + len(places))
@@ -48,12 +52,12 @@ def place_experts(graph: Graph, adapter_of: Callable[[Op], Value], number: int) 
         new.loc = op.loc
         graph.insert(new, before=op)
         graph.replace(op, [new.result])
-        (name, interleaved), gated = up, op.gate.gated
+        name, gated = str(up["of"]), op.gate.gated
         stacks = new.stacks
         rows = _size(stacks[0].shape[1]) // op.gate.products
         parts = [[f"{name}.gate", rows], [f"{name}.up", rows]] if gated else [[name, rows]]
-        places.append(_entry(stacks[0], parts, name, interleaved))
-        places.append(_entry(stacks[1], [[down[0], _size(stacks[1].shape[1])]], down[0], False))
+        places.append(_entry(stacks[0], parts, up))
+        places.append(_entry(stacks[1], [[str(down["of"]), _size(stacks[1].shape[1])]], down))
     return places
 
 
@@ -62,8 +66,9 @@ def mixtures_of(graph: Graph) -> list[Moe | QuantizedMoe]:
     found = [op for op in graph if isinstance(op, Moe | QuantizedMoe) and _takes(graph, op)]
     users: dict[str, set[str]] = {}
     for op in found:
-        users.setdefault(op.stacks[0].name, set()).add(op.loc)
-    return [op for op in found if len(users[op.stacks[0].name]) == 1]
+        for stack in op.stacks:
+            users.setdefault(stack.name, set()).add(op.loc)
+    return [op for op in found if all(len(users[stack.name]) == 1 for stack in op.stacks)]
 
 
 def _takes(graph: Graph, op: Moe | QuantizedMoe) -> bool:
@@ -72,13 +77,14 @@ def _takes(graph: Graph, op: Moe | QuantizedMoe) -> bool:
     return all(stack.is_weight and _parameter(graph, stack) is not None for stack in op.stacks)
 
 
-def _parameter(graph: Graph, stack: Value) -> tuple[str, bool] | None:
-    """The parameter that a stack is, and whether gates and ups alternate there; None where it is none."""
+def _parameter(graph: Graph, stack: Value) -> dict[str, Any] | None:
+    """The parameter that a stack is, as `normalize-experts` says it; None where it is none."""
     name = stack.name.removesuffix(_CODES)
     known = graph.facts.get("experts", {}).get(name)
     if known is not None:
-        return str(known["of"]), bool(known["interleaved"])
-    return None if name.endswith(".rows") or "+" in name or "." not in name else (name, False)
+        return known
+    made = name.endswith(".rows") or "+" in name or "." not in name
+    return None if made else {"of": name, "interleaved": False, "unsaid": False}
 
 
 def _factors(graph: Graph, op: Moe | QuantizedMoe, number: int) -> dict[str, Value]:
@@ -93,10 +99,9 @@ def _factors(graph: Graph, op: Moe | QuantizedMoe, number: int) -> dict[str, Val
     return found
 
 
-def _entry(stack: Value, parts: list[list[Any]], name: str, interleaved: bool) -> dict[str, Any]:
+def _entry(stack: Value, parts: list[list[Any]], parameter: dict[str, Any]) -> dict[str, Any]:
     experts, _, k = (_size(d) for d in stack.shape)
-    entry: dict[str, Any] = {"k": k, "parts": parts, "dtype": factor_dtype(stack), "experts": experts}
-    return {**entry, "of": name, "interleaved": interleaved}
+    return {"k": k, "parts": parts, "dtype": factor_dtype(stack), "experts": experts, **parameter}
 
 
 def _size(d: Any) -> int:

@@ -17,11 +17,13 @@ Mixtures of experts take theirs themselves (`lora_experts.py`).
 `graph.facts["adapters"]` says what stands where: {"places": [{"k", "parts": [[module, rows], …], "dtype": of
 the factors, "gains": true}, …]}, in the order of the inputs' numbers; a place of experts has parts for each:
 {"k", "parts": [["….gate_up_proj.gate", rows], ["….gate_up_proj.up", rows]], "dtype", "experts": their number,
-"of": "….gate_up_proj", "interleaved": whether gates and ups alternate in that parameter}.
+"of": "….gate_up_proj", "interleaved": whether gates and ups alternate in that parameter, "unsaid": see
+`ir.expert_parts`}.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -37,7 +39,7 @@ from ...ir.ops.shape import Concat, Gather, Slice
 from ...ir.types import TensorType, sym
 from ..base import Pass, PassContext, PassResult
 from ..merged_names import merged_names, without_piece
-from .lora_experts import factor_dtype, place_experts
+from .lora_experts import factor_dtype, mixtures_of, place_experts
 
 Parts = list[tuple[str, int]]
 """(module, rows) of each layer in a weight, from its first row on."""
@@ -50,13 +52,13 @@ _ENDS = (".q", ".transposed")
 @dataclass(frozen=True)
 class PlaceAdapters(Pass):
     """Make a paged graph take adapters as inputs; `gains`: also those that scale what a layer gives;
-    `experts`: also those of experts.
+    `experts`: also those of experts, in mixtures that this says yes to.
     """
 
     name = "place-adapters"
     requires = "paged"
     gains: bool = True
-    experts: bool = True
+    experts: Callable[[Op], bool] | None = None
 
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         found = layers_of(graph)
@@ -73,11 +75,16 @@ class PlaceAdapters(Pass):
             dtype = "float32"
             if isinstance(op, QuantizedLinear):
                 dtype = factor_dtype(op.q)
-            _place(graph, op, parts, _adapter_of(graph, op, rows), dtype, len(places), self.gains)
+            _place(graph, op, parts, _adapter_of(graph, op, rows, adapter), dtype, len(places), self.gains)
             place = {"k": _width(op), "parts": [list(part) for part in parts], "dtype": dtype}
             places.append({**place, "gains": True} if self.gains else place)
-        if self.experts:
-            places += place_experts(graph, lambda op: _adapter_of(graph, op, rows), len(places))
+        mixtures = [] if self.experts is None else [op for op in mixtures_of(graph) if self.experts(op)]
+        if mixtures:
+            expert = graph.add_input("expert_adapter", adapter.type)
+            own: dict[Any, Value] = {tokens.shape[0]: expert}
+            places += place_experts(
+                graph, mixtures, lambda op: _adapter_of(graph, op, own, expert), len(places)
+            )
         graph.facts["adapters"] = {"places": places}
         return PassResult(graph, True)
 
@@ -222,11 +229,11 @@ def _readers(y: Value) -> list[Op]:
     return [user for value in (y, *chosen) for user in value.users if not isinstance(user, GatherLast)]
 
 
-def _adapter_of(graph: Graph, op: Op, rows: dict[Any, Value]) -> Value:
+def _adapter_of(graph: Graph, op: Op, rows: dict[Any, Value], adapter: Value) -> Value:
     """The slot of each row that an op computes: of each token, or of those whose logits are wanted."""
     count = op.operands[0].shape[0]
     if count not in rows:
-        rows[count] = graph.insert(GatherLast(graph.input("adapter"), graph.input("output_index")), op).result
+        rows[count] = graph.insert(GatherLast(adapter, graph.input("output_index")), op).result
     return rows[count]
 
 

@@ -61,6 +61,8 @@ def _chosen_alone(graph: Graph, before: Op, found: _Experts) -> Value:
     tokens, chosen = found.places.shape
     assert isinstance(chosen, int)
     one = put(Full(value=1.0, dtype=found.x.dtype, shape=(tokens, 1)))
+    known = graph.facts.get("all_experts", [])
+    graph.facts["all_experts"] = [*known, *(v.name for v in (found.gate_up, found.down) if v.is_weight)]
     total: Value | None = None
     for j in range(chosen):
         place = put(Slice(found.places, axis=-1, start=j, stop=j + 1))

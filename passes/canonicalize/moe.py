@@ -4,8 +4,11 @@
     moe(…) {interleaved}: gate0, up0, gate1, up1, …          →  gate0, gate1, …, up0, up1, … of rows and bias
 
 Weights are turned expert by expert as they are read. Those that are put together in the graph become weights
-first (`expert_weights.py`). `graph.facts["experts"]` says which stacks are those of parameters, and whether
-their gates and ups alternated: {"….gate_up_proj.rows": {"of": "….gate_up_proj", "interleaved": true}, …}.
+first (`expert_weights.py`).
+
+`graph.facts["experts"]` says of which parameters the turned stacks are, whether their gates and ups
+alternated, and whether their module leaves it unsaid that it has them transposed, as those do that compute
+all experts: {"….gate_up_proj.rows": {"of": "….gate_up_proj", "interleaved": true, "unsaid": false}, …}.
 """
 
 from __future__ import annotations
@@ -100,7 +103,9 @@ def _changed(graph: Graph, value: Value, *, turned: bool, apart: bool) -> Value:
         rows.quantized = stored.map_rows(_part_with_gates_first) if apart else stored
     if len(shape) == 3 and ".rows" not in value.name:
         known = graph.facts.get("experts", {})
-        graph.facts["experts"] = {**known, name: {"of": value.name, "interleaved": apart}}
+        unsaid = value.name in graph.facts.get("all_experts", ())
+        entry = {"of": value.name, "interleaved": apart, "unsaid": unsaid}
+        graph.facts["experts"] = {**known, name: entry}
     return graph.add_weight(name, rows)
 
 

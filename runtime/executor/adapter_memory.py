@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import mmap
 from collections.abc import Callable, Mapping, Sequence
@@ -71,6 +72,7 @@ class _Arrays:
     def __init__(self, place: Place, slots: int, blocks: int) -> None:
         dtype, parts = to_numpy(place.dtype), len(place.parts)
         columns = columns_of(place)
+        self._columns = np.cumsum([0, *(blocks_of(rows) for _, rows in place.parts)])
         self._all = (
             _Zeros((slots, parts, blocks, LANES), np.dtype(np.float32)),
             _Zeros((slots, parts, blocks, place.k, LANES), dtype),
@@ -89,11 +91,12 @@ class _Arrays:
         self.gained[: len(old.rank)] = old.gained
         for slot in np.flatnonzero(old.gained.any(1)):
             self.gain[slot] = old.gain[slot]
-        for slot in np.flatnonzero(old.rank.any(1)):
-            blocks = blocks_of(int(old.rank[slot].max()))
-            self.scale[slot, :, :blocks] = old.scale[slot, :, :blocks]
-            self.a[slot, :, :blocks] = old.a[slot, :, :blocks]
-            self.b[slot, :, : blocks * LANES] = old.b[slot, :, : blocks * LANES]
+        for slot, part in np.argwhere(old.rank > 0):
+            rank = int(old.rank[slot, part])
+            blocks, columns = blocks_of(rank), slice(*self._columns[part : part + 2])
+            self.scale[slot, part, :blocks] = old.scale[slot, part, :blocks]
+            self.a[slot, part, :blocks] = old.a[slot, part, :blocks]
+            self.b[slot, columns, :rank] = old.b[slot, columns, :rank]
 
     def clear(self, slot: int) -> None:
         """Nothing is in the slot any more."""
@@ -158,16 +161,46 @@ class AdapterMemory:
     """Slots for adapters, none at first; they grow in number and rank with what is put into them, and give
     their memory back when they are cleared.
 
+    Experts have hundreds of parts: adapters that change some have a second slot, of those places alone, and
+    all others take no room there.
+
     `bind` is told each array's address anew, by the name of the kernels' argument.
     """
 
     def __init__(self, places: AdapterPlaces, bind: Bind) -> None:
-        self._all_places, self._places, self._bind = places, places.places, bind
-        self.slots = 0
-        self.blocks = 1
+        self._all_places = places
+        layers = {number: place for number, place in enumerate(places.places) if place.stack is None}
+        experts = {number: place for number, place in enumerate(places.places) if place.stack is not None}
+        self._layers = _Places(layers, bind)
+        self._experts = _Places(experts, bind) if experts else None
+        self._second: dict[int, int] = {}
+        """By an adapter's slot, its slot among those that change experts."""
+
+    @property
+    def slots(self) -> int:
+        return self._layers.slots
+
+    @property
+    def blocks(self) -> int:
         """Largest rank there is room for, in 16."""
-        self._arrays: list[_Arrays] = []
-        self._resize(0, 1)
+        return self._layers.blocks
+
+    def sizes(self) -> dict[str, int]:
+        """The symbols of the kernels' shapes."""
+        found = {"A": self._layers.slots, "L": self._layers.blocks}
+        experts = self._experts
+        return found if experts is None else {**found, "AE": experts.slots, "LE": experts.blocks}
+
+    def expert_slots(self, adapter: np.ndarray) -> np.ndarray | None:
+        """Of tokens' slots int32 [T], those among adapters that change experts, -1 where one changes none;
+        None where kernels have no places for them.
+        """
+        if self._experts is None:
+            return None
+        second = np.full(self.slots + 1, -1, np.int32)  # the last is read for -1
+        for slot, own in self._second.items():
+            second[slot] = own
+        return second[adapter]
 
     def packed(self, factors: Factors) -> Packed:
         """See `pack`; changes nothing, so any thread may call it."""
@@ -175,12 +208,46 @@ class AdapterMemory:
 
     def set(self, slot: int, packed: Packed) -> None:
         """Fill a slot; what was in it is gone. Raises InputError where there are more slots than the kernels
-        count.
+        count, and leaves it empty.
         """
+        self.clear(slot)
+        of_experts = {n: parts for n, parts in packed.items() if self._all_places.places[n].stack is not None}
+        if of_experts:
+            assert self._experts is not None
+            taken = set(self._second.values())
+            own = next(i for i in itertools.count() if i not in taken)
+            self._experts.set(own, of_experts)
+            self._second[slot] = own
+        try:
+            self._layers.set(slot, {n: parts for n, parts in packed.items() if n not in of_experts})
+        except InputError:
+            self.clear(slot)
+            raise
+
+    def clear(self, slot: int) -> None:
+        """Empty a slot."""
+        if slot < self._layers.slots:
+            self._layers.clear(slot)
+        own = self._second.pop(slot, None)
+        if own is not None:
+            assert self._experts is not None
+            self._experts.clear(own)
+
+
+class _Places:
+    """Slots of some of the places, by their numbers."""
+
+    def __init__(self, places: Mapping[int, Place], bind: Bind) -> None:
+        self._places, self._bind = places, bind
+        self.slots, self.blocks = 0, 1
+        self._arrays: dict[int, _Arrays] = {}
+        self._resize(0, 1)
+
+    def set(self, slot: int, packed: Packed) -> None:
+        """Fill a slot that is empty. Raises InputError where there are more slots than the kernels count."""
         blocks = max(self.blocks, blocks_of(rank_of(packed)))
         if slot >= self.slots or blocks > self.blocks:
             self._resize(self._room(slot, blocks) if slot >= self.slots else self.slots, blocks)
-        self.clear(slot)
         for number, parts in packed.items():
             arrays, block, row = self._arrays[number], 0, 0
             for p, ((_, rows), part) in enumerate(zip(self._places[number].parts, parts, strict=True)):
@@ -196,8 +263,7 @@ class AdapterMemory:
                 block, row = block + blocks_of(rows), row + rows
 
     def clear(self, slot: int) -> None:
-        """Empty a slot."""
-        for arrays in self._arrays:
+        for arrays in self._arrays.values():
             arrays.clear(slot)
 
     def _room(self, slot: int, blocks: int) -> int:
@@ -206,7 +272,8 @@ class AdapterMemory:
 
     def _most(self, blocks: int) -> int:
         """The slots that a kernel can count."""
-        largest = max((max(len(p.parts) * p.k, columns_of(p) * LANES) for p in self._places), default=1)
+        sizes = (max(len(p.parts) * p.k, columns_of(p) * LANES) for p in self._places.values())
+        largest = max(sizes, default=1)
         return _MOST // (largest * blocks * LANES)
 
     def _resize(self, slots: int, blocks: int) -> None:
@@ -217,16 +284,16 @@ class AdapterMemory:
             )
         old = self._arrays
         try:
-            self._arrays = [_Arrays(place, slots, blocks) for place in self._places]
+            self._arrays = {n: _Arrays(place, slots, blocks) for n, place in self._places.items()}
         except OSError:
             raise InputError(
                 f"there is no memory for {slots} slots of rank {blocks * LANES}",
                 remedy="load fewer adapters at a time, or of smaller ranks",
             ) from None
-        for before, now in zip(old, self._arrays, strict=False):
-            now.take(before)
+        for number, before in old.items():
+            self._arrays[number].take(before)
         self.slots, self.blocks = slots, blocks
-        for number, arrays in enumerate(self._arrays):
+        for number, arrays in self._arrays.items():
             self._bind(f"lora_rank.{number}", arrays.rank)
             self._bind(f"lora_scale.{number}", arrays.scale)
             self._bind(f"lora_a.{number}", arrays.a)

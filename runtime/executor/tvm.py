@@ -257,8 +257,11 @@ class TvmExecutor(WithSlots):
             self._put(f"slot_mapping.{window}", slots)
             self._put(f"block_table.{window}", table)
         if self._adapters is not None:
-            sizes |= {"A": self._adapters.slots, "L": self._adapters.blocks}
-            self._put("adapter", adapter_slots(inputs, self._adapters.slots))
+            sizes |= self._adapters.sizes()
+            slots = adapter_slots(inputs, self._adapters.slots)
+            self._put("adapter", slots)
+            if (experts := self._adapters.expert_slots(slots)) is not None:
+                self._put("expert_adapter", experts)
         elif inputs.adapter is not None:
             raise InputError("these kernels take no adapters", remedy="compile with --adapters")
         for name in self._given:
