@@ -153,7 +153,9 @@ def test_what_does_not_fit_is_refused(
     part = "lora_magnitude_vector"
     magnitudes = {f"base_model.model.{m}.{part}": torch.ones(len(b)) for m, (_, b) in modules.items()}
     save_file({**load_file(norms), **magnitudes}, norms)
-    refused(r"magnitudes \(DoRA\) of experts, .*gate\[0\]: none can be chosen", norms.parent, UnsupportedError)
+    refused(
+        r"magnitudes \(DoRA\) of experts, .*gate\[0\]: none can be chosen", norms.parent, UnsupportedError
+    )
 
 
 # Matrices stored turned, gates and ups in turns; without a gate, all sizes equal; beside shared experts.

@@ -18,6 +18,8 @@ from .lora import FACTOR_DTYPES, LANES, low_rank
 from .moe import Change, Moe, QuantizedMoe
 
 Dims = Mapping[str, int]
+_DUE: Any = None
+"""Operands that stand behind attributes with defaults must seem to have one; `Op` asks for them."""
 
 
 @op("lora_moe")
@@ -29,15 +31,15 @@ class LoraMoe(Moe):
     of gate_up, lora_down_… of those of down, as `lora` has them.
     """
 
-    adapter: Operand
-    lora_up_rank: Operand
-    lora_up_scale: Operand
-    lora_up_a: Operand
-    lora_up_b: Operand
-    lora_down_rank: Operand
-    lora_down_scale: Operand
-    lora_down_a: Operand
-    lora_down_b: Operand
+    adapter: Operand = _DUE
+    lora_up_rank: Operand = _DUE
+    lora_up_scale: Operand = _DUE
+    lora_up_a: Operand = _DUE
+    lora_up_b: Operand = _DUE
+    lora_down_rank: Operand = _DUE
+    lora_down_scale: Operand = _DUE
+    lora_down_a: Operand = _DUE
+    lora_down_b: Operand = _DUE
 
     def infer(self) -> list[TensorType]:
         found = super().infer()
@@ -56,15 +58,15 @@ class LoraMoe(Moe):
 class QuantizedLoraMoe(QuantizedMoe):
     """`lora_moe` by quantized experts."""
 
-    adapter: Operand
-    lora_up_rank: Operand
-    lora_up_scale: Operand
-    lora_up_a: Operand
-    lora_up_b: Operand
-    lora_down_rank: Operand
-    lora_down_scale: Operand
-    lora_down_a: Operand
-    lora_down_b: Operand
+    adapter: Operand = _DUE
+    lora_up_rank: Operand = _DUE
+    lora_up_scale: Operand = _DUE
+    lora_up_a: Operand = _DUE
+    lora_up_b: Operand = _DUE
+    lora_down_rank: Operand = _DUE
+    lora_down_scale: Operand = _DUE
+    lora_down_a: Operand = _DUE
+    lora_down_b: Operand = _DUE
 
     def infer(self) -> list[TensorType]:
         found = super().infer()

@@ -46,7 +46,7 @@ def place_experts(
         up, down = (_parameter(graph, stack) for stack in op.stacks)
         assert up is not None and down is not None
         factors = _factors(graph, op, number + len(places))
-        kind = QuantizedLoraMoe if isinstance(op, QuantizedMoe) else LoraMoe
+        kind: Any = QuantizedLoraMoe if isinstance(op, QuantizedMoe) else LoraMoe
         fields = {f.name: getattr(op, f.name) for f in op.operand_fields} | op.attributes()
         new = kind(**fields, adapter=adapter_of(op), **factors)
         new.loc = op.loc

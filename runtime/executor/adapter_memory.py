@@ -122,8 +122,11 @@ def columns_of(place: Place) -> int:
 class Slots(Protocol):
     """Where the factors of loaded adapters are kept, all but `packed` between two steps."""
 
-    slots: int
-    blocks: int
+    @property
+    def slots(self) -> int: ...
+
+    @property
+    def blocks(self) -> int: ...
 
     def packed(self, factors: Factors) -> Packed: ...
 

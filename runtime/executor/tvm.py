@@ -138,7 +138,8 @@ class TvmExecutor(WithSlots):
         self._scaled_from = scaled_from(artifact.model)
         self.adapter_places = AdapterPlaces.parse(entry)
         places = self.adapter_places
-        self._adapters = AdapterMemory(places, self._bind) if places is not None else None
+        self._factors = AdapterMemory(places, self._bind) if places is not None else None
+        self._adapters = self._factors
 
     def _bind_weights(self, artifact: Artifact) -> None:
         for name, place in self._arguments.items():
@@ -256,11 +257,11 @@ class TvmExecutor(WithSlots):
             sizes[f"N{window}"] = self._window_pages[which] if self._window_pages else self.num_pages
             self._put(f"slot_mapping.{window}", slots)
             self._put(f"block_table.{window}", table)
-        if self._adapters is not None:
-            sizes |= self._adapters.sizes()
-            slots = adapter_slots(inputs, self._adapters.slots)
+        if self._factors is not None:
+            sizes |= self._factors.sizes()
+            slots = adapter_slots(inputs, self._factors.slots)
             self._put("adapter", slots)
-            if (experts := self._adapters.expert_slots(slots)) is not None:
+            if (experts := self._factors.expert_slots(slots)) is not None:
                 self._put("expert_adapter", experts)
         elif inputs.adapter is not None:
             raise InputError("these kernels take no adapters", remedy="compile with --adapters")
