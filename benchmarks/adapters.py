@@ -24,7 +24,8 @@ from typing import Any
 import llmc
 import numpy as np
 from llmc.cli.measure import Prompts
-from llmc.runtime.adapters import AdapterPlaces, TakesAdapters
+from llmc.runtime.adapter_places import AdapterPlaces
+from llmc.runtime.adapters import TakesAdapters
 from llmc.runtime.llm import LLM
 from safetensors.numpy import save_file
 

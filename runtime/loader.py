@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from ..codegen.artifact import Artifact
 from ..ir.errors import ArtifactError, InputError
-from .adapters import BaseWeights, check_places
+from .adapter_places import BaseWeights
+from .adapters import check_places
 from .chat_template import template_of
 from .drafters import DraftModel
 from .engine import Engine, EngineOptions, ModelFacts

@@ -19,7 +19,7 @@ from llmc.ir.adapters import Adapter
 from llmc.ir.errors import ArtifactError, InputError, UnsupportedError
 from llmc.ir.weights import ArrayTensor
 from llmc.runtime import adapters
-from llmc.runtime.adapters import AdapterPlaces, Factors, Place
+from llmc.runtime.adapter_places import AdapterPlaces, Factors, Place
 
 from .lora_files import adapter
 from .models import ids_of, reference_logits, save_tiny, tiny_model

@@ -18,7 +18,7 @@ from llmc.ir.adapters import Adapter, LowRank, OfParameters
 from llmc.ir.errors import ArtifactError, InputError, UnsupportedError
 from llmc.ir.expert_parts import ExpertParts, by_experts
 from llmc.ir.weights import ArrayTensor
-from llmc.runtime.adapters import AdapterPlaces, Place
+from llmc.runtime.adapter_places import AdapterPlaces, Place
 from llmc.runtime.executor.adapter_memory import AdapterMemory
 from llmc.runtime.llm import LLM
 from safetensors.torch import load_file, save_file

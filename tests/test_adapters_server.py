@@ -19,7 +19,7 @@ from llmc.cli.serve import _adapters, _named_adapters
 from llmc.ir.errors import InputError
 from llmc.ir.gguf_rows import GGUFRows
 from llmc.runtime import adapters
-from llmc.runtime.adapters import AdapterPlaces, Factors, Place
+from llmc.runtime.adapter_places import AdapterPlaces, Factors, Place
 from llmc.runtime.chat_template import ChatTemplate
 from llmc.runtime.engine import Engine, EngineOptions, ModelFacts
 from llmc.runtime.llm import LLM

@@ -24,7 +24,8 @@ from llmc.ir import interpreter
 from llmc.ir.dtypes import to_numpy
 from llmc.ir.errors import InputError, LlmcError, UnsupportedError
 from llmc.ir.ops.lora import Lora
-from llmc.runtime.adapters import AdapterPlaces, Factor, Place, check_places
+from llmc.runtime.adapter_places import AdapterPlaces, Factor, Place
+from llmc.runtime.adapters import check_places
 from llmc.runtime.executor import StepInputs, cuda
 from llmc.runtime.executor.adapter_memory import AdapterMemory
 from llmc.runtime.executor.cuda_adapters import CudaAdapters

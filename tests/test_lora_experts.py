@@ -20,7 +20,7 @@ from llmc.ir.errors import InputError, UnsupportedError
 from llmc.passes.adapt.lora import MergeLora
 from llmc.passes.base import PassContext
 from llmc.passes.manager import run_passes
-from llmc.runtime.adapters import AdapterPlaces
+from llmc.runtime.adapter_places import AdapterPlaces
 from safetensors.torch import load_file, save_file
 
 from .families import reference, save_family

@@ -27,7 +27,7 @@ from llmc.passes.base import PassContext
 from llmc.passes.manager import run_passes
 from llmc.passes.quantize.rotate import RotateLinears
 from llmc.passes.quantize.walk import QuantizeRtn
-from llmc.runtime.adapters import AdapterPlaces, Place
+from llmc.runtime.adapter_places import AdapterPlaces, Place
 from llmc.runtime.executor.adapter_memory import AdapterMemory
 from safetensors.numpy import load_file, save_file
 

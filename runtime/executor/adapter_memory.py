@@ -15,7 +15,7 @@ from ...ir.dtypes import to_numpy
 from ...ir.errors import InputError
 
 if TYPE_CHECKING:
-    from ..adapters import AdapterPlaces, Factor, Factors, Place
+    from ..adapter_places import AdapterPlaces, Factor, Factors, Place
 
 LANES = 16
 _MOST = (1 << 31) - 1

@@ -21,7 +21,7 @@ from .cuda_driver import Driver
 from .gpu_program import round_up
 
 if TYPE_CHECKING:
-    from ..adapters import AdapterPlaces, Factors, Place
+    from ..adapter_places import AdapterPlaces, Factors, Place
 
 _ALIGNMENT = 256
 _REMEDY = "load fewer adapters at a time, or of smaller ranks, or lower kv_tokens: the cache takes memory too"

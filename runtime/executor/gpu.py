@@ -14,7 +14,7 @@ import numpy as np
 from ...codegen.artifact import Artifact
 from ...ir.dtypes import to_numpy
 from ...ir.errors import ArtifactError, InputError
-from ..adapters import AdapterPlaces
+from ..adapter_places import AdapterPlaces
 from .adapter_memory import WithSlots
 from .base import STEP_INPUTS, StepInputs, adapter_slots, check_step, scaled_from
 from .gpu_program import Driver, Pieces, Program, Room, round_up

@@ -27,7 +27,7 @@ from ...codegen.artifact import Artifact
 from ...ir.dtypes import to_numpy
 from ...ir.errors import ArtifactError, InputError, LlmcError
 from .. import cpu
-from ..adapters import AdapterPlaces
+from ..adapter_places import AdapterPlaces
 from .adapter_memory import AdapterMemory, WithSlots
 from .base import (
     STEP_INPUTS,
