@@ -13,6 +13,7 @@ import io
 import itertools
 import logging
 import re
+import threading
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -48,20 +49,30 @@ def _uncached() -> Any:
     return patch(name, False) if hasattr(settings, name) else contextlib.nullcontext()
 
 
+_TRACING = threading.Lock()
+_without: list[bool] = []
+"""What the setting was, once for each trace that runs."""
+
+
 @contextlib.contextmanager
 def _without_stacks() -> Generator[None]:
     """torch notes for each operator which lines of Python led to it, a tenth of a trace; nobody reads it."""
     import torch.fx.config as settings
 
     name = "do_not_emit_stack_traces"
-    before = getattr(settings, name, None)  # an older torch has no such setting
-    if before is not None:
+    if not hasattr(settings, name):  # an older torch
+        yield
+        return
+    with _TRACING:  # other threads may trace too: the first saw what the last is to put back
+        _without.append(_without[0] if _without else getattr(settings, name))
         setattr(settings, name, True)
     try:
         yield
     finally:
-        if before is not None:
-            setattr(settings, name, before)
+        with _TRACING:
+            before = _without.pop()
+            if not _without:
+                setattr(settings, name, before)
 
 
 def _flat(data: Any) -> tuple[list[Any], list[int]] | None:

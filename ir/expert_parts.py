@@ -93,12 +93,20 @@ def by_experts(adapter: Adapter, stacks: Sequence[ExpertParts], known: Container
             left[module] = of
         elif module in known and matrix is not None and of.factors[0][0].shape[0] == matrix[0]:
             changes[module] = LowRank(*of.factors[0], matrix[1])
+        elif module in known or _is_one(of):
+            changes[module] = of.itself()
         else:
-            try:
-                changes[module] = of.itself()  # by the checkpoint's name, maybe
-            except InputError:
-                left[module] = of  # of another rank, as that of many matrices is
+            left[module] = of
     return replace(adapter, changes=changes, parameters=left)
+
+
+def _is_one(of: OfParameters) -> bool:
+    """Whether it has the rank of one matrix: of a module by the checkpoint's name, maybe, and of no stack."""
+    try:
+        of.itself()
+    except InputError:
+        return False
+    return True
 
 
 def _rules(of: OfParameters, stack: ExpertParts) -> tuple[int, float] | None:

@@ -19,6 +19,7 @@ from llmc.ir.errors import ArtifactError, InputError, UnsupportedError
 from llmc.ir.expert_parts import ExpertParts, by_experts
 from llmc.ir.weights import ArrayTensor
 from llmc.runtime.adapter_places import AdapterPlaces, Place
+from llmc.runtime.executor import adapter_memory
 from llmc.runtime.executor.adapter_memory import AdapterMemory
 from llmc.runtime.llm import LLM
 from safetensors.torch import load_file, save_file
@@ -347,3 +348,44 @@ def test_a_mixture_without_kernels_leaves_other_layers_their_places(tmp_path: Pa
         expert = write_adapter(tmp_path / "bad", {"model.layers.0.mlp.experts.0.gate_proj": factors})
         with pytest.raises(InputError, match="which this model has no place for"):
             llm.load_adapter("bad", expert)
+
+
+def test_room_that_was_kept_is_given_up_where_a_kernel_cannot_count_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """For more slots that nobody has asked for, and for a rank that went."""
+    entry = {"k": 8, "parts": [["s", 16]], "dtype": "float32", "experts": 4, "of": "s"}
+    experts = Place.parse({**entry, "interleaved": False, "unsaid": False})
+    layer = Place(8, (("q", 16),))
+    memory = AdapterMemory(AdapterPlaces(256, (layer, experts)), lambda *_: None)
+    monkeypatch.setattr(adapter_memory, "_MOST", 64 * 16 * 8)  # 8 slots of rank 16: 64 columns of each
+
+    def put(slot: int, rank: int) -> None:
+        part = (np.ones((rank, 8), "f"), np.ones((16, rank), "f"))
+        memory.set(slot, memory.packed({1: [part, None, None, None]}))
+
+    for slot in range(3):
+        put(slot, 16)
+    assert memory.sizes()["AE"] == 6
+    put(3, 32)  # 4 slots of rank 32, not 6
+    assert (memory.sizes()["AE"], memory.sizes()["LE"]) == (4, 2)
+    with pytest.raises(InputError, match="more than a kernel can count"):
+        put(4, 16)
+    memory.clear(3)
+    for slot in range(3, 8):  # as many of rank 16 as ever
+        put(slot, 16)
+    assert (memory.sizes()["AE"], memory.sizes()["LE"]) == (8, 1)
+    with pytest.raises(InputError, match="more than a kernel can count"):
+        put(8, 16)
+    assert memory.expert_slots(np.arange(memory.slots, dtype=np.int32)) is not None
+
+
+def test_a_module_of_another_rank_is_told_of(
+    mixtral: tuple[Path, dict[str, np.ndarray], LLM], tmp_path: Path
+) -> None:
+    """Beside parameters too: that is no change of a parameter without places."""
+    one = tmp_path / "one"
+    factors = np.ones((3, 64), "f"), np.ones((64, 3), "f")
+    write_adapter(one, {"model.layers.0.self_attn.q_proj": factors}, target_parameters=["down_proj"], r=4)
+    with pytest.raises(InputError, match=r"has the rank 3, adapter_config\.json says 4"):
+        mixtral[2].load_adapter("bad", one)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from llmc.frontend import export
 from llmc.frontend.trace import trace_module
 from llmc.ir.errors import UnsupportedError
 from llmc.ir.interpreter import run
@@ -79,3 +80,18 @@ def test_a_weight_that_is_held_under_two_names_is_changed_under_both() -> None:
     model = Tied()
     (got,) = run(trace_module(model, (X,)), {"x": X})
     torch.testing.assert_close(got, model(X))
+
+
+def test_stacks_are_noted_again_when_the_last_trace_ends() -> None:
+    """Traces of other threads begin and end in any order; what the user set is the user's."""
+    import torch.fx.config as settings
+
+    first, second = export._without_stacks(), export._without_stacks()
+    before = settings.do_not_emit_stack_traces
+    first.__enter__()
+    second.__enter__()
+    assert settings.do_not_emit_stack_traces
+    first.__exit__(None, None, None)
+    assert settings.do_not_emit_stack_traces
+    second.__exit__(None, None, None)
+    assert settings.do_not_emit_stack_traces is before

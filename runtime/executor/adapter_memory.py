@@ -39,13 +39,13 @@ def blocks_of(rows: int) -> int:
 
 class _Zeros:
     """An array by slots, of zeros, which begins with a page of memory. Those slots take memory that are
-    written, until they are given back.
+    written, until they are given back. `sparse`: of their parts few may be written, by pieces.
     """
 
-    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[np.generic], *, sparse: bool = False) -> None:
         size = math.prod(shape) * dtype.itemsize
         self._map = mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if size >= _HUGE and (advice := getattr(mmap, "MADV_HUGEPAGE", None)) is not None:
+        if size >= _HUGE and not sparse and (advice := getattr(mmap, "MADV_HUGEPAGE", None)) is not None:
             with contextlib.suppress(OSError):  # a kernel without them
                 self._map.madvise(advice)
         self.array: np.ndarray = np.ndarray(shape, dtype, buffer=self._map)
@@ -73,10 +73,11 @@ class _Arrays:
         dtype, parts = to_numpy(place.dtype), len(place.parts)
         columns = columns_of(place)
         self._columns = np.cumsum([0, *(blocks_of(rows) for _, rows in place.parts)])
+        sparse = place.stack is not None
         self._all = (
-            _Zeros((slots, parts, blocks, LANES), np.dtype(np.float32)),
-            _Zeros((slots, parts, blocks, place.k, LANES), dtype),
-            _Zeros((slots, columns, blocks * LANES, LANES), dtype),
+            _Zeros((slots, parts, blocks, LANES), np.dtype(np.float32), sparse=sparse),
+            _Zeros((slots, parts, blocks, place.k, LANES), dtype, sparse=sparse),
+            _Zeros((slots, columns, blocks * LANES, LANES), dtype, sparse=sparse),
         )
         self._rank = _Zeros((slots, parts), np.dtype(np.int32))
         self.rank = self._rank.array
@@ -87,8 +88,9 @@ class _Arrays:
 
     def take(self, old: _Arrays) -> None:
         """The slots of others. What an adapter does not use of its slot stays untouched."""
-        self.rank[: len(old.rank)] = old.rank
-        self.gained[: len(old.rank)] = old.gained
+        both = min(len(old.rank), len(self.rank))
+        self.rank[:both] = old.rank[:both]
+        self.gained[:both] = old.gained[:both]
         for slot in np.flatnonzero(old.gained.any(1)):
             self.gain[slot] = old.gain[slot]
         for slot, part in np.argwhere(old.rank > 0):
@@ -243,14 +245,22 @@ class _Places:
     def __init__(self, places: Mapping[int, Place], bind: Bind) -> None:
         self._places, self._bind = places, bind
         self.slots, self.blocks = 0, 1
+        self._held: dict[int, int] = {}
+        """By a slot that is filled, the blocks of its largest rank."""
         self._arrays: dict[int, _Arrays] = {}
         self._resize(0, 1)
 
     def set(self, slot: int, packed: Packed) -> None:
         """Fill a slot that is empty. Raises InputError where there are more slots than the kernels count."""
-        blocks = max(self.blocks, blocks_of(rank_of(packed)))
-        if slot >= self.slots or blocks > self.blocks:
-            self._resize(self._room(slot, blocks) if slot >= self.slots else self.slots, blocks)
+        own = blocks_of(rank_of(packed))
+        if slot >= self.slots or own > self.blocks:
+            least, blocks = max(slot, *self._held, 0) + 1, max(own, self.blocks)
+            if least > self._most(blocks):  # no room need be kept for a rank that went
+                blocks = max(own, *self._held.values(), 1)
+            # As many slots again, for memory that nobody touches costs nothing.
+            slots = self.slots if slot < self.slots else 2 * slot + 2
+            self._resize(max(least, min(slots, self._most(blocks))), blocks)
+        self._held[slot] = own
         for number, parts in packed.items():
             arrays, block, row = self._arrays[number], 0, 0
             for p, ((_, rows), part) in enumerate(zip(self._places[number].parts, parts, strict=True)):
@@ -266,12 +276,9 @@ class _Places:
                 block, row = block + blocks_of(rows), row + rows
 
     def clear(self, slot: int) -> None:
+        self._held.pop(slot, None)
         for arrays in self._arrays.values():
             arrays.clear(slot)
-
-    def _room(self, slot: int, blocks: int) -> int:
-        """How many slots to make: as many again, for memory that nobody touches costs nothing."""
-        return max(slot + 1, min(2 * slot + 2, self._most(blocks)))
 
     def _most(self, blocks: int) -> int:
         """The slots that a kernel can count."""
@@ -293,8 +300,8 @@ class _Places:
                 f"there is no memory for {slots} slots of rank {blocks * LANES}",
                 remedy="load fewer adapters at a time, or of smaller ranks",
             ) from None
-        for number, before in old.items():
-            self._arrays[number].take(before)
+        for number in list(old):  # what was taken is dropped: both at once are those of one place alone
+            self._arrays[number].take(old.pop(number))
         self.slots, self.blocks = slots, blocks
         for number, arrays in self._arrays.items():
             self._bind(f"lora_rank.{number}", arrays.rank)
