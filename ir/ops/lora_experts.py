@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..core import Value
+from ..core import Op, Value
 from ..define import Operand, op
 from ..errors import CompileError, VerifyError
 from ..types import TensorType
@@ -22,8 +22,34 @@ _DUE: Any = None
 """Operands that stand behind attributes with defaults must seem to have one; `Op` asks for them."""
 
 
+class _Adapted(Op):
+    """What both kinds of mixtures take beside their own operands, which stand first (the order of bases)."""
+
+    adapter: Operand = _DUE
+    lora_up_rank: Operand = _DUE
+    lora_up_scale: Operand = _DUE
+    lora_up_a: Operand = _DUE
+    lora_up_b: Operand = _DUE
+    lora_down_rank: Operand = _DUE
+    lora_down_scale: Operand = _DUE
+    lora_down_a: Operand = _DUE
+    lora_down_b: Operand = _DUE
+
+    def infer(self: Any) -> list[TensorType]:
+        found = super().infer()
+        _check(self)
+        return found
+
+    def verify(self: Any) -> None:
+        super().verify()
+        _verify(self)
+
+    def reference(self: Any, dims: Dims, *args: Any) -> Any:
+        return self.mixed(args[:-9], _changes(self, args[-9:]))
+
+
 @op("lora_moe")
-class LoraMoe(Moe):
+class LoraMoe(_Adapted, Moe):
     """`moe` whose experts are changed by each token's adapter: products x · gate_upᵀ and held · downᵀ gain
     B[s, e] (scale[s, e] · A[s, e] x) of slot s = adapter[t], and nothing where that is negative.
 
@@ -31,54 +57,10 @@ class LoraMoe(Moe):
     of gate_up, lora_down_… of those of down, as `lora` has them.
     """
 
-    adapter: Operand = _DUE
-    lora_up_rank: Operand = _DUE
-    lora_up_scale: Operand = _DUE
-    lora_up_a: Operand = _DUE
-    lora_up_b: Operand = _DUE
-    lora_down_rank: Operand = _DUE
-    lora_down_scale: Operand = _DUE
-    lora_down_a: Operand = _DUE
-    lora_down_b: Operand = _DUE
-
-    def infer(self) -> list[TensorType]:
-        found = super().infer()
-        _check(self)
-        return found
-
-    def verify(self) -> None:
-        super().verify()
-        _verify(self)
-
-    def reference(self, dims: Dims, *args: Any) -> Any:
-        return self.mixed(args[:-9], _changes(self, args[-9:]))
-
 
 @op("quantized_lora_moe")
-class QuantizedLoraMoe(QuantizedMoe):
+class QuantizedLoraMoe(_Adapted, QuantizedMoe):
     """`lora_moe` by quantized experts."""
-
-    adapter: Operand = _DUE
-    lora_up_rank: Operand = _DUE
-    lora_up_scale: Operand = _DUE
-    lora_up_a: Operand = _DUE
-    lora_up_b: Operand = _DUE
-    lora_down_rank: Operand = _DUE
-    lora_down_scale: Operand = _DUE
-    lora_down_a: Operand = _DUE
-    lora_down_b: Operand = _DUE
-
-    def infer(self) -> list[TensorType]:
-        found = super().infer()
-        _check(self)
-        return found
-
-    def verify(self) -> None:
-        super().verify()
-        _verify(self)
-
-    def reference(self, dims: Dims, *args: Any) -> Any:
-        return self.mixed(args[:-9], _changes(self, args[-9:]))
 
 
 def factor_shapes(
