@@ -96,16 +96,18 @@ class Pairs:
             args += [self.source, self.indices, _floats(self.low, op.up_bias)]
         return self.low.kernel("moe_gate", kernels.make_moe_gate, static, args, self.rows(width))
 
-    def adapted(self, op: Moe | QuantizedMoe, y: Any, x: Any, *, by_token: bool) -> Any:
-        """Products y of all pairs → with what the tokens' adapters add, written in place; x: of the tokens,
-        whose products are gates and ups, or of the pairs.
+    def adapted(self, op: Moe | QuantizedMoe, y: Any, held: Any = None) -> Any:
+        """Products y of all pairs → with what the tokens' adapters add, written in place: gates and ups, or,
+        of what the pairs `held`, downs.
         """
         if not isinstance(op, LoraMoe | QuantizedLoraMoe):
             return y
-        low, stack = self.low, op.stacks[0 if by_token else 1]
-        parts = op.gate.products if by_token else 1
-        factors = [op.lora_up_rank, op.lora_up_scale, op.lora_up_a, op.lora_up_b]
-        if not by_token:
+        low, by_token = self.low, held is None
+        if by_token:
+            stack, parts, x = op.stacks[0], op.gate.products, low.rows(op.x, length(op.x.shape[-1]))
+            factors = [op.lora_up_rank, op.lora_up_scale, op.lora_up_a, op.lora_up_b]
+        else:
+            stack, parts, x = op.stacks[1], 1, held
             factors = [op.lora_down_rank, op.lora_down_scale, op.lora_down_a, op.lora_down_b]
         n, k = (length(d) for d in stack.shape[1:])
         static = {"rows": n // parts, "parts": parts, "k": k, "experts": self.experts, "top_k": self.k}
@@ -125,10 +127,9 @@ def moe(low: Lowering, op: Any) -> Any:
         args = [x, pairs.source, pairs.offsets, pairs.active, low.get(weight)]
         return low.kernel("moe_linear", kernels.make_moe_linear, static, args, pairs.rows(length(n)))
 
-    x = low.rows(op.x, width)
-    products = pairs.adapted(op, product(x, op.gate_up, pairs.k), x, by_token=True)
+    products = pairs.adapted(op, product(low.rows(op.x, width), op.gate_up, pairs.k))
     held = pairs.gate(op, products, wide // op.gate.products)
-    return pairs.finish(op, pairs.adapted(op, product(held, op.down, 0), held, by_token=False))
+    return pairs.finish(op, pairs.adapted(op, product(held, op.down, 0), held))
 
 
 @emits("quantized_moe", "quantized_lora_moe")
@@ -154,7 +155,7 @@ def quantized_moe(low: Lowering, op: Any) -> Any:
     parts = low.kernel("moe_gather", kernels.make_moe_gather, static, args, types(up, apart))
     given = [low.emit(relax.TupleGetItem(parts, i)) for i in range(3)]
     products = product(given, up, [op.up_q, op.up_scale, op.up_zero_point], apart)
-    products = pairs.adapted(op, products, low.rows(op.x, up.k), by_token=True)
+    products = pairs.adapted(op, products)
 
     held = pairs.gate(op, products, up.n // op.gate.products)
     static = {"k": down.k, "group_size": down.group_size, "align": down.align, "apart": 0}
@@ -163,4 +164,4 @@ def quantized_moe(low: Lowering, op: Any) -> Any:
     )
     given = [low.emit(relax.TupleGetItem(parts, i)) for i in range(3)]
     y = product(given, down, [op.down_q, op.down_scale, op.down_zero_point], 0)
-    return pairs.finish(op, pairs.adapted(op, y, held, by_token=False))
+    return pairs.finish(op, pairs.adapted(op, y, held))

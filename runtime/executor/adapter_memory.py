@@ -180,6 +180,8 @@ class AdapterMemory:
         self._experts = _Places(experts, bind) if experts else None
         self._second: dict[int, int] = {}
         """By an adapter's slot, its slot among those that change experts."""
+        self._seconds = np.full(1, -1, np.int32)
+        """The same by every slot, -1 where it changes none; the last is for tokens without an adapter."""
 
     @property
     def slots(self) -> int:
@@ -200,12 +202,12 @@ class AdapterMemory:
         """Of tokens' slots int32 [T], those among adapters that change experts, -1 where one changes none;
         None where kernels have no places for them.
         """
-        if self._experts is None:
-            return None
-        second = np.full(self.slots + 1, -1, np.int32)  # the last is read for -1
+        return None if self._experts is None else self._seconds[adapter]
+
+    def _count_seconds(self) -> None:
+        self._seconds = np.full(self.slots + 1, -1, np.int32)
         for slot, own in self._second.items():
-            second[slot] = own
-        return second[adapter]
+            self._seconds[slot] = own
 
     def packed(self, factors: Factors) -> Packed:
         """See `pack`; changes nothing, so any thread may call it."""
@@ -228,6 +230,7 @@ class AdapterMemory:
         except InputError:
             self.clear(slot)
             raise
+        self._count_seconds()
 
     def clear(self, slot: int) -> None:
         """Empty a slot."""
@@ -237,6 +240,7 @@ class AdapterMemory:
         if own is not None:
             assert self._experts is not None
             self._experts.clear(own)
+            self._count_seconds()
 
 
 class _Places:
