@@ -14,7 +14,7 @@ from ..frontend.chat_shapes import Renderer
 from ..frontend.classifier import score_by_tokens
 from ..frontend.dense import project
 from ..frontend.memory import few_collections, release_freed_memory
-from ..frontend.rope import RopeScaling, longest, rope_facts
+from ..frontend.rope import RopeScaling, longest
 from ..frontend.source import ModelSource, context_length, describe, open_source
 from ..frontend.tokenizer import DetectTools, TokenizerFacts, export_tokenizer
 from ..frontend.trace import trace_module
@@ -26,7 +26,6 @@ from ..ir.ops.moe import quantized_parts
 from ..ir.printer import print_graph
 from ..ir.weights import num_bytes, num_elements
 from ..passes.base import PassContext, Progress, no_progress
-from ..passes.cache.rotary import rotary_facts
 from ..passes.calibration import LENGTH
 from ..passes.manager import PassRecord, run_passes
 from ..passes.pipelines import function, language_model
@@ -44,15 +43,19 @@ from .calibrate import (
 from .extensions import load_ops
 from .manifest import PAGE_SIZE, begin_manifest, tokenizer_entry
 from .memory import check_peak, processes_at_once, watched
+from .model_facts import held_length, model_facts, rope_scaling_facts
 from .peak import WORKER_BYTES, Peak, predict_peak
 from .progress import Share
 from .request import DEFAULT_CALIBRATION, DEFAULT_VERDICT, Plan, Request, with_scaling
-from .target import ask_target, emit_target, prepare_targets, with_adapters, with_tune
+from .target import ask_target, begin_target, emit_target, prepare_targets, with_adapters, with_tune
 from .trace_cache import trace_once
 from .verdict import VerdictOptions, prepare_held, without_verdict
 
 if TYPE_CHECKING:
     import torch
+
+
+_LATER = 0.1  # of the progress bar, for what is measured
 
 
 @dataclass
@@ -156,47 +159,8 @@ def count_weights(graph: Graph) -> int:
     return sum(num_elements(v.weight) for v in graph.weights.values() if v.weight and v not in added)
 
 
-def _rope_facts(source: ModelSource) -> dict[str, Any] | None:
-    """`model.rope_scaling` of a manifest (docs/architecture.md)."""
-    facts = rope_facts(source.config, source.length, context_length(source.config))
-    if facts is not None and source.rope_scaling is not None and source.rope_scaling.needed:
-        facts |= {"when": "needed", "offset": source.length}
-    return facts
-
-
-def _held(graph: Graph, context: int | None) -> int | None:
-    """The longest sequence that was asked for, or as long a one as the graph holds for."""
-    held = graph.facts.get("positions")
-    return min(context, held) if context is not None and held is not None else context
-
-
-def _model_facts(source: ModelSource, graph: Graph, context: int | None) -> dict[str, Any]:
-    facts = describe(source) if source.config is not None else {}
-    context = _held(graph, context)
-    width = graph.outputs[0].shape[-1] if graph.outputs[0].type.rank else None
-    known = ("token_types", "state", "alone", "scored", "pooling")
-    types = {name: graph.facts[name] for name in known if name in graph.facts}
-    rope = _rope_facts(source)
-    return {
-        **source.use,
-        **types,
-        **({} if rope is None else {"rope_scaling": rope}),
-        **({"rotary": rotary_facts(graph)} if graph.facts["kind"] == "causal_lm" else {}),
-        "name": source.name,
-        "architecture": facts.get("architecture") or source.name,
-        "num_layers": facts.get("num_layers") if "state" in types else len(graph.facts.get("kv", [])),
-        "vocab_size": width if graph.facts["kind"] == "causal_lm" else facts.get("vocab_size"),
-        "hidden_size": width if graph.facts["kind"] == "encoder" else facts.get("hidden_size"),
-        "context_length": context,
-        "eos_token_ids": source.generation.eos_token_ids,
-        "bos_token_id": source.generation.bos_token_id,
-        "kv": graph.facts.get("kv", []),
-        "generation": source.generation.sampling,
-    }
-
-
 def _manifest(job: _Job, graph: Graph) -> dict[str, Any]:
-    model = _model_facts(job.source, graph, job.context.context_length)
+    model = model_facts(job.source, graph, job.context.context_length)
     tokenizer = tokenizer_entry(job.tokenizer)
     return begin_manifest(graph, model, kv_dtype=job.plan.kv_dtype, tokenizer=tokenizer)
 
@@ -260,9 +224,11 @@ def compile_model(
         job = _Job(asked, plan, source, passing, writer, render, detect)
         _read_text(job, graph, Path(output), progress, say)
         share = Share(progress, 0.80 if plan.calibrated else 0.50 if plan.measured else 0.20)
-        passing.progress = share.between(0.10, share.passes_end)
+        passing.later = [] if plan.measured and max_ram is None else None
+        passing.progress = share.between(0.10, share.passes_end - (_LATER if plan.measured else 0.0))
         graph, records = lower(graph, plan, passing, Path(dump_ir) if dump_ir is not None else None)
         release_freed_memory()  # before a kernel compiler stands beside this process
+        _do_later(job, graph, share, stack)
         artifact, weight_bytes, bits = _write(job, graph, share)
     progress("done", 1.0)
     notes = list(dict.fromkeys(passing.notes))
@@ -313,6 +279,15 @@ def _read_text(
     elif job.plan.measured:
         progress("held-out text", 0.10)
         prepare_held(job.context, text)
+
+
+def _do_later(job: _Job, graph: Graph, share: Share, stack: ExitStack) -> None:
+    """What passes have put off, while a target begins its kernels."""
+    later = job.context.later or []
+    if later:
+        begin_target(job.plan.targets[0], graph, job.writer, stack)
+    for work in later:
+        work(share.between(share.passes_end - _LATER, share.passes_end))
 
 
 def _write(job: _Job, graph: Graph, share: Share) -> tuple[Artifact, int, float]:
@@ -484,7 +459,7 @@ def check_model(
     caches = graph.facts.get("kv", [])
     a_token = sum(2 * kv["heads"] * kv_bytes(plan.kv_dtype, kv["head_dim"]) for kv in caches)
     return CheckReport(
-        {**facts, "context": _held(graph, length), "rope_scaling": _rope_facts(source)},
+        {**facts, "context": held_length(graph, length), "rope_scaling": rope_scaling_facts(source)},
         len(graph.ops),
         attentions or len(caches),
         a_token,

@@ -11,7 +11,7 @@ transformers, the tokenizer's remains):
     tuning        of a block: weights twice, their gradients, one sequence's values with gradients; of the
                   whole model: four numbers for every scale
     verdict       of a block: both models' weights, values of the sequences that are computed side by side; or
-                  the heads by pieces
+                  the heads by pieces; and the kernel compilers' processes, where there is no cap
     kernels       packing of weights, and the kernel compilers' processes beside it
 
 The whole process tree counts, pages that processes share for each of them. Constants were measured on Linux,
@@ -138,6 +138,8 @@ def predict_peak(
         kept = 2 * KEPT if isinstance(one, QuantizeGptq) and not capped else 0
         for name, size in taken:
             size += kept
+            if name == "verdict" and not capped:
+                size += kernels * WORKER_BYTES
             phases[name] = max(phases.get(name, 0), base + size)
     return Peak(phases)
 

@@ -77,6 +77,13 @@ class Target(ABC):
         """
         return nullcontext()
 
+    def begun(self, graph: Graph, writer: ArtifactWriter) -> AbstractContextManager[None]:
+        """What other processes than this one can do of `compile` before it is called: entered once `graph` is
+        as `compile` will get it, while quality is measured, and left after `compile`. Asked of the first
+        target alone, and not under a cap of memory.
+        """
+        return nullcontext()
+
     @abstractmethod
     def compile(self, graph: Graph, writer: ArtifactWriter, *, progress: Progress) -> dict[str, Any]:
         """Write kernels to `targets/<name>/` and weights to `weights/<name>.safetensors`; `graph` is left as
@@ -195,6 +202,15 @@ def prepare_targets(targets: Iterable[Target], stack: ExitStack) -> None:
     for target in targets:
         with blaming(f"target {target.name}", target):
             stack.enter_context(target.prepared())
+
+
+def begin_target(target: Target, graph: Graph, writer: ArtifactWriter, stack: ExitStack) -> None:
+    """Let a target begin to compile, until `stack` is closed; an error of another package's names it, and
+    such a target gets a copy of the graph.
+    """
+    with blaming(f"target {target.name}", target):
+        given = graph if package_of(target) is None else graph.clone()
+        stack.enter_context(target.begun(given, writer))
 
 
 def ask_target(target: Target, source: ModelSource, graph: Graph) -> None:

@@ -25,6 +25,7 @@ from .mapped import MappedFile
 
 # Elements dequantized at once: gguf's numpy code keeps several temporaries of this size.
 _CHUNK_ELEMENTS: Final = 1 << 20
+_ROW_ELEMENTS: Final = 1 << 14  # of them in a row as gguf's code sees them
 
 Transform = Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]
 
@@ -92,7 +93,16 @@ class GGUFTensor:
 
         if self.ggml_type in ("F32", "F16"):  # gguf takes these as values, every other type as bytes
             blocks = blocks.view(np.float32 if self.ggml_type == "F32" else np.float16)
-        return dequantize(blocks, self._kind).astype(np.float32, copy=False)
+            return blocks.astype(np.float32, copy=False)
+        # Each block stands for itself, and gguf takes 16 rows at a time: long ones, for its calls cost more
+        # than short rows' arithmetic.
+        single = blocks.reshape(-1, self.type_size)
+        long = _ROW_ELEMENTS // self.block_size
+        whole = len(single) // long * long
+        pieces = (single[:whole].reshape(-1, long * self.type_size), single[whole:].reshape(1, -1))
+        values = [dequantize(rows, self._kind).reshape(-1) for rows in pieces if rows.size]
+        columns = blocks.shape[-1] // self.type_size * self.block_size
+        return np.concatenate([*values, np.empty(0, np.float32)]).reshape(*blocks.shape[:-1], columns)
 
     def __repr__(self) -> str:
         return f"GGUFTensor({self.ggml_type}{list(self.shape)}, {self.source!r})"

@@ -57,6 +57,8 @@ class PassContext:
     """The float graph that a quantized one is compared with (`quantize/quality.py`)."""
     quality: dict[str, Any] | None = None
     """What the comparison found: the content of quality.json."""
+    later: list[Callable[[Progress], None]] | None = None
+    """What changes nothing of the graph and may be done beside targets' work; None: nothing is put off."""
 
 
 @dataclass

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,11 @@ from llmc.codegen.peak import WORKER_BYTES
 from llmc.codegen.tvm.kernels.isa import LEVELS
 from llmc.codegen.verdict import VerdictOptions
 from llmc.frontend.source import open_source
-from llmc.ir.errors import InputError, UnsupportedError
+from llmc.ir.errors import InputError, LlmcError, UnsupportedError
 from llmc.ir.ops.quant import QuantizedLinear
 from llmc.passes.base import PassContext
+from llmc.passes.quantize import quality
+from llmc.passes.quantize.verdict import measure
 
 from .models import save_tiny
 
@@ -86,6 +90,49 @@ def test_a_limit_of_the_loss_and_a_target_without_operations_hinder_nothing_befo
         calibration=CalibrationOptions(tokens=2048),
     )
     assert made.quality is not None and 0 < made.quality["kl"] <= 50
+
+
+@pytest.mark.parametrize("max_ram", [None, 10**12])
+def test_what_quantization_cost_is_measured_beside_a_target_that_has_begun(
+    max_ram: int | None, tiny_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+
+    def measured(*arguments: Any) -> Any:
+        order.append("measured")
+        return measure(*arguments)
+
+    def compiled(self: Null, *arguments: Any, **options: Any) -> dict[str, Any]:
+        order.append("compiled")
+        return written(self, *arguments, **options)
+
+    @contextmanager
+    def begun(*arguments: Any) -> Generator[None]:
+        order.append("begun")
+        try:
+            yield
+        finally:
+            order.append("left")
+
+    written = Null.compile
+    monkeypatch.setattr(quality, "measure", measured)
+    monkeypatch.setattr(Null, "compile", compiled)
+    monkeypatch.setattr(Null, "begun", begun)
+    shares: list[float] = []
+    asked: dict[str, Any] = {"targets": ["null"], "quant": "int4-g16", "max_ram": max_ram}
+    folder, out = tiny_folder("llama"), tmp_path / "a.llmc"
+    made = compile_model(folder, out, **asked, progress=lambda _, share: shares.append(share))
+    assert shares == sorted(shares)
+    assert made.quality is not None and made.quality["kl"] > 0
+    assert made.artifact.quality == made.quality
+    around = ["begun"] if max_ram is None else []
+    assert order == [*around, "measured", "compiled", *(["left"] if around else [])]
+
+    order.clear()
+    with pytest.raises(LlmcError, match="lost too much"):
+        compile_model(folder, tmp_path / "b.llmc", **asked, verdict=VerdictOptions(max_kl=1e-5))
+    assert order == [*around, "measured", *(["left"] if around else [])]
+    assert not (tmp_path / "b.llmc").exists()
 
 
 def test_check_says_what_a_file_for_llama_cpp_cannot_say(tiny_folder: Any) -> None:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+from llmc.codegen.artifact import ArtifactWriter
+from llmc.codegen.target import get_target, no_progress
 from llmc.codegen.tvm import libraries, library_cache
 from llmc.codegen.tvm.kernels.schedule import Schedule
 from llmc.codegen.tvm.libraries import Libraries
 from llmc.codegen.tvm.library_cache import LibraryCache
+from llmc.codegen.tvm.worker import Compilation
 from llmc.ir.core import Graph
 from llmc.ir.printer import print_graph
 
@@ -119,3 +124,60 @@ def test_an_interrupted_compilation_leaves_nothing_in_the_cache(folder: Path, tm
     ):
         raise KeyboardInterrupt
     assert not folder.exists()
+
+
+# Begun before `compile` ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def workers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The graphs that workers were started for."""
+    started: list[str] = []
+
+    class Counted(Compilation):
+        def __init__(self, graph_text: str, *arguments: Any) -> None:
+            started.append(graph_text)
+            super().__init__(graph_text, *arguments)
+
+    monkeypatch.setattr(libraries, "Compilation", Counted)
+    return started
+
+
+def compile_begun(begun: Graph, graph: Graph, out: Path) -> bytes:
+    """The library of a graph that is compiled after a target has begun with one."""
+    target = get_target(f"tvm-cpu:isa={ISA}")
+    with ArtifactWriter(out) as writer:
+        with target.begun(begun, writer):
+            entry = target.compile(graph, writer, progress=no_progress)
+        writer.finish({"kind": "function", "model": {}, "targets": {"tvm-cpu": entry}})
+    return (out / f"targets/tvm-cpu/{ISA}.so").read_bytes()
+
+
+def test_a_library_that_was_begun_is_compiled_once(workers: list[str], folder: Path, tmp_path: Path) -> None:
+    library = compile_begun(graph(), graph(), tmp_path / "begun.llmc")
+    assert len(workers) == 1
+    shutil.rmtree(folder)
+    compile_graph(graph(), tmp_path / "plain.llmc")
+    assert library == (tmp_path / f"plain.llmc/targets/tvm-cpu/{ISA}.so").read_bytes()
+
+
+def test_another_library_than_what_was_begun_ends_that_first(
+    workers: list[str], folder: Path, tmp_path: Path
+) -> None:
+    other = Ops()
+    other.out("product", m.Mul(other.a, other.b))
+    library = compile_begun(other.graph, graph(), tmp_path / "begun.llmc")
+    assert workers[-1] == print_graph(graph())
+    assert len(list(folder.glob("*.so"))) == 1, "what was begun for nothing is not kept"
+    shutil.rmtree(folder)
+    compile_graph(graph(), tmp_path / "plain.llmc")
+    assert library == (tmp_path / f"plain.llmc/targets/tvm-cpu/{ISA}.so").read_bytes()
+
+
+def test_a_search_for_sizes_begins_nothing(workers: list[str], tmp_path: Path) -> None:
+    with (
+        ArtifactWriter(tmp_path / "a.llmc") as writer,
+        get_target(f"tvm-cpu:isa={ISA},tune=1").begun(graph(), writer),
+    ):
+        pass
+    assert workers == []

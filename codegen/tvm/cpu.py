@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -28,7 +28,7 @@ from .kernels import kv_layout
 from .kernels.isa import LEVELS
 from .kernels.layout import SAMPLING_BLOCK, fits_rotation, generates, has_bytes
 from .kernels.schedule import Schedule
-from .libraries import Libraries
+from .libraries import Libraries, begun, compiled
 from .weights import expert_layouts, page_values, stored_type, weight_specs
 from .worker import Tuning, ready_workers
 
@@ -156,31 +156,50 @@ class TvmCpu(Target):
         """Kernel compilers that import TVM while the model is opened, where that leaves a processor idle."""
         return ready_workers(min(processes_at_once(len(self.levels()), WORKER_BYTES), processors() - 1))
 
-    def compile(self, graph: Graph, writer: ArtifactWriter, *, progress: Progress) -> dict[str, Any]:
-        """Kernels in other processes, a level each, several at once; this one packs the weights meanwhile.
-        Libraries that an earlier compilation left in the cache are copied.
-        """
-        levels = self.levels()
+    def begun(self, graph: Graph, writer: ArtifactWriter) -> AbstractContextManager[None]:
+        """The kernels, but where sizes are searched for: what a search measures wants the processors."""
+        if self.tune:
+            return nullcontext()
+        legal = self._step(graph)
+        return begun(self._libraries(legal, print_graph(legal), writer, {}))
+
+    def _step(self, graph: Graph) -> Graph:
+        """The graph of the step that kernels are made for."""
         if self.adapters:
             from .placed import with_places
 
             graph = with_places(graph, experts=self.supports)
-        legal = self.legal(graph)
+        return self.legal(graph)
+
+    def _paths(self) -> dict[str, str]:
+        """The library of each level, in the artifact."""
+        return {level: f"targets/{self.name}/{level}.so" for level in self.levels()}
+
+    def _libraries(
+        self, legal: Graph, text: str, writer: ArtifactWriter, tuned: Mapping[str, Mapping[str, Schedule]]
+    ) -> Libraries:
+        """The libraries of a step, not begun; `tuned` has what was searched for, by level."""
+        outputs = {level: writer.path(rel) for level, rel in self._paths().items()}
+        chosen = {level: tuned.get(level) for level in outputs}
+        return Libraries(text, outputs, chosen, extensions_key(legal, self.name))
+
+    def compile(self, graph: Graph, writer: ArtifactWriter, *, progress: Progress) -> dict[str, Any]:
+        """Kernels in other processes, a level each, several at once; this one packs the weights meanwhile.
+        Libraries that an earlier compilation left in the cache are copied.
+        """
+        legal = self._step(graph)
         text = print_graph(legal)
-        paths = {level: f"targets/{self.name}/{level}.so" for level in levels}
+        paths = self._paths()
         weights = f"weights/{self.name}.safetensors" if legal.weights else None
         built: dict[str, Any] = {}
         kernels: list[dict[str, str]] = []
         tuned, schedules, count = self._tuned(text, progress) if self.tune else ("", {}, 0)
-        chosen = {level: schedules if level == tuned else None for level in levels}
-        others = extensions_key(legal, self.name)
-        outputs = {level: writer.path(rel) for level, rel in paths.items()}
-        with Libraries(text, outputs, chosen, others) as libraries:
+        with compiled(self._libraries(legal, text, writer, {tuned: schedules})) as libraries:
             if weights is not None:
                 packing = weight_specs(legal, lambda share: progress("tvm-cpu: weights", 0.5 * share))
                 writer.write_weights(weights, packing)
             for i, (level, rel) in enumerate(reversed(paths.items())):  # as they are begun
-                progress(f"tvm-cpu: kernels for {level}", 0.5 + 0.5 * i / len(levels))
+                progress(f"tvm-cpu: kernels for {level}", 0.5 + 0.5 * i / len(paths))
                 built = libraries.result(level)
                 calls = f"targets/{self.name}/{level}.calls.json"
                 writer.path(calls).write_text(json.dumps(built["calls"], indent=0) + "\n", encoding="utf-8")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextvars import copy_context
+from contextlib import contextmanager
+from contextvars import ContextVar, copy_context
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,6 +32,7 @@ class Libraries:
     ) -> None:
         """`others`: what the libraries depend on besides our sources (`extensions_key`)."""
         self._text, self._outputs, self._schedules = graph_text, outputs, schedules
+        self._asked = (graph_text, dict(outputs), dict(schedules), others)
         self._cache = LibraryCache(graph_text, others=others)
         self._built: dict[str, dict[str, Any]] = {}
         self._waiting: dict[str, Future[dict[str, Any]]] = {}
@@ -63,6 +65,10 @@ class Libraries:
         if self._threads is not None:
             self._threads.shutdown(cancel_futures=True)
 
+    def alike(self, other: Libraries) -> bool:
+        """Whether the same files are asked for."""
+        return self._asked == other._asked
+
     def _compile(self, level: str) -> dict[str, Any]:
         with self._lock:
             if self._left:
@@ -85,3 +91,32 @@ class Libraries:
             self._cache.keep(level, self._schedules[level], self._outputs[level], built)
             self._built[level] = built
         return self._built[level]
+
+
+_begun: ContextVar[Libraries | None] = ContextVar("begun", default=None)
+
+
+@contextmanager
+def begun(libraries: Libraries) -> Generator[None]:
+    """These libraries are being compiled within the block, for `compiled` to take."""
+    with libraries:
+        token = _begun.set(libraries)
+        try:
+            yield
+        finally:
+            _begun.reset(token)
+
+
+@contextmanager
+def compiled(libraries: Libraries) -> Generator[Libraries]:
+    """These libraries, or those of a block around that are the same. Others of such a block end first: they
+    may have the same files.
+    """
+    earlier = _begun.get()
+    if earlier is not None and earlier.alike(libraries):
+        yield earlier
+        return
+    if earlier is not None:
+        earlier.__exit__()
+    with libraries:
+        yield libraries

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +21,7 @@ from typing import Any
 from ...ir.core import Graph
 from ...ir.errors import InputError, LlmcError
 from ..base import Pass, PassContext, PassResult, Progress
-from ..calibration import LENGTH
+from ..calibration import LENGTH, Calibration
 from ..registry import quantization_passes
 from .products import short_factors
 from .verdict import LayerError, Measured, measure
@@ -102,25 +102,42 @@ class MeasureQuality(Pass):
                 raise InputError(f"the loss cannot be measured: {why}", remedy=_WITHOUT_LIMITS)
             context.quality = {**_empty(), "reason": why}
             return PassResult(graph, False, [f"quality was not measured: {why}"])
+        work = self._measuring(graph, context)
+        if context.later is None:
+            work(partial(_last_part, context.progress))
+        else:
+            context.later.append(work)
+        return PassResult(graph, False)
+
+    def _measuring(self, graph: Graph, context: PassContext) -> Callable[[Progress], None]:
+        """The work, on a copy of the graph, which other passes change after this one."""
         assert context.reference is not None
         assert context.calibration is not None
+        reference, context.reference = context.reference, None
+        graphs = (reference, graph if context.later is None else graph.clone())
+        return partial(self._measure, *graphs, context, context.calibration)
+
+    def _measure(
+        self,
+        reference: Graph,
+        graph: Graph,
+        context: PassContext,
+        calibration: Calibration,
+        progress: Progress,
+    ) -> None:
         length = min(self.length, context.context_length or self.length)
-        held = [ids[:length] for ids in context.calibration.held[: self.sequences]]
+        held = [ids[:length] for ids in calibration.held[: self.sequences]]
         rough = self._is_rough(graph)
         with (
             tempfile.TemporaryDirectory(prefix="llmc-quality-") as folder,
             short_factors() if rough else nullcontext(),
         ):
-            found = measure(
-                context.reference, graph, held, Path(folder), partial(_last_part, context.progress)
-            )
-        context.reference = None
-        text = {"name": context.calibration.name, "sha256": context.calibration.sha256}
+            found = measure(reference, graph, held, Path(folder), progress)
+        text = {"name": calibration.name, "sha256": calibration.sha256}
         context.quality = report(found, {**text, "sequences": len(held), "length": len(held[0])})
         if rough:
             context.quality["how"] += _ROUGHLY
         self._judge(found)
-        return PassResult(graph, False)
 
     def _is_rough(self, graph: Graph) -> bool:
         """Whether short factors change less than the choice of text does: weights of 4 bits (a KL of
