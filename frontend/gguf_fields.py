@@ -142,6 +142,24 @@ def partly_turned_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
     }
 
 
+def slopes_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
+    """Positions are slopes; queries, keys and values may be cut. Files may have the embeddings a second time,
+    as their head.
+    """
+    slope = float(keys.get("attention.max_alibi_bias", 0.0))
+    if slope < 1 or slope != int(slope):
+        raise UnsupportedError(
+            f"the file's attention.max_alibi_bias is {slope:g}, where the model knows whole numbers from 1",
+            remedy="give the model as a Hugging Face folder",
+        )
+    return {
+        "max_seq_len": keys["context_length"],
+        "no_bias": "blk.0.attn_qkv.bias" not in tensors,
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "attn_config": {"alibi_bias_max": int(slope), "clip_qkv": keys.get("attention.clamp_kqv") or None},
+    }
+
+
 def clipped_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
     """Norms add 1e-5 to the variance, whatever a configuration says; queries, keys and values may be cut."""
     epsilon = float(keys["attention.layer_norm_epsilon"])

@@ -9,7 +9,7 @@ from statistics import NormalDist
 from typing import Any, Final
 
 from ..ir.errors import UnsupportedError
-from .gguf_fields import BLOCK, Keys, Tensors, by_layer
+from .gguf_fields import BLOCK, Keys, Tensors, by_layer, routed_fields
 
 _GATES: Final = {"gelu": "gelu", "geglu": "gelu", "silu": "silu", "swish": "silu", "swiglu": "silu"}
 """`hidden_activation`, as llama.cpp understands it → the configuration's."""
@@ -54,6 +54,22 @@ def gated_windows_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
         "num_shared_experts": keys.get("expert_shared_count", 0),
         "num_dense_layers": keys.get("leading_dense_block_count", 0),
         "route_scale": keys.get("expert_weights_scale") or 1.0,
+    }
+
+
+def routed_windows_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
+    """Layers with a window, and without, which turn nothing; experts after layers without, beside shared
+    ones; layers that predict later tokens are left out.
+    """
+    routed = routed_fields(keys, tensors)
+    layers, dense = routed["num_hidden_layers"], int(routed["first_k_dense_replace"])
+    return {
+        **routed,
+        "sliding_window": keys["attention.sliding_window"],
+        "layer_types": layer_types(windows(keys, 4)[:layers]),
+        "mlp_layer_types": ["dense" if i < dense else "sparse" for i in range(layers)],
+        "num_experts": keys["expert_count"],
+        "num_shared_experts": routed["n_shared_experts"],
     }
 
 

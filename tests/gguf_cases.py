@@ -138,6 +138,8 @@ CHANGES |= {
         "norm_topk_prob": True,
         "first_k_dense_replace": 1,
     },
+    "exaone_moe": {**FOURTH, "mlp_layer_types": ["dense", *["sparse"] * 3], "routed_scaling_factor": 1.5},
+    "jais2": {"rope_parameters": {**HALF, "partial_rotary_factor": 1.0}},
     "afmoe": {**FOURTH, "mup_enabled": True, "route_scale": 1.5, "num_dense_layers": 1},
     "gpt_neox": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}
@@ -151,6 +153,17 @@ CHANGES |= {
 }
 KEYS |= {
     "dots1": lambda c: {**_routed(c), "expert_gating_func": 2},
+    "exaone_moe": lambda c: {
+        "attention.sliding_window": c.sliding_window,
+        "expert_feed_forward_length": c.moe_intermediate_size,
+        "expert_shared_feed_forward_length": c.moe_intermediate_size * c.num_shared_experts,
+        "expert_shared_count": c.num_shared_experts,
+        "leading_dense_block_count": 1,
+        "expert_weights_scale": c.routed_scaling_factor,
+        "expert_weights_norm": True,
+        "expert_gating_func": 2,
+        "nextn_predict_layers": 0,
+    },
     "afmoe": lambda c: {
         "attention.sliding_window": c.sliding_window,
         "expert_feed_forward_length": c.moe_intermediate_size,

@@ -37,7 +37,8 @@ from .test_gguf_encoders import ROWS
 
 ENCODERS = ("bert", "gemma3_text (encoder)")
 # tests/test_gguf_encoders.py, test_gguf_gemma4.py, test_gguf_gemma3n.py, and below
-ELSEWHERE = (*ENCODERS, *ROWS, "gemma4_text", "gemma3n_text", "olmo3")
+OLDER = ("gpt_bigcode", "mpt")
+ELSEWHERE = (*ENCODERS, *ROWS, *OLDER, "gemma4_text", "gemma3n_text", "olmo3")
 PLAIN = Architecture("").mixer
 READ = sorted(
     k
@@ -261,6 +262,46 @@ def test_what_is_not_understood_is_refused(tmp_path: Path):
         configuration(_with(file, held), found[1])
     for name in ("llama", "nothing"):
         assert readable(_with(file, {"general.architecture": name})) is None
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["", "head"])
+@pytest.mark.parametrize("kind", OLDER)
+def test_models_without_rotary_embeddings(kind: str, head: bool, tmp_path: Path):
+    """As llama.cpp's converter writes them: positions that are learned, or slopes, and heads that were
+    written a second time.
+    """
+    model, ids, arch = tiny(kind), ids_of(40), ARCHITECTURES[kind]
+    config = model.config
+    with torch.inference_mode():
+        wanted = model(input_ids=torch.tensor([ids])).logits[0].numpy()
+    one_key = kind == "gpt_bigcode"
+    more = {} if one_key else {"attention.max_alibi_bias": float(config.attn_config.alibi_bias_max)}
+    keys: dict[str, Any] = {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.n_positions if one_key else config.max_seq_len,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.n_inner if one_key else 4 * config.hidden_size,
+        "attention.head_count": config.num_attention_heads,
+        **({"attention.head_count_kv": 1} if one_key else {}),
+        "attention.layer_norm_epsilon": config.layer_norm_epsilon,
+        **more,
+    }
+    entries = [entry("general.architecture", STRING, arch.name)]
+    entries += [entry(f"{arch.name}.{k}", _KINDS[type(v)], v) for k, v in keys.items()]
+    entries += byte_vocabulary([f"<x{i}>" for i in range(config.vocab_size - 256)])
+    name_of, tensors = named(arch, config.num_hidden_layers), dict[str, np.ndarray[Any, Any]]()
+    for parameter, value in model.named_parameters():
+        name = name_of(parameter)
+        assert name is not None, parameter
+        tensors[name] = value.detach().numpy()
+    if head:
+        tensors["output.weight"] = tensors["token_embd.weight"]
+    path = write_gguf(tmp_path / "m.gguf", entries, tensors)
+    with LlamaCpp(path) as opened:
+        assert np.abs(opened.logits(ids) - wanted).max() <= 0.01 * np.abs(wanted).max()
+    source = open_source(path)
+    assert source.task == "causal_lm" and source.config.model_type == kind
+    np.testing.assert_allclose(logits_of(trace_source(source), ids), wanted, atol=2e-5)
 
 
 @pytest.mark.parametrize("kind", SEEN)
