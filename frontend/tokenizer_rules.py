@@ -27,6 +27,8 @@ _LLAMA3: Final = _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|" + _TAIL
 _QWEN2: Final = _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|" + _TAIL
 _UPPER: Final = r"(?=\p{L})[^a-z]"
 _LOWER: Final = r"(?=\p{L})[^A-Z]"
+_UPPER_OR_MARK: Final = r"(?=[\p{L}\p{M}])[^a-z]"
+_LOWER_OR_MARK: Final = r"(?=[\p{L}\p{M}])[^A-Z]"
 _SLASH_TAIL: Final = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _WORD_A: Final = rf"[^\r\n\p{{L}}\p{{N}}]?(?:{_UPPER})*(?:{_LOWER})+"
 _WORD_B: Final = rf"[^\r\n\p{{L}}\p{{N}}]?(?:{_UPPER})+(?:{_LOWER})*"
@@ -69,6 +71,8 @@ _DEEPSEEK3: Final = (
     _CODER_PUNCTUATION
     + r"|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
+
+_WHITE: Final = "|".join(rf"\s{{{n}}}(?!\S)" for n in (512, 256, 128, 64, 32, 16, 8, 4, "1,2"))
 
 _SPLITS: Final[dict[str, tuple[str, ...]]] = {
     "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
@@ -114,6 +118,16 @@ _SPLITS: Final[dict[str, tuple[str, ...]]] = {
         _DEEPSEEK3[2],
     ),
     "tiny_aya": (r"\d{1,3}(?=(?:\d{3})*\b)", rf"{_BY_CASE}|\p{{N}}{{1,3}}|{_SLASH_TAIL}"),
+    "jais-2": (
+        _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+        rf"|{_WHITE}|\s",
+    ),
+    "minicpm5": (r"\p{N}{1,3}", _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}+|" + _TAIL),
+    "granite-embed-multi-97m": (
+        rf"{_BEFORE}(?:{_UPPER_OR_MARK})*(?:{_LOWER_OR_MARK})+{_CONTRACTION}?"
+        rf"|{_BEFORE}(?:{_UPPER_OR_MARK})+(?:{_LOWER_OR_MARK})*{_CONTRACTION}?"
+        rf"|\p{{N}}{{1,3}}|{_SLASH_TAIL}",
+    ),
     "laguna": (r"[^\n]+|[\n]+", _QWEN2),
 }
 _SAME: Final[dict[str, str]] = {
@@ -150,12 +164,16 @@ _WHOLE_PIECES: Final = frozenset(
         "tekken",
         "jina-v5-nano",
         "youtu",
+        "minicpm5",
+        "granite-embed-multi-97m",
     }
 )
-_BEGUN: Final = _WHOLE_PIECES - {"youtu"}
+_BEGUN: Final = _WHOLE_PIECES - {"youtu", "minicpm5", "granite-embed-multi-97m"}
 """Whose texts have a begin where the file does not say."""
 
 
+RANKED: Final = frozenset({"gemma4", "granite-embed-multi-311m"})
+"""Kinds whose vocabulary is SentencePiece's, with merges, though the model is called `gpt2`."""
 _LINES: Final = r"[^\n]+|\n+"
 _UNKNOWNS: Final = {"spm": 0, "ranked": 3, "wordpiece": 100, "unigram": 2}
 _ENDS: Final = {"wordpiece": ("seperator", 102), "unigram": ("eos", 1)}
@@ -230,11 +248,11 @@ def read_tokenizer(file: GGUFFile) -> GGUFTokenizer:
             f"{file.path.name} has the tokenizer model {model!r}; llmc reads {', '.join(kinds)}",
             remedy="give the model as a Hugging Face folder",
         )
-    kind = kinds[model]
+    pre = str(meta.get("tokenizer.ggml.pre", "default"))
+    kind = "ranked" if model == "gpt2" and pre in RANKED else kinds[model]
     tokens = meta.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not tokens:
         raise InputError(f"{file.path.name} has no tokenizer.ggml.tokens", remedy="give a complete GGUF file")
-    pre = str(meta.get("tokenizer.ggml.pre", "default"))
     splits: tuple[str, ...] = (_LINES,) if kind == "ranked" else ()
     if kind == "bpe":
         splits = _SPLITS.get(_SAME.get(pre, pre), ())
@@ -262,7 +280,7 @@ def read_tokenizer(file: GGUFFile) -> GGUFTokenizer:
         eos=_token_id(file, end, len(tokens), end_id),
         unk=_token_id(file, "unknown", len(tokens), _UNKNOWNS.get(kind)),
         pad=_token_id(file, "padding", len(tokens), 0 if unigram else None),
-        add_bos=_adds(file, "bos", kind, pre in _BEGUN or kind in ("spm", "ranked")),
+        add_bos=_adds(file, "bos", kind, pre in _BEGUN or model in ("llama", "gemma4")),
         add_eos=_adds(file, "eos", kind, unigram),
         merge_spaces=unigram and bool(meta.get("tokenizer.ggml.remove_extra_whitespaces", False)),
         charsmap=_charsmap(file) if unigram else None,

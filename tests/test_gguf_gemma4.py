@@ -53,8 +53,11 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def vocabulary() -> list[bytes]:
-    """Merges are listed, by rank and not by scores; bytes stand for what has no token."""
+def vocabulary(names_of: tuple[str, str] = ("gemma4", "gemma4")) -> list[bytes]:
+    """Merges are listed, by rank and not by scores; bytes stand for what has no token. `names_of` the
+    tokenizer's model and its rule of cutting.
+    """
+    model, pre = names_of
     words = ["\u2581", "a", "b", "c", "\n", "é", *("".join(pair) for pair in PAIRS)]
     tokens = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{b:02X}>" for b in range(256)), *words, "<turn|>"]
     types = [3, 3, 3, 2, *[6] * 256, *[1] * len(words), 4]
@@ -62,7 +65,8 @@ def vocabulary() -> list[bytes]:
     tokens += [f"<x{i}>" for i in range(VOCAB - len(tokens))]
     names = ("padding", "eos", "bos", "unknown")
     return [
-        entry("tokenizer.ggml.model", STRING, "gemma4"),
+        entry("tokenizer.ggml.model", STRING, model),
+        entry("tokenizer.ggml.pre", STRING, pre),
         array("tokenizer.ggml.tokens", STRING, tokens),
         array("tokenizer.ggml.token_type", I32, types),
         array("tokenizer.ggml.scores", F32, [-float(i) for i in range(VOCAB)]),
