@@ -74,6 +74,10 @@ def _sentencepiece(t: GGUFTokenizer) -> Any:
     replace = normalizers.Replace(" ", _SPACE)
     prefixed = normalizers.Sequence([normalizers.Prepend(_SPACE), replace])
     tokenizer.normalizer = prefixed if t.space_prefix else replace
+    if t.line_prefix:  # the library replaces no empty matches: the first line is prefixed, then looked at
+        first = normalizers.Replace(Regex(rf"\A{_SPACE}(?=[{_SPACE}\n])"), "")
+        others = normalizers.Replace(Regex(rf"\n(?=[^{_SPACE}\n])"), f"\n{_SPACE}")
+        tokenizer.normalizer = normalizers.Sequence([prefixed, first, others])
     if t.splits:
         cuts = [pre_tokenizers.Split(Regex(split), behavior="isolated") for split in t.splits]
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cuts)

@@ -172,9 +172,12 @@ _BEGUN: Final = _WHOLE_PIECES - {"youtu", "minicpm5", "granite-embed-multi-97m"}
 """Whose texts have a begin where the file does not say."""
 
 
-RANKED: Final = frozenset({"gemma4", "granite-embed-multi-311m"})
+RANKED: Final = frozenset({"gemma4", "granite-embed-multi-311m", "mmbert"})
 """Kinds whose vocabulary is SentencePiece's, with merges, though the model is called `gpt2`."""
+_WORDS: Final = frozenset({"mmbert"})
+"""Those of them that cut lines into words, the first of which has a space too."""
 _LINES: Final = r"[^\n]+|\n+"
+_WORD: Final = "\u2581[^\u2581]*|[^\u2581]+"
 _UNKNOWNS: Final = {"spm": 0, "ranked": 3, "wordpiece": 100, "unigram": 2}
 _ENDS: Final = {"wordpiece": ("seperator", 102), "unigram": ("eos", 1)}
 """llama.cpp's ids of what is not in the vocabulary, and of the end of a text, where a file says none."""
@@ -202,6 +205,7 @@ class GGUFTokenizer:
         splits: its expressions, applied one inside the other.
         whole_pieces: a piece that is in the vocabulary is taken before merging.
         space_prefix: SPM puts a space before the text and after every special token.
+        line_prefix: "ranked" puts a space before each line that begins with none.
         merge_spaces: "unigram" leaves one space between words, and none around the text but that before it.
         lowercase, strip_accents: what "wordpiece" does to letters.
         charsmap: how "unigram" rewrites text first, or None.
@@ -223,6 +227,7 @@ class GGUFTokenizer:
     pad: int | None
     add_bos: bool
     add_eos: bool
+    line_prefix: bool = False
     merge_spaces: bool = False
     charsmap: CharsMap | None = None
     lowercase: bool = True
@@ -253,7 +258,9 @@ def read_tokenizer(file: GGUFFile) -> GGUFTokenizer:
     tokens = meta.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not tokens:
         raise InputError(f"{file.path.name} has no tokenizer.ggml.tokens", remedy="give a complete GGUF file")
+    words = kind == "ranked" and pre in _WORDS
     splits: tuple[str, ...] = (_LINES,) if kind == "ranked" else ()
+    splits += (_WORD,) if words else ()
     if kind == "bpe":
         splits = _SPLITS.get(_SAME.get(pre, pre), ())
         if not splits:
@@ -282,6 +289,7 @@ def read_tokenizer(file: GGUFFile) -> GGUFTokenizer:
         pad=_token_id(file, "padding", len(tokens), 0 if unigram else None),
         add_bos=_adds(file, "bos", kind, pre in _BEGUN or model in ("llama", "gemma4")),
         add_eos=_adds(file, "eos", kind, unigram),
+        line_prefix=words,
         merge_spaces=unigram and bool(meta.get("tokenizer.ggml.remove_extra_whitespaces", False)),
         charsmap=_charsmap(file) if unigram else None,
         lowercase=bool(lowercase),
