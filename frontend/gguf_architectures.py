@@ -184,11 +184,7 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
         written=False,
         norm_key=LAYER_NORM,
         norm_field="layer_norm_epsilon",
-        fields=lambda k, t: {
-            "multi_query": k.get("attention.head_count_kv") == 1,
-            "n_inner": k["feed_forward_length"],
-            "tie_word_embeddings": "output.weight" not in t,
-        },
+        fields=its.one_key_fields,
     ),
     "mpt": Architecture(
         "mpt",

@@ -143,20 +143,41 @@ def partly_turned_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
 
 
 def slopes_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
-    """Positions are slopes; queries, keys and values may be cut. Files may have the embeddings a second time,
-    as their head.
+    """Positions are slopes, of one steepness whatever a configuration says; queries, keys and values may be
+    cut. Files may have the embeddings a second time, as their head.
     """
-    slope = float(keys.get("attention.max_alibi_bias", 0.0))
-    if slope < 1 or slope != int(slope):
-        raise UnsupportedError(
-            f"the file's attention.max_alibi_bias is {slope:g}, where the model knows whole numbers from 1",
-            remedy="give the model as a Hugging Face folder",
-        )
+    slope, cut = float(keys.get("attention.max_alibi_bias", 0.0)), float(keys.get("attention.clamp_kqv", 0.0))
+    for name, value, known in (
+        ("max_alibi_bias", slope, slope == 8),
+        ("clamp_kqv", cut, 0 <= cut < math.inf),
+    ):
+        if not known:
+            raise UnsupportedError(
+                f"the file's attention.{name} is {value:g}, which the model does not know (its slopes are of "
+                "a bias of 8)",
+                remedy="run the file with llama.cpp",
+            )
     return {
         "max_seq_len": keys["context_length"],
         "no_bias": "blk.0.attn_qkv.bias" not in tensors,
         "tie_word_embeddings": "output.weight" not in tensors,
-        "attn_config": {"alibi_bias_max": int(slope), "clip_qkv": keys.get("attention.clamp_kqv") or None},
+        "attn_config": {"clip_qkv": cut or None},
+    }
+
+
+def one_key_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
+    """All heads share one key and value: with one for each, the model has them in turns, where llama.cpp has
+    all queries first.
+    """
+    if keys.get("attention.head_count_kv") != 1:
+        raise UnsupportedError(
+            "the file's attention.head_count_kv is not 1",
+            remedy="give the model as a Hugging Face folder",
+        )
+    return {
+        "multi_query": True,
+        "n_inner": keys["feed_forward_length"],
+        "tie_word_embeddings": "output.weight" not in tensors,
     }
 
 
@@ -275,9 +296,17 @@ def phi3_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
 
 
 def routed_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
-    """Experts after layers without, beside shared ones; layers that predict later tokens are left out."""
+    """Experts after layers without, beside shared ones; layers that predict later tokens are left out.
+
+    Raises InputError where no others are left.
+    """
+    layers, later = int(keys["block_count"]), int(keys.get("nextn_predict_layers", 0))
+    if not 0 <= later < layers:
+        raise InputError(
+            f"the file's nextn_predict_layers is {later} of {layers} layers", remedy="download the file again"
+        )
     return {
-        "num_hidden_layers": int(keys["block_count"]) - int(keys.get("nextn_predict_layers", 0)),
+        "num_hidden_layers": layers - later,
         "n_routed_experts": keys["expert_count"],
         "num_experts_per_tok": keys["expert_used_count"],
         "moe_intermediate_size": keys["expert_feed_forward_length"],

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from statistics import NormalDist
 from typing import Any, Final
 
-from ..ir.errors import UnsupportedError
+import numpy as np
+
+from ..ir.errors import InputError, UnsupportedError
 from .gguf_fields import BLOCK, Keys, Tensors, by_layer, routed_fields
 
 _GATES: Final = {"gelu": "gelu", "geglu": "gelu", "silu": "silu", "swish": "silu", "swiglu": "silu"}
@@ -63,6 +65,9 @@ def routed_windows_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
     """
     routed = routed_fields(keys, tensors)
     layers, dense = routed["num_hidden_layers"], int(routed["first_k_dense_replace"])
+    said = keys.get("attention.sliding_window_pattern")
+    if isinstance(said, np.ndarray | list) and len(said) == layers:  # without those of later tokens
+        keys = {**keys, "block_count": layers}
     return {
         **routed,
         "sliding_window": keys["attention.sliding_window"],
@@ -192,6 +197,8 @@ def windows(keys: Keys, period: int, *, first: bool = False) -> list[Any]:
     """
     name = "attention.sliding_window_pattern"
     said = keys.get(name, period)
+    if isinstance(said, float):
+        raise InputError(f"the file's {name} is {said}, no whole number", remedy="download the file again")
     if not isinstance(said, int):
         return by_layer(keys, name)
     if said < 1:  # a window in all layers, which llama.cpp does not run of all

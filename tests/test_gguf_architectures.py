@@ -304,6 +304,45 @@ def test_models_without_rotary_embeddings(kind: str, head: bool, tmp_path: Path)
     np.testing.assert_allclose(logits_of(trace_source(source), ids), wanted, atol=2e-5)
 
 
+@pytest.mark.parametrize(
+    ("kind", "keys", "message"),
+    [
+        ("mpt", {"attention.max_alibi_bias": 16.0}, "max_alibi_bias is 16"),
+        ("mpt", {}, "max_alibi_bias is 0"),
+        ("mpt", {"attention.max_alibi_bias": 8.0, "attention.clamp_kqv": -1.0}, "clamp_kqv is -1"),
+        ("mpt", {"attention.max_alibi_bias": 8.0, "attention.clamp_kqv": float("nan")}, "clamp_kqv is nan"),
+        ("gpt_bigcode", {"attention.head_count_kv": 4}, "head_count_kv is not 1"),
+        ("gpt_bigcode", {}, "head_count_kv is not 1"),
+    ],
+)
+def test_what_models_without_rotary_embeddings_do_not_know(kind: str, keys: dict[str, Any], message: str):
+    fields = ARCHITECTURES[kind].fields
+    assert fields is not None
+    with pytest.raises(UnsupportedError, match=message):
+        fields({"context_length": 64, "feed_forward_length": 96, **keys}, {})
+
+
+def test_windows_of_routed_layers_beside_those_of_later_tokens():
+    fields = ARCHITECTURES["exaone_moe"].fields
+    assert fields is not None
+    sliding = [True, True, True, False]
+    keys = {"block_count": 5, "nextn_predict_layers": 1, "expert_count": 4, "expert_used_count": 2}
+    keys |= {"expert_feed_forward_length": 48, "attention.sliding_window": 12}
+    keys |= {"leading_dense_block_count": 1}
+    pattern = "attention.sliding_window_pattern"
+    wanted = [*["sliding_attention"] * 3, "full_attention"]
+    for said in (sliding, np.array(sliding), [*sliding, True], 4):
+        found = fields({**keys, pattern: said}, {})
+        assert found["layer_types"] == wanted
+        assert found["mlp_layer_types"] == ["dense", *["sparse"] * 3]
+    with pytest.raises(InputError, match="has 3 values for 5 layers"):
+        fields({**keys, pattern: sliding[:3]}, {})
+    with pytest.raises(InputError, match="no whole number"):
+        fields({**keys, pattern: float("nan")}, {})
+    with pytest.raises(InputError, match="nextn_predict_layers is 5 of 5"):
+        fields({**keys, "nextn_predict_layers": 5}, {})
+
+
 @pytest.mark.parametrize("kind", SEEN)
 def test_the_text_of_a_model_that_sees(kind: str, tmp_path: Path):
     """The same tensors as the text model alone has, under another name, with positions of three axes."""

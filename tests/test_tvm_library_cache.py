@@ -12,6 +12,7 @@ import pytest
 from llmc.codegen.artifact import ArtifactWriter
 from llmc.codegen.target import get_target, no_progress
 from llmc.codegen.tvm import libraries, library_cache
+from llmc.codegen.tvm.cpu import TvmCpu
 from llmc.codegen.tvm.kernels.schedule import Schedule
 from llmc.codegen.tvm.libraries import Libraries
 from llmc.codegen.tvm.library_cache import LibraryCache
@@ -172,6 +173,28 @@ def test_another_library_than_what_was_begun_ends_that_first(
     shutil.rmtree(folder)
     compile_graph(graph(), tmp_path / "plain.llmc")
     assert library == (tmp_path / f"plain.llmc/targets/tvm-cpu/{ISA}.so").read_bytes()
+
+
+def test_what_has_ended_is_not_taken_again(workers: list[str], folder: Path, tmp_path: Path) -> None:
+    other = Ops()
+    other.out("product", m.Mul(other.a, other.b))
+    target = get_target(f"tvm-cpu:isa={ISA}")
+    with ArtifactWriter(tmp_path / "a.llmc") as writer:
+        with target.begun(graph(), writer):
+            for one in (other.graph, graph()):
+                entry = target.compile(one, writer, progress=no_progress)
+        writer.finish({"kind": "function", "model": {}, "targets": {"tvm-cpu": entry}})
+    assert workers[-1] == print_graph(graph())
+
+
+def test_a_target_that_compiles_in_its_own_manner_begins_nothing(workers: list[str], tmp_path: Path) -> None:
+    class Own(TvmCpu):
+        def compile(self, *arguments: Any, **options: Any) -> dict[str, Any]:
+            return super().compile(*arguments, **options)
+
+    with ArtifactWriter(tmp_path / "a.llmc") as writer, Own(isa=ISA).begun(graph(), writer):
+        pass
+    assert workers == []
 
 
 def test_a_search_for_sizes_begins_nothing(workers: list[str], tmp_path: Path) -> None:

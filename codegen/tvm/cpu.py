@@ -157,8 +157,11 @@ class TvmCpu(Target):
         return ready_workers(min(processes_at_once(len(self.levels()), WORKER_BYTES), processors() - 1))
 
     def begun(self, graph: Graph, writer: ArtifactWriter) -> AbstractContextManager[None]:
-        """The kernels, but where sizes are searched for: what a search measures wants the processors."""
-        if self.tune:
+        """The kernels; not where sizes are searched for (what a search measures wants the processors), nor
+        where a subclass compiles in its own manner, of perhaps another graph.
+        """
+        own = type(self).compile is TvmCpu.compile and type(self).compile_source is Target.compile_source
+        if self.tune or not own:
             return nullcontext()
         legal = self._step(graph)
         return begun(self._libraries(legal, print_graph(legal), writer, {}))

@@ -66,8 +66,8 @@ class Libraries:
             self._threads.shutdown(cancel_futures=True)
 
     def alike(self, other: Libraries) -> bool:
-        """Whether the same files are asked for."""
-        return self._asked == other._asked
+        """Whether the same files are asked for, and these have not ended."""
+        return not self._left and self._asked == other._asked
 
     def _compile(self, level: str) -> dict[str, Any]:
         with self._lock:
@@ -109,12 +109,15 @@ def begun(libraries: Libraries) -> Generator[None]:
 
 @contextmanager
 def compiled(libraries: Libraries) -> Generator[Libraries]:
-    """These libraries, or those of a block around that are the same. Others of such a block end first: they
-    may have the same files.
+    """These libraries, or those of a block around that are the same, which end with this one. Others of such
+    a block end first: they may have the same files.
     """
     earlier = _begun.get()
     if earlier is not None and earlier.alike(libraries):
-        yield earlier
+        try:
+            yield earlier
+        finally:
+            earlier.__exit__()
         return
     if earlier is not None:
         earlier.__exit__()
