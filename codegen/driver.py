@@ -224,11 +224,7 @@ def compile_model(
         job = _Job(asked, plan, source, passing, writer, render, detect)
         _read_text(job, graph, Path(output), progress, say)
         share = Share(progress, 0.80 if plan.calibrated else 0.50 if plan.measured else 0.20)
-        passing.later = [] if plan.measured and max_ram is None else None
-        passing.progress = share.between(0.10, share.passes_end - (_LATER if plan.measured else 0.0))
-        graph, records = lower(graph, plan, passing, Path(dump_ir) if dump_ir is not None else None)
-        release_freed_memory()  # before a kernel compiler stands beside this process
-        _do_later(job, graph, share, stack)
+        graph, records = _lowered(job, graph, share, Path(dump_ir) if dump_ir is not None else None, stack)
         artifact, weight_bytes, bits = _write(job, graph, share)
     progress("done", 1.0)
     notes = list(dict.fromkeys(passing.notes))
@@ -281,13 +277,21 @@ def _read_text(
         prepare_held(job.context, text)
 
 
-def _do_later(job: _Job, graph: Graph, share: Share, stack: ExitStack) -> None:
-    """What passes have put off, while a target begins its kernels."""
-    later = job.context.later or []
-    if later:
+def _lowered(
+    job: _Job, graph: Graph, share: Share, dump_ir: Path | None, stack: ExitStack
+) -> tuple[Graph, list[PassRecord]]:
+    """`lower`; what passes put off is done while a target begins its kernels, until `stack` is closed."""
+    context, measured = job.context, job.plan.measured
+    end = share.passes_end - (_LATER if measured else 0.0)
+    context.later = [] if measured and context.max_ram is None else None
+    context.progress = share.between(0.10, end)
+    graph, records = lower(graph, job.plan, context, dump_ir)
+    release_freed_memory()  # before a kernel compiler stands beside this process
+    if context.later:
         begin_target(job.plan.targets[0], graph, job.writer, stack)
-    for work in later:
-        work(share.between(share.passes_end - _LATER, share.passes_end))
+    for work in context.later or []:
+        work(share.between(end, share.passes_end))
+    return graph, records
 
 
 def _write(job: _Job, graph: Graph, share: Share) -> tuple[Artifact, int, float]:

@@ -146,22 +146,17 @@ def slopes_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
     """Positions are slopes, of one steepness whatever a configuration says; queries, keys and values may be
     cut. Files may have the embeddings a second time, as their head.
     """
-    slope, cut = float(keys.get("attention.max_alibi_bias", 0.0)), float(keys.get("attention.clamp_kqv", 0.0))
-    for name, value, known in (
-        ("max_alibi_bias", slope, slope == 8),
-        ("clamp_kqv", cut, 0 <= cut < math.inf),
-    ):
-        if not known:
-            raise UnsupportedError(
-                f"the file's attention.{name} is {value:g}, which the model does not know (its slopes are of "
-                "a bias of 8)",
-                remedy="run the file with llama.cpp",
-            )
+    slope = float(keys.get("attention.max_alibi_bias", 0.0))
+    if slope != 8:
+        raise UnsupportedError(
+            f"the file's attention.max_alibi_bias is {slope:g}, where the model knows 8",
+            remedy="run the file with llama.cpp",
+        )
     return {
         "max_seq_len": keys["context_length"],
         "no_bias": "blk.0.attn_qkv.bias" not in tensors,
         "tie_word_embeddings": "output.weight" not in tensors,
-        "attn_config": {"clip_qkv": cut or None},
+        "attn_config": {"clip_qkv": _clipped_at(keys)},
     }
 
 
@@ -189,7 +184,18 @@ def clipped_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
             f"the file's attention.layer_norm_epsilon is {epsilon:g}, where the model knows 1e-05",
             remedy="give the model as a Hugging Face folder",
         )
-    return {"clip_qkv": keys.get("attention.clamp_kqv") or None}
+    return {"clip_qkv": _clipped_at(keys)}
+
+
+def _clipped_at(keys: Keys) -> float | None:
+    """The largest size of queries, keys and values, or None.
+
+    Raises InputError for what is no size.
+    """
+    size = float(keys.get("attention.clamp_kqv", 0.0))
+    if not 0 <= size < math.inf:
+        raise InputError(f"the file's attention.clamp_kqv is {size:g}", remedy="download the file again")
+    return size or None
 
 
 def scaled_by_depth_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:

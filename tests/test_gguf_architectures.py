@@ -36,8 +36,8 @@ from .models import ids_of
 from .test_gguf_encoders import ROWS
 
 ENCODERS = ("bert", "gemma3_text (encoder)")
-# tests/test_gguf_encoders.py, test_gguf_gemma4.py, test_gguf_gemma3n.py, and below
 OLDER = ("gpt_bigcode", "mpt")
+# tests/test_gguf_encoders.py, test_gguf_gemma4.py, test_gguf_gemma3n.py, and below
 ELSEWHERE = (*ENCODERS, *ROWS, *OLDER, "gemma4_text", "gemma3n_text", "olmo3")
 PLAIN = Architecture("").mixer
 READ = sorted(
@@ -309,8 +309,6 @@ def test_models_without_rotary_embeddings(kind: str, head: bool, tmp_path: Path)
     [
         ("mpt", {"attention.max_alibi_bias": 16.0}, "max_alibi_bias is 16"),
         ("mpt", {}, "max_alibi_bias is 0"),
-        ("mpt", {"attention.max_alibi_bias": 8.0, "attention.clamp_kqv": -1.0}, "clamp_kqv is -1"),
-        ("mpt", {"attention.max_alibi_bias": 8.0, "attention.clamp_kqv": float("nan")}, "clamp_kqv is nan"),
         ("gpt_bigcode", {"attention.head_count_kv": 4}, "head_count_kv is not 1"),
         ("gpt_bigcode", {}, "head_count_kv is not 1"),
     ],
@@ -320,6 +318,16 @@ def test_what_models_without_rotary_embeddings_do_not_know(kind: str, keys: dict
     assert fields is not None
     with pytest.raises(UnsupportedError, match=message):
         fields({"context_length": 64, "feed_forward_length": 96, **keys}, {})
+
+
+@pytest.mark.parametrize("size", [-1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", ["mpt", "olmo"])
+def test_queries_are_not_clipped_at_what_is_no_size(kind: str, size: float):
+    fields = ARCHITECTURES[kind].fields
+    assert fields is not None
+    keys = {"context_length": 64, "attention.max_alibi_bias": 8.0, "attention.layer_norm_epsilon": 1e-5}
+    with pytest.raises(InputError, match="clamp_kqv is"):
+        fields({**keys, "attention.clamp_kqv": size}, {})
 
 
 def test_windows_of_routed_layers_beside_those_of_later_tokens():

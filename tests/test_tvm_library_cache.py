@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,19 @@ def test_a_library_that_was_begun_is_compiled_once(workers: list[str], folder: P
     shutil.rmtree(folder)
     compile_graph(graph(), tmp_path / "plain.llmc")
     assert library == (tmp_path / f"plain.llmc/targets/tvm-cpu/{ISA}.so").read_bytes()
+
+
+def test_what_was_begun_ends_with_its_compilation(folder: Path, tmp_path: Path) -> None:
+    """Not with the block: other targets compile within it."""
+    target = get_target(f"tvm-cpu:isa={ISA}")
+    with ArtifactWriter(tmp_path / "a.llmc") as writer, target.begun(graph(), writer):
+        assert _waiting(), "a thread waits for the kernel compiler"
+        target.compile(graph(), writer, progress=no_progress)
+        assert not _waiting()
+
+
+def _waiting() -> list[str]:
+    return [one.name for one in threading.enumerate() if one.name.startswith("kernels")]
 
 
 def test_another_library_than_what_was_begun_ends_that_first(
