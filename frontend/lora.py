@@ -8,8 +8,12 @@
     base_model.model.lm_head.weight                                  modules_to_save
     base_model.model.model.layers.0.mlp.experts.lora_A.weight        [E · r, K]  target_parameters, of several
                                        .base_layer.lora_A.weight     parameters one in the other
+    base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta  [n, D]  trainable_token_indices:
+                                        n rows that take the place of the table's; without token_adapter where
+                                        the adapter is nothing else (peft_type TRAINABLE_TOKENS)
 
-Names without a base_model prefix are the model's own. https://github.com/huggingface/peft (tuners/lora)
+Names without a base_model prefix are the model's own. https://github.com/huggingface/peft
+(tuners/lora, tuners/trainable_tokens)
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from ..ir.adapters import MOST, Adapter, LowRank, OfParameters
+from ..ir.adapters import MOST, Adapter, LowRank, OfParameters, TokenRows
 from ..ir.errors import InputError, UnsupportedError
 from ..ir.weights import LazyTensor, read_chunks
 from .gguf import MAGIC
@@ -38,6 +42,8 @@ _PARTS: Final = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B"
     r"|lora_magnitude_vector(?:\.weight)?)"
 )
+_ROWS: Final = re.compile(r"(?P<module>.+?)(?:\.token_adapter)?\.trainable_tokens_delta")
+_OF_TOKENS: Final = "TRAINABLE_TOKENS"
 _WRAPPED: Final = "base_layer"
 _MOST_NESTED: Final = 64
 # These start from a changed base weight, which the adapter alone does not hold.
@@ -68,7 +74,7 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
 
     Raises:
         InputError: a file is missing or damaged, or tensors and configuration disagree.
-        UnsupportedError: an adapter of another kind than LoRA and DoRA.
+        UnsupportedError: an adapter of another kind than LoRA, DoRA and rows of tokens.
     """
     folder = Path(path)
     if not (folder / "adapter_config.json").is_file():
@@ -87,11 +93,15 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
         )
     modules: dict[str, _Module] = {}
     replaced: dict[str, LazyTensor] = {}
+    rows: dict[str, TokenRows] = {}
     for name, tensor in open_safetensors(file).items():
         _check_values(tensor)
         full = name.removeprefix(_PREFIX)
         label, found = text_name(full), _PARTS.fullmatch(full)
-        if found is not None:
+        if (of_tokens := _ROWS.fullmatch(full)) is not None:
+            module = of_tokens["module"]
+            rows[text_name(module)] = _token_rows(config, module, tensor)
+        elif found is not None:
             part = found["part"].removesuffix(".weight") if "magnitude" in found["part"] else found["part"]
             _Module.of(modules, found["module"]).add(found["module"], part, tensor)
         elif "lora_" in label:
@@ -104,12 +114,12 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     targets = _targets(config)
     changes: dict[str, LowRank] = {}
     parameters: dict[str, OfParameters] = {}
-    for label, module in modules.items():
-        if targets and module.is_plain:
-            parameters[label] = module.of_parameters(config, targets)
+    for label, changed in modules.items():
+        if targets and changed.is_plain:
+            parameters[label] = changed.of_parameters(config, targets)
         else:
-            changes[label] = module.change(config)
-    if not changes and not replaced and not parameters:
+            changes[label] = changed.change(config)
+    if not changes and not replaced and not parameters and not rows:
         raise InputError(f"adapter {folder.name} holds no tensors", remedy=_AGAIN)
     asked = config.get("modules_to_save") or []
     names = asked if isinstance(asked, list) else []
@@ -117,7 +127,7 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     optional = frozenset(n for n in unasked if n.endswith(".weight"))
     frozen = optional if config.get("bias", "none") != "none" else unasked
     copies = frozenset(n for n in frozen if n.rpartition(".")[0] in modules)
-    return Adapter(folder.name, changes, replaced, optional, copies, parameters)
+    return Adapter(folder.name, changes, replaced, optional, copies, parameters, rows)
 
 
 @dataclass
@@ -186,7 +196,7 @@ def _targets(config: Mapping[str, Any]) -> list[str]:
 
 def _check_kind(name: str, config: Mapping[str, Any]) -> None:
     kind = config.get("peft_type")
-    if kind != "LORA":
+    if kind not in ("LORA", _OF_TOKENS):
         raise UnsupportedError(f"adapter {name} is an adapter of kind {kind!r}", remedy="give a LoRA adapter")
     start = str(config.get("init_lora_weights", True)).lower()
     if start.startswith(_CHANGED_BASE):
@@ -194,6 +204,24 @@ def _check_kind(name: str, config: Mapping[str, Any]) -> None:
             f"adapter {name} was made with init_lora_weights={start!r}, which changes the base model",
             remedy="convert it to plain LoRA in PEFT (path_initial_model_for_weight_conversion)",
         )
+
+
+def _token_rows(config: Mapping[str, Any], module: str, tensor: LazyTensor) -> TokenRows:
+    """Rows of a module; whose they are, the configuration says: for all modules, or by the end of a name."""
+    key = "token_indices" if config.get("peft_type") == _OF_TOKENS else "trainable_token_indices"
+    asked = config.get(key)
+    if isinstance(asked, Mapping):
+        asked = next((ids for name, ids in asked.items() if f".{module}".endswith(f".{name}")), None)
+    given: list[Any] = asked if isinstance(asked, list) else []
+    ids = tuple(one for one in given if type(one) is int and one >= 0)
+    counts = {len(set(ids)), len(given), tensor.shape[0] if len(tensor.shape) == 2 else 0}
+    if len(counts) > 1 or not ids:
+        raise InputError(
+            f"{tensor.source} has the shape {list(tensor.shape)}; {key} in adapter_config.json does not name "
+            "as many tokens, each once",
+            remedy=_AGAIN,
+        )
+    return TokenRows(ids, tensor)
 
 
 def _check_values(tensor: LazyTensor) -> None:

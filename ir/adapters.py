@@ -63,6 +63,19 @@ class OfParameters:
 
 
 @dataclass(frozen=True, eq=False)
+class TokenRows:
+    """Rows that take the place of a weight's [V, D] (PEFT's `trainable_token_indices`).
+
+    Attributes:
+        ids: which, each once.
+        rows: [len(ids), D].
+    """
+
+    ids: tuple[int, ...]
+    rows: LazyTensor
+
+
+@dataclass(frozen=True, eq=False)
 class Adapter:
     """One adapter.
 
@@ -74,6 +87,8 @@ class Adapter:
             model has none of that name, because it is tied, nothing is lost.
         copies: those of `replaced` that are the base's own: PEFT saves an embedding beside its change.
         parameters: those that may be of parameters, by the name of the module that holds them.
+        rows: of single tokens, by the name of the module. Where the model ties embeddings and output head,
+            and there are none of the head, they are of both.
     """
 
     name: str
@@ -82,6 +97,7 @@ class Adapter:
     optional: frozenset[str] = frozenset()
     copies: frozenset[str] = frozenset()
     parameters: Mapping[str, OfParameters] = field(default_factory=dict[str, OfParameters])
+    rows: Mapping[str, TokenRows] = field(default_factory=dict[str, TokenRows])
 
     def __str__(self) -> str:
         return self.name

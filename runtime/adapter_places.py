@@ -276,6 +276,8 @@ def _refuse_what_is_merged(adapter: Adapter, biases: Mapping[str, Any]) -> None:
     elif adapter.parameters:
         remedy = f"compile the model again, if a version before did, or {MERGE}"
         what = f"changes parameters (target_parameters), of {listed([*adapter.parameters])}, without places"
+    elif adapter.rows:
+        what = f"replaces rows of embeddings, of {listed([*adapter.rows])} (trainable_token_indices)"
     elif any(change.embedding for change in adapter.changes.values()):
         what = "has changes of embeddings"
     else:

@@ -26,7 +26,11 @@ def adapter(model: Any, folder: Path, *, seed: int = 3, scale: float = 0.2, **op
             if "lora_" in name:
                 drawn = torch.randn(parameter.shape, generator=generator) * scale
                 parameter.add_(drawn) if "magnitude" in name else parameter.copy_(drawn)
-            elif "modules_to_save" in name or (parameter.requires_grad and name.endswith(".bias")):
+            elif (
+                "modules_to_save" in name
+                or "trainable_tokens_delta" in name
+                or (parameter.requires_grad and name.endswith(".bias"))
+            ):
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
     adapted.save_pretrained(str(folder))
     return adapted

@@ -54,7 +54,7 @@ MERGED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "tokens": (
         {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]},
-        r"embed_tokens\.token_adapter\.trainable_tokens_delta",
+        r"rows of embeddings, of model\.embed_tokens \(trainable_token_indices\)",
     ),
     "embedding": ({"target_modules": ["embed_tokens"]}, "changes of embeddings"),
 }

@@ -34,6 +34,8 @@ from .quantized_files import save_bnb, save_gptq
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT still calls what transformers deprecates
 peft = pytest.importorskip("peft")
 
+ROWS = [ids_of(19)[i] for i in (4, 1, 9)]
+"""Tokens of the prompt whose embeddings an adapter replaces."""
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {"target_modules": ["q_proj", "v_proj", "down_proj"]},
     "rslora": {"target_modules": ["o_proj"], "use_rslora": True},
@@ -45,6 +47,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "embedding": {"target_modules": ["embed_tokens", "gate_proj"]},
     "dora": {"target_modules": ["q_proj", "down_proj"], "use_dora": True},
     "saved modules": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]},
+    "rows": {"target_modules": ["q_proj"], "trainable_token_indices": ROWS},
+    "rows of both": {
+        "target_modules": ["q_proj"],
+        "trainable_token_indices": {"embed_tokens": ROWS, "lm_head": [3, 7]},
+    },
 }
 
 
@@ -100,6 +107,13 @@ TIED: dict[str, dict[str, Any]] = {
     "saved embedding": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
     "saved head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     "saved both": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+    "rows": {"target_modules": ["q_proj"], "trainable_token_indices": ROWS},
+    "rows of the head": {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": ROWS}},
+    "rows of each": {
+        "target_modules": ["q_proj"],
+        "trainable_token_indices": {"embed_tokens": ROWS, "lm_head": [3, 7]},
+    },
+    "rows and a head": {"target_modules": ["lm_head"], "trainable_token_indices": ROWS},
 }
 
 
@@ -147,9 +161,46 @@ def test_transposed_weights_of_16_bits(tmp_path: Path) -> None:
     assert worst(logits_of(fused, ids_of(9)), wanted) < 2e-5
 
 
-def test_changed_rows_of_an_embedding_are_not_forgotten(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_adapter_of_nothing_but_rows(tied: bool, tmp_path: Path) -> None:
+    halves("qwen2", "float32", tmp_path / "base", tie_word_embeddings=tied)
+    model = tiny_model("qwen2", tie_word_embeddings=tied)
+    adapted: Any = peft.get_peft_model(model, peft.TrainableTokensConfig(token_indices=ROWS))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "trainable_tokens_delta" in name:
+                parameter.add_(0.3)
+    adapted.save_pretrained(str(tmp_path / "a"))
+    wanted = reference_logits(adapted, ids_of(19))
+    assert worst(logits_of(merged(tmp_path / "base", str(tmp_path / "a")), ids_of(19)), wanted) < 2e-5
+
+
+def test_rows_in_pieces_are_those_of_the_whole(base: Path, tmp_path: Path) -> None:
+    """As packing reads them."""
+    adapter(tiny_model("qwen2"), tmp_path, target_modules=["q_proj"], trainable_token_indices=ROWS)
+    weight = merged(base, str(tmp_path)).weights["model.embed_tokens.weight"].weight
+    assert weight is not None
+    rows = weight.shape[0]
+    pieces = [weight.read(start, min(start + 50, rows)) for start in range(0, rows, 50)]
+    np.testing.assert_array_equal(np.concatenate(pieces), weight.read())
+
+
+@pytest.mark.parametrize(
+    ("asked", "wanted"),
+    [
+        ([1], "does not name as many tokens"),
+        ([1, 1], "does not name as many tokens"),
+        ([1, -2], "does not name as many tokens"),
+        ([1, "2"], "does not name as many tokens"),
+        (None, "does not name as many tokens"),
+        ({"lm_head": [1, 2]}, "does not name as many tokens"),
+        ([1, 999_999], r"of tokens up to 999999, model\.embed_tokens\.weight is \["),
+    ],
+)
+def test_rows_of_tokens_that_are_not_there(asked: object, wanted: str, base: Path, tmp_path: Path) -> None:
     adapter(tiny_model("qwen2"), tmp_path, target_modules=["q_proj"], trainable_token_indices=[1, 2])
-    with pytest.raises(InputError, match=r"embed_tokens\.token_adapter\.trainable_tokens_delta.* not have"):
+    edit(tmp_path, trainable_token_indices=asked)
+    with pytest.raises(InputError, match=wanted):
         merged(base, str(tmp_path))
 
 

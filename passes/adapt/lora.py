@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ...ir.adapters import Adapter, LowRank, listed
+from ...ir.adapters import Adapter, LowRank, TokenRows, listed
 from ...ir.core import Graph, Value
 from ...ir.dtypes import HALVES, to_numpy
 from ...ir.errors import InputError
@@ -106,6 +106,28 @@ class _AddedBias(OverParts):
         return (self._base.read(start, stop).astype(np.float32) + added).astype(to_numpy(self.dtype))
 
 
+class _WithRows(OverParts):
+    """A weight [V, D] some of whose rows are an adapter's."""
+
+    def __init__(self, base: LazyTensor, tokens: TokenRows) -> None:
+        self._base, self._tokens = base, tokens
+        self.shape = base.shape
+        self.dtype = base.dtype if tokens.rows.dtype == base.dtype else widened(base.dtype)
+        self.source = f"{base.source} with rows of {tokens.rows.source}"
+        self.stored_name = stored_name(base)
+
+    def over(self, base: LazyTensor) -> _WithRows:
+        return _WithRows(base, self._tokens)
+
+    def read(self, start: int = 0, stop: int | None = None) -> Array:
+        read = np.array(self._base.read(start, stop).astype(to_numpy(self.dtype)))
+        at = np.asarray(self._tokens.ids) - start
+        here = (at >= 0) & (at < len(read))
+        if here.any():
+            read[at[here]] = self._tokens.rows.read()[here].astype(read.dtype)
+        return read
+
+
 @dataclass(frozen=True)
 class MergeLora(Pass):
     """Merge an adapter into the weights. `scale` multiplies its change."""
@@ -126,7 +148,10 @@ class MergeLora(Pass):
         parts = _Parts(graph, names)
         for name, data in self.adapter.replaced.items():
             self._replace(graph, names, parts, name, data)
-        floats = 0
+        floats = sum(
+            self._set_rows(graph, names, parts, f"{module}.weight", tokens)
+            for module, tokens in self.adapter.rows.items()
+        )
         for module, change in modules.items():
             self._check_magnitude(change)
             stored = f"{module}.weight"
@@ -171,6 +196,32 @@ class MergeLora(Pass):
         assert weight.weight is not None
         kind = data.dtype if data.dtype in HALVES else widened(weight.dtype)
         graph.set_weight(weight, _Replaced(data, kind, weight.weight))
+
+    def _set_rows(self, graph: Graph, names: StoredNames, parts: _Parts, name: str, tokens: TokenRows) -> int:
+        """How many quantized weights became floats."""
+        source = tokens.rows
+        held = _known(graph, names, name) or names.part(name)
+        if held is None:
+            held = self._weight(graph, names, name, source)  # which says that there is none
+        vocabulary, *columns = held.shape
+        fits = isinstance(vocabulary, int) and max(tokens.ids) < vocabulary and columns == [source.shape[1]]
+        if not fits:
+            said = f"{source.source} has rows {list(source.shape)} of tokens up to {max(tokens.ids)}"
+            raise InputError(f"{said}, {name} is {list(held.shape)}", remedy=_STRANGER)
+        merge = partial(_WithRows, tokens=tokens)
+        if parts.has(name):
+            part = names.part(name)
+            assert part is not None
+            parts.change(name, part.shape, source, merge)
+            return 0
+        tied = graph.facts.get("tied", {})
+        known = name if find_weight(graph, name) is not None else names.renamed.get(name, name)
+        others = [n for n in tied if n != known and n.removesuffix(".weight") in self.adapter.rows]
+        if known not in tied or not tied[known]["embedding"] or others:
+            return _set(graph, self._weight(graph, names, name, source), merge)
+        # PEFT gives the head of a model that ties them the rows of its embeddings.
+        alike = {tied[n]["of"] for n in tied if graph.weights[tied[n]["of"]].shape == held.shape}
+        return sum(_set(graph, graph.weights[one], merge) for one in sorted(alike))
 
     def _add_bias(
         self,
