@@ -99,8 +99,12 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
         full = name.removeprefix(_PREFIX)
         label, found = text_name(full), _PARTS.fullmatch(full)
         if (of_tokens := _ROWS.fullmatch(full)) is not None:
-            module = of_tokens["module"]
-            rows[text_name(module)] = _token_rows(config, module, tensor)
+            module = text_name(of_tokens["module"])
+            if module in rows:
+                raise InputError(
+                    f"{tensor.source} and {rows[module].rows.source} are of one module", remedy=_AGAIN
+                )
+            rows[module] = _token_rows(config, of_tokens["module"], tensor)
         elif found is not None:
             part = found["part"].removesuffix(".weight") if "magnitude" in found["part"] else found["part"]
             _Module.of(modules, found["module"]).add(found["module"], part, tensor)

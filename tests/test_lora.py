@@ -175,6 +175,16 @@ def test_an_adapter_of_nothing_but_rows(tied: bool, tmp_path: Path) -> None:
     assert worst(logits_of(merged(tmp_path / "base", str(tmp_path / "a")), ids_of(19)), wanted) < 2e-5
 
 
+def test_rows_that_are_there_twice(base: Path, tmp_path: Path) -> None:
+    adapter(tiny_model("qwen2"), tmp_path, target_modules=["q_proj"], trainable_token_indices=ROWS)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if "trainable_tokens_delta" in name)
+    save_file({**tensors, name.replace("token_adapter.", ""): tensors[name]}, file)
+    with pytest.raises(InputError, match=r"embed_tokens.* and .*embed_tokens.* are of one module"):
+        merged(base, str(tmp_path))
+
+
 def test_rows_in_pieces_are_those_of_the_whole(base: Path, tmp_path: Path) -> None:
     """As packing reads them."""
     adapter(tiny_model("qwen2"), tmp_path, target_modules=["q_proj"], trainable_token_indices=ROWS)

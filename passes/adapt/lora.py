@@ -120,7 +120,7 @@ class _WithRows(OverParts):
         return _WithRows(base, self._tokens)
 
     def read(self, start: int = 0, stop: int | None = None) -> Array:
-        read = np.array(self._base.read(start, stop).astype(to_numpy(self.dtype)))
+        read = self._base.read(start, stop).astype(to_numpy(self.dtype))
         at = np.asarray(self._tokens.ids) - start
         here = (at >= 0) & (at < len(read))
         if here.any():
@@ -149,7 +149,7 @@ class MergeLora(Pass):
         for name, data in self.adapter.replaced.items():
             self._replace(graph, names, parts, name, data)
         floats = sum(
-            self._set_rows(graph, names, parts, f"{module}.weight", tokens)
+            self._set_rows(graph, names, f"{module}.weight", tokens)
             for module, tokens in self.adapter.rows.items()
         )
         for module, change in modules.items():
@@ -197,25 +197,15 @@ class MergeLora(Pass):
         kind = data.dtype if data.dtype in HALVES else widened(weight.dtype)
         graph.set_weight(weight, _Replaced(data, kind, weight.weight))
 
-    def _set_rows(self, graph: Graph, names: StoredNames, parts: _Parts, name: str, tokens: TokenRows) -> int:
+    def _set_rows(self, graph: Graph, names: StoredNames, name: str, tokens: TokenRows) -> int:
         """How many quantized weights became floats."""
-        source = tokens.rows
-        held = _known(graph, names, name) or names.part(name)
-        if held is None:
-            held = self._weight(graph, names, name, source)  # which says that there is none
+        source, merge = tokens.rows, partial(_WithRows, tokens=tokens)
+        held = _known(graph, names, name) or self._weight(graph, names, name, source)  # which says it is not
         vocabulary, *columns = held.shape
-        fits = isinstance(vocabulary, int) and max(tokens.ids) < vocabulary and columns == [source.shape[1]]
-        if not fits:
+        if columns != [source.shape[1]] or not (isinstance(vocabulary, int) and max(tokens.ids) < vocabulary):
             said = f"{source.source} has rows {list(source.shape)} of tokens up to {max(tokens.ids)}"
             raise InputError(f"{said}, {name} is {list(held.shape)}", remedy=_STRANGER)
-        merge = partial(_WithRows, tokens=tokens)
-        if parts.has(name):
-            part = names.part(name)
-            assert part is not None
-            parts.change(name, part.shape, source, merge)
-            return 0
-        tied = graph.facts.get("tied", {})
-        known = name if find_weight(graph, name) is not None else names.renamed.get(name, name)
+        tied, known = graph.facts.get("tied", {}), _own_name(graph, names, name)
         others = [n for n in tied if n != known and n.removesuffix(".weight") in self.adapter.rows]
         if known not in tied or not tied[known]["embedding"] or others:
             return _set(graph, self._weight(graph, names, name, source), merge)
@@ -262,7 +252,7 @@ class MergeLora(Pass):
     def _weight(
         self, graph: Graph, names: StoredNames, name: str, tensor: LazyTensor, *, own: bool = True
     ) -> Value:
-        known = name if find_weight(graph, name) is not None else names.renamed.get(name, name)
+        known = _own_name(graph, names, name)
         found = own_weight(graph, known) if own else find_weight(graph, known)
         if found is None:
             raise InputError(
@@ -363,6 +353,11 @@ def _set(graph: Graph, weight: Value, merge: Callable[[LazyTensor], LazyTensor])
         return False
     graph.set_weight(weight, merge(base))
     return quantized_of(straight_of(base) or base) is not None and quantized_of(weight.weight) is None
+
+
+def _own_name(graph: Graph, names: StoredNames, name: str) -> str:
+    """The model's name of what the model or the checkpoint calls so."""
+    return name if find_weight(graph, name) is not None else names.renamed.get(name, name)
 
 
 def _known(graph: Graph, names: StoredNames, name: str) -> Value | None:
