@@ -343,6 +343,13 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
             "rope_parameters": {"rope_type": "default", "rope_theta": k.get("rope.freq_base", 10000.0)}
         },
     ),
+    "bitnet": Architecture(
+        "bitnet",
+        written=False,
+        may=frozenset({"hidden_activation"}),
+        parts={"self_attn.attn_sub_norm": "attn_sub_norm", "mlp.ffn_sub_norm": "ffn_sub_norm"},
+        fields=its.activated_fields,
+    ),
     "starcoder2": Architecture(
         "starcoder2",
         written=False,

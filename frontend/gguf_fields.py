@@ -198,6 +198,17 @@ def _clipped_at(keys: Keys) -> float | None:
     return size or None
 
 
+def activated_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
+    """An activation by its name, which files did not have at first."""
+    act = keys.get("hidden_activation", "silu")
+    if act not in ("silu", "relu2"):
+        raise UnsupportedError(
+            f"the file's hidden_activation is {str(act)[:40]!r}, which is not understood",
+            remedy="give the model as a Hugging Face folder",
+        )
+    return {"hidden_act": act}
+
+
 def scaled_by_depth_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
     """Embeddings, residuals and logits are scaled; queries by the length of a head. Older files do not say by
     what: the first models' factors, as llama.cpp takes them, but that it multiplies the logits where these

@@ -198,7 +198,8 @@ def quantization_config(folder: Path) -> dict[str, Any] | None:
 
     ModelOpt has written it into a file of its own (hf_quant_config.json).
     """
-    found = read_json(folder / "config.json").get("quantization_config")
+    raw = read_json(folder / "config.json")
+    found = raw.get("quantization_config", _by_mlx(raw))
     beside = folder / "hf_quant_config.json"
     if found is None and beside.is_file():
         own = read_json(beside).get("quantization")
@@ -206,6 +207,12 @@ def quantization_config(folder: Path) -> dict[str, Any] | None:
         # Without an algorithm the cache alone is in fewer bits at run time, weights are plain floats.
         return {**own, "quant_method": "modelopt"} if own.get("quant_algo", "") is not None else None
     return found
+
+
+def _by_mlx(raw: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What MLX says of quantized weights by a key of its own, which was its only one at first."""
+    found = raw.get("quantization")
+    return found if isinstance(found, dict) and "group_size" in found else None
 
 
 def _line(error: Exception) -> str:

@@ -33,6 +33,7 @@ _DTYPES: Final[dict[str, str]] = {
     "I32": "int32",
     "I16": "int16",
     "I8": "int8",
+    "U32": "uint32",
     "U8": "uint8",
     "BOOL": "bool",
 }

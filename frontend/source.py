@@ -146,7 +146,7 @@ class ModelSource:
     def _opened(self, tensors: Mapping[str, LazyTensor]) -> Mapping[str, LazyTensor]:
         """A folder's tensors with the parts of each quantized module as one."""
         if self.quantization is not None:
-            return open_quantized(tensors, self.quantization, self.name)
+            return open_quantized(tensors, self.quantization, self.name, self._columns)
         bare = next((tensor for tensor in tensors.values() if tensor.dtype == FLOAT8), None)
         if bare is not None:
             raise InputError(
@@ -154,6 +154,17 @@ class ModelSource:
                 remedy="download config.json again, or give the unquantized model",
             )
         return tensors
+
+    def _columns(self, name: str) -> int | None:
+        """Columns of a matrix of the model by its name there; None where it has none of that name."""
+        shape = self._shapes.get(name, ())
+        return shape[1] if len(shape) == 2 else None
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        model: Any = instantiate(self.config)
+        named = model.named_parameters(remove_duplicate=False)
+        return {name: tuple(parameter.shape) for name, parameter in named}
 
     @cached_property
     def _files(self) -> Mapping[str, LazyTensor]:

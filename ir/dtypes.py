@@ -30,6 +30,7 @@ _NUMPY: Final[dict[str, np.dtype[Any]]] = {
     "int32": np.dtype(np.int32),
     "int16": np.dtype(np.int16),
     "int8": np.dtype(np.int8),
+    "uint32": np.dtype(np.uint32),
     "uint8": np.dtype(np.uint8),
     "bool": np.dtype(np.bool_),
 }
@@ -41,7 +42,7 @@ KV_SCALE_BYTES: Final = 4
 FLOATS: Final[frozenset[str]] = frozenset({"float32", "float16", "bfloat16", FLOAT8, "float64"})
 HALVES: Final = ("float16", "bfloat16")
 """Floats of 16 bits."""
-INTEGERS: Final[frozenset[str]] = frozenset({"int64", "int32", "int16", "int8", "uint8"})
+INTEGERS: Final[frozenset[str]] = frozenset({"int64", "int32", "int16", "int8", "uint32", "uint8"})
 
 
 def to_numpy(name: DType) -> np.dtype[Any]:

@@ -150,6 +150,7 @@ CHANGES |= {
     "minicpm3": {"rope_parameters": {**HALF, "partial_rotary_factor": 1.0}},
     "llama4_text": {**FOUR, "layer_types": [*["chunked_attention"] * 3, "full_attention"], **CHUNKS},
     "olmo": {"clip_qkv": 0.4, "layer_norm_eps": 1e-5},
+    "bitnet": {"tie_word_embeddings": True, "hidden_act": "silu"},
 }
 KEYS |= {
     "dots1": lambda c: {**_routed(c), "expert_gating_func": 2},
@@ -187,4 +188,9 @@ KEYS |= {
         "interleave_moe_layer_step": 2,
     },
     "olmo": lambda c: {"attention.clamp_kqv": c.clip_qkv},
+    "bitnet": lambda c: {
+        "hidden_activation": c.hidden_act,
+        "rope.scaling.type": "linear",
+        "rope.scaling.factor": 1.0,
+    },
 }

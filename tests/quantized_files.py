@@ -9,6 +9,7 @@ computed from the integers in float64. Nothing here is shared with the importers
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,160 @@ def save_bnb(folder: Path, *, nested: bool = True, int8: bool = False, storage: 
 
     kind = {"load_in_8bit": True} if int8 else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     return rewrite(folder, {"quant_method": "bitsandbytes", **kind}, quantize)
+
+
+def save_bitnet(folder: Path, *, packed: bool = True, kind: str = "bitlinear") -> Values:
+    """BitNet's ternary weights, by whose scale "bitlinear" divides and "autobitlinear" multiplies."""
+    rng = np.random.default_rng(6)
+
+    def quantize(module: str, weight: Array, out: dict[str, Array]) -> Array:
+        n, _ = weight.shape
+        ternary = rng.integers(-1, 2, weight.shape)
+        number = rng.uniform(5, 30)
+        number = number if kind == "bitlinear" else 1 / number
+        scale = np.array([number], np.float32).astype(ml_dtypes.bfloat16)
+        out[f"{module}.weight_scale"] = scale
+        if packed:
+            quarters = (ternary + 1).reshape(4, n // 4, -1)
+            out[f"{module}.weight"] = sum(quarters[i] << 2 * i for i in range(4)).astype(np.uint8)
+        else:
+            out[f"{module}.weight"] = ternary.astype(ml_dtypes.bfloat16)
+        factor = scale.astype(np.float64)
+        return ternary / factor if kind == "bitlinear" else ternary * factor
+
+    config = {"quant_method": "bitnet", "linear_class": kind, "quantization_mode": "offline"}
+    return rewrite(folder, config, quantize)
+
+
+def save_rows(folder: Path, *, embeddings: int = 0) -> Values:
+    """Integers with a scale a row: 4 bits, down projections 2 and value projections 8; so many scales a row
+    of the table.
+    """
+    rng, path = np.random.default_rng(7), folder / "model.safetensors"
+    bits_of = {"down_proj": 2, "v_proj": 8}
+
+    def packed(shape: tuple[int, ...], bits: int) -> tuple[Array, Array]:
+        """What is stored, and the integers."""
+        codes = rng.integers(0, 1 << bits, shape)
+        values = codes - (1 << (bits - 1))
+        if bits == 8:
+            return values.astype(np.int8), values
+        many = 8 // bits
+        codes = np.pad(codes, ((0, 0), (0, -shape[1] % many))).reshape(shape[0], -1, many)
+        return sum(codes[:, :, i] << bits * i for i in range(many)).astype(np.uint8), values
+
+    def quantize(module: str, weight: Array, out: dict[str, Array]) -> Array:
+        stored, values = packed(weight.shape, bits_of.get(module.rpartition(".")[2], 4))
+        scale = scales((weight.shape[0], 1), rng).astype(np.float32)
+        out |= {f"{module}.weight": stored, f"{module}.weight_scale": scale}
+        for side in ("input", "output"):
+            out[f"{module}.{side}_activation_scale"] = np.zeros((), np.float32)  # which rounds nothing
+        return values * scale.astype(np.float64)
+
+    patterns = {rf"{name}$": {"num_bits": bits} for name, bits in bits_of.items()}
+    config = {
+        "quant_method": "gemma", "num_bits": 4, "quantize_embeddings": embeddings > 0,
+        "module_quant_configs": {**patterns, "embed": {"num_bits": 4}}, "modules_to_not_convert": ["lm_head"],
+    }  # fmt: skip
+    found = rewrite(folder, config, quantize)
+    if embeddings:
+        tensors, label = load_file(path), "model.embed_tokens"
+        stored, values = packed(tensors.pop(f"{label}.weight").shape, 4)
+        scale = scales((len(stored), embeddings), rng).astype(np.float32)
+        save_file(
+            {**tensors, f"{label}.embedding_quantized": stored, f"{label}.embedding_scale": scale}, path
+        )
+        found[f"{label}.weight"] = values * np.repeat(
+            scale.astype(np.float64), values.shape[1] // embeddings, 1
+        )
+    return found
+
+
+MLX_MODES = {"mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}
+
+
+def mlx_parts(
+    prefix: str, shape: tuple[int, ...], mode: str, group: int, bits: int, rng: np.random.Generator
+) -> tuple[dict[str, Array], Array]:
+    """What MLX stores of a weight [(E,) N, K], and the weight."""
+    groups = (*shape[:-1], shape[-1] // group)
+    codes = integers(shape, bits, rng)
+    words = pack_rows(codes.reshape(-1, shape[-1]), bits).view(np.uint32)
+    out = {f"{prefix}.weight": words.reshape(*shape[:-1], -1)}
+    if mode == "affine":
+        scale, bias = scales(groups, rng), rng.normal(0, 0.1, groups).astype(np.float16)
+        out |= {f"{prefix}.scales": scale, f"{prefix}.biases": bias}
+        return out, codes * np.repeat(scale.astype(np.float64), group, -1) + np.repeat(bias, group, -1)
+    if mode == "nvfp4":
+        scale = rng.uniform(0.01, 0.1, groups).astype(F8)
+        stored, factor = scale.view(np.uint8), scale.astype(np.float64)
+    else:
+        stored = rng.integers(118, 124, groups).astype(np.uint8)
+        factor = 2.0 ** (stored.astype(int) - 127)
+    values = E2M1[codes] if bits == 4 else codes.astype(np.uint8).view(F8).astype(np.float64)
+    out[f"{prefix}.scales"] = stored
+    return out, values * np.repeat(factor, group, -1)
+
+
+def save_mlx(
+    folder: Path, *, mode: str = "affine", group: int = 32, bits: int = 4, key: str = "quantization_config"
+) -> Values:
+    """MLX's: codes of all layers and of the table; affine ones of down projections have 8 bits."""
+    rng, special = np.random.default_rng(8), {}
+    group, bits = MLX_MODES.get(mode, (group, bits))
+    path, table = folder / "model.safetensors", "model.embed_tokens"
+
+    def quantize(module: str, weight: Array, out: dict[str, Array]) -> Array | None:
+        own = (group, bits)
+        if mode == "affine" and module.endswith("down_proj"):
+            own = (16, 8)
+            special[module] = {"group_size": 16, "bits": 8}
+        if weight.shape[1] % own[0]:
+            return None
+        made, values = mlx_parts(module, weight.shape, mode, *own, rng)
+        if mode == "mxfp8":  # a random byte may be no number
+            made, values = mlx_floats(module, weight, group, rng)
+        out |= made
+        return values
+
+    found = rewrite(folder, {}, quantize)
+    tensors = load_file(path)
+    if mode != "mxfp8":
+        made, found[f"{table}.weight"] = mlx_parts(
+            table, tensors[f"{table}.weight"].shape, mode, group, bits, rng
+        )
+        save_file({**tensors, **made}, path)
+    config = {"group_size": group, "bits": bits, "mode": mode, **special}
+    written = json.loads((folder / "config.json").read_text())
+    del written["quantization_config"]
+    (folder / "config.json").write_text(json.dumps({**written, key: config}))
+    return found
+
+
+def save_mlx_experts(folder: Path) -> Values:
+    """The same of a mixture, whose experts MLX stacks."""
+    values, path = save_mlx(folder, group=16), folder / "model.safetensors"
+    tensors, stacks = load_file(path), dict[str, list[Array]]()
+    for name in sorted(tensors, key=lambda name: [int(p) if p.isdigit() else 0 for p in name.split(".")]):
+        before, experts, behind = name.partition(".experts.")
+        if experts:
+            _, _, part = behind.partition(".")
+            stacks.setdefault(f"{before}.switch_mlp.{part}", []).append(tensors.pop(name))
+    save_file({**tensors, **{name: np.stack(parts) for name, parts in stacks.items()}}, path)
+    config = folder / "config.json"
+    config.write_text(re.sub(r"\.experts\.\d+\.", ".switch_mlp.", config.read_text()))
+    return values
+
+
+def mlx_floats(
+    prefix: str, weight: Array, group: int, rng: np.random.Generator
+) -> tuple[dict[str, Array], Array]:
+    """The same of "mxfp8"."""
+    stored = rng.integers(118, 124, (weight.shape[0], weight.shape[1] // group)).astype(np.uint8)
+    factor = np.repeat(2.0 ** (stored.astype(int) - 127), group, 1)
+    floats = (weight / factor).astype(F8)
+    out = {f"{prefix}.weight": floats.view(np.uint32), f"{prefix}.scales": stored}
+    return out, floats.astype(np.float64) * factor
 
 
 def pairs_of(codes: Array) -> Array:

@@ -25,7 +25,7 @@ from llmc.passes.quantize.keep import KeepQuantized
 from .family_configs import random_model, small_config
 from .graphs import logits_of, lowered, worst
 from .models import ids_of, save_tiny
-from .quantized_files import save_fp8, save_mxfp4, save_nvfp4
+from .quantized_files import save_fp8, save_mlx, save_mxfp4, save_nvfp4
 from .test_frontend_quantized_refusals import compressed_config
 
 Array = np.ndarray[Any, Any]
@@ -314,6 +314,14 @@ def test_names_of_formats_that_are_none() -> None:
     ):
         with pytest.raises(UnsupportedError):
             open_quantized(weight, config, "folder")
+
+
+def test_mxfp8_of_mlx(tmp_path: Path) -> None:
+    values = save_mlx(save_tiny("llama", tmp_path), mode="mxfp8")
+    source = open_source(tmp_path)
+    for label, wanted in values.items():
+        np.testing.assert_allclose(source.weights[label].read(), wanted, rtol=3e-7)
+    assert len(values) == 14 and not source.unused_tensors
 
 
 def test_floats_of_eight_bits_have_nothing_to_keep(tmp_path: Path) -> None:

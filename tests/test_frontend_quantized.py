@@ -25,13 +25,17 @@ from .conftest import only_long
 from .graphs import PagedRun, logits_of, lowered, worst
 from .models import ids_of, reference_logits, save_tiny
 from .quantized_files import (
+    MLX_MODES,
     Values,
     change_tensors,
     pack_rows,
     save_awq,
+    save_bitnet,
     save_bnb,
     save_compressed,
     save_gptq,
+    save_mlx,
+    save_rows,
     set_config,
 )
 from .tvm_graphs import ISA
@@ -72,6 +76,18 @@ MADE: dict[str, Callable[[Path], Values]] = {
     "bnb, one level": lambda f: save_bnb(f, nested=False),
     "bnb in floats": lambda f: save_bnb(f, storage="float32"),
     "bnb int8": lambda f: save_bnb(f, int8=True),
+    "bitnet": lambda f: save_bitnet(f),
+    "bitnet, multiplied": lambda f: save_bitnet(f, kind="autobitlinear"),
+    "bitnet in floats": lambda f: save_bitnet(f, kind="autobitlinear", packed=False),
+    "rows": lambda f: save_rows(f),
+    "rows, embeddings": lambda f: save_rows(f, embeddings=2),
+    "mlx": lambda f: save_mlx(f),
+    "mlx 2 bits, by its first key": lambda f: save_mlx(f, bits=2, key="quantization"),
+    "mlx 3 bits": lambda f: save_mlx(f, bits=3),
+    "mlx 5 bits": lambda f: save_mlx(f, bits=5, group=16),
+    "mlx 6 bits": lambda f: save_mlx(f, bits=6),
+    "mlx mxfp4": lambda f: save_mlx(f, mode="mxfp4"),
+    "mlx nvfp4": lambda f: save_mlx(f, mode="nvfp4"),
 }
 
 
@@ -85,7 +101,7 @@ def made(name: str, folder: Path) -> tuple[ModelSource, Values]:
 @pytest.mark.parametrize("name", MADE)
 def test_every_value(name: str, tmp_path: Path) -> None:
     source, values = made(name, tmp_path)
-    assert len(values) in (12, 14)
+    assert len(values) in (12, 14, 15)
     for label, wanted in values.items():
         got = source.weights[label]
         parts = quantized_of(got)
@@ -111,7 +127,8 @@ def test_kept_model_says_what_the_dequantized_one_says(name: str, tmp_path: Path
     assert worst(got, reference_logits(model, ids)) < 2e-5
     kept = [op.q.type.quant for op in graph if isinstance(op, QuantizedLinear)]
     assert len(kept) >= 2 * (3 if "compressed" in name else 4)
-    assert {quant.codebook for quant in kept if quant} == ({"nf4"} if name in NF4 else {None})
+    book = "mxfp4" if "fp4" in name else "nf4" if name in NF4 else None
+    assert {quant.codebook for quant in kept if quant} == {book}
 
 
 NF4 = ("bnb", "bnb, one level", "bnb in floats")
@@ -260,6 +277,28 @@ def test_compressed_tensors_own_compressor(bits: int, symmetric: bool, strategy:
     np.testing.assert_array_equal(got["m.weight"].read(), wanted)
 
 
+@pytest.mark.parametrize(
+    ("mode", "group", "bits"),
+    [
+        *(("affine", 32 << bits % 3, bits) for bits in (2, 3, 4, 5, 6, 8)),
+        *((mode, *MLX_MODES[mode]) for mode in MLX_MODES),
+    ],
+)
+def test_mlx_own_quantizer(mode: str, group: int, bits: int) -> None:
+    """Quantized by the package, opened here: what it says itself, but for one rounding in float32."""
+    mx: Any = pytest.importorskip("mlx.core")
+    weight = np.random.default_rng(bits).normal(0, 0.5, (24, 256)).astype(np.float32)
+    parts = mx.quantize(mx.array(weight), group_size=group, bits=bits, mode=mode)
+    wanted = np.array(mx.dequantize(*parts, group_size=group, bits=bits, mode=mode, dtype=mx.float32))
+    names = ("weight", "scales", "biases")
+    tensors = {
+        f"m.{name}": ArrayTensor(np.array(part), name) for name, part in zip(names, parts, strict=False)
+    }
+    got = open_quantized(tensors, {"group_size": group, "bits": bits, "mode": mode}, "folder")
+    assert list(got) == ["m.weight"]
+    np.testing.assert_allclose(got["m.weight"].read(), wanted, rtol=3e-7, atol=3e-7)
+
+
 def first_step(executor: Executor, ids: list[int]) -> np.ndarray:
     """Logits of every row of one sequence, computed in one step."""
     executor.allocate_kv(4)
@@ -275,7 +314,7 @@ def first_step(executor: Executor, ids: list[int]) -> np.ndarray:
 @pytest.mark.parametrize(
     "name",
     [
-        *("gptq 3 bits, act-order, v2", "bnb"),
+        *("gptq 3 bits, act-order, v2", "bnb", "bitnet"),
         *(pytest.param(name, marks=only_long) for name in ("gptq 8 bits, rows", "compressed int8")),
     ],
 )

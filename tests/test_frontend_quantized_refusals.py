@@ -64,9 +64,34 @@ def bnb(n: int = 16, k: int = 64, **state: Any) -> Tensors:
     }
 
 
+def bitnet(n: int = 16, k: int = 32) -> Tensors:
+    return {
+        f"{LAYER}.weight": np.full((n // 4, k), 0b10010010, np.uint8),
+        f"{LAYER}.weight_scale": np.ones(1, np.float16),
+    }
+
+
+def rows(n: int = 16, k: int = 32) -> Tensors:
+    return {
+        f"{LAYER}.weight": np.zeros((n, k // 2), np.uint8),
+        f"{LAYER}.weight_scale": np.ones((n, 1), np.float32),
+    }
+
+
+def mlx(n: int = 16, k: int = 32, group: int = 16) -> Tensors:
+    return {
+        f"{LAYER}.weight": np.zeros((n, k // 8), np.uint32),
+        f"{LAYER}.scales": np.ones((n, k // group), np.float16),
+        f"{LAYER}.biases": np.ones((n, k // group), np.float16),
+    }
+
+
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 16, "sym": False}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm"}
 BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+BITNET = {"quant_method": "bitnet"}
+ROWS = {"quant_method": "gemma", "num_bits": 4}
+MLX = {"group_size": 16, "bits": 4}
 
 
 def compressed_config(**weights: Any) -> dict[str, Any]:
@@ -203,6 +228,38 @@ WRONG: list[tuple[str, Tensors, dict[str, Any], Change, str]] = [
         put("weight.quant_state.bitsandbytes__nf4", np.zeros(5, np.uint8)),
         "is no JSON",
     ),
+    ("bitnet no scale", bitnet(), BITNET, drop("weight_scale"), "is uint8 and has no weight_scale"),
+    ("bitnet no weight", bitnet(), BITNET, drop("weight"), r"up_proj\.weight is missing"),
+    ("bitnet scales", bitnet(), BITNET, put("weight_scale", np.ones(16, F16)), r"has the shape \[16\]"),
+    ("bitnet scale 0", bitnet(), BITNET, put("weight_scale", np.zeros(1, F16)), "NaN or infinite scales"),
+    ("bitnet words", bitnet(), BITNET, put("weight", np.ones((4, 32), I32)), r"weight is int32\[4, 32\]"),
+    (
+        "bitnet stack",
+        bitnet(),
+        BITNET,
+        put("weight", np.ones((2, 4, 32), np.uint8)),
+        "not uint8 .* of 2 axes",
+    ),
+    ("rows no scale", rows(), ROWS, drop("weight_scale"), "is uint8 and has no scales beside it"),
+    ("rows no weight", rows(), ROWS, drop("weight"), r"up_proj\.weight is missing"),
+    ("rows width", rows(k=30), ROWS, same, "has 15 bytes a row, the model's weight has 32 columns"),
+    ("rows scales", rows(), ROWS, put("weight_scale", np.ones((8, 1), np.float32)), r"the shape \[8, 1\]"),
+    ("rows groups", rows(), ROWS, put("weight_scale", np.ones((16, 3), np.float32)), "3 scales a row, of 32"),
+    ("rows floats", rows(), ROWS, put("weight", np.ones((16, 32), F16)), "is float16.*not uint8 or int8"),
+    ("mlx bits", mlx(), {**MLX, "bits": 8}, same, r"has the shape \[16, 4\], 2 groups of 16 of 8 bits"),
+    ("mlx groups", mlx(), {**MLX, "group_size": 32}, same, "2 groups of 32 of 4 bits asks for"),
+    (
+        "mlx own bits",
+        mlx(),
+        {**MLX, LAYER: {"bits": 3}},
+        same,
+        r"2 groups of 16 of 3 bits asks for \[16, 3\]",
+    ),
+    ("mlx no biases", mlx(), MLX, drop("biases"), r"up_proj\.biases is missing"),
+    ("mlx biases", mlx(), MLX, put("biases", np.ones((16, 1), F16)), r"biases has the shape \[16, 1\]"),
+    ("mlx no weight", mlx(), MLX, drop("weight"), r"up_proj\.weight is missing"),
+    ("mlx floats", mlx(), MLX, put("weight", np.ones((16, 4), F16)), "is float16.*not uint32"),
+    ("mlx group of mxfp4", mlx(), {**MLX, "mode": "mxfp4"}, same, "groups of 16, which mxfp4 is not"),
 ]
 
 
@@ -214,8 +271,9 @@ def test_disagreement_names_the_tensor(
 ) -> None:
     tensors = dict(tensors)
     change(tensors)
+    lazy = {n: ArrayTensor(a, f"f:{n}") for n, a in tensors.items()}
     with pytest.raises(InputError, match=reason) as raised:
-        open_quantized({n: ArrayTensor(a, f"f:{n}") for n, a in tensors.items()}, config, "folder")
+        open_quantized(lazy, config, "folder", lambda name: 32)
     assert raised.value.remedy and "\n" not in str(raised.value)
 
 
@@ -227,6 +285,9 @@ OTHER: list[tuple[dict[str, Any], str]] = [
     (compressed_config(type="float", num_bits=6), "has float weights of 6 bits"),
     ({"quant_method": "auto-round", "packing_format": "itrex"}, "packed as 'itrex'"),
     ({**compressed_config(), "transform_config": {"config_groups": {"a": 1}}}, "has a transform_config"),
+    ({**BITNET, "linear_class": "x"}, "layers of class 'x'"),
+    ({**BITNET, "linear_class": "autobitlinear", "quantization_mode": "online"}, "is 'online'"),
+    ({**BITNET, "use_rms_norm": True}, r"norms inside of its layers \(use_rms_norm\)"),
     ({"quant_method": "aqlm"}, "quantized with 'aqlm'"),
     ({"quant_method": "x" * 99}, "quantized with 'x{40}', which"),
 ]
@@ -250,6 +311,40 @@ def test_nan_scales_are_named_when_read() -> None:
     opened = open_quantized({n: ArrayTensor(a, f"f:{n}") for n, a in tensors.items()}, AWQ, "folder")
     with pytest.raises(InputError, match=r"f:model.*up_proj\.scales holds NaN or infinite scales"):
         opened[f"{LAYER}.weight"].read()
+
+
+@pytest.mark.parametrize(
+    ("weight", "reason"),
+    [
+        (np.array([[0, 0b11000000]], np.uint8), "holds the code 3"),
+        (np.full((4, 2), 0.5, F16), "holds other numbers"),
+    ],
+)
+def test_weights_that_are_not_ternary_are_named_when_read(weight: np.ndarray, reason: str) -> None:
+    tensors = {f"{LAYER}.weight": weight, f"{LAYER}.weight_scale": np.ones(1, F16)}
+    opened = open_quantized({n: ArrayTensor(a, f"f:{n}") for n, a in tensors.items()}, BITNET, "folder")
+    with pytest.raises(InputError, match=rf"f:model.*up_proj\.weight {reason}"):
+        opened[f"{LAYER}.weight"].read()
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"mode": "x"}, "MLX's mode 'x'"),
+        ({"bits": 1}, "codes of 1 bits"),
+        ({"group_size": -1}, "groups of -1"),
+    ],
+)
+def test_what_mlx_may_have_and_is_not_read_is_named(config: dict[str, Any], reason: str) -> None:
+    tensors = {n: ArrayTensor(a, f"f:{n}") for n, a in mlx().items()}
+    with pytest.raises(UnsupportedError, match=reason):
+        open_quantized(tensors, {**MLX, **config}, "folder")
+
+
+def test_bytes_of_no_weight_of_the_model_are_named() -> None:
+    tensors = {n: ArrayTensor(a, f"f:{n}") for n, a in rows().items()}
+    with pytest.raises(InputError, match=r"up_proj\.weight is no weight of the model"):
+        open_quantized(tensors, ROWS, "folder")
 
 
 def test_nothing_is_written_where_it_disagrees(tmp_path: Path) -> None:

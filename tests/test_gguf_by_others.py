@@ -261,6 +261,21 @@ def test_positions_that_are_slopes_are_refused(tmp_path: Path) -> None:
         open_source(path)
 
 
+def test_an_activation_by_its_name(tmp_path: Path) -> None:
+    """What the model of Microsoft has; files without a word of it are of models before, whose gate is silu."""
+    model, ids = tiny("bitnet", hidden_act="relu2"), ids_of(40)
+    with torch.inference_mode():
+        wanted = model(input_ids=torch.tensor([ids])).logits[0].numpy()
+    path = written(model, "bitnet", tmp_path / "m.gguf")
+    np.testing.assert_allclose(logits_of(trace_source(open_source(path)), ids), wanted, atol=2e-5)
+    raw = path.read_bytes()
+    path.write_bytes(raw.replace(b"relu2", b"relu3"))
+    with pytest.raises(UnsupportedError, match=r"hidden_activation is 'relu3', which is not"):
+        open_source(path)
+    row = ARCHITECTURES["bitnet"]
+    assert row.fields is not None and row.fields({}, {}) == {"hidden_act": "silu"}
+
+
 def test_numbers_of_an_activation_that_are_missing_or_of_other_layers(tmp_path: Path) -> None:
     model, ids = tiny("apertus"), ids_of(40)
     path = written(model, "apertus", tmp_path / "m.gguf")

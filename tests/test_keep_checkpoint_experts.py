@@ -29,6 +29,7 @@ from .quantized_files import (
     save_compressed,
     save_fp8,
     save_gptq,
+    save_mlx_experts,
     save_mxfp4,
     save_nvfp4,
 )
@@ -42,6 +43,7 @@ FORMS: dict[str, Save] = {
     "compressed int4": lambda f: save_compressed(f, group=32),
     "compressed int8": lambda f: save_compressed(f, bits=8, strategy="channel", group=None, packed=False),
     "nvfp4": save_nvfp4,
+    "mlx": save_mlx_experts,
 }
 FAMILIES = ("mixtral", "qwen2_moe", "olmoe", "deepseek_v3", "glm4_moe")
 
@@ -86,6 +88,7 @@ def experts_of(folder: Path, *, keep: bool) -> tuple[list[np.ndarray], set[str]]
     [
         *(("qwen3_moe", form) for form in FORMS),
         *((family, "gptq") for family in FAMILIES),
+        ("deepseek_v3", "mlx"),
         # A loop of its own, over some of the experts that are stored.
         pytest.param("longcat_flash", "compressed int4", marks=pytest.mark.slow),
         ("gpt_oss", "mxfp4"),

@@ -16,6 +16,7 @@ TABLES = {
     "frontend/gguf_encoders.py": "those of encoders",
     "frontend/gguf_fields.py": "what these layouts say of a model",
     "frontend/gguf_windows.py": "what they say of its windows",
+    "frontend/quantized/__init__.py": "quantization_config names methods (quant_method) after models",
     "codegen/gguf/vocabulary.py": "the names of GGUF's rules of splitting text, to try them",
 }
 """Files that hold names which a file format fixes; each is a table of them."""

@@ -23,6 +23,9 @@ from .compressed import open_compressed
 from .fp4 import open_modelopt, open_mxfp4
 from .fp8 import open_fp8
 from .gptq import open_gptq
+from .mlx import open_mlx
+from .rows import Columns, open_rows
+from .ternary import open_ternary
 
 IMPORTERS: Final[dict[str, Callable[[Mapping[str, LazyTensor], Config], dict[str, LazyTensor]]]] = {
     "gptq": open_gptq,
@@ -30,41 +33,58 @@ IMPORTERS: Final[dict[str, Callable[[Mapping[str, LazyTensor], Config], dict[str
     "compressed-tensors": open_compressed,
     "auto-round": open_autoround,
     "bitsandbytes": open_bitsandbytes,
+    "bitnet": open_ternary,
+    "mlx": open_mlx,
+    "metal": open_mlx,
     "fp8": open_fp8,
     "fbgemm_fp8": open_fp8,
     "modelopt": open_modelopt,
     "mxfp4": open_mxfp4,
 }
+SHAPED: Final[dict[str, Callable[[Mapping[str, LazyTensor], Config, Columns], dict[str, LazyTensor]]]] = {
+    "gemma": open_rows,
+}
+"""Those whose tensors do not say how many columns they have, as the model does."""
 
 
 def quantization_method(config: Any, origin: str) -> str:
-    """The method that `quantization_config` names, one of `IMPORTERS`.
+    """The method that `quantization_config` names, one of `IMPORTERS` or `SHAPED`.
 
     Raises UnsupportedError for any other method, InputError for a configuration that names none.
     """
     method = config.get("quant_method") if isinstance(config, Mapping) else None
     if method is None and isinstance(config, Mapping) and {"load_in_4bit", "load_in_8bit"} & config.keys():
         method = "bitsandbytes"  # before transformers 4.33 nothing else was there
+    if method is None and isinstance(config, Mapping) and {"group_size", "bits"} <= config.keys():
+        method = "mlx"
     if not isinstance(method, str):
         raise InputError(
             f"{origin}: quantization_config names no quant_method", remedy="download config.json again"
         )
-    if method not in IMPORTERS:
+    if method not in IMPORTERS and method not in SHAPED:
         raise UnsupportedError(
             f"{origin} is quantized with {method[:40]!r}, which llmc does not read",
-            remedy=f"give the unquantized model, a GGUF file, or one of {', '.join(IMPORTERS)}",
+            remedy=f"give the unquantized model, a GGUF file, or one of {', '.join((*IMPORTERS, *SHAPED))}",
         )
     return method
 
 
 def open_quantized(
-    tensors: Mapping[str, LazyTensor], config: Mapping[str, Any], origin: str
+    tensors: Mapping[str, LazyTensor],
+    config: Mapping[str, Any],
+    origin: str,
+    columns: Columns = lambda name: None,
 ) -> dict[str, LazyTensor]:
     """The checkpoint's tensors as those of the unquantized model.
 
+    Args:
+        columns: of the model's weights, by their names.
+
     Raises InputError naming the tensor that does not fit the configuration, or where none is quantized.
     """
-    found = IMPORTERS[quantization_method(config, origin)](tensors, config)
+    method = quantization_method(config, origin)
+    shaped = SHAPED.get(method)
+    found = IMPORTERS[method](tensors, config) if shaped is None else shaped(tensors, config, columns)
     if all(tensor is tensors.get(name) for name, tensor in found.items()):
         raise InputError(
             f"{origin}: quantization_config is there, but no tensor is quantized by it",

@@ -25,15 +25,19 @@ def words_for(count: int, bits: int) -> int:
 
 def unpack_stream(words: Array, bits: int, count: int) -> Array:
     """int32 [rows, words] → the first `count` codes of each row's stream, uint8 [rows, count]."""
-    stream = np.ascontiguousarray(words).astype("<i4", copy=False).view(np.uint8)
+    return unpack_bytes(np.ascontiguousarray(words).astype("<i4", copy=False).view(np.uint8), bits, count)
+
+
+def unpack_bytes(stream: Array, bits: int, count: int) -> Array:
+    """The same of uint8 [rows, bytes]."""
     if bits == 8:
         return np.ascontiguousarray(stream[:, :count])
     if 8 % bits == 0:
         shifts = np.arange(0, 8, bits, dtype=np.uint8)
         codes = (stream[:, :, None] >> shifts) & np.uint8((1 << bits) - 1)
-        return np.ascontiguousarray(codes.reshape(len(words), stream.shape[1] * len(shifts))[:, :count])
+        return np.ascontiguousarray(codes.reshape(len(stream), stream.shape[1] * len(shifts))[:, :count])
     ones = np.unpackbits(stream, axis=1, count=count * bits, bitorder="little")
-    ones = ones.reshape(len(words), count, bits)
+    ones = ones.reshape(len(stream), count, bits)
     return (ones << np.arange(bits, dtype=np.uint8)).sum(-1, dtype=np.uint8)
 
 
