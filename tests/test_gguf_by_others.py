@@ -262,7 +262,7 @@ def test_positions_that_are_slopes_are_refused(tmp_path: Path) -> None:
 
 
 def test_an_activation_by_its_name(tmp_path: Path) -> None:
-    """What the model of Microsoft has; files without a word of it are of models before, whose gate is silu."""
+    """What files say since the activation is another than silu, which those without a word of it have."""
     model, ids = tiny("bitnet", hidden_act="relu2"), ids_of(40)
     with torch.inference_mode():
         wanted = model(input_ids=torch.tensor([ids])).logits[0].numpy()

@@ -19,7 +19,9 @@ from llmc.ir.verifier import verify
 from llmc.ir.weights import ArrayTensor, LazyTensor, QuantizedTensors, quantized_of
 from llmc.passes.base import Pass, PassContext
 from llmc.passes.derived import ConcatRows, SliceRows
+from llmc.passes.quantize.heads import QuantizeHead
 from llmc.passes.quantize.keep import KeepQuantized
+from llmc.passes.quantize.scheme import weight_passes
 from llmc.passes.registry import quantization_passes
 
 from .graphs import PagedRun, lowered, opnames, traced, worst
@@ -185,14 +187,27 @@ def test_nothing_to_keep_is_refused() -> None:
         KeepQuantized().run(graph, PassContext())
 
 
-def test_floats_beside_codes_are_said() -> None:
+def beside_floats() -> Graph:
+    """A layer with codes before one without."""
     graph = linear_graph(Stored(12, 32))
-    y = graph.append(
-        Linear(graph.outputs[0], graph.add_weight("f", ArrayTensor(np.ones((3, 12), np.float32))))
-    )
-    graph.outputs = [y.result]
-    _, said = kept(graph)
-    assert said == ["1 weights of linear layers or embeddings are stored as floats and stay so"]
+    data = ArrayTensor(np.ones((3, 12), np.float32))
+    graph.outputs = [graph.append(Linear(graph.outputs[0], graph.add_weight("f", data))).result]
+    return graph
+
+
+def test_floats_beside_codes_are_said() -> None:
+    _, said = kept(beside_floats())
+    assert said == ["1 weights of linear layers are stored as floats and stay so"]
+
+
+def test_a_head_that_stays_floats_is_named_with_the_way_out() -> None:
+    graph = beside_floats()
+    graph.facts["kind"] = "causal_lm"
+    _, said = kept(graph.clone())
+    assert said == ["f is stored as floats and stays so; --quant-head int8 gives it 8 bits a weight"]
+    first, head = weight_passes("keep", "int8")
+    assert isinstance(first, KeepQuantized) and first.head and isinstance(head, QuantizeHead)
+    assert not first.run(graph, PassContext()).notes  # what is behind sees to it
 
 
 def test_keep_is_a_scheme() -> None:

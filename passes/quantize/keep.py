@@ -34,7 +34,7 @@ from ..base import Pass, PassContext, PassResult
 from ..canonicalize.moe import why_floats
 from ..derived import CastTensor, ConcatRows, SliceRows
 from ..registry import Quantizer
-from .attach import attach_quantized, is_quantizable
+from .attach import attach_quantized, is_head, is_quantizable
 from .moe import Parts, attach_experts, experts_of
 
 _UNKNOWN = "stored as floats, or in codes that no kernel reads or that differ from expert to expert"
@@ -42,22 +42,28 @@ _UNKNOWN = "stored as floats, or in codes that no kernel reads or that differ fr
 
 @dataclass(frozen=True)
 class KeepQuantized(Pass):
-    """Attach the quantized parts that a checkpoint stores (`ir.weights.QuantizedTensors`)."""
+    """Attach the quantized parts that a checkpoint stores (`ir.weights.QuantizedTensors`).
+
+    Options: `head`, whether a pass behind quantizes the embeddings and output head that are left as floats.
+    """
 
     name = "keep-quantized"
     requires = "fused"
     ensures = "quantized"
+    head: bool = False
 
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         for weight in list(graph.weights.values()):
             if is_quantizable(weight):
                 split_by_grid(graph, weight)
-        kept, floats = 0, 0
+        kept, floats, heads = 0, 0, list[str]()
         for weight in list(graph.weights.values()):
             if not is_quantizable(weight):
                 continue
             parts = quantized_of(weight.weight)
-            if parts is None:
+            if parts is None and is_head(graph, weight):
+                heads.append(weight.name)
+            elif parts is None:
                 floats += 1
             else:
                 attach_stored(graph, weight, narrowed(parts))
@@ -78,7 +84,12 @@ class KeepQuantized(Pass):
             )
         notes: list[str] = []
         if floats:
-            notes.append(f"{floats} weights of linear layers or embeddings are stored as floats and stay so")
+            notes.append(f"{floats} weights of linear layers are stored as floats and stay so")
+        if heads and not self.head:
+            names = ", ".join(heads)
+            notes.append(
+                f"{names} is stored as floats and stays so; --quant-head int8 gives it 8 bits a weight"
+            )
         if unkept:
             notes.append(f"the experts of {len(unkept)} mixtures stay floats: {_without_codes(unkept)}")
         return PassResult(graph, True, notes)

@@ -10,6 +10,7 @@ from ...ir.errors import InputError
 from ..base import Pass
 from ..registry import default_head, quantization_passes
 from .heads import QuantizeHead, head_passes
+from .keep import KeepQuantized
 from .rotate import RotateLinears
 from .sensitivity import ChooseBits, SupposeBits
 from .walk import QuantizeRtn
@@ -37,6 +38,7 @@ def weight_passes(scheme: str, head: str | None = None, bits_per_weight: float |
     heads = head_passes(default if head is None else head)
     if any(isinstance(p, QuantizeHead) and p.as_rotated for p in heads):
         linear = [replace(p, head=True) if isinstance(p, RotateLinears) and not p.size else p for p in linear]
+    linear = [replace(p, head=True) if isinstance(p, KeepQuantized) and heads else p for p in linear]
     if bits_per_weight is None:
         return [*linear, *heads]
     return [_chooser(scheme, linear, heads, head is None, bits_per_weight), *linear, *heads]
