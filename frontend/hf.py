@@ -14,7 +14,7 @@ from typing import Any, Final, TypeGuard
 
 from ..ir.errors import InputError
 from ..ir.weights import LazyTensor
-from .quantized import quantization_method
+from .quantized import is_mlx, quantization_method
 from .safetensors import open_safetensors
 
 MAX_JSON_BYTES: Final = 64 << 20
@@ -199,7 +199,7 @@ def quantization_config(folder: Path) -> dict[str, Any] | None:
     ModelOpt has written it into a file of its own (hf_quant_config.json).
     """
     raw = read_json(folder / "config.json")
-    found = raw.get("quantization_config", _by_mlx(raw))
+    found = _by_mlx(raw) or raw.get("quantization_config")
     beside = folder / "hf_quant_config.json"
     if found is None and beside.is_file():
         own = read_json(beside).get("quantization")
@@ -212,7 +212,7 @@ def quantization_config(folder: Path) -> dict[str, Any] | None:
 def _by_mlx(raw: Mapping[str, Any]) -> dict[str, Any] | None:
     """What MLX says of quantized weights by a key of its own, which was its only one at first."""
     found = raw.get("quantization")
-    return found if isinstance(found, dict) and "group_size" in found else None
+    return found if is_mlx(found) else None
 
 
 def _line(error: Exception) -> str:

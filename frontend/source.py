@@ -28,7 +28,7 @@ from .lora_gguf import read_gguf_adapter
 from .quantized import describe_quantization, open_quantized
 from .sentences import dense_places, made_encoder, reranker_facts, scored_tokens, sentence_facts
 from .skeleton import Task, instantiate, instantiate_whole, is_encoder, model_class
-from .text_part import text_part, text_tensors
+from .text_part import text_name, text_part, text_tensors
 from .weights import open_gguf_tensors
 
 if TYPE_CHECKING:
@@ -146,19 +146,29 @@ class ModelSource:
     def _opened(self, tensors: Mapping[str, LazyTensor]) -> Mapping[str, LazyTensor]:
         """A folder's tensors with the parts of each quantized module as one."""
         if self.quantization is not None:
-            return open_quantized(tensors, self.quantization, self.name, self._columns)
-        bare = next((tensor for tensor in tensors.values() if tensor.dtype == FLOAT8), None)
+            config = self.quantization
+            if self.whole is not None:  # which may speak of modules by the whole model's names
+                config = {text_name(key): value for key, value in config.items()} | config
+            return open_quantized(tensors, config, self.name, self._columns)
+        bare = next((tensor for tensor in tensors.values() if tensor.dtype in (FLOAT8, "uint32")), None)
         if bare is not None:
             raise InputError(
-                f"{bare.source} is {FLOAT8}, and config.json has no quantization_config that says its scale",
+                f"{bare.source} is {bare.dtype}, and no quantization_config in config.json says its scale",
                 remedy="download config.json again, or give the unquantized model",
             )
         return tensors
 
     def _columns(self, name: str) -> int | None:
-        """Columns of a matrix of the model by its name there; None where it has none of that name."""
-        shape = self._shapes.get(name, ())
+        """Columns of a matrix of the model by its name there, or that in a model of more or without a head;
+        None where it has none of that name.
+        """
+        names = (name, text_name(name), f"{self._base}.{name}", name.removeprefix(f"{self._base}."))
+        shape = next((self._shapes[one] for one in names if one in self._shapes), ())
         return shape[1] if len(shape) == 2 else None
+
+    @property
+    def _base(self) -> str:
+        return getattr(model_class(self.config)[0], "base_model_prefix", "")
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:

@@ -232,6 +232,8 @@ WRONG: list[tuple[str, Tensors, dict[str, Any], Change, str]] = [
     ("bitnet no weight", bitnet(), BITNET, drop("weight"), r"up_proj\.weight is missing"),
     ("bitnet scales", bitnet(), BITNET, put("weight_scale", np.ones(16, F16)), r"has the shape \[16\]"),
     ("bitnet scale 0", bitnet(), BITNET, put("weight_scale", np.zeros(1, F16)), "NaN or infinite scales"),
+    ("bitnet scale inf", bitnet(), BITNET, put("weight_scale", np.full(1, np.inf, F16)), "NaN or infinite"),
+    ("bitnet tiny", bitnet(), BITNET, put("weight_scale", np.full(1, 1e-45, np.float32)), "NaN or infinite"),
     ("bitnet words", bitnet(), BITNET, put("weight", np.ones((4, 32), I32)), r"weight is int32\[4, 32\]"),
     (
         "bitnet stack",
@@ -331,6 +333,8 @@ def test_weights_that_are_not_ternary_are_named_when_read(weight: np.ndarray, re
     ("config", "reason"),
     [
         ({"mode": "x"}, "MLX's mode 'x'"),
+        ({"mode": ["affine"]}, "MLX's mode .*affine"),
+        ({LAYER: {"mode": {}}}, "MLX's mode"),
         ({"bits": 1}, "codes of 1 bits"),
         ({"group_size": -1}, "groups of -1"),
     ],
@@ -341,10 +345,33 @@ def test_what_mlx_may_have_and_is_not_read_is_named(config: dict[str, Any], reas
         open_quantized(tensors, {**MLX, **config}, "folder")
 
 
-def test_bytes_of_no_weight_of_the_model_are_named() -> None:
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"bits": "4", "group_size": 16},
+        {"bits": True, "group_size": 16},
+        {"bits": 4.0, "group_size": None},
+        {"bits": 4, "group_size": 16, "desc_act": False, "sym": True},
+    ],
+)
+def test_configurations_without_a_method_that_are_not_mlx(config: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="names no quant_method"):
+        open_quantized({}, config, "folder")
+
+
+def test_sizes_of_a_module_that_are_none_are_refused() -> None:
+    tensors = {n: ArrayTensor(a, f"f:{n}") for n, a in mlx().items()}
+    with pytest.raises(InputError, match="bits is '4', no integer"):
+        open_quantized(tensors, {**MLX, LAYER: {"bits": "4"}}, "folder")
+
+
+def test_bytes_of_modules_that_the_model_has_not_stay() -> None:
+    """Layers that take keys and values from others may be stored with their own."""
     tensors = {n: ArrayTensor(a, f"f:{n}") for n, a in rows().items()}
-    with pytest.raises(InputError, match=r"up_proj\.weight is no weight of the model"):
-        open_quantized(tensors, ROWS, "folder")
+    other = {n.replace("up", "down"): tensor for n, tensor in tensors.items()}
+    found = open_quantized({**tensors, **other}, ROWS, "folder", lambda name: 32 if "up" in name else None)
+    assert found[f"{LAYER}.weight"].shape == (16, 32)
+    assert all(found[name] is tensor for name, tensor in other.items())
 
 
 def test_nothing_is_written_where_it_disagrees(tmp_path: Path) -> None:

@@ -45,6 +45,14 @@ SHAPED: Final[dict[str, Callable[[Mapping[str, LazyTensor], Config, Columns], di
     "gemma": open_rows,
 }
 """Those whose tensors do not say how many columns they have, as the model does."""
+_OF_OTHERS: Final = frozenset({"desc_act", "sym", "zero_point", "version", "checkpoint_format", "quant_type"})
+
+
+def is_mlx(config: Any) -> bool:
+    """Whether a configuration that names no method is MLX's, and none of the first ones of others."""
+    if not isinstance(config, Mapping) or not _OF_OTHERS.isdisjoint(config):
+        return False
+    return all(type(config.get(name)) is int for name in ("group_size", "bits"))
 
 
 def quantization_method(config: Any, origin: str) -> str:
@@ -55,7 +63,7 @@ def quantization_method(config: Any, origin: str) -> str:
     method = config.get("quant_method") if isinstance(config, Mapping) else None
     if method is None and isinstance(config, Mapping) and {"load_in_4bit", "load_in_8bit"} & config.keys():
         method = "bitsandbytes"  # before transformers 4.33 nothing else was there
-    if method is None and isinstance(config, Mapping) and {"group_size", "bits"} <= config.keys():
+    if method is None and is_mlx(config):
         method = "mlx"
     if not isinstance(method, str):
         raise InputError(

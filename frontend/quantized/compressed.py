@@ -25,7 +25,16 @@ from ...ir.types import Quantization
 from ...ir.weights import DequantizedTensor, LazyTensor, QuantizedTensors
 from . import compressed_floats as floating
 from .checks import Config, Module, column_order, disagree, expect_shape
-from .packing import PackedAlongRows, PermutedColumns, SignedBytes, Small, scales_of, unpack_stream, words_for
+from .packing import (
+    PackedAlongRows,
+    PermutedColumns,
+    RowScales,
+    SignedBytes,
+    Small,
+    scales_of,
+    unpack_stream,
+    words_for,
+)
 
 Array = np.ndarray[Any, Any]
 PARTS: Final = (
@@ -172,7 +181,7 @@ def _groups(weights: Mapping[str, Any], k: int) -> int | None:
     return -(-k // size) if isinstance(size, int) and size > 0 else None
 
 
-def _scale(module: Module, n: int, k: int, scheme: Mapping[str, Any]) -> tuple[Small, int]:
+def _scale(module: Module, n: int, k: int, scheme: Mapping[str, Any]) -> tuple[LazyTensor, int]:
     """Scales [N, G], and the columns of a group."""
     stored = module.get("weight_scale", *_scale_rank(module))
     groups = stored.shape[-1] if len(stored.shape) == 2 else 1
@@ -192,7 +201,7 @@ def _scale(module: Module, n: int, k: int, scheme: Mapping[str, Any]) -> tuple[S
             stored, (n, groups), lambda one: np.broadcast_to(one.reshape(1, groups), (n, groups))
         ), size
     expect_shape(stored, (n, groups), f"{n} rows")
-    return scales_of(stored, (n, groups), lambda all: all), size
+    return RowScales(stored), size
 
 
 def _zero_points(

@@ -22,9 +22,9 @@ from ...ir.dtypes import FLOAT8, to_numpy
 from ...ir.errors import UnsupportedError
 from ...ir.types import Quantization
 from ...ir.weights import DequantizedTensor, LazyTensor, QuantizedTensors
-from .checks import Config, Module, disagree, expect_shape
+from .checks import Config, Module, disagree, expect_shape, integer
 from .floats import ScaledFloat8, float4
-from .packing import PackedAlongRows, scales_of, words_for
+from .packing import PackedAlongRows, RowScales, words_for
 
 Array = np.ndarray[Any, Any]
 _WORDS: Final = ("uint32", "int32")
@@ -45,6 +45,10 @@ def open_mlx(tensors: Mapping[str, LazyTensor], config: Config) -> dict[str, Laz
         if not name.endswith(".scales"):
             continue
         prefix = name.removesuffix("scales")
+        if f"{prefix}qweight" in tensors:
+            raise disagree(
+                tensors[f"{prefix}qweight"], "is not MLX's, and quantization_config names no method"
+            )
         for part in ("weight", "scales", *_BIASES):
             found.pop(prefix + part, None)
         found |= _unstacked(prefix, tensors, _settings(config, prefix[:-1]))
@@ -69,7 +73,7 @@ def _unstacked(prefix: str, tensors: Mapping[str, LazyTensor], config: Config) -
         raise disagree(odd, f"has the shape {list(odd.shape)}, of {stack.shape[0]} experts")
     made: dict[str, LazyTensor] = {}
     for expert in range(stack.shape[0]):
-        own = prefix.replace(_STACKED, f"{_EXPERTS}{expert}.")
+        own = f".{prefix}".replace(_STACKED, f"{_EXPERTS}{expert}.")[1:]
         of_expert = {own + name: MatrixOf(stacked, expert) for name, stacked in parts.items()}
         made[f"{own}weight"] = _weight(Module(own, of_expert), config)
     return made
@@ -77,16 +81,14 @@ def _unstacked(prefix: str, tensors: Mapping[str, LazyTensor], config: Config) -
 
 def _weight(module: Module, config: Config) -> LazyTensor:
     mode = config.get("mode", "affine")
-    if mode not in _MODES:
+    if not isinstance(mode, str) or mode not in _MODES:
         raise UnsupportedError(
             f"{module.prefix}weight is quantized by MLX's mode {str(mode)[:40]!r}",
             remedy=f"give one of {', '.join(_MODES)}",
         )
     words = module.get("weight", 2, *_WORDS)
-    group, bits = (
-        value if isinstance(value := config.get(name), int) and not isinstance(value, bool) else default
-        for name, default in zip(("group_size", "bits"), _MODES[mode], strict=True)
-    )
+    usual = zip(("group_size", "bits"), _MODES[mode], strict=True)
+    group, bits = (integer(config, name, default=default) for name, default in usual)
     if mode == "affine":
         return _affine(module, words, group, bits)
     if (group, bits) != _MODES[mode]:
@@ -107,7 +109,7 @@ def _affine(module: Module, words: LazyTensor, group: int, bits: int) -> Dequant
     n, groups = scales.shape
     expect_shape(biases, (n, groups), "scales")
     expect_shape(words, (n, words_for(groups * group, bits)), f"{groups} groups of {group} of {bits} bits")
-    scale, zero = (scales_of(part, (n, groups), lambda stored: stored) for part in (scales, biases))
+    scale, zero = RowScales(scales), RowScales(biases)
     quant = Quantization(bits, group, False, scale.dtype)
     codes = PackedAlongRows(words, bits, groups * group)
     return DequantizedTensor(QuantizedTensors(quant, codes, scale, zero), words.source)

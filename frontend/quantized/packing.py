@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ...ir.errors import InputError
-from ...ir.weights import LazyTensor
+from ...ir.weights import LazyTensor, read_chunks
 
 Array = np.ndarray[Any, Any]
 
@@ -112,6 +112,33 @@ class Small:
         return np.ascontiguousarray(self._compute()[start:stop])
 
 
+class RowScales:
+    """Scales or biases [N, G] as they are stored: float16 where that holds every one exactly, else float32.
+
+    Reading raises InputError for NaN or Inf among them.
+    """
+
+    def __init__(self, stored: LazyTensor) -> None:
+        self._stored = stored
+        self.shape, self.source = stored.shape, stored.source
+        exact = stored.dtype == "float16" or all(map(_fits_half, read_chunks(stored)))
+        self.dtype: str = "float16" if exact else "float32"
+
+    def read(self, start: int = 0, stop: int | None = None) -> Array:
+        values = self._stored.read(start, stop).astype(np.float32)
+        if not np.isfinite(values).all():
+            raise InputError(
+                f"{self.source} holds NaN or infinite scales", remedy="the checkpoint is damaged"
+            )
+        return values.astype(self.dtype)
+
+
+def _fits_half(values: Array) -> bool:
+    values = values.astype(np.float32)
+    with np.errstate(over="ignore", under="ignore"):
+        return np.array_equal(values.astype(np.float16).astype(np.float32), values)
+
+
 def scales_of(tensor: LazyTensor, shape: tuple[int, ...], arrange: Callable[[Array], Array]) -> Small:
     """The scales of a tensor as [N, G], float16 where that holds every one exactly, else float32.
 
@@ -132,9 +159,6 @@ def scales_of(tensor: LazyTensor, shape: tuple[int, ...], arrange: Callable[[Arr
 
     if tensor.dtype == "float16":
         return Small(shape, "float16", tensor.source, read)
-    values = read()
-    with np.errstate(over="ignore", under="ignore"):
-        exact = np.array_equal(values.astype(np.float16).astype(np.float32), values)
-    if exact:
+    if _fits_half(read()):
         return Small(shape, "float16", tensor.source, lambda: read().astype(np.float16))
     return Small(shape, "float32", tensor.source, read)

@@ -23,7 +23,7 @@ import numpy as np
 from ...ir.types import Quantization
 from ...ir.weights import DequantizedTensor, LazyTensor, QuantizedTensors
 from .checks import Config, Module, disagree, expect_shape
-from .packing import SignedBytes, scales_of, unpack_bytes
+from .packing import RowScales, SignedBytes, unpack_bytes
 
 Array = np.ndarray[Any, Any]
 Columns = Callable[[str], int | None]
@@ -39,26 +39,33 @@ _IN_BYTES: Final = (2, 4)
 
 
 def open_rows(tensors: Mapping[str, LazyTensor], config: Config, columns: Columns) -> dict[str, LazyTensor]:
-    """The tensors with the parts of every quantized module replaced by its `weight`.
+    """The tensors with the parts of every quantized module replaced by its `weight`. Bytes of modules that
+    the model has not, as of layers that take keys and values from others, stay what they are.
 
     Raises InputError where tensors and the model's shapes disagree.
     """
     found = {name: tensor for name, tensor in tensors.items() if not name.endswith(_UNUSED)}
+    foreign = set[str]()
     for name in tensors:
         for codes, scale in _KINDS.items():
             if name.endswith(f".{scale}"):
                 module = Module(name.removesuffix(scale), tensors)
                 label = f"{module.prefix}weight"
-                made = _weight(module, codes, scale, columns(label))
+                wide = columns(label)
+                if wide is None:
+                    foreign.add(module.prefix + codes)
+                    continue
+                made = _weight(module, codes, scale, wide)
                 del found[name], found[module.prefix + codes]
                 found[label] = made
-    alone = next((tensor for tensor in found.values() if tensor.dtype in ("uint8", "int8")), None)
+    bare = (tensor for name, tensor in found.items() if name not in foreign)
+    alone = next((tensor for tensor in bare if tensor.dtype in ("uint8", "int8")), None)
     if alone is not None:
         raise disagree(alone, f"is {alone.dtype} and has no scales beside it")
     return found
 
 
-def _weight(module: Module, codes: str, scale: str, columns: int | None) -> DequantizedTensor:
+def _weight(module: Module, codes: str, scale: str, columns: int) -> DequantizedTensor:
     stored = module.get(codes, 2, "uint8", "int8")
     n, width = stored.shape
     bits, k = 8, width
@@ -66,8 +73,6 @@ def _weight(module: Module, codes: str, scale: str, columns: int | None) -> Dequ
     if stored.dtype == "int8":
         values = SignedBytes(stored)
     else:
-        if columns is None:
-            raise disagree(stored, "is no weight of the model, which would say how many columns it has")
         fitting = [b for b in _IN_BYTES if -(-columns * b // 8) == width]
         if len(fitting) != 1:
             raise disagree(stored, f"has {width} bytes a row, the model's weight has {columns} columns")
@@ -78,7 +83,7 @@ def _weight(module: Module, codes: str, scale: str, columns: int | None) -> Dequ
     expect_shape(scales, (n, groups), f"{n} rows")
     if k % groups:
         raise disagree(scales, f"has {groups} scales a row, of {k} columns")
-    scaled = scales_of(scales, (n, groups), lambda stored: stored)
+    scaled = RowScales(scales)
     quant = Quantization(bits, k // groups, True, scaled.dtype)
     return DequantizedTensor(QuantizedTensors(quant, values, scaled), stored.source)
 

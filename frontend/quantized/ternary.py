@@ -87,8 +87,8 @@ def _scale(module: Module, n: int, divided: bool) -> Small:
         raise disagree(stored, f"has the shape {list(stored.shape)}, a matrix has one scale")
     number = stored.read().astype(np.float32).reshape(1, 1)
     if divided:
-        with np.errstate(divide="ignore"):
-            number = np.float32(1) / number
+        with np.errstate(divide="ignore", over="ignore"):
+            number = np.where(np.isfinite(number), np.float32(1) / number, number)
     one = Small((1, 1), "float32", stored.source, lambda: number)
     return scales_of(one, (n, 1), lambda value: np.broadcast_to(value, (n, 1)))
 

@@ -86,11 +86,12 @@ def default_schedule(isa: Isa, layout: QuantLayout, *, tiles: bool) -> Schedule:
     ahead = 3072 if isa.fetched_to == 1 else 4096
     if bits == 8:
         return Schedule(few, many, width, 0, ahead)
-    if isa.spare_units and bits == 4:
+    # Halves and quarters of bytes are unpacked by a shift and a mask, which wide vectors do beside products.
+    whole = bits in (2, 4)
+    if isa.spare_units:
         # Then panels are read as they lie until what zero points take off each total costs more.
-        return Schedule(few, many, width, 64 if layout.zero_point else 256, ahead)
-    # Halves of bytes are unpacked by a shift and a mask, which wide vectors do beside the products.
-    cheap = bits == 4 and (isa.live_vectors >= 32 or isa.dot == "maddubs")
+        return Schedule(few, many, width, (64 if layout.zero_point else 256) if whole else 32, ahead)
+    cheap = whole and (isa.live_vectors >= 32 or isa.dot == "maddubs")
     return Schedule(few, many, width, 20 if cheap else 8, ahead)
 
 
