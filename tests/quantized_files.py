@@ -57,6 +57,11 @@ def is_linear(name: str) -> bool:
     return name.endswith(("_proj.weight", ".w1.weight", ".w2.weight", ".w3.weight"))
 
 
+def table_of(tensors: dict[str, Array]) -> str:
+    """The module that embeds."""
+    return next(name for name in tensors if name.endswith("embed_tokens.weight")).removesuffix(".weight")
+
+
 def rewrite(
     folder: Path, config: dict[str, Any], quantize: Callable[[str, Array, dict[str, Array]], Array | None]
 ) -> Values:
@@ -290,7 +295,8 @@ def save_rows(folder: Path, *, embeddings: int = 0) -> Values:
     }  # fmt: skip
     found = rewrite(folder, config, quantize)
     if embeddings:
-        tensors, label = load_file(path), "model.embed_tokens"
+        tensors = load_file(path)
+        label = table_of(tensors)
         stored, values = packed(tensors.pop(f"{label}.weight").shape, 4)
         scale = scales((len(stored), embeddings), rng).astype(np.float32)
         save_file(
@@ -334,7 +340,7 @@ def save_mlx(
     """MLX's: codes of all layers and of the table; affine ones of down projections have 8 bits."""
     rng, special = np.random.default_rng(8), {}
     group, bits = MLX_MODES.get(mode, (group, bits))
-    path, table = folder / "model.safetensors", "model.embed_tokens"
+    path = folder / "model.safetensors"
 
     def quantize(module: str, weight: Array, out: dict[str, Array]) -> Array | None:
         own = (group, bits)
@@ -352,6 +358,7 @@ def save_mlx(
     found = rewrite(folder, {}, quantize)
     tensors = load_file(path)
     if mode != "mxfp8":
+        table = table_of(tensors)
         made, found[f"{table}.weight"] = mlx_parts(
             table, tensors[f"{table}.weight"].shape, mode, group, bits, rng
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,30 @@ def test_modules_with_bits_of_their_own(tmp_path: Path) -> None:
     for name in values:
         wanted = other if name.removesuffix(".weight") in special else values
         np.testing.assert_allclose(weights[name].read(), wanted[name], rtol=3e-7, atol=1e-9)
+
+
+def test_mlx_beside_a_configuration_that_is_left_over(tmp_path: Path) -> None:
+    """MLX goes by its own key."""
+    name = "model.layers.1.mlp.down_proj.weight"
+    values = save_mlx(save_tiny("llama", tmp_path), key="quantization")
+    path = tmp_path / "config.json"
+    for other in (None, {"quant_method": "fp8"}):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": other}))
+        weights = open_source(tmp_path).weights
+        np.testing.assert_allclose(weights[name].read(), values[name], rtol=3e-7, atol=1e-9)
+
+
+def test_rows_of_a_checkpoint_of_the_base_model(tmp_path: Path) -> None:
+    values = save_rows(save_tiny("llama", tmp_path))
+
+    def strip(tensors: dict[str, np.ndarray]) -> None:
+        for name in [name for name in tensors if name.startswith("model.")]:
+            tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+    change_tensors(tmp_path, strip)
+    weights = open_source(tmp_path).weights
+    for name, wanted in values.items():
+        np.testing.assert_allclose(weights[name].read(), wanted, rtol=3e-7, atol=1e-9)
 
 
 def test_what_is_said_of_it(tmp_path: Path) -> None:

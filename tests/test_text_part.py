@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,15 @@ from safetensors.numpy import load_file, save_file
 from .graphs import logits_of, lowered, worst
 from .lora_files import adapter
 from .models import DECODER, ids_of, save_tokenizer, tiny_model
-from .quantized_files import save_fp8
+from .quantized_files import Values, save_fp8, save_mlx, save_rows
 from .state_models import MODELS as STATES
 from .tvm_graphs import ISA
 
+SAVES: dict[str, Callable[[Path], Values]] = {
+    "fp8": save_fp8,
+    "gemma": lambda f: save_rows(f, embeddings=1),
+    "mlx 4-bit g16": lambda f: save_mlx(f, group=16),
+}
 VISION: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
     "image_size": 28, "patch_size": 14,
@@ -159,16 +165,20 @@ def test_the_text_model_says_of_text_what_the_whole_one_says(name: str, tmp_path
     assert not any("vision" in unused for unused in source.unused_tensors)
 
 
-@pytest.mark.parametrize("name", ["mistral3", "glm4v_moe"])
-def test_the_text_part_of_a_quantized_model(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("mistral3", "fp8"), ("glm4v_moe", "fp8"), ("mistral3", "gemma"), ("gemma3", "mlx 4-bit g16")],
+)
+def test_the_text_part_of_a_quantized_model(name: str, method: str, tmp_path: Path) -> None:
     """In floats of eight bits, as Ministral is published, also where only the whole one's conversions know
-    the names of tensors; the text model that stands for it has the same values.
+    the names of tensors; in rows, whose columns the text model says; with sizes of single modules by the
+    whole one's names. The text model that stands for it has the same values.
     """
     whole_model(name, tmp_path)
     read = load_file(tmp_path / "model.safetensors")
-    values = save_fp8(tmp_path)
+    values = SAVES[method](tmp_path)
     source = open_source(tmp_path)
-    assert values and source.quantization_of_source == "fp8" and source.whole is not None
+    assert values and source.quantization_of_source == method and source.whole is not None
     read |= {stored: wanted.astype(np.float32) for stored, wanted in values.items()}
     (tmp_path / "plain").mkdir()
     save_file(read, tmp_path / "plain" / "model.safetensors")
