@@ -396,6 +396,58 @@ def mlx_floats(
     return out, floats.astype(np.float64) * factor
 
 
+def save_quark(folder: Path, kind: str, *, pack: str = "reorder") -> Values:
+    """AMD's Quark's, by the type of weights."""
+    rng = np.random.default_rng(9)
+    places = [0, 4, 1, 5, 2, 6, 3, 7] if pack == "reorder" else list(range(8))
+
+    def nibbles(codes: Array) -> Array:
+        """[rows, N] in words [rows, N / 8]: column i of eight stands in nibble places[i]."""
+        eights = codes.reshape(len(codes), -1, 8)
+        words = sum(eights[:, :, i].astype(np.int64) << 4 * place for i, place in enumerate(places))
+        return np.ascontiguousarray(words.astype(np.uint32)).view(np.int32)
+
+    def quantize(module: str, weight: Array, out: dict[str, Array]) -> Array:
+        n, k = weight.shape
+        name, label = f"{module}.weight", f"{module}.weight_scale"
+        out[f"{module}.input_scale"] = np.ones((), np.float32)
+        if kind == "int8":
+            out[name], out[label] = rng.integers(-128, 128, (n, k)).astype(np.int8), scales((n,), rng)
+            return out[name] * out[label].astype(np.float64)[:, None]
+        if kind in ("int4", "uint4"):
+            scale, codes = scales((k // 16, n), rng), integers((n, k), 4, rng)
+            zero = integers((k // 16, n), 4, rng) if kind == "uint4" else np.full((k // 16, n), 8)
+            stored = codes if kind == "uint4" else (codes - 8) & 15
+            out |= {name: nibbles(stored.T), label: scale}
+            if kind == "uint4":
+                out[f"{module}.weight_zero_point"] = nibbles(zero)
+            return (codes - spread(zero.T, 16, k)) * spread(scale.T, 16, k)
+        codes = integers((n, k), 4, rng)
+        factor, group = 1.0, 32
+        if kind in ("mxfp4", "mxfp8"):
+            out[label] = rng.integers(118, 124, (n, k // 32)).astype(np.uint8)
+            scale = 2.0 ** (out[label].astype(int) - 127)
+        elif kind == "nvfp4":
+            group, factor = 16, 0.25
+            out[label] = rng.uniform(0.02, 0.1, (n, k // 16)).astype(F8)
+            out[f"{module}.weight_scale_2"] = np.array([factor], np.float32)
+            scale = out[label].astype(np.float64)
+        else:
+            group, scale = k, (np.abs(weight).max(1, keepdims=True) / 448).astype(np.float32)
+            out[label] = scale[:, 0]
+        scale = factor * spread(scale, group, k)
+        out[name] = pairs_of(codes) if "4" in kind else (weight / scale).astype(F8)
+        return (E2M1[codes] if "4" in kind else out[name].astype(np.float64)) * scale
+
+    weights = {"dtype": kind, "symmetric": kind != "uint4"}
+    config = {
+        "quant_method": "quark",
+        "global_quant_config": {"weight": weights},
+        "export": {"pack_method": pack},
+    }
+    return rewrite(folder, config, quantize)
+
+
 def pairs_of(codes: Array) -> Array:
     """E2M1 codes [.., K] in bytes, the even column in the low half."""
     return (codes[..., 0::2] | codes[..., 1::2] << 4).astype(np.uint8)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from llmc.passes.quantize.keep import KeepQuantized
 from .family_configs import random_model, small_config
 from .graphs import logits_of, lowered, worst
 from .models import ids_of, save_tiny
-from .quantized_files import save_fp8, save_mlx, save_mxfp4, save_nvfp4
+from .quantized_files import save_fp8, save_mlx, save_mxfp4, save_nvfp4, save_quark
 from .test_frontend_quantized_refusals import compressed_config
 
 Array = np.ndarray[Any, Any]
@@ -316,8 +317,16 @@ def test_names_of_formats_that_are_none() -> None:
             open_quantized(weight, config, "folder")
 
 
-def test_mxfp8_of_mlx(tmp_path: Path) -> None:
-    values = save_mlx(save_tiny("llama", tmp_path), mode="mxfp8")
+@pytest.mark.parametrize(
+    "save",
+    [
+        lambda f: save_mlx(f, mode="mxfp8"),
+        lambda f: save_quark(f, "mxfp8"),
+        lambda f: save_quark(f, "fp8"),
+    ],
+)
+def test_floats_of_eight_bits_of_others(save: Callable[[Path], dict[str, Array]], tmp_path: Path) -> None:
+    values = save(save_tiny("llama", tmp_path))
     source = open_source(tmp_path)
     for label, wanted in values.items():
         np.testing.assert_allclose(source.weights[label].read(), wanted, rtol=3e-7)

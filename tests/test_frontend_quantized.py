@@ -36,6 +36,7 @@ from .quantized_files import (
     save_compressed,
     save_gptq,
     save_mlx,
+    save_quark,
     save_rows,
     set_config,
 )
@@ -87,6 +88,12 @@ MADE: dict[str, Callable[[Path], Values]] = {
     "mlx 3 bits": lambda f: save_mlx(f, bits=3),
     "mlx 5 bits": lambda f: save_mlx(f, bits=5, group=16),
     "mlx 6 bits": lambda f: save_mlx(f, bits=6),
+    "quark int8": lambda f: save_quark(f, "int8"),
+    "quark int4": lambda f: save_quark(f, "int4"),
+    "quark int4, in order": lambda f: save_quark(f, "int4", pack="order"),
+    "quark uint4": lambda f: save_quark(f, "uint4"),
+    "quark mxfp4": lambda f: save_quark(f, "mxfp4"),
+    "quark nvfp4": lambda f: save_quark(f, "nvfp4"),
     "mlx mxfp4": lambda f: save_mlx(f, mode="mxfp4"),
     "mlx nvfp4": lambda f: save_mlx(f, mode="nvfp4"),
 }

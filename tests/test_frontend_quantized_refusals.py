@@ -78,6 +78,13 @@ def rows(n: int = 16, k: int = 32) -> Tensors:
     }
 
 
+def quark(n: int = 16, k: int = 32, group: int = 16) -> Tensors:
+    return {
+        f"{LAYER}.weight": np.zeros((k, n // 8), np.int32),
+        f"{LAYER}.weight_scale": np.ones((k // group, n), np.float16),
+    }
+
+
 def mlx(n: int = 16, k: int = 32, group: int = 16) -> Tensors:
     return {
         f"{LAYER}.weight": np.zeros((n, k // 8), np.uint32),
@@ -91,6 +98,8 @@ AWQ = {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm"}
 BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 BITNET = {"quant_method": "bitnet"}
 ROWS = {"quant_method": "gemma", "num_bits": 4}
+QUARK: dict[str, Any] = {"quant_method": "quark"}
+ASYMMETRIC = {**QUARK, "global_quant_config": {"weight": {"symmetric": False}}}
 MLX = {"group_size": 16, "bits": 4}
 
 
@@ -248,6 +257,25 @@ WRONG: list[tuple[str, Tensors, dict[str, Any], Change, str]] = [
     ("rows scales", rows(), ROWS, put("weight_scale", np.ones((8, 1), np.float32)), r"the shape \[8, 1\]"),
     ("rows groups", rows(), ROWS, put("weight_scale", np.ones((16, 3), np.float32)), "3 scales a row, of 32"),
     ("rows floats", rows(), ROWS, put("weight", np.ones((16, 32), F16)), "is float16.*not uint8 or int8"),
+    (
+        "quark scales",
+        quark(),
+        QUARK,
+        put("weight_scale", np.ones((2, 8), F16)),
+        r"the shape \[2, 8\], 16 rows",
+    ),
+    ("quark groups", quark(), QUARK, put("weight_scale", np.ones((3, 16), F16)), "3 scales a row, of 32 col"),
+    ("quark no weight", quark(), QUARK, drop("weight"), r"up_proj\.weight is missing"),
+    ("quark no zeros", quark(), ASYMMETRIC, same, r"up_proj\.weight_zero_point is missing"),
+    (
+        "quark zeros",
+        quark(),
+        QUARK,
+        put("weight_zero_point", np.ones((2, 3), I32)),
+        r"weight_zero_point has the shape \[2, 3\]",
+    ),
+    ("quark bytes", quark(), QUARK, put("weight", np.ones((16, 32), np.int8)), "16 rows ask for one number"),
+    ("quark floats", quark(), QUARK, put("weight", np.ones((16, 32), F16)), "is float16.*not float8"),
     ("mlx bits", mlx(), {**MLX, "bits": 8}, same, r"has the shape \[16, 4\], 2 groups of 16 of 8 bits"),
     ("mlx groups", mlx(), {**MLX, "group_size": 32}, same, "2 groups of 32 of 4 bits asks for"),
     (
@@ -290,6 +318,7 @@ OTHER: list[tuple[dict[str, Any], str]] = [
     ({**BITNET, "linear_class": "x"}, "layers of class 'x'"),
     ({**BITNET, "linear_class": "autobitlinear", "quantization_mode": "online"}, "is 'online'"),
     ({**BITNET, "use_rms_norm": True}, r"norms inside of its layers \(use_rms_norm\)"),
+    ({**QUARK, "export": {"pack_method": ["x"]}}, "packed as .*x"),
     ({"quant_method": "aqlm"}, "quantized with 'aqlm'"),
     ({"quant_method": "x" * 99}, "quantized with 'x{40}', which"),
 ]

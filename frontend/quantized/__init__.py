@@ -24,6 +24,7 @@ from .fp4 import open_modelopt, open_mxfp4
 from .fp8 import open_fp8
 from .gptq import open_gptq
 from .mlx import open_mlx
+from .quark import open_quark
 from .rows import Columns, open_rows
 from .ternary import open_ternary
 
@@ -36,6 +37,7 @@ IMPORTERS: Final[dict[str, Callable[[Mapping[str, LazyTensor], Config], dict[str
     "bitnet": open_ternary,
     "mlx": open_mlx,
     "metal": open_mlx,
+    "quark": open_quark,
     "fp8": open_fp8,
     "fbgemm_fp8": open_fp8,
     "modelopt": open_modelopt,

@@ -24,7 +24,8 @@ from .packing import PackedAlongRows, Small, scales_of, unpack_stream
 
 Array = np.ndarray[Any, Any]
 PARTS: Final = ("qweight", "qzeros", "scales")
-_NIBBLE_OF_COLUMN: Final = (0, 4, 1, 5, 2, 6, 3, 7)  # where each of eight columns stands in its word
+AWQ_ORDER: Final = (0, 4, 1, 5, 2, 6, 3, 7)
+"""Where each of eight columns stands in its word."""
 
 
 def open_awq(tensors: Mapping[str, LazyTensor], config: Config) -> dict[str, LazyTensor]:
@@ -59,15 +60,15 @@ def _gemm(module: Module, words: LazyTensor, size: int) -> DequantizedTensor:
     expect_shape(scales, (groups, n), f"groups of {size}")
     expect_shape(zeros, (groups, n // 8), f"groups of {size}")
     scale = scales_of(scales, (n, groups), lambda stored: stored.T)
-    points = Small((n, groups), "uint8", zeros.source, lambda: _columns(zeros.read()).T)
+    points = Small((n, groups), "uint8", zeros.source, lambda: columns_of(zeros.read()).T)
     quant = Quantization(4, k if size == -1 else min(size, k), False, scale.dtype)
     return DequantizedTensor(QuantizedTensors(quant, GemmCodes(words), scale, points), words.source)
 
 
-def _columns(words: Array) -> Array:
-    """int32 [rows, N / 8] → uint8 [rows, N]."""
+def columns_of(words: Array, order: tuple[int, ...] = AWQ_ORDER) -> Array:
+    """int32 [rows, N / 8] → uint8 [rows, N]. `order`: where each of eight columns stands in its word."""
     nibbles = unpack_stream(words, 4, words.shape[1] * 8)
-    return nibbles.reshape(len(words), words.shape[1], 8)[:, :, _NIBBLE_OF_COLUMN].reshape(nibbles.shape)
+    return nibbles.reshape(len(words), words.shape[1], 8)[:, :, order].reshape(nibbles.shape)
 
 
 class GemmCodes:
@@ -78,8 +79,8 @@ class GemmCodes:
 
     dtype: str = "uint8"
 
-    def __init__(self, words: LazyTensor) -> None:
-        self._words = words
+    def __init__(self, words: LazyTensor, order: tuple[int, ...] = AWQ_ORDER) -> None:
+        self._words, self._order = words, order
         self.shape: tuple[int, ...] = (words.shape[1] * 8, words.shape[0])
         self.source = words.source
         self._kept: Array | None = None
@@ -91,7 +92,7 @@ class GemmCodes:
         words = self._words.read() if kept is None else kept
         self._kept = None if last >= self.shape[0] else words
         base = first // 8
-        codes = _columns(words[:, base : -(-last // 8)])
+        codes = columns_of(words[:, base : -(-last // 8)], self._order)
         return np.ascontiguousarray(codes[:, first - 8 * base : last - 8 * base].T)
 
 
