@@ -448,6 +448,34 @@ def save_quark(folder: Path, kind: str, *, pack: str = "reorder") -> Values:
     return rewrite(folder, config, quantize)
 
 
+def save_torchao(
+    folder: Path, kind: str, *, group: int = 32, zeros: bool = False, said: bool = True
+) -> Values:
+    """torchao's tensor subclasses with a byte for each weight."""
+    rng = np.random.default_rng(10)
+    bits = 0 if kind == "fp8" else int(kind.removeprefix("int"))
+
+    def quantize(module: str, weight: Array, out: dict[str, Array]) -> Array:
+        n, k = weight.shape
+        size = k if group == -1 else group
+        label = f"{module}._weight"
+        if kind == "fp8":
+            scale = (np.abs(weight).max(1, keepdims=True) / 448).astype(np.float32)
+            out |= {f"{label}_qdata": (weight / scale).astype(F8), f"{label}_scale": scale}
+            return out[f"{label}_qdata"].astype(np.float64) * scale
+        middle = 1 << (bits - 1)
+        codes, scale = integers((n, k), bits, rng) - middle, scales((n, k // size), rng)
+        zero = integers((n, k // size), bits, rng) - middle if zeros else np.zeros((n, k // size), np.int64)
+        out |= {f"{label}_qdata": codes.astype(np.int8), f"{label}_scale": scale.astype(ml_dtypes.bfloat16)}
+        out[f"{label}_zero_point"] = zero.astype(np.int8)
+        factor = out[f"{label}_scale"].astype(np.float64)
+        return (codes - spread(zero, size, k)) * spread(factor, size, k)
+
+    settings = {"weight_dtype": {"_data": kind, "_type": "torch.dtype"}} if said else {}
+    quant_type = {"default": {"_data": settings, "_type": "IntxWeightOnlyConfig", "_version": 2}}
+    return rewrite(folder, {"quant_method": "torchao", "quant_type": quant_type}, quantize)
+
+
 def pairs_of(codes: Array) -> Array:
     """E2M1 codes [.., K] in bytes, the even column in the low half."""
     return (codes[..., 0::2] | codes[..., 1::2] << 4).astype(np.uint8)

@@ -26,7 +26,7 @@ from llmc.passes.quantize.keep import KeepQuantized
 from .family_configs import random_model, small_config
 from .graphs import logits_of, lowered, worst
 from .models import ids_of, save_tiny
-from .quantized_files import save_fp8, save_mlx, save_mxfp4, save_nvfp4, save_quark
+from .quantized_files import save_fp8, save_mlx, save_mxfp4, save_nvfp4, save_quark, save_torchao
 from .test_frontend_quantized_refusals import compressed_config
 
 Array = np.ndarray[Any, Any]
@@ -323,6 +323,7 @@ def test_names_of_formats_that_are_none() -> None:
         lambda f: save_mlx(f, mode="mxfp8"),
         lambda f: save_quark(f, "mxfp8"),
         lambda f: save_quark(f, "fp8"),
+        lambda f: save_torchao(f, "fp8"),
     ],
 )
 def test_floats_of_eight_bits_of_others(save: Callable[[Path], dict[str, Array]], tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ from .quantized_files import (
     save_mlx,
     save_quark,
     save_rows,
+    save_torchao,
     set_config,
 )
 from .tvm_graphs import ISA
@@ -94,6 +95,9 @@ MADE: dict[str, Callable[[Path], Values]] = {
     "quark uint4": lambda f: save_quark(f, "uint4"),
     "quark mxfp4": lambda f: save_quark(f, "mxfp4"),
     "quark nvfp4": lambda f: save_quark(f, "nvfp4"),
+    "torchao int4": lambda f: save_torchao(f, "int4"),
+    "torchao int3, zero points": lambda f: save_torchao(f, "int3", zeros=True),
+    "torchao int8, rows": lambda f: save_torchao(f, "int8", group=-1, said=False),
     "mlx mxfp4": lambda f: save_mlx(f, mode="mxfp4"),
     "mlx nvfp4": lambda f: save_mlx(f, mode="nvfp4"),
 }

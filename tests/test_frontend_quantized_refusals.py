@@ -11,7 +11,7 @@ import pytest
 from llmc.frontend.quantized import open_quantized
 from llmc.frontend.source import open_source
 from llmc.ir.errors import InputError, LlmcError, UnsupportedError
-from llmc.ir.weights import ArrayTensor
+from llmc.ir.weights import ArrayTensor, quantized_of
 
 LAYER = "model.layers.0.mlp.up_proj"
 Tensors = dict[str, Any]
@@ -85,6 +85,13 @@ def quark(n: int = 16, k: int = 32, group: int = 16) -> Tensors:
     }
 
 
+def torchao(n: int = 16, k: int = 32) -> Tensors:
+    return {
+        f"{LAYER}._weight_qdata": np.full((n, k), -8, np.int8),
+        f"{LAYER}._weight_scale": np.ones((n, 2), np.float16),
+    }
+
+
 def mlx(n: int = 16, k: int = 32, group: int = 16) -> Tensors:
     return {
         f"{LAYER}.weight": np.zeros((n, k // 8), np.uint32),
@@ -100,6 +107,7 @@ BITNET = {"quant_method": "bitnet"}
 ROWS = {"quant_method": "gemma", "num_bits": 4}
 QUARK: dict[str, Any] = {"quant_method": "quark"}
 ASYMMETRIC = {**QUARK, "global_quant_config": {"weight": {"symmetric": False}}}
+TORCHAO: dict[str, Any] = {"quant_method": "torchao"}
 MLX = {"group_size": 16, "bits": 4}
 
 
@@ -276,6 +284,21 @@ WRONG: list[tuple[str, Tensors, dict[str, Any], Change, str]] = [
     ),
     ("quark bytes", quark(), QUARK, put("weight", np.ones((16, 32), np.int8)), "16 rows ask for one number"),
     ("quark floats", quark(), QUARK, put("weight", np.ones((16, 32), F16)), "is float16.*not float8"),
+    (
+        "torchao groups",
+        torchao(),
+        TORCHAO,
+        put("_weight_scale", np.ones((16, 3), F16)),
+        "3 scales a row, of 32",
+    ),
+    (
+        "torchao zeros",
+        torchao(),
+        TORCHAO,
+        put("_weight_zero_point", np.ones((16, 3), np.int8)),
+        "zero_point has",
+    ),
+    ("torchao scales", torchao(), TORCHAO, put("_weight_scale", np.ones((16, 2), I32)), "scale is int32"),
     ("mlx bits", mlx(), {**MLX, "bits": 8}, same, r"has the shape \[16, 4\], 2 groups of 16 of 8 bits"),
     ("mlx groups", mlx(), {**MLX, "group_size": 32}, same, "2 groups of 32 of 4 bits asks for"),
     (
@@ -392,6 +415,44 @@ def test_sizes_of_a_module_that_are_none_are_refused() -> None:
     tensors = {n: ArrayTensor(a, f"f:{n}") for n, a in mlx().items()}
     with pytest.raises(InputError, match="bits is '4', no integer"):
         open_quantized(tensors, {**MLX, LAYER: {"bits": "4"}}, "folder")
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"_weight_qdata": np.zeros((16, 16), np.uint8)},
+        {"_weight_scale": np.ones((2, 16), np.float16)},  # as of four bits, two in a byte
+        {"_weight_scale": np.ones((), np.float16)},
+    ],
+)
+def test_other_packings_of_torchao_are_refused(parts: Tensors) -> None:
+    made = torchao() | {f"{LAYER}.{name}": part for name, part in parts.items()}
+    with pytest.raises(UnsupportedError, match=r"_weight_qdata is u?int8.*packed as llmc does not read"):
+        open_quantized({n: ArrayTensor(a, f"f:{n}") for n, a in made.items()}, TORCHAO, "folder")
+
+
+def test_bits_of_a_module_by_its_name() -> None:
+    def types(dtype: Any) -> dict[str, Any]:
+        return {"_data": {"weight_dtype": {"_data": dtype}}, "_type": "IntxWeightOnlyConfig"}
+
+    def bits(by_name: dict[str, Any]) -> int:
+        config = {**TORCHAO, "quant_type": {"default": {"_data": {"module_fqn_to_config": by_name}}}}
+        made = {n: ArrayTensor(a, f"f:{n}") for n, a in torchao().items()}
+        parts = quantized_of(open_quantized(made, config, "folder")[f"{LAYER}.weight"])
+        assert parts is not None
+        return parts.quant.bits
+
+    assert bits({"_default": types("int4"), "model.embed_tokens": types("int8")}) == 4
+    assert bits({"_default": types("int4"), LAYER: types("int8")}) == 8
+    assert bits({"_default": types("int4"), r"re:.*embed.*": types("int8")}) == 8
+    assert bits({"_default": types(["int4"])}) == 8
+
+
+def test_integers_beyond_the_bits_that_are_said_are_named_when_read() -> None:
+    config = {**TORCHAO, "quant_type": {"default": {"_data": {"weight_dtype": {"_data": "int3"}}}}}
+    made = {n: ArrayTensor(a, f"f:{n}") for n, a in torchao().items()}
+    with pytest.raises(InputError, match="_weight_qdata holds numbers of more than the 3 bits"):
+        open_quantized(made, config, "folder")[f"{LAYER}.weight"].read()
 
 
 def test_bytes_of_modules_that_the_model_has_not_stay() -> None:

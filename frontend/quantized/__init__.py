@@ -27,6 +27,7 @@ from .mlx import open_mlx
 from .quark import open_quark
 from .rows import Columns, open_rows
 from .ternary import open_ternary
+from .torchao import open_torchao
 
 IMPORTERS: Final[dict[str, Callable[[Mapping[str, LazyTensor], Config], dict[str, LazyTensor]]]] = {
     "gptq": open_gptq,
@@ -38,6 +39,7 @@ IMPORTERS: Final[dict[str, Callable[[Mapping[str, LazyTensor], Config], dict[str
     "mlx": open_mlx,
     "metal": open_mlx,
     "quark": open_quark,
+    "torchao": open_torchao,
     "fp8": open_fp8,
     "fbgemm_fp8": open_fp8,
     "modelopt": open_modelopt,
