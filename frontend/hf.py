@@ -199,7 +199,9 @@ def quantization_config(folder: Path) -> dict[str, Any] | None:
     ModelOpt has written it into a file of its own (hf_quant_config.json).
     """
     raw = read_json(folder / "config.json")
-    found = _by_mlx(raw) or raw.get("quantization_config")
+    found = raw.get("quantization_config")
+    if not (isinstance(found, dict) and "quant_method" in found):
+        found = _by_mlx(raw) or found
     beside = folder / "hf_quant_config.json"
     if found is None and beside.is_file():
         own = read_json(beside).get("quantization")

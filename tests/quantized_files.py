@@ -396,8 +396,8 @@ def mlx_floats(
     return out, floats.astype(np.float64) * factor
 
 
-def save_quark(folder: Path, kind: str, *, pack: str = "reorder") -> Values:
-    """AMD's Quark's, by the type of weights."""
+def save_quark(folder: Path, kind: str, *, pack: str = "reorder", symmetric: bool = False) -> Values:
+    """AMD's Quark's, by the type of weights; among uint4 one layer is int4."""
     rng = np.random.default_rng(9)
     places = [0, 4, 1, 5, 2, 6, 3, 7] if pack == "reorder" else list(range(8))
 
@@ -416,11 +416,11 @@ def save_quark(folder: Path, kind: str, *, pack: str = "reorder") -> Values:
             return out[name] * out[label].astype(np.float64)[:, None]
         if kind in ("int4", "uint4"):
             scale, codes = scales((k // 16, n), rng), integers((n, k), 4, rng)
-            zero = integers((k // 16, n), 4, rng) if kind == "uint4" else np.full((k // 16, n), 8)
-            stored = codes if kind == "uint4" else (codes - 8) & 15
-            out |= {name: nibbles(stored.T), label: scale}
-            if kind == "uint4":
-                out[f"{module}.weight_zero_point"] = nibbles(zero)
+            zero = np.full((k // 16, n), 8) if symmetric else integers((k // 16, n), 4, rng)
+            signed = kind == "int4" or module.endswith("up_proj")  # by its own configuration
+            less = 8 if signed else 0
+            out |= {name: nibbles((codes - less).T & 15), label: scale}
+            out[f"{module}.weight_zero_point"] = nibbles((zero - less) & 15)
             return (codes - spread(zero.T, 16, k)) * spread(scale.T, 16, k)
         codes = integers((n, k), 4, rng)
         factor, group = 1.0, 32
@@ -439,12 +439,12 @@ def save_quark(folder: Path, kind: str, *, pack: str = "reorder") -> Values:
         out[name] = pairs_of(codes) if "4" in kind else (weight / scale).astype(F8)
         return (E2M1[codes] if "4" in kind else out[name].astype(np.float64)) * scale
 
-    weights = {"dtype": kind, "symmetric": kind != "uint4"}
+    weights = {"dtype": kind, "symmetric": symmetric}
+    own = {"*up_proj": {"weight": {**weights, "dtype": "int4"}}} if kind == "uint4" else {}
     config = {
-        "quant_method": "quark",
-        "global_quant_config": {"weight": weights},
+        "quant_method": "quark", "global_quant_config": {"weight": weights}, "layer_quant_config": own,
         "export": {"pack_method": pack},
-    }
+    }  # fmt: skip
     return rewrite(folder, config, quantize)
 
 

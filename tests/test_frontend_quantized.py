@@ -90,8 +90,8 @@ MADE: dict[str, Callable[[Path], Values]] = {
     "mlx 5 bits": lambda f: save_mlx(f, bits=5, group=16),
     "mlx 6 bits": lambda f: save_mlx(f, bits=6),
     "quark int8": lambda f: save_quark(f, "int8"),
-    "quark int4": lambda f: save_quark(f, "int4"),
-    "quark int4, in order": lambda f: save_quark(f, "int4", pack="order"),
+    "quark int4": lambda f: save_quark(f, "int4", symmetric=True),
+    "quark int4, in order, zero points": lambda f: save_quark(f, "int4", pack="order"),
     "quark uint4": lambda f: save_quark(f, "uint4"),
     "quark mxfp4": lambda f: save_quark(f, "mxfp4"),
     "quark nvfp4": lambda f: save_quark(f, "nvfp4"),
@@ -208,7 +208,7 @@ def test_mlx_beside_a_configuration_that_is_left_over(tmp_path: Path) -> None:
     name = "model.layers.1.mlp.down_proj.weight"
     values = save_mlx(save_tiny("llama", tmp_path), key="quantization")
     path = tmp_path / "config.json"
-    for other in (None, {"quant_method": "fp8"}):
+    for other in (None, {"group_size": 64, "bits": 8}):
         path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": other}))
         weights = open_source(tmp_path).weights
         np.testing.assert_allclose(weights[name].read(), values[name], rtol=3e-7, atol=1e-9)

@@ -106,7 +106,7 @@ BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 BITNET = {"quant_method": "bitnet"}
 ROWS = {"quant_method": "gemma", "num_bits": 4}
 QUARK: dict[str, Any] = {"quant_method": "quark"}
-ASYMMETRIC = {**QUARK, "global_quant_config": {"weight": {"symmetric": False}}}
+ASYMMETRIC = {**QUARK, "global_quant_config": {"weight": {"dtype": "uint4"}}}
 TORCHAO: dict[str, Any] = {"quant_method": "torchao"}
 MLX = {"group_size": 16, "bits": 4}
 
@@ -270,7 +270,7 @@ WRONG: list[tuple[str, Tensors, dict[str, Any], Change, str]] = [
         quark(),
         QUARK,
         put("weight_scale", np.ones((2, 8), F16)),
-        r"the shape \[2, 8\], 16 rows",
+        r"weight has the shape \[32, 2\], 8 rows",
     ),
     ("quark groups", quark(), QUARK, put("weight_scale", np.ones((3, 16), F16)), "3 scales a row, of 32 col"),
     ("quark no weight", quark(), QUARK, drop("weight"), r"up_proj\.weight is missing"),
@@ -282,7 +282,6 @@ WRONG: list[tuple[str, Tensors, dict[str, Any], Change, str]] = [
         put("weight_zero_point", np.ones((2, 3), I32)),
         r"weight_zero_point has the shape \[2, 3\]",
     ),
-    ("quark bytes", quark(), QUARK, put("weight", np.ones((16, 32), np.int8)), "16 rows ask for one number"),
     ("quark floats", quark(), QUARK, put("weight", np.ones((16, 32), F16)), "is float16.*not float8"),
     (
         "torchao groups",
@@ -418,6 +417,47 @@ def test_sizes_of_a_module_that_are_none_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
+    ("parts", "reason"),
+    [
+        ({"weight": np.ones((16, 32), np.int8)}, r"weight_scale has the shape \[2, 16\], of int8\[16, 32\]"),
+        ({"weight_scale": np.ones(16, F16)}, r"weight_scale has the shape \[16\], of int32\[32, 2\]"),
+        (
+            {
+                "weight": np.ones((16, 32), np.int8),
+                "weight_scale": np.ones(16, F16),
+                "weight_zero_point": np.ones(16, np.int8),
+            },
+            "that moves weights of 8 bits",
+        ),
+    ],
+)
+def test_other_forms_of_quark_are_refused(parts: Tensors, reason: str) -> None:
+    made = quark() | {f"{LAYER}.{name}": part for name, part in parts.items()}
+    with pytest.raises(UnsupportedError, match=reason):
+        open_quantized({n: ArrayTensor(a, f"f:{n}") for n, a in made.items()}, QUARK, "folder")
+
+
+def test_rows_of_quark_that_fill_no_word() -> None:
+    made = quark(n=16) | {f"{LAYER}.weight_scale": np.ones((2, 12), np.float16)}
+    made[f"{LAYER}.weight"] = np.full((32, 2), 0x11111111, np.int32)
+    opened = open_quantized({n: ArrayTensor(a, f"f:{n}") for n, a in made.items()}, QUARK, "folder")
+    assert np.array_equal(opened[f"{LAYER}.weight"].read(), np.ones((12, 32)))
+
+
+def test_columns_that_torchao_scales_are_refused() -> None:
+    made = torchao() | {f"{LAYER}._weight_act_pre_scale": np.ones(32, F16)}
+    with pytest.raises(UnsupportedError, match="_weight_act_pre_scale is a part of a weight that llmc"):
+        open_quantized({n: ArrayTensor(a, f"f:{n}") for n, a in made.items()}, TORCHAO, "folder")
+
+
+def test_one_scale_of_a_whole_weight_of_torchao() -> None:
+    made = torchao() | {f"{LAYER}._weight_scale": np.full((1, 1), 0.5, F16)}
+    made[f"{LAYER}._weight_zero_point"] = np.full((1, 1), 2, np.int8)
+    opened = open_quantized({n: ArrayTensor(a, f"f:{n}") for n, a in made.items()}, TORCHAO, "folder")
+    assert np.array_equal(opened[f"{LAYER}.weight"].read(), np.full((16, 32), -5))
+
+
+@pytest.mark.parametrize(
     "parts",
     [
         {"_weight_qdata": np.zeros((16, 16), np.uint8)},
@@ -444,8 +484,10 @@ def test_bits_of_a_module_by_its_name() -> None:
 
     assert bits({"_default": types("int4"), "model.embed_tokens": types("int8")}) == 4
     assert bits({"_default": types("int4"), LAYER: types("int8")}) == 8
-    assert bits({"_default": types("int4"), r"re:.*embed.*": types("int8")}) == 8
-    assert bits({"_default": types(["int4"])}) == 8
+    assert bits({"_default": types("int4"), f"{LAYER}.weight": types("int3"), LAYER: types("int8")}) == 3
+    assert bits({LAYER.replace("model.", "model.language_model."): types("int4")}) == 4
+    assert bits({"_default": types("int4"), r"re:.*embed.*": {}}) == 8
+    assert bits({"_default": types(["int4"])}) == bits({"model.embed_tokens": types("int4")}) == 8
 
 
 def test_integers_beyond_the_bits_that_are_said_are_named_when_read() -> None:

@@ -79,9 +79,12 @@ class GemmCodes:
 
     dtype: str = "uint8"
 
-    def __init__(self, words: LazyTensor, order: tuple[int, ...] = AWQ_ORDER) -> None:
+    def __init__(
+        self, words: LazyTensor, order: tuple[int, ...] = AWQ_ORDER, rows: int | None = None
+    ) -> None:
+        """`rows`: N, where the last words are not full."""
         self._words, self._order = words, order
-        self.shape: tuple[int, ...] = (words.shape[1] * 8, words.shape[0])
+        self.shape: tuple[int, ...] = (words.shape[1] * 8 if rows is None else rows, words.shape[0])
         self.source = words.source
         self._kept: Array | None = None
 

@@ -8,13 +8,14 @@
     int8 [N, K]                one number or [N]
     int32 [K, N / 8], 4 bits   floats [K / g, N]             weight_zero_point int32 [K / g, N / 8]
 
-Codes of 4 bits stand in a word as AWQ's do ("reorder") or in order ("order", `export.pack_method`); those
-without zero points are two's complement. https://quark.docs.amd.com
+Codes of 4 bits, and their zero points, stand in a word as AWQ's do ("reorder") or in order ("order",
+`export.pack_method`); of dtype int4 they are two's complement. https://quark.docs.amd.com
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from typing import Any, Final
 
 import numpy as np
@@ -68,7 +69,7 @@ def open_quark(tensors: Mapping[str, LazyTensor], config: Config) -> dict[str, L
         elif stored.dtype == "int8":
             found[label] = _bytes(module, stored)
         else:
-            found[label] = _nibbles(module, stored, _ORDERS[packing], asymmetric=_asymmetric(config))
+            found[label] = _nibbles(module, stored, _ORDERS[packing], _said(config, module))
     return open_fp8(found, {})
 
 
@@ -89,10 +90,16 @@ def _floats_of_4_bits(module: Module, pairs: LazyTensor) -> DequantizedTensor:
     return float4(pairs, scale, 16, factor=float(factor.read().reshape(())))
 
 
-def _zeros(module: Module) -> LazyTensor | None:
-    """The module's zero points; None where there are none, or all are 0."""
-    stored = module.tensors.get(f"{module.prefix}weight_zero_point")
-    return stored if stored is not None and stored.read().any() else None
+def _said(config: Config, module: Module) -> Config:
+    """What the configuration says of a module's weight: by a pattern of its name (of files, not a regular
+    expression), or of all.
+    """
+    name, by_name = module.prefix[:-1], config.get("layer_quant_config")
+    patterns = by_name.items() if isinstance(by_name, Mapping) else ()
+    own = next((one for pattern, one in patterns if fnmatchcase(name, str(pattern))), None)
+    found = own if isinstance(own, Mapping) else config.get("global_quant_config")
+    weight = found.get("weight") if isinstance(found, Mapping) else None
+    return weight if isinstance(weight, Mapping) else {}
 
 
 def _bytes(module: Module, stored: LazyTensor) -> DequantizedTensor:
@@ -100,42 +107,52 @@ def _bytes(module: Module, stored: LazyTensor) -> DequantizedTensor:
     held = module.tensors[f"{module.prefix}weight_scale"]
     scale = module.get("weight_scale", len(held.shape), *_FLOATS)
     if num_elements(scale) not in (1, n):
-        raise disagree(scale, f"has the shape {list(scale.shape)}, {n} rows ask for one number or [{n}]")
-    if (zeros := _zeros(module)) is not None:
-        raise UnsupportedError(
-            f"{zeros.source} moves weights of 8 bits, which llmc does not read", remedy="give a symmetric one"
-        )
+        raise _other(scale, f"of int8{list(stored.shape)}")
+    zeros = module.tensors.get(f"{module.prefix}weight_zero_point")
+    if zeros is not None and zeros.read().any():
+        raise _other(zeros, "that moves weights of 8 bits")
     spread = scales_of(scale, (n, 1), lambda one: np.broadcast_to(one.reshape(-1, 1), (n, 1)))
     parts = QuantizedTensors(Quantization(8, k, True, spread.dtype), SignedBytes(stored), spread)
     return DequantizedTensor(parts, stored.source)
 
 
-def _asymmetric(config: Config) -> bool:
-    """Whether the configuration says that weights have zero points, be they all 0."""
-    whole = config.get("global_quant_config")
-    weight = whole.get("weight") if isinstance(whole, Mapping) else None
-    return isinstance(weight, Mapping) and weight.get("symmetric") is False
+def _other(tensor: LazyTensor, what: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{tensor.source} has the shape {list(tensor.shape)}, {what}, which llmc does not read",
+        remedy="give weights of 8 bits with a scale a row or one of all, or of 4 bits with scales of groups",
+    )
 
 
-def _nibbles(
-    module: Module, words: LazyTensor, order: tuple[int, ...], *, asymmetric: bool
-) -> DequantizedTensor:
-    k, n = words.shape[0], 8 * words.shape[1]
+def _nibbles(module: Module, words: LazyTensor, order: tuple[int, ...], said: Config) -> DequantizedTensor:
+    held = module.tensors[f"{module.prefix}weight_scale"]
+    if len(held.shape) != 2:
+        raise _other(held, f"of int32{list(words.shape)}")
     scale = module.get("weight_scale", 2, *_FLOATS)
-    groups = scale.shape[0]
-    expect_shape(scale, (groups, n), f"{n} rows")
+    (groups, n), k = scale.shape, words.shape[0]
+    expect_shape(words, (k, -(-n // 8)), f"{n} rows")
     if k % groups:
         raise disagree(scale, f"has {groups} scales a row, of {k} columns")
     scales = scales_of(scale, (n, groups), lambda stored: stored.T)
-    codes = GemmCodes(words, order)
-    if not asymmetric and _zeros(module) is None:
+    points = module.get("weight_zero_point", 2, "int32") if module.has("weight_zero_point") else None
+    if points is not None:
+        expect_shape(points, (groups, -(-n // 8)), f"{groups} groups")
+    zeros = points is not None and bool(points.read().any())
+    signed = said.get("dtype") == "int4" or (said.get("dtype") != "uint4" and not zeros)
+    if not signed and points is None:
+        module.get("weight_zero_point", 2, "int32")  # which is missing
+    codes: LazyTensor = GemmCodes(words, order, n)
+    codes = Flipped(codes) if signed else codes
+    if points is None or (signed and not zeros):
         quant = Quantization(4, k // groups, True, scales.dtype)
-        return DequantizedTensor(QuantizedTensors(quant, Flipped(codes), scales), words.source)
-    held = module.get("weight_zero_point", 2, "int32")
-    expect_shape(held, (groups, n // 8), f"{groups} groups")
-    points = Small((n, groups), "uint8", held.source, lambda: columns_of(held.read(), order).T)
+        return DequantizedTensor(QuantizedTensors(quant, codes, scales), words.source)
+    held_points, flip = points, np.uint8(8 if signed else 0)
+
+    def read() -> Array:
+        return columns_of(held_points.read(), order)[:, :n].T ^ flip
+
     quant = Quantization(4, k // groups, False, scales.dtype)
-    return DequantizedTensor(QuantizedTensors(quant, codes, scales, points), words.source)
+    parts = QuantizedTensors(quant, codes, scales, Small((n, groups), "uint8", points.source, read))
+    return DequantizedTensor(parts, words.source)
 
 
 class Flipped:
