@@ -21,6 +21,7 @@ from llmc.ir.weights import ArrayTensor
 from llmc.runtime import adapters
 from llmc.runtime.adapter_places import AdapterPlaces, Factors, Place
 
+from .conftest import only_long
 from .lora_files import adapter
 from .models import ids_of, reference_logits, save_tiny, tiny_model
 from .tvm_graphs import ISA
@@ -60,7 +61,7 @@ WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
     ("scheme", "tolerance", "sizes"),
     [
         ("int8", 4e-3, {}),
-        ("int4-g32", 4e-2, {}),
+        pytest.param("int4-g32", 4e-2, {}, marks=only_long),
         ("nf4", 6e-2, {}),
         ("gguf-q4_k_m", 4e-2, WIDE),
     ],

@@ -141,8 +141,8 @@ def test_auto_map_of_a_known_architecture_is_ignored(tmp_path: Path) -> None:
             "is quantized with 'hqq', which llmc does not",
         ),
         (
-            {"quantization_config": {"quant_method": "torchao"}},
-            "is quantized with 'torchao', which llmc does not read",
+            {"quantization_config": {"quant_method": "hqq"}},
+            "is quantized with 'hqq', which llmc does not read",
         ),
         ({"quantization_config": {"bits": 4}}, "quantization_config names no quant_method"),
         ({"quantization_config": "gptq"}, "quantization_config names no quant_method"),

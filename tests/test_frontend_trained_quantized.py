@@ -32,6 +32,7 @@ MADE: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "rows": ("llama", lambda f: save_rows(f, embeddings=1)),
     "rows, tied": ("gemma3_text", lambda f: save_rows(f)),
 }
+COMPILED = ("divided", "rows")
 LAYERS = {"BitLinear", "AutoBitLinear", "QuantizedLinear"}
 
 
@@ -63,6 +64,8 @@ def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     graph, _ = lowered(trace_once(source), "paged", quantization_passes("keep"))
     (floats,) = PagedRun(graph).step([("a", ids)])
     assert worst(floats, wanted) < (1e-5 if "rows" in name else 0.05)
+    if name not in COMPILED:
+        return
     out = llmc.compile(
         folder, tmp_path / "out.llmc", targets=[f"tvm-cpu:isa={ISA}"], quant="keep", quant_head="none",
         kv_dtype="float32",
