@@ -350,7 +350,7 @@ def first_step(executor: Executor, ids: list[int]) -> np.ndarray:
 @pytest.mark.parametrize(
     "name",
     [
-        *("gptq 3 bits, act-order, v2", "bnb", "bitnet"),
+        *("gptq 3 bits, act-order, v2", "bnb"),
         *(pytest.param(name, marks=only_long) for name in ("gptq 8 bits, rows", "compressed int8")),
     ],
 )
