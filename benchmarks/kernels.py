@@ -285,13 +285,15 @@ def attention(
 
 
 def cases(isa: str, only: str) -> list[Measured]:
-    """The limits, then kernels of SmolLM2-135M and Qwen2.5-0.5B whose name contains `only`."""
+    """The limits, then kernels of SmolLM2-135M, Qwen2.5-0.5B, a ternary model, with `only` in the name."""
     found = [read_limit(isa), multiply_limit(isa, "int32"), multiply_limit(isa, "float32")]
     asymmetric, symmetric = Form(32, "uint8"), Form(64)
     if only in "quantized_linear":
         for n, k in ((3072, 576), (576, 1536), (9728, 896)):
             found += [linear(isa, n, k, rows, asymmetric) for rows in (1, 8, 32, 512)]
         found += [linear(isa, 3072, 576, rows, symmetric) for rows in (1, 512)]
+        ternary = Form(2560, None, 0, 2)  # a row is one group
+        found += [linear(isa, 6912, 2560, rows, ternary) for rows in (1, 8, 512)]
     if only in "quantized_gated_mlp":
         found += [gated(isa, 1536, 576, rows, form) for form in (asymmetric, symmetric) for rows in (1, 512)]
     if only in "moe_quantized_linear":
@@ -323,7 +325,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
     for (name, top), style in zip(tops.items(), ("-", "--"), strict=True):
         axes.plot(reach, np.minimum(reach * bandwidth, top), style, color="grey", label=f"limit: {name}")
     kinds = {
-        "products by 4-bit weights": ("quantized_linear", "o"),
+        "products by quantized weights": ("quantized_linear", "o"),
         "gate and up together": ("quantized_gated_mlp", "^"),
         "experts": ("moe_quantized_linear", "v"),
         "attention": ("paged_attention", "s"),

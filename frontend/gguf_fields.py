@@ -200,13 +200,18 @@ def _clipped_at(keys: Keys) -> float | None:
 
 def activated_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
     """An activation by its name, which files did not have at first."""
-    act = keys.get("hidden_activation", "silu")
-    if act not in ("silu", "relu2"):
+    return {"hidden_act": activation(keys, "silu", {"silu": "silu", "relu2": "relu2"})}
+
+
+def activation(keys: Keys, usual: str, known: Mapping[str, str]) -> str:
+    """`hidden_activation` as the configuration has it. Raises UnsupportedError for one that is not known."""
+    act = keys.get("hidden_activation", usual)
+    if act not in known:
         raise UnsupportedError(
             f"the file's hidden_activation is {str(act)[:40]!r}, which is not understood",
             remedy="give the model as a Hugging Face folder",
         )
-    return {"hidden_act": act}
+    return known[act]
 
 
 def scaled_by_depth_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 
 from ..ir.errors import InputError, UnsupportedError
-from .gguf_fields import BLOCK, Keys, Tensors, by_layer, routed_fields
+from .gguf_fields import BLOCK, Keys, Tensors, activation, by_layer, routed_fields
 
 _GATES: Final = {"gelu": "gelu", "geglu": "gelu", "silu": "silu", "swish": "silu", "swiglu": "silu"}
 """`hidden_activation`, as llama.cpp understands it → the configuration's."""
@@ -100,12 +100,6 @@ def in_turns_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
     """
     window = int(keys.get("attention.sliding_window", 0))
     sliding = [one and window > 0 for one in windows(keys, 3, first=True)]
-    act = keys.get("hidden_activation", "gelu")
-    if act not in _GATES:
-        raise UnsupportedError(
-            f"the file's hidden_activation is {str(act)[:40]!r}, which is not understood",
-            remedy="give the model as a Hugging Face folder",
-        )
     bases = {
         "full_attention": keys.get("rope.freq_base", 10000.0),
         "sliding_attention": keys.get("rope.freq_base_swa", 10000.0),
@@ -113,7 +107,7 @@ def in_turns_fields(keys: Keys, tensors: Tensors) -> dict[str, Any]:
     return {
         "layer_types": layer_types(sliding),
         "local_attention": window,
-        "hidden_activation": _GATES[act],
+        "hidden_activation": activation(keys, "gelu", _GATES),
         "rope_parameters": {k: {"rope_type": "default", "rope_theta": base} for k, base in bases.items()},
     }
 

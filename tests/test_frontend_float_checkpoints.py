@@ -26,7 +26,8 @@ from llmc.passes.quantize.keep import KeepQuantized
 from .family_configs import random_model, small_config
 from .graphs import logits_of, lowered, worst
 from .models import ids_of, save_tiny
-from .quantized_files import save_fp8, save_mlx, save_mxfp4, save_nvfp4, save_quark, save_torchao
+from .quantized_files import save_fp8, save_mxfp4, save_nvfp4
+from .quantized_formats import save_mlx, save_quark, save_torchao
 from .test_frontend_quantized_refusals import compressed_config
 
 Array = np.ndarray[Any, Any]

@@ -26,21 +26,16 @@ from .conftest import only_long
 from .graphs import PagedRun, logits_of, lowered, worst
 from .models import ids_of, reference_logits, save_tiny
 from .quantized_files import (
-    MLX_MODES,
     Values,
     change_tensors,
     pack_rows,
     save_awq,
-    save_bitnet,
     save_bnb,
     save_compressed,
     save_gptq,
-    save_mlx,
-    save_quark,
-    save_rows,
-    save_torchao,
     set_config,
 )
+from .quantized_formats import MLX_MODES, save_bitnet, save_mlx, save_quark, save_rows, save_torchao
 from .tvm_graphs import ISA
 
 AUTOROUND: dict[str, Any] = {

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from .family_configs import random_model, small_config
 from .graphs import PagedRun, lowered, worst
 from .models import ids_of, save_tokenizer
-from .quantized_files import save_bitnet, save_rows
+from .quantized_formats import save_bitnet, save_rows
 from .test_frontend_quantized import first_step
 from .tvm_graphs import ISA
 

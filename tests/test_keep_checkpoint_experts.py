@@ -23,16 +23,8 @@ from llmc.passes.quantize.keep import KeepQuantized
 from .family_configs import random_model, small_config
 from .graphs import lowered
 from .models import ids_of, save_tokenizer
-from .quantized_files import (
-    Values,
-    save_awq,
-    save_compressed,
-    save_fp8,
-    save_gptq,
-    save_mlx_experts,
-    save_mxfp4,
-    save_nvfp4,
-)
+from .quantized_files import Values, save_awq, save_compressed, save_fp8, save_gptq, save_mxfp4, save_nvfp4
+from .quantized_formats import save_mlx_experts
 
 Save = Callable[[Path], Any]
 FORMS: dict[str, Save] = {

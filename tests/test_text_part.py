@@ -25,7 +25,8 @@ from safetensors.numpy import load_file, save_file
 from .graphs import logits_of, lowered, worst
 from .lora_files import adapter
 from .models import DECODER, ids_of, save_tokenizer, tiny_model
-from .quantized_files import Values, save_fp8, save_mlx, save_rows
+from .quantized_files import Values, save_fp8
+from .quantized_formats import save_mlx, save_rows
 from .state_models import MODELS as STATES
 from .tvm_graphs import ISA
 

@@ -24,12 +24,9 @@ def words_for(count: int, bits: int) -> int:
 
 
 def unpack_stream(words: Array, bits: int, count: int) -> Array:
-    """int32 [rows, words] → the first `count` codes of each row's stream, uint8 [rows, count]."""
-    return unpack_bytes(np.ascontiguousarray(words).astype("<i4", copy=False).view(np.uint8), bits, count)
-
-
-def unpack_bytes(stream: Array, bits: int, count: int) -> Array:
-    """The same of uint8 [rows, bytes]."""
+    """Words or bytes [rows, W] → the first `count` codes of each row's stream, uint8 [rows, count]."""
+    little = words.dtype.newbyteorder("<")
+    stream = np.ascontiguousarray(words).astype(little, copy=False).view(np.uint8)
     if bits == 8:
         return np.ascontiguousarray(stream[:, :count])
     if 8 % bits == 0:
@@ -42,7 +39,7 @@ def unpack_bytes(stream: Array, bits: int, count: int) -> Array:
 
 
 class PackedAlongRows:
-    """Codes uint8 [N, K] of words int32 [N, words]: each row is a stream."""
+    """Codes uint8 [N, K] of words or bytes [N, W]: each row is a stream."""
 
     dtype: str = "uint8"
 
@@ -125,12 +122,14 @@ class RowScales:
         self.dtype: str = "float16" if exact else "float32"
 
     def read(self, start: int = 0, stop: int | None = None) -> Array:
-        values = self._stored.read(start, stop).astype(np.float32)
-        if not np.isfinite(values).all():
-            raise InputError(
-                f"{self.source} holds NaN or infinite scales", remedy="the checkpoint is damaged"
-            )
-        return values.astype(self.dtype)
+        return _finite(self._stored.read(start, stop), self.source).astype(self.dtype)
+
+
+def _finite(stored: Array, source: str) -> Array:
+    values = stored.astype(np.float32)
+    if not np.isfinite(values).all():
+        raise InputError(f"{source} holds NaN or infinite scales", remedy="the checkpoint is damaged")
+    return values
 
 
 def _fits_half(values: Array) -> bool:
@@ -150,11 +149,7 @@ def scales_of(tensor: LazyTensor, shape: tuple[int, ...], arrange: Callable[[Arr
 
     def read() -> Array:
         stored = arrange(tensor.read())
-        values = stored.astype(np.float32)
-        if not np.isfinite(values).all():
-            raise InputError(
-                f"{tensor.source} holds NaN or infinite scales", remedy="the checkpoint is damaged"
-            )
+        values = _finite(stored, tensor.source)
         return stored if stored.dtype == np.float16 else values
 
     if tensor.dtype == "float16":

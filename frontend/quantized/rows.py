@@ -16,16 +16,13 @@ the rows are stored, not what a model multiplies them by.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Final
-
-import numpy as np
+from typing import Final
 
 from ...ir.types import Quantization
 from ...ir.weights import DequantizedTensor, LazyTensor, QuantizedTensors
 from .checks import Config, Module, disagree, expect_shape
-from .packing import RowScales, SignedBytes, unpack_bytes
+from .packing import PackedAlongRows, RowScales, SignedBytes
 
-Array = np.ndarray[Any, Any]
 Columns = Callable[[str], int | None]
 """How many columns the model's weight of a name has; None where it has none of that name."""
 _UNUSED: Final = (
@@ -77,7 +74,7 @@ def _weight(module: Module, codes: str, scale: str, columns: int) -> Dequantized
         if len(fitting) != 1:
             raise disagree(stored, f"has {width} bytes a row, the model's weight has {columns} columns")
         bits, k = fitting[0], columns
-        values = PackedBytes(stored, bits, k)
+        values = PackedAlongRows(stored, bits, k)
     scales = module.get(scale, 2, "float32", "bfloat16", "float16")
     groups = scales.shape[1]
     expect_shape(scales, (n, groups), f"{n} rows")
@@ -86,17 +83,3 @@ def _weight(module: Module, codes: str, scale: str, columns: int) -> Dequantized
     scaled = RowScales(scales)
     quant = Quantization(bits, k // groups, True, scaled.dtype)
     return DequantizedTensor(QuantizedTensors(quant, values, scaled), stored.source)
-
-
-class PackedBytes:
-    """Codes uint8 [N, K] of bytes [N, width]: each row is a stream."""
-
-    dtype: str = "uint8"
-
-    def __init__(self, packed: LazyTensor, bits: int, k: int) -> None:
-        self._packed, self._bits = packed, bits
-        self.shape: tuple[int, ...] = (packed.shape[0], k)
-        self.source = packed.source
-
-    def read(self, start: int = 0, stop: int | None = None) -> Array:
-        return unpack_bytes(self._packed.read(start, stop), self._bits, self.shape[1])
