@@ -263,6 +263,16 @@ def gated_mlp(low: Lowering, op: Any) -> Any:
     return out if op.gate_up.type.rank == 2 else low.reshape(out, low.shape(op.result.shape))
 
 
+def _turned(low: Lowering, value: Value, name: str) -> tuple[list[Any], dict[str, Any]]:
+    """Operands and static parameters of `Heads` for a value [T, heads, head_dim]."""
+    rope: Any = low.turned.get(value)
+    x, source = source_of(low, value if rope is None else rope.x)
+    if rope is None:
+        return [x], {f"{name}_source": source}
+    angles = [low.get(rope.cos), low.get(rope.sin)]
+    return [x, *angles], {f"{name}_source": source, f"{name}_rotary": rope.rotary_dim}
+
+
 def cache_form(heads: Value, pages: Value) -> dict[str, Any]:
     """What a kernel knows of the heads [T, kv_heads, head_dim] that it puts into pages."""
     return {"kv_heads": heads.shape[1], "head_dim": heads.shape[2], "kv_dtype": pages.dtype}
@@ -286,24 +296,26 @@ def attention_form(op: Any) -> dict[str, Any]:
 
 
 def attention_operands(low: Lowering, op: Any) -> list[Any]:
-    """Its operands, those that it has."""
-    operands = (op.q, op.pages, op.query_start, op.context_len, op.block_table)
+    """Its operands behind the queries, those that it has."""
+    operands = (op.pages, op.query_start, op.context_len, op.block_table)
     return present(low, *operands, op.sinks, op.slopes, op.distances)
 
 
 @emits("append_kv")
 def append_kv(low: Lowering, op: Any) -> Any:
     """Writes in place: the cache is never copied."""
-    k, k_source = source_of(low, op.k)
+    keys, turned = _turned(low, op.k, "k")
     v, v_source = source_of(low, op.v)
-    static = {**cache_form(op.k, op.pages), "k_source": k_source, "v_source": v_source}
-    args = [k, v, low.get(op.slot_mapping), low.get(op.pages)]
-    return low.kernel_inplace("append_kv", kernels.make_append_kv, static, args, 3, low.type_of(op.pages))
+    static = {**cache_form(op.k, op.pages), **turned, "v_source": v_source}
+    args = [*keys, v, low.get(op.slot_mapping), low.get(op.pages)]
+    place = len(args) - 1
+    return low.kernel_inplace("append_kv", kernels.make_append_kv, static, args, place, low.type_of(op.pages))
 
 
 @emits("paged_attention")
 def paged_attention(low: Lowering, op: Any) -> Any:
-    static, args = attention_form(op), attention_operands(low, op)
+    queries, turned = _turned(low, op.q, "q")
+    static, args = {**attention_form(op), **turned}, [*queries, *attention_operands(low, op)]
     return low.kernel("paged_attention", kernels.make_paged_attention, static, args, low.type_of(op.result))
 
 

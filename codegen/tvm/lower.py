@@ -21,12 +21,13 @@ from typing import Any
 
 from ...ir.core import Graph, Op, Value
 from ...ir.errors import CompileError, UnsupportedError
-from ...ir.ops.nn import Linear
+from ...ir.ops.nn import Linear, Rope
 from ...ir.ops.quant import QuantizedLinear
 from ...ir.types import Dim, Shape
 from ...plugins.entries import blaming
 from ..extensions import import_emitters
 from .kernels import stored_dtype
+from .kernels.heads import turns_whole_vectors
 from .kernels.isa import Isa
 from .kernels.schedule import Schedule
 from .untyped import Module, relax, te, tirx, tvm
@@ -58,6 +59,9 @@ def schedule_key(name: str, static: Mapping[str, Any]) -> str:
     """What a kernel's schedule is found under: its name and static parameters."""
     return f"{name} {json.dumps(static, sort_keys=True)}"
 
+
+_TURNING = {("paged_attention", 0), ("append_kv", 0)}
+"""Ops, and which of their operands, whose kernels turn heads as they read them (`kernels/heads.py`)."""
 
 Buffer = tuple[str, tuple[Any, ...], str]
 """A kernel's parameter: its name, extents (numbers of TIR or its variables) and dtype."""
@@ -108,6 +112,7 @@ class Lowering:
         self.symbols: dict[str, Any] = {}
         self.roles: dict[Value, Role] = weight_roles(graph)
         self.absorbed = residuals(graph)
+        self.turned = turned(graph)
         self.pages = page_values(graph)
         self._values: dict[Value, Any] = {}
         self._kernels: dict[Any, Any] = {}
@@ -271,7 +276,7 @@ class Lowering:
         with self.builder.function("main", parameters):
             with self.builder.dataflow():
                 for op in graph:
-                    if op not in self.absorbed.values():
+                    if op not in self.absorbed.values() and op.result not in self.turned:
                         self._values[op.result] = self._emit_op(op)
                 outputs = [self.builder.emit_output(self._output(i)) for i in range(len(graph.outputs))]
             self.builder.emit_func_output(relax.Tuple(outputs))
@@ -337,6 +342,23 @@ def residuals(graph: Graph) -> dict[Op, Op]:
         ]
         if linears:
             found[op] = max(linears, key=lambda linear: order[linear])
+    return found
+
+
+def turned(graph: Graph) -> dict[Value, Op]:
+    """Results of `rope` → the op, where what reads them turns them itself: queries of attention, and keys on
+    their way into the cache.
+    """
+    found: dict[Value, Op] = {}
+    for op in graph:
+        if not isinstance(op, Rope) or op.interleaved or graph.output_uses(op.result):
+            continue
+        rows, _, width = op.x.shape if op.x.type.rank == 3 else (None, None, None)
+        if not isinstance(width, int) or op.cos.shape != (rows, op.rotary_dim):
+            continue
+        reads = {(reader.opname, index) for reader, index in op.result.uses}
+        if turns_whole_vectors(width, op.rotary_dim) and reads <= _TURNING:
+            found[op.result] = op
     return found
 
 

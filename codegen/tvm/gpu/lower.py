@@ -39,6 +39,7 @@ class CudaLowering(Lowering):
     def __init__(self, graph: Graph) -> None:
         super().__init__(graph, get_isa("avx2"))  # what emitters ask of a level holds for none
         self.codes: dict[str, Code] = {}
+        self.turned = {}  # `rope` is a kernel of its own here
 
     def emitter(self, op: Op) -> Emitter | None:
         """Ours, else tvm-cpu's; of another package's op the one that it names for this target."""
@@ -123,7 +124,7 @@ def _append_kv(low: Lowering, op: Any) -> Any:
 @_emits("paged_attention")
 def _paged_attention(low: Lowering, op: Any) -> Any:
     static = {**emit_llm.attention_form(op), "page_size": op.pages.shape[2]}
-    args = emit_llm.attention_operands(low, op)
+    args = [low.get(op.q), *emit_llm.attention_operands(low, op)]
     return low.kernel("paged_attention", _unused, static, args, low.type_of(op.result))
 
 

@@ -17,7 +17,9 @@ from .attention_spec import MANY_ROWS, SEGMENT, Attention, Buffers, Memory, adva
 from .attention_words import block_of
 from .builder import LANES, Expr, Kernel, let, put, put1, scalar, vec
 from .cache import pages_argument
+from .heads import Heads
 from .isa import Isa
+from .norms import Source
 
 
 def _by_rows(spec: Attention, at: Buffers, tokens: Expr, isa: Isa, block: tuple[int, int]) -> None:
@@ -108,13 +110,15 @@ def make_paged_attention(
     sinks: bool = False,
     slopes: bool = False,
     distances: int = 0,
+    q_source: Source = None,
+    q_rotary: int = 0,
     isa: str,
 ) -> Any:
     """Attention of each query row over its sequence's context.
 
-    q float32 [T, heads, head_dim]; pages `kv_dtype` [2, N, kv_heads, 16, head_dim] in the order of `cache`
-    (int8: head_dim + 4, and softmax(q · k · k_scale) · v_scale · v is computed on the codes);
-    query_start int32 [B + 1] with query_start[0] = 0 and query_start[B] = T; context_len int32 [B];
+    q float32 [T, heads, head_dim], or as q_source and q_rotary say (`Heads`); pages `kv_dtype` [2, N,
+    kv_heads, 16, head_dim] in the order of `cache` (int8: head_dim + 4, and softmax(q · k · k_scale) ·
+    v_scale · v is computed on the codes); query_start int32 [B + 1] with query_start[0] = 0 and query_start[B] = T; context_len int32 [B];
     block_table int32 [B, P]; sinks float32 [heads] (a logit more in each softmax, with no value); slopes
     float32 [heads]; out float32 [T, heads, head_dim]. Sequences may have no rows. A row sees token j of its
     context where causal: j ≤ its position, and window w: |position - j| < w. softcap c: scores become
@@ -127,7 +131,7 @@ def make_paged_attention(
     with kernel:
         tokens, sequences, width = kernel.symbol("T"), kernel.symbol("B"), kernel.symbol("P")
         at = Buffers(
-            q=kernel.argument("q", (tokens, heads, head_dim), "float32"),
+            q=Heads(kernel, "q", heads, head_dim, q_source, q_rotary),
             pages=pages_argument(kernel, kv_heads, head_dim, kv_dtype),
             query_start=kernel.argument("query_start", (kernel.symbol("B1"),), "int32"),
             context_len=kernel.argument("context_len", (sequences,), "int32"),

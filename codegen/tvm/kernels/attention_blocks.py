@@ -153,7 +153,7 @@ class Block:
         with every_cell(self.rows, self.heads) as (i, r, h):
 
             def scale(d: Expr, lanes: int, i: Expr = i, r: Expr = r, h: Expr = h) -> None:
-                q = get_lanes(lanes, self.at.q, self.row + r, self.head + h, d)
+                q = self.at.q.lanes(lanes, self.row + r, self.head + h, d)
                 self._put_query(lanes, q * all_lanes(lanes, factor), i, d)
 
             for_elements(spec.head_dim, scale)

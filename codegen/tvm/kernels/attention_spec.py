@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from tvm.script.ir_builder import tirx as T
 
 from .builder import LANES, Buffer, Expr, loop, put, put1, splat, vec
+from .heads import Heads
 from .isa import Isa
 
 LOG2E = math.log2(math.e)
@@ -83,7 +84,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Buffers:
-    q: Buffer
+    q: Heads
     pages: Buffer
     query_start: Buffer
     context_len: Buffer

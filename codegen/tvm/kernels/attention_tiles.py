@@ -113,7 +113,7 @@ class _Block:
             row, head = cells.place(tile, i)
             row, head = let(row), let(head)
             with T.serial(0, spec.head_dim // DEPTH) as k:
-                parts = [vec(self.at.q, row, head, k * DEPTH + at) * factor for at in (0, LANES)]
+                parts = [self.at.q.vector(row, head, k * DEPTH + at) * factor for at in (0, LANES)]
                 self.query.put(*parts, tile, i, k)
 
     def run(self) -> None:

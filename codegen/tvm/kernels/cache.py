@@ -39,7 +39,8 @@ from .builder import (
     vec,
 )
 from .gather import load_one
-from .norms import Source, head_argument, head_index
+from .heads import Heads
+from .norms import Source
 from .whole_pages import by_pages, fits_whole, put_keys, put_values
 
 _ABS, _INFINITY = 0x7FFFFFFF, 0x7F800000
@@ -135,13 +136,6 @@ def page_scales(pages: Buffer, which: int, page: Expr, head: Expr, head_dim: int
     return T.reinterpret(stored, dtype="float32x16")
 
 
-def _chunk(x: Buffer, at: Any, start: Expr, count: int) -> Expr:
-    """`count` ≤ 16 elements of a head from `start`, float32."""
-    if count == LANES:
-        return vec(x, *at(start))
-    return padded(count, lambda i: x[at(start + i)])
-
-
 def _converted(value: Expr, dtype: str) -> Buffer:
     """16 elements in the cache's dtype, to be read one by one."""
     held = T.alloc_buffer((LANES,), stored_dtype(dtype))
@@ -157,17 +151,19 @@ def _converted(value: Expr, dtype: str) -> Buffer:
 class _Head:
     """The keys (which = 0) or values (1) of a token and head, to be written into a page."""
 
-    def __init__(self, x: Buffer, at: Any, pages: Buffer, place: tuple[int, Expr, Expr, Expr]) -> None:
-        self.x, self.at, self.pages = x, at, pages
-        self.which, self.page, self.head, self.offset = place
+    def __init__(self, x: Heads, of: tuple[Expr, Expr], pages: Buffer, place: tuple[int, Expr, Expr]) -> None:
+        """of = (token, head); place = (which, page, token in it)."""
+        self.x, self.pages = x, pages
+        self.token, self.head = of
+        self.which, self.page, self.offset = place
 
     def chunks(self, head_dim: int, body: Callable[[Expr, Expr, int], None]) -> None:
         """`body(start, 16 elements from there in float32, how many of them there are)` over the head."""
         with T.serial(0, head_dim // LANES) as c:
-            body(c * LANES, _chunk(self.x, self.at, c * LANES, LANES), LANES)
+            body(c * LANES, self.x.vector(self.token, self.head, c * LANES), LANES)
         rest, start = head_dim % LANES, T.int32(head_dim // LANES * LANES)
         if rest:
-            body(start, _chunk(self.x, self.at, start, rest), rest)
+            body(start, padded(rest, lambda i: self.x.one(self.token, self.head, start + i)), rest)
 
     def put(self, value: Buffer, start: Expr, count: int, head_dim: int) -> None:
         pairs = in_pairs(str(self.pages.dtype), head_dim)
@@ -218,26 +214,33 @@ class _Head:
 
 
 def make_append_kv(
-    *, kv_heads: int, head_dim: int, kv_dtype: str, k_source: Source = None, v_source: Source = None, isa: str
+    *,
+    kv_heads: int,
+    head_dim: int,
+    kv_dtype: str,
+    k_source: Source = None,
+    k_rotary: int = 0,
+    v_source: Source = None,
+    isa: str,
 ) -> Any:
     """pages[:, slot // 16, :, slot % 16] = k, v for each token (in the logical order), in place.
 
-    k and v float32 [T, kv_heads, head_dim], or with a source = (row_width, offset) columns of [T, row_width];
+    k and v float32 [T, kv_heads, head_dim], or as k_source, k_rotary and v_source say (`Heads`);
     slot_mapping int32 [T]; pages `kv_dtype` [2, N, kv_heads, 16, head_dim] of floats, [2, N, kv_heads, 16,
     head_dim + 4] in int8, where each head gets a scale. A negative slot is skipped.
     """
     kernel = Kernel("append_kv", isa)
     with kernel:
         tokens = kernel.symbol("T")
-        k = head_argument(kernel, "k", kv_heads, head_dim, k_source)
-        v = head_argument(kernel, "v", kv_heads, head_dim, v_source)
+        k = Heads(kernel, "k", kv_heads, head_dim, k_source, k_rotary)
+        v = Heads(kernel, "v", kv_heads, head_dim, v_source)
         slots = kernel.argument("slot_mapping", (tokens,), "int32")
         pages = pages_argument(kernel, kv_heads, head_dim, kv_dtype)
 
         def head(t: Expr, h: Expr) -> None:
             page, offset = let(slots[t] // PAGE_SIZE), let(slots[t] % PAGE_SIZE)
-            for which, (x, source) in enumerate(((k, k_source), (v, v_source))):
-                new = _Head(x, head_index(t, h, head_dim, source), pages, (which, page, h, offset))
+            for which, x in enumerate((k, v)):
+                new = _Head(x, (t, h), pages, (which, page, offset))
                 if kv_dtype == "int8":
                     new.write_quantized(head_dim)
                 else:
@@ -246,14 +249,8 @@ def make_append_kv(
         def page(t: Expr) -> None:
             place, first = let(slots[t] // PAGE_SIZE), let(t)
             with T.serial(0, kv_heads) as h:
-                for part, x, source in ((put_keys, k, k_source), (put_values, v, v_source)):
-                    part(
-                        pages,
-                        (place, h),
-                        head_dim,
-                        first,
-                        lambda t, i, x=x, h=h, of=source: vec(x, *head_index(t, h, head_dim, of)(i)),
-                    )
+                for part, x in ((put_keys, k), (put_values, v)):
+                    part(pages, (place, h), head_dim, first, lambda t, i, x=x, h=h: x.vector(t, h, i))
 
         def token(t: Expr) -> None:
             with T.If(slots[t] >= 0), T.Then(), T.serial(0, kv_heads) as h:
