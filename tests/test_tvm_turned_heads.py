@@ -1,4 +1,4 @@
-"""Attention and the cache's writer that turn heads as they read them, beside `rope` as a kernel of its own."""
+"""Attention and the cache's writer that turn heads as they read them, beside `rope` as its own kernel."""
 
 from __future__ import annotations
 

@@ -41,11 +41,13 @@ scale_dtype, zero_point, super_group)`, here L; FORM stands for the last six par
     make_activation(width, activation)
         x [T, width] → out [T, width]
     make_append_kv(kv_heads, head_dim, kv_dtype, k_source, k_rotary, v_source)
-        k, (cos, sin [T, k_rotary]), v, slot_mapping int32 [T], pages [2, N, kv_heads, 16, head_dim], which are written in place
+        k, (cos, sin [T, k_rotary]), v, slot_mapping int32 [T], pages [2, N, kv_heads, 16, head_dim],
+        which are written in place
     make_paged_attention(heads, kv_heads, head_dim, kv_dtype, scale, causal, window, softcap, sinks, slopes,
         distances, q_source, q_rotary)
         q [T, heads, head_dim], (cos, sin [T, q_rotary]), pages, query_start int32 [B+1], context_len int32
-        [B], block_table int32 [B, P], (sinks [heads]), (slopes [heads]), (distances [heads, W]) → out [T, heads, head_dim]
+        [B], block_table int32 [B, P], (sinks [heads]), (slopes [heads]), (distances
+        [heads, W]) → out [T, heads, head_dim]
     make_causal_conv1d, make_linear_recurrence, make_selective_scan, make_ssd_scan, make_gated_delta_rule
         see `state` and `state_delta`: a state [S, …] is written in place
     make_gather_last(width)

@@ -118,13 +118,13 @@ def make_paged_attention(
 
     q float32 [T, heads, head_dim], or as q_source and q_rotary say (`Heads`); pages `kv_dtype` [2, N,
     kv_heads, 16, head_dim] in the order of `cache` (int8: head_dim + 4, and softmax(q · k · k_scale) ·
-    v_scale · v is computed on the codes); query_start int32 [B + 1] with query_start[0] = 0 and query_start[B] = T; context_len int32 [B];
-    block_table int32 [B, P]; sinks float32 [heads] (a logit more in each softmax, with no value); slopes
-    float32 [heads]; out float32 [T, heads, head_dim]. Sequences may have no rows. A row sees token j of its
-    context where causal: j ≤ its position, and window w: |position - j| < w. softcap c: scores become
-    c · tanh(score / c); then slope · (j - position) is added to each, or element
-    clip(distances / 2 + j - position, 0, distances - 1) of a row of distances float32 [heads, distances], of
-    which the first 16 are alike and so are the last.
+    v_scale · v is computed on the codes); query_start int32 [B + 1] with query_start[0] = 0 and
+    query_start[B] = T; context_len int32 [B]; block_table int32 [B, P]; sinks float32 [heads] (a logit
+    more in each softmax, with no value); slopes float32 [heads]; out float32 [T, heads, head_dim].
+    Sequences may have no rows. A row sees token j of its context where causal: j ≤ its position, and
+    window w: |position - j| < w. softcap c: scores become c · tanh(score / c); then slope · (j -
+    position) is added to each, or element clip(distances / 2 + j - position, 0, distances - 1) of a row
+    of distances float32 [heads, distances], of which the first 16 are alike and so are the last.
     """
     spec = Attention(heads, kv_heads, head_dim, kv_dtype, scale, causal, window, softcap, slopes, distances)
     kernel = Kernel("paged_attention", isa)
