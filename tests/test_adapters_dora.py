@@ -63,7 +63,7 @@ WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
         ("int8", 4e-3, {}),
         pytest.param("int4-g32", 4e-2, {}, marks=only_long),
         ("nf4", 6e-2, {}),
-        ("gguf-q4_k_m", 4e-2, WIDE),
+        pytest.param("gguf-q4_k_m", 4e-2, WIDE, marks=pytest.mark.slow),
     ],
 )
 def test_gains_are_of_the_weights_in_the_artifact(

@@ -165,10 +165,11 @@ def test_what_does_not_fit_is_refused(
     [
         ("gpt_oss", {}, BOTH),
         pytest.param("gpt_oss", {"hidden_size": 32, "intermediate_size": 32}, BOTH, marks=pytest.mark.slow),
-        (
+        pytest.param(
             "nemotron_h",
             {"hidden_size": 32, "moe_intermediate_size": 32, "intermediate_size": 32},
             {"target_modules": [], "target_parameters": ["experts.up_proj", "down_proj"]},
+            marks=pytest.mark.slow,
         ),
         pytest.param("deepseek_v3", {}, BOTH, marks=pytest.mark.slow),
         pytest.param("qwen3_moe", {}, BOTH, marks=pytest.mark.slow),
@@ -249,7 +250,8 @@ def test_places_say_what_they_are_of() -> None:
 
 
 # Gates and ups apart in the file; every expert with biases, matrices turned and in turns in the model.
-@pytest.mark.parametrize("kind", ["qwen3_moe", pytest.param("gpt_oss", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
 def test_a_gguf_file_over_a_gguf_model(kind: str, tmp_path: Path) -> None:
     base = written(tiny(kind), kind, tmp_path / "model.gguf")
     parts = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps", "ffn_gate_inp", "attn_q")

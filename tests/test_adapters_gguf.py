@@ -82,6 +82,7 @@ def test_requests_choose_over_codes_with_factors(
             assert not name or np.linalg.norm(logits - wanted[""]) > 4 * tolerance * size
 
 
+@pytest.mark.slow
 def test_requests_choose_over_layers_of_several_types(tmp_path: Path) -> None:
     """As in Q4_K_M: keys and values, gates and ups in other blocks than what they are merged with, which are
     then products of their own. What 8 bits of activations and factors round is 5 % here, 5.6 % where all are

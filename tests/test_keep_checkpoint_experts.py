@@ -104,7 +104,7 @@ def test_experts_are_kept_as_they_are_stored(family: str, form: str, tmp_path: P
     ("family", "form"),
     [
         pytest.param("qwen3_moe", "gptq, symmetric", marks=pytest.mark.slow),
-        ("qwen3_moe", "nvfp4"),
+        pytest.param("qwen3_moe", "nvfp4", marks=pytest.mark.slow),
         pytest.param("gpt_oss", "mxfp4", marks=pytest.mark.slow),
     ],
 )

@@ -18,7 +18,12 @@ from llmc.ir.types import TensorType, sym
 from .kernel_harness import blank, call, normal, tile_levels
 
 T, B, B1, P, N = (sym(s) for s in ("T", "B", "B1", "P", "N"))
-CASES = [(64, 64, "bfloat16"), (96, 32, "bfloat16"), (48, 32, "float32"), (64, 64, "int8")]
+CASES = [
+    pytest.param(64, 64, "bfloat16", marks=pytest.mark.slow),
+    (96, 32, "bfloat16"),
+    (48, 32, "float32"),
+    (64, 64, "int8"),
+]
 """(head_dim, rotary_dim, dtype of the cache)"""
 
 
@@ -61,10 +66,11 @@ def test_heads_turned_on_the_way_have_the_same_bits(dim: int, rotary: int, dtype
     attend = form | {"heads": heads, "scale": 0.3}
     queries = _turn(isa, merged, (heads, dim, 0), cos, sin)
     there = attend | {"q_source": (width, 0), "q_rotary": rotary}
-    table = np.arange(4, dtype=np.int32)[None]
-    for last in (rows, 1):  # a prompt, and one row
-        start = np.array([0, last], np.int32)
-        rest = (pages, start, np.array([50], np.int32), table, blank(last, heads, dim))
+    # Prompts, and a few rows behind a context that is cut into segments.
+    for starts, context, width in (([0, 20, rows], 50, 4), ([0, 1, 3], 600, 40)):
+        last, table = starts[-1], np.arange(2 * width, dtype=np.int32).reshape(2, width) % 4
+        lengths = np.array([context, context - 3], np.int32)
+        rest = (pages, np.array(starts, np.int32), lengths, table, blank(last, heads, dim))
         alone = call(make_paged_attention, isa, attend, queries[:last], *rest)
         out = call(make_paged_attention, isa, there, merged[:last], cos[:last], sin[:last], *rest)
         assert np.array_equal(out, alone)

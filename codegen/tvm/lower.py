@@ -351,13 +351,16 @@ def turned(graph: Graph) -> dict[Value, Op]:
     """
     found: dict[Value, Op] = {}
     for op in graph:
-        if not isinstance(op, Rope) or op.interleaved or graph.output_uses(op.result):
+        # By its name as well: another package's op may be a kind of `Rope`.
+        if not isinstance(op, Rope) or op.opname != "rope" or op.interleaved:
             continue
         rows, _, width = op.x.shape if op.x.type.rank == 3 else (None, None, None)
         if not isinstance(width, int) or op.cos.shape != (rows, op.rotary_dim):
             continue
         reads = {(reader.opname, index) for reader, index in op.result.uses}
-        if turns_whole_vectors(width, op.rotary_dim) and reads <= _TURNING:
+        if graph.output_uses(op.result) or not reads <= _TURNING:
+            continue
+        if turns_whole_vectors(width, op.rotary_dim):
             found[op.result] = op
     return found
 

@@ -60,11 +60,12 @@ scale_dtype, zero_point, super_group)`, here L; FORM stands for the last six par
     make_moe_rows, make_moe_linear, make_moe_gather, make_moe_quantized_linear, make_moe_gate,
     make_moe_combine: a mixture of experts in steps, with rows by expert (see `moe`)
 
-`source` (also `k_source`, `v_source`) is None for an operand of its own, [T, heads, head_dim], or
+`source` (also `q_source`, `k_source`, `v_source`) is None for an operand of its own, [T, heads, head_dim], or
 `(row_width, offset)` for one that stands in columns [offset, offset + heads · head_dim) of a wider result
 [T, row_width], as q, k and v do in the merged projection: no slice is copied. In `make_rms_norm`, heads = 0
 means x [T, width] → out [T, width]; heads > 0 normalises each head: x [T, heads, width] or a source → [T,
-heads, width].
+heads, width]. `q_rotary` and `k_rotary` are the columns of a head that are turned as it is read
+(`heads.Heads`), or 0.
 
 The physical order inside a page is pages[0, page, head] = keys as [head_dim, 16 tokens] and pages[1, page,
 head] = values as [16 tokens, head_dim]; `kv_layout` names it for the manifest. Where `kv_dtype` is int8,

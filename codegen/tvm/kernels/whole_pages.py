@@ -11,7 +11,7 @@ from tvm.script.ir_builder import tirx as T
 from . import PAGE_SIZE
 from .builder import LANES, Buffer, Expr, call, i32s, let, put, put1, scalar, splat, vec
 
-Heads = Callable[[Expr, Expr], Expr]
+ReadHead = Callable[[Expr, Expr], Expr]
 """16 elements of a head from i on, of a token: (token, i)."""
 
 WORDS = 2 * LANES
@@ -53,7 +53,7 @@ def _halves(value: Expr) -> Expr:
     return call("uint16x16", "llmc_to_bfloat", value)
 
 
-def put_keys(pages: Buffer, place: tuple[Expr, Expr], head_dim: int, first: Expr, keys: Heads) -> None:
+def put_keys(pages: Buffer, place: tuple[Expr, Expr], head_dim: int, first: Expr, keys: ReadHead) -> None:
     """The keys of a (page, head) = place, as words [head_dim / 2, 16 tokens]."""
     page, head = place
     held = T.alloc_buffer((PAGE_SIZE, WORDS), "uint16")
@@ -65,7 +65,7 @@ def put_keys(pages: Buffer, place: tuple[Expr, Expr], head_dim: int, first: Expr
         T.evaluate(T.call_extern("int32", "llmc_transpose_words", T.address_of(held[0, 0]), to))
 
 
-def put_values(pages: Buffer, place: tuple[Expr, Expr], head_dim: int, first: Expr, values: Heads) -> None:
+def put_values(pages: Buffer, place: tuple[Expr, Expr], head_dim: int, first: Expr, values: ReadHead) -> None:
     """The values of a (page, head) = place, as words [8 pairs of tokens, head_dim]."""
     page, head = place
     with T.serial(0, PAGE_SIZE // 2) as pair, T.serial(0, head_dim // LANES) as c:
