@@ -25,12 +25,14 @@ pytestmark = [
 ALL = {
     "tests/test_tvm_gated.py": ("amx", 12),
     "tests/test_tvm_attention_kernels.py": ("amx", 10),
+    "tests/test_tvm_turned_heads.py": ("amx", 4),
     "tests/test_tvm_quantized.py": ("amx", 130),
     "tests/test_moe_kernels.py": ("amx", 40),
 }
 SOME = {
     "tests/test_tvm_gated.py": ("amx", 12),
     "tests/test_tvm_attention_kernels.py": ("amx", 10),
+    "tests/test_tvm_turned_heads.py": ("amx", 4),
     # With numbers of a row kept apart, multiplied as float32 beside products of tiles.
     "tests/test_tvm_quantized.py": ("quantized_linear_is_exact and (1-amx or 4-amx)", 10),
 }
