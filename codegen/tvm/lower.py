@@ -2,13 +2,14 @@
 
 Operations of language models become calls of the hand-written kernels (`kernels/`); all other tensor
 operations go through Relax's own operators, or a tensor expression where Relax has none, and are fused and
-scheduled afterwards (`optimize.py`). The parameters of `main` are the graph's inputs, then its weights in
-their stored layout (`weights.py`); its results are the graph's outputs.
+scheduled afterwards (`optimize.py`). An op may be left to another's kernel: an addition to the product before
+it (`residuals`), `rope` to what reads the heads (`turned`). The parameters of `main` are the graph's inputs,
+then its weights in their stored layout (`weights.py`); its results are the graph's outputs.
 
     %1 = rms_norm(%0, @norm)             lv1 = R.call_tir(cls.rms_norm, (lv0, norm), ...)
-    %2 = linear(%1, @w)             →    lv2 = R.call_tir(cls.linear, (lv1, w, lv0), ...)     # residual
-    absorbed %3 = add(%0, %2)                     lv3 = R.call_tir_inplace(cls.append_kv, (k, v, slots,
-    pages), [3]) %4 = append_kv(%k, %v, %pages, %s)
+    %2 = linear(%1, @w)             →    lv2 = R.call_tir(cls.linear, (lv1, w, lv0), ...)
+    %3 = add(%0, %2)
+    %4 = append_kv(%k, %v, %pages, %s)   lv3 = R.call_tir_inplace(cls.append_kv, (k, v, s, pages), [3])
 """
 
 from __future__ import annotations

@@ -17,9 +17,8 @@ from .attention_spec import MANY_ROWS, SEGMENT, Attention, Buffers, Memory, adva
 from .attention_words import block_of
 from .builder import LANES, Expr, Kernel, let, put, put1, scalar, vec
 from .cache import pages_argument
-from .heads import Heads
+from .heads import Heads, Source
 from .isa import Isa
-from .norms import Source
 
 
 def _by_rows(spec: Attention, at: Buffers, tokens: Expr, isa: Isa, block: tuple[int, int]) -> None:

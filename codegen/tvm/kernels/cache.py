@@ -39,8 +39,7 @@ from .builder import (
     vec,
 )
 from .gather import load_one
-from .heads import Heads
-from .norms import Source
+from .heads import Heads, Source
 from .whole_pages import by_pages, fits_whole, put_keys, put_values
 
 _ABS, _INFINITY = 0x7FFFFFFF, 0x7F800000

@@ -36,7 +36,7 @@ from .builder import (
     put_part,
     vec,
 )
-from .norms import Source, head_argument, head_index
+from .heads import Source, head_argument, head_index
 from .vector_math import ACTIVATIONS, ROUGH
 
 COST = 8

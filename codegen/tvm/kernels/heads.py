@@ -4,12 +4,28 @@ left to it, so that no turned copy of a prompt's queries and keys is written and
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 from tvm.script.ir_builder import tirx as T
 
-from .builder import LANES, Expr, Kernel, f32s, fma, let, splat, vec
-from .norms import Source, head_argument, head_index
+from .builder import LANES, Buffer, Expr, Kernel, f32s, fma, let, splat, vec
+
+Source = tuple[int, int] | None
+"""(row_width, offset) of an operand in a wider result, or None."""
+
+
+def head_argument(kernel: Kernel, name: str, heads: int, width: int, source: Source) -> Buffer:
+    """The parameter for [T, heads, width], of its own or inside a wider result."""
+    tokens = kernel.symbol("T")
+    shape = (tokens, heads, width) if source is None else (tokens, source[0])
+    return kernel.argument(name, shape, "float32")
+
+
+def head_index(row: Expr, head: Expr, width: int, source: Source) -> Callable[[Expr], tuple[Expr, ...]]:
+    """Index of element i of a head in the parameter made by `head_argument`."""
+    if source is None:
+        return lambda i: (row, head, i)
+    return lambda i: (row, source[1] + head * width + i)
 
 
 def turns_whole_vectors(head_dim: int, rotary_dim: int) -> bool:
@@ -44,12 +60,12 @@ class Heads:
         """16 elements, or one."""
         return self.one(row, head, d) if count == 1 else self.vector(row, head, d)
 
-    def vector(self, row: Expr, head: Expr, d: Any) -> Expr:
+    def vector(self, row: Expr, head: Expr, d: Expr) -> Expr:
         """16 elements from d, a multiple of 16, on."""
         at = head_index(row, head, self.width, self.source)
         if not self.rotary:
             return vec(self.x, *at(d))
-        half, d = self.rotary // 2, T.int32(d) if isinstance(d, int) else d
+        half = self.rotary // 2
         first = let(d < T.int32(half))
         # Behind what is turned, whatever is read: what is made of it is not used.
         angle = let(T.min(d, T.int32(self.rotary - LANES)))

@@ -34,25 +34,10 @@ from .builder import (
     splat,
     vec,
 )
+from .heads import Source, head_argument, head_index
 from .layout import QuantLayout
 
 _TOTALS = 4
-Source = tuple[int, int] | None
-"""(row_width, offset) of an operand in a wider result, or None."""
-
-
-def head_argument(kernel: Kernel, name: str, heads: int, width: int, source: Source) -> Buffer:
-    """The parameter for [T, heads, width], of its own or inside a wider result."""
-    tokens = kernel.symbol("T")
-    shape = (tokens, heads, width) if source is None else (tokens, source[0])
-    return kernel.argument(name, shape, "float32")
-
-
-def head_index(row: Expr, head: Expr, width: int, source: Source) -> Callable[[Expr], tuple[Expr, ...]]:
-    """Index of element i of a head in the parameter made by `head_argument`."""
-    if source is None:
-        return lambda i: (row, head, i)
-    return lambda i: (row, source[1] + head * width + i)
 
 
 def _sum(width: int, x: Buffer, index: Callable[[Expr], tuple[Expr, ...]], minus: Expr | None) -> Expr:
