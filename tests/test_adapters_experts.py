@@ -337,6 +337,7 @@ def test_slots_of_experts_are_those_of_adapters_that_change_some() -> None:
     assert np.flatnonzero(arrays["lora_rank.1"][1]).tolist() == [0]
 
 
+@pytest.mark.slow
 def test_a_mixture_without_kernels_leaves_other_layers_their_places(tmp_path: Path) -> None:
     """Experts that stay NF4 are computed otherwise: they have no places, attention has."""
     save_family("qwen3_moe", tmp_path / "model")

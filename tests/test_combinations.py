@@ -26,6 +26,7 @@ def test_together(draw: Draw, tmp_path: Path) -> None:
     assert (found.status, found.reason) == ("right", "")
 
 
+@pytest.mark.slow
 def test_a_draw_is_that_of_its_number() -> None:
     draws = [Draw.make(seed) for seed in range(40)]
     assert draws == [Draw.make(seed) for seed in range(40)]

@@ -46,7 +46,9 @@ def by_transformers(folder: Path, ids: list[int]) -> np.ndarray[Any, Any]:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", MADE)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "divided" else ()) for name in MADE]
+)
 def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     """Ternary models but for activations, which its layers round to 8 bits: those of random weights amplify
     every flip to percents. So do the kernels of others, whose layers here round nothing.

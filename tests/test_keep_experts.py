@@ -116,7 +116,7 @@ def test_experts_are_kept_as_they_are_stored(kind: str, mixed: list[tuple[str, s
 @pytest.mark.parametrize(
     ("kind", "mixed"),
     [
-        ("qwen3_moe", MIXED),
+        pytest.param("qwen3_moe", MIXED, marks=pytest.mark.slow),
         pytest.param("qwen3_moe", GRIDS[:3], marks=pytest.mark.slow),
         pytest.param("gpt_oss", [("MXFP4", "MXFP4")] * 2, marks=pytest.mark.slow),
     ],

@@ -66,6 +66,7 @@ def test_where_all_keys_are_picked_none_is() -> None:
         torch.testing.assert_close(run(graph, {"x": x})[0], Picking()(x))
 
 
+@pytest.mark.slow
 def test_a_model_that_picks_keys_is_compiled_for_as_many(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     save_family("deepseek_v32", folder)
