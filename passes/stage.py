@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ..ir.core import Graph
+from .adapt.lora_embeddings import TIED
 from .base import Pass, PassContext, PassResult
 
 
@@ -18,5 +21,15 @@ class MarkStage(Pass):
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         changed = graph.stage != self.stage
         graph.stage = self.stage
-        graph.facts.pop("tied", None)  # names of the checkpoint: of what adapters change, not of what comes
+        # Names of the checkpoint's parameters: of what adapters change, not of what comes.
+        tied = graph.facts.pop("tied", {})
+        if graph.facts.get("kind") == "causal_lm" and TIED not in graph.facts:
+            graph.facts[TIED] = _modules(graph, tied)
         return PassResult(graph, changed)
+
+
+def _modules(graph: Graph, tied: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Modules that have one table, which an embedding reads."""
+    shapes = {name: graph.weights[entry["of"]].shape for name, entry in tied.items()}
+    read = [shapes[name] for name, entry in tied.items() if entry["embedding"]]
+    return sorted(name.removesuffix(".weight") for name, shape in shapes.items() if shape in read)

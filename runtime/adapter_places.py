@@ -17,6 +17,7 @@ import numpy as np
 from ..ir.adapters import listed
 from ..ir.errors import ArtifactError, InputError, UnsupportedError
 from ..ir.expert_parts import ExpertParts, by_experts
+from .adapter_matrices import with_changes
 
 if TYPE_CHECKING:
     from ..ir.adapters import Adapter, LowRank
@@ -44,6 +45,8 @@ class Place:
         dtype: of factors in memory, "float32" or "int8".
         gains: whether adapters may scale what the layers give (DoRA), and add to it (biases).
         stack: what the layers are of where they are a mixture's, all parts of an expert before the next.
+        embedding: the one part is an embedding of k rows, its own rows being the columns of the table.
+        tied: modules that have the embedding's table too; None where that is not known.
     """
 
     k: int
@@ -51,20 +54,23 @@ class Place:
     dtype: str = "float32"
     gains: bool = False
     stack: ExpertParts | None = None
+    embedding: bool = False
+    tied: tuple[str, ...] | None = None
 
     @staticmethod
     def parse(entry: Mapping[str, Any]) -> Place:
         """Of the manifest. Raises KeyError, TypeError or ValueError for what is none."""
         k, parts = int(entry["k"]), tuple((str(module), int(rows)) for module, rows in entry["parts"])
-        # Artifacts of versions before have neither gains nor experts.
+        # Artifacts of versions before have neither gains nor experts nor embeddings.
         gains, experts, stack = bool(entry.get("gains", False)), int(entry.get("experts", 0)), None
+        tied = None if entry.get("tied") is None else tuple(map(str, entry["tied"]))
         if not (0 <= experts <= _MOST_EXPERTS and k > 0 and all(rows > 0 for _, rows in parts)):
             raise ValueError(f"{experts} experts, {k} columns, parts {str(parts)[:80]}")
         if experts:
             forms = bool(entry["interleaved"]), bool(entry["unsaid"])
             stack = ExpertParts(str(entry["of"]), experts, k, parts, *forms)
             parts = stack.expanded()
-        return Place(k, parts, str(entry["dtype"]), gains, stack)
+        return Place(k, parts, str(entry["dtype"]), gains, stack, bool(entry.get("embedding", False)), tied)
 
 
 @dataclass(frozen=True)
@@ -104,15 +110,16 @@ class AdapterPlaces:
         self, adapter: Adapter, stored: StoredModules | None = None, base: BaseWeights | None = None
     ) -> Factors:
         """An adapter's matrices where they belong; what it names as the checkpoint does, `stored` finds;
-        `base` is asked for the gains of DoRA, and for biases that others take the place of.
+        `base` is asked for the gains of DoRA, and for what others take the place of.
 
         Raises InputError where it was made for another model, naming modules and shapes, and UnsupportedError
         for what can only be merged.
         """
+        adapter = with_changes(adapter, self._first(), base)
         biases = self._biases(adapter)
         stacks = list({place.stack.parameter: place.stack for place in self.places if place.stack}.values())
         adapter = by_experts(adapter, stacks, self._where)
-        _refuse_what_is_merged(adapter, biases)
+        self._refuse_what_is_merged(adapter, biases)
         if stored is not None:
             adapter = stored.of_modules(adapter, self._where, stacks)
         self._refuse_strangers(adapter)
@@ -127,6 +134,10 @@ class AdapterPlaces:
                 found.setdefault(place, [None] * len(self.places[place].parts))[part] = read
         return _Factors(found)
 
+    def _first(self) -> dict[str, tuple[Place, int]]:
+        """By module: its first place, and the part there."""
+        return {module: (self.places[i], p) for module, ((i, p), *_) in self._where.items()}
+
     def _biases(self, adapter: Adapter) -> dict[str, LazyTensor]:
         """By the name of a module that has a place: the bias that an adapter has in the place of its own."""
         named = {
@@ -134,7 +145,12 @@ class AdapterPlaces:
             for name, data in adapter.replaced.items()
             if name.endswith(".bias") and name not in adapter.copies
         }
-        return {module: data for module, data in named.items() if module in self._where}
+        return {module: data for module, data in named.items() if self._is_embedding(module) is False}
+
+    def _is_embedding(self, module: str) -> bool | None:
+        """Whether a module's place is an embedding's; None where it has no place."""
+        found = self._where.get(module)
+        return None if found is None else self.places[found[0][0]].embedding
 
     def _factor(
         self, adapter: Adapter, module: str, bias: LazyTensor | None, base: BaseWeights | None
@@ -200,8 +216,32 @@ class AdapterPlaces:
                 f"--adapters before, or {MERGE}",
             )
 
+    def _refuse_what_is_merged(self, adapter: Adapter, biases: Mapping[str, Any]) -> None:
+        """`biases`: by module, those of the adapter's that have places."""
+        known, remedy = {*adapter.copies, *(f"{module}.bias" for module in biases)}, MERGE
+        if replaced := [name for name in adapter.replaced if name not in known]:
+            what = f"replaces whole tensors, {listed(replaced)} (modules_to_save, saved embeddings, biases)"
+        elif adapter.parameters:
+            remedy = f"compile the model again, if a version before did, or {MERGE}"
+            what = (
+                f"changes parameters (target_parameters), of {listed([*adapter.parameters])}, without places"
+            )
+        elif adapter.rows:
+            what = f"replaces rows of embeddings, of {listed([*adapter.rows])} (trainable_token_indices)"
+        elif not any(place.embedding for place in self.places) and any(
+            change.embedding for change in adapter.changes.values()
+        ):
+            what = "has changes of embeddings"
+        else:
+            return
+        raise UnsupportedError(f"adapter {adapter} {what}, which cannot be chosen per request", remedy=remedy)
+
     def _refuse_strangers(self, adapter: Adapter) -> None:
-        unknown = [module for module in adapter.changes if module not in self._where]
+        unknown = [
+            module
+            for module, change in adapter.changes.items()
+            if self._is_embedding(module) is not change.embedding
+        ]
         if unknown:
             raise InputError(
                 f"adapter {adapter} changes {listed(unknown)}, which this model has no place for; it has "
@@ -268,23 +308,6 @@ def _rows_of(tensor: LazyTensor, rows: int) -> np.ndarray:
     return tensor.read().astype(np.float32).reshape(-1)
 
 
-def _refuse_what_is_merged(adapter: Adapter, biases: Mapping[str, Any]) -> None:
-    """`biases`: by module, those of the adapter's that have places."""
-    known, remedy = {*adapter.copies, *(f"{module}.bias" for module in biases)}, MERGE
-    if replaced := [name for name in adapter.replaced if name not in known]:
-        what = f"replaces whole tensors, {listed(replaced)} (modules_to_save, saved embeddings, biases)"
-    elif adapter.parameters:
-        remedy = f"compile the model again, if a version before did, or {MERGE}"
-        what = f"changes parameters (target_parameters), of {listed([*adapter.parameters])}, without places"
-    elif adapter.rows:
-        what = f"replaces rows of embeddings, of {listed([*adapter.rows])} (trainable_token_indices)"
-    elif any(change.embedding for change in adapter.changes.values()):
-        what = "has changes of embeddings"
-    else:
-        return
-    raise UnsupportedError(f"adapter {adapter} {what}, which cannot be chosen per request", remedy=remedy)
-
-
 class BaseWeights(Protocol):
     """What an artifact's linear layers multiply by (`codegen/tvm/base_weights.py`)."""
 
@@ -292,6 +315,14 @@ class BaseWeights(Protocol):
         """[2, rows] of a module that DoRA scales to `magnitude` [rows] (NaN: not this row): what multiplies
         W x + B A x, and what is added to it. a [r, K]; b [rows, r], the scaling in it.
         """
+        ...
+
+    def rows(self, module: str, start: int, stop: int) -> np.ndarray:
+        """Rows of a module's matrix, float32 [n, columns]; of an embedding those of tokens."""
+        ...
+
+    def is_transposed(self, module: str) -> bool:
+        """Whether the module's own matrix is [columns, rows]."""
         ...
 
     def bias(self, module: str, rows: int) -> np.ndarray | None:

@@ -13,6 +13,28 @@ import numpy as np
 import torch
 from safetensors.numpy import save_file
 
+from .models import ids_of
+
+ROWS = [ids_of(19)[i] for i in (4, 1, 9)]
+"""Tokens of the prompt whose embeddings an adapter replaces."""
+TIED: dict[str, dict[str, Any]] = {
+    "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "head": {"target_modules": ["lm_head", "q_proj"]},
+    "both": {"target_modules": ["lm_head", "embed_tokens"]},
+    "kept tied": {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True},
+    "saved embedding": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "saved head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "saved both": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+    "rows": {"target_modules": ["q_proj"], "trainable_token_indices": ROWS},
+    "rows of the head": {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": ROWS}},
+    "rows of each": {
+        "target_modules": ["q_proj"],
+        "trainable_token_indices": {"embed_tokens": ROWS, "lm_head": [3, 7]},
+    },
+    "rows and a head": {"target_modules": ["lm_head"], "trainable_token_indices": ROWS},
+}
+"""What PEFT is asked for over a model whose embeddings and head are one matrix."""
+
 
 def adapter(model: Any, folder: Path, *, seed: int = 3, scale: float = 0.2, **options: Any) -> Any:
     """PEFT's model over `model` with every adapter weight drawn, saved to a folder."""

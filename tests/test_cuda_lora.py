@@ -457,7 +457,7 @@ def test_over_a_quantized_base(quant: str, folder: Path, tmp_path: Path) -> None
     assert places is not None
     dtypes = [place.dtype for place in places.places]
     assert dtypes[:-1] == ["int8" if quant == "int4-g32" else "float32"] * (len(dtypes) - 1)
-    graph = with_places(stored_graph(artifact), gains=False)
+    graph = with_places(stored_graph(artifact), gains=False, embeddings=False)
     feed: dict[str, Any] = {}
     host = AdapterMemory(places, feed.__setitem__)
     for slot, kind in enumerate(KINDS):

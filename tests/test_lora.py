@@ -27,15 +27,13 @@ from safetensors.numpy import load_file, save_file
 
 from .families import save_family
 from .graphs import logits_of, lowered, worst
-from .lora_files import adapter, edit
+from .lora_files import ROWS, TIED, adapter, edit
 from .models import ids_of, reference_logits, save_tiny, save_tokenizer, tiny_model
 from .quantized_files import save_bnb, save_gptq
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT still calls what transformers deprecates
 peft = pytest.importorskip("peft")
 
-ROWS = [ids_of(19)[i] for i in (4, 1, 9)]
-"""Tokens of the prompt whose embeddings an adapter replaces."""
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {"target_modules": ["q_proj", "v_proj", "down_proj"]},
     "rslora": {"target_modules": ["o_proj"], "use_rslora": True},
@@ -97,24 +95,6 @@ def test_over_weights_of_16_bits_nothing_is_rounded(kind: str, dtype: str, tmp_p
     fused, _ = lowered(graph, "fused")
     assert worst(logits_of(fused, ids), wanted) < 2e-5
     assert sum(isinstance(op, Linear) for op in fused) == 2 * 4 + 1, "queries, keys and values stay one layer"
-
-
-TIED: dict[str, dict[str, Any]] = {
-    "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
-    "head": {"target_modules": ["lm_head", "q_proj"]},
-    "both": {"target_modules": ["lm_head", "embed_tokens"]},
-    "kept tied": {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True},
-    "saved embedding": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
-    "saved head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
-    "saved both": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
-    "rows": {"target_modules": ["q_proj"], "trainable_token_indices": ROWS},
-    "rows of the head": {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": ROWS}},
-    "rows of each": {
-        "target_modules": ["q_proj"],
-        "trainable_token_indices": {"embed_tokens": ROWS, "lm_head": [3, 7]},
-    },
-    "rows and a head": {"target_modules": ["lm_head"], "trainable_token_indices": ROWS},
-}
 
 
 @pytest.mark.parametrize("kind", TIED)

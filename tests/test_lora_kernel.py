@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from llmc.codegen.tvm import kernels
 from llmc.ir.errors import CompileError, VerifyError
-from llmc.ir.ops.lora import LANES, Lora, column_blocks
+from llmc.ir.ops.lora import LANES, Lora, LoraEmbedding, column_blocks
 from llmc.ir.ops.lora_experts import LoraMoe
 from llmc.ir.ops.moe import Moe
 
@@ -154,6 +154,38 @@ def test_shapes_must_agree() -> None:
 
 
 EXPERTS, TOP_K = 3, 2
+
+
+@vector_levels
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize(("width", "vocabulary"), [(48, 64), (7, 37), (130, 3)])
+def test_rows_of_an_embedding_gain_columns_of_theirs(
+    isa: str, dtype: str, width: int, vocabulary: int
+) -> None:
+    plain, given = factors((width,), vocabulary, [[5], [0], [34]], dtype, blocks=3)
+    for adapter in ([0], [-1], [2, 2, -1, 0, 1], [-1] * 5, [0] * 66 + [1, -1] + [2] * 70):
+        slots = np.array(adapter, np.int32)
+        ids = (np.arange(len(slots)) * 7 % vocabulary).astype(np.int32)
+        y = normal(len(slots), width)
+        expected = y.astype(np.float64)
+        for t, s in enumerate(adapter):
+            down, up = plain[s][0]
+            expected[t] += up @ down[:, ids[t]] if s >= 0 else 0
+        found = embedded(isa, dtype, [y, ids, slots, *given])
+        close(found, expected, 3e-6)
+        np.testing.assert_array_equal(found[slots < 0], y[slots < 0])
+        op = LoraEmbedding(*map(value, (y, ids, slots, *given)))
+        close(meaning(op, y, ids, slots, *given), expected, 3e-6)
+        for t in range(0, len(slots), 13):  # alone, and in other company
+            one = embedded(isa, dtype, [y[t : t + 1], ids[t : t + 1], slots[t : t + 1], *given])
+            np.testing.assert_array_equal(one[0], found[t])
+
+
+def embedded(isa: str, dtype: str, arrays: list[np.ndarray]) -> np.ndarray:
+    """`arrays`: y, ids, adapter, rank, scale, a, b."""
+    static = {"rows": arrays[5].shape[3], "width": arrays[0].shape[1], "dtype": dtype}
+    tensors = [arrays[0].copy(), *arrays[1:]]
+    return call(kernels.make_lora_embedding, isa, static, *tensors, outputs=len(tensors))[0]
 
 
 @vector_levels

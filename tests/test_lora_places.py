@@ -157,8 +157,16 @@ def test_where_it_applies() -> None:
     assert names == [
         *2 * [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]],
         ["lm_head"],
+        ["embed_tokens"],
     ]
     assert [rows for _, rows in layers[0]["parts"]] == [64, 32, 32]
+    assert layers[-1] == {
+        "k": 384,
+        "parts": [["model.embed_tokens", 64]],
+        "dtype": "float32",
+        "embedding": True,
+        "tied": [],
+    }
     # The sums with the residual come before, where the linear layers' kernels do them.
     after = [op.y.producer.opname for op in graph if isinstance(op, Lora) if op.y.producer is not None]
     assert after == [*2 * ["linear", "add", "linear", "add"], "linear"]
@@ -202,16 +210,14 @@ def in_pieces(made: str, edge: int) -> Graph:
 def test_pieces_of_a_merged_weight_have_their_own_places(made: str, edge: int, expected: list[Any]) -> None:
     places = placed(in_pieces(made, edge)).facts["adapters"]["places"]
     # A module that is called as pieces are is one as any other.
-    assert [place["parts"] for place in places] == [*expected, [["b.part1", 8]]]
+    assert [place["parts"] for place in places] == [*expected, [["b.part1", 8]], [["e", 8]]]
 
 
 def test_factors_over_whole_codes_are_8_bits_wide() -> None:
     graph, _ = lowered(traced(tiny_model("llama")), "paged", [QuantizeRtn(bits=8, group=32)])
     places = placed(graph).facts["adapters"]["places"]
-    assert [place["dtype"] for place in places] == [
-        *8 * ["int8"],
-        "float32",
-    ]  # the head is not quantized here
+    # Neither the head nor the embedding is quantized here.
+    assert [place["dtype"] for place in places] == [*8 * ["int8"], *2 * ["float32"]]
 
 
 def test_a_graph_without_linear_layers_is_refused() -> None:

@@ -1,5 +1,5 @@
-"""What an artifact's linear layers multiply by and add, for adapters that need to know it: the gains of DoRA,
-and biases that others take the place of.
+"""What an artifact's linear layers multiply by and add, and rows of its embeddings, for adapters that need to
+know it: the gains of DoRA, and what takes the place of a bias, of rows or of a matrix.
 
     y = W x + b   →   y = m / ‖W + B A‖ ∘ (W x + B A x) + b       norms of rows
 
@@ -16,10 +16,11 @@ import numpy as np
 
 from ...ir.errors import ArtifactError, CompileError, UnsupportedError
 from ...ir.hadamard import rotate_columns
-from ...ir.ops.nn import Linear
-from ...ir.ops.quant import QuantizedLinear, quantization
+from ...ir.ops.nn import Embedding, Linear
+from ...ir.ops.quant import QuantizedEmbedding, QuantizedLinear, quantization
 from ...ir.weights import LazyTensor, QuantizedTensors, dequantize_rows
-from ...passes.adapt.lora_places import columns_of, layers_of, rotation_of
+from ...passes.adapt.lora_embeddings import Table, tables_of
+from ...passes.adapt.lora_places import columns_of, is_transposed, layers_of, rotation_of
 from ..extensions import parse_graph
 from .stored import stored_graph
 
@@ -49,7 +50,7 @@ class BaseWeights:
         Raises ArtifactError where graph and weights of the artifact are not of this version, UnsupportedError
         where a bias is none of its weights.
         """
-        op, first = self._layer(module)
+        op, first = self._linear(module)
         size, columns = rotation_of(op), columns_of(op)
         a = a if columns is None else a[:, self._weight(columns).read()]
         a = rotate_columns(a, size) if size else a
@@ -66,17 +67,41 @@ class BaseWeights:
 
     def bias(self, module: str, rows: int) -> Array | None:
         """[rows] float32 that a module of so many rows adds, None where it adds none. Raises as `gains`."""
-        return self._bias(*self._layer(module), rows)
+        return self._bias(*self._linear(module), rows)
 
-    def _layer(self, module: str) -> tuple[Op, int]:
+    def rows(self, module: str, start: int, stop: int) -> Array:
+        """Rows of a module's matrix as the module has them, float32 [n, columns]. Raises as `gains`."""
+        op, first = self._layer(module)
+        if isinstance(op, Table):
+            found, size = self._rows(op.op, start, stop), op.rotation
+        else:
+            found, size = self._rows(op, first + start, first + stop), rotation_of(op)
+            columns = columns_of(op)
+            if columns is not None:
+                ordered = np.empty_like(found)
+                ordered[:, self._weight(columns).read()] = found
+                found = ordered
+        return rotate_columns(found, size) if size else found
+
+    def is_transposed(self, module: str) -> bool:
+        """Whether the module's own matrix is [columns, rows]. Raises as `gains`."""
+        op, _ = self._layer(module)
+        return not isinstance(op, Table) and is_transposed(op)
+
+    def _layer(self, module: str) -> tuple[Op | Table, int]:
         """What computes a module, and the module's first row there."""
         if module not in self._layers:
             raise ArtifactError(f"{self._text} has no layer of {module}", remedy=_AGAIN)
         return self._layers[module]
 
+    def _linear(self, module: str) -> tuple[Op, int]:
+        op, first = self._layer(module)
+        assert not isinstance(op, Table)
+        return op, first
+
     @cached_property
-    def _layers(self) -> dict[str, tuple[Op, int]]:
-        """By module: the op that computes it, and its first row."""
+    def _layers(self) -> dict[str, tuple[Op | Table, int]]:
+        """By module: the op that computes it, and its first row; or the embedding."""
         try:
             graph = parse_graph(self._artifact.read_text("ir.txt"))
         except CompileError as error:
@@ -85,7 +110,7 @@ class BaseWeights:
                 f"installed ({error.message})",
                 remedy=_AGAIN,
             ) from None
-        found: dict[str, tuple[Op, int]] = {}
+        found: dict[str, tuple[Op | Table, int]] = {table.module: (table, 0) for table in tables_of(graph)}
         for op, parts in layers_of(graph):
             row = 0
             for module, rows in parts:
@@ -109,12 +134,12 @@ class BaseWeights:
         """Rows of a layer's weight, float32 [n, K]; their columns rotated, or in another order, as what it
         reads is.
         """
-        if isinstance(op, QuantizedLinear):
+        if isinstance(op, QuantizedLinear | QuantizedEmbedding):
             zero = None if op.zero_point is None else self._weight(op.zero_point)
             quant = quantization(op.q.type, op.opname)
             parts = QuantizedTensors(quant, self._weight(op.q), self._weight(op.scale), zero)
             return dequantize_rows(parts, start, stop).astype(np.float32)
-        assert isinstance(op, Linear)
+        assert isinstance(op, Linear | Embedding)
         return self._weight(op.weight).read(start, stop).astype(np.float32)
 
     def _bias(self, op: Op, start: int, rows: int) -> Array | None:

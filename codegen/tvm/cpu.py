@@ -235,17 +235,17 @@ def step_entry(graph: Graph, built: Mapping[str, Any]) -> dict[str, Any]:
     it has, and whether `llmc_sampling` stands beside it.
     """
     entry = {"arguments": built["arguments"], "symbols": built["symbols"], **interface(graph)}
-    entry |= adapters_entry(graph)
+    entry |= adapters_entry(graph, MOST_RANK)
     if generates(v.name for v in graph.inputs):
         entry["sampling_block"] = SAMPLING_BLOCK
     return entry
 
 
-def adapters_entry(graph: Graph) -> dict[str, Any]:
-    """{"adapters": the places that a step has for them}; nothing where it has none."""
+def adapters_entry(graph: Graph, most_rank: int) -> dict[str, Any]:
+    """{"adapters": the places that a step has, of ranks up to `most_rank`}; nothing where it has none."""
     if "adapters" not in graph.facts:
         return {}
-    return {"adapters": {**graph.facts["adapters"], "most_rank": MOST_RANK}}
+    return {"adapters": {**graph.facts["adapters"], "most_rank": most_rank}}
 
 
 def interface(graph: Graph) -> dict[str, Any]:

@@ -82,12 +82,13 @@ class TvmCuda(Target):
 
     def compile(self, graph: Graph, writer: ArtifactWriter, *, progress: Progress) -> dict[str, Any]:
         """See `Target.compile`. Raises CompileError where neither NVRTC nor nvcc is installed."""
+        from .gpu.lora import MOST_RANK
         from .gpu.weights import weight_specs
 
         if self.adapters:
             from .placed import with_places
 
-            graph = with_places(graph, gains=False)
+            graph = with_places(graph, gains=False, embeddings=False)
         legal = self.legal(graph)
         folder = f"targets/{self.name}"
         weights = f"weights/{self.name}.safetensors" if legal.weights else None
@@ -111,7 +112,7 @@ class TvmCuda(Target):
             "arguments": built["arguments"],
             "symbols": built["symbols"],
             **interface(legal),
-            **adapters_entry(legal),
+            **adapters_entry(legal, MOST_RANK),
         }
         return entry if weights is None else {**entry, "weights": weights}
 

@@ -330,6 +330,17 @@ def lora(low: Lowering, op: Any) -> Any:
     return low.kernel_inplace("lora", kernels.make_lora, static, args, 0, low.type_of(op.result))
 
 
+@emits("lora_embedding")
+def lora_embedding(low: Lowering, op: Any) -> Any:
+    """Writes in place the rows that the embedding has written."""
+    static = {"rows": op.a.shape[3], "width": op.y.shape[-1], "dtype": op.a.dtype}
+    factors = (op.adapter, op.rank, op.scale, op.a, op.b)
+    args = [low.get(op.y), _ids(low, op.ids), *present(low, *factors)]
+    return low.kernel_inplace(
+        "lora_embedding", kernels.make_lora_embedding, static, args, 0, low.type_of(op.result)
+    )
+
+
 @emits("gather_last")
 def gather_last(low: Lowering, op: Any) -> Any:
     if op.x.type.rank == 2 and op.x.dtype == "float32":

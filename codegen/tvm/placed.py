@@ -29,9 +29,15 @@ if TYPE_CHECKING:
     from ..artifact import Artifact
 
 
-def with_places(graph: Graph, *, gains: bool = True, experts: Callable[[Op], bool] | None = None) -> Graph:
-    """A copy of a final graph that takes adapters, DoRA too with `gains`, and those of experts in mixtures
-    that `experts` says yes to, as a target does to those that it has kernels for.
+def with_places(
+    graph: Graph,
+    *,
+    gains: bool = True,
+    embeddings: bool = True,
+    experts: Callable[[Op], bool] | None = None,
+) -> Graph:
+    """A copy of a final graph that takes adapters, DoRA too with `gains`, those of `embeddings`, and those of
+    experts in mixtures that `experts` says yes to, as a target does to those that it has kernels for.
 
     Raises UnsupportedError for what is no language model, and for one whose layers read other numbers than
     their modules do.
@@ -46,7 +52,7 @@ def with_places(graph: Graph, *, gains: bool = True, experts: Callable[[Op], boo
             f"{graph.name} was compiled with scaled channels (AWQ): adapters know of no scales",
             remedy="compile the model in another scheme, such as gptq-int4-g32, or merge it with --lora",
         )
-    return run_passes(graph.clone(), [PlaceAdapters(gains, experts)], PassContext())[0]
+    return run_passes(graph.clone(), [PlaceAdapters(gains, embeddings, experts)], PassContext())[0]
 
 
 @contextmanager

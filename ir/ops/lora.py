@@ -1,4 +1,4 @@
-"""Low-rank changes of linear layers, each token its own (Hu et al. 2021, section 4.1).
+"""Low-rank changes of linear layers and embeddings, each token its own (Hu et al. 2021, section 4.1).
 
 The factors of many adapters stand in *slots*, in blocks of 16 as vectors take them:
 
@@ -16,6 +16,9 @@ and, where adapters may scale what a part gives (DoRA, Liu et al. 2024, section 
 Each part begins a block of b. A slots, 16 · L the largest rank, P parts, C = sum over parts of
 ceil(rows / 16). Parts are the layers that fusion has put one below the other (q, k and v): each has factors
 of its own over the same x. What lies beyond a part's rank or its rows is never read.
+
+An embedding is a linear layer of one part whose x has a 1 in column id, and 0 elsewhere: K is the size of the
+vocabulary, and A x the column id of A.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..core import Op
+from ..core import Op, Value
 from ..define import Operand, OptionalOperand, op
 from ..errors import CompileError, VerifyError
 from ..types import TensorType
@@ -31,8 +34,10 @@ from ..types import TensorType
 Dims = Mapping[str, int]
 
 LANES = 16
-MOST_RANK = 256
-"""The largest rank: a row's A x is held in memory of this size."""
+MOST_RANK = 8192
+"""The largest rank: a row's A x is held in memory of this size. As wide as models are, for a change of full
+rank is one too: a matrix in the place of another.
+"""
 FACTOR_DTYPES = ("float32", "int8")
 
 
@@ -96,10 +101,7 @@ class Lora(Op):
         return [self.y.type]
 
     def verify(self) -> None:
-        if self.a.dtype not in FACTOR_DTYPES or self.a.dtype != self.b.dtype:
-            raise VerifyError(
-                f"lora: factors are {self.a.dtype} and {self.b.dtype}", remedy="both float32 or both int8"
-            )
+        _verify_factors(self.opname, self.a, self.b)
         if (self.gain is None) != (self.gained is None) or (self.gain is None and self.residual is not None):
             raise VerifyError(
                 "lora: gain, gained and residual", remedy="gains with both, residual with gains"
@@ -126,4 +128,63 @@ class Lora(Op):
         return out
 
 
-__all__ = ["FACTOR_DTYPES", "LANES", "MOST_RANK", "Lora", "column_blocks", "low_rank"]
+@op("lora_embedding")
+class LoraEmbedding(Op):
+    """y [T, D] + B[s] (scale[s] · A[s] of column ids[t]) for tokens of slot s = adapter[t]; y itself where
+    that is negative.
+
+    ids, adapter int32 [T], ids within 0 … V-1; rank int32 [A, 1], 0 where a slot leaves the embedding alone;
+    scale, a and b of one part of D rows and V columns, as in the module's text. Computed in float32. A target
+    may write in place, as `lora`.
+    """
+
+    y: Operand
+    ids: Operand
+    adapter: Operand
+    rank: Operand
+    scale: Operand
+    a: Operand
+    b: Operand
+
+    def infer(self) -> list[TensorType]:
+        width = self.y.shape[-1]
+        fits = (
+            self.y.type.rank == 2
+            and isinstance(width, int)
+            and self.y.shape[:1] == self.ids.shape == self.adapter.shape
+            and self.rank.shape[1:] == (1,)
+            and self.scale.shape[1:] == (1, self.a.shape[2], LANES)
+            and (self.a.shape[1], self.a.shape[-1]) == (1, LANES)
+            and self.b.shape[1:] == (column_blocks((width,)), LANES * self.a.shape[2], LANES)
+        )
+        if not fits:
+            raise CompileError(
+                f"lora_embedding: {self.y.type} of ids {self.ids.type}, factors {self.a.type}, {self.b.type} "
+                f"({self.loc})",
+                remedy="one part, whose rows are the columns of y",
+            )
+        return [self.y.type]
+
+    def verify(self) -> None:
+        _verify_factors(self.opname, self.a, self.b)
+
+    def reference(self, dims: Dims, *args: Any) -> Any:
+        y, ids, adapter, rank, scale, a, b = args
+        out = y.clone()
+        for slot in adapter.unique().tolist():
+            if slot >= 0:
+                rows, r = adapter == slot, int(rank[slot, 0])
+                down = a[slot, 0].transpose(0, 1)[ids[rows].long()].flatten(1)[:, :r].float()
+                up = b[slot].transpose(1, 2).flatten(0, 1)[: y.shape[1], :r].float()
+                out[rows] += down * scale[slot, 0].flatten()[:r] @ up.T
+        return out
+
+
+def _verify_factors(opname: str, a: Value, b: Value) -> None:
+    if a.dtype not in FACTOR_DTYPES or a.dtype != b.dtype:
+        raise VerifyError(
+            f"{opname}: factors are {a.dtype} and {b.dtype}", remedy="both float32 or both int8"
+        )
+
+
+__all__ = ["FACTOR_DTYPES", "LANES", "MOST_RANK", "Lora", "LoraEmbedding", "column_blocks", "low_rank"]

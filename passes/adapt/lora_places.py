@@ -12,10 +12,13 @@ layer, whose kernel does it. The layers below one another in a merged projection
 name, "….q_proj.weight+k_proj+v_proj", and by how its result is cut; where they are stored in several types
 of blocks (Q4_K_M), products by pieces of that weight (`keep.py`) are put together before.
 
-Mixtures of experts take theirs themselves (`lora_experts.py`).
+Mixtures of experts take theirs themselves (`lora_experts.py`), and embeddings have their own op
+(`lora_embeddings.py`).
 
 `graph.facts["adapters"]` says what stands where: {"places": [{"k", "parts": [[module, rows], …], "dtype": of
-the factors, "gains": true}, …]}, in the order of the inputs' numbers; a place of experts has parts for each:
+the factors, "gains": true}, …]}, in the order of the inputs' numbers; an embedding of V rows is {"k": V,
+"parts": [[module, columns]], "dtype", "embedding": true, "tied": modules that have its table too, in a graph
+that says so}; a place of experts has parts for each:
 {"k", "parts": [["….gate_up_proj.gate", rows], ["….gate_up_proj.up", rows]], "dtype", "experts": their number,
 "of": "….gate_up_proj", "interleaved": whether gates and ups alternate in that parameter, "unsaid": see
 `ir.expert_parts`}.
@@ -36,15 +39,15 @@ from ...ir.ops.math import Add
 from ...ir.ops.nn import Embedding, GatedMlp, Linear
 from ...ir.ops.quant import Hadamard, QuantizedEmbedding, QuantizedLinear
 from ...ir.ops.shape import Concat, Gather, Slice
-from ...ir.types import TensorType, sym
+from ...ir.types import TensorType
 from ..base import Pass, PassContext, PassResult
 from ..merged_names import merged_names, without_piece
+from .lora_embeddings import BLOCKS, SLOTS, place_embeddings
 from .lora_experts import factor_dtype, mixtures_of, place_experts
 
 Parts = list[tuple[str, int]]
 """(module, rows) of each layer in a weight, from its first row on."""
 
-SLOTS, BLOCKS = sym("A"), sym("L")
 _ENDS = (".q", ".transposed")
 """What passes put behind a weight's name, the outermost first."""
 
@@ -52,12 +55,14 @@ _ENDS = (".q", ".transposed")
 @dataclass(frozen=True)
 class PlaceAdapters(Pass):
     """Make a paged graph take adapters as inputs; `gains`: also those that scale what a layer gives;
-    `experts`: also those of experts, in mixtures that this says yes to.
+    `embeddings`: also those of embeddings; `experts`: also those of experts, in mixtures that this says yes
+    to.
     """
 
     name = "place-adapters"
     requires = "paged"
     gains: bool = True
+    embeddings: bool = True
     experts: Callable[[Op], bool] | None = None
 
     def run(self, graph: Graph, context: PassContext) -> PassResult:
@@ -78,6 +83,8 @@ class PlaceAdapters(Pass):
             _place(graph, op, parts, _adapter_of(graph, op, rows, adapter), dtype, len(places), self.gains)
             place = {"k": _width(op), "parts": [list(part) for part in parts], "dtype": dtype}
             places.append({**place, "gains": True} if self.gains else place)
+        if self.embeddings:
+            places += place_embeddings(graph, adapter, len(places))
         mixtures = [] if self.experts is None else [op for op in mixtures_of(graph) if self.experts(op)]
         if mixtures:
             expert = graph.add_input("expert_adapter", adapter.type)
@@ -115,6 +122,12 @@ def columns_of(op: Op) -> Value | None:
     """
     made = _made_for(op)
     return made.index if isinstance(made, Gather) else None
+
+
+def is_transposed(op: Op) -> bool:
+    """Whether the module's own matrix is [K, N], where the layer's weight is [N, K]."""
+    weight = op.q if isinstance(op, QuantizedLinear) else op.operands[1]
+    return _ENDS[1] in weight.name
 
 
 def _made_for(op: Op) -> Hadamard | Gather | None:
@@ -279,4 +292,4 @@ def _read_by_module(graph: Graph, op: Op) -> Value:
     return made.x
 
 
-__all__ = ["Parts", "PlaceAdapters", "columns_of", "layers_of", "rotation_of"]
+__all__ = ["Parts", "PlaceAdapters", "columns_of", "is_transposed", "layers_of", "rotation_of"]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from ....ir.ops.lora import LANES, MOST_RANK, column_blocks
+from ....ir.ops.lora import LANES, column_blocks
 from .launches import KINDS
 from .source import Argument, Code, Launch, Size
 
 THREADS = 128
+MOST_RANK = 256
+"""The largest rank: a tile's A x is held in memory that its threads share."""
 _ROWS = 8
 """Of a tile, `LORA_ROWS` of lora.cuh."""
 _FEW = 32

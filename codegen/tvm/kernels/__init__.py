@@ -20,6 +20,8 @@ scale_dtype, zero_point, super_group)`, here L; FORM stands for the last six par
     make_lora(parts, k, dtype)
         y [T, N], which is written in place, x [T, K], adapter int32 [T], rank int32 [A, P], scale
         [A, P, L, 16], a dtype [A, P, L, K, 16], b dtype [A, C, 16 · L, 16]: factors (`ir/ops/lora.py`)
+    make_lora_embedding(rows, width, dtype)
+        y [T, width], which is written in place, ids int32 [T], and the rest as of lora, of one part
     make_moe_lora(rows, parts, k, experts, top_k, by_token, dtype)
         the same of rows by expert: see `lora`
     make_codebook_linear(n, k, FORM, bias, residual)
@@ -97,6 +99,7 @@ _MAKERS = {
     "make_linear": "linear",
     "make_linear_recurrence": "state",
     "make_lora": "lora",
+    "make_lora_embedding": "lora",
     "make_moe_combine": "moe",
     "make_moe_gate": "moe",
     "make_moe_gather": "moe",

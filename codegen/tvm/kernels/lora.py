@@ -1,5 +1,5 @@
-"""`lora` and `moe_lora`: what each token's adapter adds to the result of a linear layer, or of the experts
-that the token has chosen, in place.
+"""`lora`, `lora_embedding` and `moe_lora`: what each token's adapter adds to the result of a linear layer, to
+its row of an embedding, or to the result of the experts that it has chosen, in place.
 
 Rows of one adapter stand together (a sequence's tokens are back to back), so that factors are read once for
 four of them; a row without an adapter costs a look at its number, and a step in which none has one a scan
@@ -181,6 +181,17 @@ class _Change:
             )
 
 
+class _ChangeOfRows(_Change):
+    """Of an embedding's rows: x holds their ids."""
+
+    def _down(self, held: Buffer, of: Sequence[Expr], slot: Expr, part: Expr, rank: Expr) -> None:
+        with T.serial(0, T.floordiv(rank + (LANES - 1), T.int32(LANES))) as block:
+            for t, row in enumerate(of):
+                column = let(T.max(T.min(self.x[row], T.int32(self.k - 1)), T.int32(0)))
+                factor = self._load(self.a, slot, part, block, column, 0)
+                put(held, factor * vec(self.scale, slot, part, block, 0), t, block * LANES)
+
+
 def make_lora(
     *, parts: tuple[int, ...], k: int, dtype: str, isa: str, gains: bool = False, residual: bool = False
 ) -> Any:
@@ -211,6 +222,33 @@ def make_lora(
 
         def work(rows: Sequence[Expr]) -> None:
             change.add(rows, rows, let(adapter[rows[0]]), parts)
+
+        with kernel.body():
+            _by_adapter(kernel, tokens, tokens, adapter, lambda row: adapter[row], work)
+    return kernel.function
+
+
+def make_lora_embedding(*, rows: int, width: int, dtype: str, isa: str) -> Any:
+    """y += B[adapter] (column ids of A[adapter]) where adapter ≥ 0, as `ir/ops/lora.py` has it.
+
+    y float32 [T, width], written in place; ids int32 [T], those of 0 … rows - 1 nearest to them; adapter
+    int32 [T]; rank int32 [A, 1]; scale float32 [A, 1, L, 16]; a `dtype` (float32 or int8)
+    [A, 1, L, rows, 16]; b `dtype` [A, C, 16 · L, 16].
+    """
+    kernel = Kernel("lora_embedding", isa)
+    with kernel:
+        tokens, slots, blocks = kernel.symbol("T"), kernel.symbol("A"), kernel.symbol("L")
+        y = kernel.argument("y", (tokens, width), "float32")
+        ids = kernel.argument("ids", (tokens,), "int32")
+        adapter = kernel.argument("adapter", (tokens,), "int32")
+        rank = kernel.argument("rank", (slots, 1), "int32")
+        scale = kernel.argument("scale", (slots, 1, blocks, LANES), "float32")
+        a = kernel.argument("a", (slots, 1, blocks, rows, LANES), dtype)
+        b = kernel.argument("b", (slots, column_blocks((width,)), blocks * LANES, LANES), dtype)
+        change = _ChangeOfRows(rows, dtype, (y, ids, rank, scale, a, b))
+
+        def work(of: Sequence[Expr]) -> None:
+            change.add(of, of, let(adapter[of[0]]), (width,))
 
         with kernel.body():
             _by_adapter(kernel, tokens, tokens, adapter, lambda row: adapter[row], work)
