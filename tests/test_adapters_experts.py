@@ -214,6 +214,7 @@ def test_experts_by_the_names_of_the_checkpoint(tmp_path: Path) -> None:
 
 # Every token chooses all experts: a router that chooses others than the float model's would say nothing of
 # the adapter.
+@pytest.mark.slow
 def test_over_experts_of_8_bits(tmp_path: Path) -> None:
     model, task, made = compiled(
         tmp_path, "mixtral", changed={"num_experts_per_tok": 4}, quant="int8", adapters=True

@@ -47,6 +47,7 @@ def logits(
     return {kind: (found[kind], wanted[kind]) for kind in wanted}
 
 
+@pytest.mark.slow
 def test_of_a_table_that_is_tied_the_place_asked_for_is_changed(tmp_path: Path) -> None:
     found = logits(tmp_path, TIED, "qwen2", {"tie_word_embeddings": True})
     plain = found[""][1]

@@ -385,6 +385,7 @@ def test_adapters_come_and_go_between_steps(opened: tuple[LLM, Driver], folder: 
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_chunks_and_company_leave_logits_as_they_are(opened: tuple[LLM, Driver]) -> None:
     """Bit for bit, by all launches: rows alone, and in tiles."""
     llm, _ = opened
